@@ -25,7 +25,6 @@ from ..runtime.errors import (
     InputError,
     VerificationError,
 )
-from ..runtime.files import Inputs, ReadOptions, read_rows
 from ..runtime.machine import multiplies_int8, require
 from ..runtime.progress import Progress, silent
 from ..runtime.targets import target_of, why_not
@@ -36,7 +35,6 @@ from .targets.backends import (
     INT8,
     OPENVINO,
     PLAN_BACKENDS,
-    is_cpu_int8,
     unavailable_reason,
 )
 from .targets.check import Checked, check_target, with_old_points
@@ -51,24 +49,21 @@ class AddTargetsOptions:
     Attributes:
         fp16: whether to add fp16.
         int8: whether to add int8.
-        calibration_data: texts that give the int8 ranges, in any format of `read_rows`; None: the
-            folder has int8 graphs already.
+        calibration_data: texts like those to classify, which give the int8 ranges. Without any, the
+            int8 graphs that the folder has are built.
         backends: backends whose targets must be built; None: those that this machine can build.
         default_target: the target to make the default; if nothing else is asked for, no other
             target is built. None: the fastest target for CPUs, if targets for CPUs are added.
-        verify_data: texts to check fp16 and targets of OpenVINO with, in any format of
-            `read_rows`.
-        reading: how these two files are read.
+        verify_data: texts to check fp16 and targets of OpenVINO with.
         plans: how TensorRT plans are built.
     """
 
     fp16: bool = False
     int8: bool = False
-    calibration_data: Path | None = None
+    calibration_data: Sequence[Text] = ()
     backends: tuple[str, ...] | None = None
     default_target: str | None = None
-    verify_data: Path | None = None
-    reading: ReadOptions = field(default_factory=ReadOptions)
+    verify_data: Sequence[Text] = ()
     plans: PlanOptions = field(default_factory=PlanOptions)
 
 
@@ -110,7 +105,7 @@ def add_targets(
 
     Raises:
         ArtifactError: the folder is missing or damaged, or cannot be written.
-        InputError: texts cannot be read, or int8 has no texts.
+        InputError: int8 has too few texts.
         VerificationError: a precision overflows or changes too many labels or exits.
         BackendError: a backend that was asked for cannot build here, or a build failed.
     """
@@ -134,31 +129,22 @@ def check_options(options: AddTargetsOptions) -> None:
     Raises:
         BackendError: a backend that was asked for cannot build here, or this CPU cannot run int8.
         MissingExtraError: what int8 needs is not installed.
-        InputError: a file of texts does not exist or is a pipe, its format is unknown, or int8
-            needs more texts.
+        InputError: int8 needs more texts.
     """
     for backend in options.backends or ():
         if error := unavailable_reason(backend):
             raise error
-    for data in (options.calibration_data, options.verify_data):
-        if data is not None:
-            Inputs([data], options.reading)
-            if not data.is_file():
-                raise InputError(
-                    f"{data} can be read only once, but these texts are read several times",
-                    "store them in a file, and give that",
-                )
     for_plans, for_cpus = _int8_forms(options)
     if for_cpus and not multiplies_int8():
         raise BackendError(
             "int8 for CPUs needs VNNI instructions, and this CPU has none",
             "add int8 on the machine that will run it",
         )
-    if options.calibration_data is not None and (for_plans or for_cpus):
+    if options.calibration_data and (for_plans or for_cpus):
         require("quantize" if for_cpus else "graphs")
         from .targets.int8 import split_texts
 
-        split_texts(_texts(options.calibration_data, options))
+        split_texts(options.calibration_data)
 
 
 class _Addition:
@@ -178,8 +164,6 @@ class _Addition:
         self.before = self.manifest = manifest
         self.options = options
         self.progress = progress
-        self.texts = _texts(options.verify_data, options)
-        self.int8_texts = _texts(options.calibration_data, options)
         self.for_plans, self.for_cpus = _int8_forms(options)
         every = (*PLAN_BACKENDS, *CPU_BACKENDS)
         self.backends = every if options.backends is None else options.backends
@@ -192,17 +176,17 @@ class _Addition:
         """Add everything, and choose the default target."""
         options = self.options
         self._check_int8()
-        if options.fp16 and (FP16 not in self.manifest.precisions or self.texts):
+        if options.fp16 and (FP16 not in self.manifest.precisions or options.verify_data):
             self._add_fp16()
-        if self.for_plans and self.int8_texts:
+        if self.for_plans and options.calibration_data:
             self._add_int8_for_plans()
         for backend, precision in self._plans():
             self._add_plans(backend, precision)
         wanted = [name for name in cpu.OPENVINO_TARGETS if self._is_wanted(name)]
         if OPENVINO in self.backends and wanted:
             where = self.path, self.manifest
-            self._write(*cpu.add_openvino(*where, self.texts, self.progress, wanted))
-        if self.for_cpus and self.int8_texts:
+            self._write(*cpu.add_openvino(*where, options.verify_data, self.progress, wanted))
+        if self.for_cpus and options.calibration_data:
             self._add_int8_for_cpus()
         default = self._choose_default()
         return AddTargetsResult(
@@ -241,15 +225,13 @@ class _Addition:
         ]
 
     def _check_int8(self) -> None:
-        """Refuse int8 without texts, unless the folder has what is asked for."""
-        options, targets = self.options, self.manifest.targets.values()
-        built = {target.backend for target in targets if is_cpu_int8(target)}
-        missing = set(options.backends or ()) & set(CPU_BACKENDS) - built
-        has_int8 = INT8 in self.manifest.precisions if self.for_plans else built
-        if options.calibration_data is None and options.int8 and (missing or not has_int8):
+        """Refuse int8 without texts, unless plans are built from the graphs that the folder has."""
+        options = self.options
+        can_quantize = options.calibration_data or not options.int8
+        for_cpus = self.for_cpus and options.backends is not None
+        if not can_quantize and (for_cpus or INT8 not in self.manifest.precisions):
             raise InputError(
-                f"{self.path} lacks int8 targets that were asked for, and no texts are given for "
-                "the ranges",
+                "int8 is asked for, and no texts are given for the ranges",
                 "give texts like those to classify as `calibration_data`",
             )
 
@@ -258,7 +240,8 @@ class _Addition:
         from .onnx_file import load_graphs
 
         protos = load_graphs(self.path, self.manifest.graphs)
-        manifest = self._lowered(FP16, protos, self.texts, "use the targets in fp32 of this model")
+        hint = "use the targets in fp32 of this model"
+        manifest = self._lowered(FP16, protos, self.options.verify_data, hint)
         # ONNX Runtime runs these graphs directly, on a CUDA device.
         target = Target(backend="onnxruntime", precision=FP16, device="cuda", tolerance=None)
         self._write(with_target(manifest, "onnxruntime-fp16-cuda", target))
@@ -266,7 +249,7 @@ class _Addition:
     def _add_int8_for_plans(self) -> None:
         from .targets.int8 import quantize, split_texts
 
-        ranges, others = split_texts(self.int8_texts)
+        ranges, others = split_texts(self.options.calibration_data)
         protos = quantize(self.path, self.manifest, ranges, "symmetric", self.progress)
         hint = "give more texts as `calibration_data`, or stay with fp16"
         self._write(self._lowered(INT8, protos, others, hint))
@@ -297,7 +280,7 @@ class _Addition:
             if f"{name}-{INT8}" in self.manifest.targets
             or (name in self.backends and unavailable_reason(name) is None)
         ]
-        given = self.path, self.manifest, backends, self.int8_texts, self.progress
+        given = self.path, self.manifest, backends, self.options.calibration_data, self.progress
         try:
             self._write(*cpu.add_int8(*given))
         finally:
@@ -359,10 +342,6 @@ def _int8_forms(options: AddTargetsOptions) -> tuple[bool, bool]:
         return for_plans, not for_plans or can_quantize
     for_cpus = bool(set(options.backends) & set(CPU_BACKENDS))
     return not for_cpus or bool(set(options.backends) & set(PLAN_BACKENDS)), for_cpus
-
-
-def _texts(data: Path | None, options: AddTargetsOptions) -> list[Text]:
-    return [] if data is None else [row.content for row in read_rows(data, options.reading)]
 
 
 def _lost_points(before: Manifest, after: Manifest) -> dict[str, tuple[str, ...]]:

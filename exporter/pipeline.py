@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,10 +31,8 @@ from ..runtime.artifact.manifest import (
 from ..runtime.artifact.reference import write_reference
 from ..runtime.backends.onnxruntime import check_installed
 from ..runtime.encoding import Text, TextEncoder, padding_values
-from ..runtime.engine import Engine
 from ..runtime.errors import ArtifactError, ModelError
 from ..runtime.exit_0 import ExitZero
-from ..runtime.files import ReadOptions, read_rows
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import FPabee
@@ -43,7 +41,7 @@ from .checkpoint import WEIGHTS, load_checkpoint, resolve_model_dir
 from .exit_0 import CONFIG_BLOCK, EXIT_0_FILE, export_exit_0, load_exit_0
 from .model import MultiExitModel, by_row, predict
 from .staging import check_output, resolved, staging
-from .targets.check import FP32_TARGET
+from .targets.check import FP32_TARGET, engine_of
 from .tokenizer import save_tokenizer
 from .verify import BUILT_IN_TEXTS, check_chain
 
@@ -66,16 +64,14 @@ class ExportOptions:
         problem_type: the task, for checkpoints that do not name it.
         max_length: longest sequence in tokens, including special tokens; None: the longest that
             the tokenizer and the model take.
-        verify_data: a file of more texts to verify with, in any format of `runtime.read_rows`.
-        reading: how that file is read.
+        verify_data: more texts to verify with.
         force: whether to replace an existing engines folder.
     """
 
     exits: tuple[int, ...] | None = None
     problem_type: ProblemType | None = None
     max_length: int | None = None
-    verify_data: Path | None = None
-    reading: ReadOptions = field(default_factory=ReadOptions)
+    verify_data: Sequence[Text] = ()
     force: bool = False
 
 
@@ -123,7 +119,7 @@ def export(
 
     Raises:
         ModelError: model_dir is missing or damaged, or cannot be compiled with these options.
-        InputError: `verify_data` cannot be read.
+        InputError: an item of `verify_data` is not a text, or `output` is inside of a model.
         ArtifactError: the output folder exists, or cannot be written.
         MissingExtraError: torch or another package of `fpabee[export,cpu]` is not installed.
         VerificationError: the segments differ too much from the model; nothing is written.
@@ -148,10 +144,7 @@ def export(
         )
     model = load_checkpoint(source, options.problem_type)
     exit_0 = load_exit_0(source, model.backbone.config, len(model.exit_config.labels))
-    texts = list(BUILT_IN_TEXTS)
-    if options.verify_data is not None:
-        rows = read_rows(options.verify_data, options.reading)
-        texts += [row.content for row in rows]
+    texts = [*BUILT_IN_TEXTS, *options.verify_data]
     with staging(target) as folder:
         manifest, agreement = _write(
             folder, source, model, exit_0, texts, options, progress or silent
@@ -234,8 +227,7 @@ def _write(
         files={REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)},
         exit_0=export_exit_0(folder, exit_0) if exit_0 else None,
     )
-    write_manifest(folder, manifest)
-    with Engine.load(folder) as engine:
+    with engine_of(folder, manifest, FP32_TARGET) as engine:
         agreement = check_chain(engine, texts, logits)
     record = folder / VERIFICATION_NAME
     record.write_text(json.dumps(agreement.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -143,12 +143,11 @@ def make_models(folder: Path, emit: Emit) -> None:
     draw = random.Random(folder.name)
     texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for _ in range(FILE_TEXTS)]
     (folder / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
-    ranges = folder / "int8.txt"
-    ranges.write_text("\n".join(texts[:INT8_TEXTS]), encoding="utf-8")
     sizes = SIZES[folder.name]
     make_model("bert", folder / "model", max_position_embeddings=LONGEST, **sizes)
     export(folder / "model", chain, ExportOptions(force=True))
     add_targets(chain, AddTargetsOptions(fp16=True, backends=()))
+    ranges = tuple(texts[:INT8_TEXTS])
     add_targets(chain, AddTargetsOptions(int8=True, calibration_data=ranges, backends=()))
     with staging(one) as new:
         write_one_graph(chain, new)

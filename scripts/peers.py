@@ -28,7 +28,7 @@ from typing import Any
 import click
 import reproduce
 from reproduce import EXIT_0, RUNS, engines_of, train_run
-from systems import ENVIRONMENTS, OTHERS, System, measure
+from systems import ENVIRONMENTS, OTHERS, System, measure, read
 
 from fpabee.calibration import DEFAULT_GOALS, CalibrationOptions, Goal, calibrate
 from fpabee.calibration.search import CASCADE
@@ -101,8 +101,8 @@ def add_all_targets(engines: Path, data: Path) -> None:
     if not any("int8" in name for name in read_manifest(engines).targets):
         options = AddTargetsOptions(
             int8=True,
-            calibration_data=data / "train.jsonl.gz",
-            verify_data=data / "dev.jsonl.gz",
+            calibration_data=read(str(data), "train")[0],
+            verify_data=read(str(data), "dev")[0],
             backends=("openvino", "onnxruntime"),
         )
         add_targets(engines, options)

@@ -19,6 +19,7 @@ from ...runtime.cli.command import READING, command, in_terms_of_options
 from ...runtime.cli.console import echo, step_progress
 from ...runtime.cli.options import not_with, only_with
 from ...runtime.errors import InputError, VerificationError
+from ...runtime.files import read_rows
 from ...runtime.machine import require
 from ..add_targets import AddTargetsOptions, AddTargetsResult, add_targets, check_options
 from ..targets.backends import INT8, ONNXRUNTIME, OPENVINO, RTX, TENSORRT, unavailable_reason
@@ -129,7 +130,10 @@ def main(
     if (model_dir is None) == (source is None):
         raise click.UsageError("give either MODEL_DIR or --from ENGINES")
     _check_usage(source is None, settings)
-    settings["reading"] = options.read_options(settings)
+    reading = options.read_options(settings)
+    for name in ("calibration_data", "verify_data"):
+        rows = read_rows(settings[name], reading) if settings[name] else ()
+        settings[name] = [row.content for row in rows]
     say = (lambda line: None) if as_json else echo
     folder = source or output or Path("engines")
     content: Content = {}

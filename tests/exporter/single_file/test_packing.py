@@ -222,8 +222,7 @@ def test_int8_graphs_are_packed(
     monkeypatch.setitem(REQUIREMENTS, "int8", required)
     folder = tmp_path / "engines"
     shutil.copytree(exit_0_engines[family], folder)
-    data = tmp_path / "texts.txt"
-    data.write_text("\n".join(str(text) for text in SINGLE[7:107]))
+    data = SINGLE[7:107]
     options = AddTargetsOptions(int8=True, calibration_data=data, backends=("onnxruntime",))
     assert not [each.refused for each in add_targets(folder, options).checked if each.refused]
     shutil.rmtree(folder / "onnx")  # of which none is read

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import importlib.util
 import itertools
 import platform
@@ -59,11 +57,12 @@ TEXTS = [" ".join(pair) for pair in itertools.permutations(WORDS, 2)]
 NAMES = ("onnxruntime-int8", "openvino-int8")
 SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in _FAMILIES if family != "albert"]
 
-Options = Callable[..., AddTargetsOptions]
+BOTH = AddTargetsOptions(int8=True, calibration_data=TEXTS, backends=("openvino", "onnxruntime"))
+OTHERS = replace(BOTH, calibration_data=TEXTS[::-1])  # which give other ranges
 
 
 def require(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    required = dataclasses.replace(REQUIREMENTS["int8"], labels=share, exits=share)
+    required = replace(REQUIREMENTS["int8"], labels=share, exits=share)
     monkeypatch.setitem(REQUIREMENTS, "int8", required)
 
 
@@ -86,26 +85,12 @@ def lenient_and_fast() -> Any:
         yield
 
 
-def int8_options(place: Path, texts: list[str] = TEXTS, **changes: Any) -> AddTargetsOptions:
-    """Options for int8 with both libraries, from texts in some order."""
-    (place / "texts.txt").write_text("\n".join(texts))
-    both = AddTargetsOptions(
-        int8=True, calibration_data=place / "texts.txt", backends=("openvino", "onnxruntime")
-    )
-    return dataclasses.replace(both, **changes)
-
-
-@pytest.fixture
-def options(tmp_path: Path) -> Options:
-    return functools.partial(int8_options, tmp_path)
-
-
 @pytest.fixture(scope="module")
 def template(engines: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with int8, whose default target is that of OpenVINO. Read-only."""
-    place = tmp_path_factory.mktemp("int8")
-    folder = Path(shutil.copytree(engines["bert"], place / "engines"))
-    add_targets(folder, int8_options(place, default_target=NAMES[1]))
+    folder = tmp_path_factory.mktemp("int8") / "engines"
+    shutil.copytree(engines["bert"], folder)
+    add_targets(folder, replace(BOTH, default_target=NAMES[1]))
     return folder
 
 
@@ -145,13 +130,11 @@ def check_content(proto: Any) -> int:
 
 @pytest.mark.parametrize("family", ["albert", *SLOW])
 def test_both_libraries_run_the_same_graphs(
-    family: str, engine_copy: Callable[..., Path], options: Options, tmp_path: Path
+    family: str, engine_copy: Callable[..., Path], tmp_path: Path
 ) -> None:
     """And one graph of the whole model gives the same."""
     folder, one = engine_copy(family), tmp_path / "one"
-    assert not [
-        checked.refused for checked in add_targets(folder, options()).checked if checked.refused
-    ]
+    assert not [checked.refused for checked in add_targets(folder, BOTH).checked if checked.refused]
     manifest = read_manifest(folder)
     first, second = (manifest.targets[name] for name in NAMES)
     assert first.files == second.files
@@ -175,11 +158,13 @@ def test_both_libraries_run_the_same_graphs(
 
 
 def test_int8_that_changes_answers_is_not_kept(
-    engine_copy: Callable[..., Path], options: Options, monkeypatch: pytest.MonkeyPatch
+    engine_copy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require(monkeypatch, 1.1)
     folder = engine_copy()
-    texts = ("--calibration-data", str(options().calibration_data))
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(TEXTS))
+    texts = ("--calibration-data", str(file))
     backends = ("--backend", "openvino", "--backend", "onnxruntime")
     result = CliRunner().invoke(main, ["--from", str(folder), "--int8", *texts, *backends])
     assert result.exit_code == 1
@@ -193,9 +178,9 @@ def test_int8_that_changes_answers_is_not_kept(
 
 @pytest.mark.parametrize("interrupted", ["", "at the check", "before the manifest"])
 def test_earlier_int8_stays_until_the_new_one_has_passed(
-    interrupted: str, added: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+    interrupted: str, added: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, again = read_manifest(added), options(TEXTS[::-1])  # other ranges
+    before = read_manifest(added)
 
     def interrupt(path: Path, manifest: Manifest) -> None:
         if manifest.targets[NAMES[0]].files != before.targets[NAMES[0]].files:
@@ -207,10 +192,10 @@ def test_earlier_int8_stays_until_the_new_one_has_passed(
             monkeypatch.setattr(cpu, "check_target", lambda *_: 1 / 0)
         monkeypatch.setattr(additions, "write_manifest", interrupt)
         with pytest.raises(ZeroDivisionError):
-            add_targets(added, again)
+            add_targets(added, OTHERS)
     else:
         require(monkeypatch, 1.1)
-        assert all(checked.refused for checked in add_targets(added, again).checked)
+        assert all(checked.refused for checked in add_targets(added, OTHERS).checked)
     manifest = read_manifest(added)
     for name in NAMES:
         assert manifest.targets[name].files == before.targets[name].files
@@ -223,7 +208,6 @@ def test_earlier_int8_stays_until_the_new_one_has_passed(
 
 def test_int8_made_again_keeps_what_runs_its_graphs(
     added: Path,
-    options: Options,
     set_points: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -231,10 +215,10 @@ def test_int8_made_again_keeps_what_runs_its_graphs(
     before = read_manifest(added).targets[NAMES[1]]
     with monkeypatch.context() as patch:
         without(patch, "openvino")
-        result = add_targets(added, options(backends=("onnxruntime",)))
+        result = add_targets(added, replace(BOTH, backends=("onnxruntime",)))
     openvino._core.cache_clear()
     assert result.manifest.targets[NAMES[1]] == before, "the graphs are the same"
-    result = add_targets(added, options(TEXTS[::-1], backends=("openvino",)))
+    result = add_targets(added, replace(OTHERS, backends=("openvino",)))
     assert result.default.startswith(f"default target: {NAMES[1]}, as chosen by hand")
     assert result.lost_points == {NAMES[1]: ("fast",)}
     files = result.manifest.targets[NAMES[0]].files
@@ -245,7 +229,7 @@ def test_int8_made_again_keeps_what_runs_its_graphs(
         with Engine.load(added, name) as engine:
             engine.check()
     without(monkeypatch, "openvino")
-    result = add_targets(added, options(backends=("onnxruntime",)))
+    result = add_targets(added, replace(BOTH, backends=("onnxruntime",)))
     assert "OpenVINO is not installed" in str(result.checked[-1].refused)
     assert NAMES[1] not in result.manifest.targets
 
@@ -259,7 +243,6 @@ def unmeasured(backend: str, **changes: Any) -> Target:
 
 def test_int8_needs_a_cpu_with_vnni(
     engine_copy: Callable[..., Path],
-    options: Options,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -278,14 +261,14 @@ def test_int8_needs_a_cpu_with_vnni(
         assert engine.target == "onnxruntime-fp32"
     assert "needs a CPU with VNNI instructions" in caplog.text
     with pytest.raises(BackendError, match="int8 for CPUs needs VNNI instructions"):
-        add_targets(folder, options())
+        add_targets(folder, BOTH)
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     with Engine.load(folder, NAMES[1]) as engine:
         engine.predict(TEXTS[:1])
 
 
 def test_int8_is_for_this_machine_or_for_the_gpus_of_fp16(
-    engine_copy: Callable[..., Path], options: Options, monkeypatch: pytest.MonkeyPatch
+    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = MissingExtraError("it is not installed")
     monkeypatch.setattr(
@@ -294,31 +277,31 @@ def test_int8_is_for_this_machine_or_for_the_gpus_of_fp16(
         lambda name: missing if name.startswith("tensorrt") else unavailable_reason(name),
     )
     folder = engine_copy()
-    result = add_targets(folder, options(backends=None))
+    result = add_targets(folder, replace(BOTH, backends=None))
     assert set(NAMES) < result.manifest.targets.keys()
     assert not result.not_built, "nobody asked for plans in fp32"
     assert "int8" not in result.manifest.precisions
     without(monkeypatch, "nncf")
     with pytest.raises(MissingExtraError, match=r"nncf.*quantize"):
-        add_targets(folder, options(backends=None))
-    result = add_targets(folder, options(backends=None, fp16=True))
+        add_targets(folder, replace(BOTH, backends=None))
+    result = add_targets(folder, replace(BOTH, backends=None, fp16=True))
     assert {"fp16", "int8"} == result.manifest.precisions.keys()
     assert {"tensorrt-fp16", "tensorrt-int8"} < result.not_built.keys()
 
 
 def test_texts_are_needed_unless_every_target_is_there(
-    engine_copy: Callable[..., Path], options: Options
+    engine_copy: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = engine_copy()
     for _ in range(2):
         with pytest.raises(InputError, match=r"no texts are given .*`calibration_data`"):
-            add_targets(folder, options(calibration_data=None))
+            add_targets(folder, replace(BOTH, calibration_data=()))
         only_openvino = with_target(read_manifest(folder), NAMES[1], unmeasured("openvino"))
         write_manifest(folder, only_openvino)
-    few = options(TEXTS[:10])
     with pytest.raises(InputError, match="at least 32 texts, but there are 10"):
-        add_targets(folder, few)
-    command = ["model_dir", "--int8", "--calibration-data", str(few.calibration_data)]
+        add_targets(folder, replace(BOTH, calibration_data=TEXTS[:10]))
+    (tmp_path / "few.txt").write_text("\n".join(TEXTS[:10]))
+    command = ["model_dir", "--int8", "--calibration-data", str(tmp_path / "few.txt")]
     result = CliRunner().invoke(main, command)
     assert "there are 10" in result.stderr, "before the export begins"
 
@@ -335,31 +318,20 @@ def test_a_quantizer_that_fails_is_explained_and_loses_nothing(
     error: str,
     hint: str,
     engine_copy: Callable[..., Path],
-    options: Options,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(int8, "run_worker", lambda *_: error)
     folder = engine_copy()
     with pytest.raises(VerificationError, match="segment_01 could not be quantized: ") as found:
-        add_targets(folder, options([*TEXTS, hint]))
+        add_targets(folder, replace(BOTH, calibration_data=[*TEXTS, hint]))
     assert error in found.value.message
     assert hint in found.value.hint
     assert "openvino-fp32" in read_manifest(folder).targets
 
 
-@pytest.fixture
-def lenient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Require nothing: a tiny random model has no robust answers, and the written graphs matter."""
-    required = replace(REQUIREMENTS["int8"], labels=0.0, exits=0.0)
-    monkeypatch.setitem(REQUIREMENTS, "int8", required)
-
-
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in _FAMILIES if family != "albert"]
-
-
 @pytest.mark.parametrize("family", ["albert", *SLOW])
 def test_products_with_weights_are_quantized_symmetrically(
-    family: str, engine_copy: Callable[..., Path], lenient: None, monkeypatch: pytest.MonkeyPatch
+    family: str, engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = engine_copy(family)
     judged: list[Text] = []
@@ -369,8 +341,7 @@ def test_products_with_weights_are_quantized_symmetrically(
         return exact_logits(*given)
 
     monkeypatch.setattr("fpabee.exporter.targets.fp16.exact_logits", noted)
-    texts = folder.parent / "texts.txt"
-    texts.write_text("\n".join(text for pair in TEXTS[::2] for text in (pair, WORDS[0])))
+    texts = [text for pair in TEXTS[::2] for text in (pair, WORDS[0])]
     added = add_targets(folder, AddTargetsOptions(int8=True, calibration_data=texts, backends=()))
     assert added.precisions["int8"].rows == 12 + 1
     assert set(judged) == {WORDS[0]}, "texts that gave ranges are not judged"
