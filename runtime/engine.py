@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -341,6 +342,23 @@ class Engine:
     def operating_point(self) -> str | None:
         """The operating point in use; None with a rule of your own, or without calibration."""
         return self._in_use[0]
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """The probability above which a label is predicted, or flagged, by label.
+
+        Those that were calibrated for the operating point in use, or those of the task; empty if
+        the answer is the most probable label.
+        """
+        task = self.manifest.task
+        usual = (0.5,) * len(self.labels) if self.multi_label else ()
+        decides = getattr(self.rule, "decision_thresholds", ()) or task.label_thresholds or usual
+        return {label: p for label, p in zip(self.labels, decides, strict=False) if p < 1}
+
+    @property
+    def revision(self) -> str:
+        """The SHA-256 of the manifest in hexadecimal digits; it holds the hashes of all files."""
+        return hashlib.sha256(msgspec.json.encode(self.manifest)).hexdigest()
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts as the engine does.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeAlias, get_args
 
 import msgspec
 
@@ -17,19 +17,21 @@ Pair = tuple[str, str]
 
 
 class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What fpabee adds to a request.
+    """What every request may have besides its texts.
 
     Attributes:
         deadline_ms: milliseconds for the answer.
         max_exit: rows stop at this exit at the latest.
+        truncate: whether texts may be truncated.
     """
 
     deadline_ms: float | None = None
     max_exit: int | None = None
+    truncate: bool = True
 
 
 class ClassifyRequest(Options, kw_only=True, forbid_unknown_fields=True):
-    """A request of vLLM's `/classify`, which may also have pairs of texts.
+    """A request as vLLM's `/classify` takes it, which may also have pairs of texts.
 
     Attributes:
         input: a text, or a list of texts and pairs.
@@ -90,29 +92,60 @@ class Usage(msgspec.Struct):
     completion_tokens: int = 0
 
 
-class ClassifyResponse(msgspec.Struct):
+class Source(msgspec.Struct, kw_only=True):
+    """What answered.
+
+    Attributes:
+        model: its name.
+        revision: `Engine.revision` of the engines folder.
+        operating_point: the calibrated rule, if one was used.
+        thresholds: the probability above which each label is predicted, or flagged; empty for
+            single-label tasks without thresholds, whose answer is the most probable label.
+    """
+
+    model: str
+    revision: str
+    operating_point: str | None
+    thresholds: dict[str, float]
+
+
+class ClassifyResponse(Source, kw_only=True):
     """A response of vLLM's `/classify`; `created` is in seconds since 1970."""
 
     id: str
-    object: Literal["list"]
+    object: Literal["list"] = "list"
     created: int
-    model: str
     data: list[Answer]
     usage: Usage
 
 
+class InstancesRequest(Options, kw_only=True, forbid_unknown_fields=True):
+    """A request as KServe's `/v1/models/NAME:predict` takes it, which may also have pairs."""
+
+    instances: list[str | Pair]
+
+    @property
+    def texts(self) -> list[Text]:
+        """The texts and pairs, in order."""
+        return list(self.instances)
+
+
+class InstancesResponse(Source, kw_only=True):
+    """A response of KServe: for each text, the probability of each label by its number."""
+
+    predictions: list[dict[str, float]]
+
+
 class PredictRequest(Options, kw_only=True, forbid_unknown_fields=True):
-    """A request of `/predict` of text-embeddings-inference.
+    """A request as `/predict` of text-embeddings-inference takes it.
 
     Attributes:
         inputs: a text; a pair of texts as a list of two; or several of both in a list, where a text
             is a list of one.
-        truncate: whether texts may be truncated.
         raw_scores: whether scores are logits instead of probabilities.
     """
 
     inputs: str | list[str | list[str]]
-    truncate: bool = True
     raw_scores: bool = False
 
     @property
@@ -129,6 +162,27 @@ class PredictRequest(Options, kw_only=True, forbid_unknown_fields=True):
         """
         inputs: Any = self.inputs if self.is_batch else [self.inputs]
         return [text if isinstance(text, str) else _text_or_pair(text) for text in inputs]
+
+
+Asked: TypeAlias = ClassifyRequest | PredictRequest | InstancesRequest
+
+
+def request_of(body: bytes, usual: type[Asked]) -> Asked:
+    """The request in a body: its fields say in which format it is.
+
+    Args:
+        body: the JSON.
+        usual: the format of a body with none of the fields `input`, `inputs` and `instances`.
+
+    Raises:
+        ValueError: the body is not valid JSON, or not a request.
+        RecursionError: its lists or objects are nested too deeply.
+    """
+    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    kinds = {"input": ClassifyRequest, "inputs": PredictRequest, "instances": InstancesRequest}
+    kind = next((kind for field, kind in kinds.items() if field in fields), usual)
+    asked: Asked = msgspec.json.decode(body, type=kind)
+    return asked
 
 
 class Failure(msgspec.Struct):
@@ -149,17 +203,30 @@ def _text_or_pair(strings: Sequence[str]) -> Text:
     )
 
 
-def classify_response(
-    predictions: Sequence[Prediction], labels: Sequence[str], model: str, tokens: int
-) -> ClassifyResponse:
-    """Answers in vLLM's format.
+def response_to(
+    asked: Asked,
+    predictions: Sequence[Prediction],
+    labels: Sequence[str],
+    source: Source,
+    tokens: int,
+) -> ClassifyResponse | InstancesResponse | list[LabelScore] | list[list[LabelScore]]:
+    """The answers in the format of the request.
 
     Args:
-        predictions: in the order of the request.
+        asked: the request.
+        predictions: in the order of its texts.
         labels: in the order of the probabilities.
-        model: the name of the model.
+        source: what answered.
         tokens: in all rows together.
     """
+    origin = msgspec.structs.asdict(source)
+    if isinstance(asked, InstancesRequest):
+        found = [answer.probabilities for answer in predictions]
+        numbered = [{str(number): p for number, p in enumerate(each)} for each in found]
+        return InstancesResponse(predictions=numbered, **origin)
+    if isinstance(asked, PredictRequest):
+        ranked = [_ranked(asked, answer, labels) for answer in predictions]
+        return ranked if asked.is_batch else ranked[0]
     data = [
         Answer(
             number,
@@ -175,49 +242,42 @@ def classify_response(
         )
         for number, answer in enumerate(predictions)
     ]
-    name = f"classify-{uuid.uuid4().hex}"
-    return ClassifyResponse(name, "list", int(time.time()), model, data, Usage(tokens, tokens))
+    name, now = f"classify-{uuid.uuid4().hex}", int(time.time())
+    return ClassifyResponse(id=name, created=now, data=data, usage=Usage(tokens, tokens), **origin)
 
 
-def predict_response(
-    asked: PredictRequest, prediction: Prediction, labels: Sequence[str]
-) -> list[LabelScore]:
-    """An answer in the format of text-embeddings-inference, the most probable label first."""
-    scores = prediction.logits if asked.raw_scores else prediction.probabilities
-    pairs = zip(prediction.probabilities, scores, labels, strict=True)
+def _ranked(asked: PredictRequest, answer: Prediction, labels: Sequence[str]) -> list[LabelScore]:
+    """The labels of an answer, the most probable one first."""
+    scores = answer.logits if asked.raw_scores else answer.probabilities
+    pairs = zip(answer.probabilities, scores, labels, strict=True)
     ranked = sorted(pairs, key=lambda pair: -pair[0])
     return [LabelScore(score, label) for _, score, label in ranked]
 
 
-def openapi(version: str, statuses: dict[int, str]) -> dict[str, Any]:
+def openapi(version: str, paths: Iterable[str], statuses: dict[int, str]) -> dict[str, Any]:
     """The OpenAPI 3.1 schema of the requests that classify texts.
 
     Args:
         version: of fpabee.
+        paths: where they are sent to.
         statuses: what each status of an error means.
     """
-    kinds = (ClassifyRequest, ClassifyResponse, PredictRequest, Failure, LabelScore)
+    kinds = (*get_args(Asked), ClassifyResponse, InstancesResponse, LabelScore, Failure)
     refs, schemas = msgspec.json.schema_components(
         kinds, ref_template="#/components/schemas/{name}"
     )
-    scores = {"type": "array", "items": refs[4]}
-    answers = {"oneOf": [scores, {"type": "array", "items": scores}]}
-    failures = {str(status): _response(text, refs[3]) for status, text in statuses.items()}
-
-    def post(summary: str, request: Any, response: Any) -> dict[str, Any]:
-        body = {"required": True, "content": {"application/json": {"schema": request}}}
-        responses = {"200": _response("the answers", response), **failures}
-        return {"post": {"summary": summary, "requestBody": body, "responses": responses}}
-
-    classify = post("Classify texts, as in vLLM.", refs[0], refs[1])
+    *requests, classified, predicted, score, failure = refs
+    scores = {"type": "array", "items": score}
+    answers = {"oneOf": [classified, predicted, scores, {"type": "array", "items": scores}]}
+    failures = {str(status): _response(text, failure) for status, text in statuses.items()}
+    body = {"required": True, "content": {"application/json": {"schema": {"oneOf": requests}}}}
+    responses = {"200": _response("the answers", answers), **failures}
+    summary = "Classify texts; the answer has the format of the request."
+    post = {"post": {"summary": summary, "requestBody": body, "responses": responses}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "fpabee", "version": version},
-        "paths": {
-            "/classify": classify,
-            "/v1/classify": classify,
-            "/predict": post("Classify texts, as in TEI.", refs[2], answers),
-        },
+        "paths": dict.fromkeys(paths, post),
         "components": {"schemas": schemas},
     }
 

@@ -9,8 +9,9 @@ import socket
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import uvicorn
@@ -29,12 +30,15 @@ from ..errors import FpabeeError, InputError, OverloadedError, RuleError, in_one
 from ..predictions import Prediction
 from .hosts import ANY_HOST, HEALTH, HostCheck, accepted_hosts
 from .messages import (
+    Asked,
     ClassifyRequest,
     Failure,
+    InstancesRequest,
     PredictRequest,
-    classify_response,
+    Source,
     openapi,
-    predict_response,
+    request_of,
+    response_to,
 )
 from .metrics import Metrics
 from .scheduler import Scheduler
@@ -59,7 +63,6 @@ _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsaf
 _PAGE_POLICY += "connect-src 'self'; frame-ancestors 'none'"
 
 _Respond = Callable[[Request], Awaitable[Response]]
-R = TypeVar("R", ClassifyRequest, PredictRequest)
 
 
 @dataclass(frozen=True)
@@ -182,17 +185,24 @@ class _Server:
         page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
         index = HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
         refusal = _error(421, STATUSES[421], "InvalidRequest")
-        classify = _stoppable(self._classify)
+        formats: dict[str, type[Asked]] = {
+            "/classify": ClassifyRequest,
+            "/v1/classify": ClassifyRequest,
+            "/predict": PredictRequest,
+            f"/v1/models/{self._name}:predict": InstancesRequest,
+        }
+        schema = _json(openapi(__version__, formats, STATUSES))
         self.app = Starlette(
             routes=[
                 Route("/", index, methods=["GET"]),
-                Route("/classify", classify, methods=["POST"]),
-                Route("/v1/classify", classify, methods=["POST"]),
-                Route("/predict", _stoppable(self._predict), methods=["POST"]),
+                *(
+                    Route(path, _stoppable(partial(self._classify, usual=kind)), methods=["POST"])
+                    for path, kind in formats.items()
+                ),
                 Route(HEALTH, self._health),
                 Route("/info", self._info),
                 Route("/metrics", self._show_metrics),
-                Route("/openapi.json", _json(openapi(__version__, STATUSES)), methods=["GET"]),
+                Route("/openapi.json", schema, methods=["GET"]),
             ],
             middleware=[Middleware(HostCheck, self._hosts, refusal)],
             exception_handlers={
@@ -203,31 +213,39 @@ class _Server:
             },
         )
 
-    async def _classify(self, request: Request) -> Response:
-        asked = await self._read(request, ClassifyRequest)
+    async def _classify(self, request: Request, usual: type[Asked]) -> Response:
+        asked = await self._read(request, usual)
         rows: list[EncodedRow] = []
-        found = await self._answers(request, asked, rows.extend)
-        tokens = sum(map(len, rows))
-        return _json(classify_response(found, self._engine.labels, self._name, tokens))
 
-    async def _predict(self, request: Request) -> Response:
-        asked = await self._read(request, PredictRequest)
-
-        def check(rows: Sequence[EncodedRow]) -> None:
-            if not asked.truncate and any(row.truncated for row in rows):
+        def check(some: Sequence[EncodedRow]) -> None:
+            rows.extend(some)
+            if not asked.truncate and any(row.truncated for row in some):
                 raise InputError(
                     f"a text has more than {self._engine.max_length} tokens",
                     "shorten it, or set `truncate` to true",
                 )
 
-        found = await self._answers(request, asked, check)
-        answers = [predict_response(asked, answer, self._engine.labels) for answer in found]
-        return _json(answers if asked.is_batch else answers[0])
+        found, source = await self._answers(request, asked, check), self._source()
+        response = _json(
+            response_to(asked, found, self._engine.labels, source, sum(map(len, rows)))
+        )
+        # Some formats have no room for it.
+        response.headers["X-Fpabee-Revision"] = source.revision
+        return response
+
+    def _source(self) -> Source:
+        engine = self._engine
+        return Source(
+            model=self._name,
+            revision=engine.revision,
+            operating_point=engine.operating_point,
+            thresholds=engine.thresholds,
+        )
 
     async def _answers(
         self,
         request: Request,
-        asked: ClassifyRequest | PredictRequest,
+        asked: Asked,
         check: Callable[[Sequence[EncodedRow]], object],
     ) -> list[Prediction]:
         """The answers; if the client leaves, its rows are cancelled."""
@@ -246,13 +264,13 @@ class _Server:
             with suppress(asyncio.CancelledError, Exception):
                 await work
 
-    async def _read(self, request: Request, kind: type[R]) -> R:
+    async def _read(self, request: Request, usual: type[Asked]) -> Asked:
         sent = request.headers.get("content-type", "application/json")
         if sent.partition(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, f"the content type is {sent}, expected application/json")
         try:
             body = await asyncio.wait_for(self._body(request), self._limits.body_seconds)
-            asked = msgspec.json.decode(body, type=kind)
+            asked = request_of(body, usual)
         except asyncio.TimeoutError:
             raise HTTPException(408, STATUSES[408], {"Connection": "close"}) from None
         except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
@@ -281,9 +299,11 @@ class _Server:
         return _json(
             {
                 "model_id": self._name,
+                "revision": self._engine.revision,
                 "version": __version__,
                 "target": self._engine.target,
                 "operating_point": self._engine.operating_point,
+                "thresholds": self._engine.thresholds,
                 "rule": self._engine.rule.to_dict(),
                 "labels": self._engine.labels,
                 "multi_label": self._engine.multi_label,

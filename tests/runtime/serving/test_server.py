@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from openapi_spec_validator import validate
 from starlette.testclient import TestClient
 
-from fpabee.runtime import BackendError, Budget, Engine
+from fpabee.runtime import BackendError, Budget, Confidence, Engine, read_manifest
+from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.artifact.manifest import MANIFEST_NAME
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.metrics import Metrics
@@ -114,13 +116,63 @@ def test_what_fpabee_adds(server: Server) -> None:
     assert (late["exit"], late["deadline_missed"]) == (1, True)
 
 
+def test_the_http_classify_of_semantic_router(server: Server) -> None:
+    """`http_classifier.go` posts this, and takes only a bare list with all labels that sum to 1."""
+    response = server.post("/classify", {"inputs": "rain"}, Accept="application/json")
+    assert response.status_code == 200
+    scores = {each["label"]: each["score"] for each in server.check("/classify", response)}
+    assert scores.keys() == set(server.engine.labels)
+    assert all(0 <= score <= 1 for score in scores.values())
+    if not server.engine.multi_label:
+        assert sum(scores.values()) == pytest.approx(1, abs=0.02)
+    assert response.headers["X-Fpabee-Revision"] == server.engine.revision
+
+
+def test_the_vllm_engine_of_nemo_guardrails(server: Server) -> None:
+    """It takes the label of each item, and the largest of its probabilities as the score."""
+    response = server.post("/classify", {"model": "org/name", "input": "rain"})
+    (item,) = server.check("/classify", response)["data"]
+    (expected,) = server.engine.predict(["rain"])
+    ((label, score),) = expected.top(server.engine.labels, 1)
+    assert (item["label"], max(item["probs"])) == (label, pytest.approx(score, abs=1e-5))
+
+
+def test_the_kserve_engine_of_nemo_guardrails(server: Server) -> None:
+    """It takes the first prediction, a map from numbers of labels to probabilities."""
+    path = "/v1/models/tiny:predict"
+    response = server.post(path, {"instances": ["rain"]})
+    found = server.check(path, response)
+    (expected,) = server.engine.predict(["rain"])
+    assert [*found["predictions"][0]] == [str(n) for n in range(len(server.engine.labels))]
+    values = [float(each) for each in found["predictions"][0].values()]
+    assert values == pytest.approx(expected.probabilities, abs=1e-5)
+    assert (found["revision"], found["operating_point"]) == (server.engine.revision, None)
+    assert server.post("/v1/models/other:predict", {"instances": ["a"]}).status_code == 404
+
+
+def test_answers_say_what_decides(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+) -> None:
+    folder = engine_copy()
+    first = read_manifest(folder).task.labels[0]
+    decides = (0.7, *(1.0 for _ in read_manifest(folder).task.labels[1:]))
+    before = sha256_of(folder / MANIFEST_NAME)
+    set_points(folder, default="a", a=Confidence(threshold=0.9, decision_thresholds=decides))
+    with Engine.load(folder) as engine:
+        server = Server(engine)
+        found = server.post("/classify", {"input": "rain"}).json()
+        assert (found["operating_point"], found["thresholds"]) == ("a", {first: 0.7})
+        assert found["revision"] == engine.revision != before
+        server.scheduler.close()
+
+
 @pytest.mark.parametrize("path", ["/classify", "/predict"])
 @given(data=st.data())
 def test_every_answer_is_in_the_schema(server: Server, path: str, data: st.DataObject) -> None:
     """Requests around what the schema allows: it says which are refused, and describes answers."""
     operation = server.schema["paths"][path]["post"]
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
-    name = schema["$ref"].rpartition("/")[2]
+    name = "ClassifyRequest" if path == "/classify" else "PredictRequest"
     fields = sorted(server.schema["components"]["schemas"][name]["properties"])
     text = st.sampled_from(["rain", "", "\0", "a film"])
     value = st.one_of(
