@@ -144,7 +144,7 @@ def write_one_graph(source: Path, folder: Path) -> Manifest:
         if not target.files or is_cpu_int8(target)
     }
     segment = msgspec.structs.replace(
-        last, exit=1, calls=tuple(calls if manifest.model.shared_layers else graphs)
+        last, calls=tuple(calls if manifest.model.shared_layers else graphs)
     )
     copy(manifest.tokenizer.file, manifest.tokenizer.sha256)
     if manifest.exit_0 is not None:

@@ -163,7 +163,7 @@ def cut(model: MultiExitModel, exits: Sequence[int], token_types: bool = True) -
         for name, content in calls:
             if name not in modules:
                 modules[name] = part(*content).eval()
-        segments.append(Segment(exit=number, layer=layer, calls=tuple(name for name, _ in calls)))
+        segments.append(Segment(layer=layer, calls=tuple(name for name, _ in calls)))
     return Cut(modules, tuple(segments))
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from ..runtime.artifact.folder import sha256_of
 from ..runtime.artifact.manifest import TOKENIZER_NAME, TokenizerSpec
-from ..runtime.artifact.untrusted.charsmap import replacements
 from ..runtime.artifact.untrusted.protobuf import values_at
-from ..runtime.artifact.untrusted.tokenizer_content import check_tokenizer
+from ..runtime.artifact.untrusted.tokenizer_content import charsmap_growth, check_tokenizer
 from ..runtime.encoding import tokenizer_errors
 from ..runtime.errors import ModelError
 from .model import MultiExitModel
@@ -83,7 +82,7 @@ def _check_sentencepiece(path: Path) -> None:
     """
     for charsmap in values_at(memoryview(path.read_bytes()), _CHARSMAP):
         if len(charsmap):
-            replacements(bytes(charsmap))
+            charsmap_growth(bytes(charsmap))
 
 
 def load_tokenizer(source: Path, model: MultiExitModel) -> Any:

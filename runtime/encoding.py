@@ -30,7 +30,7 @@ from .errors import EXPORT_AGAIN, ArtifactError, FpabeeError, InputError, first_
 
 # Texts that are tokenized in one call. The library needs a hundred bytes for each character.
 _CHUNK_TEXTS = 256
-_CHUNK_CHARACTERS = 2**18
+_CHUNK_CHARACTERS = 2**17
 
 # A text is read to this many characters for each token that is wanted, and this many more. What is
 # behind a token can change it only within a word, which is shorter than the margin, or becomes an

@@ -23,31 +23,23 @@ from .manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
 from .untrusted.consistency import problems
 from .untrusted.graph_content import check_graph
 
-MAX_FILE_BYTES = 16 * 2**30
-"""Far more than any file of an artifact has: an ONNX file and a plan have at most about 2 GiB."""
-
 BAD_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 """What msgspec raises for bytes that are not the JSON that was expected."""
 
+# Far more than any file has: an ONNX file and a plan have at most about 2 GiB.
+_MAX_FILE_BYTES = 16 * 2**30
 _MAX_MANIFEST_BYTES = 16 * 2**20
 
 
-def sha256_of(path: Path, most: int = MAX_FILE_BYTES) -> str:
+def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal.
 
-    Args:
-        path: the file.
-        most: the largest number of bytes that it may have.
-
     Raises:
-        OSError: the file cannot be read, or has more bytes.
+        OSError: the file cannot be read.
     """
-    digest, left = hashlib.sha256(), most
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            left -= len(block)
-            if left < 0:
-                raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
             digest.update(block)
     return digest.hexdigest()
 
@@ -172,8 +164,7 @@ def resolve(folder: Path, relative: str) -> Path:
     """The path of a file of the artifact; its content is not read, see `verified`.
 
     Raises:
-        ArtifactError: the path leaves the folder, or is not a regular file of at most
-            `MAX_FILE_BYTES` bytes.
+        ArtifactError: the path leaves the folder, or is not a regular file of at most 16 GiB.
     """
     pure = PurePosixPath(relative)
     path = folder / pure
@@ -191,7 +182,7 @@ def resolve(folder: Path, relative: str) -> Path:
         raise ArtifactError(f"{path} cannot be opened: {error.strerror}", COPY_AGAIN) from error
     if not stat.S_ISREG(found.st_mode):
         raise ArtifactError(f"{path} is not a regular file, but the manifest names it", COPY_AGAIN)
-    if found.st_size > MAX_FILE_BYTES:
+    if found.st_size > _MAX_FILE_BYTES:
         raise ArtifactError(f"{path} has {found.st_size} bytes, too many for a model", COPY_AGAIN)
     return path
 
@@ -205,7 +196,7 @@ def verified(folder: Path, relative: str, sha256: str) -> Path:
     """
     path = resolve(folder, relative)
     try:
-        found = sha256_of(path, MAX_FILE_BYTES)
+        found = sha256_of(path)
     except OSError as error:
         raise ArtifactError(
             f"{path} cannot be read: {error.strerror}", "check the permissions, or copy it again"

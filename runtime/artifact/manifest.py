@@ -171,13 +171,11 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
     """The part of the model from one exit to the next.
 
     Attributes:
-        exit: number of the exit at its end, counted from 1.
         layer: encoder layers that have run at its end.
         calls: names of the graphs to run, in order: one graph, or for shared layers the block
             once per layer and then the head.
     """
 
-    exit: Count
     layer: Count
     calls: Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=1024)]
 

@@ -19,15 +19,23 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..artifact.untrusted.graph_content import ATTRIBUTE, GRAPH, MODEL, NODE, TENSOR
 from ..artifact.untrusted.protobuf import fields, values_at
 
-# Field numbers in onnx.proto: of a model, a graph, a node, an attribute, a tensor, and of an input
-# or output and its type.
-_IR_VERSION, _GRAPH, _OPSET_IMPORT = 1, 7, 8
-_NODES, _GRAPH_NAME, _INITIALIZERS, _INPUTS, _OUTPUTS = 1, 2, 5, 11, 12
-_NODE_INPUT, _NODE_OUTPUT, _OPERATOR, _ATTRIBUTES = 1, 2, 4, 5
-_ATTRIBUTE_NAME, _TENSOR_VALUE, _GRAPH_VALUE, _KIND = 1, 5, 6, 20
-_DIMS, _DATA_TYPE, _TENSOR_NAME, _RAW_DATA, _EXTERNAL_DATA, _LOCATION = 1, 2, 8, 9, 13, 14
+# Field numbers in onnx.proto.
+_IR_VERSION, _GRAPH, _OPSET_IMPORT = (MODEL[n] for n in ("ir_version", "graph", "opset_import"))
+_NODES, _GRAPH_NAME, _INITIALIZERS = (GRAPH[n] for n in ("node", "name", "initializer"))
+_INPUTS, _OUTPUTS = GRAPH["input"], GRAPH["output"]
+_NODE_INPUT, _NODE_OUTPUT, _OPERATOR, _ATTRIBUTES = (
+    NODE[n] for n in ("input", "output", "op_type", "attribute")
+)
+_ATTRIBUTE_NAME, _TENSOR_VALUE, _GRAPH_VALUE, _KIND = (
+    ATTRIBUTE[n] for n in ("name", "t", "g", "type")
+)
+_DIMS, _DATA_TYPE, _TENSOR_NAME, _RAW_DATA, _EXTERNAL_DATA, _LOCATION = (
+    TENSOR[n] for n in ("dims", "data_type", "name", "raw_data", "external_data", "data_location")
+)
+# Those of an input or output, and of its type.
 _VALUE_NAME, _VALUE_TYPE, _TENSOR_TYPE, _ELEMENT, _SHAPE = 1, 2, 1, 1, 2
 # Values of such fields.
 _TENSOR_KIND, _GRAPH_KIND, _EXTERNAL, _BOOL = 4, 5, 1, 9

@@ -159,6 +159,6 @@ def _sha256(source: str) -> str | None:
     if source == STANDARD_INPUT or not path.is_file():
         return None
     try:
-        return sha256_of(path, most=sys.maxsize)
+        return sha256_of(path)
     except OSError as error:
         raise _unreadable(path, error) from error

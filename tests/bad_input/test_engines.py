@@ -186,19 +186,14 @@ def test_a_damaged_file(
     check(case, place, capfd)
 
 
-def test_a_tokenizer_on_which_the_library_panics(
-    place: Place, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """A panic writes lines of Rust to standard error, so the library does not come that far."""
+def test_a_tokenizer_on_which_the_library_panics(place: Place) -> None:
     changes: list[Callable[[Any], object]] = [
         lambda t: t["post_processor"]["special_tokens"].pop("[CLS]"),
         lambda t: t["added_tokens"].append(ENDLESS),
-        lambda t: t.update(normalizer={"type": "Prepend", "prepend": ""}),
+        lambda t: t.update(pre_tokenizer={"type": "FixedLength", "length": 0}),
     ]
     for number, change in enumerate(changes):
         path = Path(shutil.copytree(place.shared["bert"], place.root / str(number)))
         corrected(TOKENIZER_NAME, partial(change_json, change=change))(path)
-        capfd.readouterr()
         with pytest.raises(ArtifactError, match=TOKENIZER_NAME):
             TextEncoder(path, read_manifest(path).tokenizer).encode(["rain"])
-        assert capfd.readouterr().err == ""

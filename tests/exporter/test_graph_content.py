@@ -8,13 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
-import numpy as np
 import onnx
 import pytest
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.merge import write_one_graph
@@ -55,19 +54,16 @@ def test_numbers_of_fields_and_names_of_operators_are_those_of_onnx() -> None:
         fields = message.DESCRIPTOR.fields_by_name
         assert {name: fields[name].number for name in numbers} == numbers
     known = {s.name for s in onnx.defs.get_all_schemas_with_history() if s.domain == ""}
-    assert known >= graph_content.OPERATORS >= graph_content._SIZED.keys()
+    assert known >= graph_content.OPERATORS
 
 
 def small() -> Any:
-    """A model of a node with a tensor in its attribute, and a node with a weight and a size."""
+    """A model of a node with a tensor in its attribute, and a weight."""
     value = helper.make_tensor("value", TensorProto.FLOAT, [1], [2.0])
     weight = helper.make_tensor("weight", TensorProto.FLOAT, [2], b"\0" * 8, raw=True)
     node = helper.make_node("Constant", [], ["out"], value=value)
-    size = helper.make_tensor("size", TensorProto.INT64, [2], [3, 3000])
-    expand = helper.make_node("Expand", ["weight", "size"], ["large"])
     out = helper.make_tensor_value_info("out", TensorProto.FLOAT, [1])
-    nodes, weights = [node, expand], [weight, size]
-    return helper.make_model(helper.make_graph(nodes, "small", [], [out], weights))
+    return helper.make_model(helper.make_graph([node], "small", [], [out], [weight]))
 
 
 def outside(tensor: Any) -> None:
@@ -94,56 +90,10 @@ def sparse_attribute(model: Any) -> None:
     outside(attribute.sparse_tensor.values)
 
 
-def sized(name: str, *sizes: Any, **attributes: Any) -> Callable[[Any], object]:
-    """A node whose first inputs after x, if it has one, are sizes, which are stored in any way."""
-
-    def change(model: Any) -> None:
-        x = [] if name in ("ConstantOfShape", "Range") else ["weight"]
-        names = [f"size_{number}" for number in range(len(sizes))]
-        for size_name, size in zip(names, sizes, strict=True):
-            if isinstance(size, onnx.NodeProto):
-                size.output[:] = [size_name]
-                model.graph.node.append(size)
-            else:
-                model.graph.initializer.append(size)
-                model.graph.initializer[-1].name = size_name
-        model.graph.node.append(helper.make_node(name, [*x, *names], ["x"], **attributes))
-
-    return change
-
-
-def raw(*sizes: int) -> Any:
-    return numpy_helper.from_array(np.array(sizes, np.int64))
-
-
-def listed(*sizes: int) -> Any:
-    return helper.make_tensor("", TensorProto.INT64, [len(sizes)], sizes)
-
-
-def made(name: str, *inputs: str, **attributes: Any) -> Any:
-    return helper.make_node(name, inputs, [""], **attributes)
-
-
-HUGE = "{}' that may ask for a huge tensor.*do not use this folder"
-SIZES: dict[str, Callable[[Any], object]] = {
-    "ConstantOfShape": sized("ConstantOfShape", raw(70_000, 70_000)),
-    "Expand": sized("Expand", listed(70_000, 1, 70_000)),
-    "Tile": sized("Tile", numpy_helper.from_array(np.array([2**30], np.int32))),
-    "OneHot": sized("OneHot", made("Constant", value=raw(2**40))),
-    "Pad": sized("Pad", raw(0, -(2**31))),
-    "Range": sized("Range", raw(0), raw(2**40), raw(1)),
-    "Conv": sized("Conv", pads=[35_000, 35_000, 35_000, 35_000]),
-    # Numbers that other nodes compute.
-    "Expand ": sized("Expand", made("Concat", "size", "size", axis=0)),
-    "Expand  ": sized("Expand", made("Constant", value_int=2**40)),
-    "Tile ": sized("Tile", made("ConstantOfShape", "size", value=raw(70_000))),
-    "Range ": sized("Range", raw(0), made("Cast", "weight", to=7), raw(1)),
-}
-
 REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
-    "loop": (with_graph("Loop", "body"), "operator 'Loop'"),
-    "graphs": (with_graph("Identity", "bodies", many=True), "attribute of type graphs: control"),
-    "unknown operator": (with_node("Sumo"), "operator 'Sumo'.*export the model again"),
+    "loop": (with_graph("Loop", "body"), "op_type 'Loop'"),
+    "graphs": (with_graph("Identity", "bodies", many=True), "has graphs, which"),
+    "unknown operator": (with_node("Sumo"), "op_type 'Sumo'.*export the model again"),
     "node of another domain": (with_node("Gelu", "com.ours"), "domain 'com.ours'"),
     "import of another domain": (
         lambda m: m.opset_import.append(helper.make_opsetid("com.ours", 1)),
@@ -152,7 +102,7 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "function": (lambda m: m.functions.add(name="f"), "has functions"),
     "training": (lambda m: m.training_info.add(), "has training_info"),
     "sparse weights": (sparse, "has sparse_initializer"),
-    "sparse attribute": (sparse_attribute, "attribute of type sparse_tensor"),
+    "sparse attribute": (sparse_attribute, "has sparse_tensor"),
     "weights elsewhere": (lambda m: outside(m.graph.initializer[0]), "weights in other files"),
     "location alone": (
         lambda m: setattr(m.graph.initializer[0], "data_location", TensorProto.EXTERNAL),
@@ -166,8 +116,6 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda m: outside(m.graph.node[0].attribute[0].tensors.add()),
         "weights in other files",
     ),
-    **{name: (change, HUGE.format(name.strip())) for name, change in SIZES.items()},
-    "no graph": (lambda m: m.ClearField("graph"), "contains no graph"),
 }
 
 
@@ -217,7 +165,7 @@ def looped() -> bytes:
     return bytes(model.SerializeToString())
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(at=st.integers(0, len(looped()) - 1), byte=st.integers(0, 255))
 def test_a_loop_that_onnx_reads_is_found_in_any_bytes(
     at: int, byte: int, tmp_path_factory: pytest.TempPathFactory

@@ -2,5 +2,5 @@
 
 A hash finds damage, not malice, and libraries follow what a file says. So each kind of file is held
 against what an export writes: ONNX graphs (`graph_content`, read by `protobuf`), tokenizers
-(`tokenizer_content`, with their `charsmap`), `arrays`, and the manifest itself (`consistency`).
+(`tokenizer_content`), `arrays`, and the manifest itself (`consistency`).
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 _VARINT, _LENGTH = 0, 2
 # Sizes of the numbers of fixed size.
@@ -56,23 +56,6 @@ def values_at(message: memoryview, path: tuple[int, ...]) -> Iterator[memoryview
                 yield from values_at(value, path[1:])
             else:
                 yield value
-
-
-def numbers(values: Iterable[int | memoryview]) -> list[int]:
-    """The signed numbers of the fields of an int32 or int64, which may be packed.
-
-    Raises:
-        ValueError: a number does not end.
-    """
-    found = []
-    for value in values:
-        at = 0
-        while isinstance(value, memoryview) and at < len(value):
-            number, at = _varint(value, at)
-            found.append(number)
-        if isinstance(value, int):
-            found.append(value)
-    return [number - 2**64 if number >= 2**63 else number for number in found]
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:

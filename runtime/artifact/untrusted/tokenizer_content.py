@@ -24,9 +24,7 @@ from typing import Any
 
 import msgspec
 
-from .charsmap import replacements
-
-MAX_GROWTH = 128
+MAX_GROWTH = 256
 """Most bytes that a tokenizer may make of a byte of text, and most parts of a template."""
 
 MAX_WORD = 1024
@@ -44,7 +42,6 @@ class _Model(msgspec.Struct):
     continuing_subword_prefix: msgspec.Raw = _NULL
     end_of_word_suffix: msgspec.Raw = _NULL
     max_input_chars_per_word: int = 0
-    vocab: msgspec.Raw = _NULL
     merges: msgspec.Raw = _NULL
 
 
@@ -136,26 +133,23 @@ def _check_tokens(part: Any) -> None:
 
 
 def _check_model(model: _Model) -> None:
-    """Refuse long tokens or words, and merges of which the library panics.
+    """Refuse long tokens or words, and merges that end the process.
 
-    It looks up what two tokens make together, without the prefix of the second one.
+    The library cuts the prefix off the second token, even if this token begins with something else
+    and is cut within a character.
     """
-    for token in (model.unk_token, model.continuing_subword_prefix, model.end_of_word_suffix):
-        _check_tokens(_parsed(token))
+    prefix = _parsed(model.continuing_subword_prefix)
+    for token in (_parsed(model.unk_token), prefix, _parsed(model.end_of_word_suffix)):
+        _check_tokens(token)
     if model.max_input_chars_per_word > MAX_WORD:
         raise ValueError(
             f"its max_input_chars_per_word is {model.max_input_chars_per_word}; "
             f"expected at most {MAX_WORD}"
         )
-    merges = msgspec.json.decode(model.merges, type=list[str | tuple[str, str]] | None)
-    if not merges:
-        return
-    vocabulary = msgspec.json.decode(model.vocab, type=dict[str, int])
-    prefix = _parsed(model.continuing_subword_prefix) or ""
-    for merge in merges:
+    for merge in _parsed(model.merges) or () if prefix else ():
         first, second = merge.split(" ") if isinstance(merge, str) else merge
-        if not second.startswith(prefix) or first + second[len(prefix) :] not in vocabulary:
-            raise ValueError(f"its vocabulary lacks what {first!r} and {second!r} make")
+        if not second.startswith(prefix):
+            raise ValueError(f"it merges {first!r} and {second!r}, which lacks {prefix!r}")
 
 
 _Growths = dict[str, Callable[[dict[str, Any]], float]]
@@ -187,12 +181,6 @@ def _unchanged(*kinds: str) -> _Growths:
 def _replace(part: dict[str, Any]) -> float:
     """Each match is replaced; an empty match inserts the content on both sides of a byte."""
     ((kind, pattern),) = part["pattern"].items()
-    if kind == "Regex":
-        can_be_empty = any(_EMPTY.fullmatch(choice) for choice in pattern.split("|"))
-    else:
-        can_be_empty = not pattern
-    if can_be_empty and part["content"]:
-        raise ValueError(f"it replaces the empty match of {pattern!r}, where the library panics")
     shortest = len(pattern.encode()) if kind == "String" else _shortest_match(pattern)
     content = _normalized_bytes(part["content"])
     return max(1.0, content / shortest) if shortest else 1.0 + 2 * content
@@ -203,12 +191,6 @@ _CHARACTER = r"(?:[^\\^$.|?*+()\[\]{}]|\\[snrtdw]|\[[^\[\]]+\])"
 _CERTAIN = re.compile(rf"{_CHARACTER}(\+|\{{(?P<least>[1-9]\d?),?\d{{0,3}}\}})?")
 
 
-# What certainly has an empty match: nothing, or a sequence of optional parts and of assertions.
-_EMPTY = re.compile(
-    rf"(?:(?:{_CHARACTER}|\([^()]*\))(?:[*?]|\{{0?,\d*\}})[?+]?|\^|\$|\\[bBAGzZ]|\(\?<?[=!][^()]*\))*"
-)
-
-
 def _shortest_match(pattern: str) -> int:
     """A lower bound of the bytes that a regular expression matches; 0 if it is not obvious."""
     matches = [_CERTAIN.fullmatch(choice) for choice in pattern.split("|")]
@@ -216,14 +198,24 @@ def _shortest_match(pattern: str) -> int:
 
 
 def _precompiled(part: dict[str, Any]) -> float:
-    table = replacements(base64.b64decode(part["precompiled_charsmap"], validate=True))
-    growths = [
-        _normalized_bytes(text.decode())
-        / max(len(key), _normalized_bytes(key.decode(errors="ignore")))
-        for key, text in table
-        if len(text) > len(key)
-    ]
-    return max(growths, default=1.0)
+    return charsmap_growth(base64.b64decode(part["precompiled_charsmap"], validate=True))
+
+
+def charsmap_growth(charsmap: bytes) -> float:
+    """The factor by which the table of a `Precompiled` normalizer can grow a text.
+
+    The table, in SentencePiece's format, is the size of a trie, the trie, and the texts that
+    replace characters, each ended by a zero byte. In real tables they have at most 33 bytes.
+
+    Raises:
+        ValueError: the size is wrong, for which the library allocates gigabytes, or a text is not
+            UTF-8.
+    """
+    size = int.from_bytes(charsmap[:4], "little")
+    if size > len(charsmap) - 4:
+        raise ValueError(f"its charsmap of {len(charsmap)} bytes says that its trie has {size}")
+    texts = charsmap[4 + size :].decode().split("\0")
+    return float(max(1, *map(_normalized_bytes, texts)))
 
 
 def _normalized_bytes(text: str) -> int:
@@ -235,18 +227,6 @@ def _normalized_bytes(text: str) -> int:
         )
         for character in text
     )
-
-
-def _prepend(part: dict[str, Any]) -> float:
-    if not part["prepend"]:
-        raise ValueError("it prepends nothing, where the library panics")
-    return 1.0 + _normalized_bytes(part["prepend"])
-
-
-def _fixed_length(part: dict[str, Any]) -> float:
-    if not part["length"]:
-        raise ValueError("it cuts texts into pieces of no characters, where the library panics")
-    return 1.0
 
 
 def _template(part: dict[str, Any]) -> float:
@@ -268,7 +248,7 @@ _NORMALIZERS: _Growths = {
     # Each byte becomes a character of at most 2 bytes.
     "ByteLevel": lambda part: 2.0,
     "Precompiled": _precompiled,
-    "Prepend": _prepend,
+    "Prepend": lambda part: 1.0 + _normalized_bytes(part["prepend"]),
     "Replace": _replace,
     **_unchanged("Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Strip", "StripAccents"),
 }
@@ -276,8 +256,7 @@ _SPLITTERS: _Growths = {
     "ByteLevel": lambda part: 3.0,  # as above, and a space in front
     # A space becomes another character, and one may be put in front.
     "Metaspace": lambda part: 1.0 + len(part["replacement"].encode()),
-    "FixedLength": _fixed_length,
-    **_unchanged("BertPreTokenizer", "CharDelimiterSplit", "Digits"),
+    **_unchanged("BertPreTokenizer", "CharDelimiterSplit", "Digits", "FixedLength"),
     **_unchanged("Punctuation", "Split", "UnicodeScripts", "Whitespace", "WhitespaceSplit"),
 }
 _TEMPLATES: _Growths = {

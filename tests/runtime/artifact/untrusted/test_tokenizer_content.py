@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import struct
 from pathlib import Path
@@ -13,12 +12,11 @@ import pytest
 from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from tokenizers.normalizers import Precompiled
 
 from fpabee.runtime.artifact.untrusted import tokenizer_content
-from fpabee.runtime.artifact.untrusted.charsmap import replacements
 from fpabee.runtime.artifact.untrusted.tokenizer_content import (
     MAX_GROWTH,
+    charsmap_growth,
     check_added_tokens,
     check_tokenizer,
 )
@@ -112,6 +110,10 @@ REAL: dict[str, Part] = {
         ),
         "pre_tokenizer": WORDS,
     },
+    "xlm-roberta": {
+        "normalizer": sequence(STRIP, precompiled(TABLE), replace(" {2,}", "▁", "Regex")),
+        "pre_tokenizer": METASPACE,
+    },
     "deberta-v3": {
         "normalizer": sequence(STRIP, precompiled(TABLE), replace(r"\s{2,}|[\n]", " ", "Regex")),
         "pre_tokenizer": sequence(METASPACE, name="pretokenizers"),
@@ -129,7 +131,15 @@ def test_tokenizers_of_real_models_pass(family: str, tmp_path: Path) -> None:
     path = written(tmp_path, **REAL[family])
     check_tokenizer(path)
     Tokenizer.from_file(str(path))
-    assert growth_of(REAL[family].get("normalizer")) * 10 < MAX_GROWTH
+
+
+def test_a_real_table_is_below_the_bound() -> None:
+    """33 bytes are the most that Unicode makes of a character, and SentencePiece's table holds."""
+    normalizer, words = REAL["xlm-roberta"].values()
+    growth = growth_of(normalizer)
+    assert growth == 33 * 3 / 2
+    growth *= tokenizer_content._growth(words, "", tokenizer_content._SPLITTERS)
+    assert growth <= MAX_GROWTH
 
 
 PATTERNS = st.sampled_from(["a", "aa", "", "é", " "])
@@ -147,14 +157,11 @@ PARTS = st.one_of(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.lists(PARTS, max_size=4), st.text("aé ﷺİ東b", min_size=1, max_size=12))
 def test_no_text_grows_beyond_the_bound(parts: list[Part], text: str) -> None:
     normalizer = sequence(*parts)
-    try:
-        bound = growth_of(normalizer)
-    except ValueError:  # of an empty match
-        reject()
+    bound = growth_of(normalizer)
     assume(bound <= 10_000)
     tokenizer = Tokenizer.from_str(json.dumps(NONE | {"normalizer": normalizer}))
     assert tokenizer.normalizer is not None
@@ -173,12 +180,12 @@ TEMPLATE: Part = {
     "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
     "special_tokens": {},
 }
-LONG = {"s": {"id": "s", "ids": [0] * 80, "tokens": ["a"] * 80}}
+LONG = {"s": {"id": "s", "ids": [0] * 300, "tokens": ["a"] * 300}}
 TWICE = TEMPLATE | {
     "single": [{"SpecialToken": {"id": "s", "type_id": 0}}] * 2,
     "special_tokens": LONG,
 }
-MANY = TEMPLATE | {"single": [{"SpecialToken": {"id": "s", "type_id": 0}}] * 12}
+MANY = TEMPLATE | {"single": [{"SpecialToken": {"id": "s", "type_id": 0}}] * 24}
 MANY["special_tokens"] = {"s": {"id": "s", "ids": [0], "tokens": ["a"]}}
 HUNDRED = TEMPLATE | {"single": TEMPLATE["single"] * 100}
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
@@ -187,26 +194,21 @@ ADDED = {"id": 0, "content": "a" * 5000, **FLAGS}
 REFUSED: dict[str, tuple[Part, str]] = {
     "nested": ({"normalizer": sequence(sequence(A_THOUSAND))}, "up to 1e.03"),
     "where it may match nothing": (
-        {"normalizer": replace("(b+)+", "a" * 99, "Regex")},
-        "up to 199 bytes",
+        {"normalizer": replace("(b+)+", "a" * 299, "Regex")},
+        "up to 599 bytes",
     ),
-    "nothing prepended": ({"normalizer": {"type": "Prepend", "prepend": ""}}, "prepends nothing"),
-    "pieces of nothing": (
-        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
-        "pieces of no characters",
-    ),
-    "by table": ({"normalizer": precompiled({b"a": b"a" * 199})}, "up to 199 bytes"),
+    "by table": ({"normalizer": precompiled({b"a": b"a" * 599})}, "up to 599 bytes"),
     "under another name": (
-        {"pre_tokenizer": {"normalizers": [], **sequence(*[BYTES] * 5, name="pretokenizers")}},
-        "up to 243 bytes",
+        {"pre_tokenizer": {"normalizers": [], **sequence(*[BYTES] * 6, name="pretokenizers")}},
+        "up to 729 bytes",
     ),
     "no type": ({"normalizer": {"prepend": "a"}}, "part of type None"),
     "a type that is not known": ({"normalizer": {"type": "Append"}}, "of type 'Append'; known"),
     "no content": ({"normalizer": {"type": "Replace", "pattern": {"String": "a"}}}, "damaged"),
-    "a template of long tokens": ({"post_processor": TWICE}, "up to 160 parts of one text"),
+    "a template of long tokens": ({"post_processor": TWICE}, "up to 600 parts of one text"),
     "templates of templates": (
         {"post_processor": sequence(MANY, MANY, name="processors")},
-        "up to 144 parts of one text",
+        "up to 576 parts of one text",
     ),
     "a text a hundred times": ({"post_processor": HUNDRED}, "its template has a text twice"),
     "endless words": (
@@ -225,26 +227,6 @@ def test_a_tokenizer_that_grows_texts_or_is_damaged_is_refused(name: str, tmp_pa
         check_tokenizer(written(tmp_path, **parts))
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    ["", "a*", "a|", "^", "$", r"\b", "(?=a)", "(?<!a)", "(a)?", "[ab]{0,3}", r"\s*$", "a{,2}?"],
-)
-def test_what_replaces_an_empty_match_is_refused(pattern: str, tmp_path: Path) -> None:
-    """The library panics on many texts; with nothing in its place, nothing is inserted."""
-    path = written(tmp_path, normalizer=replace(pattern, "", "Regex"))
-    check_tokenizer(path)
-    normalizer: Any = Tokenizer.from_file(str(path)).normalizer
-    normalizer.normalize_str("a b")
-    with pytest.raises(ValueError, match="replaces the empty match of"):
-        check_tokenizer(written(tmp_path, normalizer=replace(pattern, "b", "Regex")))
-
-
-@pytest.mark.parametrize("pattern", ["a+", " {2,}", r"\s+", "(?:ab)", r"(?<!\n)\n", "[a-z]b*"])
-def test_other_patterns_are_replaced(pattern: str, tmp_path: Path) -> None:
-    for kind in ("Regex", "String"):
-        check_tokenizer(written(tmp_path, normalizer=replace(f"{pattern}|b", "c", kind)))
-
-
 def test_an_added_token_that_normalizes_to_nothing_is_refused() -> None:
     """With another token that asks for whole words, one character took all memory."""
     added = [
@@ -259,26 +241,18 @@ def test_an_added_token_that_normalizes_to_nothing_is_refused() -> None:
         check_added_tokens(Tokenizer.from_str(json.dumps(refused)))
 
 
-BPE = {"type": "BPE", "vocab": {"a": 0, "##b": 1, "ab": 2}, "continuing_subword_prefix": "##"}
-
-
-def test_merges_of_which_the_library_panics_are_refused(tmp_path: Path) -> None:
-    good: list[Part] = [{}, {"merges": ["a ##b"]}]
-    bad: list[tuple[Part, str]] = [
-        ({"continuing_subword_prefix": None}, "lacks what 'a' and '##b' make"),
-        ({"merges": [["ab", "##b"]]}, "lacks what 'ab' and '##b' make"),
-        ({"merges": ["a"]}, "unpack"),
-    ]
-
-    def model(changes: Part) -> Path:
-        return written(tmp_path, model={"merges": [["a", "##b"]], **BPE, **changes})
-
-    for changes in good:
-        check_tokenizer(model(changes))
-        Tokenizer.from_file(str(model(changes)))
-    for changes, message in bad:
-        with pytest.raises(ValueError, match=message):
-            check_tokenizer(model(changes))
+def test_merges_that_end_the_process_are_refused(tmp_path: Path) -> None:
+    """The library cuts the prefix off the second token, here within a character."""
+    bpe: Part = {"type": "BPE", "vocab": {"a": 0, "##b": 1, "ab": 2}}
+    for prefix, merges in (("##", [["a", "##b"]]), ("##", ["a ##b"]), ("##", []), (None, [])):
+        model = {**bpe, "continuing_subword_prefix": prefix, "merges": merges}
+        path = written(tmp_path, model=model)
+        check_tokenizer(path)
+        Tokenizer.from_file(str(path))
+    for merges in ([["a", "é"]], ["a é"]):
+        model = {**bpe, "continuing_subword_prefix": "b", "merges": merges}
+        with pytest.raises(ValueError, match="it merges 'a' and 'é', which lacks 'b'"):
+            check_tokenizer(written(tmp_path, model=model))
 
 
 def test_a_name_twice_is_refused(tmp_path: Path) -> None:
@@ -292,43 +266,9 @@ def test_a_name_twice_is_refused(tmp_path: Path) -> None:
         check_tokenizer(path)
 
 
-TABLES = st.dictionaries(
-    st.text("aé東ﷺ ", min_size=1, max_size=2).map(str.encode).filter(lambda key: len(key) <= 5),
-    st.text("aé東ﷺ", max_size=4).map(str.encode),
-    min_size=1,
-)
-
-
-@given(TABLES)
-def test_a_table_is_read_as_it_was_written(table: dict[bytes, bytes]) -> None:
-    charsmap = charsmap_of(table)
-    assert dict(replacements(charsmap)) == table
-    library = Precompiled(charsmap)
-    for key, text in table.items():
-        # The library takes the shortest key that a character begins with.
-        if len(key.decode()) == 1:
-            assert library.normalize_str(key.decode()) == text.decode()
-
-
-@given(st.binary(max_size=40), st.integers(0, 10**4))
-def test_any_bytes_are_read_or_refused(content: bytes, at: int) -> None:
-    """Without any other error, and with memory in proportion to the file."""
-    whole = bytearray(charsmap_of(TABLE))
-    at %= len(whole)
-    whole[at : at + len(content)] = content
-    with contextlib.suppress(ValueError):
-        replacements(bytes(whole))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "of 0 bytes says that its trie has 0"),
-        (struct.pack("<I", 2**32 - 4) + b"abcd", "says that its trie has 4294967292"),
-        (b"\0" * 2**21, "expected at most 1048576"),
-        (charsmap_of({b"a": b"a" * 300}), "replaces a character by 300 bytes"),
-    ],
-)
-def test_a_damaged_table_is_refused(content: bytes, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replacements(content)
+def test_a_table_with_a_wrong_size_is_refused() -> None:
+    """The library would allocate it. What else is damaged lets it panic, which is an error."""
+    charsmap = charsmap_of(TABLE)
+    assert charsmap_growth(charsmap) == 33
+    with pytest.raises(ValueError, match="says that its trie has 4294967292"):
+        charsmap_growth(struct.pack("<I", 2**32 - 4) + charsmap[4:])
