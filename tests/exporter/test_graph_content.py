@@ -187,7 +187,7 @@ def test_a_graph_that_is_too_large_for_a_file_is_refused(tmp_path: Path) -> None
     beyond = Mock(side_effect=EncodeError("Failed to serialize proto"))
     proto, path = SimpleNamespace(SerializeToString=beyond), tmp_path / "segment_01.onnx"
     with pytest.raises(
-        ModelError, match=r"segment_01\.onnx does not fit .*2 GiB.*keep more `exits`"
+        ModelError, match=r"segment_01\.onnx does not fit .*2 GiB.*with more `exits`"
     ):
         write_graph(path, "", proto)
     assert not path.exists()
