@@ -26,7 +26,7 @@ from ..runtime.artifact.manifest import (
 )
 from ..runtime.artifact.reference import read_reference, write_reference
 from ..runtime.engine import Engine
-from .onnx_file import load_graphs, write_graph
+from .onnx_file import graphs_of, load_graphs, write_graph
 from .targets.backends import is_cpu_int8
 from .targets.check import FP32_TARGET
 from .targets.cpu import INT8_FOLDER
@@ -124,17 +124,13 @@ def write_one_graph(source: Path, folder: Path) -> Manifest:
         file = f"{place}/segment_01.onnx"
         return {"segment_01": write_graph(folder / file, file, proto)}
 
-    int8 = next((target.files for target in manifest.targets.values() if is_cpu_int8(target)), {})
+    int8 = next((target for target in manifest.targets.values() if is_cpu_int8(target)), None)
     # Targets for CPUs in int8 run graphs of their own, which are merged like all others.
-    old = {
-        name: msgspec.structs.replace(manifest.graphs[name], file=file.file, sha256=file.sha256)
-        for name, file in int8.items()
-    }
     graphs = write(manifest.graphs, "onnx/fp32")
     precisions = {name: write(old, f"onnx/{name}") for name, old in manifest.precisions.items()}
     files = {
         name: BuiltFile(file=graph.file, sha256=graph.sha256, onnx_sha256=graphs[name].sha256)
-        for name, graph in (write(old, INT8_FOLDER) if old else {}).items()
+        for name, graph in (write(graphs_of(manifest, int8), INT8_FOLDER) if int8 else {}).items()
     }
     targets = {
         name: msgspec.structs.replace(

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ..runtime.artifact.folder import sha256_of, verified_graph
-from ..runtime.artifact.manifest import NEXT, Graph, Manifest, TensorSpec
+from ..runtime.artifact.manifest import NEXT, Graph, Manifest, Target, TensorSpec
 from ..runtime.encoding import Arrays
 from ..runtime.errors import ModelError
+
+OPSET = 20
 
 
 def load_graphs(folder: Path, graphs: Mapping[str, Graph]) -> dict[str, Any]:
@@ -28,6 +32,14 @@ def load_graphs(folder: Path, graphs: Mapping[str, Graph]) -> dict[str, Any]:
     return {
         name: onnx.load(verified_graph(folder, graph.file, graph.sha256))
         for name, graph in graphs.items()
+    }
+
+
+def graphs_of(manifest: Manifest, target: Target) -> dict[str, Graph]:
+    """The graphs of a manifest by name; those that a target has built are its own files."""
+    return manifest.graphs | {
+        name: msgspec.structs.replace(manifest.graphs[name], file=file.file, sha256=file.sha256)
+        for name, file in target.files.items()
     }
 
 

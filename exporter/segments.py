@@ -35,9 +35,8 @@ from ..runtime.artifact.manifest import (
 )
 from .backbones.base import Block, Embeddings
 from .model import Head, MultiExitModel, token_weights
-from .onnx_file import strip, write_graph
+from .onnx_file import OPSET, strip, write_graph
 
-OPSET = 20
 TOKEN_WEIGHTS = "token_weights"
 
 _TOKEN_IDS, _TOKEN_TYPES = "input_ids", "token_type_ids"

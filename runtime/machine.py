@@ -26,7 +26,7 @@ _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, 
 # For each feature: the packages that it needs, and the extra of fpabee that installs them.
 _FEATURES = {
     "export": ("torch transformers onnx onnxscript safetensors huggingface_hub", "export,cpu"),
-    "graphs": ("onnx onnxruntime", "export,cpu"),
+    "graphs": ("onnx onnx_ir onnxscript onnxruntime", "export,cpu"),
     "quantize": ("nncf onnx onnxruntime", "export,cpu,quantize"),
     "train": ("torch transformers datasets safetensors huggingface_hub jinja2", "train"),
     "parquet": ("pyarrow", "parquet"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ...runtime.exit_0 import END, SECOND, ExitZero, bucket_of
-from .nodes import Value, where
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PairMarks:
         texts = tuple(pair.tokens[first_end:start])
         return cls(None, separators, len(places) - end, texts) if separators else None
 
-    def second(self, ids: Value, mask: Value, types: Value | None) -> Any:
+    def second(self, ids: Any, mask: Any, types: Any) -> Any:
         """Which tokens belong to the second text: `[batch, sequence]` bool.
 
         Args:
@@ -56,25 +56,19 @@ class PairMarks:
             types: int64, their types; None if the model has none.
         """
         if self.token_type is not None and types is not None:
-            begins: Any = types == self.token_type
+            begins = types == self.token_type
         else:
             count = len(self.separators)
             matches = [
                 _moved(ids, count - place, -1) == token
                 for place, token in enumerate(self.separators)
             ]
-            begins = matches[0]
-            for match in matches[1:]:
-                begins = begins & match
-        axis = ids.scope.constant(1, np.int64)
-        second: Any = (begins.astype(np.int64).then("CumSum", axis) > 0) & mask
-        count = second.astype(np.int64).reduce("ReduceSum", 1, keepdims=True)
-        return second & (count > self.after)
+            begins = functools.reduce(np.bitwise_and, matches)
+        second = (begins.astype(np.int64).then("CumSum", 1) > 0) & mask
+        return second & (np.add.reduce(second.astype(np.int64), axis=1, keepdims=True) > self.after)
 
 
-def exit_0_logits(
-    exit_0: ExitZero, marks: PairMarks, ids: Value, mask: Value, types: Value | None
-) -> Any:
+def exit_0_logits(exit_0: ExitZero, marks: PairMarks, ids: Any, mask: Any, types: Any) -> Any:
     """The logits of exit 0: `[batch, labels]` float32. A row without tokens has those of the bias.
 
     Args:
@@ -84,33 +78,27 @@ def exit_0_logits(
         mask: see there.
         types: see there.
     """
-    scope = ids.scope
-    second = marks.second(ids, mask, types)
+    writer, second = ids.writer, marks.second(ids, mask, types)
     unigrams, buckets, moved = exit_0.unigrams, exit_0.buckets, ids + SECOND
     # The runtime's own function, which adds nodes if it is given tensors of a graph.
     bucket: Any = bucket_of
-    own = where(second, bucket(moved, ids, buckets) + unigrams, ids % unigrams)
-    tokens: Any = where(second, moved, ids)
-    is_followed: Any = _moved(mask.astype(np.int64), -1, 0) > 0
-    following = where(is_followed, _moved(tokens, -1, END), scope.constant(END, np.int64))
+    own = np.where(second, bucket(moved, ids, buckets) + unigrams, ids % unigrams)
+    tokens = np.where(second, moved, ids)
+    is_followed = _moved(mask.astype(np.int64), -1, 0) > 0
+    following = np.where(is_followed, _moved(tokens, -1, END), END)
     bigrams = bucket(tokens, following, buckets) + unigrams
-    table = scope.constant(exit_0.table, np.float16)
-    vectors: Any = table.take(own, 0).astype(np.float32) + table.take(bigrams, 0).astype(np.float32)
-    weights: Any = mask.astype(np.float32).add_axis(-1)
-    sums = (vectors * weights).reduce("ReduceSum", 1)
-    means: Any = sums / np.maximum(weights.reduce("ReduceSum", 1) * 2, 1)
-    labels = scope.constant(exit_0.weights, np.float32)
-    shape = (ids.shape[0], labels.shape[1])
-    return means.then("MatMul", labels, shape=shape) + scope.constant(exit_0.bias, np.float32)
+    table, labels, bias = (writer.initializer(f"exit_0/{n}", a) for n, a in exit_0.arrays.items())
+    vectors = table[own].astype(np.float32) + table[bigrams].astype(np.float32)
+    weights = mask.astype(np.float32)[:, :, None]
+    sums = np.add.reduce(vectors * weights, axis=1)
+    means = sums / np.maximum(np.add.reduce(weights, axis=1) * 2, 1)
+    return means.then("MatMul", labels) + bias
 
 
-def _moved(values: Value, by: int, fill: int) -> Any:
+def _moved(values: Any, by: int, fill: int) -> Any:
     """`[batch, sequence]` int64, each row moved by some places to the right; below 0 to the left.
 
     The places that become free hold `fill`.
     """
-    constant = values.scope.constant
-    pads = [0, max(by, 0), 0, max(-by, 0)]
-    padded = values.then("Pad", constant(pads, np.int64), constant(fill, np.int64))
-    start, end = (max(-by, 0), np.iinfo(np.int64).max) if by < 0 else (0, -by)
-    return padded.then("Slice", *(constant([each], np.int64) for each in (start, end, 1)))
+    padded = values.then("Pad", [0, max(by, 0), 0, max(-by, 0)], fill)
+    return padded[:, -by:] if by < 0 else padded[:, :-by]

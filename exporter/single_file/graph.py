@@ -8,11 +8,14 @@ runtimes twice as long to load for each level.
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common
 
 from ...runtime.artifact.manifest import (
     ATTENTION_BIAS,
@@ -24,12 +27,12 @@ from ...runtime.artifact.manifest import (
 from ...runtime.exit_0 import ExitZero
 from ...runtime.rules.rules import ExitRule
 from .exit_0 import PairMarks, exit_0_logits
-from .nodes import Scope, Value
+from .nodes import Tensor, Writer
 from .rules import RuleNodes, State
 
-OPSET, IR_VERSION = 20, 10
 MASK, TYPES = "attention_mask", "token_type_ids"
 EXIT = "exit"
+_IR_VERSION = 10
 _IDS = "input_ids"
 
 
@@ -38,7 +41,7 @@ def single_graph(
     manifest: Manifest,
     rule: ExitRule,
     exit_0: tuple[ExitZero, PairMarks] | None,
-) -> Any:
+) -> ir.Model:
     """One graph that answers each row at its own exit.
 
     Its inputs are `input_ids`, `attention_mask` and, if the model reads them, `token_type_ids`, all
@@ -51,135 +54,110 @@ def single_graph(
         rule: the rule.
         exit_0: exit 0, and how it recognises second texts; None: leave it out.
 
-    Returns:
-        An `onnx.ModelProto`.
-
     Raises:
         RuleError: the rule has no form as a graph, or does not fit the exits.
     """
-    top = Scope("")
-    calls = [name for segment in manifest.segments for name in segment.calls]
-    read = {spec.name for graph in manifest.graphs.values() for spec in graph.inputs}
-    inputs = [name for name in (_IDS, MASK, TYPES) if name in {*read, MASK}]
-    given = {name: Value(top, name, np.dtype(np.int64), ("batch", "sequence")) for name in inputs}
-    padding: Any = given[MASK].astype(np.float32)
-    bias = ((1 - padding) * MASK_FILL).add_axis(1).add_axis(1)
-    carried = {**given, ATTENTION_BIAS: bias}
-    nodes = RuleNodes(top, rule, manifest.task, manifest.exits)
-    state: State | None = None
+    writer = Writer("classifier")
+    top = writer.graph
+    parts = {name: ir.from_proto(proto).graph for name, proto in protos.items()}
+    read = {value.name for part in parts.values() for value in part.inputs}
+    # What is carried from segment to segment, with what the rule carries.
+    state: State = {}
+    for name in (_IDS, MASK, TYPES):
+        if name in read or name == MASK:
+            value = ir.val(name, ir.DataType.INT64, ("batch", "sequence"))
+            top.inputs.append(value)
+            state[name] = Tensor(writer, value)
+    padding = 1 - state[MASK].astype(np.float32)
+    state[ATTENTION_BIAS] = (padding * MASK_FILL)[:, None][:, None]
+    calls = Counter(name for segment in manifest.segments for name in segment.calls)
+    for name, part in parts.items():
+        for weight in tuple(part.initializers.values()):
+            weight.name = f"{name}/{weight.name}"
+        if calls[name] > 1:  # a block whose weights several branches share
+            _move_weights(part, top)
+    nodes = RuleNodes(writer, rule, manifest.task, manifest.exits)
     if exit_0 is not None:
-        is_token = given[MASK].astype(np.bool_)
-        logits = exit_0_logits(*exit_0, given[_IDS], is_token, given.get(TYPES))
-        state = nodes.step(top, 0, logits, None)
+        is_token = state[MASK].astype(np.bool_)
+        logits = exit_0_logits(*exit_0, state[_IDS], is_token, state.get(TYPES))
+        state |= nodes.step(0, logits, {})
     for number, segment in enumerate(manifest.segments, start=1):
-        scope = top if state is None else Scope(f"exit_{number:02d}/")
-        new: State = {}
-        for place, name in enumerate(segment.calls):
-            prefix, inside = f"exit_{number:02d}/{place}/", carried | new
-            # A block that is called several times lies outside of the branches.
-            weights = (top, f"{name}/") if calls.count(name) > 1 else (scope, prefix)
-            names = _copy(protos[name], scope, prefix, inside, *weights)
-            for spec in manifest.graphs[name].outputs:
-                tensor = Value(scope, names[spec.name], np.dtype(spec.dtype), spec.shape)
-                new[spec.name.removeprefix(NEXT)] = tensor
-        after = nodes.step(scope, number, new.pop(LOGITS), state)
-        needed = {
-            spec.name
-            for later in manifest.segments[number:]
-            for name in later.calls
-            for spec in manifest.graphs[name].inputs
-        }
-        new = {name: value for name, value in new.items() if name in needed}
-        if state is not None:
-            new, after = _guarded(top, number, state, scope, new, after)
-        carried |= new
-        state = after
-    assert state is not None
-    for name, value in ((LOGITS, state["logits"]), (EXIT, state["exit"])):
-        top.node("Identity", value.name, outputs=[name])
-    results = [_info(LOGITS, state["logits"]), _info(EXIT, state["exit"])]
-    graph = onnx.helper.make_graph(
-        top.nodes, "classifier", [_info(*each) for each in given.items()], results, top.initializers
-    )
-    opset = [onnx.helper.make_opsetid("", OPSET)]
-    return onnx.helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION)
+        is_first = "done" not in state
+        name = f"exit_{number:02d}"
+        with contextlib.nullcontext(top) if is_first else writer.branch(name) as branch:
+            new: State = {}
+            for call in segment.calls:
+                part = parts[call].clone(allow_outer_scope_values=True)
+                new |= _call(writer, part, state | new)
+            after = nodes.step(number, new.pop(LOGITS), state)
+        if segment is manifest.segments[-1]:
+            new = {}
+        state |= new | after if is_first else _guarded(writer, branch, state, new, after)
+    for name in (LOGITS, EXIT):
+        output = state[name].then("Identity").value
+        output.name = name
+        top.outputs.append(output)
+    model = ir.Model(top, ir_version=_IR_VERSION)
+    tidy = common.RemoveUnusedNodesPass(), common.NameFixPass()
+    ir.passes.Sequential(*tidy, common.ClearMetadataAndDocStringPass())(model)
+    return model
 
 
-def _guarded(
-    top: Scope, number: int, before: State, scope: Scope, new: State, after: State
-) -> tuple[State, State]:
-    """Run the nodes of a scope only if not all rows have stopped.
+def _call(writer: Writer, part: ir.Graph, given: State) -> State:
+    """Add the nodes and weights of a graph, and give its outputs.
 
     Args:
-        top: the graph, which gets the `If`.
-        number: the exit.
-        before: what the rule carried on at the exit before.
-        scope: the nodes.
+        writer: adds them.
+        part: the graph, which is empty afterwards.
+        given: its inputs, and perhaps other tensors.
+    """
+    for value in part.inputs:
+        value.replace_all_uses_with(given[value.name or ""].value)
+    _move_weights(part, writer.graph)
+    outputs = [*part.outputs]
+    part.outputs.clear()
+    nodes = [*part]
+    part.remove(nodes)
+    writer.graph.extend(nodes)
+    return {(each.name or "").removeprefix(NEXT): Tensor(writer, each) for each in outputs}
+
+
+def _move_weights(part: ir.Graph, graph: ir.Graph) -> None:
+    for name, weight in [*part.initializers.items()]:
+        del part.initializers[name]
+        graph.register_initializer(weight)
+
+
+def _guarded(writer: Writer, branch: ir.Graph, before: State, new: State, after: State) -> State:
+    """Run a branch only if not all rows have stopped.
+
+    Args:
+        writer: adds the `If`.
+        branch: the branch.
+        before: what was carried on before.
         new: the tensors that later segments need.
         after: what the rule carries on.
 
     Returns:
         `new` and `after` as outputs of the `If`.
     """
-    done = Scope(f"done_{number:02d}/")
-    for name in after:
-        # A branch cannot return a tensor from outside.
-        done.node("Identity", before[name].name, outputs=[f"{done.prefix}{name}"])
-    for name, value in new.items():
-        # Nothing reads it, so it has no rows; the width is for the runtime's analysis of shapes.
-        sizes = [1 if isinstance(size, str) else size for size in value.shape]
-        done.constant(np.zeros(sizes), value.dtype, f"{done.prefix}{name}")
     results = new | after
-    names = {name: f"after_{number:02d}/{name}" for name in results}
-    branches = {
-        "then_branch": _branch(done, {n: (f"{done.prefix}{n}", v) for n, v in results.items()}),
-        "else_branch": _branch(scope, {n: (v.name, v) for n, v in results.items()}),
-    }
-    top.node("If", before["done"].name, outputs=list(names.values()), **branches)
-    made = {name: Value(top, names[name], v.dtype, v.shape) for name, v in results.items()}
-    return {name: made[name] for name in new}, {name: made[name] for name in after}
-
-
-def _branch(scope: Scope, results: Mapping[str, tuple[str, Value]]) -> Any:
-    outputs = [_info(name, value) for name, value in results.values()]
-    return onnx.helper.make_graph(scope.nodes, scope.prefix[:-1], [], outputs, scope.initializers)
-
-
-def _copy(
-    proto: Any, scope: Scope, prefix: str, given: State, weights: Scope, of_weights: str
-) -> dict[str, str]:
-    """Add the nodes of a graph to a scope, and its weights unless they are there.
-
-    Args:
-        proto: the graph.
-        scope: where its nodes are added.
-        prefix: what their names and those of tensors begin with.
-        given: its inputs, and perhaps other tensors.
-        weights: where its weights are added.
-        of_weights: what the names of the weights begin with.
-
-    Returns:
-        The new names of its tensors.
-    """
-    names = {value.name: given[value.name].name for value in proto.graph.input}
-    stored = {tensor.name for tensor in weights.initializers}
-    for tensor in proto.graph.initializer:
-        names[tensor.name] = of_weights + tensor.name
-        if names[tensor.name] not in stored:
-            copied = onnx.TensorProto()
-            copied.CopyFrom(tensor)
-            copied.name = names[tensor.name]
-            weights.initializers.append(copied)
-    for node in proto.graph.node:
-        names |= {output: prefix + output for output in node.output if output}
-        inputs, outputs = ([names.get(x, "") for x in each] for each in (node.input, node.output))
-        scope.nodes.append(onnx.NodeProto())
-        scope.nodes[-1].CopyFrom(node)
-        scope.nodes[-1].name = prefix + node.name
-        scope.nodes[-1].input[:], scope.nodes[-1].output[:] = inputs, outputs
-    return names
-
-
-def _info(name: str, value: Value) -> Any:
-    kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
-    return onnx.helper.make_tensor_value_info(name, kind, value.shape)
+    with writer.branch(f"{branch.name}_skipped") as skipped:
+        for name, tensor in results.items():
+            if name in after:
+                # A branch cannot return a tensor from outside.
+                kept = before[name].then("Identity")
+            else:
+                # Nothing reads it, so its sizes are 1; the width is for the analysis of shapes.
+                sizes = [size if isinstance(size, int) else 1 for size in tensor.shape]
+                kept = writer.constant(np.zeros(sizes, tensor.dtype))
+            skipped.outputs.append(kept.value)
+    branch.outputs.extend(tensor.value for tensor in results.values())
+    branches = {"then_branch": skipped, "else_branch": branch}
+    node = ir.node("If", [before["done"].value], branches, num_outputs=len(results))
+    writer.graph.append(node)
+    for output, (name, tensor) in zip(node.outputs, results.items(), strict=True):
+        output.name = f"after_{branch.name}/{name}"
+        output.type, output.shape = tensor.value.type, tensor.value.shape
+    made = (Tensor(writer, output) for output in node.outputs)
+    return dict(zip(results, made, strict=True))

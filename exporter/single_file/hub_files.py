@@ -66,6 +66,7 @@ def write_files(
     folder: Path,
     manifest: Manifest,
     packed: Packed,
+    tokenizer: Path,
     inputs: Sequence[str],
     has_external_data: bool,
 ) -> None:
@@ -76,11 +77,11 @@ def write_files(
         folder: where to write them.
         manifest: of the engines folder, without exit 0 if it was left out.
         packed: what was packed.
+        tokenizer: the file of the tokenizer.
         inputs: the names of the inputs of the graph.
         has_external_data: whether the weights lie beside the graph.
     """
     spec, target = manifest.tokenizer, manifest.targets[packed.target]
-    tokenizer = verified(source, spec.file, spec.sha256)
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     classifier = verified(source, CLASSIFIER_NAME, manifest.files[CLASSIFIER_NAME])
     contents = {

@@ -1,173 +1,165 @@
-"""Nodes of ONNX graphs, written as formulas of numpy."""
+"""Tensors of an ONNX graph that formulas of numpy work on, such as those of the exit rules."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 from numpy.lib.mixins import NDArrayOperatorsMixin
-from numpy.typing import ArrayLike
+from numpy.typing import NDArray
+from onnxscript import GraphBuilder
 
-Shape = tuple[int | str, ...]
-"""Dimensions; those that vary from run to run are names."""
+from ..onnx_file import OPSET
 
-_CALCULATIONS = {
-    **{"add": "Add", "subtract": "Sub", "multiply": "Mul", "divide": "Div", "remainder": "Mod"},
-    **{"negative": "Neg", "absolute": "Abs", "exp": "Exp", "log": "Log", "maximum": "Max"},
-    **{"bitwise_and": "And", "bitwise_or": "Or", "invert": "Not"},
+_OPERATORS: dict[np.ufunc, str] = {
+    **{np.add: "Add", np.subtract: "Sub", np.multiply: "Mul", np.divide: "Div"},
+    **{np.remainder: "Mod", np.negative: "Neg", np.absolute: "Abs", np.exp: "Exp", np.log: "Log"},
+    **{np.maximum: "Max", np.minimum: "Min", np.less: "Less", np.less_equal: "LessOrEqual"},
+    **{np.greater: "Greater", np.greater_equal: "GreaterOrEqual", np.equal: "Equal"},
+    **{np.bitwise_and: "And", np.bitwise_or: "Or", np.invert: "Not"},
 }
-_COMPARISONS = {
-    **{"less": "Less", "greater": "Greater", "greater_equal": "GreaterOrEqual", "equal": "Equal"}
+_REDUCTIONS: dict[np.ufunc, str] = {
+    np.add: "ReduceSum",
+    np.maximum: "ReduceMax",
+    np.minimum: "ReduceMin",
 }
-_REDUCTIONS = {"add": "ReduceSum", "maximum": "ReduceMax", "logical_and": "ReduceMin"}
 
 
-class Scope:
-    """The nodes and initializers of a graph, or of one branch of an `If`.
-
-    Args:
-        prefix: what the names of its nodes and tensors begin with, since names are unique over all
-            branches.
-    """
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix = prefix
-        self.nodes: list[Any] = []
-        self.initializers: list[Any] = []
-
-    def node(self, kind: str, *inputs: str, outputs: Sequence[str] = (), **attributes: Any) -> str:
-        """Add a node.
-
-        Args:
-            kind: the operator.
-            inputs: names of its inputs.
-            outputs: names of its outputs; default: one output with a name of its own.
-            **attributes: those of the operator.
-
-        Returns:
-            The name of its first output.
-        """
-        name = f"{self.prefix}{kind}_{len(self.nodes)}"
-        self.nodes.append(
-            onnx.helper.make_node(kind, inputs, outputs or [name], name, **attributes)
-        )
-        return outputs[0] if outputs else name
-
-    def constant(self, values: ArrayLike, dtype: Any, name: str = "") -> Value:
-        """Add an initializer, by default with a name of its own."""
-        array = np.asarray(values, dtype)
-        name = name or f"{self.prefix}constant_{len(self.initializers)}"
-        self.initializers.append(onnx.numpy_helper.from_array(array, name))
-        return Value(self, name, array.dtype, array.shape)
-
-
-class Value(NDArrayOperatorsMixin):
-    """A tensor of a graph. Operators and functions of numpy add the nodes that compute them.
-
-    So the formulas of `runtime.rules.measures` are those of the graph.
+class Writer:
+    """Adds nodes to a graph, or to the branch of an `If` that is being written.
 
     Attributes:
-        scope: where nodes are added.
-        name: the name of the tensor.
-        dtype: its type.
-        shape: its dimensions.
+        graph: what gets the nodes.
     """
 
-    def __init__(self, scope: Scope, name: str, dtype: np.dtype[Any], shape: Shape) -> None:
-        self.scope, self.name, self.dtype, self.shape = scope, name, dtype, shape
+    def __init__(self, name: str) -> None:
+        self._begin(name)
+
+    def _begin(self, name: str) -> None:
+        self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
+        self._op = GraphBuilder(self.graph).op
+
+    @contextlib.contextmanager
+    def branch(self, name: str) -> Iterator[ir.Graph]:
+        """Add nodes to a new branch; their names begin with that of the branch."""
+        before = self.graph, self._op
+        self._begin(name)
+        yield self.graph
+        made = [value for node in self.graph for value in node.outputs]
+        for named in (*self.graph, *made, *[*self.graph.initializers.values()]):
+            named.name = f"{name}/{named.name}"
+        self.graph, self._op = before
+
+    def node(self, kind: str, *inputs: Any, **attributes: Any) -> Tensor:
+        """The first result of a node, whose inputs are tensors, numbers or lists of numbers."""
+        values = [
+            each.value if isinstance(each, Tensor) else np.asarray(each).tolist() for each in inputs
+        ]
+        found = getattr(self._op, kind)(*values, **attributes)
+        return Tensor(self, found if isinstance(found, ir.Value) else found[0])
+
+    def constant(self, array: NDArray[Any]) -> Tensor:
+        """An array that never changes."""
+        return self.node("Constant", value=ir.tensor(array))
+
+    def initializer(self, name: str, array: NDArray[Any]) -> Tensor:
+        """An array that the graph holds under a name."""
+        return Tensor(self, self._op.initializer(ir.tensor(array, name=name)))
+
+
+class Tensor(NDArrayOperatorsMixin):
+    """A tensor of a graph. Operators and functions of numpy add the nodes that compute them.
+
+    Args:
+        writer: what adds nodes.
+        value: the tensor.
+    """
+
+    def __init__(self, writer: Writer, value: ir.Value) -> None:
+        self.writer, self.value = writer, value
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Its dimensions, of which those that are not integers vary from run to run."""
+        assert self.value.shape is not None
+        return tuple(self.value.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Its type."""
+        assert self.value.dtype is not None
+        return self.value.dtype.numpy()
 
     @property
     def ndim(self) -> int:
         """How many dimensions it has."""
         return len(self.shape)
 
-    def then(
-        self,
-        kind: str,
-        *inputs: Value,
-        dtype: Any = None,
-        shape: Shape | None = None,
-        **attributes: Any,
-    ) -> Value:
-        """The result of an operator whose first input this is.
+    def __len__(self) -> int:
+        return int(self.shape[0])
 
-        Args:
-            kind: the operator.
-            inputs: its other inputs.
-            dtype: the type of the result; default: that of this tensor.
-            shape: the dimensions of the result; default: those of this tensor.
-            **attributes: those of the operator.
-        """
-        name = self.scope.node(kind, self.name, *(x.name for x in inputs), **attributes)
-        return Value(
-            self.scope,
-            name,
-            self.dtype if dtype is None else np.dtype(dtype),
-            self.shape if shape is None else shape,
-        )
+    def then(self, kind: str, *inputs: Any, **attributes: Any) -> Tensor:
+        """The result of an operator whose first input this is."""
+        return self.writer.node(kind, self, *inputs, **attributes)
 
-    def within(self, scope: Scope) -> Value:
-        """The same tensor, read in a branch."""
-        return Value(scope, self.name, self.dtype, self.shape)
-
-    def astype(self, dtype: Any) -> Value:
+    def astype(self, dtype: Any, copy: bool = True) -> Tensor:
         """The same values in another type."""
-        return self.then(
-            "Cast", dtype=dtype, to=onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-        )
+        return self.then("Cast", to=ir.DataType.from_numpy(np.dtype(dtype)))
 
-    def add_axis(self, axis: int) -> Value:
-        """The same values with one more dimension, counted from the first or, below 0, the last."""
-        shape = list(self.shape)
-        shape.insert(axis if axis >= 0 else len(shape) + 1 + axis, 1)
-        axes = self.scope.constant([axis], np.int64)
-        return self.then("Unsqueeze", axes, shape=tuple(shape))
+    def argmax(self, axis: int) -> Tensor:
+        """The number of the largest value along an axis, the lowest of equal ones."""
+        return self.then("ArgMax", axis=axis, keepdims=0)
 
-    def take(self, numbers: ArrayLike | Value, axis: int) -> Value:
-        """The slices of these numbers along an axis, counted from the first."""
-        if not isinstance(numbers, Value):
-            numbers = self.scope.constant(numbers, np.int64)
-        shape = (*self.shape[:axis], *numbers.shape, *self.shape[axis + 1 :])
-        return self.then("Gather", numbers, shape=shape, axis=axis)
+    def __getitem__(self, index: Any) -> Tensor:
+        """A new axis, a slice or some numbers along one axis; all slices before it are whole."""
+        *before, item = index if isinstance(index, tuple) else (index,)
+        axis = -1 if before == [...] else len(before)
+        if item is None:
+            return self.then("Unsqueeze", [axis])
+        if isinstance(item, slice):
+            return self.then("Slice", [item.start or 0], [item.stop or np.iinfo(int).max], [axis])
+        return self.then("Gather", item, axis=axis)
 
-    def reduce(self, kind: str, axis: int, keepdims: bool = False) -> Value:
-        """The result of a reduction such as `ReduceSum` over one axis; bool needs `ReduceMin`."""
-        if self.dtype == np.bool_:  # which no operator reduces
-            return self.astype(np.int32).reduce(kind, axis, keepdims).astype(np.bool_)
-        shape = list(self.shape)
-        shape[axis] = 1
-        if not keepdims:
-            del shape[axis]
-        axes = self.scope.constant([axis], np.int64)
-        return self.then(kind, axes, shape=tuple(shape), keepdims=int(keepdims))
-
-    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Value:
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Tensor:
         """The result of a function of numpy, or of its method `reduce`."""
-        name = ufunc.__name__
-        if method == "reduce":
-            return self.reduce(_REDUCTIONS[name], options["axis"])
-        values = [x if isinstance(x, Value) else self.scope.constant(x, self.dtype) for x in inputs]
-        is_comparison = name in _COMPARISONS
-        return values[0].then(
-            _COMPARISONS[name] if is_comparison else _CALCULATIONS[name],
-            *values[1:],
-            dtype=np.bool_ if is_comparison else None,
-            shape=_broadcast([value.shape for value in values]),
-        )
+        if method != "reduce":
+            return self.writer.node(_OPERATORS[ufunc], *inputs)
+        axes, keepdims = [options["axis"]], int(options.get("keepdims", False))
+        if ufunc is np.logical_and:  # runtimes do not reduce bool
+            return self.astype(np.int32).then("ReduceMin", axes, keepdims=0).astype(np.bool_)
+        return self.then(_REDUCTIONS[ufunc], axes, keepdims=keepdims)
+
+    def __array_function__(
+        self, function: Callable[..., Any], types: Any, inputs: Any, options: Any
+    ) -> Tensor:
+        """The result of a function of numpy that is no `ufunc`."""
+        return _FUNCTIONS[function](*inputs, **options)
 
 
-def where(condition: Value, yes: Value, no: Value) -> Value:
-    """Values of `yes` where a condition holds, else of `no`."""
-    shape = _broadcast([value.shape for value in (condition, yes, no)])
-    return condition.then("Where", yes, no, dtype=yes.dtype, shape=shape)
+def _sort(values: Tensor, axis: int) -> Tensor:
+    return values.then("TopK", [values.shape[axis]], axis=axis, largest=0, _outputs=2)
 
 
-def _broadcast(shapes: Sequence[Shape]) -> Shape:
-    """The dimensions of a result: of each axis the one that is not 1."""
-    most = max(map(len, shapes))
-    padded = [(1,) * (most - len(shape)) + shape for shape in shapes]
-    return tuple(
-        next((size for size in sizes if size != 1), 1) for sizes in zip(*padded, strict=True)
-    )
+def _delete(values: Tensor, number: int, axis: int) -> Tensor:
+    rest = np.delete(np.arange(values.shape[axis]), number)
+    return values.then("Gather", rest, axis=axis)
+
+
+def _stack(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    return tensors[0].writer.node("Concat", *(each[..., None] for each in tensors), axis=axis)
+
+
+def _full_like(rows: Tensor, value: Any, dtype: Any = None) -> Tensor:
+    is_tensor, constant = isinstance(value, Tensor), rows.writer.constant
+    one = value if is_tensor else constant(np.asarray(value, dtype or rows.dtype))
+    return rows.writer.node("Expand", one, rows.then("Shape"))
+
+
+_FUNCTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    **{np.sort: _sort, np.delete: _delete, np.stack: _stack, np.full_like: _full_like},
+    np.where: lambda condition, yes, no: condition.then("Where", yes, no),
+    np.zeros_like: lambda rows: _full_like(rows, 0),
+}

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
-from onnx import checker, external_data_helper
+import onnx
 from tokenizers import Tokenizer
 
 from ...runtime.artifact.folder import check_outside, read_manifest, verified
-from ...runtime.artifact.manifest import CLASSIFIER_NAME, Graph, Manifest
+from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest, Target
 from ...runtime.artifact.reference import read_reference
 from ...runtime.encoding import Text
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.progress import Progress, silent
 from ...runtime.targets import rule_of, target_of
-from ..onnx_file import load_graphs
+from ..onnx_file import graphs_of, load_graphs
 from ..staging import resolved, staging
 from ..targets.backends import INT8
 from .exit_0 import PairMarks
@@ -79,43 +78,55 @@ def pack(
         raise ArtifactError(f"{output} exists already", "give another folder as `output`")
     manifest = read_manifest(source)
     name = target_of(source, manifest, target or manifest.default_target)
-    graphs = _graphs(manifest, name)
+    built = _packable(manifest, name)
     if CLASSIFIER_NAME not in manifest.files:
         raise ArtifactError(f"{source} has no {CLASSIFIER_NAME}", EXPORT_AGAIN)
     point, rule = rule_of(source, manifest, name, operating_point)
-    reference, _ = read_reference(source, manifest)
-    exit_0, no_exit_0 = _exit_0(source, manifest)
-    separators = exit_0[1].texts if exit_0 else ()
-    if manifest.targets[name].rest_precision not in ("", "fp32"):
+    if built.rest_precision not in ("", "fp32"):
         point = None  # what was measured holds for other logits than those of the file
-    if no_exit_0:
-        manifest, point = msgspec.structs.replace(manifest, exit_0=None), None
-        rule = msgspec.structs.replace(rule, exit_0_threshold=None)
+    reference, _ = read_reference(source, manifest)
+    spec, graphs = manifest.tokenizer, graphs_of(manifest, built)
+    tokenizer = verified(source, spec.file, spec.sha256)
+    marks, no_exit_0 = None, ""
+    exit_0 = ExitZero.load(source, manifest)
+    if exit_0 is not None:
+        has_types = any(value.name == TYPES for graph in graphs.values() for value in graph.inputs)
+        marks = PairMarks.of(Tokenizer.from_file(str(tokenizer)), has_types)
+        if marks is None:
+            no_exit_0 = "no token types or separators say where the second text of a pair begins"
+            manifest, point = msgspec.structs.replace(manifest, exit_0=None), None
+            rule = msgspec.structs.replace(rule, exit_0_threshold=None)
     progress("pack", 0, 2)
-    proto = single_graph(load_graphs(source, graphs), manifest, rule, exit_0)
+    inside = (exit_0, marks) if exit_0 is not None and marks is not None else None
+    model = single_graph(load_graphs(source, graphs), manifest, rule, inside)
     is_large = sum((source / graph.file).stat().st_size for graph in graphs.values()) > _MOST_BYTES
+    # Exit 0 of the graph takes a text with separators in its midst for a pair.
+    separators = marks.texts if marks else ()
+    texts = [
+        text
+        for text in (*reference, *verify_data)
+        if not any(token in "".join(text) for token in separators)
+    ]
     with staging(place) as folder:
         file = Path("model.onnx")
         if for_transformers_js:
-            is_int8 = manifest.targets[name].precision == INT8
-            file = Path("onnx", "model_quantized.onnx" if is_int8 else file)
+            file = Path("onnx", "model_quantized.onnx" if built.precision == INT8 else file)
         (folder / file).parent.mkdir(exist_ok=True)
-        if is_large:
-            _move_weights(proto, folder / file)
         progress("verify", 1, 2)
-        every = (*reference, *verify_data)
-        rows = [text for text in every if not _looks_like_a_pair(text, separators)]
-        found = verify(source, manifest, name, rule, proto, folder / file, rows)
-        checker.check_model(folder / file)
-        exits = manifest.exits
-        packed = Packed(place / file, name, point, rule, exits, no_exit_0, len(rows), *found)
-        inputs = [each.name for each in proto.graph.input]
-        write_files(source, folder, manifest, packed, inputs, is_large)
+        found = verify(source, manifest, name, rule, model, folder / file, texts, is_large)
+        onnx.checker.check_model(folder / file)
+        packed = Packed(place / file, name, point, rule, manifest.exits, no_exit_0, *found)
+        inputs = [str(value.name) for value in model.graph.inputs]
+        write_files(source, folder, manifest, packed, tokenizer, inputs, is_large)
     return packed
 
 
-def _graphs(manifest: Manifest, name: str) -> dict[str, Graph]:
-    """The graphs of a target that runs them on CPUs, in a precision that every runtime has."""
+def _packable(manifest: Manifest, name: str) -> Target:
+    """A target if it runs ONNX graphs on CPUs, in a precision that every runtime has.
+
+    Raises:
+        BackendError: it does not.
+    """
     fit = [
         each
         for each, target in manifest.targets.items()
@@ -126,37 +137,4 @@ def _graphs(manifest: Manifest, name: str) -> dict[str, Graph]:
             f"target {name} does not run ONNX graphs in fp32 or int8, so they cannot be packed",
             f"choose a `target` from {', '.join(fit)}" if fit else EXPORT_AGAIN,
         )
-    return manifest.graphs | {
-        each: msgspec.structs.replace(manifest.graphs[each], file=file.file, sha256=file.sha256)
-        for each, file in manifest.targets[name].files.items()
-    }
-
-
-def _exit_0(source: Path, manifest: Manifest) -> tuple[tuple[ExitZero, PairMarks] | None, str]:
-    """Exit 0 and how it recognises second texts; or why it cannot be inside."""
-    exit_0 = ExitZero.load(source, manifest)
-    if exit_0 is None:
-        return None, ""
-    spec = manifest.tokenizer
-    tokenizer = Tokenizer.from_file(str(verified(source, spec.file, spec.sha256)))
-    read = {each.name for graph in manifest.graphs.values() for each in graph.inputs}
-    marks = PairMarks.of(tokenizer, TYPES in read)
-    if marks is None:
-        return None, "no token types or separators say where the second text of a pair begins"
-    return (exit_0, marks), ""
-
-
-def _looks_like_a_pair(text: Text, separators: Sequence[str]) -> bool:
-    """Whether exit 0 of the graph finds a second text that begins in the midst of a text."""
-    return any(
-        token in part
-        for token in separators
-        for part in (text if isinstance(text, tuple) else (text,))
-    )
-
-
-def _move_weights(proto: Any, file: Path) -> None:
-    """Write the weights beside the graph, where every runtime looks for them."""
-    location = f"{file.name}_data"
-    external_data_helper.convert_model_to_external_data(proto, location=location)
-    external_data_helper.write_external_data_tensors(proto, str(file.parent))
+    return manifest.targets[name]

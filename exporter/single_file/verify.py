@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
-import onnx
-from numpy.typing import NDArray
+import onnx_ir as ir
 
 from ...runtime.agreement import EXPORT_REQUIREMENTS, REQUIREMENTS, Logits, exits_near_ties
 from ...runtime.artifact.manifest import (
@@ -32,6 +30,8 @@ from .graph import EXIT, MASK
 from .rules import settings_of
 
 _BATCH = 16
+# Smaller tensors, such as the settings, lie in the graph in any case.
+_LEAST_BESIDE = 1024
 # Most of the texts, as a share, whose exit rounding may decide.
 _MOST_TIES = 0.02
 # Thresholds that are tried besides those of the rule: quantiles of its scores on the texts.
@@ -43,10 +43,11 @@ def verify(
     manifest: Manifest,
     target: str,
     rule: ExitRule,
-    proto: Any,
+    model: ir.Model,
     file: Path,
     texts: Sequence[Text],
-) -> tuple[int, float]:
+    is_large: bool,
+) -> tuple[int, int, float]:
     """Run the graph with the rule and with two other thresholds, and write it with the rule.
 
     Args:
@@ -54,13 +55,14 @@ def verify(
         manifest: its manifest, without exit 0 if the graph has none.
         target: the target whose graphs it was made from.
         rule: the rule.
-        proto: the graph, an `onnx.ModelProto`; its weights may lie beside `file`.
+        model: the graph.
         file: where to write it.
         texts: what to run.
+        is_large: whether its weights are written beside it, where every runtime looks for them.
 
     Returns:
-        For how many texts of one threshold, at most, a score is so close to it that rounding
-        decides; their exits are not compared. And the largest difference of a logit.
+        How many texts were run. For how many of them, at most, a score is so close to a threshold
+        that rounding decides; their exits are not compared. The largest difference of a logit.
 
     Raises:
         VerificationError: logits or exits differ, or too many exits cannot be compared.
@@ -81,8 +83,10 @@ def verify(
         rules = [*(msgspec.structs.replace(rule, threshold=other) for other in others), rule]
     difference, ties = 0.0, 0
     for each in rules:
-        _change_settings(proto, settings_of(each, task, manifest.exits))
-        file.write_bytes(proto.SerializeToString(deterministic=True))
+        for name, value in settings_of(each, task, manifest.exits).items():
+            model.graph.initializers[name].const_value = ir.tensor(value, name=name)
+        beside = f"{file.name}_data" if is_large else None
+        ir.save(model, file, external_data=beside, size_threshold_bytes=_LEAST_BESIDE)
         logits, exits = _run(file, rows, manifest.tokenizer)
         expected = simulate(trace.logits, each, *setting).exits
         same = trace.logits[exits - first, np.arange(len(rows))]
@@ -99,13 +103,7 @@ def verify(
                 "pack another target; if it is the exits that are too close, give more texts as "
                 "`verify_data`",
             )
-    return ties, difference
-
-
-def _change_settings(proto: Any, settings: Mapping[str, NDArray[Any]]) -> None:
-    for tensor in proto.graph.initializer:
-        if tensor.name in settings:
-            tensor.CopyFrom(onnx.numpy_helper.from_array(settings[tensor.name], tensor.name))
+    return len(rows), ties, difference
 
 
 def _run(

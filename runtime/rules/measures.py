@@ -122,9 +122,7 @@ class Outputs:
         """
         if self._single:
             return softmax(self.logits)
-        pairs = np.zeros((*self.logits.shape, 2))
-        pairs[..., 0] = self.logits
-        return softmax(pairs)
+        return softmax(self.logits[..., None] * (1.0, 0.0))
 
     @property
     def probabilities(self) -> Array:
@@ -135,7 +133,8 @@ class Outputs:
     def answers(self) -> Integers:
         """Class indices `[rows]`, or for multi-label tasks `[rows, labels]` of 0 and 1; int64."""
         if self._single:
-            return np.asarray(self.logits.argmax(axis=-1))
+            classes: Integers = self.logits.argmax(axis=-1)
+            return classes
         _, thresholds = self._task
         return (self.probabilities > (thresholds if len(thresholds) else 0.5)).astype(np.int64)
 
@@ -168,8 +167,9 @@ class Outputs:
                 largest of all labels.
         """
         if decision_thresholds:
-            small = np.exp(-np.abs(self.margins(decision_thresholds)).min(axis=-1))
-            return np.asarray(small / (1 + small))
+            margins = np.abs(self.margins(decision_thresholds))
+            small: Array = np.exp(-np.minimum.reduce(margins, axis=-1))
+            return small / (1 + small)
         others = _sum(np.sort(self.distributions, axis=-1)[..., :-1])
         return others if self._single else np.maximum.reduce(others, axis=-1)
 
@@ -198,13 +198,19 @@ class Outputs:
         margins = np.full(z.shape, -np.inf)
         for label, threshold in enumerate(thresholds):
             if threshold < 1:
-                logit = z[:, label]
-                if self._single:
-                    others = np.delete(z, label, axis=-1)
-                    top = others.max(axis=-1)
-                    logit = logit - top - np.log(np.exp(others - top[:, None]).sum(axis=-1))
-                margins[:, label] = logit - math.log(threshold / (1 - threshold))
+                margins[:, label] = self.margin(label, threshold)
         return margins
+
+    def margin(self, label: int, threshold: float) -> Array:
+        """How far one label is from its threshold, see `margins`: `[rows]`."""
+        logit = self.logits[:, label]
+        if self._single:
+            others = np.delete(self.logits, label, axis=-1)
+            top = np.maximum.reduce(others, axis=-1)
+            powers = np.exp(others - top[:, None])
+            logit = logit - top - np.log(np.add.reduce(powers, axis=-1))
+        shift: Array = np.log(threshold / (1 - threshold))
+        return logit - shift
 
     def unchanged(self, earlier: Outputs) -> Mask:
         """Whether the answer is the same as at an earlier exit: `[rows]`."""

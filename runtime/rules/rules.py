@@ -27,7 +27,7 @@ import numpy as np
 
 from ..artifact.operating_point import RuleSettings
 from ..errors import RuleError, whole_number
-from .measures import MEASURES, Array, Mask, Measure, Outputs, per_row, softmax
+from .measures import MEASURES, Array, Mask, Measure, Outputs, per_row
 
 # The types of settings; the description says what to give.
 _Finite = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
@@ -417,16 +417,21 @@ class Entropy(ThresholdRule, tag="entropy", frozen=True, kw_only=True):
         return now.entropy()
 
 
-class _Uncertainty(ThresholdRule, tag="uncertainty", frozen=True, kw_only=True):
+class Uncertainty(ThresholdRule, tag="uncertainty", frozen=True, kw_only=True):
     """What `Confidence` compares: 1 - max p is below the threshold."""
 
-    decision_thresholds: _Decisions
+    decision_thresholds: _Decisions = ()
 
-    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
+    def uncertainty(self, now: Outputs) -> Array:
+        """1 - max p, also at exit 0."""
         return now.uncertainty(self.decision_thresholds)
 
+    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
+        """1 - max p."""
+        return self.uncertainty(now)
 
-class Confidence(ThresholdRule, tag="confidence", frozen=True, kw_only=True):
+
+class Confidence(Uncertainty, tag="confidence", frozen=True, kw_only=True):
     """Shallow-Deep Networks (arXiv 1810.07052), RightTool: max p is above the threshold.
 
     Close to 1, max p loses its digits. Therefore 1 - max p, which is the sum of the other
@@ -440,15 +445,9 @@ class Confidence(ThresholdRule, tag="confidence", frozen=True, kw_only=True):
             for max p. Empty: the answer is what has to be certain.
     """
 
-    decision_thresholds: _Decisions = ()
-
     def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The largest probability; for multi-label tasks the least max(p, 1 - p) of a label."""
         return 1 - self.uncertainty(now)
-
-    def uncertainty(self, now: Outputs) -> Array:
-        """1 - max p, also at exit 0."""
-        return now.uncertainty(self.decision_thresholds)
 
     def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
         """The answer looks settled where 1 - max p is strictly below 1 - threshold."""
@@ -465,7 +464,7 @@ class Confidence(ThresholdRule, tag="confidence", frozen=True, kw_only=True):
         return msgspec.structs.replace(self, threshold=1 - np.asarray(threshold))
 
     def _stop_scores(self, scores_of: ScoresOf) -> Array:
-        return scores_of(_Uncertainty(threshold=0.0, decision_thresholds=self.decision_thresholds))
+        return scores_of(Uncertainty(threshold=0.0, decision_thresholds=self.decision_thresholds))
 
 
 class Energy(ThresholdRule, tag="energy", frozen=True, kw_only=True):
@@ -477,7 +476,10 @@ class Energy(ThresholdRule, tag="energy", frozen=True, kw_only=True):
 
     def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The energy: the probability of one more class whose logit is 0."""
-        return softmax(np.column_stack([now.logits, np.zeros(len(now.logits))]))[:, -1]
+        top = np.maximum(np.maximum.reduce(now.logits, axis=-1), 0)
+        powers: Array = np.add.reduce(np.exp(now.logits - top[:, None]), axis=-1)
+        rest: Array = np.exp(-top)
+        return rest / (rest + powers)
 
 
 class Pcee(ThresholdRule, tag="pcee", frozen=True, kw_only=True):
@@ -540,7 +542,7 @@ class Budget(ExitRule, tag="budget", frozen=True, kw_only=True):
 
     def signal(self, exit_number: int, earlier: Outputs | None, now: Outputs) -> Signal:
         """Every row gives its signal from that exit on; there is no score."""
-        return Signal(None, np.full(len(now.logits), exit_number >= self.exit))
+        return Signal(None, np.full_like(now.logits[:, 0], exit_number >= self.exit, np.bool_))
 
     @property
     def ends_at_exit_0(self) -> bool:

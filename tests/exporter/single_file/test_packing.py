@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 from transformers import AutoConfig
@@ -173,7 +174,7 @@ def test_the_folder_is_that_of_a_plain_classifier(
     assert (model.ir_version, [each.version for each in model.opset_import]) == (10, [20])
     assert [each.name for each in model.graph.output] == ["logits", "exit"]
     assert {each.name for each in model.graph.initializer if each.name.startswith("fpabee.")} == {
-        *("fpabee.thresholds", "fpabee.exit_0_threshold", "fpabee.min_exit", "fpabee.max_exit")
+        *("fpabee.thresholds", "fpabee.exit_0_uncertainty", "fpabee.min_exit", "fpabee.max_exit")
     }
     inner = [each for node in model.graph.node for part in node.attribute for each in part.g.node]
     assert inner
@@ -273,28 +274,24 @@ def test_a_graph_that_differs_is_not_written(
     right = graph.single_graph
 
     def changed(name: str, change: float) -> None:
-        def wrong(*arguments: Any) -> Any:
-            proto = right(*arguments)
-            tensors = [
-                *proto.graph.initializer,
-                *(
-                    tensor
-                    for node in proto.graph.node
-                    for attribute in node.attribute
-                    for tensor in attribute.g.initializer
-                ),
-            ]
-            (tensor,) = (each for each in tensors if each.name.endswith(name))
-            values = onnx.numpy_helper.to_array(tensor) + np.float32(change)
-            tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float32), tensor.name))
-            return proto
+        def wrong(*arguments: Any) -> ir.Model:
+            model = right(*arguments)
+            (value,) = (
+                value
+                for part in model.graphs()
+                for value in part.initializers.values()
+                if str(value.name).endswith(name)
+            )
+            assert value.const_value is not None
+            value.const_value = ir.tensor(value.const_value.numpy() + np.float32(change))
+            return model
 
         monkeypatch.setattr(packing, "single_graph", wrong)
 
-    changed("exit_02/0/head.classifier.bias", 0.01)
+    changed("exit_02/segment_02/head.classifier.bias", 0.01)
     with pytest.raises(VerificationError, match=r"logits differ by 1\.0e-02"):
         packed("bert", Budget(exit=2))
-    changed("exit_02/0/head.classifier.bias", np.nan)
+    changed("exit_02/segment_02/head.classifier.bias", np.nan)
     with pytest.raises(VerificationError, match="logits differ by nan"):
         packed("bert", Budget(exit=2))
     other = Pcee(threshold=0.5)  # whose entropy is normalised

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from fpabee.exporter.single_file.nodes import Scope, Value
+from fpabee.exporter.onnx_file import OPSET
+from fpabee.exporter.single_file.nodes import Tensor, Writer
 from fpabee.exporter.single_file.rules import RuleNodes, State, settings_of
 from fpabee.runtime import (
     Budget,
@@ -52,31 +54,23 @@ class Case:
     first_exit: int = 1
     label_thresholds: tuple[float, ...] = ()
 
-    def graph(self) -> Any:
+    def graph(self, name: str) -> ir.Graph:
         count, _, labels = self.logits.shape
         task = Task(
             problem_type=self.task,
             labels=tuple(map(str, range(labels))),
             label_thresholds=self.label_thresholds,
         )
-        scope = Scope("rule/")
+        writer = Writer(name)
         exits = range(self.first_exit, self.first_exit + count)
-        nodes = RuleNodes(scope, self.rule, task, exits)
-        shape = (count, "batch", labels)
-        given = Value(scope, "given", np.dtype(np.float32), shape)
-        state: State | None = None
+        nodes = RuleNodes(writer, self.rule, task, exits)
+        value = ir.val("given", ir.DataType.FLOAT, (count, "batch", labels))
+        writer.graph.inputs.append(value)
+        state: State = {}
         for place, number in enumerate(exits):
-            state = nodes.step(scope, number, given.take(place, axis=0), state)
-        assert state is not None
-        for name in ("logits", "exit"):
-            scope.node("Identity", state[name].name, outputs=[name])
-        info, kinds = onnx.helper.make_tensor_value_info, onnx.TensorProto
-        outputs = [
-            info("logits", kinds.FLOAT, ["batch", labels]),
-            info("exit", kinds.INT64, ["batch"]),
-        ]
-        inputs = [info("given", kinds.FLOAT, shape)]
-        return onnx.helper.make_graph(scope.nodes, "rule", inputs, outputs, scope.initializers)
+            state = nodes.step(number, Tensor(writer, value)[place], state)
+        writer.graph.outputs.extend(state[name].value for name in ("logits", "exit"))
+        return writer.graph
 
     def is_right(self, logits: NDArray[np.float32], exits: NDArray[np.int64]) -> bool:
         """Whether these are the logits and exits of each row at its exit."""
@@ -92,10 +86,11 @@ def run(cases: list[Case]) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]
     """The logits and exits of each case; all of them are one graph, because that is faster."""
     whole = onnx.GraphProto(name="rules")
     for number, case in enumerate(cases):
-        part = onnx.compose.add_prefix_graph(case.graph(), f"{number}/")
+        part = ir.to_proto(case.graph("rule"))
+        onnx.compose.add_prefix_graph(part, f"{number}/", inplace=True)
         for field in ("node", "initializer", "input", "output"):
             getattr(whole, field).extend(getattr(part, field))
-    opset = [onnx.helper.make_opsetid("", 20)]
+    opset = [onnx.helper.make_opsetid("", OPSET)]
     model = onnx.helper.make_model(whole, opset_imports=opset, ir_version=10)
     options = session_options()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
