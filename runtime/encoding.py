@@ -39,8 +39,6 @@ _PER_TOKEN = 8
 _MARGIN = 2 * MAX_WORD
 # Characters that are kept of a longer stretch that gives no token, such as a run of spaces.
 _GAP = 64
-# Texts of up to this many characters are tokenized whole where their exact number of tokens counts.
-_MOST_COUNTED = 2**16
 # They stand for the tokens of the first and the second text; no vocabulary has such ids.
 _FIRST, _SECOND = 2**32 - 1, 2**32 - 2
 
@@ -132,13 +130,11 @@ class _Tokens(NamedTuple):
 
     Attributes:
         ids: at most as many as were wanted.
-        total: how many the whole text has.
-        is_estimate: whether that is estimated, because the text was not read to its end.
+        total: how many the whole text has; an estimate if it was not read to its end.
     """
 
     ids: list[int]
     total: int
-    is_estimate: bool = False
 
 
 _NO_TOKENS = _Tokens([], 0)
@@ -147,9 +143,9 @@ _NO_TOKENS = _Tokens([], 0)
 class RowTokenizer:
     """Tokenizes texts into rows, truncated as the tokenizers library does it.
 
-    Memory and, for ordinary texts, time grow with the limit, and not with the texts.
-    The longer text of a pair gets the odd token; if one has more than 65,536 characters, their
-    numbers of tokens are estimated for this.
+    Memory and, for ordinary texts, time grow with the limit, and not with the texts. So the number
+    of tokens of a text that is not read to its end is estimated. This decides which of two such
+    texts of a pair, the longer one, gets an odd token.
 
     Args:
         tokenizer: of the library. Its post-processor, truncation and padding are taken out of it.
@@ -198,11 +194,6 @@ class RowTokenizer:
         pieces = self._templates[isinstance(text, tuple)]
         budget = self._limit - sum(token not in (_FIRST, _SECOND) for token, _ in pieces)
         totals = first.total, second.total
-        if budget % 2 and min(totals) > budget // 2:  # the longer text gets the odd token
-            totals = (
-                _total_of(self._tokenizer, text[0], first),
-                _total_of(self._tokenizer, text[1], second),
-            )
         kept = _longest_first(*totals, budget)
         texts = {_FIRST: first.ids[: kept[0]], _SECOND: second.ids[: kept[1]]}
         ids: list[int] = []
@@ -255,27 +246,13 @@ def _of_long_text(tokenizer: Tokenizer, text: str, most: int) -> _Tokens:
         if end >= len(text):
             return _Tokens(found.ids[:most], total)
         if total > most and max(stop for _, stop in found.offsets[:most]) + _MARGIN <= len(read):
-            return _Tokens(found.ids[:most], max(most + 1, total * len(text) // end), True)
+            return _Tokens(found.ids[:most], max(most + 1, total * len(text) // end))
         read = _shortened(read, found.offsets)
         # At least twice as much as before, so that the time grows linearly with the text.
         more = max(len(read), characters_read(most))
         # Beyond the first characters, which were checked, a text may be invalid Unicode.
         read += text[end : end + more].encode(errors="replace").decode()
         end += more
-
-
-def _total_of(tokenizer: Tokenizer, text: str, tokens: _Tokens) -> int:
-    """How many tokens a text has; an estimate only if it is very long.
-
-    Args:
-        tokenizer: as in `first_tokens`.
-        text: the text.
-        tokens: what `first_tokens` gave for it.
-    """
-    if not tokens.is_estimate or len(text) > _MOST_COUNTED:
-        return tokens.total
-    whole = text.encode(errors="replace").decode()  # only its beginning was checked
-    return len(tokenizer.encode_batch_fast([whole], add_special_tokens=False)[0])
 
 
 def _shortened(text: str, offsets: Sequence[tuple[int, int]]) -> str:

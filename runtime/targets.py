@@ -159,22 +159,17 @@ def rule_of(
         RuleError: the target has no such point, or its rule does not exist.
     """
     points = manifest.targets[target].operating_points
-    if point is None:
-        point = manifest.targets[target].default_operating_point or None
-    if point is None:
+    point = point or manifest.targets[target].default_operating_point
+    if not point:
         return None, ExitRule.from_dict(manifest.default_rule)
     if point in points:
         return point, ExitRule.from_dict(points[point].rule)
     elsewhere = [other for other, t in manifest.targets.items() if point in t.operating_points]
-    if elsewhere:
-        raise RuleError(
-            f"operating point {point!r} was measured on {', '.join(elsewhere)}, not on {target}",
-            "calibrate this target",
-        )
+    measured = f", but {', '.join(elsewhere)} has" if elsewhere else ""
     raise RuleError(
-        f"target {target} has no operating point {point!r}; it has: "
+        f"target {target} has no operating point {point!r}{measured}; it has: "
         f"{', '.join(points) or 'none yet'}",
-        "calibrate this target",
+        "give another `operating_point` or `target`, or calibrate this target",
     )
 
 

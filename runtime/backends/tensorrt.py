@@ -18,7 +18,6 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from ..agreement import REQUIREMENTS
 from ..artifact.folder import verified
 from ..artifact.manifest import Manifest, Target
 from ..errors import ArtifactError, BackendError, MissingExtraError
@@ -287,7 +286,7 @@ def rebuild(target: Target, otherwise: str = "") -> str:
         target: the target's record.
         otherwise: what else can be done.
     """
-    if target.backend not in MODULES or target.precision not in REQUIREMENTS:
+    if target.backend not in MODULES:
         return "pip install -U fpabee"
     precision = "" if target.precision == "fp32" else f" and `{target.precision}`"
     here = f"build it here, with `backend` {target.backend}{precision}"

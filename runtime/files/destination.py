@@ -88,8 +88,7 @@ def open_output(
             return
         # A link stays; the file that it leads to is replaced.
         settings = settings | inputs.identity(resume)
-        partial = Partial(Path(os.path.realpath(output)), settings, resume)
-        with _kept(partial):
+        with Partial(Path(os.path.realpath(output)), settings, resume) as partial:
             yield partial.write, partial.records()
             partial.finish(chosen, schema)
     except BrokenPipeError:
@@ -102,7 +101,7 @@ def open_output(
 
 
 class Partial:
-    """The rows of one output file that are done.
+    """The rows of one output file that are done. A context manager: errors say where they are.
 
     Args:
         output: the file that they are for.
@@ -124,7 +123,6 @@ class Partial:
         self.output = output
         self.path = output.with_name(output.name + ".partial")
         self._settings_path = output.with_name(output.name + ".partial.run")
-        existed = self.path.exists()
         # Opened to append, because nothing may be lost before the checks below.
         self._stream = self.path.open("ab")
         try:
@@ -142,8 +140,6 @@ class Partial:
             self._stream.truncate(size)
         except BaseException:
             self._stream.close()
-            if not existed:
-                self.path.unlink()
             raise
 
     def records(self) -> Iterator[Record]:
@@ -195,6 +191,29 @@ class Partial:
                 self.path.unlink(missing_ok=True)
                 self._settings_path.unlink(missing_ok=True)
 
+    def __enter__(self) -> Partial:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """After an error, keep the finished rows and say where they are."""
+        if error is None:
+            return
+        # On a full disk closing fails too: the next run drops the line that is incomplete.
+        with contextlib.suppress(OSError):
+            self.close(keep=self.rows > 0)
+        if not self.rows:
+            return
+        done = f"{self.rows} finished rows are in {self.path}"
+        if isinstance(error, OSError):
+            raise InputError(
+                f"cannot write {self.output}: {error.strerror}; {done}",
+                "free some space, then use `resume` to continue",
+            ) from error
+        if isinstance(error, FpabeeError):
+            raise type(error)(f"{error.message}; {done}", error.hint) from error
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(InputError(done, "use `resume` to continue")) from error
+
     def _lock(self) -> None:
         if fcntl is None:
             return
@@ -236,30 +255,6 @@ def _whole_lines(path: Path) -> tuple[int, int]:
             if line.endswith(b"\n"):
                 count, size = count + 1, size + len(line)
     return count, size
-
-
-@contextmanager
-def _kept(partial: Partial) -> Iterator[None]:
-    """After an error, keep the finished rows and say where they are."""
-    try:
-        yield
-    except BaseException as error:
-        # On a full disk closing fails too: the next run drops the line that is incomplete.
-        with contextlib.suppress(OSError):
-            partial.close(keep=partial.rows > 0)
-        if not partial.rows:
-            raise
-        done = f"{partial.rows} finished rows are in {partial.path}"
-        if isinstance(error, OSError):
-            raise InputError(
-                f"cannot write {partial.output}: {error.strerror}; {done}",
-                "free some space, then use `resume` to continue",
-            ) from error
-        if isinstance(error, FpabeeError):
-            raise type(error)(f"{error.message}; {done}", error.hint) from error
-        if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(InputError(done, "use `resume` to continue")) from error
-        raise
 
 
 @contextmanager

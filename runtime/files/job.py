@@ -98,12 +98,10 @@ class Job:
             # The whole block is run even if some of its rows are completed already.
             rows = [item.content for item in block if isinstance(item, Row)]
             answers = self.engine.stream(rows, rule=self.rule, full_depth=self.rule is None)
-            for index, item in enumerate(block, start):
-                if isinstance(item, RowError):
-                    record = self._schema.error(index, item)
-                else:
-                    record = self._schema.record(index, item, next(answers))
-                if index == self.rows:
+            for item, record in zip(
+                block, self._schema.records(block, answers, start), strict=True
+            ):
+                if record["index"] == self.rows:
                     write(record)
                     self._count(item, record)
                     advance()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,9 +65,21 @@ class RecordSchema:
             record[_PROBABILITIES] = {label: round(value, 6) for label, value in pairs}
         return record
 
-    def error(self, index: int, error: RowError) -> Record:
-        """The record of a row that has an error instead of an answer."""
-        return {"index": index, "error": str(error)}
+    def records(
+        self, items: Iterable[Row | RowError], answers: Iterator[Prediction], first: int = 0
+    ) -> Iterator[Record]:
+        """The records of rows, or of the errors of rows that have no answer.
+
+        Args:
+            items: the rows.
+            answers: those of the rows that could be read.
+            first: the index of the first row.
+        """
+        for index, item in enumerate(items, first):
+            if isinstance(item, RowError):
+                yield {"index": index, "error": str(item)}
+            else:
+                yield self.record(index, item, next(answers))
 
     @cached_property
     def results(self) -> tuple[str, ...]:
@@ -111,8 +122,8 @@ class RecordSchema:
 
 
 def to_json(value: Any) -> str:
-    """JSON in one line."""
-    return json.dumps(value, ensure_ascii=False)
+    """JSON in one line. As many lists in each other can be written as msgspec reads."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=0).decode()
 
 
 def records_of(partial: Path) -> Iterator[Record]:

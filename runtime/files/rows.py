@@ -13,9 +13,6 @@ from .formats import TextFormat
 LABEL_SEPARATOR = "|"
 """Separates labels in a cell of a table: in a column `labels` of an input, and in CSV outputs."""
 
-# Far more than real data has, and far less than Python's JSON encoder can write.
-_MAX_NESTING = 100
-
 _TEXT_PAIR = "text_pair"
 _LABELS = ("labels", "label")
 
@@ -117,8 +114,7 @@ class ReadOptions:
             table: whether the values are cells, so that a string in `labels` is split.
 
         Raises:
-            RowError: the text or the pair is not a string, the labels are not names, or another
-                field is nested too deeply to be written to the output.
+            RowError: the text or the pair is not a string, or the labels are not names.
         """
         text = content.get(self.text_column)
         if not isinstance(text, str):
@@ -134,11 +130,6 @@ class ReadOptions:
             )
         used = (self.text_column, self.pair_column, *self.label_columns)
         fields = {name: value for name, value in content.items() if name not in used}
-        if _is_deep(fields):
-            raise RowError(
-                f"{where} has a field that is nested deeper than {_MAX_NESTING} lists or objects",
-                "leave that field out",
-            )
         return Row(text, pair, self._labels(content, where, table), fields, where)
 
     def _labels(
@@ -159,14 +150,3 @@ class ReadOptions:
                 )
             return tuple(map(str, names))
         return None
-
-
-def _is_deep(fields: dict[str, Any]) -> bool:
-    """Whether a field is nested too deeply; not recursive, since that could itself go too deep."""
-    level: list[Any] = [fields]
-    for _ in range(_MAX_NESTING + 2):  # the first level is the fields themselves
-        inner = [part for part in level if isinstance(part, (dict, list)) and part]
-        if not inner:
-            return False
-        level = [x for part in inner for x in (part.values() if isinstance(part, dict) else part)]
-    return True

@@ -80,14 +80,9 @@ class Classify:
                 if isinstance(item, RowError):
                     raise item
         answers = iter(self._engine.predict([row.content for row in items if isinstance(row, Row)]))
-        records = [
-            self._schema.error(at, item)
-            if isinstance(item, RowError)
-            else self._schema.flat(self._schema.record(at, item, next(answers)))
-            for at, item in enumerate(items)
-        ]
+        records = map(self._schema.flat, self._schema.records(items, answers))
         types = pyarrow.schema([(name, arrow_type(name)) for name in self._names])
-        found = pyarrow.Table.from_pylist(records, types)
+        found = pyarrow.Table.from_pylist(list(records), types)
         for name in found.column_names:
             batch = batch.append_column(name, found[name])
         return batch

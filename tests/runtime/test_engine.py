@@ -407,7 +407,7 @@ def test_operating_points(
         engine.use("fast")
         assert (engine.operating_point, engine.rule) == ("fast", Budget(exit=1))
         assert [p.exit for p in engine.predict(["the"])] == [1]
-        with pytest.raises(RuleError, match=r"'slow'; it has: fast, safe -> calibrate this target"):
+        with pytest.raises(RuleError, match=r"'slow'; it has: fast, safe -> give another `op"):
             engine.use("slow")
         assert engine.operating_point == "fast"
     with Engine.load(folder, rule=Budget(exit=2)) as engine:
@@ -421,9 +421,10 @@ def test_a_point_of_another_target_is_refused(
     manifest = read_manifest(folder)
     here = manifest.default_target
     set_points(folder, target="other", default="fast", fast=Budget(exit=1))
-    with pytest.raises(RuleError, match=f"measured on other, not on {here}") as caught:
+    with pytest.raises(
+        RuleError, match=f"target {here} has no .* 'fast', but other has; it has: n"
+    ):
         Engine.load(folder, operating_point="fast")
-    assert caught.value.hint == "calibrate this target"
     with Engine.load(folder) as engine:
         assert engine.operating_point is None
         assert engine.rule == ExitRule.from_dict(manifest.default_rule)

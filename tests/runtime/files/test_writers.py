@@ -47,7 +47,11 @@ def test_records() -> None:
         **{"index": 1, "text": "x", "text_pair": "y", "labels": [], "scores": []},
         **{"exit": 1, "layer": 1, "truncated": True, "probabilities": {"a": 0.25, "b": 0.5}},
     }
-    assert MULTI.error(2, RowError("bad", "mend it")) == {"index": 2, "error": "bad -> mend it"}
+
+
+def error(index: int, *said: str) -> Record:
+    (found,) = MULTI.records([RowError(*said)], iter(()), index)
+    return found
 
 
 def test_tables(tmp_path: Path) -> None:
@@ -73,7 +77,7 @@ def test_multi_label_tables_read_back(tmp_path: Path) -> None:
         MULTI.record(n, Row("x"), Prediction(labels, scores, 1, 1, (0.25, 0.5), (-1.1, 0.0), False))
         for n, (labels, scores) in enumerate(found)
     ]
-    records.append(MULTI.error(3, RowError("bad", "mend it")))
+    records.append(error(3, "bad", "mend it"))
     path = converted(tmp_path, "x.csv", records, MULTI)
     with path.open(encoding="utf-8", newline="") as stream:
         *rows, bad = csv.DictReader(stream)
@@ -106,7 +110,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert (first["t"], second["t"], second["deep"]) == (True, None, None)
     assert first["truncated"] is False
     prediction = Prediction(("a",), (0.75,), 1, 1, (0.75, 0.5), (1.1, 0.0), True)
-    records = [MULTI.record(0, Row("x", "y"), prediction), MULTI.error(1, RowError("bad"))]
+    records = [MULTI.record(0, Row("x", "y"), prediction), error(1, "bad")]
     first, second = parquet.read_table(converted(tmp_path, "x.pq", records, MULTI)).to_pylist()
     assert (first["labels"], first["scores"], first["probabilities.b"]) == (["a"], [0.75], 0.5)
     assert (first["text"], first["text_pair"], first["truncated"]) == ("x", "y", True)
