@@ -53,7 +53,7 @@ fpabee-serve engines/ --triton repository/ --name intents
 @options.flag("--check", "First check on the reference texts that the target matches the model.")
 @options.count("--max-rows", "Most rows that are unanswered at a time; more are refused.", 1000)
 @options.path(
-    "--triton", "Write a model into this model repository of Triton, and serve nothing.", "REPO"
+    "-o --triton", "Write a model into this model repository of Triton, and serve nothing.", "REPO"
 )
 @options.option("--name", "NAME", "Name of the model. Default: that of the folder ENGINES.")
 def main(
