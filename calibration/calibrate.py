@@ -104,7 +104,7 @@ def calibrate(
             return replace(found, decision_thresholds=thresholds)
 
         seen = traced(rows)
-        held = None if test is None else traced(test)
+        held = None if test is None else Scorer(traced(test), metric)
         progress(f"time segments, batch {options.batch_size}", 0, 1)
         costs = measure_costs(engine, seen.lengths, options.batch_size)
         stopping_costs = StoppingCosts(seen, metric, costs.row_costs(seen.lengths))
@@ -121,7 +121,7 @@ def calibrate(
             target=engine.target,
             held_out=CROSS_VALIDATED if options.test is None else Path(options.test).name,
             rows=seen,
-            test=held,
+            test=None if held is None else held.rows,
             points=points,
             default=default,
             comparisons=tuple(sorted(comparisons, key=lambda each: -each.chosen_on.estimated)),
@@ -207,7 +207,7 @@ class _PointMaker:
     search: Search
     wide: Search
     costs: CostModel
-    held: LabelledLogits | None
+    held: Scorer | None
 
     @property
     def full_depth(self) -> ExitRule:
@@ -223,7 +223,7 @@ class _PointMaker:
             rule = found.rule or self.full_depth
             yield Point(
                 rule=rule,
-                chosen_on=self._judge(rule, self.search.stopping_costs.rows),
+                chosen_on=self._judge(rule, self.search.stopping_costs.scorer),
                 held_out=self._held_out(rule, choose, self.search),
                 name=name,
                 goal=goal,
@@ -250,7 +250,7 @@ class _PointMaker:
                 rule = choose(self.wide).rule or self.full_depth
             except InputError:  # no setting of this kind is fast enough
                 continue
-            chosen_on = self._judge(rule, self.search.stopping_costs.rows)
+            chosen_on = self._judge(rule, self.search.stopping_costs.scorer)
             held_out = self._held_out(rule, choose, self.wide)
             yield RuleComparison(rule, chosen_on, held_out, kind)
 
@@ -273,10 +273,9 @@ class _PointMaker:
         exits = search.held_out(lambda some: choose(some).rule)
         return self._outcome(search.stopping_costs.scorer, exits)
 
-    def _judge(self, rule: ExitRule, rows: LabelledLogits) -> Outcome:
+    def _judge(self, rule: ExitRule, scorer: Scorer) -> Outcome:
         """What a rule gives on some rows."""
-        metric = self.search.stopping_costs.scorer.metric
-        return self._outcome(Scorer(rows, metric), exits_of(rule, rows))
+        return self._outcome(scorer, exits_of(rule, scorer.rows))
 
     def _outcome(self, scorer: Scorer, exits: Integers) -> Outcome:
         costs = self.costs.row_costs(scorer.rows.lengths)

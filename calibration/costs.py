@@ -41,14 +41,12 @@ class CostModel:
     """Seconds from each exit to the next for a row, by the length of the row.
 
     Attributes:
-        batch: rows at a time; fewer were run where the target splits such a group.
         lengths: the row lengths that were measured, in tokens, ascending.
         seconds: `[exits, lengths]` seconds for one row, which is the time of a batch divided by
             its rows, in the order of `Manifest.exits`: of exit 0 if there is one, then of the
             segments with their heads.
     """
 
-    batch: int
     lengths: tuple[int, ...]
     seconds: tuple[tuple[float, ...], ...]
 
@@ -76,7 +74,7 @@ def measure_costs(engine: Engine, lengths: NDArray[np.intp], batch: int) -> Cost
         rows = min(batch, engine.limits.max_batch, max(1, engine.limits.group_tokens // tokens))
         runs = [engine.time_exits(rows, tokens) for _ in range(_REPEATS + 1)][1:]
         columns.append(np.median(np.array(runs), axis=0) / rows)
-    return CostModel(batch, tuple(sizes), tuple(zip(*columns, strict=True)))
+    return CostModel(tuple(sizes), tuple(zip(*columns, strict=True)))
 
 
 def measure_speedup(

@@ -1,26 +1,25 @@
 """Guarantees: the boldest setting whose promises hold on new texts, with stated confidence.
 
 This is Learn then Test (Angelopoulos et al., 2110.01052) with fixed-sequence testing. A fixed list
-of thresholds, known before any row is seen, is tested on all rows, from cautious to bold. A setting
-passes only if *every* promise passes on the rows that it is about, which needs no correction for
-the number of promises. The first setting that fails ends the sequence, and the last one that passed
-is certified. Full depth comes first. With exit 0 there is a second sequence, in which exit 0
-answers the texts that are four times as sure as a layer has to be. Both are tested, each at half of
-1 - confidence, and the faster result counts.
+of settings, known before any row is seen, is tested from cautious to bold. A setting passes only if
+*every* promise passes on the rows that it is about, which needs no correction for the number of
+promises. The first setting that fails ends the sequence, and the last one that passed is certified.
+Full depth comes first. With exit 0 there is a second sequence, in which exit 0 answers the texts
+that are four times as sure as the last layer has to be. If there are rows enough, both are tested,
+each at half of 1 - confidence, and the faster result counts.
 
-A test asks whether the expected loss could be above the bound. Its p-value is valid for any number
-of rows: the exact binomial tail for losses of 0 and 1, and for losses in [-1, 1] the capital of a
-bet against the bound (Waudby-Smith & Ramdas, 2010.09686). The order of the bets comes from a hash
-of the rows, so nobody can try orders until one passes. F1 and Matthews correlation are not means
-over rows. For them, the same bound must hold for the share of right answers, and for the metric by
-a bootstrap, whose confidence is approximate.
+A test asks whether the expected loss could be above the bound. It is exact for any number of rows,
+see `most_losses`. F1 and Matthews correlation are not means over rows. For them, the same bound
+must hold for the share of right answers, and for the metric by a bootstrap, whose confidence is
+approximate.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,14 +37,18 @@ from .result import drop_interval
 from .scoring import LabelledLogits, Scorer
 from .search import StopScores, with_exit_0
 
-# Steps of 1 - confidence: few where only over-confident models need them, then 160.
+# Steps of 1 - confidence at the last exit: few where only over-confident models need them, then
+# many, because a step that is finer certifies a setting that is a little bolder.
 _CAUTIOUS = np.geomspace(1e-10, 1e-4, 60, endpoint=False)
-_STEPS = 160
-# Exit 0 answers from 1 - p of a quarter of the layers' on: a bag of words is wrong more often.
+_STEPS = 340
+# An exit at the share x of the depth must be as sure as the last one to the power 1 + 0.7 (1 - x).
+_EARLY_POWER = 0.7
+# Exit 0 answers from 1 - p of a quarter of the last layer's on.
 _EXIT_0_SHARE = 0.25
+_log_factorial = np.vectorize(lambda count: math.lgamma(count + 1))
 _RESAMPLES = 500
-# A bet of everything would never recover from a single loss.
-_LARGEST_BET = 0.95
+# More gains than these count as these.
+_MOST_GAINS = 100
 # Rows are enough for a good chance if a setting with half of the allowed losses passes this often.
 _GOOD_CHANCE = 0.8
 
@@ -92,24 +95,30 @@ def certify(
         labels: the labels of the model.
         rule: `confidence` or `entropy`.
     """
-    tests = [_Test(costs.scorer, promise, labels) for promise in bound.promises]
-    starts = [False, True] if costs.rows.first_exit == 0 else [False]
-    level = (1 - bound.confidence) / len(starts)
-    stop, found = StopScores(costs.rows), []
+    rows, level, starts = costs.rows, 1 - bound.confidence, [False]
+    tests = [_Test(costs.scorer, promise, labels, level) for promise in bound.promises]
+    if rows.first_exit == 0:
+        halves = [_Test(costs.scorer, promise, labels, level / 2) for promise in bound.promises]
+        # With fewer rows, nothing could pass at half of the level.
+        if all(test.most[0] >= 0 for test in halves):
+            tests, starts = halves, [False, True]
+    stop, full_depth, found = StopScores(rows), Budget(exit=rows.exits[-1]), []
     for at_exit_0 in starts:
-        passed, failed, mean_cost, exits = None, "", math.inf, np.zeros_like(costs.rows.lengths)
-        for setting in sequence(costs.rows, rule, at_exit_0):
-            before, exits = exits, stop.exits(setting)
-            if np.array_equal(before, exits):
-                continue
-            failed = next((t.in_words(exits) for t in tests if not t.passes(exits, level)), "")
+        settings = sequence(rows, rule, at_exit_0)
+        exits = np.vstack([stop.exits([full_depth]), stop.exits(settings)])
+        # A setting that stops all rows where the one before does passes or fails like it.
+        changes = np.append(True, (exits[1:] != exits[:-1]).any(axis=1))
+        passed, failed, mean_cost = None, "", math.inf
+        for number in np.flatnonzero(changes):
+            now = exits[number]
+            failed = next((test.in_words(now) for test in tests if not test.passes(now)), "")
             if failed:
                 break
-            passed, mean_cost = setting, float(costs.costs[costs.rows.at(exits)].mean())
+            passed, mean_cost = [full_depth, *settings][number], float(costs.mean_costs(now))
         found.append((mean_cost, passed, failed))
     _, best, failed = min(found, key=lambda each: each[0])
-    if best is None or (best == Budget(exit=costs.rows.exits[-1]) and costs.rows.reference is None):
-        needs = needs_in_words(bound, costs.rows.first_exit == 0)
+    if best is None or (best == full_depth and rows.reference is None):
+        needs = needs_in_words(bound, rows.first_exit == 0)
         return Certified(best, None, "; ".join(filter(None, [failed, *needs])))
     certificate = Certificate(
         confidence=100 * bound.confidence,
@@ -119,25 +128,26 @@ def certify(
     return Certified(best, certificate)
 
 
-def sequence(rows: LabelledLogits, rule: str, at_exit_0: bool) -> Iterator[ExitRule]:
-    """The settings to test, from cautious to bold; no row decides about them.
+def sequence(rows: LabelledLogits, rule: str, at_exit_0: bool) -> list[ExitRule]:
+    """The settings to test after full depth, from cautious to bold; no row decides about them.
 
     Args:
         rows: rows of the model; only its labels, exits and thresholds count.
         rule: `confidence` or `entropy`.
         at_exit_0: whether exit 0 may answer.
     """
-    yield Budget(exit=rows.exits[-1])
     single, labels = rows.problem_type is ProblemType.SINGLE_LABEL, rows.logits.shape[2]
-    boldest = 0.95 if single and not rows.decision_thresholds else 0.5
-    doubts = limits = np.concatenate([_CAUTIOUS, np.geomspace(1e-4, boldest, _STEPS)])
     base: ExitRule = Confidence(threshold=0.0, decision_thresholds=rows.decision_thresholds)
+    largest, boldest = 1.0, 0.95 if single and not rows.decision_thresholds else 0.5
     if rule == "entropy":
+        base, boldest = Entropy(threshold=0.0), 0.95
         largest = math.log(labels) if single else labels * math.log(2)
-        base, limits = Entropy(threshold=0.0), np.geomspace(1e-3, 0.95 * largest, len(doubts))
-    for doubt, limit in zip(doubts, limits, strict=True):
-        setting = base.with_stop_threshold(rounded(limit))
-        yield with_exit_0(setting, _EXIT_0_SHARE * doubt) if at_exit_0 else setting
+    depths, found = np.arange(1, rows.exits[-1] + 1) / rows.exits[-1], []
+    for doubt in (*_CAUTIOUS, *np.geomspace(1e-4, boldest, _STEPS)):
+        limits = largest * doubt ** (1 + _EARLY_POWER * (1 - depths))
+        setting = base.with_stop_threshold([*map(rounded, limits)])
+        found.append(with_exit_0(setting, _EXIT_0_SHARE * doubt) if at_exit_0 else setting)
+    return found
 
 
 class _Test:
@@ -147,15 +157,19 @@ class _Test:
         scorer: the metric of the rows.
         promise: what is promised.
         labels: the labels of the model.
+        level: 1 - the confidence.
 
     Attributes:
-        promise: as given, with the number of these rows.
-        numbers: the numbers of the rows that the promise is about, in random order.
+        promise: as given, with the number of rows that it was tested on.
+        numbers: the numbers of the rows that test it.
+        most: see `most_losses`.
     """
 
-    def __init__(self, scorer: Scorer, promise: Promise, labels: Sequence[str]) -> None:
-        self._scorer = scorer
-        self.numbers = shuffled(scorer.rows)
+    def __init__(
+        self, scorer: Scorer, promise: Promise, labels: Sequence[str], level: float
+    ) -> None:
+        self._scorer, self._level = scorer, level
+        numbers = shuffled(scorer.rows)
         if promise.of == "drop":
             losses = observed_losses(scorer)
         elif promise.of == "flips":
@@ -165,29 +179,32 @@ class _Test:
             assert promise.label is not None
             label = labels.index(promise.label)
             about = reference[:, label] == (promise.of == "missed")
-            self.numbers = self.numbers[about[self.numbers]]
+            numbers = numbers[about[numbers]]
             losses = (every[..., label] != reference[:, label]).astype(np.float64)
+        share = promise.at_most / 100
+        self.numbers = numbers[: useful_rows(len(numbers), share, level)]
         self._losses = losses
+        self.most = most_losses(len(self.numbers), share, level, promise.of == "drop")
         self.promise = replace(promise, rows=len(self.numbers))
 
     def lost(self, exits: Integers) -> Array:
-        """The losses of the rows that the promise is about."""
+        """The losses of the rows that test the promise."""
         return np.asarray(self._losses[self._scorer.rows.at(exits)][self.numbers])
 
-    def passes(self, exits: Integers, level: float) -> bool:
-        """Whether a setting keeps the promise on new rows, at a confidence of 1 - level.
+    def passes(self, exits: Integers) -> bool:
+        """Whether a setting keeps the promise on new rows, with the confidence.
 
         Args:
             exits: `[rows]` where the setting stops the rows.
-            level: the largest p-value.
         """
-        share = self.promise.at_most / 100
-        if p_value(self.lost(exits), share, level) > level:
+        lost = self.lost(exits)
+        gains = min(int((lost < 0).sum()), len(self.most) - 1)
+        if (lost > 0).sum() > self.most[gains]:
             return False
         if self.promise.of != "drop" or self._scorer.is_row_mean:
             return True
         # A bootstrap alone would take rows without any change for certainty.
-        _, high = drop_interval(self._scorer, exits, 1 - 2 * level, _RESAMPLES)
+        _, high = drop_interval(self._scorer, exits, 1 - 2 * self._level, _RESAMPLES)
         return high <= self.promise.at_most
 
     def in_words(self, exits: Integers) -> str:
@@ -207,48 +224,77 @@ def shuffled(rows: LabelledLogits) -> NDArray[np.intp]:
     return order[np.random.default_rng(int.from_bytes(every, "big")).permutation(len(order))]
 
 
-def p_value(sample: Array, risk: float, level: float) -> float:
-    """p-value against the hypothesis that the expected loss is above the risk.
+def useful_rows(rows: int, share: float, level: float) -> int:
+    """The fewest rows that allow as many losses as all rows do, see `most_losses`.
+
+    Further rows could only show further losses.
+    """
+    most = int(most_losses(rows, share, level)[0])
+    while most >= 0 and binomial_tail(most, rows - 1, share) <= level:
+        rows -= 1
+    return rows
+
+
+@functools.lru_cache
+def most_losses(
+    rows: int, share: float, level: float, with_gains: bool = False
+) -> NDArray[np.int64]:
+    """With how many losses a promise passes at most, by the number of gains; -1 if never.
+
+    Of independent rows, each is a loss, a gain or neither. The hypothesis is that losses are more
+    probable than gains by `share` or more; how probable gains are is not known. Barnard's exact
+    test: results (losses, gains) are put in order, and as many of them pass as together have a
+    probability of at most `level`, *however* probable gains are. The order is that of p-values with
+    the probability of gains that fits a result best under the hypothesis, for the score of
+    Miettinen and Nurminen (estimation and maximization, Lloyd 2008). Without gains, this is the
+    binomial test, and results without gains come first, so they pass as they do there.
 
     Args:
-        sample: `[rows]` losses in [-1, 1], rows in random order.
-        risk: the bound.
-        level: what the p-value will be compared with. It is valid at any level, and most powerful
-            at this one.
+        rows: how many rows there are.
+        share: what is allowed.
+        level: the probability of passing wrongly.
+        with_gains: whether rows can gain.
+
+    Returns:
+        `[gains + 1]`, up to 100 gains; more count as these. Only `[1]` without gains.
     """
-    if sample.min(initial=0.0) >= 0.0:
-        return binomial_tail(int(sample.sum()), len(sample), risk)
-    return _betting(sample, risk, level)
+    columns = min(_MOST_GAINS, rows) + 1 if with_gains else 1
+    allowed = rows * share
+    losses, gains = np.ogrid[: min(rows, int(allowed) + columns) + 1, :columns]
+    # Probabilities of a gain, in eighths of the root of the expected number of gains.
+    rates = np.maximum((np.arange(12 * math.isqrt(columns - 1) + 1) / 8) ** 2, 1e-9) / rows
+    rates = rates[rates < (1 - share) / 2, None, None]
+    by_losses = _binomial(losses, rows, share + rates)
+    chances = by_losses * _binomial(gains, rows - losses, rates / (1 - share - rates))
+    # The last column stands for as many gains or more.
+    chances[..., -1:] = by_losses - chances[..., :-1].sum(axis=-1, keepdims=True)
+    shape, chances = chances.shape[1:], chances.reshape(len(rates), -1)
+    # The expected number of gains that fits best, for Poisson counts.
+    more = 2 * allowed - losses - gains
+    fitting = (np.sqrt(more**2 + 8 * gains * allowed) - more) / 4
+    score = (allowed + gains - losses) / np.sqrt(allowed + 2 * fitting)
+    order = np.argsort(-score, axis=None, kind="stable")
+    nearest = np.minimum(np.rint(8 * np.sqrt(fitting)), len(rates) - 1).astype(int).flat[order]
+    p_values = chances[:, order].cumsum(axis=1)[nearest, np.arange(len(order))]
+    p_values[(order % columns == 0) & (p_values <= level)] = 0.0
+    order = order[np.argsort(p_values, kind="stable")]
+    passing = chances[:, order].cumsum(axis=1).max(axis=0) <= level
+    passes = np.zeros(shape, np.bool_)
+    passes.flat[order[: passing.argmin()]] = True
+    return np.asarray(np.logical_and.accumulate(passes).sum(axis=0) - 1)
+
+
+def _binomial(counts: Integers, rows: Integers | int, chance: Array | float) -> Array:
+    """The probabilities of counts among rows, exactly."""
+    rest = np.maximum(rows - counts, 0)
+    ways = _log_factorial(rows) - _log_factorial(counts) - _log_factorial(rest)
+    found = np.exp(ways + counts * np.log(chance) + rest * np.log1p(-chance))
+    return np.where(counts <= rows, found, 0.0)
 
 
 def binomial_tail(count: int, rows: int, risk: float) -> float:
     """P(Binomial(rows, risk) <= count), exactly."""
-    # Logarithms of C(n, k) p^k (1-p)^(n-k), each from the one before.
-    k = np.arange(1, count + 1)
-    steps = np.log((rows - k + 1) / k) + math.log(risk) - math.log1p(-risk)
-    terms = np.cumsum([rows * math.log1p(-risk), *steps])
-    return min(float(np.exp(terms).sum()), 1.0)
-
-
-def _betting(sample: Array, risk: float, level: float) -> float:
-    """One over the largest capital of a bet that the mean is below the risk.
-
-    The capital after row t is the product of 1 + bet_i (risk - loss_i). A bet depends on earlier
-    rows only, so under the hypothesis the capital is a supermartingale, and by Ville's inequality
-    it exceeds 1/p with probability at most p. The bets are those of 2010.09686, eq. 26: the most
-    powerful ones for a given level and number of rows.
-    """
-    most = _LARGEST_BET / (1 - risk)
-    rows = len(sample)
-    so_far = np.arange(1, rows + 1)
-    # Mean and variance of the rows so far, and of one made-up row with the largest variance.
-    mean = (risk + np.cumsum(sample)) / (so_far + 1)
-    variance = (0.25 + np.cumsum(np.square(sample - mean))) / (so_far + 1)
-    # A bet knows the earlier rows only, not its own.
-    variance = np.concatenate([[0.25], variance[:-1]])
-    bets = np.minimum(np.sqrt(2 * math.log(1 / level) / (rows * variance)), most)
-    capital = np.cumsum(np.log1p(bets * (risk - sample))).max(initial=0.0)
-    return math.exp(-capital)
+    return float(_binomial(np.arange(count + 1), rows, risk).sum())
 
 
 def rows_needed(share: float, level: float) -> tuple[int, int]:
@@ -278,7 +324,9 @@ def needs_in_words(bound: Bound, has_exit_0: bool) -> list[str]:
     """
     found = []
     for of, share in bound.shares.items():
-        least, good = rows_needed(share, (1 - bound.confidence) / (1 + has_exit_0))
+        least, good = rows_needed(share, 1 - bound.confidence)
+        if has_exit_0:
+            good = rows_needed(share, (1 - bound.confidence) / 2)[1]
         rows = {"missed": "flagged texts", "false_alarms": "texts that are not flagged"}
         name = "points of drop" if of == "drop" else f"% {of.replace('_', ' ')}"
         counts = f"{good:,} {rows.get(of, 'rows')} for a good chance; {least:,} at the least"

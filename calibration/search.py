@@ -134,8 +134,7 @@ def families_of(
     for rule in (*rules, Budget(exit=rows.exits[-1])) if rows.first_exit == 0 else rules:
         scores = stop.stop_scores(rule)
         for settings in _settings(rule, scores, rows):
-            exits = np.stack([stop.exits(setting) for setting in settings])
-            found.append(Family(kind_of(settings[-1]), exits.astype(np.int16), settings))
+            found.append(Family(kind_of(settings[-1]), stop.exits(settings), settings))
         if isinstance(rule, per_exit) and rule.signals_needed == 1:
             found.append(_per_exit(rule, scores, costs))
     return found
@@ -322,14 +321,18 @@ class StopScores:
         exit_0 = np.where(rule.ends_at_exit_0, -np.inf, rule.uncertainty(self._exit_0))
         return np.stack([np.where(rule.min_exit > 0, np.inf, exit_0), *scores])
 
-    def exits(self, rule: ExitRule) -> Integers:
-        """The exits `[rows]` of a rule; the same as those of `simulate`."""
-        scores, first = self.stop_scores(rule), self._rows.first_exit
-        limits = np.broadcast_to(rule.stop_thresholds, len(scores) - (1 - first))
+    def exits(self, rules: Sequence[ExitRule]) -> NDArray[np.int16]:
+        """The exits `[rules, rows]` of rules that differ in their thresholds only.
+
+        They are the same as those of `simulate`.
+        """
+        last, first = self._rows.exits[-1], self._rows.first_exit
+        limits = np.array([np.broadcast_to(rule.stop_thresholds, last) for rule in rules])
         if first == 0:
-            threshold = rule.exit_0_threshold
-            limits = np.array([NEVER if threshold is None else 1 - threshold, *limits])
-        return np.asarray(exits_below(scores, limits[None], first)[0], np.int64)
+            thresholds = [rule.exit_0_threshold for rule in rules]
+            exit_0 = [NEVER if each is None else 1 - each for each in thresholds]
+            limits = np.column_stack([exit_0, limits])
+        return exits_below(self.stop_scores(rules[0]), limits, first)
 
 
 def with_exit_0(rule: ExitRule, limit: float) -> ExitRule:
@@ -388,8 +391,8 @@ def threshold_for_depth(
     scores = stop.stop_scores(rule.with_stop_threshold(0.0))[1 - first_exit :]
     rules = [rule.with_stop_threshold(limit) for limit in threshold_grid(rule, scores, count=200)]
     layers = np.asarray(exit_layers, np.float64)
-    depths = [layers[rows.at(stop.exits(each))[0]].mean() for each in rules]
-    return rules[int(np.abs(np.array(depths) - depth).argmin())]
+    depths = layers[rows.at(stop.exits(rules))[0]].mean(axis=1)
+    return rules[int(np.abs(depths - depth).argmin())]
 
 
 def exits_of(rule: ExitRule, rows: LabelledLogits) -> Integers:

@@ -40,10 +40,10 @@ from numpy.typing import NDArray
 from fpabee.calibration import Bound, Goal, LabelledLogits
 from fpabee.calibration.choose import Search
 from fpabee.calibration.costs import StoppingCosts
-from fpabee.calibration.guarantee import certify, sequence
+from fpabee.calibration.guarantee import certify
 from fpabee.calibration.scoring import AGREEMENT, METRICS, Scorer
-from fpabee.calibration.search import StopScores
-from fpabee.runtime import Budget, ExitRule, ProblemType
+from fpabee.calibration.search import StopScores, with_exit_0
+from fpabee.runtime import Budget, Confidence, ExitRule, ProblemType
 from fpabee.runtime.cli.command import exits_with_one_line
 
 LOGITS = Path(__file__).parent / "logits"
@@ -191,7 +191,7 @@ class Truth:
         """The loss, the same as a share of what is allowed, and the share of layers saved."""
         if metric not in self._scorers:
             self._scorers[metric] = Scorer(self.rows, metric)
-        scorer, exits = self._scorers[metric], self._stop.exits(rule)
+        scorer, exits = self._scorers[metric], self._stop.exits([rule])[0]
         drop = 100 * (scorer.full_depth - scorer.score(exits))
         saving = float(1 - exits.mean() / self.rows.exits[-1])
         if isinstance(goal, Goal):
@@ -210,11 +210,12 @@ class Truth:
 
     def best(self, metric: str, goal: Goal | Bound) -> float:
         """The largest saving of a threshold of confidence whose true loss is within the promise."""
-        rules = [
-            r
-            for at_0 in {self.rows.first_exit == 0, False}
-            for r in sequence(self.rows, "confidence", at_0)
-        ]
+        base = Confidence(threshold=0.0, decision_thresholds=self.rows.decision_thresholds)
+        doubts = np.geomspace(1e-6, 0.95, 200)
+        rules: list[ExitRule] = [base.with_stop_threshold(doubt) for doubt in doubts]
+        if self.rows.first_exit == 0:
+            rules += [with_exit_0(*pair) for pair in zip(rules, doubts / 4, strict=True)]
+        rules.append(Budget(exit=self.rows.exits[-1]))
         found = [self.of(rule, metric, goal) for rule in rules]
         return max(saving for _, share, saving in found if share <= 1 + 1e-9)
 

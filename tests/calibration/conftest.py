@@ -84,7 +84,7 @@ def fix_times(patch: pytest.MonkeyPatch) -> None:
     """Every segment takes a second per row, and every rule is 1.25 times as fast as full depth."""
 
     def model(engine: Engine, lengths: Any, batch: int) -> CostModel:
-        return CostModel(batch, (1,), ((1.0,),) * len(engine.manifest.exits))
+        return CostModel((1,), ((1.0,),) * len(engine.manifest.exits))
 
     def speedup(engine: Engine, rows: Any, rule: Any, batch: int) -> float:
         return 1.25

@@ -18,6 +18,7 @@ from rich.cells import cell_len
 from fpabee.calibration import Calibration, CalibrationOptions, Goal, calibrate
 from fpabee.calibration.calibrate import compared_kinds
 from fpabee.calibration.cli import main
+from fpabee.calibration.guarantee import useful_rows
 from fpabee.calibration.report import plots
 from fpabee.calibration.report.words import promise_in_words
 from fpabee.runtime import Budget, Confidence, Engine, Entropy, read_manifest, simulate
@@ -130,9 +131,10 @@ def test_a_goal_makes_one_point(
         return
     assert point.certificate is not None
     assert str(point.certificate) == words
-    assert point.certificate.promises[0].rows == 120
+    first, level = point.certificate.promises[0], 1 - point.certificate.confidence / 100
+    assert first.rows == useful_rows(120, first.at_most / 100, level)
     promise = content["points"][0]["promise"]
-    assert promise.startswith(f"on new texts {words}, tested on 120 texts")
+    assert promise.startswith(f"on new texts {words}, tested on {first.rows} texts")
     rule = ExitRule.from_dict(point.rule)
     assert isinstance(rule, Confidence)
     if "false" in name:

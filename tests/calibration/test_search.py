@@ -67,11 +67,11 @@ def test_the_same_with_exit_0(
     if len(logits) - 1 < getattr(rule, "exit", 1):
         return
     expected = simulate(logits, rule, task, first_exit=0).exits
-    np.testing.assert_array_equal(StopScores(rows).exits(rule), expected)
+    np.testing.assert_array_equal(StopScores(rows).exits([rule])[0], expected)
     later = replace(rule, min_exit=1, max_exit=None)
     assert (simulate(logits, later, task, first_exit=0).exits >= 1).all()
     np.testing.assert_array_equal(
-        StopScores(rows).exits(later), simulate(logits, later, task, first_exit=0).exits
+        StopScores(rows).exits([later])[0], simulate(logits, later, task, first_exit=0).exits
     )
 
 
