@@ -262,15 +262,12 @@ class _Addition:
 
         given = self.path, self.manifest, precision, protos, texts, hint, self.progress
         manifest, self.precisions[precision] = add_lowered(*given)
-        hashes = {
-            graph.sha256
-            for graphs in (manifest.graphs, *manifest.precisions.values())
-            for graph in graphs.values()
-        }
-        return keep_targets(
-            manifest,
-            lambda _, target: hashes.issuperset(f.onnx_sha256 for f in target.files.values()),
-        )
+
+        def runs_them(_: str, target: Target) -> bool:
+            graphs = manifest.graphs_of(target)
+            return all(f.onnx_sha256 == graphs[name].sha256 for name, f in target.files.items())
+
+        return keep_targets(manifest, runs_them)
 
     def _add_int8_for_cpus(self) -> None:
         # Older targets run the graphs that are replaced, so they are checked again, too.
@@ -312,11 +309,9 @@ class _Addition:
     def _choose_default(self) -> str:
         """Choose the default target, and say what there is to say about it."""
         name = self.options.default_target
-        for found in self.checked:
-            if found.name == name and found.refused and name not in self.manifest.targets:
-                raise VerificationError(
-                    f"{name} is not kept: {found.refused.message}", found.refused.hint
-                )
+        refused = {found.name: found.refused for found in self.checked}.get(name or "")
+        if refused and name not in self.manifest.targets:
+            raise VerificationError(f"{name} is not kept: {refused.message}", refused.hint)
         said = ""
         if name is not None:
             fixed = target_of(self.path, self.manifest, name)

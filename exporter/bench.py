@@ -8,7 +8,6 @@ Tokenization is never included.
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from ..runtime.artifact.folder import read_manifest
 from ..runtime.encoding import EncodedRow, Text
 from ..runtime.engine import Engine
 from ..runtime.groups import split
-from ..runtime.machine import cpu_name, environment, usable_cores
+from ..runtime.machine import environment, usable_cores
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.rules import Budget, ExitRule
 from ..runtime.targets import open_backend
@@ -40,7 +39,6 @@ PADDED_32 = "full graph, padded 32"
 _WINDOW = 256
 _MOST_SINGLE = 100
 _FILE_BATCH = 32
-_PACKAGES = ("python", "numpy", "onnxruntime", "openvino", "tensorrt")
 # Rows and tokens of the synthetic batches.
 _SHAPES = ((1, 32), (1, 128), (32, 32), (32, 128))
 # How often each unit is run, and the seconds of a workload after which its units run only once.
@@ -169,18 +167,13 @@ def run_bench(
         for name, units in work.items():
             padded = {PADDED_32: full.padded} if name == whole else {}
             workloads.append(_measure(name, units, engine, variants | padded, progress))
-    versions = [
-        f"{name} {version}"
-        for name, version in environment().items()
-        if name.partition("-")[0] in _PACKAGES
-    ]
     used = threads or usable_cores()
     return BenchReport(
         target=engine.target,
         full_target=full_target,
         rule=rule.to_dict(),
         layers=manifest.model.layers,
-        machine=f"{cpu_name()}, {used} threads, {platform.system()}; {', '.join(versions)}",
+        machine=f"{used} threads; {', '.join(map(' '.join, environment().items()))}",
         workloads=workloads,
     )
 

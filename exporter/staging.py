@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -56,15 +57,14 @@ def staging(target: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: nothing can be written there.
     """
+    folder = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        name = tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)
+        folder.mkdir(parents=True)  # with the usual permissions, unlike temporary folders
     except OSError as error:
         raise ArtifactError(
             f"cannot write in {target.parent}: {error.strerror}",
             "give a writable folder as `output`",
         ) from error
-    folder = Path(name)
     try:
         yield folder
         _publish(folder, target)
@@ -94,9 +94,6 @@ def replacing(target: Path) -> Iterator[Path]:
 
 def _publish(folder: Path, target: Path) -> None:
     """Move the temporary folder to the target."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
     if not target.exists():
         folder.replace(target)
         return

@@ -26,7 +26,6 @@ from ...runtime.errors import FpabeeError
 from ...runtime.progress import Progress
 from ...runtime.rules.rules import ExitRule
 from ...runtime.targets import open_backend, rule_of
-from .backends import INT8
 
 FP32_TARGET = "onnxruntime-fp32"
 
@@ -104,11 +103,7 @@ def check_target(
             tolerance = agreement.max_logit_difference
             if more is not None:
                 texts, expected = more
-                hint = "use another target"
-                if target.precision == INT8:
-                    hint = (
-                        "give more texts like those to classify as `calibration_data`, or " + hint
-                    )
+                hint = "use another target, or for int8 give more texts as `calibration_data`"
                 found = engine.trace(texts).logits
                 agreement = judged(found, expected, manifest, engine.rule, target.precision, hint)
                 tolerance = max(tolerance, agreement.max_logit_difference)

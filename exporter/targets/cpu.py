@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib import util
 from pathlib import Path
+from statistics import geometric_mean
 
 import msgspec
 
@@ -199,9 +200,9 @@ def with_fastest_default(
         return manifest, ""
     progress("measure the targets", 0, 1)
     seconds = _seconds(folder, manifest, names)
+    first = seconds[names[0]]
     speeds = {
-        name: math.prod(a / b for a, b in zip(seconds[names[0]], own, strict=True))
-        ** (1 / len(own))
+        name: geometric_mean(a / b for a, b in zip(first, own, strict=True))
         for name, own in seconds.items()
     }
     targets = dict(manifest.targets)

@@ -37,7 +37,7 @@ from ...runtime.encoding import (
 from ...runtime.errors import InputError, VerificationError
 from ...runtime.progress import Progress
 from ..onnx_file import graph_runs, in_head, strip
-from .worker import lacks_memory, run_worker
+from .worker import run_worker
 
 _LEAST_TEXTS = 32
 _MOST_TEXTS = 256
@@ -79,11 +79,12 @@ def quantize(
         error = run_worker("int8", request)
         paths = {name: Path(temporary) / f"{name}.onnx" for name in manifest.graphs}
         if error:
-            hint = "use another precision, and report this with your model's config.json"
-            if lacks_memory(error):
-                hint = "free some memory and disk space, or give fewer or shorter texts"
             failed = next((name for name in paths if not paths[name].exists()), "a graph")
-            raise VerificationError(f"{failed} could not be quantized: {error}", hint)
+            raise VerificationError(
+                f"{failed} could not be quantized: {error}",
+                "if memory or disk space is lacking, free some, or give fewer or shorter texts; "
+                "else use another precision, and report this with your model's config.json",
+            )
         return {name: onnx.load(path) for name, path in paths.items()}
 
 

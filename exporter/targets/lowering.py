@@ -21,9 +21,10 @@ from ...runtime.artifact.manifest import LOGITS
 from ...runtime.errors import ModelError
 from ..onnx_file import in_head
 
-_FP32_OPS = frozenset({"LayerNormalization", "Softmax", "ReduceMean", "Pow", "Sqrt", "Log", "Exp"})
-# These only pass on or inspect a value, so they accept it in any precision.
-_ANY_OPS = frozenset({"Shape", "Size", "Identity"})
+_FP32_OPS = frozenset(
+    {"LayerNormalization", "Softmax", "ReduceMean", "Pow", "Sqrt", "Log", "Exp"}
+    | {"Cast", "Constant"}  # which say themselves what they give
+)
 _FP32_TENSORS = ("token_weights", "next_token_weights", LOGITS)
 _LARGEST = 65504.0
 
@@ -34,7 +35,7 @@ def lowered_nodes(proto: Any) -> frozenset[str]:
     return frozenset(
         node.name
         for node in proto.graph.node
-        if node.op_type not in _FP32_OPS | _ANY_OPS
+        if node.op_type not in _FP32_OPS
         and not in_head(node.name)
         and floats.intersection((*node.input, *node.output))
     )
@@ -81,17 +82,11 @@ def lower(proto: Any) -> Any:
         return copies[name, low]
 
     for original in proto.graph.node:
-        if original.op_type in _ANY_OPS:
-            low = any(is_low.get(name, False) for name in original.input)
-            inputs = [in_precision(n, low) if n in weights else n for n in original.input]
-        else:
-            low = original.name in nodes
-            inputs = [in_precision(name, low) for name in original.input]
+        low = original.name in nodes
+        inputs = [in_precision(name, low) for name in original.input]
         node = graph.node.add()
         node.CopyFrom(original)
         node.input[:] = inputs
-        if low:
-            _lower_attributes(node)
         for number, name in enumerate(original.output):
             if name not in floats:
                 continue
@@ -127,7 +122,7 @@ def emulate(proto: Any) -> Any:
     for node in nodes:
         computed = graph.node.add()
         computed.CopyFrom(node)
-        is_cast = _gives_fp16(node)
+        is_cast = any(a.name == "to" and a.i == TensorProto.FLOAT16 for a in node.attribute)
         for number, name in enumerate(node.output):
             if is_cast or (node.name in low and name.removesuffix("/fp16") in floats):
                 exact, rounded = f"{name}/exact", f"{name}/rounded"
@@ -170,21 +165,3 @@ def _lowered(tensor: Any) -> Any:
             "use the targets in fp32 of this model",
         )
     return numpy_helper.from_array(values.astype(np.float16), tensor.name)
-
-
-def _gives_fp16(node: Any) -> bool:
-    """Whether the output of a node is in fp16 because an attribute says so."""
-    return any(
-        (attribute.name == "to" and attribute.i == TensorProto.FLOAT16)
-        or attribute.t.data_type == TensorProto.FLOAT16
-        for attribute in node.attribute
-    )
-
-
-def _lower_attributes(node: Any) -> None:
-    """Change the output type of a Cast or Constant node to fp16."""
-    for attribute in node.attribute:
-        if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
-            attribute.i = TensorProto.FLOAT16
-        if attribute.name == "value" and attribute.t.data_type == TensorProto.FLOAT:
-            attribute.t.CopyFrom(_lowered(attribute.t))

@@ -18,7 +18,7 @@ from ...runtime.progress import Progress, silent
 from .backends import RTX
 from .plan_worker import PlanRequest
 from .plans import PlanOptions, profile_of
-from .worker import lacks_memory, run_worker
+from .worker import run_worker
 
 TIMING_CACHE = "timing.cache"
 """Timings of kernels, in the folder of a target; those with the same layers can begin with them."""
@@ -83,10 +83,11 @@ def build_target(
         is_rtx = str(int(backend == RTX))
         error = run_worker("plan_worker", request, POLYGRAPHY_USE_TENSORRT_RTX=is_rtx)
         if error:
-            hint = "run the graphs without plans, on onnxruntime-fp32, and please report this"
-            if lacks_memory(error):
-                hint = "free some memory, or build for smaller shapes"
-            raise BackendError(f"{name}: {graph_name}: {error}", hint)
+            raise BackendError(
+                f"{name}: {graph_name}: {error}",
+                "if memory is lacking, free some, or build for smaller shapes; else run the graphs "
+                "without plans, on onnxruntime-fp32, and please report this",
+            )
         files[graph_name] = BuiltFile(
             file=plan.relative_to(folder).as_posix(),
             sha256=sha256_of(plan),

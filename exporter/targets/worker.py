@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 
@@ -11,7 +10,6 @@ import msgspec
 
 _SIGKILL = 9  # on Windows, the module `signal` does not have it
 _ERROR = "[E] "
-_LACKS_MEMORY = re.compile("memory|bad_alloc|no space", re.IGNORECASE)
 
 
 def run_worker(module: str, request: msgspec.Struct, **environment: str) -> str:
@@ -36,8 +34,3 @@ def run_worker(module: str, request: msgspec.Struct, **environment: str) -> str:
     # What TensorRT says itself; the exception says little.
     errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
     return (errors or lines or [f"the process ended with code {done.returncode}"])[-1]
-
-
-def lacks_memory(error: str) -> bool:
-    """Whether a worker failed for lack of memory or disk space."""
-    return _LACKS_MEMORY.search(error) is not None

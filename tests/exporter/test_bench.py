@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
@@ -65,9 +64,6 @@ def test_the_full_graph_gives_the_last_exit(
     order = np.argsort([-len(row) for row in rows], kind="stable")
     np.testing.assert_allclose(found[0], expected, atol=1e-5)
     np.testing.assert_allclose(found[1], expected[order], atol=1e-5)
-    if family == "bert":  # whose graphs have one Gemm per head and none elsewhere
-        proto = onnx.load(tmp_path / "onnx/fp32/segment_01.onnx")
-        assert [node.op_type for node in proto.graph.node].count("Gemm") == 1
 
 
 def test_the_full_graph_runs_in_the_target_of_the_chain(
@@ -80,7 +76,7 @@ def test_the_full_graph_runs_in_the_target_of_the_chain(
     with Engine.load(folder, "openvino-fp32") as engine:
         report = run_bench(folder, engine, Budget(exit=1), TEXTS)
     assert (report.target, report.full_target) == ("openvino-fp32", "openvino-fp32")
-    assert "; python 3." in report.machine
+    assert "threads; fpabee " in report.machine
     assert ", openvino " in report.machine
     assert PADDED_32 in report.workloads[-1].seconds
 

@@ -46,24 +46,7 @@ def test_success_says_what_was_made_and_how_to_go_on(bert: Path, tmp_path: Path)
     assert "verify" in result.stderr, "progress goes to stderr"
 
 
-def test_json_is_one_object_and_quiet_is_quiet(
-    bert: Path, engine_copy: Callable[..., Path]
-) -> None:
-    folder = engine_copy("albert")
-    result = run(bert, "-o", folder, "--force", "--json", "--quiet")
-    assert result.exit_code == 0, result.output
-    assert result.stderr == ""
-    content = json.loads(result.stdout)
-    assert content["folder"] == str(folder)
-    assert content["segments"] == 3
-    assert content["targets"][0] == "onnxruntime-fp32"
-    assert content["bytes"] > 0
-    assert content["verification"] == json.loads((folder / "verification.json").read_text())
-    assert content["verification"]["passed"]
-    assert read_manifest(folder).model.model_type == "bert"
-
-
-def test_options_reach_the_export(bert: Path, tmp_path: Path) -> None:
+def test_options_reach_the_export_and_quiet_json_is_one_object(bert: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bert, tmp_path / "model"))
     change_json(copy / "config.json", lambda c: c["fpabee"].update(label_thresholds=[0, 0.5, 1, 1]))
     change_config(copy, problem_type=None)
@@ -72,11 +55,18 @@ def test_options_reach_the_export(bert: Path, tmp_path: Path) -> None:
     result = run(
         copy, "-o", tmp_path / "out", "--exits", "1,2,3", "--max-length", 12, "--verify-data",
         texts, "--column", "text=body",
-        "--problem-type", "multi_label_classification", "--json",
+        "--problem-type", "multi_label_classification", "--json", "--quiet",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["verification"]["rows"] == 14
+    assert result.stderr == ""
+    content = json.loads(result.stdout)
+    assert (content["folder"], content["segments"]) == (str(tmp_path / "out"), 3)
+    assert content["bytes"] > 0
+    stored = json.loads((tmp_path / "out" / "verification.json").read_text())
+    assert content["verification"] == stored
+    assert (stored["rows"], stored["passed"]) == (14, True)
     manifest = read_manifest(tmp_path / "out")
+    assert content["targets"] == [*manifest.targets]
     assert manifest.tokenizer.max_length == 12
     assert manifest.task.problem_type.value == "multi_label_classification"
     assert manifest.task.label_thresholds == (0, 0.5, 1, 1)
@@ -84,19 +74,24 @@ def test_options_reach_the_export(bert: Path, tmp_path: Path) -> None:
     assert known[-2:] == ["good film", ("rain", "sun")]
 
 
-def test_fp16_is_checked_written_and_built(bert: Path, tmp_path: Path) -> None:
+def test_from_adds_a_precision_and_its_plans(
+    engine_copy: Callable[..., Path], tmp_path: Path
+) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    folder = tmp_path / "engines"
+    folder = engine_copy("albert")
+    before = read_manifest(folder)
     texts = tmp_path / "texts.csv"
     texts.write_text("body\none\ntwo\n")
-    data = ("--verify-data", texts, "--column", "text=body")
-    result = run(bert, "-o", folder, "--fp16", "--sm", "86", "--sequence", "8,16,32", *data)
+    options = ("--from", folder, "--fp16", "--sm", "8.9,120", "--sequence", "8,16,32")
+    result = run(*options, "--verify-data", texts, "--column", "text=body")
     assert result.exit_code == 0, result.output
     assert "fp16: verified by emulation on 14 texts" in result.stdout
-    assert "built tensorrt-rtx-fp16 for compute capability 8.6 (not run here);" in result.stdout
+    built = "built tensorrt-rtx-fp16 for compute capability 8.9, 12.0 (not run here);"
+    assert built in result.stdout
     assert "not built: tensorrt-fp16: tensorrt is not installed" in result.stdout
     manifest = read_manifest(folder)
-    assert set(manifest.targets) >= {"onnxruntime-fp32", "tensorrt-rtx-fp16"}
+    assert manifest.graphs == before.graphs
+    assert manifest.targets["tensorrt-rtx-fp16"].compute_capabilities == ("8.9", "12.0")
     # The fastest target for CPUs is measured, and tiny models run as fast in both libraries.
     assert manifest.default_target.startswith(("onnxruntime-", "openvino-"))
 
@@ -140,16 +135,3 @@ def test_an_engines_folder_is_no_model(engines: Mapping[str, Path]) -> None:
     assert result.exit_code == 1
     adding = f"to add targets: fpabee-export --from {engines['bert']};"
     assert f"engines folder, not a model_dir -> {adding}" in result.stderr
-
-
-def test_from_adds_to_a_folder_and_prints_json(engine_copy: Callable[..., Path]) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    folder = engine_copy("albert")
-    before = read_manifest(folder)
-    result = run("--from", folder, "--backend", "tensorrt-rtx", "--sm", "8.9,120", "--json")
-    assert result.exit_code == 0, result.output
-    content = json.loads(result.stdout)
-    assert content["built"] == ["tensorrt-rtx-fp32"]
-    assert read_manifest(folder).graphs == before.graphs
-    built = read_manifest(folder).targets["tensorrt-rtx-fp32"]
-    assert built.compute_capabilities == ("8.9", "12.0")

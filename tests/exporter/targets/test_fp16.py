@@ -20,6 +20,7 @@ from fpabee.runtime import Engine, Manifest, ModelError, VerificationError, read
 from fpabee.runtime.agreement import Agreement
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.reference import read_reference, write_reference
+from fpabee.runtime.artifact.untrusted.graph_content import check_graph
 from fpabee.runtime.backends.onnxruntime import session_options
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.progress import silent
@@ -77,6 +78,7 @@ def test_graphs_are_written_beside_those_of_fp32(
     for graph in graphs.values():
         proto = onnx.load(folder / graph.file)
         assert sha256_of(folder / graph.file) == graph.sha256
+        check_graph(folder / graph.file)
         ends = [*proto.graph.input, *proto.graph.output]
         for value, spec in zip(ends, [*graph.inputs, *graph.outputs], strict=True):
             assert (value.name, value.type.tensor_type.elem_type) == (spec.name, kinds[spec.dtype])

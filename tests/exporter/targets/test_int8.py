@@ -306,26 +306,13 @@ def test_texts_are_needed_unless_every_target_is_there(
     assert "there are 10" in result.stderr, "before the export begins"
 
 
-@pytest.mark.parametrize(
-    ("error", "hint"),
-    [
-        ("MemoryError: Unable to allocate 9 GiB", "shorter texts"),
-        ("OSError: [Errno 28] No space left on device", "shorter texts"),
-        ("KeyError: 'x'", "report this"),
-    ],
-)
-def test_a_quantizer_that_fails_is_explained_and_loses_nothing(
-    error: str,
-    hint: str,
-    engine_copy: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_quantizer_that_fails_is_named_and_loses_nothing(
+    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8, "run_worker", lambda *_: error)
+    monkeypatch.setattr(int8, "run_worker", lambda *_: "KeyError: 'x'")
     folder = engine_copy()
-    with pytest.raises(VerificationError, match="segment_01 could not be quantized: ") as found:
-        add_targets(folder, replace(BOTH, calibration_data=[*TEXTS, hint]))
-    assert error in found.value.message
-    assert hint in found.value.hint
+    with pytest.raises(VerificationError, match="segment_01 could not be quantized: KeyError: 'x'"):
+        add_targets(folder, replace(BOTH, calibration_data=[*TEXTS, "one more"]))
     assert "openvino-fp32" in read_manifest(folder).targets
 
 

@@ -32,7 +32,6 @@ from ...bad_input.cases import corrected
 from ...doubles.device import Double
 
 SMALL = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32), compute_capabilities=("8.6", "12.0"))
-AS_RTX = {"POLYGRAPHY_USE_TENSORRT_RTX": "1"}
 SEGMENTS = ["segment_01", "segment_02", "segment_03"]
 
 
@@ -59,6 +58,11 @@ def with_loop(path: Path) -> None:
     body = helper.make_graph([], "body", [], [])
     proto.graph.node.append(helper.make_node("Loop", ["", ""], [], body=body))
     onnx.save(proto, path)
+
+
+def needs_rtx() -> None:
+    for package in ("tensorrt_rtx", "polygraphy"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
 
 
 SLOW = [
@@ -97,18 +101,13 @@ def test_every_graph_becomes_one_rtx_plan(
     assert next(iter(target.files.values())).file.startswith(f"targets/tensorrt-rtx-{precision}/")
 
 
-@pytest.mark.parametrize(
-    ("error", "hint"),
-    [("no tactics", "run the graphs without plans"), ("out of memory", "free some memory")],
-)
 def test_the_first_plan_that_fails_is_named(
-    error: str, hint: str, double: Double, monkeypatch: pytest.MonkeyPatch
+    double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = noted_builds(double, monkeypatch, segment_02=error)
-    with pytest.raises(BackendError, match=f"tensorrt-fp32-sm86: segment_02: {error}") as why:
+    built = noted_builds(double, monkeypatch, segment_02="no tactics")
+    with pytest.raises(BackendError, match="tensorrt-fp32-sm86: segment_02: no tactics -> if"):
         build(double)
     assert built[:2] == ["segment_01", "segment_02"]
-    assert why.value.hint.startswith(hint)
 
 
 def test_a_graph_with_control_flow_reaches_no_builder(
@@ -177,13 +176,6 @@ def test_tensorrt_needs_packages_and_the_device(monkeypatch: pytest.MonkeyPatch)
         found[module] = object()
 
 
-def graph(path: Path, operator: str) -> str:
-    x, y = (helper.make_tensor_value_info(name, 1, ["batch", 4]) for name in "xy")
-    made = helper.make_graph([helper.make_node(operator, ["x"], ["y"])], "g", [x], [y])
-    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)]), path)
-    return str(path)
-
-
 def request(folder: Path, onnx: str, options: PlanOptions = SMALL) -> PlanRequest:
     return PlanRequest(
         onnx=onnx,
@@ -194,35 +186,20 @@ def request(folder: Path, onnx: str, options: PlanOptions = SMALL) -> PlanReques
     )
 
 
-def needs_rtx() -> None:
-    for package in ("tensorrt_rtx", "polygraphy"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
-
-
-def test_a_plan_is_built_in_another_process_or_the_library_says_why_not(tmp_path: Path) -> None:
-    needs_rtx()
-    wanted = request(tmp_path, graph(tmp_path / "x.onnx", "NoSuchOperator"))
-    assert "operator: NoSuchOperator" in run_worker("plan_worker", wanted, **AS_RTX)
-    assert not Path(wanted.plan).exists()
-    graph(tmp_path / "x.onnx", "Relu")
-    assert run_worker("plan_worker", wanted, **AS_RTX) == ""
-    assert Path(wanted.plan).stat().st_size > 1000
-    assert {path.name for path in tmp_path.iterdir()} == {"x.onnx", "x.plan"}
-
-
 def test_a_worker_that_dies_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted, run = request(tmp_path, "x"), subprocess.run
     for code, says in (
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "when memory runs out"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "ended with code -15"),
         ("import no_such_module", "No module named 'no_such_module'"),
+        ("print('[E] no importer\\nand more'); exit(1)", "no importer"),
     ):
         command = [sys.executable, "-c", code]
         with monkeypatch.context() as patch:
             patch.setattr(
                 subprocess, "run", lambda _, command=command, **others: run(command, **others)
             )
-            assert says in run_worker("plan_worker", wanted)
+            assert run_worker("plan_worker", wanted).endswith(says)
 
 
 # TensorRT has no build for machines without a GPU, so the other library stands for it.
@@ -255,13 +232,16 @@ plan_worker.build_plan(request(folder, onnx, options))
 def test_the_settings_reach_the_builder(backend: str, found: str, tmp_path: Path) -> None:
     """Among them: plans of RTX can be captured, fp32 is fp32, and other timings are replaced."""
     needs_rtx()
-    onnx = graph(tmp_path / "x.onnx", "Relu")
+    x, y = (helper.make_tensor_value_info(name, 1, ["batch", 4]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    onnx.save(model, tmp_path / "x.onnx")
     mine, cache, plan = (tmp_path / name for name in ("mine", "timing.cache", "x.plan"))
     mine.write_bytes(b"timings of another version")
     for link in (cache, plan):
         link.symlink_to(mine)
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, onnx, str(tmp_path)],
+        [sys.executable, "-c", _PROGRAM, str(tmp_path / "x.onnx"), str(tmp_path)],
         cwd=Path(__file__).parents[3],
         env=os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(backend == RTX))},
         capture_output=True,
