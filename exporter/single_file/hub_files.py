@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,13 +61,7 @@ class Packed:
 
 
 def write_files(
-    source: Path,
-    folder: Path,
-    manifest: Manifest,
-    packed: Packed,
-    tokenizer: Path,
-    inputs: Sequence[str],
-    has_external_data: bool,
+    source: Path, folder: Path, manifest: Manifest, packed: Packed, model: Any, is_large: bool
 ) -> None:
     """Write the files.
 
@@ -77,50 +70,49 @@ def write_files(
         folder: where to write them.
         manifest: of the engines folder, without exit 0 if it was left out.
         packed: what was packed.
-        tokenizer: the file of the tokenizer.
-        inputs: the names of the inputs of the graph.
-        has_external_data: whether the weights lie beside the graph.
+        model: the graph, an `onnx_ir.Model`.
+        is_large: whether its weights lie beside it.
     """
     spec, target = manifest.tokenizer, manifest.targets[packed.target]
+    point = target.operating_points.get(packed.operating_point or "")
+    tokenizer = verified(source, spec.file, spec.sha256)
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
     classifier = verified(source, CLASSIFIER_NAME, manifest.files[CLASSIFIER_NAME])
+    # transformers.js looks for the graph of this precision.
+    dtype = "q8" if target.precision == INT8 else "fp32"
+    for_js = {"dtype": dtype, "use_external_data_format": is_large}
     contents = {
-        # transformers.js looks for the graph of this precision.
-        "config.json": json.loads(classifier.read_bytes())
-        | {
-            "transformers.js_config": {
-                "dtype": "q8" if target.precision == INT8 else "fp32",
-                "use_external_data_format": has_external_data,
-            }
-        },
+        "config.json": {**json.loads(classifier.read_bytes()), "transformers.js_config": for_js},
         "tokenizer_config.json": {
             # The class that takes tokenizer.json as it is.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": spec.max_length,
-            "model_input_names": list(inputs),
+            "model_input_names": [value.name for value in model.graph.inputs],
             "pad_token": Tokenizer.from_file(str(tokenizer)).id_to_token(spec.pad_id),
             "padding_side": "right",
             "clean_up_tokenization_spaces": False,
         },
-        "fpabee.json": packed.to_dict()
-        | {
+        "fpabee.json": {
+            **packed.to_dict(),
             "fpabee_version": __version__,
             "layers": manifest.exit_layers,
-            "measured": target.operating_points.get(packed.operating_point or ""),
+            "measured": point,
         },
     }
     for name, content in contents.items():
         text = msgspec.json.format(msgspec.json.encode(content), indent=2)
         (folder / name).write_bytes(text + b"\n")
-    (folder / "README.md").write_text(_card(manifest, packed), encoding="utf-8")
-
-
-def _card(manifest: Manifest, packed: Packed) -> str:
-    target = manifest.targets[packed.target]
-    point = target.operating_points.get(packed.operating_point or "")
+    measured = "Nothing is promised: the rule was not calibrated for this file.\n"
+    if point is not None:
+        measured = _template("measured").format(
+            manifest=manifest,
+            packed=packed,
+            point=point,
+            guarantee=point.certificate or "none",
+            goal=point.goal or "none",
+        )
     layers = zip(packed.exits, manifest.exit_layers, strict=True)
-    card = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
-    text = card.format(
+    card = _template("card").format(
         manifest=manifest,
         packed=packed,
         target=target,
@@ -129,15 +121,8 @@ def _card(manifest: Manifest, packed: Packed) -> str:
         rule=rule_in_words(packed.rule),
         exit_0=packed.no_exit_0 or ("inside" if packed.exits[0] == 0 else "the model has none"),
     )
-    if point is None:
-        return f"{text}Nothing is promised: the rule was not calibrated for this file.\n"
-    low, high = point.drop_interval
-    return f"""{text}Operating point {packed.operating_point} of {packed.target}:
+    (folder / "README.md").write_text(card + measured, encoding="utf-8")
 
-- Guarantee: {point.certificate or "none"}.
-- Goal: {point.goal or "none"}.
-- {point.metric}, on {point.rows} texts ({point.held_out}): {point.score:.4f}
-- {point.metric} at full depth: {point.full_depth_score:.4f}
-- Drop: between {low:.2f} and {high:.2f} points (95 % interval).
-- Layers per text: {point.mean_depth:.2f} of {manifest.model.layers}.
-"""
+
+def _template(name: str) -> str:
+    return Path(__file__).with_name(f"{name}.md").read_text(encoding="utf-8")

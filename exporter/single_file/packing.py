@@ -116,8 +116,7 @@ def pack(
         found = verify(source, manifest, name, rule, model, folder / file, texts, is_large)
         onnx.checker.check_model(folder / file)
         packed = Packed(place / file, name, point, rule, manifest.exits, no_exit_0, *found)
-        inputs = [str(value.name) for value in model.graph.inputs]
-        write_files(source, folder, manifest, packed, tokenizer, inputs, is_large)
+        write_files(source, folder, manifest, packed, model, is_large)
     return packed
 
 
