@@ -49,7 +49,8 @@ def single_graph(
     `[batch]` int64.
 
     Args:
-        protos: the graphs of a target by name, each an `onnx.ModelProto`.
+        protos: the graphs of a target by name, each an `onnx.ModelProto`, whose weights get other
+            names.
         manifest: says how segments call them.
         rule: the rule.
         exit_0: exit 0, and how it recognises second texts; None: leave it out.

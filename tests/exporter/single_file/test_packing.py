@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,12 @@ RULES: dict[str, ExitRule] = {
     "albert": FPabee(threshold=0.9, exit_0_threshold=0.9),
     "mpnet": Pabee(patience=1, exit_0_threshold=0.8),
 }
-SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in _FAMILIES if each not in RULES]
+TARGETS = [
+    pytest.param(
+        family, target, marks=[] if (family, target) in product(RULES, [FP32]) else pytest.mark.slow
+    )
+    for family, target in product(_FAMILIES, (FP32, INT8))
+]
 
 
 def texts(count: int, pairs: bool) -> list[Text]:
@@ -70,23 +76,44 @@ def texts(count: int, pairs: bool) -> list[Text]:
     return [("", "the sun"), ("the sun", ""), ("", ""), *zip(found[3:], found[:2:-1], strict=True)]
 
 
-SINGLE, PAIRS = texts(300, pairs=False), texts(200, pairs=True)
+SINGLE, PAIRS = texts(120, pairs=False), texts(80, pairs=True)
 
 
 @pytest.fixture
 def packed(
-    exit_0_engines: Mapping[str, Path], tmp_path: Path, set_points: Callable[..., None]
+    exit_0_engines: Mapping[str, Path],
+    tmp_path: Path,
+    set_points: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., tuple[Path, Packed]]:
     """Packs a copy of the engines folder of a family, which it gives too."""
 
-    def make(family: str, rule: ExitRule | None = None, **options: Any) -> tuple[Path, Packed]:
-        folder, target = tmp_path / "engines", options.pop("target", FP32)
+    def make(
+        family: str, rule: ExitRule | None = None, target: str = FP32, **options: Any
+    ) -> tuple[Path, Packed]:
+        folder = tmp_path / "engines"
         if not folder.exists():
             shutil.copytree(exit_0_engines[family], folder)
+            if target == INT8:
+                add_int8(folder, monkeypatch)
         set_points(folder, target, fast=rule or RULES[family])
         return folder, pack(folder, tmp_path / "packed", target, "fast", **options)
 
     return make
+
+
+def add_int8(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add the int8 graphs for ONNX Runtime, and remove those in fp32, which nothing reads then."""
+    pytest.importorskip("nncf")
+    # A tiny random model has no robust answers.
+    required = dataclasses.replace(REQUIREMENTS["int8"], labels=0.0)
+    monkeypatch.setitem(REQUIREMENTS, "int8", required)
+    options = AddTargetsOptions(
+        int8=True, calibration_data=SINGLE[7:107], backends=("onnxruntime",)
+    )
+    (checked,) = add_targets(folder, options).checked
+    assert checked.refused is None
+    shutil.rmtree(folder / "onnx")
 
 
 def assert_equal(engine: Engine, given: list[Text], found: Answers, tolerance: float) -> None:
@@ -102,19 +129,19 @@ def assert_equal(engine: Engine, given: list[Text], found: Answers, tolerance: f
     assert len(set(exits)) > 1
 
 
-@pytest.mark.parametrize("family", [*RULES, *SLOW])
-@pytest.mark.parametrize("given", [SINGLE, PAIRS], ids=["texts", "pairs"])
+@pytest.mark.parametrize(("family", "target"), TARGETS)
 def test_answers_are_those_of_the_engine(
-    family: str, given: list[Text], packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
+    family: str, target: str, packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
 ) -> None:
-    folder, _ = packed(family, RULES.get(family, RULES["mpnet"]))
+    folder, _ = packed(family, RULES.get(family, RULES["mpnet"]), target=target)
     consumer = Consumer(tmp_path / "packed")
-    with Engine.load(folder, FP32, "fast") as engine:
-        for size in (1, 64):
-            assert_equal(engine, given, in_batches(consumer.onnxruntime, given, size), 1e-5)
-        pytest.importorskip("openvino")
-        for size, part in ((1, given[:60]), (16, given)):
-            assert_equal(engine, part, in_batches(consumer.openvino(), part, size), 2e-5)
+    with Engine.load(folder, target, "fast") as engine:
+        for given in (SINGLE, PAIRS):
+            for size in (1, 64):
+                assert_equal(engine, given, in_batches(consumer.onnxruntime, given, size), 2e-5)
+            if target == FP32:
+                pytest.importorskip("openvino")
+                assert_equal(engine, given, in_batches(consumer.openvino(), given, 16), 2e-5)
 
 
 @pytest.mark.parametrize("family", RULES)
@@ -206,33 +233,6 @@ def test_weights_that_do_not_fit_lie_beside_the_graph(
     consumer = Consumer(tmp_path / "packed")
     with Engine.load(folder, FP32, "fast") as engine:
         assert_equal(engine, SINGLE[:40], in_batches(consumer.onnxruntime, SINGLE[:40], 8), 1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["bert", "albert", "mpnet"])
-def test_int8_graphs_are_packed(
-    family: str,
-    exit_0_engines: Mapping[str, Path],
-    packed: Callable[..., tuple[Path, Packed]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    pytest.importorskip("nncf")
-    # A tiny random model has no robust answers.
-    required = dataclasses.replace(REQUIREMENTS["int8"], labels=0.0)
-    monkeypatch.setitem(REQUIREMENTS, "int8", required)
-    folder = tmp_path / "engines"
-    shutil.copytree(exit_0_engines[family], folder)
-    data = SINGLE[7:107]
-    options = AddTargetsOptions(int8=True, calibration_data=data, backends=("onnxruntime",))
-    assert not [each.refused for each in add_targets(folder, options).checked if each.refused]
-    shutil.rmtree(folder / "onnx")  # of which none is read
-    _, made = packed(family, target=INT8, for_transformers_js=True)
-    assert made.file == tmp_path / "packed" / "onnx" / "model_quantized.onnx"
-    consumer = Consumer(tmp_path / "packed")
-    with Engine.load(folder, INT8, "fast") as engine:
-        for size in (1, 8):
-            assert_equal(engine, SINGLE, in_batches(consumer.onnxruntime, SINGLE, size), 2e-5)
 
 
 def test_what_cannot_be_packed_is_refused(

@@ -1,0 +1,146 @@
+"""A packed folder in other languages: Node, and the examples of the page in a browser and C++."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fpabee.exporter.single_file import pack
+from fpabee.runtime import Confidence, Engine
+from fpabee.runtime.encoding import Text
+
+from .consumer import Consumer
+from .test_packing import FP32, PAIRS, SINGLE
+
+EXAMPLES = Path(__file__).parents[3] / "docs" / "examples"
+PACKAGES = [
+    *("@huggingface/transformers@4", "@huggingface/tokenizers"),
+    *("onnxruntime-node@1", "onnxruntime-web@1"),
+]
+# No tokenizer has to cut them.
+SHORT = [text for text in SINGLE if isinstance(text, str) and 0 < len(text.split()) < 12]
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass
+class Case:
+    """A packed folder `web`, and what the engine answers to texts.
+
+    Attributes:
+        parent: the folder that holds it.
+        answers: gives logits `[texts, labels]` and exits.
+        labels: the names of the labels.
+    """
+
+    parent: Path
+    answers: Callable[[list[Text]], tuple[NDArray[np.float32], list[int]]]
+    labels: tuple[str, ...]
+
+    def lines(self, texts: list[Text], labels: list[str]) -> list[str]:
+        """What the examples print, given what they call the labels."""
+        logits, exits = self.answers(texts)
+        assert len(set(exits)) > 2
+        best = logits.argmax(axis=-1)
+        return [f"{labels[label]} from exit {n}" for label, n in zip(best, exits, strict=True)]
+
+
+@pytest.fixture(params=["bert", "mpnet"])
+def case(
+    request: pytest.FixtureRequest,
+    exit_0_engines: Mapping[str, Path],
+    set_points: Callable[..., None],
+    tmp_path: Path,
+) -> Iterator[Case]:
+    folder = Path(shutil.copytree(exit_0_engines[request.param], tmp_path / "engines"))
+    set_points(folder, FP32, fast=Confidence(threshold=0.6, exit_0_threshold=0.9))
+    pack(folder, tmp_path / "web", FP32, "fast", for_transformers_js=True)
+    with Engine.load(folder, FP32, "fast") as engine:
+
+        def answers(texts: list[Text]) -> tuple[NDArray[np.float32], list[int]]:
+            exits = [answer.exit for answer in engine.predict(texts)]
+            trace = engine.trace(texts, rule=engine.rule)
+            return trace.logits[exits, np.arange(len(texts))], exits
+
+        yield Case(tmp_path, answers, engine.labels)
+
+
+@pytest.fixture(scope="session")
+def node(shared_root: Path) -> Path:
+    """A folder with the packages of Node."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed")
+    folder = shared_root / "node"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(Path(__file__).with_name("answers.mjs"), folder)
+    environment = os.environ | {"ONNXRUNTIME_NODE_INSTALL_CUDA": "skip"}
+    install = ["npm", "install", "--silent", *PACKAGES]
+    if subprocess.run(install, cwd=folder, env=environment, check=False).returncode:
+        pytest.skip("npm cannot install the packages")
+    return folder
+
+
+def test_node(case: Case, node: Path) -> None:
+    # transformers.js cuts off the last special token of long texts, and takes "" for no text.
+    singles = [text for text in SINGLE if "rain rain rain" not in text]
+    texts = [*singles, *(pair for pair in PAIRS[8:14] if all(pair))]
+    given, written = case.parent / "texts.json", case.parent / "answers.json"
+    given.write_text(json.dumps(texts))
+    arguments = [*map(str, [case.parent, "web", given, written])]
+    subprocess.run(["node", "answers.mjs", *arguments], cwd=node, check=True)
+    found = json.loads(written.read_text())
+    logits, exits = case.answers(texts)
+    assert [each["exit"] for each in found] == exits
+    assert len(set(exits)) > 2
+    np.testing.assert_allclose([each["logits"] for each in found], logits, atol=1e-5)
+    best = [case.labels[label] for label in logits.argmax(axis=-1)[: len(singles)]]
+    assert [each["label"] for each in found[: len(singles)]] == best
+
+
+def test_browser(case: Case, node: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium is installed")
+    (case.parent / "node_modules").symlink_to(node / "node_modules")
+    page = (EXAMPLES / "index.html").read_text(encoding="utf-8")
+    page = page.replace("turn on the light", "\n".join(map(str, SHORT)))
+    (case.parent / "index.html").write_text(page, encoding="utf-8")
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(case.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        options = ["--headless", "--no-sandbox", "--virtual-time-budget=60000", "--dump-dom"]
+        run = subprocess.run([browser, *options, url], capture_output=True, text=True, check=True)
+        server.shutdown()
+    found = run.stdout.split("<pre>")[1].split("</pre>")[0]
+    assert found.splitlines() == case.lines([*SHORT], [*case.labels])
+
+
+def test_cpp(case: Case) -> None:
+    program = case.parent / "classify"
+    build = ["g++", "-std=c++17", str(EXAMPLES / "classify.cpp"), "-o", str(program)]
+    if (
+        shutil.which("g++") is None
+        or subprocess.run([*build, "-lonnxruntime"], capture_output=True, check=False).returncode
+    ):
+        pytest.skip("libonnxruntime-dev is not installed")
+    consumer = Consumer(case.parent / "web")
+    ids = [consumer.tokenizer(text)["input_ids"] for text in SHORT]
+    given = "".join(f"{' '.join(map(str, each))}\n" for each in ids)
+    run = subprocess.run(
+        [program, consumer.model], input=given, capture_output=True, text=True, check=True
+    )
+    numbers = [str(label) for label in range(len(case.labels))]
+    assert run.stdout.splitlines() == case.lines([*SHORT], numbers)
