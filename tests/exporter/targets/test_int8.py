@@ -289,6 +289,24 @@ def test_int8_is_for_this_machine_or_for_the_gpus_of_fp16(
     assert {"tensorrt-fp16", "tensorrt-int8"} < result.not_built.keys()
 
 
+def test_cpus_get_int8_where_plans_in_int8_are_refused(
+    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = VerificationError("int8 changes answers", "stay with fp16")
+
+    def refuse(_: object) -> None:
+        raise refused
+
+    monkeypatch.setattr(additions, "_int8_forms", lambda _: (True, True))
+    monkeypatch.setattr(additions._Addition, "_add_int8_for_plans", refuse)
+    folder = engine_copy()
+    result = add_targets(folder, replace(BOTH, backends=None))
+    assert result.not_built["plans in int8"] is refused
+    assert set(NAMES) < result.manifest.targets.keys()
+    with pytest.raises(VerificationError, match="int8 changes answers"):
+        add_targets(folder, replace(BOTH, backends=("tensorrt-rtx", "openvino")))
+
+
 def test_texts_are_needed_unless_every_target_is_there(
     engine_copy: Callable[..., Path], tmp_path: Path
 ) -> None:
