@@ -38,6 +38,7 @@ class Engine:
 
     Attributes:
         manifest: the manifest of the folder, as it was when the engine was loaded.
+        revision: its SHA-256 in hexadecimal digits; it holds the hashes of all files.
         target: the target in use.
         labels: label names in the order of the logits.
         multi_label: whether a row may have any number of labels.
@@ -138,6 +139,7 @@ class Engine:
         self._folder = folder.absolute()
         self._backend, self.target, self.limits = backend, backend.name, backend.limits()
         self.manifest = manifest
+        self.revision = hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()
         self.labels = manifest.task.labels
         self.multi_label = manifest.task.problem_type is ProblemType.MULTI_LABEL
         self.window_tokens = window_tokens(manifest, self.limits)
@@ -354,11 +356,6 @@ class Engine:
         usual = (0.5,) * len(self.labels) if self.multi_label else ()
         decides = getattr(self.rule, "decision_thresholds", ()) or task.label_thresholds or usual
         return {label: p for label, p in zip(self.labels, decides, strict=False) if p < 1}
-
-    @property
-    def revision(self) -> str:
-        """The SHA-256 of the manifest in hexadecimal digits; it holds the hashes of all files."""
-        return hashlib.sha256(msgspec.json.encode(self.manifest)).hexdigest()
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts as the engine does.

@@ -55,9 +55,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--seconds", type=float, default=5, help="how long to fuzz each target, and to soak"
     )
-    parser.addoption(
-        "--engines", type=Path, help="an engines folder with operating points, to soak"
-    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

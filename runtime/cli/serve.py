@@ -79,7 +79,7 @@ def main(
     require("serve")
     from ..serving.metrics import Metrics
     from ..serving.scheduler import Scheduler
-    from ..serving.server import ServerLimits, listen, make_app, serve
+    from ..serving.server import ServerLimits, Service, listen, serve
 
     limits = ServerLimits(max_texts=min(ServerLimits.max_texts, max_rows))
     with (
@@ -89,7 +89,8 @@ def main(
         metrics = Metrics(engine)
         scheduler = Scheduler(engine, max_rows, metrics)
         try:
-            app = make_app(engine, scheduler, metrics, limits, name, (host, *allowed_hosts))
+            hosts = (host, *allowed_hosts)
+            app = Service(engine, scheduler, metrics, limits, name, hosts).app
             engine.warm_up(tokens=1)
             # The server handles signals while it runs, and then sends them to this handler again.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit())

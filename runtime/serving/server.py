@@ -83,31 +83,6 @@ class ServerLimits:
     stop_seconds: float = 30.0
 
 
-def make_app(
-    engine: Engine,
-    scheduler: Scheduler,
-    metrics: Metrics,
-    limits: ServerLimits,
-    name: str,
-    allowed_hosts: Sequence[str] = (ANY_HOST,),
-) -> Starlette:
-    """The application, to run under any ASGI server.
-
-    Args:
-        engine: the engine.
-        scheduler: runs its rows.
-        metrics: those of the scheduler.
-        limits: what is refused.
-        name: the name of the model in responses.
-        allowed_hosts: which hosts requests may name, see `accepted_hosts`; default: all.
-
-    Raises:
-        InputError: one of the hosts is not the name of a host.
-    """
-    accepted = accepted_hosts(allowed_hosts)
-    return _Server(engine, scheduler, metrics, limits, name, accepted).app
-
-
 def listen(host: str, port: int) -> socket.socket:
     """Open a port.
 
@@ -173,15 +148,33 @@ def _connections(seconds: float) -> type[H11Protocol]:
 
 
 @dataclass(eq=False)
-class _Server:
-    _engine: Engine
-    _scheduler: Scheduler
-    _metrics: Metrics
-    _limits: ServerLimits
-    _name: str
-    _hosts: Collection[str]
+class Service:
+    """What answers requests.
+
+    Args:
+        engine: the engine.
+        scheduler: runs its rows.
+        metrics: those of the scheduler.
+        limits: what is refused.
+        name: the name of the model in responses.
+        hosts: which hosts requests may name, see `accepted_hosts`; default: all.
+
+    Attributes:
+        app: the application, to run under any ASGI server.
+
+    Raises:
+        InputError: one of the hosts is not the name of a host.
+    """
+
+    engine: Engine
+    scheduler: Scheduler
+    metrics: Metrics
+    limits: ServerLimits
+    name: str
+    hosts: Collection[str] = (ANY_HOST,)
 
     def __post_init__(self) -> None:
+        hosts = accepted_hosts(self.hosts)
         page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
         index = HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
         refusal = _error(421, STATUSES[421], "InvalidRequest")
@@ -189,7 +182,7 @@ class _Server:
             "/classify": ClassifyRequest,
             "/v1/classify": ClassifyRequest,
             "/predict": PredictRequest,
-            f"/v1/models/{self._name}:predict": InstancesRequest,
+            f"/v1/models/{self.name}:predict": InstancesRequest,
         }
         schema = _json(openapi(__version__, formats, STATUSES))
         self.app = Starlette(
@@ -204,13 +197,10 @@ class _Server:
                 Route("/metrics", self._show_metrics),
                 Route("/openapi.json", schema, methods=["GET"]),
             ],
-            middleware=[Middleware(HostCheck, self._hosts, refusal)],
-            exception_handlers={
-                HTTPException: self._failed,
-                FpabeeError: self._failed,
-                ClientDisconnect: _client_left,
-                Exception: self._failed,
-            },
+            middleware=[Middleware(HostCheck, hosts, refusal)],
+            exception_handlers=dict.fromkeys(
+                (HTTPException, FpabeeError, ClientDisconnect, Exception), self._failed
+            ),
         )
 
     async def _classify(self, request: Request, usual: type[Asked]) -> Response:
@@ -221,26 +211,21 @@ class _Server:
             rows.extend(some)
             if not asked.truncate and any(row.truncated for row in some):
                 raise InputError(
-                    f"a text has more than {self._engine.max_length} tokens",
+                    f"a text has more than {self.engine.max_length} tokens",
                     "shorten it, or set `truncate` to true",
                 )
 
-        found, source = await self._answers(request, asked, check), self._source()
-        response = _json(
-            response_to(asked, found, self._engine.labels, source, sum(map(len, rows)))
-        )
-        # Some formats have no room for it.
-        response.headers["X-Fpabee-Revision"] = source.revision
-        return response
-
-    def _source(self) -> Source:
-        engine = self._engine
-        return Source(
-            model=self._name,
+        engine, found = self.engine, await self._answers(request, asked, check)
+        source = Source(
+            model=self.name,
             revision=engine.revision,
             operating_point=engine.operating_point,
             thresholds=engine.thresholds,
         )
+        response = _json(response_to(asked, found, engine.labels, source, sum(map(len, rows))))
+        # Some formats have no room for it.
+        response.headers["X-Fpabee-Revision"] = source.revision
+        return response
 
     async def _answers(
         self,
@@ -250,7 +235,7 @@ class _Server:
     ) -> list[Prediction]:
         """The answers; if the client leaves, its rows are cancelled."""
         work = asyncio.ensure_future(
-            self._scheduler.classify(asked.texts, asked.deadline_ms, asked.max_exit, check)
+            self.scheduler.classify(asked.texts, asked.deadline_ms, asked.max_exit, check)
         )
         left = asyncio.ensure_future(request.receive())
         try:
@@ -269,15 +254,15 @@ class _Server:
         if sent.partition(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, f"the content type is {sent}, expected application/json")
         try:
-            body = await asyncio.wait_for(self._body(request), self._limits.body_seconds)
+            body = await asyncio.wait_for(self._body(request), self.limits.body_seconds)
             asked = request_of(body, usual)
         except asyncio.TimeoutError:
             raise HTTPException(408, STATUSES[408], {"Connection": "close"}) from None
         except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
             raise HTTPException(400, str(error)) from None
-        if len(asked.texts) > self._limits.max_texts:
+        if len(asked.texts) > self.limits.max_texts:
             raise HTTPException(
-                413, f"{len(asked.texts)} texts, expected at most {self._limits.max_texts}"
+                413, f"{len(asked.texts)} texts, expected at most {self.limits.max_texts}"
             )
         return asked
 
@@ -285,43 +270,45 @@ class _Server:
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
-            if len(body) > self._limits.max_body:
-                raise HTTPException(413, f"the body has more than {self._limits.max_body} bytes")
+            if len(body) > self.limits.max_body:
+                raise HTTPException(413, f"the body has more than {self.limits.max_body} bytes")
         return bytes(body)
 
     async def _health(self, _: Request) -> Response:
-        if self._scheduler.is_closed:
+        if self.scheduler.is_closed:
             raise HTTPException(503, STATUSES[503])
         return _json({"status": "ok"})
 
     async def _info(self, _: Request) -> Response:
-        manifest = self._engine.manifest
+        manifest = self.engine.manifest
         return _json(
             {
-                "model_id": self._name,
-                "revision": self._engine.revision,
+                "model_id": self.name,
+                "revision": self.engine.revision,
                 "version": __version__,
-                "target": self._engine.target,
-                "operating_point": self._engine.operating_point,
-                "thresholds": self._engine.thresholds,
-                "rule": self._engine.rule.to_dict(),
-                "labels": self._engine.labels,
-                "multi_label": self._engine.multi_label,
+                "target": self.engine.target,
+                "operating_point": self.engine.operating_point,
+                "thresholds": self.engine.thresholds,
+                "rule": self.engine.rule.to_dict(),
+                "labels": self.engine.labels,
+                "multi_label": self.engine.multi_label,
                 "exits": list(manifest.exits),
                 "exit_layers": manifest.exit_layers,
                 "layers": manifest.model.layers,
-                "max_input_length": self._engine.max_length,
-                "max_client_batch_size": self._limits.max_texts,
-                "max_body": self._limits.max_body,
+                "max_input_length": self.engine.max_length,
+                "max_client_batch_size": self.limits.max_texts,
+                "max_body": self.limits.max_body,
             }
         )
 
     async def _show_metrics(self, _: Request) -> Response:
         kind = "text/plain; version=0.0.4; charset=utf-8"
-        return Response(self._metrics.text(), headers={"Content-Type": kind})
+        return Response(self.metrics.text(), headers={"Content-Type": kind})
 
     async def _failed(self, _: Request, error: Exception) -> Response:
         """What a client gets instead of an answer; a traceback goes to the log of the server."""
+        if isinstance(error, ClientDisconnect):
+            return Response(status_code=_CLIENT_LEFT)
         if isinstance(error, HTTPException):
             return _error(error.status_code, error.detail, "InvalidRequest", error.headers)
         if not isinstance(error, FpabeeError):
@@ -331,7 +318,7 @@ class _Server:
             status, headers = 429, {"Retry-After": "1"}
         elif isinstance(error, (InputError, RuleError)):
             status = 400
-        elif self._scheduler.is_closed:
+        elif self.scheduler.is_closed:
             status = 503
         else:
             status = 500
@@ -360,7 +347,3 @@ def _error(
 ) -> Response:
     content = _JSON.encode(Failure(in_one_line(message), kind))
     return Response(content, status, headers, media_type="application/json")
-
-
-async def _client_left(_: Request, __: Exception) -> Response:
-    return Response(status_code=_CLIENT_LEFT)

@@ -48,7 +48,7 @@ class Judge:
         self._target = target
         self._limits = (seconds, mebibytes)
         # What this imports and caches is not counted against the first input.
-        target.path.write_bytes(target.seeds[0])
+        target.path.write_bytes(target.seed)
         target.read()
 
     def __call__(self, data: bytes) -> list[str]:
@@ -110,9 +110,9 @@ def _fuzz_here(
     limit_memory(_HARD * 256)
     seen: set[str] = set()
     earlier = [path.read_bytes() for path in sorted(Path(keep).glob(f"*{target.path.name}"))]
-    waiting, grown = [*target.seeds, *earlier], list(target.seeds)
+    waiting, grown = [target.seed, *earlier], [target.seed]
     while waiting or time.monotonic() < ends:
-        start = random.choice(target.seeds if random.random() < 0.5 else grown)
+        start = target.seed if random.random() < 0.5 else random.choice(grown)
         data = waiting.pop() if waiting else target.mutate(start, random)
         accepted = judge.accepted
         faulthandler.dump_traceback_later(_HARD * 5, exit=True)

@@ -6,7 +6,6 @@ the bytes no longer have that structure, a few of them are changed instead.
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import zipfile
@@ -107,7 +106,7 @@ def _place(root: Any, random: Random) -> tuple[Any, Any]:
 
 
 def mutate_lines(data: bytes, random: Random) -> bytes:
-    """Repeat, drop, swap or change lines."""
+    """Repeat, drop, swap or change lines; what is JSON stays JSON."""
     lines = data.split(b"\n")
     for _ in range(random.choice((1, 1, 2, 4))):
         at, other = random.randrange(len(lines)), random.randrange(len(lines))
@@ -121,49 +120,8 @@ def mutate_lines(data: bytes, random: Random) -> bytes:
         elif kind == 3:
             lines[at] = b",".join(random.choices(_PIECES, k=3))
         else:
-            lines[at] = mutate_bytes(lines[at], random)
+            lines[at] = mutate_json(lines[at], random)
     return b"\n".join(lines)
-
-
-def mutate_json_lines(data: bytes, random: Random) -> bytes:
-    """Change a value in a line, or the lines."""
-    if random.random() < 0.3:
-        return mutate_lines(data, random)
-    lines = data.split(b"\n")
-    at = random.randrange(len(lines))
-    lines[at] = mutate_json(lines[at], random)
-    return b"\n".join(lines)
-
-
-def compressed(mutation: Mutation) -> Mutation:
-    """The mutation of what is compressed with gzip; sometimes one of the compressed bytes."""
-
-    def mutate(data: bytes, random: Random) -> bytes:
-        try:
-            content = zlib.decompressobj(31).decompress(data, 2**20)
-        except zlib.error:
-            return mutate_bytes(data, random)
-        kind = random.randrange(40)
-        if kind < 10:
-            return mutate_bytes(data, random)
-        more = random.choice((b"a" * 2**25, b"\n" * 2**20)) if kind == 10 else b""
-        return gzip.compress(mutation(content + more, random), compresslevel=1, mtime=0)
-
-    return mutate
-
-
-def headed(mutation: Mutation) -> Mutation:
-    """The mutation of the JSON header that safetensors has behind its length."""
-
-    def mutate(data: bytes, random: Random) -> bytes:
-        length = int.from_bytes(data[:8], "little")
-        if length > len(data) - 8 or random.random() < 0.2:
-            return mutate_bytes(data, random)
-        header = mutation(data[8 : 8 + length], random)
-        claimed = random.choice((len(header),) * 6 + (0, len(header) + 1, 2**40, 2**64 - 1))
-        return claimed.to_bytes(8, "little") + header + data[8 + length :]
-
-    return mutate
 
 
 def mutate_archive(data: bytes, random: Random) -> bytes:

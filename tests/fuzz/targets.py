@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -26,19 +24,8 @@ from fpabee.runtime.files.records import to_json
 from fpabee.runtime.targets import rule_of, target_of
 
 from . import parquet_files
-from .mutations import (
-    Mutation,
-    compressed,
-    headed,
-    mutate_archive,
-    mutate_json,
-    mutate_json_lines,
-    mutate_lines,
-)
+from .mutations import Mutation, mutate_archive, mutate_bytes, mutate_json, mutate_lines
 
-# A compressed file may hold any number of rows; they are read one after another.
-_MOST_ROWS = 5000
-_MOST_WRITTEN = 2**24
 _TEXTS: list[Text] = ["", "the film is not bad", "\U0001f469\u200d é\u0301", "a" * 300, ("a", "b")]
 _ROWS = (
     b'{"text": "rain", "label": "a", "id": 1}\n'
@@ -47,8 +34,8 @@ _ROWS = (
 )
 _TABLE = b'text,text_pair,label,id\nrain,"a, ""b""",a,1\n"two\nlines",,b,\n'
 NAMES = (
-    *("manifest", "tokenizer", "reference", "config.json", "model.safetensors", "parquet"),
-    *("txt", "jsonl", "csv", "jsonl.gz"),
+    *("manifest", "tokenizer", "reference", "config.json"),
+    *("parquet", "txt", "jsonl", "csv"),
 )
 
 
@@ -57,13 +44,13 @@ class Target:
     """A kind of file.
 
     Attributes:
-        seeds: files to begin with; the first can be read.
+        seed: a good file to begin with.
         mutate: changes one.
         path: where the file must be to be read.
         read: reads it; raises only our errors.
     """
 
-    seeds: tuple[bytes, ...]
+    seed: bytes
     mutate: Mutation
     path: Path
     read: Callable[[], object]
@@ -82,19 +69,11 @@ def every_target(place: Path, engines: Path, model_dir: Path) -> dict[str, Targe
         "manifest": _manifest(engines, place / "engines"),
         "tokenizer": _tokenizer(engines, manifest, place / "tokenizer"),
         "reference": _reference(engines, manifest, place / "reference"),
-        "config.json": _model(model_dir, place / "config", "config.json", mutate_json),
-        "model.safetensors": _model(
-            model_dir, place / "weights", "model.safetensors", headed(mutate_json)
-        ),
-        "parquet": _input(place / "input.parquet", parquet_files.seeds(), parquet_files.mutate),
-        "txt": _input(place / "input.txt", (b"rain\nthe film is not bad\n\n",), mutate_lines),
-        "jsonl": _input(place / "input.jsonl", (_ROWS,), mutate_json_lines),
-        "csv": _input(place / "input.csv", (_TABLE,), mutate_lines),
-        "jsonl.gz": _input(
-            place / "input.jsonl.gz",
-            (gzip.compress(_ROWS, mtime=0),),
-            compressed(mutate_json_lines),
-        ),
+        "config.json": _config(model_dir, place / "config"),
+        "parquet": _input(place / "input.parquet", parquet_files.seed(), mutate_bytes),
+        "txt": _input(place / "input.txt", b"rain\nthe film is not bad\n\n", mutate_lines),
+        "jsonl": _input(place / "input.jsonl", _ROWS, mutate_lines),
+        "csv": _input(place / "input.csv", _TABLE, mutate_lines),
     }
 
 
@@ -115,7 +94,7 @@ def _manifest(engines: Path, folder: Path) -> Target:
             resolve(folder, graph.file)
         write_manifest(folder, manifest)
 
-    return Target((path.read_bytes(),), mutate_json, path, read)
+    return Target(path.read_bytes(), mutate_json, path, read)
 
 
 def _tokenizer(engines: Path, manifest: Manifest, folder: Path) -> Target:
@@ -129,7 +108,7 @@ def _tokenizer(engines: Path, manifest: Manifest, folder: Path) -> Target:
         rows = TextEncoder(folder, correct).encode(_TEXTS)
         assert all(len(row) <= spec.max_length for row in rows)
 
-    return Target(((engines / spec.file).read_bytes(),), mutate_json, path, read)
+    return Target((engines / spec.file).read_bytes(), mutate_json, path, read)
 
 
 def _reference(engines: Path, manifest: Manifest, folder: Path) -> Target:
@@ -140,25 +119,21 @@ def _reference(engines: Path, manifest: Manifest, folder: Path) -> Target:
         files = {**manifest.files, REFERENCE_NAME: sha256_of(path)}
         read_reference(folder, msgspec.structs.replace(manifest, files=files))
 
-    return Target(((engines / REFERENCE_NAME).read_bytes(),), mutate_archive, path, read)
+    return Target((engines / REFERENCE_NAME).read_bytes(), mutate_archive, path, read)
 
 
-def _input(path: Path, seeds: tuple[bytes, ...], mutation: Mutation) -> Target:
+def _input(path: Path, seed: bytes, mutation: Mutation) -> Target:
     def read() -> None:
-        written = 0
-        for row in islice(Inputs([path]), _MOST_ROWS):
+        for row in Inputs([path]):
             if isinstance(row, Row):
-                # Its other fields are written again.
-                written += len(to_json(row.fields).encode()) + len(row.text)
-            if written > _MOST_WRITTEN:
-                break
+                to_json(row.fields)  # its other fields are written again
 
-    return Target(seeds, mutation, path, read)
+    return Target(seed, mutation, path, read)
 
 
-def _model(model_dir: Path, folder: Path, name: str, mutation: Mutation) -> Target:
+def _config(model_dir: Path, folder: Path) -> Target:
     from fpabee.exporter.checkpoint import load_checkpoint
 
     shutil.copytree(model_dir, folder)
-    path = folder / name
-    return Target((path.read_bytes(),), mutation, path, lambda: load_checkpoint(folder))
+    path = folder / "config.json"
+    return Target(path.read_bytes(), mutate_json, path, lambda: load_checkpoint(folder))

@@ -35,11 +35,11 @@ def test_fuzzing_finds_nothing(
     assert fuzzer.fuzz(name, tmp_path, FINDS / name, seconds, **folders) == {}
 
 
-def test_every_target_reads_its_first_seed(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_every_target_reads_its_seed(folders: dict[str, Path], tmp_path: Path) -> None:
     targets = every_target(tmp_path, **folders)
     assert set(NAMES) == set(targets)
     for target in targets.values():
-        target.path.write_bytes(target.seeds[0])
+        target.path.write_bytes(target.seed)
         target.read()
 
 
@@ -73,7 +73,7 @@ def test_the_judge_finds_a_defect(
         if path.read_bytes() == b"bad":
             defect()
 
-    judge = fuzzer.Judge(Target((b"good",), lambda data, _: data, path, read), **limits)
+    judge = fuzzer.Judge(Target(b"good", lambda data, _: data, path, read), **limits)
     assert judge(b"good") == []
     assert judge(b"bad") == found
 

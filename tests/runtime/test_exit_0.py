@@ -20,11 +20,9 @@ from fpabee.runtime import (
     ExitRule,
     FPabee,
     Pabee,
-    ProblemType,
     RuleError,
     VerificationError,
     read_manifest,
-    simulate,
 )
 from fpabee.runtime.artifact.folder import damage, write_manifest
 from fpabee.runtime.artifact.manifest import EXIT_0_NAME
@@ -150,20 +148,6 @@ def test_logits_are_the_mean_of_vectors_then_a_linear_layer() -> None:
         np.testing.assert_allclose(result, mean @ weights + bias, atol=1e-5)
 
 
-def test_every_prediction_agrees_with_the_trace(engine: Engine) -> None:
-    trace = engine.trace(TEXTS)
-    assert trace.first_exit == 0
-    assert trace.logits.shape[0] == 4
-    assert engine.manifest.exit_layers == (0, 1, 2, 3)
-    rule = Confidence(threshold=0.8, exit_0_threshold=0.7)
-    predictions = engine.predict(TEXTS, rule=rule)
-    expected = simulate(trace.logits, rule, ProblemType.SINGLE_LABEL, first_exit=0)
-    assert [p.exit for p in predictions] == expected.exits.tolist()
-    assert {0, 1, 3} <= {p.exit for p in predictions}
-    assert all(p.layer == p.exit for p in predictions)
-    assert [engine.labels.index(p.labels[0]) for p in predictions] == expected.predictions.tolist()
-
-
 def test_rows_that_stop_at_exit_0_reach_no_device(
     exit_0_engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,13 +196,6 @@ def test_exit_0_answers_when_the_deadline_is_over_before_the_first_layer(engine:
     for deadline_ms, expected in ((1e6, (3, False, False)), (0, (0, True, True))):
         answers = engine.predict(TEXTS, rule=Budget(exit=3), deadline_ms=deadline_ms)
         assert {(p.exit, p.deadline_limited, p.deadline_missed) for p in answers} == {expected}
-
-
-def test_drift_counts_exit_0(engine: Engine) -> None:
-    engine.reset_tally()
-    engine.predict(TEXTS, rule=Budget(exit=0))
-    assert engine.tally.drift([1, 0, 0, 0]) == 0.0
-    assert engine.tally.drift([1, 1, 1, 1]) == 0.75
 
 
 def test_a_rule_with_a_threshold_needs_an_exit_0(engines: Mapping[str, Path]) -> None:

@@ -83,18 +83,6 @@ def test_lines_are_answered_at_once_at_a_terminal(bert: Path) -> None:
         os.close(terminal)
 
 
-def test_results_are_those_of_any_run(run: Run, bert: Path, tmp_path: Path) -> None:
-    path = tmp_path / "in.jsonl"
-    path.write_text('{"text": "rain"}\n{"text": 1}\n{"text": "the film"}\n')
-    options = (path, "--full-depth", "--on-error", "skip", "--json")
-    stop_now, plain = run(bert, *options, "--unbuffered"), run(bert, *options)
-    assert stop_now.code == 0
-    for ours, theirs in zip(stop_now.records, plain.records, strict=True):
-        assert ours.pop("score", 0.0) == pytest.approx(theirs.pop("score", 0.0), abs=1e-5)
-        assert ours == theirs
-    assert json.loads(stop_now.err)["rows"] == 3
-
-
 def test_what_cannot_be_written_at_once(run: Run, bert: Path, tmp_path: Path) -> None:
     output = ("--output", tmp_path / "out.jsonl")
     for options, says in (

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +52,6 @@ def test_single_label_records(run: Run, bert: Path, source: Path) -> None:
     short = run(bert, source, "--max-length", "4")
     assert ["truncated" in record for record in short.records] == [True, False, False, True, True]
     assert "3 truncated" in short.err
-
-
-def test_multi_label_records(run: Run, engines: Mapping[str, Path], source: Path) -> None:
-    result = run(engines["mpnet"], source, "--full-depth")
-    with Engine.load(engines["mpnet"]) as engine:
-        predictions = engine.predict(TEXTS, full_depth=True)
-    assert len({prediction.labels for prediction in predictions}) > 1
-    for record, prediction in zip(result.records, predictions, strict=True):
-        assert record["labels"] == list(prediction.labels)
-        assert record["scores"] == pytest.approx(prediction.scores, abs=1e-5)
-        assert (record["exit"], record["layer"]) == (3, 3)
-    assert "full depth" in result.err
-    assert "calibrated" not in result.err
 
 
 def test_standard_input(run: Run, bert: Path, source: Path) -> None:

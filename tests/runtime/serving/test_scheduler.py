@@ -7,7 +7,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +35,6 @@ from fpabee.runtime.agreement import exits_near_ties
 from fpabee.runtime.backends.host import HostBackend, HostExecution
 from fpabee.runtime.chain import Chain
 from fpabee.runtime.encoding import Text
-from fpabee.runtime.exit_0 import ExitZero
 from fpabee.runtime.groups import Group
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving import scheduler as scheduler_module
@@ -272,27 +271,6 @@ def test_cancelled_rows_leave(engine: Engine, gate: Gate) -> None:
     assert engine.tally.rows == 1
 
 
-@pytest.mark.usefixtures("joins")
-def test_rows_that_are_cancelled_while_others_run_leave(
-    engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def most_tokens(group: Group, *_: object) -> int:
-        return int(group.lengths.sum())
-
-    monkeypatch.setattr(scheduler_module, "_worth", most_tokens)
-    with Scheduler(engine) as scheduler:
-        first = scheduler.submit("the film")
-        gate.at()
-        futures = scheduler.submit_all(["the plot", "rain"])
-        gate.step()
-        assert gate.at() == (0, 2)
-        assert first.cancel()
-        gate.step()
-        assert gate.at() == (1, 2)
-        gate.open()
-        assert [answer.exit for answer in results(futures)] == [3, 3]
-
-
 def test_a_group_is_worth_more_the_older_and_fuller_and_deeper_it_is(engine: Engine) -> None:
     def worth(arrived: Sequence[float], left: int, now: float = 10.0) -> float:
         rows = np.array([SimpleNamespace(arrived=each) for each in arrived])
@@ -445,25 +423,6 @@ def test_deadlines(engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) 
     assert (engine.tally.deadline_limited, engine.tally.deadline_missed) == (2, 1)
 
 
-@pytest.mark.parametrize(("deadline_ms", "exit_number"), [(2.9, 1), (5.0, 2), (6.0, 3)])
-def test_segments_are_expected_to_take_as_long_as_the_last_ones(
-    deadline_ms: float, exit_number: int, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now, enqueue = 0.0, HostExecution.enqueue
-
-    def takes_time(*arguments: Any) -> Any:
-        nonlocal now
-        now += 2e-3
-        return enqueue(*arguments)
-
-    set_clock(monkeypatch, lambda: now)
-    monkeypatch.setattr(HostExecution, "enqueue", takes_time)
-    with Scheduler(engine) as scheduler:
-        answer = scheduler.submit("rain", deadline_ms=deadline_ms).result(WAIT)
-    assert (answer.exit, answer.deadline_limited) == (exit_number, exit_number < 3)
-    assert not answer.deadline_missed
-
-
 def test_tokenization_is_part_of_the_deadline(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -553,24 +512,6 @@ def test_logits_that_are_not_finite(engine: Engine, monkeypatch: pytest.MonkeyPa
             failed[0].result()
 
 
-def test_exit_0_that_fails(
-    exit_0_engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, call = exit_0_engines["bert"], ExitZero.__call__
-
-    def fails(exit_0: ExitZero, rows: Any) -> Any:
-        if any(len(row) > 20 for row in rows):
-            raise MemoryError("made up")
-        return call(exit_0, rows)
-
-    monkeypatch.setattr(ExitZero, "__call__", fails)
-    with Engine.load(folder) as engine, Scheduler(engine) as scheduler:
-        for future in scheduler.submit_all(["rain", "rain " * 30]):
-            with pytest.raises(MemoryError):
-                future.result(WAIT)
-        results([scheduler.submit("sun")])
-
-
 def test_rows_whose_answers_cannot_be_made_get_the_error(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -646,34 +587,6 @@ def test_the_queue_must_have_room(engine: Engine) -> None:
         Scheduler(engine, max_rows=0)
 
 
-def test_the_operating_point_may_change(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None], gate: Gate
-) -> None:
-    folder = engine_copy()
-    set_points(folder, deep=NEVER, shallow=Budget(exit=1))
-    with Engine.load(folder, operating_point="deep") as engine, Scheduler(engine) as scheduler:
-        before = scheduler.submit("a")
-        gate.at()
-        engine.use("shallow")
-        after = scheduler.submit("b")
-        gate.open()
-        assert (before.result(WAIT).exit, after.result(WAIT).exit) == (3, 1)
-
-
-def test_asyncio(engine: Engine) -> None:
-    async def several(scheduler: Scheduler) -> None:
-        long = "the film " * 10_000
-        parts: list[list[Text]] = [TEXTS[:5], [long, "rain"], [], [("a", "b")]]
-        found = await asyncio.gather(*(scheduler.classify(part) for part in parts))
-        assert [len(answers) for answers in found] == [5, 2, 0, 1]
-        assert found[1][0].truncated
-        with pytest.raises(InputError):
-            await scheduler.classify(["fine", "\ud800"])
-
-    with Scheduler(engine) as scheduler:
-        asyncio.run(several(scheduler))
-
-
 def test_a_cancelled_task_cancels_its_rows(engine: Engine, gate: Gate) -> None:
     async def leaves(scheduler: Scheduler) -> None:
         with pytest.raises(asyncio.TimeoutError):
@@ -685,10 +598,3 @@ def test_a_cancelled_task_cancels_its_rows(engine: Engine, gate: Gate) -> None:
         gate.open()
         assert scheduler.submit("c").result(WAIT).exit == 3
     assert engine.tally.rows == 1
-
-
-def test_many_threads(engine: Engine) -> None:
-    texts = [TEXTS[number % len(TEXTS)] for number in range(100)]
-    with Scheduler(engine) as scheduler, ThreadPoolExecutor(100) as pool:
-        answers = list(pool.map(lambda text: scheduler.submit(text).result(WAIT), texts))
-    check_same(engine, texts, answers, NEVER)

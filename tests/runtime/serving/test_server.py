@@ -20,7 +20,7 @@ from fpabee.runtime.artifact.manifest import MANIFEST_NAME
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.metrics import Metrics
-from fpabee.runtime.serving.server import ServerLimits, make_app
+from fpabee.runtime.serving.server import ServerLimits, Service
 
 LIMITS = ServerLimits(max_body=5000, max_texts=4, body_seconds=5.0)
 HEADERS = {"Content-Type": "application/json"}
@@ -33,7 +33,7 @@ class Server:
         self.engine = engine
         self.metrics = Metrics(engine)
         self.scheduler = Scheduler(engine, max_rows, self.metrics)
-        app = make_app(engine, self.scheduler, self.metrics, limits, "tiny")
+        app = Service(engine, self.scheduler, self.metrics, limits, "tiny").app
         self.client = TestClient(app, raise_server_exceptions=False)
         self.schema = self.client.get("/openapi.json").json()
 

@@ -18,10 +18,10 @@ import pytest
 import uvicorn
 
 from fpabee.runtime import Engine
-from fpabee.runtime.encoding import EncodedRow, Text
+from fpabee.runtime.encoding import Text
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.metrics import Metrics
-from fpabee.runtime.serving.server import STATUSES, ServerLimits, listen, make_app, serve
+from fpabee.runtime.serving.server import STATUSES, ServerLimits, Service, listen, serve
 
 from .test_serve import ask
 
@@ -59,7 +59,7 @@ def serving(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> Ite
         metrics = Metrics(engine)
         with Scheduler(engine, 100_000, metrics) as scheduler, listen("127.0.0.1", 0) as listener:
             port = listener.getsockname()[1]
-            app = make_app(engine, scheduler, metrics, limits, "tiny")
+            app = Service(engine, scheduler, metrics, limits, "tiny").app
             thread = threading.Thread(target=serve, args=[app, listener, limits])
             thread.start()
             try:
@@ -182,26 +182,6 @@ def test_a_slow_answer_is_no_slow_client(serving: Serving, monkeypatch: pytest.M
     monkeypatch.setattr(Scheduler, "classify", slow)
     with serving():
         pass  # it is asked at the end
-
-
-def test_health_answers_while_a_long_text_is_tokenized(
-    serving: Serving, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encode, begun, goes_on = Engine.encode, threading.Event(), threading.Event()
-
-    def slowly(engine: Engine, texts: Sequence[Text]) -> list[EncodedRow]:
-        begun.set()
-        goes_on.wait(WAIT)
-        return encode(engine, texts)
-
-    monkeypatch.setattr(Engine, "encode", slowly)
-    with serving() as (port, _, _), ThreadPoolExecutor(1) as pool:
-        long = pool.submit(ask, port, "/classify", {"input": "rain " * 10_000})
-        assert begun.wait(WAIT)
-        assert ask(port, "/health")[0] == 200
-        assert not long.done()
-        goes_on.set()
-        assert long.result(WAIT)[0] == 200
 
 
 def test_a_request_that_outlasts_a_stop_gets_an_error(
