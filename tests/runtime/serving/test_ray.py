@@ -164,8 +164,10 @@ def test_the_script_of_the_documentation(bert: Path, run: Run, tmp_path: Path) -
         assert old in code
         code = code.replace(old, new)
     environment = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    # Ray's other processes would keep a pipe open.
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     command = [sys.executable, "-c", code]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=WAIT)
+    subprocess.run(command, env=environment, check=True, timeout=2 * WAIT, **quiet)
     found = parquet.read_table(tmp_path / "answers").sort_by("id")
     assert found["id"].to_pylist() == list(range(400))
     check_same(found, expected)
