@@ -37,8 +37,8 @@ _CHUNK_CHARACTERS = 2**17
 # unknown word. The only exception is an added token that takes all spaces before it.
 _PER_TOKEN = 8
 _MARGIN = 2 * MAX_WORD
-# Characters that are kept of a longer stretch that gives no token, such as a run of spaces.
-_GAP = 64
+# A text that gives few tokens, such as a run of spaces, is read to at most so many times as much.
+_MOST_TIMES = 16
 # They stand for the tokens of the first and the second text; no vocabulary has such ids.
 _FIRST, _SECOND = 2**32 - 1, 2**32 - 2
 
@@ -143,9 +143,10 @@ _NO_TOKENS = _Tokens([], 0)
 class RowTokenizer:
     """Tokenizes texts into rows, truncated as the tokenizers library does it.
 
-    Memory and, for ordinary texts, time grow with the limit, and not with the texts. So the number
-    of tokens of a text that is not read to its end is estimated. This decides which of two such
-    texts of a pair, the longer one, gets an odd token.
+    Time and memory grow with the limit, and not with the texts. So the number of tokens of a text
+    that is not read to its end is estimated. This decides which of two such texts of a pair, the
+    longer one, gets an odd token. A text with less than a token for each 128 characters, such as
+    one that begins with thousands of spaces, may lose tokens within the limit.
 
     Args:
         tokenizer: of the library. Its post-processor, truncation and padding are taken out of it.
@@ -237,48 +238,20 @@ def first_tokens(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[
 
 
 def _of_long_text(tokenizer: Tokenizer, text: str, most: int) -> _Tokens:
-    """Read a text until its first tokens are certain; what gives few tokens is shortened."""
+    """Read a text until its first tokens are certain."""
     end = characters_read(most)
-    read = text[:end]
+    last = _MOST_TIMES * end
     while True:
+        # Beyond the first characters, which were checked, a text may be invalid Unicode.
+        read = text[:end].encode(errors="replace").decode()
         found = tokenizer.encode(read, add_special_tokens=False)
         total = len(found)
         if end >= len(text):
             return _Tokens(found.ids[:most], total)
-        if total > most and max(stop for _, stop in found.offsets[:most]) + _MARGIN <= len(read):
+        is_enough = total > most and max(stop for _, stop in found.offsets[:most]) + _MARGIN <= end
+        if is_enough or end >= last:
             return _Tokens(found.ids[:most], max(most + 1, total * len(text) // end))
-        read = _shortened(read, found.offsets)
-        # At least twice as much as before, so that the time grows linearly with the text.
-        more = max(len(read), characters_read(most))
-        # Beyond the first characters, which were checked, a text may be invalid Unicode.
-        read += text[end : end + more].encode(errors="replace").decode()
-        end += more
-
-
-def _shortened(text: str, offsets: Sequence[tuple[int, int]]) -> str:
-    """A text that gives the same tokens, without most of what gives none or a single one.
-
-    No token of a vocabulary has as many characters as the margin: a longer stretch is an unknown
-    word, and stays one.
-
-    Args:
-        text: the text.
-        offsets: where each token begins and ends.
-    """
-    parts, at = [], 0
-    for start, stop in offsets:
-        if stop > at:
-            start = max(start, at)
-            parts += [
-                _without_middle(text[at:start], _GAP),
-                _without_middle(text[start:stop], _MARGIN),
-            ]
-            at = stop
-    return "".join((*parts, _without_middle(text[at:], _GAP)))
-
-
-def _without_middle(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most // 2] + text[-most // 2 :]
+        end *= 4
 
 
 def _template(tokenizer: Tokenizer, is_pair: bool) -> list[tuple[int, int]]:

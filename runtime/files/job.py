@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..encoding import blocks
+from ..encoding import blocks, characters
 from ..engine import Engine
 from ..errors import RowError
 from ..rules.rules import ExitRule
@@ -187,4 +187,4 @@ class Job:
 
 
 def _characters(item: Item) -> int:
-    return len(item.text) + len(item.text_pair or "") if isinstance(item, Row) else 0
+    return characters(item.content) if isinstance(item, Row) else 0
