@@ -101,12 +101,12 @@ def write_one_graph(source: Path, folder: Path) -> Manifest:
     """
     manifest = read_manifest(source)
     last = manifest.segments[-1]
-    heads = {
-        name
-        for name, graph in manifest.graphs.items()
-        if [spec.name for spec in graph.outputs] == [LOGITS] and name not in last.calls
-    }
-    calls = [name for segment in manifest.segments for name in segment.calls if name not in heads]
+
+    def is_needed(name: str) -> bool:
+        only_head = [spec.name for spec in manifest.graphs[name].outputs] == [LOGITS]
+        return name in last.calls or not only_head
+
+    calls = [name for part in manifest.segments for name in part.calls if is_needed(name)]
 
     def copy(relative: str, sha256: str) -> None:
         path = folder / relative

@@ -29,7 +29,6 @@ from ..runtime.artifact.manifest import (
     with_target,
 )
 from ..runtime.artifact.reference import write_reference
-from ..runtime.backends.onnxruntime import check_installed
 from ..runtime.encoding import Text, TextEncoder, padding_values
 from ..runtime.errors import ArtifactError, ModelError
 from ..runtime.exit_0 import ExitZero
@@ -41,6 +40,7 @@ from .checkpoint import WEIGHTS, load_checkpoint, resolve_model_dir
 from .exit_0 import CONFIG_BLOCK, EXIT_0_FILE, export_exit_0, load_exit_0
 from .model import MultiExitModel, by_row, predict
 from .staging import check_output, resolved, staging
+from .targets.backends import ONNXRUNTIME, version_of
 from .targets.check import FP32_TARGET, engine_of
 from .tokenizer import save_tokenizer
 from .verify import BUILT_IN_TEXTS, check_chain
@@ -135,7 +135,7 @@ def export(
     options = options or ExportOptions()
     target = resolved(output)
     check_output(target, options.force)
-    check_installed()  # verification needs it, so refuse before any slow step begins
+    version_of(ONNXRUNTIME)  # verification needs it, so refuse before any slow step begins
     source = resolve_model_dir(model_dir)
     if source.resolve().is_relative_to(target):
         raise ArtifactError(
@@ -163,8 +163,6 @@ def _write(
     options: ExportOptions,
     progress: Progress,
 ) -> tuple[Manifest, Agreement]:
-    import onnxruntime
-
     count = len(model.exit_config.exits)
     exits = options.exits or tuple(range(1, count + 1))
     if list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > count:
@@ -216,9 +214,9 @@ def _write(
         segments=cut.segments,
         targets={
             FP32_TARGET: Target(
-                backend="onnxruntime",
+                backend=ONNXRUNTIME,
                 precision="fp32",
-                versions={"onnxruntime": onnxruntime.__version__},
+                versions={ONNXRUNTIME: version_of(ONNXRUNTIME)},
                 tolerance=_LEAST_TOLERANCE,
             )
         },

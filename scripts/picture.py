@@ -16,7 +16,6 @@ from typing import Any
 
 import click
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fpabee.runtime import InputError
@@ -85,8 +84,10 @@ def read(path: Path) -> dict[str, Place]:
     }
 
 
-def draw(axes: Axes, places: dict[str, Place], own: str, other: str) -> None:
-    """Draw the systems in the colours of fpabee and of the alternatives."""
+def picture(places: dict[str, Place], own: str, other: str) -> Figure:
+    """The picture, in the colours of fpabee and of the alternatives."""
+    figure = Figure(figsize=(6.2, 3.8), layout="constrained")
+    axes = figure.subplots()
     axes.plot(*zip(*(places[name] for name in OWN), strict=True), "o-", color=own, markersize=8)
     axes.plot(*zip(*(places[name] for name in OTHERS), strict=True), "D", color=other, markersize=8)
     for names, color in ((OWN, own), (OTHERS, other)):
@@ -103,12 +104,6 @@ def draw(axes: Axes, places: dict[str, Place], own: str, other: str) -> None:
     axes.margins(y=0.15)
     axes.set_xlabel("milliseconds per text, over the test file")
     axes.set_ylabel("test accuracy in %")
-
-
-def picture(places: dict[str, Place], own: str, other: str) -> Figure:
-    """The picture, in the colours that matplotlib is set to."""
-    figure = Figure(figsize=(6.2, 3.8), layout="constrained")
-    draw(figure.subplots(), places, own, other)
     return figure
 
 

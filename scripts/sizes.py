@@ -17,16 +17,6 @@ from fpabee.__main__ import main
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("runtime", "exporter", "calibration")
 
-_NO_CODE = {
-    tokenize.COMMENT,
-    tokenize.NL,
-    tokenize.NEWLINE,
-    tokenize.INDENT,
-    tokenize.DEDENT,
-    tokenize.ENDMARKER,
-    tokenize.ENCODING,
-}
-
 
 def code_lines(*folders: str) -> int:
     """The lines of code of the Python files in folders."""
@@ -39,12 +29,12 @@ def _lines_of_code(path: Path) -> set[int]:
     lines = set[int]()
     with path.open("rb") as file:
         for token in tokenize.tokenize(file.readline):
-            if token.type not in _NO_CODE:
+            if token.string.strip() and token.type != tokenize.COMMENT:
                 lines.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, documented) and ast.get_docstring(node) is not None:
             lines -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
-    return lines
+    return lines - {0}  # where the encoding is named
 
 
 def most_code_lines() -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,6 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from fpabee.exporter import bench
-from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.bench import (
     FULL_DEPTH,
     FULL_GRAPH,
@@ -27,7 +27,9 @@ from fpabee.exporter.bench import (
 )
 from fpabee.exporter.cli.bench import main, print_report
 from fpabee.exporter.merge import write_one_graph
-from fpabee.runtime import Budget, Engine, Entropy, ExitRule
+from fpabee.runtime import Engine, Entropy, ExitRule
+
+from ..doubles.openvino import add_openvino
 
 
 def few(monkeypatch: pytest.MonkeyPatch, *shapes: tuple[int, int], repeats: int) -> None:
@@ -66,32 +68,22 @@ def test_the_full_graph_gives_the_last_exit(
     np.testing.assert_allclose(found[1], expected[order], atol=1e-5)
 
 
-def test_the_full_graph_runs_in_the_target_of_the_chain(
-    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("openvino")
-    folder = engine_copy()
-    add_targets(folder, AddTargetsOptions(backends=("openvino",)))
-    few(monkeypatch, repeats=1)
-    with Engine.load(folder, "openvino-fp32") as engine:
-        report = run_bench(folder, engine, Budget(exit=1), TEXTS)
-    assert (report.target, report.full_target) == ("openvino-fp32", "openvino-fp32")
-    assert "threads; fpabee " in report.machine
-    assert ", openvino " in report.machine
-    assert PADDED_32 in report.workloads[-1].seconds
-
-
 def test_report_and_progress(
     exit_0_engines: Mapping[str, Path],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Of a rule by which no layer runs, so that layers have no ratio."""
     told: list[tuple[str, int, int]] = []
     few(monkeypatch, (1, 8), repeats=2)
-    folder, rule = exit_0_engines["bert"], Entropy(threshold=0.0, exit_0_threshold=0.0)
-    with Engine.load(folder) as engine:
+    folder = Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
+    add_openvino(folder, "fp32")
+    rule = Entropy(threshold=0.0, exit_0_threshold=0.0)
+    with Engine.load(folder, "openvino-fp32") as engine:
         report = run_bench(folder, engine, rule, TEXTS, progress=lambda *state: told.append(state))
+    assert (report.target, report.full_target) == ("openvino-fp32", "openvino-fp32")
+    assert "threads; fpabee " in report.machine
     names = [workload.name for workload in report.workloads]
     assert names == ["1 x 8 tokens", "file, batch 1 (4 texts)", "file, all 4 texts"]
     assert set(report.workloads[0].seconds) == {FULL_GRAPH, FULL_DEPTH, WITH_RULE}

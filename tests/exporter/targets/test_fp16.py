@@ -16,49 +16,20 @@ from onnx import TensorProto, helper, numpy_helper
 from fpabee.exporter.onnx_file import load_graphs
 from fpabee.exporter.targets.fp16 import add_lowered
 from fpabee.exporter.targets.lowering import emulate, lower
-from fpabee.runtime import Engine, Manifest, ModelError, VerificationError, read_manifest
+from fpabee.runtime import Manifest, ModelError, VerificationError, read_manifest
 from fpabee.runtime.agreement import Agreement
 from fpabee.runtime.artifact.folder import sha256_of
-from fpabee.runtime.artifact.reference import read_reference, write_reference
+from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.artifact.untrusted.graph_content import check_graph
 from fpabee.runtime.backends.onnxruntime import session_options
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.progress import silent
-
-from ...bad_input.cases import corrected
-
-LARGE = 1e5
 
 
 def add_fp16(folder: Path, texts: Sequence[Text] = ()) -> tuple[Manifest, Agreement]:
     manifest = read_manifest(folder)
     protos = load_graphs(folder, manifest.graphs)
     return add_lowered(folder, manifest, "fp16", protos, texts, "what to do", silent)
-
-
-@pytest.fixture(scope="module")
-def scaled(engines: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An engines folder whose second segment has activations far beyond fp16."""
-    folder = tmp_path_factory.mktemp("scaled") / "engines"
-    shutil.copytree(engines["bert"], folder)
-
-    def scale(path: Path) -> None:
-        proto = onnx.load(path)
-        weights = {tensor.name: tensor for tensor in proto.graph.initializer}
-        for prefix, factor in (("intermediate.dense", LARGE), ("output.dense/MatMul", 1 / LARGE)):
-            for node in proto.graph.node:
-                if node.name.startswith(f"blocks.0.layer.{prefix}"):
-                    weight = weights[node.input[1]]
-                    value = numpy_helper.to_array(weight) * np.float32(factor)
-                    weight.CopyFrom(numpy_helper.from_array(value, weight.name))
-        onnx.save(proto, path)
-
-    corrected("onnx/fp32/segment_02.onnx", scale)(folder)
-    texts, _ = read_reference(folder, read_manifest(folder))
-    with Engine.load(folder) as engine:
-        logits = engine.trace(texts).logits
-    corrected("reference.npz", lambda _: write_reference(folder, texts, logits))(folder)
-    return folder
 
 
 @pytest.mark.parametrize("family", ["albert", "mpnet"])
@@ -70,7 +41,7 @@ def test_graphs_are_written_beside_those_of_fp32(
     manifest, agreement = add_fp16(folder)
     assert agreement.passed
     assert agreement.rows == 12
-    assert 0 < agreement.max_logit_difference < 0.5
+    assert 1e-5 < agreement.max_logit_difference < 0.5, "it is rounded"
     graphs = manifest.graphs_in("fp16")
     assert graphs.keys() == before.graphs.keys()
     assert read_manifest(folder).precisions == {}, "the manifest is the caller's to write"
@@ -82,14 +53,6 @@ def test_graphs_are_written_beside_those_of_fp32(
         ends = [*proto.graph.input, *proto.graph.output]
         for value, spec in zip(ends, [*graph.inputs, *graph.outputs], strict=True):
             assert (value.name, value.type.tensor_type.elem_type) == (spec.name, kinds[spec.dtype])
-
-
-def test_a_graph_that_overflows_is_named(scaled: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(scaled, tmp_path / "engines"))
-    message = "in fp16, segment_02 gives values that are not finite numbers -> what to do"
-    with pytest.raises(VerificationError, match=message):
-        add_fp16(folder)
-    assert not (folder / "onnx" / "fp16").exists()
 
 
 def test_more_texts_are_also_checked_with_exit_0(
