@@ -79,7 +79,7 @@ def test_answers_that_change_are_refused(
         add_fp16(folder)
 
 
-FAMILIES = ("bert", "albert", "mpnet")
+FAMILIES = ("bert", "albert", "deberta-v2")  # the last one has casts
 
 
 def graphs_of(folder: Path) -> dict[str, Any]:

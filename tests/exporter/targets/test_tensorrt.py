@@ -114,7 +114,7 @@ def test_a_graph_with_control_flow_reaches_no_builder(
 ) -> None:
     corrected("onnx/fp32/segment_01.onnx", with_loop)(double.folder)
     built = noted_builds(double, monkeypatch)
-    with pytest.raises(ArtifactError, match=r"segment_01\.onnx uses operator 'Loop'"):
+    with pytest.raises(ArtifactError, match=r"segment_01\.onnx uses op_type 'Loop'"):
         build(double)
     assert "segment_01" not in built
 
