@@ -10,10 +10,14 @@ in an environment of its own in WORK, because their requirements conflict. Model
 classifier of those systems that only run a model. Besides the operating points of fpabee there are
 full depth as one graph, `balanced` without exit 0, exit 0 alone, the cascade (exit 0 answers the
 rows of which it is certain, and one graph all others), encoders that are cut after their first
-layers, and exits that run as many layers on average. Finished systems are not measured again, so
-the script can be stopped at any time. One that fails is listed with its error, and is tried again
-the next time. `picture.py` draws the results. Nothing else should run on the machine. All cores
-that this process may use are used; `taskset -c 0,1 python ...` takes two of them.
+layers, and exits that run as many layers on average.
+
+All systems are measured in rounds: each round runs every system once, in rotating order. Results
+are medians over the rounds, and ratios are medians of the ratios to `onnx` in the same round, so a
+slower hour of the machine changes little. Finished rounds are kept, so the script can be stopped at
+any time; rounds of another CPU, target or version are refused. A system that fails is listed with
+its error, and is tried again the next time. `picture.py` draws the results. Nothing else should run
+on the machine. All cores that this process may use are used; `taskset -c 0,1 python ...` takes two.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +50,8 @@ CUTS = (1, 2, 3)
 """The numbers of layers after which encoders are cut."""
 BALANCED = {"balanced": DEFAULT_GOALS["balanced"]}
 PABEE = "pabee"
+REFERENCE = "onnx"
+"""The system that all others are compared with: ONNX Runtime in fp32 with padded batches."""
 
 
 def systems(
@@ -116,40 +123,64 @@ def rules_of(
     return {point.name: point.rule for point in calibrate(engines, dev, options).points}
 
 
-def check_target(stored: dict[str, dict[str, Any]], target: str, results: Path) -> None:
-    """Refuse to mix measurements of fpabee in different targets.
+def check_same(name: str, stored: dict[str, Any], now: dict[str, Any], results: Path) -> None:
+    """Refuse to mix rounds of different machines, targets or versions.
 
     Raises:
-        InputError: a system was measured in another target.
+        InputError: the system was measured with something else.
     """
-    for name, row in stored.items():
-        if row.get("target", target) != target:
+    for key, value in now.items():
+        if stored["rounds"] and stored.get(key) != value:
             raise InputError(
-                f"{results} has {name} in {row['target']}, but this run measures {target}",
-                "give the same `target`, or another file as `results`",
+                f"{results} has rounds of {name} with the {key} {stored.get(key)}, but this run "
+                f"measures with {value}",
+                "repeat what was measured, or give another file as `results`",
             )
 
 
 def table(name: str, results: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """The results of a model as Markdown, the fastest first."""
+    """The results of a model as Markdown, the fastest over the file first."""
     yield f"## {name}\n"
-    yield "| | accuracy | layers | median ms | p99 ms | texts per second | MiB | start-up s |"
-    yield "|---|---|---|---|---|---|---|---|"
-    order = sorted(results, key=lambda name: results[name].get("median_ms", float("inf")))
-    for name in order:
-        row = results[name]
-        if "failed" in row:
-            yield f"| {name} | failed: {row['failed']} | | | | | | |"
+    heads = ("", "rounds", "accuracy", "layers", "texts per second", "times the reference")
+    heads += ("one text, ms", "times the reference", "p99 ms", "MiB", "start-up s")
+    yield f"| {' | '.join(heads)} |"
+    yield f"|{'---|' * len(heads)}"
+    rounds = {name: row["rounds"] for name, row in results.items()}
+    for name in sorted(results, key=lambda name: -_median(rounds[name], "rows_per_s")):
+        mine = rounds[name]
+        if not mine:
+            yield f"| {name} | 0 | failed: {results[name]['failed']} | | | | | | | | |"
             continue
-        layers = f"{row['layers']:.2f}" if row.get("layers") is not None else ""
+        layers = f"{_median(mine, 'layers'):.2f}" if mine[0].get("layers") is not None else ""
         yield (
-            f"| {name} | {row['score']:.4f} | {layers} | {row['median_ms']:.2f} "
-            f"| {row['p99_ms']:.2f} | {row['rows_per_s']:,.0f} "
-            f"| {row['memory_mib']:.0f} | {row['start_up_s']:.1f} |"
+            f"| {name} | {len(mine)} | {_median(mine, 'score'):.4f} | {layers} "
+            f"| {_median(mine, 'rows_per_s'):,.0f} | {_ratio(rounds, name, 'rows_per_s')} "
+            f"| {_median(mine, 'median_ms'):.2f} | {_ratio(rounds, name, 'median_ms')} "
+            f"| {_median(mine, 'p99_ms'):.2f} | {_median(mine, 'memory_mib'):.0f} "
+            f"| {_median(mine, 'start_up_s'):.1f} |"
         )
-    where = {f"{row['hardware']}; {row['rows']} texts" for row in results.values() if "rows" in row}
+    where = {
+        f"{row['hardware']}; {row['rounds'][0]['rows']} texts"
+        for row in results.values()
+        if row["rounds"]
+    }
     targets = {f"fpabee in {row['target']}" for row in results.values() if "target" in row}
-    yield from ["", *sorted(where), *targets, ""]
+    yield from ["", f"The reference is {REFERENCE}.", *sorted(where), *sorted(targets), ""]
+
+
+def _median(rounds: list[dict[str, Any]], key: str) -> float:
+    return statistics.median(each[key] for each in rounds) if rounds else 0.0
+
+
+def _ratio(rounds: dict[str, list[dict[str, Any]]], name: str, key: str) -> str:
+    """The median of the ratios to the reference in the same round, and their range."""
+    reference = {each["round"]: each[key] for each in rounds.get(REFERENCE, [])}
+    mine = {each["round"]: each[key] for each in rounds[name]}
+    ratios = [mine[number] / reference[number] for number in mine.keys() & reference.keys()]
+    if not ratios:
+        return ""
+    spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+    return f"{statistics.median(ratios):.2f}{spread}"
 
 
 @click.command(context_settings={"show_default": True})
@@ -163,6 +194,7 @@ def table(name: str, results: dict[str, dict[str, Any]]) -> Iterator[str]:
 )
 @click.option("--kind", "kinds", multiple=True, help="Names of systems. Default: all.")
 @click.option("--target", help="The target of fpabee. Default: the fastest.")
+@click.option("--rounds", default=5)
 @click.option("--seed", default=42)
 @click.option(
     "--results", type=click.Path(path_type=Path), default=reproduce.RESULTS / "peers.json"
@@ -174,6 +206,7 @@ def main(
     only: tuple[str, ...],
     kinds: tuple[str, ...],
     target: str | None,
+    rounds: int,
     seed: int,
     results: Path,
 ) -> None:
@@ -196,23 +229,35 @@ def main(
             "data": str(data / run.data),
         }
         mine = stored.setdefault(model.name, {})
-        for system in systems(model, data / run.data, cuts, target):
-            is_done = "score" in mine.get(system.name, {})
-            if is_done or (kinds and system.name not in kinds):
-                continue
-            head = {"packages": ENVIRONMENTS.get(system.environment), "hardware": hardware}
-            if chosen := system.settings.get("target"):
-                head["target"] = chosen
-                check_target(mine, chosen, results)
-            try:
-                found = measure(system, given, work)
-            except RuntimeError as error:
-                found = {"failed": str(error)}
-            click.echo(f"{model.name}, {system.name}: {found}", err=True)
-            mine[system.name] = head | found
-            new = results.with_suffix(".new")  # the script may be stopped while it writes
-            new.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-            new.replace(results)
+        asked = [
+            system
+            for system in systems(model, data / run.data, cuts, target)
+            if not kinds or system.name in kinds
+        ]
+        for number in range(1, rounds + 1):
+            first = number % max(1, len(asked))
+            for system in (*asked[first:], *asked[:first]):
+                row = mine.setdefault(system.name, {"rounds": []})
+                if any(each["round"] == number for each in row["rounds"]):
+                    continue
+                head = {"packages": ENVIRONMENTS.get(system.environment), "hardware": hardware}
+                if chosen := system.settings.get("target"):
+                    head["target"] = chosen
+                check_same(system.name, row, head, results)
+                try:
+                    found = measure(system, given, work)
+                except RuntimeError as error:
+                    row["failed"] = str(error)
+                else:
+                    head["versions"] = found.pop("versions")
+                    check_same(system.name, row, head, results)
+                    row.pop("failed", None)
+                    row |= head
+                    row["rounds"].append({"round": number} | found)
+                click.echo(f"{model.name}, round {number}, {system.name}: {row}", err=True)
+                new = results.with_suffix(".new")  # the script may be stopped while it writes
+                new.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+                new.replace(results)
     lines = [line for name, mine in stored.items() for line in table(name, mine)]
     results.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
 

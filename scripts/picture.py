@@ -11,6 +11,7 @@ median text would hide the texts that use all layers. A light and a dark version
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,18 @@ def read(path: Path) -> dict[str, Place]:
     """
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     rows = stored.get(MODEL, {})
-    missing = [name for name in OWN | OTHERS if "score" not in rows.get(name, {})]
+    rounds = {name: rows.get(name, {}).get("rounds") for name in OWN | OTHERS}
+    missing = [name for name, each in rounds.items() if not each]
     if missing:
         raise InputError(
             f"{path} has no results of {', '.join(missing)}", "run scripts/peers.py first"
         )
     return {
-        name: (1000 / rows[name]["rows_per_s"], 100 * rows[name]["score"]) for name in OWN | OTHERS
+        name: (
+            1000 / statistics.median(one["rows_per_s"] for one in each),
+            100 * statistics.median(one["score"] for one in each),
+        )
+        for name, each in rounds.items()
     }
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import platform
 import shutil
 import statistics
 import subprocess
@@ -21,12 +22,14 @@ import sys
 import time
 import venv
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace as Specification
 from typing import Any
 
-SINGLE_ROWS, ROUNDS, MOST_SECONDS = 200, 3, 60.0
+SINGLE_ROWS = 200
 
 ENVIRONMENTS = {
     "torch": ["sentence-transformers==6.2.0"],
@@ -341,12 +344,10 @@ def measured(spec: Specification) -> dict[str, Any]:
 
     count = min(SINGLE_ROWS, len(texts))
     singles = [texts[number * len(texts) // count] for number in range(count)]
-    # The first round only prepares shapes.
-    rounds = [[seconds([text]) for text in singles] for _ in range(ROUNDS + 1)][1:]
-    alone = sorted(1e3 * each for times in rounds for each in times)
-    answers, whole = predict(texts), [seconds(texts)]
-    while len(whole) < ROUNDS and sum(whole) < MOST_SECONDS:
-        whole.append(seconds(texts))
+    # The first time only prepares shapes.
+    for _ in range(2):
+        alone = sorted(1e3 * seconds([text]) for text in singles)
+    answers = predict(texts)
     layers = [layer for _, layer in answers if layer is not None]
     right = [set(mine) == set(true) for (mine, _), true in zip(answers, labels, strict=True)]
     return {
@@ -355,10 +356,22 @@ def measured(spec: Specification) -> dict[str, Any]:
         "rows": len(texts),
         "median_ms": statistics.median(alone),
         "p99_ms": alone[int(0.99 * (len(alone) - 1))],
-        "rows_per_s": len(texts) / statistics.median(whole),
+        "rows_per_s": len(texts) / seconds(texts),
         "memory_mib": resident_mib(),
         "start_up_s": start_up,
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """The installed version of each package that decides how fast a system is."""
+    found = {"python": platform.python_version()}
+    for package in (*("fpabee", "numpy", "onnxruntime", "openvino", "tokenizers", "torch"),
+                    *("transformers", "sentence-transformers", "optimum", "optimum-intel"),
+                    *("optimum-onnx", "setfit", "model2vec")):  # fmt: skip
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def resident_mib() -> float:

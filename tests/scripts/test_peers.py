@@ -105,17 +105,19 @@ def test_systems_of_fpabee(
     assert {each.get("target", TARGET) for each in by_name.values()} == {TARGET}
 
 
-def test_what_is_done_is_kept_and_what_failed_is_listed_and_tried_again(
+def test_rounds_are_kept_and_what_failed_is_listed_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ["fpabee-full-depth", "fpabee-balanced", "onnx-int8", "setfit", "cascade"]
+    names = ["fpabee-full-depth", "fpabee-balanced", "onnx", "setfit", "cascade"]
     tried: list[str] = []
+    versions = {"torch": "2"}
 
     def measure(system: System, given: dict[str, Any], work: Path) -> dict[str, Any]:
         tried.append(system.name)
         if system.name == "setfit" and tried.count("setfit") == 1:
             raise RuntimeError("no space left")
-        return {**MEASURED, "median_ms": 1.0 + len(tried)}
+        slow = 1 + tried.count(system.name) * (system.name == "cascade")
+        return {**MEASURED, "rows_per_s": 400.0 / slow, "versions": dict(versions)}
 
     monkeypatch.setattr(peers, "train_run", lambda *arguments: arguments[-1])
     target = {"target": "fast"}
@@ -124,28 +126,37 @@ def test_what_is_done_is_kept_and_what_failed_is_listed_and_tried_again(
     monkeypatch.setattr(peers, "measure", measure)
     results = tmp_path / "peers.json"
     command = ["--data", str(tmp_path), "--work", str(tmp_path), "--only", "mini-trec-exit-0"]
-    command += ["--results", str(results)]
+    command += ["--results", str(results), "--rounds"]
 
-    def table() -> str:
-        result = CliRunner().invoke(peers.main, command)
+    def table(rounds: int, *options: str) -> str:
+        result = CliRunner().invoke(peers.main, [*command, str(rounds), *options])
         assert result.exit_code == 0, result.output
         return results.with_suffix(".md").read_text()
 
-    assert "| setfit | failed: no space left |" in table()
-    assert tried == names
-    command += ["--kind", "onnx-int8"]
-    table()
-    assert tried == names
-    del command[-2:]
-    assert "failed" not in table()
-    assert tried == [*names, "setfit"]
-    assert "fpabee in fast" in table()
+    def refusal(rounds: int) -> str:
+        result = CliRunner().invoke(peers.main, [*command, str(rounds)])
+        assert result.exit_code == 1
+        return result.stderr
+
+    assert "| setfit | 0 | failed: no space left |" in table(1)
+    assert tried == [*names[1:], names[0]], "each round begins with another system"
+    table(1, "--kind", "onnx")
+    assert len(tried) == 5
+    assert "failed" not in table(2)
+    assert tried.count("setfit") == 3
+    found = table(2)
+    assert len(tried) == 11
+    assert "fpabee in fast" in found
+    # Twice and three times as slow as the reference in the same round.
+    assert (
+        "| cascade | 2 | 0.5000 |  | 167 | 0.42 (0.33 to 0.50) | 2.00 | 1.00 (1.00 to 1.00)"
+        in found
+    )
+    versions["torch"] = "3"
+    assert "with the versions {'torch': '2'}, but this run" in refusal(3)
     target["target"] = "other"
-    systems.append(System("new", "torch", settings=target))
-    mixed = CliRunner().invoke(peers.main, command)
-    assert mixed.exit_code == 1
-    assert "fpabee-full-depth in fast, but this run measures other -> give the same --target" in (
-        mixed.stderr
+    assert "has rounds of setfit with the target fast, but this run measures with other" in refusal(
+        3
     )
 
 
@@ -161,7 +172,7 @@ def test_the_picture_names_every_point(tmp_path: Path) -> None:
 
 def test_a_picture_needs_results(tmp_path: Path) -> None:
     stored = json.loads((reproduce.RESULTS / "peers.json").read_text(encoding="utf-8"))
-    stored[picture.MODEL]["openvino"] = {"error": "no space left"}
+    stored[picture.MODEL]["openvino"] = {"failed": "no space left", "rounds": []}
     (tmp_path / "peers.json").write_text(json.dumps(stored))
     nothing = CliRunner().invoke(picture.main, [str(tmp_path / "peers.json"), str(tmp_path)])
     assert nothing.exit_code == 1
