@@ -141,8 +141,8 @@ def check_same(name: str, stored: dict[str, Any], now: dict[str, Any], results: 
 def table(name: str, results: dict[str, dict[str, Any]]) -> Iterator[str]:
     """The results of a model as Markdown, the fastest over the file first."""
     yield f"## {name}\n"
-    heads = ("", "rounds", "accuracy", "layers", "texts per second", "times the reference")
-    heads += ("one text, ms", "times the reference", "p99 ms", "MiB", "start-up s")
+    heads = ["", "rounds", "accuracy", "layers", "texts per second", "times the reference"]
+    heads += ["one text, ms", "times the reference", "p99 ms", "MiB", "start-up s"]
     yield f"| {' | '.join(heads)} |"
     yield f"|{'---|' * len(heads)}"
     rounds = {name: row["rounds"] for name, row in results.items()}
