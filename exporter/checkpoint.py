@@ -109,9 +109,9 @@ def load_checkpoint(
     # First without memory, because the configuration may ask for far more than the weights fill.
     with torch.device("meta"):
         planned = _build(folder, config, exit_config, attention)
-    fitting = fitting_weights(planned.state_dict(), weights, folder, planned.backbone.prefix)
+    _check_weights(planned, weights, folder)
     model = _build(folder, config, exit_config, attention)
-    model.load_state_dict(fitting)
+    model.load_state_dict(weights, strict=False)
     return model.eval()
 
 
@@ -163,25 +163,18 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return cast(dict[str, Tensor], weights)
 
 
-def fitting_weights(
-    expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], folder: Path, prefix: str
-) -> dict[str, Tensor]:
-    """The weights that a model needs, in float32.
-
-    Args:
-        expected: the model's state dict; only names and shapes are read.
-        weights: the weights of a file, see `read_weights`.
-        folder: its folder, for messages.
-        prefix: of the names of the encoder's weights, for messages.
+def _check_weights(model: MultiExitModel, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Check the weights that a model needs, and name those that it does not need.
 
     Raises:
         ModelError: a weight is missing, has another shape or dtype, or is not finite.
     """
+    expected = model.state_dict()
     missing = sorted(set(expected) - set(weights))
     if missing:
         raise ModelError(
             f"{folder} lacks {len(missing)} weights, first {missing[0]!r}; expected the encoder "
-            f"under {prefix!r} and the heads under 'classifiers'",
+            f"under {model.backbone.prefix!r} and the heads under 'classifiers'",
             COPY_WEIGHTS,
         )
     for name, value in expected.items():
@@ -191,7 +184,6 @@ def fitting_weights(
     unused = sorted(name for name in set(weights) - set(expected) if "position_ids" not in name)
     if unused:
         logger.warning("%s: ignored weights that no exit uses: %s", folder, ", ".join(unused))
-    return {name: weights[name].float() for name in expected}
 
 
 def _problem(found: Tensor, shape: torch.Size) -> tuple[str, str]:

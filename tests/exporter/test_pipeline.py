@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fpabee.runtime import Engine, Trace
 from fpabee.runtime.agreement import Agreement
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of
 from fpabee.runtime.artifact.reference import read_reference
+from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ArtifactError, VerificationError
 
 from ..bad_input.cases import change_json
@@ -165,21 +166,24 @@ def test_what_is_not_ours_is_never_replaced(
     assert late.read_text() == "mine"
 
 
-@pytest.mark.parametrize(("amount", "is_alone"), [(0.001, False), (0.001, True), (np.nan, False)])
+@pytest.mark.parametrize(
+    ("amount", "texts"),
+    [(0.001, BUILT_IN_TEXTS), (0.001, BUILT_IN_TEXTS[7:8]), (np.nan, BUILT_IN_TEXTS)],
+)
 def test_a_chain_that_differs_is_named_and_the_old_folder_stays(
     amount: float,
-    is_alone: bool,
+    texts: Sequence[Text],
     bert: Path,
     engine_copy: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """For all texts together, or for each text alone."""
+    """For all texts together, or for a text alone."""
     trace = Engine.trace
 
-    def wrong(engine: Engine, texts: Any, **options: Any) -> Trace:
-        found = trace(engine, texts, **options)
-        if (len(texts) == 1) is is_alone:
+    def wrong(engine: Engine, given: Sequence[Text], **options: Any) -> Trace:
+        found = trace(engine, given, **options)
+        if tuple(given) == texts:
             found.logits[1:] += amount
         return found
 

@@ -25,19 +25,19 @@ from fpabee.runtime.exit_0 import ExitZero
 LAYERS = [1, 2, 3, 4]
 
 
-def make(seed: int) -> LabelledLogits:
+def make(rows: int) -> LabelledLogits:
     """Rows whose logits become more certain with depth."""
-    generator = np.random.default_rng(seed)
-    truth = generator.integers(0, 3, 200)
+    generator = np.random.default_rng(rows)
+    truth = generator.integers(0, 3, rows)
     depth = np.linspace(0.5, 3, len(LAYERS))[:, None, None]
-    noise = generator.normal(size=(len(LAYERS), 200, 3))
+    noise = generator.normal(size=(len(LAYERS), rows, 3))
     logits = (2 * np.eye(3)[truth] * depth + noise).astype(np.float32)
-    return LabelledLogits(logits, np.full(200, 9, np.intp), truth, ProblemType.SINGLE_LABEL)
+    return LabelledLogits(logits, np.full(rows, 9, np.intp), truth, ProblemType.SINGLE_LABEL)
 
 
 @pytest.mark.parametrize("first_exit", [0, 1])
 def test_settings_save_enough_on_dev_and_are_evaluated_on_test(first_exit: int) -> None:
-    dev, test = (dataclasses.replace(make(seed), first_exit=first_exit) for seed in (0, 1))
+    dev, test = (dataclasses.replace(make(rows), first_exit=first_exit) for rows in (200, 190))
     layers = [layer - 1 + first_exit for layer in LAYERS]
     content = reproduce.compare(dev, test, layers)
     right = (test.logits.argmax(axis=-1) == test.expected).mean(axis=1)
