@@ -146,7 +146,7 @@ class RowTokenizer:
     Time and memory grow with the limit, and not with the texts. So the number of tokens of a text
     that is not read to its end is estimated. This decides which of two such texts of a pair, the
     longer one, gets an odd token. A text with less than a token for each 128 characters, such as
-    one that begins with thousands of spaces, may lose tokens within the limit.
+    one that begins with tens of thousands of spaces, may lose tokens within the limit.
 
     Args:
         tokenizer: of the library. Its post-processor, truncation and padding are taken out of it.

@@ -123,6 +123,7 @@ class Partial:
         self.output = output
         self.path = output.with_name(output.name + ".partial")
         self._settings_path = output.with_name(output.name + ".partial.run")
+        existed = self.path.exists()
         # Opened to append, because nothing may be lost before the checks below.
         self._stream = self.path.open("ab")
         try:
@@ -140,6 +141,8 @@ class Partial:
             self._stream.truncate(size)
         except BaseException:
             self._stream.close()
+            if not existed:
+                self.path.unlink()
             raise
 
     def records(self) -> Iterator[Record]:
