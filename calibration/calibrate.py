@@ -20,10 +20,10 @@ from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import Budget, ExitRule
 from .choose import Search
 from .costs import CostModel, StoppingCosts, measure_costs, measure_speedup
-from .goals import GUARANTEED_RULES, Bound, CalibrationOptions, bound_of
+from .goals import GUARANTEED_RULES, Bound, CalibrationOptions
 from .guarantee import Certified, certify, decision_thresholds, needs_in_words
 from .result import Calibration, Outcome, Point, RuleComparison, outcome, with_points
-from .scoring import AGREEMENT, METRICS, ROW_MEANS, LabelledLogits, Scorer
+from .scoring import AGREEMENT, METRICS, LabelledLogits, Scorer
 from .search import CASCADE, CONTENDERS, PARTS, PER_EXIT, exits_of, make_families
 from .trace import data_sha256, expected_labels, trace_rows
 
@@ -89,13 +89,13 @@ def calibrate(
     rule = ExitRule.from_dict(read_manifest(path).default_rule)
     with Engine.load(path, options.target, threads=options.threads, rule=rule) as engine:
         task = engine.manifest.task
-        about_decisions = options.bound is not None and options.bound.drop is None
+        without_drop = [bound for bound in options.bounds if bound.drop is None]
         usual = METRICS[task.problem_type][0]
-        metric = options.metric or (AGREEMENT if about_decisions else usual)
+        metric = options.metric or (AGREEMENT if len(without_drop) == len(options.goals) else usual)
         warnings = _check(task, options, metric, rows, test or [])
-        thresholds = decision_thresholds(task, options.bound.thresholds if options.bound else {})
-        if options.bound:
-            for line in needs_in_words(options.bound, 0 in engine.manifest.exits):
+        thresholds = decision_thresholds(task, options.thresholds)
+        for bound in options.bounds if len(options.goals) == 1 else ():
+            for line in needs_in_words(bound, 0 in engine.manifest.exits):
                 logger.warning(line)
 
         def traced(some: Sequence[Row]) -> LabelledLogits:
@@ -114,8 +114,8 @@ def calibrate(
         wide = Search(stopping_costs, partial(make_families, names=every))
         maker = _PointMaker(engine, options, progress, search, wide, costs, held)
         points = tuple(maker.points(engine.encode([row.content for row in rows])))
-        default = options.default if options.default in options.asked else points[0].name
-        comparisons = maker.comparisons(options.asked[default], points)
+        default = options.default if options.default in options.goals else points[0].name
+        comparisons = maker.comparisons(options.goals[default], points)
         result = Calibration(
             folder=path,
             target=engine.target,
@@ -150,13 +150,7 @@ def _check(
             f"there is no metric {metric!r} for {task.problem_type.value}",
             f"choose from {', '.join(known)}",
         )
-    bound = options.bound
-    if bound is not None and bound.drop is not None and metric not in ROW_MEANS:
-        raise InputError(
-            f"{metric} is not a mean over rows, so the risk of its drop cannot be bounded",
-            "use `metric` accuracy (exact_match for multi-label), or bound `flips`",
-        )
-    for label in bound.thresholds if bound else ():
+    for label in options.thresholds:
         if label not in task.labels:
             raise InputError(
                 f"the model has no label {label!r}", f"choose from {', '.join(task.labels)}"
@@ -216,8 +210,8 @@ class _PointMaker:
 
     def points(self, encoded: Sequence[EncodedRow]) -> Iterator[Point]:
         """An operating point for everything that is asked; rows are for measuring speed-ups."""
-        for number, (name, goal) in enumerate(self.options.asked.items()):
-            self.progress(f"choose {name}", number, len(self.options.asked))
+        for number, (name, goal) in enumerate(self.options.goals.items()):
+            self.progress(f"choose {name}", number, len(self.options.goals))
             choose = self._choice(goal)
             found = choose(self.search)
             rule = found.rule or self.full_depth
@@ -239,9 +233,8 @@ class _PointMaker:
         """The best setting of every kind of rule that matters."""
         if not self.options.compare:
             return
-        bound = bound_of(goal)
-        if bound is not None:
-            goal = bound.as_goal()
+        if isinstance(goal, Bound):
+            goal = goal.as_goal()
         kinds = compared_kinds(self.wide.kinds, points)
         for number, kind in enumerate(kinds):
             self.progress(f"compare {kind}", number, len(kinds))
@@ -255,12 +248,11 @@ class _PointMaker:
             yield RuleComparison(rule, chosen_on, held_out, kind)
 
     def _choice(self, goal: Goal | Bound, kinds: Sequence[str] = ()) -> _Choice:
-        bound, labels = bound_of(goal), self.engine.manifest.task.labels
-        if bound is None:
-            assert isinstance(goal, Goal)
+        if isinstance(goal, Goal):
             return lambda search: Certified(search.choose(goal, kinds))
+        labels = self.engine.manifest.task.labels
         rule = (*self.options.rules, GUARANTEED_RULES[0])[0]
-        return lambda search: certify(search.stopping_costs, bound, labels, rule)
+        return lambda search: certify(search.stopping_costs, goal, labels, rule)
 
     def _held_out(self, rule: ExitRule, choose: _Choice, search: Search) -> Outcome:
         """How a choice does on rows that did not choose.

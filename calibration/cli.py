@@ -175,15 +175,12 @@ def _options(
     options.only_with("missed false_alarms", thresholds, "--threshold")
     options.only_with("thresholds", shares.keys() - {"drop"}, "--flips, --missed or --false-alarms")
     point = names[0] if names else "balanced"
-    bound = None
+    goal: Goal | Bound = Goal(max_drop=max_drop, speedup=speedup)
     if shares:
         sure = 0.95 if confidence is None else confidence / 100
-        bound = Bound(confidence=sure, thresholds=dict(map(_threshold, thresholds)), **shares)
-    goal = {point: Goal(max_drop=max_drop, speedup=speedup)}
+        goal = Bound(confidence=sure, thresholds=dict(map(_threshold, thresholds)), **shares)
     return CalibrationOptions(
-        goals=goal if names and not shares else DEFAULT_GOALS,
-        bound=bound,
-        name=point,
+        goals={point: goal} if names else DEFAULT_GOALS,
         default=point,
         reading=options.read_options(settings),
         rules=rules,

@@ -12,12 +12,6 @@ from ..runtime.errors import InputError
 from ..runtime.files import ReadOptions
 from ..runtime.rules.rules import RULES
 
-DEFAULT_GOALS = {
-    "safe": Goal(max_drop=0.5, guaranteed=True),
-    "balanced": Goal(max_drop=0.5),
-    "fast": Goal(max_drop=2.0),
-}
-"""The operating points with no goal given; `balanced` becomes the default."""
 GUARANTEED_RULES = ("confidence", "entropy")
 """The rules that have a fixed list of thresholds, which a guarantee needs; the first is used."""
 
@@ -66,7 +60,7 @@ class Bound:
             if not least < value < 1:
                 raise InputError(
                     f"{name} is {100 * value:g} %",
-                    f"give more than {100 * least:g} and less than 100 % (in Python, a share of 1)",
+                    f"give `{name}` more than {100 * least:g} and less than 100 %",
                 )
         for label, threshold in self.thresholds.items():
             if not 0 < threshold < 1:
@@ -104,19 +98,26 @@ class Bound:
         return Goal(max_drop=100 * min(self.shares.values()))
 
 
+DEFAULT_GOALS: dict[str, Goal | Bound] = {
+    "safe": Bound(drop=0.005),
+    "balanced": Goal(max_drop=0.5),
+    "fast": Goal(max_drop=2.0),
+}
+"""The operating points with no goal given; `balanced` becomes the default."""
+
+
 @dataclass(frozen=True)
 class CalibrationOptions:
     """What to calibrate for, and how.
 
     Attributes:
-        goals: operating points by name; the default is `DEFAULT_GOALS`.
-        bound: a guarantee instead of goals; it makes a single point.
-        name: the name of that point.
+        goals: what each operating point has to meet, by its name: on average, or guaranteed. The
+            default is `DEFAULT_GOALS`.
         default: the point that runs if none is named; the first one if there is no such point.
         metric: for single-label tasks `accuracy`, `macro_f1` or `matthews`; for multi-label tasks
             `exact_match`, `micro_f1` or `macro_f1`; for both `agreement` with full depth, which
-            needs no labels. None means the first of these, or agreement if the bound is on
-            decisions only.
+            needs no labels. None means the first of these, or agreement if there are only
+            guarantees, and only on decisions.
         rules: names of the exit rules to choose from, of `runtime.RULES`; empty means the
             contenders, or confidence for what is guaranteed.
         target: a built target; None means the default of the manifest.
@@ -128,7 +129,7 @@ class CalibrationOptions:
 
     Raises:
         InputError: a goal sets neither or both of its fields, a rule does not exist or cannot be
-            guaranteed, or a number is out of its range.
+            guaranteed, guarantees have different thresholds, or a number is out of its range.
 
     Example:
         ```python
@@ -137,14 +138,11 @@ class CalibrationOptions:
         goals = {"close": Goal(max_drop=0.5), "twice": Goal(speedup=2.0)}
         two_points = CalibrationOptions(goals=goals, default="close")
 
-        bound = Bound(flips=0.02, confidence=0.95)
-        no_labels = CalibrationOptions(bound=bound, name="sure")
+        no_labels = CalibrationOptions(goals={"sure": Bound(flips=0.02, confidence=0.95)})
         ```
     """
 
-    goals: dict[str, Goal] = field(default_factory=lambda: dict(DEFAULT_GOALS))
-    bound: Bound | None = None
-    name: str = "guaranteed"
+    goals: Mapping[str, Goal | Bound] = field(default_factory=lambda: dict(DEFAULT_GOALS))
     default: str = "balanced"
     metric: str | None = None
     rules: tuple[str, ...] = ()
@@ -156,31 +154,36 @@ class CalibrationOptions:
     compare: bool = False
 
     def __post_init__(self) -> None:
-        if not self.goals and self.bound is None:
-            raise InputError("no goal is given", "give `goals` or `bound`")
-        for name in self.asked:
+        if not self.goals:
+            raise InputError("no goal is given", "give `goals`")
+        for name, goal in self.goals.items():
             if not is_name(name):
                 raise InputError(
                     f"an operating point is named {name!a}",
                     "give a name that can be read and typed",
                 )
-        for name, goal in self.goals.items():
-            _check_goal(name, goal)
+            if isinstance(goal, Goal):
+                _check_goal(name, goal)
         for rule in self.rules:
             if rule not in RULES:
                 raise InputError(
                     f"exit rule {rule!r} does not exist", f"choose from {', '.join(RULES)}"
                 )
         # A guarantee tests a list of thresholds that is known before any row is seen.
-        guaranteed = [name for name, goal in self.asked.items() if bound_of(goal)]
-        if guaranteed and self.rules and self.rules not in [(rule,) for rule in GUARANTEED_RULES]:
+        if self.bounds and self.rules and self.rules not in [(rule,) for rule in GUARANTEED_RULES]:
+            name = next(name for name, goal in self.goals.items() if isinstance(goal, Bound))
             raise InputError(
-                f"{guaranteed[0]!r} is guaranteed, so it cannot choose from {', '.join(self.rules)}"
-                ": its rule and its list of thresholds must be known before any row is seen",
+                f"{name!r} is guaranteed, so it cannot choose from {', '.join(self.rules)}: its "
+                "rule and its list of thresholds must be known before any row is seen",
                 f"give one of {' and '.join(GUARANTEED_RULES)}, or `max_drop` or `speedup`, which "
                 "guarantee nothing",
             )
-        if self.rules == ("entropy",) and self.bound is not None and self.bound.thresholds:
+        if any(bound.thresholds != self.thresholds for bound in self.bounds):
+            raise InputError(
+                "guarantees have different thresholds, but a text has one decision",
+                "give them to separate calibrations",
+            )
+        if self.rules == ("entropy",) and self.thresholds:
             raise InputError(
                 "entropy knows nothing of the thresholds of labels",
                 "leave out `rules`, or give confidence",
@@ -189,16 +192,14 @@ class CalibrationOptions:
             raise InputError(f"batch_size is {self.batch_size}", "give a number from 1")
 
     @property
-    def asked(self) -> dict[str, Goal | Bound]:
-        """What each operating point is asked to meet, by its name."""
-        return dict(self.goals) if self.bound is None else {self.name: self.bound}
+    def bounds(self) -> list[Bound]:
+        """What is guaranteed."""
+        return [goal for goal in self.goals.values() if isinstance(goal, Bound)]
 
-
-def bound_of(goal: Goal | Bound) -> Bound | None:
-    """What is guaranteed: a bound, or the drop of a goal with 95 % confidence, never 0 or 1."""
-    if isinstance(goal, Bound) or not goal.guaranteed or goal.max_drop is None:
-        return goal if isinstance(goal, Bound) else None
-    return Bound(drop=min(max(goal.max_drop / 100, 1e-9), 1 - 1e-9))
+    @property
+    def thresholds(self) -> Mapping[str, float]:
+        """The `Bound.thresholds` of all guarantees."""
+        return self.bounds[0].thresholds if self.bounds else {}
 
 
 def is_name(name: str) -> bool:
@@ -212,11 +213,6 @@ def _check_goal(name: str, goal: Goal) -> None:
         raise InputError(
             f"the goal {name!r} has {len(given)} of max_drop and speedup",
             "give one of `max_drop` and `speedup`",
-        )
-    if goal.guaranteed and goal.max_drop is None:
-        raise InputError(
-            f"the goal {name!r} is a guaranteed speed-up, but only a drop can be guaranteed",
-            "give `max_drop`, or a goal that is not guaranteed",
         )
     (value,) = given
     low, high = (0.0, 100.0) if goal.speedup is None else (1.0, math.inf)

@@ -17,7 +17,7 @@ from ..runtime.rules.measures import Array, Integers
 from ..runtime.rules.rules import ExitRule
 from ..runtime.targets import rest_precision, rule_of, target_of
 from .choose import Search
-from .goals import Bound, bound_of
+from .goals import Bound
 from .scoring import AGREEMENT, LabelledLogits, Scorer
 from .search import kind_of
 
@@ -147,8 +147,7 @@ class Calibration:
     def comparisons_goal(self) -> str:
         """The goal of the comparisons: that of the default point, never more than an estimate."""
         goal = next(point.goal for point in self.points if point.name == self.default)
-        bound = bound_of(goal)
-        return str(goal if bound is None else bound.as_goal())
+        return str(goal.as_goal() if isinstance(goal, Bound) else goal)
 
     @property
     def full_depth_score(self) -> float:

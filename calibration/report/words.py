@@ -7,7 +7,7 @@ import math
 from ...runtime.artifact.operating_point import Goal
 from ...runtime.rules.rules import Budget
 from ...runtime.rules.words import rule_in_words
-from ..goals import Bound, bound_of
+from ..goals import Bound
 from ..result import Calibration, Outcome, Point, RuleComparison
 from ..scoring import AGREEMENT, ROW_MEANS
 
@@ -44,12 +44,10 @@ def exit_0_in_words(found: Point | RuleComparison) -> str:
 
 def goal_in_words(goal: Goal | Bound) -> str:
     """A goal as short as a table needs it: `drop <= 0.5, sure`."""
-    bound = bound_of(goal)
-    if bound is None:
-        assert isinstance(goal, Goal)
+    if isinstance(goal, Goal):
         return f"drop <= {goal.max_drop:g}" if goal.speedup is None else f"{goal.speedup:g}x faster"
-    shares = [f"{name} <= {100 * share:g}" for name, share in bound.shares.items()]
-    return f"{', '.join(shares).replace('_', ' ')}, {100 * bound.confidence:g} %"
+    shares = [f"{name} <= {100 * share:g}" for name, share in goal.shares.items()]
+    return f"{', '.join(shares).replace('_', ' ')}, {100 * goal.confidence:g} %"
 
 
 def promise_in_words(point: Point, result: Calibration) -> str:

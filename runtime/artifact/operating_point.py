@@ -64,21 +64,17 @@ class Goal(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         max_drop: largest drop of the metric in points (0.5 is 0.005 of a score); the fastest
             setting within it is chosen. None, the default, if `speedup` is given.
-        guaranteed: whether the drop must be within `max_drop` with 95 % confidence, instead of by
-            its estimate; default: no.
         speedup: least estimated speed-up, such as 2.0 for half the time; the setting with the
             smallest drop is chosen. None, the default, if `max_drop` is given.
     """
 
     max_drop: float | None = None
-    guaranteed: bool = False
     speedup: float | None = None
 
     def __str__(self) -> str:
         if self.max_drop is None:
             return f"at least {self.speedup:g} times as fast"
-        bound = ", with 95 % confidence" if self.guaranteed else ""
-        return f"drop at most {self.max_drop:g} points{bound}"
+        return f"drop at most {self.max_drop:g} points"
 
 
 class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):

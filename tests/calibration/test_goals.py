@@ -16,7 +16,10 @@ from fpabee.runtime import InputError
     [
         ({"goals": {}}, "no goal is given"),
         ({"goals": {"x": Goal()}}, "the goal 'x' has 0 of max_drop and speedup"),
-        ({"goals": {"x": Goal(speedup=2.0, guaranteed=True)}}, "only a drop can be guaranteed"),
+        (
+            {"goals": {"a": Bound(flips=0.1), "b": Bound(missed=0.1, thresholds={"c": 0.5})}},
+            "guarantees have different thresholds",
+        ),
         ({"goals": {"x": Goal(max_drop=1.0, speedup=2.0)}}, "the goal 'x' has 2 of"),
         ({"goals": {"x": Goal(max_drop=-0.5)}}, "the goal 'x' is -0.5"),
         ({"goals": {"x": Goal(max_drop=math.nan)}}, "the goal 'x' is nan"),
@@ -24,11 +27,10 @@ from fpabee.runtime import InputError
         ({"goals": {"x": Goal(speedup=math.inf)}}, "the goal 'x' is inf"),
         ({"goals": {"": Goal(max_drop=1.0)}}, "an operating point is named ''"),
         ({"goals": {"a\nb": Goal(max_drop=1.0)}}, r"an operating point is named 'a\nb'"),
-        ({"bound": Bound(drop=0.01), "name": ""}, "an operating point is named ''"),
         ({"rules": ("fpabee",)}, "'safe' is guaranteed, so it cannot choose from fpabee"),
         ({"rules": ("entropy", "confidence")}, "thresholds must be known before any row"),
         (
-            {"bound": Bound(flips=0.1, thresholds={"a": 0.7}), "rules": ("entropy",)},
+            {"goals": {"x": Bound(flips=0.1, thresholds={"a": 0.7})}, "rules": ("entropy",)},
             "entropy knows nothing of the thresholds",
         ),
         ({"rules": ("fpabee", "fastbert")}, "exit rule 'fastbert' does not exist"),
@@ -45,10 +47,10 @@ def test_what_cannot_be_asked(settings: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "hint"),
     [
-        ({"drop": 0.0}, "give more than 0 and less than 100"),
-        ({"flips": 1.0}, "give more than 0 and less than 100"),
-        ({"flips": 0.1, "confidence": 1.0}, "give more than 50 and less than 100"),
-        ({"flips": 0.1, "confidence": 0.5}, "give more than 50 and less than 100"),
+        ({"drop": 0.0}, "give `drop` more than 0 and less than 100"),
+        ({"flips": 1.0}, "give `flips` more than 0 and less than 100"),
+        ({"flips": 0.1, "confidence": 1.0}, "give `confidence` more than 50 and less than 100"),
+        ({"flips": 0.1, "confidence": 0.5}, "give `confidence` more than 50 and less than 100"),
         ({}, "give `drop`, `flips`"),
         ({"missed": 0.02}, "give `thresholds`"),
         ({"missed": 0.02, "thresholds": {"a": 1.0}}, "between 0 and 1"),

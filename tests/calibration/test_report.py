@@ -15,7 +15,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from fpabee.calibration import Bound, Calibration, Goal, write_report
+from fpabee.calibration import Bound, Calibration, write_report
 from fpabee.calibration.report import plots
 from fpabee.calibration.report.curves import curves
 from fpabee.calibration.report.words import promise_in_words
@@ -124,7 +124,7 @@ def test_the_page_says_what_the_calibration_says(
 
 def test_a_drop_that_no_row_can_judge_is_not_called_zero(calibrated: Make) -> None:
     """The parts of the rows may confirm nothing where all of them confirm a setting."""
-    result = calibrated(bound=Bound(drop=0.3), compare=True)
+    result = calibrated(goals={"guaranteed": Bound(drop=0.3)}, compare=True)
     (point,) = result.points
     rows = sum(point.held_out.exits)
     nowhere = (*(0 for _ in point.held_out.exits[1:]), rows)
@@ -137,7 +137,7 @@ def test_a_drop_that_no_row_can_judge_is_not_called_zero(calibrated: Make) -> No
 def test_settings_are_compared_by_an_estimate_where_the_default_is_guaranteed(
     calibrated: Make,
 ) -> None:
-    goals = {"safe": Goal(max_drop=30, guaranteed=True)}
+    goals = {"safe": Bound(drop=0.3)}
     result = calibrated(goals=goals, default="safe", compare=True)
     assert result.comparisons
     assert result.comparisons_goal == "drop at most 30 points"
@@ -147,7 +147,7 @@ def test_names_may_hold_anything_and_guarantees_and_warnings_are_said(
     calibrated: Make, tmp_path: Path
 ) -> None:
     name = "$x_{<b>&天気<script>" + "y" * 60
-    result = calibrated(bound=Bound(drop=0.3), name=name, compare=True)
+    result = calibrated(goals={name: Bound(drop=0.3)}, compare=True)
     result = dataclasses.replace(result, warnings=("the rows are odd",))
     page = report(result, tmp_path)
     assert name in page.text
