@@ -149,7 +149,7 @@ def _guarded(writer: Writer, branch: ir.Graph, before: State, new: State, after:
                 # A branch cannot return a tensor from outside.
                 kept = before[name].then("Identity")
             else:
-                # Nothing reads it, so its sizes are 1; the width is for the analysis of shapes.
+                # Nothing reads it, so it has one row; the width is for the analysis of shapes.
                 sizes = [size if isinstance(size, int) else 1 for size in tensor.shape]
                 kept = writer.constant(np.zeros(sizes, tensor.dtype))
             skipped.outputs.append(kept.value)
@@ -160,5 +160,8 @@ def _guarded(writer: Writer, branch: ir.Graph, before: State, new: State, after:
     for output, (name, tensor) in zip(node.outputs, results.items(), strict=True):
         output.name = f"after_{branch.name}/{name}"
         output.type, output.shape = tensor.value.type, tensor.value.shape
+        if name in new:  # a skipped branch gives another batch and sequence
+            fixed = [size if isinstance(size, int) else None for size in tensor.shape]
+            output.shape = ir.Shape(fixed)
     made = (Tensor(writer, output) for output in node.outputs)
     return dict(zip(results, made, strict=True))

@@ -99,7 +99,8 @@ def pack(
     progress("pack", 0, 2)
     inside = (exit_0, marks) if exit_0 is not None and marks is not None else None
     model = single_graph(load_graphs(source, graphs), manifest, rule, inside)
-    is_large = sum((source / graph.file).stat().st_size for graph in graphs.values()) > _MOST_BYTES
+    weights = [value.const_value for part in model.graphs() for value in part.initializers.values()]
+    is_large = sum(weight.nbytes for weight in weights if weight is not None) > _MOST_BYTES
     # Exit 0 of the graph takes a text with separators in its midst for a pair.
     separators = marks.texts if marks else ()
     texts = [

@@ -22,6 +22,7 @@ import pytest
 from click.testing import CliRunner
 from transformers import AutoConfig
 
+from fpabee.exporter import export
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.cli.pack import main
@@ -49,7 +50,7 @@ from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL, with_tar
 from fpabee.runtime.backends.onnxruntime import cpu_session
 from fpabee.runtime.encoding import Text
 
-from ...conftest import WORDS
+from ...conftest import WORDS, make_model
 from .consumer import Answers, Consumer, in_batches
 
 FP32, INT8 = "onnxruntime-fp32", "onnxruntime-int8"
@@ -117,14 +118,19 @@ def add_int8(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_equal(engine: Engine, given: list[Text], found: Answers, tolerance: float) -> None:
-    """The logits and exits are those of the engine, but for scores next to a threshold."""
+    """The logits and exits are those of the engine, but for scores next to a threshold.
+
+    In int8, few rows have an activation that is rounded to another whole number.
+    """
     trace, task = engine.trace(given), engine.manifest.task
     expected = np.array([answer.exit for answer in engine.predict(given)])
     logits, exits = found
     same = trace.logits[exits - trace.first_exit, np.arange(len(given))]
-    np.testing.assert_allclose(logits, same, atol=tolerance)
+    is_int8 = engine.target.endswith("int8")
+    np.testing.assert_allclose(logits, same, atol=0.05 if is_int8 else tolerance)
     ties = exits_near_ties(trace.logits, engine.rule, task, tolerance, trace.first_exit)
-    assert ties.mean() <= 0.02
+    ties |= np.abs(logits - same).max(axis=-1) > tolerance
+    assert ties.mean() <= (0.05 if is_int8 else 0.02)
     np.testing.assert_array_equal(exits[~ties], expected[~ties])
     assert len(set(exits)) > 1
 
@@ -233,6 +239,20 @@ def test_weights_that_do_not_fit_lie_beside_the_graph(
     consumer = Consumer(tmp_path / "packed")
     with Engine.load(folder, FP32, "fast") as engine:
         assert_equal(engine, SINGLE[:40], in_batches(consumer.onnxruntime, SINGLE[:40], 8), 1e-5)
+
+
+@pytest.mark.slow
+def test_many_layers_load(tmp_path: Path, set_points: Callable[..., None]) -> None:
+    """Nested branches would take twice as long for each layer."""
+    pytest.importorskip("openvino")
+    folder = tmp_path / "engines"
+    export(make_model("bert", tmp_path / "model", layers=24), folder)
+    set_points(folder, FP32, fast=FPabee(threshold=0.9))
+    pack(folder, tmp_path / "packed", FP32, "fast")
+    consumer = Consumer(tmp_path / "packed")
+    with Engine.load(folder, FP32, "fast") as engine:
+        for run in (consumer.onnxruntime, consumer.openvino()):
+            assert_equal(engine, SINGLE, in_batches(run, SINGLE, 16), 2e-5)
 
 
 def test_what_cannot_be_packed_is_refused(
@@ -359,6 +379,7 @@ def test_the_examples_of_the_page_run(
         result = subprocess.run(
             [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
         )
+        assert not result.stderr, "runtimes do not warn"
         assert "fpabee.thresholds" in code or re.match(r"\d from exit \d$", result.stdout)
     model = onnx.load(tmp_path / "packed" / "model.onnx")
     (changed,) = (each for each in model.graph.initializer if each.name == "fpabee.thresholds")
