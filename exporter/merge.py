@@ -1,15 +1,14 @@
 """Join graphs that run one after another into one ONNX graph. Needs no torch.
 
-Benchmarks compare the chain with one graph of the whole model. The function `merge_graphs` of
-`onnx.compose` refuses two graphs that read the same input.
+Benchmarks compare the chain with one graph of the whole model.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -31,55 +30,76 @@ from .targets.backends import is_cpu_int8
 from .targets.check import FP32_TARGET
 from .targets.cpu import INT8_FOLDER
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 
 def merge_graphs(calls: Sequence[tuple[str, Any]]) -> Any:
     """One graph that does what several graphs do one after another, and gives the last logits.
 
     Args:
-        calls: name and `onnx.ModelProto` of each graph, in order; all names differ.
+        calls: name and `onnx.ModelProto` of each graph, in order; all names differ. Weights get
+            other names in them as well.
 
     Returns:
         An `onnx.ModelProto`. Nodes that no output needs, such as the heads before the last, are
         left out. A node keeps its name, with the number of the call appended.
     """
-    import onnx
+    import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-    merged = onnx.GraphProto(name="merged")
-    # What the tensors that are carried from graph to graph are called in the new graph.
-    carried: dict[str, str] = {}
-    for number, (name, proto) in enumerate(calls):
-        graph, prefix = proto.graph, f"{name}/"
-        new = [value for value in graph.input if value.name not in carried]
-        carried |= {value.name: value.name for value in new}
-        names = {value: prefix + value for node in graph.node for value in node.output if value}
-        names |= {value.name: carried[value.name] for value in graph.input}
-        if number == len(calls) - 1:
-            names[LOGITS] = LOGITS
-        part = onnx.compose.add_prefix_graph(
-            graph,
-            prefix,
-            rename_nodes=False,
-            rename_edges=False,
-            rename_inputs=False,
-            rename_outputs=False,
-            rename_value_infos=False,
-            name_map=names,
-        )
-        for node in part.node:
-            node.name += f".{number:02d}"
-        for before, after in zip(graph.output, part.output, strict=True):
-            carried[before.name.removeprefix(NEXT)] = after.name
-            # The type of a tensor between two graphs is needed if a later conversion lowers it.
-            (merged.output if after.name == LOGITS else merged.value_info).append(after)
-        merged.input.extend(new)
-        merged.node.extend(part.node)
-        merged.initializer.extend(part.initializer)
-        merged.value_info.extend(part.value_info)
-    first = calls[0][1]
-    model = onnx.helper.make_model(
-        merged, opset_imports=first.opset_import, ir_version=first.ir_version
-    )
-    return onnx.utils.Extractor(model).extract_model([x.name for x in merged.input], [LOGITS])
+    models = [ir.from_proto(proto) for _, proto in calls]
+    merged = ir.Graph([], [], nodes=[], opset_imports=models[0].opset_imports, name="merged")
+    # What the tensors that are carried from graph to graph are in the new graph.
+    carried: dict[str, ir.Value] = {}
+    for number, ((name, _), model) in enumerate(zip(calls, models, strict=True)):
+        for value in model.graph.inputs:
+            if (key := str(value.name)) not in carried:
+                carried[key] = ir.Value(name=key, type=value.type, shape=value.shape)
+                merged.inputs.append(carried[key])
+        for node in model.graph:
+            node.name = f"{node.name}.{number:02d}"
+        carried |= append(merged, model.graph, carried, f"{name}/")
+    carried[LOGITS].name = LOGITS
+    merged.outputs.append(carried[LOGITS])
+    whole = ir.Model(merged, ir_version=models[0].ir_version)
+    RemoveUnusedNodesPass()(whole)
+    return ir.to_proto(whole)
+
+
+def append(
+    graph: ir.Graph, part: ir.Graph, given: Mapping[str, ir.Value], prefix: str
+) -> dict[str, ir.Value]:
+    """Move the nodes and weights of a graph to the end of another one.
+
+    Args:
+        graph: what gets them.
+        part: what has none afterwards.
+        given: what it reads, by the names of its inputs.
+        prefix: what the names of its tensors begin with afterwards.
+
+    Returns:
+        Its outputs, by the names of the inputs of later graphs.
+    """
+    for value in part.inputs:
+        value.replace_all_uses_with(given[str(value.name)])
+    outputs = {str(value.name).removeprefix(NEXT): value for value in part.outputs}
+    part.outputs.clear()
+    move_weights(part, graph, prefix)
+    nodes = [*part]
+    for value in (value for node in nodes for value in node.outputs):
+        value.name = f"{prefix}{value.name}"
+    part.remove(nodes)
+    graph.extend(nodes)
+    return outputs
+
+
+def move_weights(part: ir.Graph, graph: ir.Graph, prefix: str) -> None:
+    """Move the weights of a graph to another one, see `append`."""
+    for weight in [*part.initializers.values()]:
+        del part.initializers[str(weight.name)]
+        weight.name = f"{prefix}{weight.name}"
+        graph.register_initializer(weight)
 
 
 def write_one_graph(source: Path, folder: Path) -> Manifest:

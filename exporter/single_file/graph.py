@@ -21,11 +21,11 @@ from ...runtime.artifact.manifest import (
     ATTENTION_BIAS,
     LOGITS,
     MASK_FILL,
-    NEXT,
     Manifest,
 )
 from ...runtime.exit_0 import ExitZero
 from ...runtime.rules.rules import ExitRule
+from ..merge import append, move_weights
 from .exit_0 import PairMarks, exit_0_logits
 from .nodes import Tensor, Writer
 from .rules import RuleNodes, State
@@ -73,10 +73,8 @@ def single_graph(
     state[ATTENTION_BIAS] = (padding * MASK_FILL)[:, None][:, None]
     calls = Counter(name for segment in manifest.segments for name in segment.calls)
     for name, part in parts.items():
-        for weight in tuple(part.initializers.values()):
-            weight.name = f"{name}/{weight.name}"
         if calls[name] > 1:  # a block whose weights several branches share
-            _move_weights(part, top)
+            move_weights(part, top, f"{name}/")
     nodes = RuleNodes(writer, rule, manifest.task, manifest.exits)
     if exit_0 is not None:
         is_token = state[MASK].astype(np.bool_)
@@ -89,7 +87,9 @@ def single_graph(
             new: State = {}
             for call in segment.calls:
                 part = parts[call].clone(allow_outer_scope_values=True)
-                new |= _call(writer, part, state | new)
+                given = {name: each.value for name, each in (state | new).items()}
+                outputs = append(branch, part, given, f"{call}/")
+                new |= {name: Tensor(writer, value) for name, value in outputs.items()}
             after = nodes.step(number, new.pop(LOGITS), state)
         if segment is manifest.segments[-1]:
             new = {}
@@ -102,31 +102,6 @@ def single_graph(
     tidy = common.RemoveUnusedNodesPass(), common.NameFixPass()
     ir.passes.Sequential(*tidy, common.ClearMetadataAndDocStringPass())(model)
     return model
-
-
-def _call(writer: Writer, part: ir.Graph, given: State) -> State:
-    """Add the nodes and weights of a graph, and give its outputs.
-
-    Args:
-        writer: adds them.
-        part: the graph, which is empty afterwards.
-        given: its inputs, and perhaps other tensors.
-    """
-    for value in part.inputs:
-        value.replace_all_uses_with(given[value.name or ""].value)
-    _move_weights(part, writer.graph)
-    outputs = [*part.outputs]
-    part.outputs.clear()
-    nodes = [*part]
-    part.remove(nodes)
-    writer.graph.extend(nodes)
-    return {(each.name or "").removeprefix(NEXT): Tensor(writer, each) for each in outputs}
-
-
-def _move_weights(part: ir.Graph, graph: ir.Graph) -> None:
-    for name, weight in [*part.initializers.items()]:
-        del part.initializers[name]
-        graph.register_initializer(weight)
 
 
 def _guarded(writer: Writer, branch: ir.Graph, before: State, new: State, after: State) -> State:
