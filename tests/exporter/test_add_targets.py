@@ -87,6 +87,8 @@ def test_points_stay_with_their_plans_and_are_named_when_lost(
     set_points(double.folder, NAME, default="fast", fast=FPabee(threshold=0.3))
     assert add_targets(double.folder, OPTIONS).lost_points == {}
     assert read_manifest(double.folder).targets[NAME].default_operating_point == "fast"
+    only_default = AddTargetsOptions(default_target=NAME)
+    assert add_targets(double.folder, only_default).built == (), "it is there"
     patch_builds(double, monkeypatch)
     assert add_targets(double.folder, OPTIONS).lost_points == {NAME: ("fast",)}
     assert read_manifest(double.folder).targets[NAME].operating_points == {}

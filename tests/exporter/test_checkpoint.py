@@ -92,8 +92,6 @@ def test_problem_type_comes_from_the_checkpoint_then_from_the_caller(bert: Path)
     ):  # fmt: skip
         change_config(bert, problem_type=named and named.value)
         assert load_checkpoint(bert, asked).exit_config.problem_type is expected
-    with pytest.raises(ModelError, match=r"trained for multi_label.*leave out `problem_type`"):
-        load_checkpoint(bert, single)
 
 
 def test_weights_that_no_exit_uses_are_left_out_and_named(
