@@ -137,7 +137,7 @@ def main(
         echo(f"report: {report}", err=as_json)
 
 
-def _threshold(text: str) -> tuple[str, float]:
+def threshold_of(text: str) -> tuple[str, float]:
     """The label and the number of `LABEL=P`."""
     label, _, number = text.rpartition("=")
     try:
@@ -178,7 +178,7 @@ def _options(
     goal: Goal | Bound = Goal(max_drop=max_drop, speedup=speedup)
     if shares:
         sure = 0.95 if confidence is None else confidence / 100
-        goal = Bound(confidence=sure, thresholds=dict(map(_threshold, thresholds)), **shares)
+        goal = Bound(confidence=sure, thresholds=dict(map(threshold_of, thresholds)), **shares)
     return CalibrationOptions(
         goals={point: goal} if names else DEFAULT_GOALS,
         default=point,

@@ -22,7 +22,7 @@ from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import ModelError, first_line
 from .backbones import build_encoder, family_of
 from .exit_0 import CONFIG_BLOCK, EXIT_0_FILE
-from .exits import MultiExitConfig
+from .exits import MultiExitConfig, Pooling
 from .model import MultiExitModel
 
 logger = logging.getLogger(__name__)
@@ -275,7 +275,7 @@ def _exit_config(
     if not heads:
         raise ModelError(
             f"{folder} is not a multi-exit model: it has no weights classifiers.0.weight, ...",
-            "if it is a classifier, add exits to it by training with `from_classifier`",
+            "if it is a classifier, convert it instead",
         )
     every = {"exits": (*range(1, int(config.num_hidden_layers) + 1),), "labels": ()}
     try:
@@ -289,7 +289,8 @@ def _exit_config(
     except (ValueError, TypeError, msgspec.ValidationError) as error:
         raise ModelError(
             f"{folder / 'config.json'} has a wrong {CONFIG_BLOCK!r} block or problem_type: {error}",
-            "give exits as a list of layers, hidden_layers as a number, pooling as cls or mean, "
+            "give exits as a list of layers, hidden_layers and hidden_width as numbers, pooling as "
+            f"{', '.join(kind.value for kind in Pooling)}, "
             f"and problem_type as {' or '.join(kind.value for kind in ProblemType)}",
         ) from error
     exits, thresholds = found.exits, found.label_thresholds

@@ -16,6 +16,10 @@ class Pooling(str, Enum):
     """The first token, through a dense layer with tanh that all exits share (PABEE)."""
     MEAN = "mean"
     """The mean over real tokens: early exits learn far more with it, and cost far less."""
+    FIRST = "first"
+    """The first token as it is."""
+    BOTH = "both"
+    """The mean and the first token, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class MultiExitConfig:
         last_head: the head of the last exit, if it differs from the others.
         hidden_layers: how many exits, from the first on, have a hidden layer before their
             classifier. With `Pooling.CLS`, the pooler is this layer for all of them.
+        hidden_width: of these hidden layers; 0 means that of the encoder.
         label_thresholds: for multi-label, see `Task.label_thresholds`; empty means 0.5.
     """
 
@@ -57,6 +62,7 @@ class MultiExitConfig:
     pooling: Pooling = Pooling.CLS
     last_head: LastHead | None = None
     hidden_layers: int = 0
+    hidden_width: int = 0
     label_thresholds: tuple[float, ...] = ()
 
     def with_hidden_layers(self) -> MultiExitConfig:

@@ -1,10 +1,10 @@
 """The multi-exit model: an encoder with a classifier after chosen layers.
 
 The state dict has the layout of PABEE, F-PABEE, PCEE-BERT and EPEE training code: the encoder under
-its usual prefix, with the pooler (unused by `Pooling.MEAN`), and `classifiers.{i}.weight/bias` for
-exit i from 0. Our additions are `pooler.dense`, for families whose encoder has no pooler,
-`hidden.{i}.dense`, for exits with a hidden layer, and `last_head.dense` and `last_head.norm`, for a
-last exit that was the head of a plain classifier.
+its usual prefix, with the pooler (which only `Pooling.CLS` uses), and
+`classifiers.{i}.weight/bias` for exit i from 0. Our additions are `pooler.dense`, for families
+whose encoder has no pooler, `hidden.{i}.dense`, for exits with a hidden layer, and
+`last_head.dense` and `last_head.norm`, for a last exit that was the head of a plain classifier.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Transform(nn.Module):
     """The part of a head between pooling and classifier: a dense layer, an activation, a norm.
 
     Args:
-        dense: from hidden size to hidden size.
+        dense: from the pooled size to that of the result.
         activation: by its name in `transformers`.
         norm: after the activation; None: no norm.
     """
@@ -55,7 +55,7 @@ class Transform(nn.Module):
         self.norm = nn.Identity() if norm is None else norm
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """`[rows, hidden]` from `[rows, hidden]`."""
+        """`[rows, size of the result]` from `[rows, pooled size]`."""
         transformed: Tensor = self.norm(self.activation(self.dense(pooled)))
         return transformed
 
@@ -64,7 +64,7 @@ class Head(nn.Module):
     """The head of an exit: norm, pooling, a transformation, and a linear classifier.
 
     Args:
-        classifier: from hidden size to labels.
+        classifier: from the size of what is before it to labels.
         pooling: how hidden states are pooled.
         pooler: between pooling and classifier; None: nothing.
         norm: before pooling; None: no norm.
@@ -89,7 +89,7 @@ class Head(nn.Module):
     @property
     def mean(self) -> bool:
         """Whether token weights are read."""
-        return self.pooling is Pooling.MEAN
+        return self.pooling in (Pooling.MEAN, Pooling.BOTH)
 
     def forward(self, hidden_states: Tensor, token_weights: Tensor | None) -> Tensor:
         """Logits `[rows, labels]`.
@@ -97,13 +97,19 @@ class Head(nn.Module):
         Args:
             hidden_states: `[rows, sequence, hidden]`.
             token_weights: `[rows, 1, sequence]`, see the function of this name; None is allowed
-                unless pooling is `Pooling.MEAN`.
+                unless `mean`.
         """
+        pooled = []
         if self.mean:
             assert token_weights is not None
-            pooled = (token_weights @ self.norm(hidden_states)).squeeze(1)
-        else:
-            pooled = self.norm(hidden_states[:, 0])
+            pooled.append((token_weights @ self.norm(hidden_states)).squeeze(1))
+        if self.pooling is not Pooling.MEAN:
+            pooled.append(self.norm(hidden_states[:, 0]))
+        joined = torch.cat(pooled, dim=-1) if len(pooled) > 1 else pooled[0]
+        return self.classify(joined)
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Logits `[rows, labels]` of `[rows, pooled size]`."""
         logits: Tensor = self.classifier(self.dropout(self.pooler(pooled)))
         return logits
 
@@ -132,13 +138,16 @@ class MultiExitModel(nn.Module):
         config.validate(len(layers))
         self.add_module(self.backbone.prefix, encoder)
         hidden = int(encoder.config.hidden_size)
-        self.classifiers = nn.ModuleList(
-            nn.Linear(hidden, len(config.labels)) for _ in config.exits
-        )
+        pooled = 2 * hidden if config.pooling is Pooling.BOTH else hidden
+        width = config.hidden_width or hidden
+        sizes = [width if n < config.hidden_layers else pooled for n in range(len(config.exits))]
+        if config.last_head is not None:
+            sizes[-1] = hidden
+        self.classifiers = nn.ModuleList(nn.Linear(size, len(config.labels)) for size in sizes)
         own_pooler = config.pooling is Pooling.CLS and self.backbone.pooler() is None
         self.pooler = Transform(nn.Linear(hidden, hidden)) if own_pooler else None
         self.hidden = nn.ModuleList(
-            Transform(nn.Linear(hidden, hidden), "gelu") for _ in range(config.hidden_layers)
+            Transform(nn.Linear(pooled, width), "gelu") for _ in range(config.hidden_layers)
         )
         self.last_head: Transform | None = None
         if (form := config.last_head) is not None:
@@ -155,11 +164,11 @@ class MultiExitModel(nn.Module):
         config, pooling, pooler = self.exit_config, self.exit_config.pooling, None
         if config.last_head is not None and number + 1 == len(self.classifiers):
             pooling, pooler = config.last_head.pooling, self.last_head
+        elif number < len(self.hidden):
+            pooler = cast(Transform, self.hidden[number])
         elif pooling is Pooling.CLS:
             dense = self.backbone.pooler()
             pooler = self.pooler if dense is None else Transform(dense)
-        elif number < len(self.hidden):
-            pooler = cast(Transform, self.hidden[number])
         classifier = cast(nn.Linear, self.classifiers[number])
         backbone = self.backbone
         return Head(classifier, pooling, pooler, backbone.norm(), backbone.head_dropout())
@@ -169,11 +178,6 @@ class MultiExitModel(nn.Module):
         super().train(mode)
         for head in self.parts[2]:
             head.train(mode)
-        # A frozen encoder needs no dropout.
-        if not any(
-            weight.requires_grad for block in self.parts[1] for weight in block.parameters()
-        ):
-            self.backbone.encoder.eval()
         return self
 
     def forward(

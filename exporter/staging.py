@@ -67,7 +67,7 @@ def staging(target: Path) -> Iterator[Path]:
         ) from error
     try:
         yield folder
-        _publish(folder, target)
+        publish(folder, target)
     except OSError as error:
         raise ArtifactError(
             f"cannot write {target}: {error.strerror}", "check the free space and permissions"
@@ -92,8 +92,8 @@ def replacing(target: Path) -> Iterator[Path]:
             file.replace(target / file.name)
 
 
-def _publish(folder: Path, target: Path) -> None:
-    """Move the temporary folder to the target."""
+def publish(folder: Path, target: Path) -> None:
+    """Move a folder on the same disk to the target, which it replaces."""
     if not target.exists():
         folder.replace(target)
         return

@@ -39,16 +39,7 @@ def save_tokenizer(
             the length is impossible.
     """
     tokenizer = load_tokenizer(source, model)
-    special = tokenizer.num_special_tokens_to_add(pair=True)
-    longest, own = model.backbone.max_positions(), tokenizer.model_max_length
-    hint = f"give `max_length` between {special + 1} and {longest}"
-    if max_length is not None:
-        if not special < max_length <= longest:
-            raise ModelError(f"max_length {max_length} is impossible for this model", hint)
-    elif not isinstance(own, (int, float)) or own <= special:
-        raise ModelError(f"the tokenizer of {source} has model_max_length {own!r}", hint)
-    else:
-        max_length = min(longest, int(own)) if own < _NO_LIMIT else longest
+    max_length = row_limit(source, tokenizer, model, max_length)
     path = folder / TOKENIZER_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     with _model_errors(source):
@@ -62,6 +53,24 @@ def save_tokenizer(
         pad_type_id=int(tokenizer.pad_token_type_id),
         inputs=tuple(tokenizer.model_input_names),
     )
+
+
+def row_limit(source: Path, tokenizer: Any, model: MultiExitModel, max_length: int | None) -> int:
+    """The longest sequence in tokens; the arguments are those of `save_tokenizer`.
+
+    Raises:
+        ModelError: the length is impossible.
+    """
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    longest, own = model.backbone.max_positions(), tokenizer.model_max_length
+    hint = f"give `max_length` between {special + 1} and {longest}"
+    if max_length is not None:
+        if not special < max_length <= longest:
+            raise ModelError(f"max_length {max_length} is impossible for this model", hint)
+        return max_length
+    if not isinstance(own, (int, float)) or own <= special:
+        raise ModelError(f"the tokenizer of {source} has model_max_length {own!r}", hint)
+    return min(longest, int(own)) if own < _NO_LIMIT else longest
 
 
 def pad_id(tokenizer: Any, model: MultiExitModel) -> int:

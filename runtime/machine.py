@@ -29,6 +29,7 @@ _FEATURES = {
     "graphs": ("onnx onnx_ir onnxscript onnxruntime", "export,cpu"),
     "quantize": ("nncf onnx onnxruntime", "export,cpu,quantize"),
     "train": ("torch transformers datasets safetensors huggingface_hub jinja2", "train"),
+    "peft": ("peft", "peft"),
     "parquet": ("pyarrow", "parquet"),
     "ray": ("ray pyarrow", "ray"),
     "serve": ("prometheus_client starlette uvicorn", "serve"),

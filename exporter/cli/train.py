@@ -1,4 +1,4 @@
-"""`fpabee-train`: an encoder or a classifier, and labelled rows, become a multi-exit model."""
+"""`fpabee-train`: an encoder and labelled rows become a multi-exit model."""
 
 from __future__ import annotations
 
@@ -25,22 +25,16 @@ from ..training.options import TrainOptions
 @command(
     examples="""
 fpabee-train --backbone ENCODER --train a.jsonl --dev b.jsonl -o model_dir
-fpabee-train --from-classifier MODEL --train a.jsonl --dev b.jsonl -o exits
 fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
 """,
     panels={
         "Exit 0": "--no-exit-0 --exit-0-only",
         "Exits": "--exits --distill",
-        "Optimisation": "--epochs --lr --batch-size --max-length --freeze-encoder --seed --bf16",
+        "Optimisation": "--epochs --lr --batch-size --max-length --seed --bf16",
         **READING,
     },
 )
 @options.option("--backbone", "MODEL", "Encoder: a folder, a hub id, or another model_dir.")
-@options.option(
-    "--from-classifier",
-    "MODEL",
-    "Instead of --backbone: a trained classifier (a folder or a hub id) to add exits to.",
-)
 @options.option(
     "--train",
     "DATA",
@@ -53,7 +47,7 @@ fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
 @options.choice(
     "--problem-type",
     "TYPE",
-    "Task. Default: that of --from-classifier, otherwise single-label.",
+    "Task. Default: single-label.",
     ProblemType,
 )
 @options.flag("--force", "Replace an existing model.")
@@ -76,7 +70,6 @@ fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
 @options.count(
     "--max-length", "Number of tokens to which longer texts are truncated.", TrainOptions.max_length
 )
-@options.flag("--freeze-encoder", "Train only the exits.")
 @options.count("--seed", "Seed of all random choices.", TrainOptions.seed, min=0)
 @options.flag("--bf16", "Compute in bfloat16 where that is safe: on a GPU, or a CPU with AVX-512.")
 @click.option(
@@ -90,8 +83,7 @@ fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
 )
 @options.flag(
     "--exit-0-only",
-    "Train nothing but exit 0: add it to the model in the folder of --output, or make a model of "
-    "--from-classifier and exit 0.",
+    "Train nothing but exit 0: add it to the model in the folder of --output.",
 )
 @options.labelled_texts
 def main(

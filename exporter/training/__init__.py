@@ -1,4 +1,4 @@
-"""Training: an encoder or a classifier, and labelled rows, become a multi-exit model.
+"""Training: an encoder and labelled rows become a multi-exit model.
 
 Importing this package loads neither torch nor transformers; using `train` does.
 """

@@ -109,7 +109,6 @@ def train_exit_0(
     padding: Mapping[str, float],
     seed: int,
     progress: Progress,
-    is_taught: bool = False,
 ) -> ExitZero:
     """Train exit 0 half on the labels and half on the last exit of a trained model.
 
@@ -120,28 +119,45 @@ def train_exit_0(
         padding: see `model_inputs`.
         seed: of all random choices.
         progress: called with (what, done, total).
-        is_taught: whether the targets are already the output of the last exit.
+
+    Raises:
+        ModelError: the training diverged.
+    """
+    config = model.exit_config
+    step = "answers of the last exit, to train exit 0"
+    last = predict(
+        model, train.rows, padding, lambda logits: logits[-1], progress=progress, what=step
+    )
+    taught = probabilities(torch.from_numpy(last), config.problem_type)
+    labels = as_probabilities(torch.from_numpy(train.targets), len(config.labels))
+    mixed = Examples(train.rows, ((labels + taught) / 2).numpy())
+    return learn(mixed, dev, model, seed, progress)
+
+
+def learn(
+    train: Examples, dev: Examples, model: MultiExitModel, seed: int, progress: Progress
+) -> ExitZero:
+    """Train exit 0 on the targets of rows.
+
+    Args:
+        train: the rows to train on.
+        dev: the rows that say when to stop.
+        model: whose task and vocabulary it gets.
+        seed: of all random choices.
+        progress: called with (what, done, total).
 
     Raises:
         ModelError: the training diverged.
     """
     torch.manual_seed(seed)
     config = model.exit_config
-    count = len(config.labels)
-    wanted, dev_wanted = (
-        as_probabilities(torch.from_numpy(part.targets), count).float() for part in (train, dev)
-    )
-    if not is_taught:
-        step = "answers of the last exit, to train exit 0"
-        last = predict(
-            model, train.rows, padding, lambda logits: logits[-1], progress=progress, what=step
-        )
-        wanted = (wanted + probabilities(torch.from_numpy(last), config.problem_type)) / 2
     vocabulary = Vocabulary(train.rows, unigrams_of(int(model.backbone.config.vocab_size)))
-    bag = BagOfNgrams(vocabulary, count)
+    bag = BagOfNgrams(vocabulary, len(config.labels))
+    wanted = [torch.from_numpy(part.targets) for part in (train, dev)]
+    targets = [as_probabilities(part, len(config.labels)).float() for part in wanted]
     bags = [vocabulary.bags(part.rows) for part in (train, dev)]
     try:
-        parts = (bags[0], wanted), (bags[1], dev_wanted)
+        parts = (bags[0], targets[0]), (bags[1], targets[1])
         return fit(bag, *parts, config.problem_type, progress)
     except ValueError as error:
         raise ModelError(

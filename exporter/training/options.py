@@ -16,8 +16,8 @@ _ABOVE = {"epochs": 0, "lr": 0, "head_lr": 0, "batch_size": 0, "max_length": 3}
 _EPOCHS, _FEWEST_STEPS, _MOST_EPOCHS = 3.0, 1000, 20.0
 # Settings without effect where only exit 0 is trained.
 _OF_ENCODERS = (
-    *("backbone", "freeze_encoder", "exits", "pooling", "distill"),
-    *("epochs", "lr", "head_lr", "batch_size", "bf16"),
+    *("backbone", "exits", "pooling", "distill", "epochs"),
+    *("lr", "head_lr", "batch_size", "bf16"),
 )
 
 
@@ -29,17 +29,12 @@ class TrainOptions:
     `OWNER/NAME[/CONFIG]:SPLIT`.
 
     Attributes:
-        train: labelled rows to train on; with `from_classifier` they need no labels.
+        train: labelled rows to train on.
         dev: labelled rows that are scored after every epoch.
         test: labelled rows that are scored once, at the end.
         backbone: the encoder: a folder, the id of a model on the Hugging Face hub, or another
             model_dir.
-        from_classifier: instead of `backbone`, a classifier (`AutoModelForSequenceClassification`,
-            a folder or a hub id) that gets exits. It keeps its labels and its head, and the other
-            exits are trained on its predictions.
-        freeze_encoder: train only the exits.
-        problem_type: the task; default: that of `from_classifier` if it names one, otherwise
-            single-label.
+        problem_type: the task; default: single-label, or that of the model in the output folder.
         exits: the layers after which there is an exit, ascending; default: every layer.
         pooling: what the classifiers of the exits see.
         distill: share of the targets of all exits but the last that comes from the last exit
@@ -55,9 +50,8 @@ class TrainOptions:
         seed: of all random choices.
         bf16: compute in bfloat16 where that is safe (autocast); needs a GPU, or a CPU with AVX-512.
         exit_0: whether exit 0, a bag of n-grams before layer 1, is trained after the encoder.
-        exit_0_only: train nothing but exit 0. Without `from_classifier` it is added to the model
-            in the output folder, or replaced there. With it, the new model has the classifier's
-            own head as its only other exit.
+        exit_0_only: train nothing but exit 0: add it to the model in the output folder, or replace
+            it there.
         reading: how the rows are read.
         force: replace an existing model.
 
@@ -69,8 +63,6 @@ class TrainOptions:
     dev: str
     test: str | None = None
     backbone: str | None = None
-    from_classifier: str | None = None
-    freeze_encoder: bool = False
     problem_type: ProblemType | None = None
     exits: tuple[int, ...] | None = None
     pooling: Pooling = Pooling.MEAN
@@ -90,12 +82,8 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.exit_0_only:
             self._check_exit_0_only()
-        elif bool(self.backbone) is bool(self.from_classifier):
-            given = "both" if self.backbone else "neither"
-            raise InputError(
-                f"expected either an encoder or a classifier to train, found {given}",
-                "give either `backbone` or `from_classifier`",
-            )
+        elif not self.backbone:
+            raise InputError("there is no encoder to train", "give `backbone`")
         for name, bound in _ABOVE.items():
             value = getattr(self, name)
             if value is not None and not bound < value < math.inf:
@@ -127,11 +115,6 @@ class TrainOptions:
             return self.epochs
         steps = -(-rows // self.batch_size)
         return max(_EPOCHS, min(_MOST_EPOCHS, float(-(-_FEWEST_STEPS // steps))))
-
-    @property
-    def in_place(self) -> bool:
-        """Whether exit 0 is added to the model in the output folder."""
-        return self.exit_0_only and not self.from_classifier
 
     @property
     def exit_lr(self) -> float:

@@ -76,7 +76,7 @@ def model_card(report: TrainReport) -> Any:
     """The model card of a training, with the metadata that the Hugging Face hub reads."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    start = report.options.backbone or report.options.from_classifier or ""
+    start = report.options.backbone or ""
     datasets = {dataset_name(data.source) for data in report.data.values()}
     metadata = ModelCardData(
         library_name="fpabee",

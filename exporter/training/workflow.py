@@ -30,10 +30,9 @@ from ..model import MultiExitModel, by_row, predict
 from ..tokenizer import load_tokenizer, pad_id
 from .examples import Examples, encoded_rows, label_names, load_rows
 from .exit_0 import train_exit_0
-from .from_classifier import Classifier
 from .options import TrainOptions
 from .report import REPORT_NAME, DataSource, TrainReport, model_card
-from .trainer import exit_scores, is_head, train_exits
+from .trainer import exit_scores, train_exits
 
 _PACKAGES = ("fpabee", "torch", "transformers")
 _ROWS = 1024  # whose n-grams are in memory at once
@@ -62,7 +61,7 @@ def train(
     Raises:
         InputError: rows cannot be read or lack labels, there is already a model, or bfloat16 is
             asked for where it is slow.
-        ModelError: the encoder or classifier cannot be used.
+        ModelError: the encoder cannot be used.
         MissingExtraError: a package of `fpabee[train]` is not installed.
 
     Example:
@@ -84,27 +83,22 @@ def train(
             "leave out `bf16`",
         )
     set_seed(options.seed)
-    teacher = None
-    if options.from_classifier:
-        teacher = Classifier(options.from_classifier, options.problem_type)
     sources = {"train": options.train, "dev": options.dev, "test": options.test}
     rows = {
-        name: load_rows(source, teacher is None or name != "train", options.reading)
+        name: load_rows(source, reading=options.reading)
         for name, source in sources.items()
         if source
     }
-    model, tokenizer = build_model(output, options, teacher, rows["train"])
+    model, tokenizer = build_model(output, options, rows["train"])
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     config, length = model.exit_config, min(options.max_length, model.backbone.max_positions())
     padding = {"input_ids": pad_id(tokenizer, model)}
     if "token_type_ids" in tokenizer.model_input_names:
         padding["token_type_ids"] = tokenizer.pad_token_type_id
-    data = {}
-    for name, part in rows.items():
-        encoded, targets = encoded_rows(part, tokenizer, length), None
-        if teacher and name == "train":
-            targets = teacher.soft_labels(encoded, padding)
-        data[name] = Examples(encoded, _labels(part, config) if targets is None else targets)
+    data = {
+        name: Examples(encoded_rows(part, tokenizer, length), _labels(part, config))
+        for name, part in rows.items()
+    }
     parts = data["train"], data["dev"]
     started = time.perf_counter()
     if not options.exit_0_only:
@@ -113,9 +107,7 @@ def train(
         train_exits(model, *parts, padding, options, progress)
     exit_0 = None
     if options.exit_0:
-        # The last exit of a frozen classifier gives what the other exits are trained on.
-        is_taught = bool(teacher) and (options.freeze_encoder or options.exit_0_only)
-        exit_0 = train_exit_0(model, *parts, padding, options.seed, progress, is_taught)
+        exit_0 = train_exit_0(model, *parts, padding, options.seed, progress)
     seconds = time.perf_counter() - started
     report = TrainReport(
         options=options,
@@ -135,12 +127,12 @@ def train(
         versions={"python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
     )
-    if not options.in_place:
+    if not options.exit_0_only:
         save_checkpoint(model, output)
         tokenizer.save_pretrained(output)
     if exit_0:
         save_exit_0(output, exit_0, config.problem_type)
-    if not options.in_place:
+    if not options.exit_0_only:
         model_card(report).save(output / "README.md")
         # Last, because this file marks the training as finished.
         text = json.dumps(report.to_dict(), indent=2)
@@ -157,7 +149,7 @@ def _check_output(output: Path, options: TrainOptions) -> None:
     """
     holds_model = (output / "config.json").is_file()
     check_outside(output if holds_model else output / "config.json")
-    if holds_model and not (options.force or options.in_place):
+    if holds_model and not (options.force or options.exit_0_only):
         raise InputError(
             f"{output} already holds a model",
             "give `force` to replace it, or another `output`",
@@ -171,29 +163,23 @@ def has_fast_bf16() -> bool:
 
 
 def build_model(
-    output: Path, options: TrainOptions, teacher: Classifier | None, rows: Sequence[Row]
+    output: Path, options: TrainOptions, rows: Sequence[Row]
 ) -> tuple[MultiExitModel, Any]:
-    """The model to train, from an encoder or a classifier or in the output folder; its tokenizer.
+    """The model to train, from an encoder or in the output folder; its tokenizer.
 
     Args:
         output: the output folder.
         options: the settings.
-        teacher: the classifier that gets exits, if there is one.
         rows: the training rows, which name the labels of a new model.
 
     Raises:
         ModelError: the encoder or its tokenizer cannot be used, or the exits do not fit it; or
             there is no model to add exit 0 to.
     """
-    if options.in_place:
+    if options.exit_0_only:
         if not output.is_dir():  # the hub has no place for what is added
             raise ModelError(f"model_dir {output} does not exist", TRAIN)
         folder, model = output, load_checkpoint(output, options.problem_type, attention=None)
-    elif teacher:
-        folder, exits = teacher.folder, options.exits
-        if options.exit_0_only:
-            exits = (int(teacher.model.config.num_hidden_layers),)
-        model = teacher.multi_exit(exits, options.pooling)
     else:
         folder = resolve_model_dir(str(options.backbone))
         load_config(folder)  # which refuses families that are not supported
@@ -203,9 +189,6 @@ def build_model(
         labels = label_names(rows, options.train)
         exit_config = MultiExitConfig(exits, labels, problem_type, options.pooling)
         model = MultiExitModel(encoder, exit_config.with_hidden_layers())
-    if options.freeze_encoder:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and is_head(name))
     return model, load_tokenizer(folder, model)
 
 

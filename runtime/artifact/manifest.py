@@ -79,7 +79,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         layers: encoder layers up to the last exit.
         hidden_size: width of the hidden states, in values.
         shared_layers: whether all layers are one block (ALBERT).
-        pooling: how the exit heads pool hidden states: `cls` or `mean`.
+        pooling: how the exit heads pool hidden states: `cls`, `mean`, `first` or `both`.
         source_sha256: SHA-256 of each source file of the export, by file name.
     """
 

@@ -12,6 +12,10 @@ from .help_pages import LOOK, Command, Group
 
 # The module of each command, which is loaded when the command is used, and its line in the list.
 _COMMANDS = {
+    "convert": (
+        "fpabee.exporter.cli.convert",
+        "Make a classifier faster, without labels and with a guarantee.",
+    ),
     "train": ("fpabee.exporter.cli.train", "Train a multi-exit classifier."),
     "export": ("fpabee.exporter.cli.export", "Compile a trained model into an engines folder."),
     "calibrate": ("fpabee.calibration.cli", "Choose operating points on labelled rows."),

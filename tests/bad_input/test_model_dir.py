@@ -171,7 +171,7 @@ PARTS = [
          WEIGHTS),
     Case("a plain classifier",
          weights(lambda w: [w.pop(n) for n in [*w] if n.startswith("classifiers.")]),
-         "classifiers.0.weight", "from_classifier"),
+         "classifiers.0.weight", "convert"),
     Case("a head too many",
          weights(lambda w: w.update({"classifiers.3.weight": torch.ones(4, 32)})), "4 heads"),
     Case("a scalar head", weights(lambda w: w.update({"classifiers.0.weight": torch.ones(())})),

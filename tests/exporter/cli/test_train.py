@@ -42,7 +42,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, TrainOptions]]:
 
 def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOptions]]) -> None:
     result = run(
-        *["--backbone", "encoder", "--test", "test.csv", "--freeze-encoder"],
+        *["--backbone", "encoder", "--test", "test.csv"],
         *["--problem-type", "multi_label_classification", "--exits", "2,4"],
         *["--distill", "0", "--epochs", "0.5", "--lr", "1e-4"],
         *["--batch-size", "4", "--max-length", "64", "--seed", "7", "--bf16"],
@@ -56,7 +56,6 @@ def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOption
         dev="dev.jsonl",
         test="test.csv",
         backbone="encoder",
-        freeze_encoder=True,
         problem_type=ProblemType.MULTI_LABEL,
         exits=(2, 4),
         distill=0.0,
@@ -71,8 +70,8 @@ def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOption
         force=True,
     )
     assert trained == [(Path("model dir"), expected)]
-    assert run("--from-classifier", "classifier").exit_code == 0
-    defaults = TrainOptions(train="train.jsonl", dev="dev.jsonl", from_classifier="classifier")
+    assert run("--backbone", "encoder").exit_code == 0
+    defaults = TrainOptions(train="train.jsonl", dev="dev.jsonl", backbone="encoder")
     assert defaults.exit_0
     assert not defaults.exit_0_only
     assert trained[1:] == [(Path("model dir"), defaults)]
@@ -97,12 +96,12 @@ def test_progress_is_on_stderr_and_results_on_stdout(trained: object) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "--backbone or --from-classifier"),
+        ([], "give --backbone"),
         (["--backbone", "x", "--epochs", "0"], "give --epochs above 0"),
         (["--backbone", "x", "--exits", "a"], "--exits"),
         (["--exit-0-only", "--no-exit-0"], "leave out --no-exit-0 or --exit-0-only"),
         (["--exit-0-only", "--backbone", "x"], "leave out --backbone or --exit-0-only"),
-        (["--exit-0-only", "--from-classifier", "x", "--exits", "2"], "leave out --exits or"),
+        (["--exit-0-only", "--exits", "2"], "leave out --exits or"),
     ],
 )
 def test_usage_errors_exit_2(arguments: list[str], expected: str) -> None:

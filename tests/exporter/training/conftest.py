@@ -5,17 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 
-from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.training import TrainOptions, exit_0, workflow
 from fpabee.exporter.training.examples import Examples
 
@@ -100,48 +98,3 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
     monkeypatch.setattr(workflow, "train_exits", note)
     return noted
-
-
-LABELS = ("no", "perhaps", "yes")
-# Families, with settings that change their heads.
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{family: (family, {}) for family in _FAMILIES},
-    "deberta-v2 with tanh": ("deberta-v2", {"pooler_hidden_act": "tanh"}),
-    "modernbert with means": (
-        "modernbert",
-        {
-            "classifier_pooling": "mean",
-            "classifier_bias": True,
-            "classifier_activation": "relu",
-            "norm_bias": True,
-        },
-    ),
-}
-
-
-@pytest.fixture
-def make(tiny_models: Mapping[str, Path], tmp_path: Path) -> Callable[..., Path]:
-    """Makes a classifier with random weights and the tokenizer of the tiny model."""
-
-    def make(kind: str, labels: Sequence[str] = LABELS, **changes: Any) -> Path:
-        family, settings = KINDS[kind]
-        source, folder = tiny_models[family], tmp_path / "classifier"
-        config = AutoConfig.from_pretrained(source)
-        del config.fpabee, config.architectures
-        config.problem_type = None
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: index for index, label in enumerate(labels)}
-        for name, value in (settings | changes).items():
-            setattr(config, name, value)
-        torch.manual_seed(5)
-        build: Any = AutoModelForSequenceClassification.from_config
-        model = build(config)
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # by default they are all 0, or all 1
-                nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(folder)
-        for path in source.glob("tokenizer*"):
-            shutil.copy(path, folder)
-        return folder
-
-    return make

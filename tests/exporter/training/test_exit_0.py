@@ -22,15 +22,12 @@ from fpabee.exporter.exits import MultiExitConfig
 from fpabee.exporter.training import TrainOptions, exit_0, train
 from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.exporter.training.exit_0 import BagOfNgrams, Vocabulary, train_exit_0
-from fpabee.exporter.training.from_classifier import Classifier
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError, ModelError
 from fpabee.runtime.exit_0 import ExitZero
 from fpabee.runtime.files import Row
 from fpabee.runtime.progress import silent
-
-from .conftest import LABELS
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
@@ -167,28 +164,3 @@ def test_exit_0_needs_a_model_to_be_added_to(options: Options, tmp_path: Path) -
     with pytest.raises(ModelError, match=r"empty has no config\.json"):
         train(tmp_path / "empty", only)
     assert not list((tmp_path / "empty").iterdir())
-
-
-def test_a_classifier_gets_exit_0_without_any_training_of_its_encoder(
-    make: Callable[..., Path], write_rows: WriteRows, tmp_path: Path
-) -> None:
-    classifier = Classifier(make("bert"))
-    rows = [{"text": f"good {'film ' * (n % 3)}", "label": LABELS[n % 3]} for n in range(12)]
-    path = write_rows("rows.jsonl", rows)
-    source = str(classifier.folder)
-    settings = TrainOptions(path, path, from_classifier=source, exit_0_only=True)
-    report = train(tmp_path / "model", settings)
-    assert (report.exits, report.labels) == ((0, 3), LABELS)
-    model = load_checkpoint(tmp_path / "model")
-    assert model.exit_config.exits == (3,)
-    ids, mask = torch.tensor([[2, 5, 6, 3]]), torch.ones(1, 4, dtype=torch.int64)
-    with torch.no_grad():
-        expected = classifier.model.cpu()(ids, attention_mask=mask).logits
-        torch.testing.assert_close(model(ids, mask)[-1], expected, rtol=0, atol=1e-5)
-    assert load_exit_0(tmp_path / "model", load_config(tmp_path / "model"), 3) is not None
-    assert "after the layers 3:" in (tmp_path / "model" / "README.md").read_text()
-    before = sha256_of(classifier.folder / "config.json")
-    for folder in (tmp_path / "model", classifier.folder):
-        with pytest.raises(InputError, match="already holds a model"):
-            train(folder, settings)
-    assert sha256_of(classifier.folder / "config.json") == before

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from fpabee.exporter.checkpoint import load_checkpoint, load_config
 from fpabee.exporter.exit_0 import EXIT_0_FILE
 from fpabee.exporter.exits import MultiExitConfig, Pooling
 from fpabee.exporter.training import TrainOptions, train
-from fpabee.exporter.training.from_classifier import Classifier
 from fpabee.exporter.training.workflow import has_fast_bf16
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
@@ -203,7 +200,7 @@ def test_nothing_is_written_when_the_input_is_bad(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"from_classifier": "x"}, "found both -> give either `backbone` or `from_classifier`"),
+        ({"backbone": None}, "there is no encoder to train -> give `backbone`"),
         ({"epochs": 0.0}, "epochs is 0.0 -> give `epochs` above 0"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"max_length": 3}, "give `max_length` above 3"),
@@ -225,66 +222,3 @@ def test_bfloat16_is_refused_on_a_cpu_that_is_slow_in_it(
             train(tmp_path / "model", options(bf16=True))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert has_fast_bf16()
-
-
-WORDS = ("good", "bad", "film", "music", "rain", "stop", "light", "book")
-TEXTS = [f"{one} {other}" for one in WORDS for other in WORDS[:5]]
-
-
-@pytest.fixture
-def from_classifier(
-    make: Callable[..., Path], tiny_models: Mapping[str, Path], write_rows: WriteRows
-) -> Options:
-    """Makes options that train on texts without labels, from a classifier made for it."""
-
-    def options(problem_type: ProblemType = SINGLE, **changes: Any) -> TrainOptions:
-        folder = make("roberta", labels=("bad", "good"), problem_type=problem_type.value)
-        load: Any = AutoModelForSequenceClassification.from_pretrained
-        model, tokenizer = load(folder).eval(), AutoTokenizer.from_pretrained(folder)
-        weights = load_file(tiny_models["roberta"] / "model.safetensors")
-        model.load_state_dict({n: w for n, w in weights.items() if n.startswith("roberta.")}, False)
-        rows = tokenizer(TEXTS, return_tensors="pt", padding=True)
-        with torch.no_grad():  # so that its predictions differ from text to text
-            model.classifier.out_proj.weight *= 2 / model(**rows).logits.std()
-            model.classifier.out_proj.bias -= model(**rows).logits.mean(dim=0)
-        model.save_pretrained(folder)
-        dev = [{"text": "good film", "label": "good"}, {"text": "bad", "label": "bad"}]
-        return TrainOptions(
-            from_classifier=str(folder),
-            train=write_rows("texts.jsonl", [{"text": text} for text in TEXTS]),
-            dev=write_rows("dev.jsonl", dev),
-            batch_size=8,
-            **changes,
-        )
-
-    return options
-
-
-@pytest.mark.parametrize("problem_type", [SINGLE, MULTI])
-def test_exits_are_trained_on_the_predictions_of_a_classifier(
-    problem_type: ProblemType, from_classifier: Options, calls: list[Call], tmp_path: Path
-) -> None:
-    report = train(tmp_path / "model", from_classifier(problem_type))
-    assert report.labels == ("bad", "good")
-    (call,) = calls
-    soft = Classifier(tmp_path / "classifier").soft_labels(call.train.rows, {"input_ids": 1})
-    np.testing.assert_allclose(call.train.targets, soft, atol=1e-6)
-    assert soft.std(axis=0).min() > 0.05
-    given = [1, 0] if problem_type is SINGLE else [[0, 1], [1, 0]]
-    assert call.dev.targets.tolist() == given, "dev has labels of its own"
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-def test_the_head_of_a_classifier_is_kept(
-    frozen: bool, from_classifier: Options, tmp_path: Path
-) -> None:
-    settings = from_classifier(epochs=0.4, exits=(1, 3), lr=0.01, freeze_encoder=frozen)
-    report = train(tmp_path / "model", settings)
-    given, kept = (load_file(tmp_path / n / "model.safetensors") for n in ("classifier", "model"))
-    assert torch.equal(kept["last_head.dense.weight"], given["classifier.dense.weight"])
-    assert torch.equal(kept["classifiers.1.weight"], given["classifier.out_proj.weight"])
-    encoder = [name for name in given if name.startswith("roberta.")]
-    assert len(encoder) > 40
-    assert all(torch.equal(kept[name], given[name]) for name in encoder) is frozen
-    assert report.exits == (0, 1, 3)
-    assert report.data["train"].rows == 40

@@ -21,6 +21,7 @@ from fpabee.runtime.rules.rules import RULES
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = {
+    "convert": "fpabee.exporter.cli.convert",
     "train": "fpabee.exporter.cli.train",
     "export": "fpabee.exporter.cli.export",
     "bench": "fpabee.exporter.cli.bench",

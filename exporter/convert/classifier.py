@@ -1,28 +1,23 @@
-"""Add exits to a trained classifier (`AutoModelForSequenceClassification`).
+"""A trained classifier (`AutoModelForSequenceClassification`), and the model with exits of it.
 
-The last exit takes over the head of the classifier and gives its logits. The other exits are new,
-and are trained on the predictions of the classifier.
+The last exit takes over the head of the classifier and gives its logits. The other exits are new.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...runtime.artifact.manifest import ProblemType
-from ...runtime.encoding import EncodedRow
 from ...runtime.errors import ModelError, first_line
+from ...runtime.machine import require
 from ..backbones import build_encoder, family_of
 from ..checkpoint import agreed_problem_type, label_names, load_config, resolve_model_dir
 from ..exits import LastHead, MultiExitConfig, Pooling
-from ..model import MultiExitModel, predict
-from .trainer import probabilities
+from ..model import MultiExitModel
 
 _TOLERANCE = 1e-4
 
@@ -33,19 +28,28 @@ class Classifier:
     Args:
         source: a folder or a hub id.
         problem_type: the task, if the classifier does not name it.
+        adapter: the folder of a PEFT adapter, which is merged into the weights.
 
     Attributes:
         folder: where it is.
         model: the Hugging Face model, in eval mode and float32.
         labels: in the order of its logits.
         problem_type: its task.
+        backbone: the adapter of the family, for the encoder of this model.
+        layers: how many layers the encoder has.
 
     Raises:
         ModelError: files are missing or damaged, the family is not supported, there is no
-            trained head, or the model is a regression.
+            trained head, the model is a regression, or the adapter cannot be merged.
+        MissingExtraError: an adapter is given, and `peft` is not installed.
     """
 
-    def __init__(self, source: str | Path, problem_type: ProblemType | None = None) -> None:
+    def __init__(
+        self,
+        source: str | Path,
+        problem_type: ProblemType | None = None,
+        adapter: Path | None = None,
+    ) -> None:
         self.folder = resolve_model_dir(source)
         config = load_config(self.folder)
         if config.problem_type == "regression" or len(config.id2label) == 1:
@@ -54,67 +58,54 @@ class Classifier:
                 "give a classifier with at least two labels",
             )
         self.problem_type = agreed_problem_type(self.folder, config, problem_type)
-        self.model = _load(self.folder)
-        parts = family_of(config.model_type)(self.model.base_model).classifier_parts()
+        self.model = _load(self.folder, adapter)
+        self.backbone = family_of(config.model_type)(self.model.base_model)
+        self.layers = len(self.backbone.layers())
+        parts = self.backbone.classifier_parts()
         outputs = self.model.get_submodule(parts.classifier).out_features
         self.labels = label_names(self.folder, config, outputs)
 
-    def multi_exit(self, exits: tuple[int, ...] | None, pooling: Pooling) -> MultiExitModel:
+    def exit_config(
+        self, exits: tuple[int, ...], pooling: Pooling = Pooling.MEAN
+    ) -> MultiExitConfig:
+        """What a model of this classifier with exits is, without hidden layers.
+
+        Args:
+            exits: layers with an exit; the last layer has one in any case.
+            pooling: what the other exits see.
+        """
+        parts = self.backbone.classifier_parts()
+        norm = self.model.get_submodule(parts.norm) if parts.norm else None
+        head = LastHead(Pooling(parts.pooling), parts.activation, norm.eps if norm else None)
+        exits = (*exits, self.layers)
+        return MultiExitConfig(exits, self.labels, self.problem_type, pooling, head)
+
+    def multi_exit(self, config: MultiExitConfig) -> MultiExitModel:
         """A multi-exit model whose last exit gives the logits of the classifier.
 
         The head of that exit is frozen.
 
         Args:
-            exits: layers with an exit, including the last layer; None: every layer.
-            pooling: what the other exits see.
+            config: of the model, see `exit_config`.
 
         Raises:
-            ModelError: the exits do not fit, or the head is not the usual one of the family.
+            ModelError: the head is not the usual one of the family.
         """
-        config = self.model.config
-        encoder = build_encoder(config, attention=None)
+        encoder = build_encoder(self.model.config, attention=None)
         # Not strict: some classifiers lack their encoder's pooler, which then keeps its initial
         # weights.
         encoder.load_state_dict(self.model.base_model.state_dict(), strict=False)
-        backbone = family_of(config.model_type)(encoder)
-        parts = backbone.classifier_parts()
-        norm = self.model.get_submodule(parts.norm) if parts.norm else None
-        head = LastHead(Pooling(parts.pooling), parts.activation, norm.eps if norm else None)
-        layers = len(backbone.layers())
-        exits = exits or tuple(range(1, layers + 1))
-        exit_config = MultiExitConfig(exits, self.labels, self.problem_type, pooling, head)
-        if exits[-1] != layers:
-            raise ModelError(
-                f"the classifier has its head after layer {layers}, but the last of the exits "
-                f"{list(exits)} is after layer {exits[-1]}",
-                f"add {layers} to `exits`",
-            )
-        model = MultiExitModel(encoder, exit_config.with_hidden_layers())
+        model = MultiExitModel(encoder, config)
+        parts = self.backbone.classifier_parts()
         assert model.last_head is not None
         _copy(self.model.get_submodule(parts.dense), model.last_head.dense)
         _copy(self.model.get_submodule(parts.classifier), model.classifiers[-1])
-        if norm is not None:
-            _copy(norm, model.last_head.norm)
+        if parts.norm is not None:
+            _copy(self.model.get_submodule(parts.norm), model.last_head.norm)
         self._check_head(model)
         for part in (model.last_head, model.classifiers[-1]):
             part.requires_grad_(False)
         return model
-
-    def soft_labels(
-        self, rows: Sequence[EncodedRow], padding: Mapping[str, float]
-    ) -> NDArray[np.float32]:
-        """The probabilities `[rows, labels]` that the classifier predicts.
-
-        Args:
-            rows: tokenized rows.
-            padding: see `model_inputs`.
-        """
-
-        def read(output: Any) -> Tensor:
-            return probabilities(output.logits, self.problem_type)
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return predict(self.model.to(device), rows, padding, read)
 
     @torch.no_grad()
     def _check_head(self, model: MultiExitModel) -> None:
@@ -127,11 +118,11 @@ class Classifier:
             raise ModelError(
                 f"{self.folder} does not have the usual head of its family: the logits of the last "
                 f"exit differ from it by {difference:.2e}",
-                "train with `backbone` instead, which makes new heads",
+                "train a model with new heads instead",
             )
 
 
-def _load(folder: Path) -> Any:
+def _load(folder: Path, adapter: Path | None) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
@@ -145,13 +136,43 @@ def _load(folder: Path) -> Any:
             "copy config.json and the weights again from where the model was trained",
         ) from error
     missing = sorted(info["missing_keys"])
+    if adapter is not None:
+        model, given = _merged(model, adapter)
+        missing = [name for name in missing if not given.intersection(name.split("."))]
     if missing:
         raise ModelError(
             f"{folder} is not a trained classifier: it lacks {len(missing)} weights, first "
             f"{missing[0]!r}",
-            "give a trained AutoModelForSequenceClassification, or train with `backbone`",
+            "give a trained AutoModelForSequenceClassification",
         )
     return model.eval()
+
+
+def _merged(model: Any, adapter: Path) -> tuple[Any, set[str]]:
+    """A model with a PEFT adapter merged into it, and the modules that the adapter replaces.
+
+    Raises:
+        ModelError: the adapter is damaged, of another base, or depends on the input.
+        MissingExtraError: `peft` is not installed.
+    """
+    require("peft")
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    if not (adapter / "adapter_config.json").is_file():
+        raise ModelError(f"{adapter} has no adapter_config.json", "give the folder of an adapter")
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(adapter))
+        given = set(wrapped.active_peft_config.modules_to_save or ())
+        return wrapped.merge_and_unload(safe_merge=True), given
+    # AttributeError: prompts and the like have nothing to merge. The others: the names or the
+    # shapes of weights do not fit, or a file is damaged.
+    except (AttributeError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"the adapter {adapter} cannot be merged into this classifier: {first_line(error)}",
+            "give the classifier that it was trained for, with as many labels; adapters that "
+            "depend on the input, such as prompts, cannot be merged",
+        ) from error
 
 
 def _copy(source: nn.Module, target: nn.Module) -> None:

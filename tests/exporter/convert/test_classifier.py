@@ -15,15 +15,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fpabee.exporter import export
 from fpabee.exporter.checkpoint import load_checkpoint, save_checkpoint
+from fpabee.exporter.convert.classifier import Classifier
 from fpabee.exporter.exits import Pooling
 from fpabee.exporter.model import MultiExitModel
-from fpabee.exporter.training.examples import encoded_rows
-from fpabee.exporter.training.from_classifier import Classifier
 from fpabee.runtime import Engine
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ModelError
-from fpabee.runtime.files import Row
 
 from ...bad_input.cases import change_config
 from .conftest import KINDS, LABELS
@@ -42,8 +40,8 @@ def batch() -> tuple[Tensor, Tensor]:
 def test_the_last_exit_gives_the_logits_of_the_classifier(
     kind: str, make: Make, tmp_path: Path
 ) -> None:
-    classifier, pooling = Classifier(make(kind)), list(Pooling)[len(kind) % 2]
-    model = classifier.multi_exit(None, pooling)
+    classifier, pooling = Classifier(make(kind)), list(Pooling)[len(kind) % 4]
+    model = classifier.multi_exit(classifier.exit_config((1, 2), pooling))
     save_checkpoint(model, tmp_path / "model")
     again = load_checkpoint(tmp_path / "model")
     assert again.exit_config == model.exit_config
@@ -68,7 +66,8 @@ def test_the_engine_gives_the_logits_of_the_classifier(
     kind: str, pooling: Pooling, make: Make, tmp_path: Path
 ) -> None:
     classifier = Classifier(make(kind))
-    save_checkpoint(classifier.multi_exit((3,), pooling), tmp_path / "model")
+    config = classifier.exit_config((), pooling)
+    save_checkpoint(classifier.multi_exit(config), tmp_path / "model")
     for path in classifier.folder.glob("tokenizer*"):
         shutil.copy(path, tmp_path / "model")
     folder = export(tmp_path / "model", tmp_path / "engines").folder
@@ -86,39 +85,11 @@ def test_the_engine_gives_the_logits_of_the_classifier(
     np.testing.assert_allclose(logits[-1], np.stack(expected), rtol=0, atol=1e-5)
 
 
-def test_a_frozen_encoder_has_no_dropout_and_the_head_is_always_frozen(make: Make) -> None:
-    model = Classifier(make("bert", hidden_dropout_prob=0.5)).multi_exit(None, Pooling.MEAN)
+def test_the_head_of_the_classifier_is_always_frozen(make: Make) -> None:
+    classifier = Classifier(make("bert"))
+    model = classifier.multi_exit(classifier.exit_config((1, 2)))
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
-    assert {name.split(".")[0] for name in frozen} <= {"last_head", "classifiers"}
-    assert {"classifiers.2.weight", "classifiers.2.bias"} <= frozen
-    ids, mask = batch()
-    model.train()
-    assert not torch.equal(model(ids, mask)[-1], model(ids, mask)[-1])
-    model.backbone.encoder.requires_grad_(False)
-    model.train()
-    hidden = [model.backbone.encoder(ids, mask).last_hidden_state for _ in range(2)]
-    assert torch.equal(*hidden)
-    assert not torch.equal(model(ids, mask)[0], model(ids, mask)[0]), "the exits have dropout"
-
-
-@pytest.mark.parametrize("problem_type", list(ProblemType))
-def test_soft_labels_are_the_predictions_for_each_row(
-    problem_type: ProblemType, make: Make
-) -> None:
-    classifier = Classifier(make("electra", problem_type=problem_type.value))
-    assert classifier.problem_type is problem_type
-    tokenizer = AutoTokenizer.from_pretrained(classifier.folder)
-    texts = ["good film", "a", "", *("the music is good " * n for n in range(70))]
-    rows = encoded_rows([Row(text) for text in texts], tokenizer, 64)
-    soft = classifier.soft_labels(rows, {"input_ids": 0, "token_type_ids": 0})
-    assert len(soft) == len(texts)
-    for text, found in [*zip(texts, soft, strict=True)][::9]:
-        with torch.no_grad():
-            row = tokenizer(text, truncation=True, return_tensors="pt")
-            logits = classifier.model(**row).logits[0]
-        single = problem_type is ProblemType.SINGLE_LABEL
-        expected = logits.softmax(-1) if single else logits.sigmoid()
-        assert found == pytest.approx(expected.tolist(), abs=1e-5)
+    assert {name.rpartition(".")[0] for name in frozen} == {"last_head.dense", "classifiers.2"}
 
 
 def test_what_cannot_be_converted_is_refused(make: Make) -> None:
@@ -126,14 +97,13 @@ def test_what_cannot_be_converted_is_refused(make: Make) -> None:
     with pytest.raises(ModelError, match="trained for single_label"):
         Classifier(folder, ProblemType.MULTI_LABEL)
     classifier = Classifier(folder)
-    with pytest.raises(ModelError, match=r"after layer 3, .* \[1, 2\] .* -> add 3 to `exits`"):
-        classifier.multi_exit((1, 2), Pooling.MEAN)
+    config = classifier.exit_config(())
     classifier.model.classifier.activation = nn.Tanh()
     with pytest.raises(ModelError, match="does not have the usual head of its family"):
-        classifier.multi_exit(None, Pooling.MEAN)
+        classifier.multi_exit(config)
     nn.init.constant_(classifier.model.classifier.dense.weight, torch.nan)
     with pytest.raises(ModelError, match="differ from it by nan"):
-        classifier.multi_exit(None, Pooling.MEAN)
+        classifier.multi_exit(config)
 
 
 def truncate(folder: Path) -> None:
@@ -184,10 +154,42 @@ WRONG_HEADS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_wrong_last_head_in_a_model_dir_is_refused(
     wrong: str, make: Make, tmp_path: Path
 ) -> None:
-    model: MultiExitModel = Classifier(make("bert")).multi_exit(None, Pooling.MEAN)
+    classifier = Classifier(make("bert"))
+    model: MultiExitModel = classifier.multi_exit(classifier.exit_config((1, 2)))
     save_checkpoint(model, tmp_path / "model")
     head, message = WRONG_HEADS[wrong]
     block = {"exits": [1, 2, 3], "pooling": "mean", "last_head": head}
     change_config(tmp_path / "model", fpabee=block)
     with pytest.raises(ModelError, match=message):
         load_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.filterwarnings("ignore")  # of peft about transformers
+def test_an_adapter_is_merged_exactly_and_one_for_another_base_is_refused(
+    make: Make, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    folder = make("bert")
+    load: Any = AutoModelForSequenceClassification.from_pretrained
+    settings = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=4)
+    wrapped = peft.get_peft_model(load(folder), settings)
+    for name, weight in wrapped.named_parameters():
+        if "lora" in name or "modules_to_save" in name:
+            nn.init.normal_(weight, std=0.3)
+    wrapped.save_pretrained(tmp_path / "lora")
+    ids, mask = batch()
+    with torch.no_grad():
+        expected = wrapped.eval()(ids, attention_mask=mask).logits
+        plain = Classifier(folder).model(ids, attention_mask=mask).logits
+        # An adapter often brings the head, and the classifier is a plain encoder.
+        for change in (lambda _: None, without_head):
+            change(folder)
+            merged = Classifier(folder, adapter=tmp_path / "lora")
+            found = merged.multi_exit(merged.exit_config(()))(ids, mask)[-1]
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(plain, expected, atol=1e-2)
+    other = make("electra", labels=("no", "yes"))
+    with pytest.raises(ModelError, match="cannot be merged into this classifier"):
+        Classifier(other, adapter=tmp_path / "lora")
+    with pytest.raises(ModelError, match=r"none has no adapter_config\.json"):
+        Classifier(folder, adapter=tmp_path / "none")

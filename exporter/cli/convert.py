@@ -1,0 +1,186 @@
+"""`fpabee-convert`: a classifier and texts without labels become an engines folder."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import rich_click as click
+from rich.cells import set_cell_size
+
+from ...calibration.cli import threshold_of
+from ...calibration.goals import Bound
+from ...runtime.artifact.manifest import ProblemType
+from ...runtime.cli import options
+from ...runtime.cli.command import READING, command
+from ...runtime.cli.console import echo, step_progress
+from ...runtime.machine import require
+from ..convert.options import Chosen, Conversion, Converted, ConvertOptions
+from ..exits import Pooling
+
+_PROMISES = ("flips", "missed", "false_alarms")
+_SEEN = {
+    Pooling.MEAN: "the mean of the tokens",
+    Pooling.FIRST: "the first token",
+    Pooling.BOTH: "the mean and the first token",
+}
+# Below this share of saved layers, training the encoder would help.
+_LITTLE = 0.25
+
+
+@command(
+    examples="""
+fpabee-convert my-classifier texts.jsonl -o engines/
+fpabee-convert my-classifier texts.csv --flips 0.5 --force
+fpabee-convert my-guard texts.txt --missed 2 --threshold attack=0.7
+""",
+    panels={
+        "Texts and the classifier": "--group-column --max-length --problem-type",
+        "Guarantee and machine": "--confidence --threads",
+        **READING,
+    },
+)
+@click.argument("classifier", help="Trained classifier: a folder, or an id on the hub.")
+@click.argument(
+    "texts",
+    type=options.PATH,
+    help="Texts like those to classify, in any format of fpabee-run, without labels. Use texts "
+    "that the classifier was not trained on.",
+)
+@options.path("-o --output", "Folder to write. Default: engines.", "DIR")
+@options.number("--flips", "At most X % of the decisions differ from the classifier's. Default: 1.")
+@options.number("--missed", "Of the texts that the classifier flags, at most X % are not flagged.")
+@options.number("--false-alarms", "Of the others, at most X % are flagged.")
+@options.option(
+    "--threshold thresholds",
+    "LABEL=P",
+    "A label is flagged above this probability. May be repeated.",
+    multiple=True,
+)
+@options.path("--adapter", "PEFT adapter to merge into the classifier.", "DIR")
+@options.flag("--fine-tune", "Train the encoder as well. Saves more, and takes far longer.")
+@options.flag("--all-targets", "Build and certify every target that this machine can.")
+@options.path("--single-file", "Also write one ONNX file with the exits and the rule.", "DIR")
+@options.flag("--force", "Replace an existing engines folder.")
+@options.quiet
+@options.as_json
+@options.number("--confidence", "Confidence of the guarantee in percent. Default: 95.")
+@options.option(
+    "--group-column",
+    "NAME",
+    "Field that names what belongs together, such as a dialogue. One text of each group certifies.",
+)
+@options.count(
+    "--max-length",
+    "Number of tokens to which longer texts are truncated. Default: what the classifier supports.",
+)
+@options.choice(
+    "--problem-type", "TYPE", "Task of a classifier that does not name it.", ProblemType
+)
+@options.threads
+@options.labelled_texts
+def main(
+    classifier: str,
+    texts: Path,
+    output: Path | None,
+    thresholds: tuple[str, ...],
+    confidence: float | None,
+    single_file: Path | None,
+    quiet: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Make CLASSIFIER faster without labels, with a guarantee on its decisions.
+
+    Its weights stay. Exits and a bag of words learn to predict what it predicts on half of TEXTS.
+    The other texts certify that at most 1 % of its decisions change on new texts, and report. An
+    interrupted conversion continues when the same command is given again.
+    """
+    percent = {kind: settings.pop(kind) for kind in _PROMISES}
+    shares = {kind: value / 100 for kind, value in percent.items() if value is not None}
+    options.only_with("missed false_alarms", thresholds, "--threshold")
+    reading = options.read_options(settings)
+    bound = Bound(
+        confidence=0.95 if confidence is None else confidence / 100,
+        thresholds=dict(map(threshold_of, thresholds)),
+        **(shares or {"flips": 0.01}),
+    )
+    wanted = replace(msgspec.convert(settings | {"reading": reading}, ConvertOptions), bound=bound)
+    require("export")
+    from transformers.utils import logging as transformers_logging
+
+    from ..convert.workflow import convert
+    from ..single_file import pack
+
+    # Its bars and warnings are about weights that are not used.
+    of_transformers: Any = transformers_logging
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
+    if quiet:
+        logging.getLogger("fpabee.exporter.convert").setLevel(logging.ERROR)
+    with step_progress(quiet) as progress:
+        result = convert(classifier, texts, output or "engines", wanted, progress)
+        if single_file is not None:
+            pack(result.folder, single_file, progress=progress)
+    if as_json:
+        click.echo(msgspec.json.encode(result, enc_hook=str).decode())
+        return
+    _show(result)
+    if single_file is not None:
+        echo(f"one file: {single_file}")
+    echo(f"next: fpabee-run {shlex.quote(str(result.folder))} texts.txt")
+
+
+def _show(result: Conversion) -> None:
+    """The result in plain words; the table fits 80 columns."""
+    train, choose, calibrate, report = (f"{count:,}" for count in result.parts)
+    echo(f"{result.folder}: {result.texts:,} distinct texts of {result.rows:,}")
+    echo(f"{train} trained, {choose} chose, {calibrate} certified, {report} are reported on:")
+    echo("")
+    echo(_line("", "layers", "times faster", "", "decisions changed", ""))
+    echo(_line("target", "per text", "single text", "file", "per text", "traffic"))
+    for each in result.targets:
+        times = f"{each.speedup_single:.2f}", f"{each.speedup_file:.2f}"
+        changed = f"{100 * each.changed:.2f} %", f"{100 * each.changed_traffic:.2f} %"
+        echo(_line(each.target, f"{each.layers:.2f}", *times, *changed))
+    echo("")
+    for words in dict.fromkeys(map(_guarantee, result.targets)):
+        echo(words)
+    default = next(each for each in result.targets if each.target == result.default_target)
+    if default.accuracy is not None:
+        echo(f"accuracy {default.accuracy:.4f}, of the classifier {result.accuracy:.4f}")
+    echo(f"heads: {_heads(result.chosen)}")
+    saved = 1 - default.layers / result.exit_layers[-1]
+    if result.chosen.form is not None and saved < _LITTLE:
+        echo(f"frozen exits save only {saved:.0%}; --fine-tune trains the encoder as well")
+    for warning in result.warnings:
+        echo(f"warning: {warning}")
+
+
+def _guarantee(found: Converted) -> str:
+    """What a target guarantees, or why it does not."""
+    if found.certificate is None:
+        alone = f"alone changes {100 * found.full_depth_changed:.2f} % of the decisions"
+        return f"{found.target} {alone}; no guarantee, so all layers run: {found.refusal}"
+    rows = " and ".join(f"{promise.rows:,}" for promise in found.certificate.promises)
+    return f"guarantee: on new texts {found.certificate}, tested on {rows}"
+
+
+def _heads(chosen: Chosen) -> str:
+    """The heads of the exits, and how they agree with the classifier."""
+    form, agreement = chosen.form, ", ".join(f"{100 * share:.0f}" for share in chosen.agreement)
+    agrees = f"exits agree with the classifier on {agreement} %"
+    if form is None:
+        return f"trained together with the encoder; {agrees}"
+    layer = f"a hidden layer of {form.width}" if form.width else "linear"
+    every = "" if form.every == 1 else f" after every {form.every} layers"
+    return f"{layer} on {_SEEN[form.pooling]}{every}; {agrees}"
+
+
+def _line(name: str, layers: str, single: str, file: str, text: str, traffic: str) -> str:
+    """A line of the table, of 80 columns; a longer name loses its end."""
+    return f"{set_cell_size(name, 29)} {layers:>8} {single:>12} {file:>6} {text:>10} {traffic:>9}"

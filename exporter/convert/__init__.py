@@ -1,0 +1,28 @@
+"""Conversion: a classifier and texts without labels become an engines folder with a guarantee.
+
+`classifier` loads the classifier, `texts` deals the texts into parts, `states` runs the classifier
+once, `heads` trains and chooses the heads of the exits, `promises` certifies every target, and
+`workflow` does all of it. Importing this package loads neither torch nor transformers; using
+`convert` does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ...runtime.machine import require
+from .options import Conversion, Converted, ConvertOptions
+
+if TYPE_CHECKING:
+    from .workflow import convert
+
+__all__ = ["Conversion", "ConvertOptions", "Converted", "convert"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "convert":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require("export")
+    from .workflow import convert
+
+    return convert

@@ -1,0 +1,160 @@
+"""What a conversion is asked for, and what it found. Needs no torch: the command starts fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...calibration.goals import Bound
+from ...runtime.artifact.manifest import ProblemType
+from ...runtime.artifact.operating_point import Certificate, RuleSettings
+from ...runtime.errors import InputError
+from ...runtime.files import ReadOptions
+from ..exits import Pooling
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """The settings of a conversion.
+
+    Attributes:
+        bound: what is promised on new texts, against the decisions of the classifier.
+        adapter: the folder of a PEFT adapter, which is merged into the classifier.
+        fine_tune: train the encoder as well. Promises are still about the classifier.
+        all_targets: also build int8 and the targets of GPUs, where this machine can.
+        problem_type: the task, if the classifier does not name it.
+        max_length: longest sequence in tokens, special tokens included; None: the longest that
+            tokenizer and classifier take.
+        group_column: the field that names the group of a row, such as its dialogue. Groups stay
+            together, and one text of each certifies.
+        threads: CPU threads; None: all cores.
+        reading: how the texts are read.
+        force: replace an existing engines folder.
+
+    Raises:
+        InputError: the drop of a metric is bounded, which needs labels.
+    """
+
+    bound: Bound = field(default_factory=lambda: Bound(flips=0.01))
+    adapter: Path | None = None
+    fine_tune: bool = False
+    all_targets: bool = False
+    problem_type: ProblemType | None = None
+    max_length: int | None = None
+    group_column: str | None = None
+    threads: int | None = None
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bound.drop is not None:
+            raise InputError("the drop of a metric needs labels", "bound `flips` instead")
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of the heads of all early exits.
+
+    Attributes:
+        pooling: what they see.
+        width: of their hidden layer; 0: there is none.
+        every: there is an exit after every so many layers, counted back from the last.
+    """
+
+    pooling: Pooling
+    width: int = 0
+    every: int = 1
+
+    def exits(self, layers: int) -> tuple[int, ...]:
+        """The layers with an early exit, of an encoder with this many layers."""
+        return tuple(range(layers % self.every or self.every, layers, self.every))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The heads of the early exits, judged on texts that did not train them.
+
+    Attributes:
+        agreement: by exit from exit 1, the share of texts with the decision of the classifier.
+        form: the form that saves most; None: the encoder was trained with them.
+        heads_time: the time of all heads as a share of that of the classifier, for one text of 32
+            tokens.
+        saved: the share of the layers that is saved without exit 0 where about as many decisions
+            change as may; heads count as parts of layers.
+    """
+
+    agreement: tuple[float, ...]
+    form: Form | None = None
+    heads_time: float = 0.0
+    saved: float = 0.0
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a target gives, on texts that decided nothing.
+
+    Attributes:
+        target: its name.
+        point: the name of its operating point; None: it has none.
+        rule: of the point, as `ExitRule.to_dict` gives it; of full depth if there is none.
+        certificate: what is guaranteed; None: nothing.
+        refusal: without a certificate, what was found and how many texts are needed.
+        full_depth_changed: share of the calibration texts with another decision than the
+            classifier's at full depth: the rounding of the target, without early exits.
+        changed: share of the texts of the report with another decision than the classifier's.
+        changed_traffic: the same, where a text counts as often as it occurs.
+        layers: mean number of layers that run for a text of the report.
+        exits: how many of these texts stop at each exit, exit 0 first.
+        speedup_single: time at full depth over time with the rule, for texts one by one.
+        speedup_file: the same for windows of texts, as in files.
+        seconds: estimated time of a text with the rule, as part of a file.
+        max_logit_difference: from the classifier, at full depth.
+        accuracy: share of texts of the report with exactly the right answer; None: no labels.
+    """
+
+    target: str
+    point: str | None
+    rule: RuleSettings
+    certificate: Certificate | None
+    refusal: str
+    full_depth_changed: float
+    changed: float
+    changed_traffic: float
+    layers: float
+    exits: tuple[int, ...]
+    speedup_single: float
+    speedup_file: float
+    seconds: float
+    max_logit_difference: float
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion made.
+
+    Attributes:
+        folder: the engines folder.
+        default_target: the target that runs if none is named.
+        targets: what each target gives; the first is in fp32.
+        exit_layers: the layer of each exit, exit 0 first.
+        chosen: the heads of the early exits.
+        rows: how many texts were read.
+        texts: how many of them are distinct.
+        parts: how many texts trained, chose, calibrated, and were reported on.
+        accuracy: of the classifier on the texts of the report; None: no labels.
+        warnings: what makes the result less useful.
+        seconds: how long this run took.
+    """
+
+    folder: Path
+    default_target: str
+    targets: tuple[Converted, ...]
+    exit_layers: tuple[int, ...]
+    chosen: Chosen
+    rows: int
+    texts: int
+    parts: tuple[int, int, int, int]
+    accuracy: float | None
+    warnings: tuple[str, ...]
+    seconds: float

@@ -1,0 +1,119 @@
+"""One run of the classifier over all texts: its logits, and what a head could read at each layer.
+
+The states of a layer are the input of the next one, so nothing is computed twice, and the logits
+are those of the classifier itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ...runtime.encoding import EncodedRow
+from ...runtime.progress import Progress
+from ..backbones.base import attention_bias
+from ..model import predict, token_weights
+from .classifier import Classifier
+
+_BLOCK = 512  # rows whose states are in memory at once
+
+
+class _WithStates(nn.Module):
+    """A classifier that also gives the pooled states of every layer but the last.
+
+    Args:
+        classifier: the classifier; its layers get hooks until `close`.
+    """
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.model = classifier.model
+        self._norm = classifier.backbone.norm() or nn.Identity()
+        self._seen: list[Tensor] = []
+        # A layer that is called several times (ALBERT) is one module.
+        layers = dict.fromkeys(classifier.backbone.layers())
+        self._hooks = [
+            layer.register_forward_pre_hook(self._note, with_kwargs=True) for layer in layers
+        ]
+
+    def _note(self, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._seen.append(given[0] if given else next(iter(named.values())))
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """`[rows, labels + values]`: the logits, then the states `[layers - 1, 2, hidden]`."""
+        self._seen.clear()
+        logits = self.model(**inputs).logits
+        weights = token_weights(attention_bias(inputs["attention_mask"]))
+        # The first layer reads the embeddings.
+        states = [self._norm(hidden) for hidden in self._seen[1:]]
+        pooled = [
+            part for hidden in states for part in ((weights @ hidden).squeeze(1), hidden[:, 0])
+        ]
+        return torch.cat([logits, *pooled], dim=1)
+
+
+def run_classifier(
+    classifier: Classifier,
+    rows: Sequence[EncodedRow],
+    padding: Mapping[str, float],
+    taught: NDArray[np.intp],
+    folder: Path,
+    progress: Progress,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Run all rows once, unless the folder has the results already.
+
+    Args:
+        classifier: the classifier.
+        rows: tokenized rows.
+        padding: see `model_inputs`.
+        taught: numbers of the rows whose states are kept.
+        folder: where logits and states are kept; states may be larger than the memory.
+        progress: called with (what, rows done, rows).
+
+    Returns:
+        The logits `[rows, labels]`, and the states `[taught, layers - 1, 2, hidden]`, in which the
+        mean over tokens comes before the first token; the latter are mapped from a file.
+    """
+    logits_file, states_file = folder / "logits.npy", folder / "states.npy"
+    if not logits_file.is_file():
+        model, labels = _WithStates(classifier), len(classifier.labels)
+        hidden = int(classifier.model.config.hidden_size)
+        shape = (len(taught), classifier.layers - 1, 2, hidden)
+        if 4 * math.prod(shape) > shutil.disk_usage(folder).free:  # else the process would crash
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(states_file))
+        states = np.lib.format.open_memmap(states_file, "w+", np.float32, shape)
+        logits = np.empty((len(rows), labels), np.float32)
+        place = np.full(len(rows), -1)
+        place[taught] = np.arange(len(taught))
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        # Rows of similar length are in one block.
+        order = np.argsort([len(row) for row in rows], kind="stable")
+        for start in range(0, len(rows), _BLOCK):
+            progress("classify the texts", start, len(rows))
+            numbers = order[start : start + _BLOCK]
+            some = [rows[number] for number in numbers]
+            # In small batches, because long texts need much memory.
+            found = predict(model, some, padding, lambda each: each, batch=32)
+            logits[numbers], kept = found[:, :labels], place[numbers] >= 0
+            states[place[numbers[kept]]] = found[kept, labels:].reshape(-1, *shape[1:])
+        model.close()
+        states.flush()
+        del states
+        np.save(part := folder / "part.npy", logits)
+        part.replace(logits_file)  # last: it says that both are complete
+    return np.load(logits_file), np.load(states_file, mmap_mode="c")

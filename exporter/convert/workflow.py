@@ -1,0 +1,348 @@
+"""Convert: run the classifier, train exits on its predictions, export, certify, publish.
+
+Everything is made in a folder beside the output, OUTPUT.partial. It stays if the conversion is
+interrupted, and the same call goes on from the steps that are complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import util
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ... import __version__
+from ...calibration.guarantee import decision_thresholds, needs_in_words
+from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer
+from ...calibration.trace import data_sha256
+from ...runtime.artifact.folder import read_manifest, sha256_of, write_manifest
+from ...runtime.artifact.manifest import MANIFEST_NAME, Task
+from ...runtime.backends.onnxruntime import check_installed
+from ...runtime.encoding import EncodedRow
+from ...runtime.errors import ArtifactError, InputError, RowError
+from ...runtime.files import read_rows
+from ...runtime.files.labels import Labels, encode_labels
+from ...runtime.progress import Progress, silent
+from ...runtime.rules.measures import Outputs
+from ...runtime.rules.rules import Budget
+from ...runtime.targets import runnable_targets
+from ..add_targets import AddTargetsOptions, add_targets
+from ..checkpoint import save_checkpoint
+from ..exit_0 import save_exit_0
+from ..model import MultiExitModel, by_row, predict
+from ..pipeline import ExportOptions, export
+from ..staging import check_output, publish, resolved
+from ..targets.backends import OPENVINO, unavailable_reason
+from ..targets.check import FP32_TARGET
+from ..tokenizer import load_tokenizer, pad_id, row_limit
+from ..training.examples import Examples, encoded_rows
+from ..training.exit_0 import learn
+from ..training.options import TrainOptions
+from ..training.trainer import probabilities, train_exits
+from .classifier import Classifier
+from .heads import choose_form, store, train_heads
+from .options import Chosen, Conversion, ConvertOptions
+from .promises import Part, certify_target, check_promises
+from .states import run_classifier
+from .texts import CALIBRATED, Numbers, Texts, split
+
+logger = logging.getLogger(__name__)
+
+_SEED = 42
+# Above this accuracy, the classifier has probably been trained on these texts.
+_TOO_GOOD = 0.98
+
+
+def convert(
+    classifier: str | Path,
+    texts: str | Path,
+    output: str | Path = "engines",
+    options: ConvertOptions | None = None,
+    progress: Progress = silent,
+) -> Conversion:
+    """Turn a classifier and texts without labels into an engines folder with a guarantee.
+
+    Half of the distinct texts train exits and exit 0 on the predictions of the classifier, 40 %
+    calibrate, and 10 % are reported on. Unless `fine_tune` is given, the weights stay, and full
+    depth gives the logits of the classifier.
+
+    Args:
+        classifier: a folder or hub id of an `AutoModelForSequenceClassification`.
+        texts: a file in any format of `runtime.read_rows`: texts like those to classify, which the
+            classifier was not trained on. If there are labels, accuracy is reported as well.
+        output: the engines folder to write.
+        options: default: at most 1 % of the decisions change, with 95 % confidence.
+        progress: called with (what, done, total).
+
+    Raises:
+        ModelError: the classifier or the adapter cannot be used.
+        InputError: the texts are too few or too similar, or a promise cannot be kept.
+        RowError: a row cannot be read.
+        ArtifactError: the output folder exists, or cannot be written.
+        MissingExtraError: a package that is needed is not installed.
+        VerificationError: the export differs too much from the model.
+
+    Example:
+        ```python
+        from fpabee.calibration import Bound
+        from fpabee.exporter.convert import ConvertOptions, convert
+
+        options = ConvertOptions(bound=Bound(flips=0.01))
+        result = convert("my-classifier", "texts.jsonl", "engines/", options)
+        for target in result.targets:
+            print(target.target, target.certificate, target.layers, target.changed)
+        ```
+    """
+    started = time.perf_counter()
+    options, target = options or ConvertOptions(), resolved(output)
+    check_output(target, options.force)
+    check_installed()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    teacher = Classifier(classifier, options.problem_type, options.adapter)
+    for label in options.bound.thresholds:
+        if label not in teacher.labels:
+            known = ", ".join(teacher.labels)
+            raise InputError(f"the classifier has no label {label!r}", f"choose from {known}")
+    given = split(read_rows(texts, options.reading), options.group_column)
+    needs = needs_in_words(options.bound, has_exit_0=True)
+    for line in (f"{len(given.calibrate):,} texts calibrate", *needs):
+        logger.warning(line)
+    work = _Work(teacher, given, options, progress)
+    try:
+        with _partial(target, work.fingerprint) as folder:
+            found = work.run(folder)
+            check_output(target, options.force)  # again, because it may have appeared meanwhile
+            publish(folder / "engines", target)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {target}: {error.strerror}", "check the free space and permissions"
+        ) from error
+    seconds = round(time.perf_counter() - started, 1)
+    return replace(found, folder=Path(output), seconds=seconds)
+
+
+@contextmanager
+def _partial(target: Path, fingerprint: str) -> Iterator[Path]:
+    """The folder of an unfinished conversion, which only an interruption leaves behind."""
+    folder = target.with_name(f"{target.name}.partial")
+    mark = folder / "conversion"
+    if folder.exists():
+        if not mark.is_file():
+            raise ArtifactError(f"{folder} is in the way", "give another `output`")
+        if mark.read_text() != fingerprint:
+            shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(fingerprint)
+    try:
+        yield folder
+    except Exception:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
+
+
+class _Work:
+    """The steps of a conversion.
+
+    Args:
+        teacher: the classifier.
+        texts: the texts and their parts.
+        options: the settings.
+        progress: called with (what, done, total).
+
+    Raises:
+        ModelError: the head of the classifier is not the usual one of its family, or its tokenizer
+            cannot be used.
+    """
+
+    def __init__(
+        self, teacher: Classifier, texts: Texts, options: ConvertOptions, progress: Progress
+    ) -> None:
+        self.teacher, self.texts, self.options, self.progress = teacher, texts, options, progress
+        self.task = Task(problem_type=teacher.problem_type, labels=teacher.labels)
+        self.plain = teacher.multi_exit(teacher.exit_config(()))
+        self.tokenizer = load_tokenizer(teacher.folder, self.plain)
+        self.max_length = row_limit(teacher.folder, self.tokenizer, self.plain, options.max_length)
+        self.padding = {"input_ids": pad_id(self.tokenizer, self.plain)}
+        if "token_type_ids" in self.tokenizer.model_input_names:
+            self.padding["token_type_ids"] = self.tokenizer.pad_token_type_id
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides the result."""
+        settings = replace(self.options, force=False, threads=None)
+        folders = (self.teacher.folder, self.options.adapter)
+        files = [path for folder in folders if folder for path in sorted(folder.iterdir())]
+        content = [
+            __version__,
+            msgspec.to_builtins(settings, enc_hook=str),
+            data_sha256(self.texts.rows, labels=False),
+            [sha256_of(path) for path in files if path.is_file()],
+        ]
+        return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
+
+    def run(self, folder: Path) -> Conversion:
+        """Do all that is not done yet, and leave the engines folder in `engines`."""
+        texts, bound = self.texts, self.options.bound
+        rows = encoded_rows(texts.rows, self.tokenizer, self.max_length)
+        # The heads of a trained encoder cannot learn from stored states.
+        taught = texts.taught[:0] if self.options.fine_tune else texts.taught
+        given = self.teacher, rows, self.padding, taught, folder
+        logits, states = run_classifier(*given, self.progress)
+        check_promises(bound, self.task, logits[texts.calibrate], CALIBRATED)
+        model_dir, engines, mark = folder / "model", folder / "engines", folder / "chosen.json"
+        if not mark.is_file():
+            mark.write_bytes(msgspec.json.encode(self._train(model_dir, rows, logits, states)))
+        chosen = msgspec.json.decode(mark.read_bytes(), type=Chosen)
+        if not (engines / MANIFEST_NAME).is_file():
+            export(model_dir, engines, ExportOptions(max_length=self.max_length), self.progress)
+        if not (folder / "targets").is_file():
+            self._add_targets(engines)
+            (folder / "targets").touch()
+        return self._certify(engines, logits, chosen)
+
+    def _train(
+        self,
+        model_dir: Path,
+        rows: Sequence[EncodedRow],
+        logits: NDArray[np.float32],
+        states: NDArray[np.float32],
+    ) -> Chosen:
+        """Train the exits and exit 0, and write the model."""
+        texts = self.texts
+        targets = probabilities(torch.from_numpy(logits), self.task.problem_type).numpy()
+        train, choose = (
+            Examples([rows[n] for n in numbers], targets[numbers])
+            for numbers in (texts.train, texts.choose)
+        )
+        if self.options.fine_tune:
+            model, chosen = self._fine_tuned(train, choose, logits[texts.choose])
+        else:
+            model, chosen = self._frozen(states, logits[texts.taught])
+        exit_0 = learn(train, choose, self.plain, _SEED, self.progress)
+        save_checkpoint(model, model_dir)
+        self.tokenizer.save_pretrained(model_dir)
+        save_exit_0(model_dir, exit_0, self.task.problem_type)
+        return chosen
+
+    def _frozen(
+        self, states: NDArray[np.float32], logits: NDArray[np.float32]
+    ) -> tuple[MultiExitModel, Chosen]:
+        """The weights of the classifier, and heads of the form that suits the texts."""
+        teacher, count = self.teacher, len(self.texts.train)
+        thresholds = decision_thresholds(self.task, self.options.bound.thresholds)
+        share = min(self.options.bound.shares.values())
+        chosen = choose_form(teacher, states, logits, count, share, thresholds, self.progress)
+        form = chosen.form
+        assert form is not None
+        config = teacher.exit_config(form.exits(teacher.layers), form.pooling)
+        hidden = len(config.exits) - 1 if form.width else 0
+        model = teacher.multi_exit(replace(config, hidden_layers=hidden, hidden_width=form.width))
+        self.progress("train heads", 0, 1)
+        every = torch.from_numpy(states), torch.from_numpy(logits)
+        store(train_heads(form, teacher, *every), form, model)
+        return model, chosen
+
+    def _fine_tuned(
+        self, train: Examples, choose: Examples, logits: NDArray[np.float32]
+    ) -> tuple[MultiExitModel, Chosen]:
+        """All weights but the classifier's own head are trained, together with all exits."""
+        teacher, task = self.teacher, self.task.problem_type
+        config = teacher.exit_config(tuple(range(1, teacher.layers)))
+        torch.manual_seed(_SEED)
+        model = teacher.multi_exit(config.with_hidden_layers())
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        options = TrainOptions(train="texts", dev="texts", backbone=str(teacher.folder))
+        options = replace(options, epochs=options.epochs_for(len(train.rows)))
+        dev = Examples(choose.rows, Outputs(logits, task).answers)
+        train_exits(model, train, dev, self.padding, options, self.progress)
+        found = predict(model, choose.rows, self.padding, by_row).swapaxes(0, 1)
+        lengths = np.ones(len(logits), np.intp)
+        changed = Scorer(
+            LabelledLogits(found, lengths, None, task, reference=logits), AGREEMENT
+        ).changed
+        return model, Chosen(agreement=tuple(map(float, 1 - changed[:-1].mean(axis=1))))
+
+    def _add_targets(self, engines: Path) -> None:
+        """Build the targets, and let every text run to full depth where there is no point."""
+        manifest = read_manifest(engines)
+        full_depth = Budget(exit=manifest.exits[-1]).to_dict()
+        write_manifest(engines, msgspec.structs.replace(manifest, default_rule=full_depth))
+        wanted = AddTargetsOptions(backends=() if unavailable_reason(OPENVINO) else (OPENVINO,))
+        if self.options.all_targets:
+            # Ranges come from texts that do not certify.
+            data = [self.texts.rows[number].content for number in self.texts.taught]
+            int8 = util.find_spec("nncf") is not None
+            wanted = AddTargetsOptions(int8=int8, calibration_data=data if int8 else ())
+        add_targets(engines, wanted, self.progress)
+
+    def _certify(self, engines: Path, logits: NDArray[np.float32], chosen: Chosen) -> Conversion:
+        """Certify the targets; the fastest one that has a point becomes the default."""
+        texts, options = self.texts, self.options
+        warnings: list[str] = []
+        expected = self._labels(warnings)
+
+        def part(numbers: Numbers) -> Part:
+            known = None if expected is None else expected[numbers]
+            rows = [texts.rows[number] for number in numbers]
+            return Part(rows, logits[numbers], texts.weights[numbers], known)
+
+        calibrate, report = part(texts.calibrate), part(texts.report)
+        names = runnable_targets(engines)
+        if not options.all_targets:
+            names = [FP32_TARGET, read_manifest(engines).default_target]
+        given = options.bound, calibrate, report, options.threads, self.progress
+        targets = tuple(
+            certify_target(engines, name, *given) for name in dict.fromkeys([FP32_TARGET, *names])
+        )
+        certified = {each.target: each.seconds for each in targets if each.point is not None}
+        default = min(certified, key=certified.__getitem__, default=FP32_TARGET)
+        manifest = read_manifest(engines)
+        write_manifest(engines, msgspec.structs.replace(manifest, default_target=default))
+        accuracy = None
+        if expected is not None:
+            answers = Outputs(logits, self.task.problem_type).answers
+            right = (answers == expected).reshape(len(answers), -1).all(axis=1)
+            accuracy = float(right[texts.report].mean())
+            if right.mean() > _TOO_GOOD:
+                warnings.append(
+                    f"the classifier is right on {right.mean():.1%} of these texts: if it was "
+                    "trained on them, the guarantee does not hold for new texts"
+                )
+        return Conversion(
+            folder=engines,
+            default_target=default,
+            targets=targets,
+            exit_layers=manifest.exit_layers,
+            chosen=chosen,
+            rows=int(texts.weights.sum()),
+            texts=len(texts.rows),
+            parts=texts.sizes,
+            accuracy=accuracy,
+            warnings=tuple(warnings),
+            seconds=0.0,
+        )
+
+    def _labels(self, warnings: list[str]) -> Labels | None:
+        """The labels of all texts; None if some have none, or one that the classifier lacks."""
+        rows = self.texts.rows
+        given = [row.labels for row in rows if row.labels is not None]
+        if len(given) < len(rows):
+            return None
+        try:
+            places = [row.where for row in rows]
+            return encode_labels(given, self.task.labels, self.task.problem_type, places)
+        except RowError as error:
+            warnings.append(f"accuracy is not known: {error.message}")
+            return None

@@ -1,0 +1,179 @@
+"""Tiny classifiers with random weights, and one that is converted once."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from fpabee.calibration import Bound
+from fpabee.exporter.backbones import _FAMILIES
+from fpabee.exporter.convert import Conversion, ConvertOptions, convert, heads, workflow
+from fpabee.exporter.training import exit_0
+from fpabee.runtime.artifact.manifest import ProblemType
+from fpabee.runtime.errors import BackendError
+
+from ...conftest import WORDS, MadeOnce
+
+SINGLE, MULTI = ProblemType
+LABELS = ("no", "perhaps", "yes")
+# Families, with settings that change their heads.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in _FAMILIES},
+    "deberta-v2 with tanh": ("deberta-v2", {"pooler_hidden_act": "tanh"}),
+    "modernbert with means": (
+        "modernbert",
+        {
+            "classifier_pooling": "mean",
+            "classifier_bias": True,
+            "classifier_activation": "relu",
+            "norm_bias": True,
+        },
+    ),
+}
+
+
+@pytest.fixture
+def make(tiny_models: Mapping[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Makes a classifier with random weights and the tokenizer of the tiny model."""
+
+    def make(kind: str, labels: Sequence[str] = LABELS, **changes: Any) -> Path:
+        family, settings = KINDS[kind]
+        source, folder = tiny_models[family], tmp_path / "classifier"
+        config = AutoConfig.from_pretrained(source)
+        del config.fpabee, config.architectures
+        config.problem_type = None
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+        for name, value in (settings | changes).items():
+            setattr(config, name, value)
+        torch.manual_seed(5)
+        build: Any = AutoModelForSequenceClassification.from_config
+        model = build(config)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # by default they are all 0, or all 1
+                nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(folder)
+        for path in source.glob("tokenizer*"):
+            shutil.copy(path, folder)
+        return folder
+
+    return make
+
+
+TEXTS = tuple(
+    dict.fromkeys(
+        " ".join(random.Random(seed).choices(WORDS, k=1 + seed % 7)) for seed in range(700)
+    )
+)
+
+
+def make_telling(source: Path, folder: Path, problem_type: str) -> Path:
+    """Write a BERT classifier whose decisions differ from text to text.
+
+    Args:
+        source: a tiny model, whose encoder and tokenizer it gets.
+        folder: where to.
+        problem_type: its task.
+    """
+    config = AutoConfig.from_pretrained(source)
+    del config.fpabee, config.architectures
+    config.problem_type = problem_type
+    config.id2label = dict(enumerate(LABELS))
+    config.label2id = {label: index for index, label in enumerate(LABELS)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        build: Any = AutoModelForSequenceClassification.from_config
+        model = build(config).eval()
+        weights = load_file(source / "model.safetensors")
+        model.load_state_dict({n: w for n, w in weights.items() if n.startswith("bert.")}, False)
+        nn.init.normal_(model.classifier.weight)
+    rows = AutoTokenizer.from_pretrained(source)(TEXTS[:64], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        model.classifier.weight *= 4 / model(**rows).logits.std()
+        model.classifier.bias -= model(**rows).logits.mean(dim=0)
+    model.save_pretrained(folder)
+    for path in source.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def telling(tiny_models: Mapping[str, Path], shared_root: Path) -> Mapping[str, Path]:
+    """Classifiers whose decisions differ from text to text, by their task. Read-only."""
+    source = tiny_models["bert"]
+    return MadeOnce(
+        shared_root / "telling", lambda task, folder: make_telling(source, folder, task)
+    )
+
+
+@pytest.fixture(scope="session")
+def texts(shared_root: Path) -> Path:
+    """A file of some hundred distinct texts, of which every fifth is there twice; all say yes."""
+    path = shared_root / "texts.jsonl"
+    rows = [json.dumps({"text": text, "label": "yes"}) for text in (*TEXTS, *TEXTS[::5])]
+    path.write_text("\n".join(rows))
+    return path
+
+
+def quickly(patch: pytest.MonkeyPatch) -> None:
+    """Lets a conversion take a few seconds: few forms, few steps, one target."""
+    patch.setattr(heads, "_WIDTHS", (0, 8))
+    patch.setattr(heads, "_MOST_STEPS", 60)
+    patch.setattr(heads, "_LR", 0.03)
+    patch.setattr(heads, "_relative_times", lambda _, forms: [0.01] * len(forms))
+    patch.setattr(exit_0, "_MOST_EPOCHS", 4)
+    missing = BackendError("it is not here")
+    patch.setattr(workflow, "unavailable_reason", lambda _: missing)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See `quickly`."""
+    quickly(monkeypatch)
+
+
+# With so many changes allowed, some hundred texts certify something.
+OPTIONS = ConvertOptions(bound=Bound(flips=0.1))
+
+
+@dataclass
+class Converted:
+    """A conversion, and the arguments of what it called."""
+
+    folder: Path
+    result: Conversion
+    calls: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def converted(
+    telling: Mapping[str, Path], texts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Converted:
+    """A conversion of the classifier with one label for each text. Read-only."""
+    calls: dict[str, Any] = {}
+
+    def noting(name: str, function: Any) -> Any:
+        def call(*given: Any) -> Any:
+            calls[name] = given
+            return function(*given)
+
+        return call
+
+    folder = tmp_path_factory.mktemp("converted") / "engines"
+    with pytest.MonkeyPatch.context() as patch:
+        quickly(patch)
+        for name in ("choose_form", "train_heads", "learn", "certify_target"):
+            patch.setattr(workflow, name, noting(name, getattr(workflow, name)))
+        result = convert(telling[SINGLE.value], texts, folder, OPTIONS)
+    return Converted(folder, result, calls)

@@ -1,0 +1,212 @@
+"""`fpabee-convert`: its options, what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from fpabee.calibration import Bound
+from fpabee.exporter import single_file
+from fpabee.exporter.cli.convert import main
+from fpabee.exporter.convert import Conversion, ConvertOptions, workflow
+from fpabee.exporter.convert.options import Chosen, Converted, Form
+from fpabee.exporter.exits import Pooling
+from fpabee.runtime.artifact.manifest import ProblemType
+from fpabee.runtime.artifact.operating_point import Certificate, Promise
+from fpabee.runtime.files import ReadOptions
+
+from .conftest import SINGLE
+
+CERTIFICATE = Certificate(confidence=95.0, promises=(Promise(of="flips", at_most=1.0, rows=1200),))
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(part) for part in arguments])
+
+
+def converted(target: str, certificate: Certificate | None, layers: float) -> Converted:
+    return Converted(
+        target=target,
+        point="flips-1" if certificate else None,
+        rule={"name": "budget", "exit": 6},
+        certificate=certificate,
+        refusal="" if certificate else "full depth has 31 flips in 1200 texts",
+        full_depth_changed=0.0 if certificate else 0.026,
+        changed=0.005,
+        changed_traffic=0.004,
+        layers=layers,
+        exits=(100, 50, 50, 0, 0, 0, 100),
+        speedup_single=1.9,
+        speedup_file=2.25,
+        seconds=0.01,
+        max_logit_difference=1e-6,
+        accuracy=0.95,
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Conversions that are not made; each gives the same result."""
+    noted: list[Any] = []
+
+    def convert(*given: Any) -> Conversion:
+        noted.append(given[:4])
+        form = Form(Pooling.BOTH, 64, every=2)
+        return Conversion(
+            folder=Path("engines"),
+            default_target="openvino-bf16",
+            targets=(
+                converted("onnxruntime-fp32", CERTIFICATE, 4.7),
+                converted("openvino-bf16", CERTIFICATE, 4.8),
+                converted("openvino-int8", None, 6.0),
+            ),
+            exit_layers=(0, 2, 4, 6),
+            chosen=Chosen((0.81, 0.938), form, 0.021, 0.4),
+            rows=4000,
+            texts=3000,
+            parts=(1200, 300, 1200, 300),
+            accuracy=0.955,
+            warnings=("something is odd",),
+            seconds=61.2,
+        )
+
+    monkeypatch.setattr(workflow, "convert", convert)
+    return noted
+
+
+def test_every_option_reaches_the_conversion(calls: list[Any]) -> None:
+    result = run("model", "a.csv")
+    assert result.exit_code == 0, result.output
+    assert calls == [("model", Path("a.csv"), "engines", ConvertOptions())]
+    settings = "--flips 2 --missed 3 --false-alarms 4 --threshold bad=0.7 --confidence 90"
+    others = "--fine-tune --all-targets --group-column id --max-length 64 --threads 2 --force"
+    reading = "--column text=body --column label=kind --no-quotes --adapter lora"
+    task = "--problem-type multi_label_classification"
+    result = run("m", "b.csv", "-o", "out", *f"{settings} {others} {reading} {task}".split())
+    assert result.exit_code == 0, result.output
+    expected = ConvertOptions(
+        bound=Bound(
+            confidence=0.9, flips=0.02, missed=0.03, false_alarms=0.04, thresholds={"bad": 0.7}
+        ),
+        adapter=Path("lora"),
+        fine_tune=True,
+        all_targets=True,
+        problem_type=ProblemType.MULTI_LABEL,
+        max_length=64,
+        group_column="id",
+        threads=2,
+        reading=ReadOptions(None, "body", None, "kind", True),
+        force=True,
+    )
+    assert calls[1:] == [("m", Path("b.csv"), Path("out"), expected)]
+
+
+def test_the_summary_says_what_is_guaranteed_and_what_is_not(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed: list[Any] = []
+    monkeypatch.setattr(single_file, "pack", lambda *given, **_: packed.append(given))
+    result = run("model", "texts.jsonl", "--single-file", "one")
+    assert result.exit_code == 0, result.output
+    assert packed == [(Path("engines"), Path("one"))]
+    lines = result.stdout.splitlines()
+    for line in (
+        "heads: a hidden layer of 64 on the mean and the first token after every 2 layers; exits "
+        "agree with the classifier on 81, 94 %",
+        "openvino-bf16                     4.80         1.90   2.25     0.50 %    0.40 %",
+        "guarantee: on new texts at most 1 % flips, with 95 % confidence, tested on 1,200",
+        "openvino-int8 alone changes 2.60 % of the decisions; no guarantee, so all layers run: "
+        "full depth has 31 flips in 1200 texts",
+        "accuracy 0.9500, of the classifier 0.9550",
+        "frozen exits save only 20%; --fine-tune trains the encoder as well",
+        "warning: something is odd",
+        "one file: one",
+        "next: fpabee-run engines texts.txt",
+    ):
+        assert line in lines
+    found = json.loads(run("model", "texts.jsonl", "--json").stdout)
+    assert found["targets"][1]["certificate"]["confidence"] == 95
+    assert found["chosen"]["form"]["pooling"] == "both"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [
+        ("--missed 1", "--missed can be used only with --threshold", 2),
+        ("--threshold bad", "is not LABEL=P", 2),
+        ("--threshold bad=1.5", "between 0 and 1", 1),
+        ("--flips 0", "flips is 0 %", 1),
+    ],
+)
+def test_wrong_promises_are_refused(arguments: str, message: str, code: int) -> None:
+    result = run("model", "texts.jsonl", *arguments.split())
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def always_yes(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.weight"] *= 0
+    weights["classifier.bias"] = torch.tensor([0.0, 0.0, 5.0])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def slow_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "always one label": (always_yes, "the classifier decides the same for all"),
+    "no fast tokenizer": (slow_tokenizer, "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
+    case: str, telling: Mapping[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    change, message = BAD[case]
+    folder = Path(shutil.copytree(telling[SINGLE.value], tmp_path / "model"))
+    change(folder)
+    result = run(folder, texts, "-o", tmp_path / "out", "--flips", "10", "--quiet")
+    assert result.exit_code == 1, result.output
+    assert message in result.stderr
+    assert " -> " in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_adapter_needs_a_package(
+    telling: Mapping[str, Path], texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name: None if name == "peft" else find(name))
+    result = run(telling[SINGLE.value], texts, "--adapter", "lora", "--quiet")
+    assert result.exit_code == 1
+    assert "pip install 'fpabee[peft]'" in result.stderr
+
+
+def test_a_full_disk_leaves_nothing(
+    telling: Mapping[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("numpy.save", full)
+    result = run(telling[SINGLE.value], texts, "-o", tmp_path / "out", "--flips", "10", "--quiet")
+    assert result.exit_code == 1
+    assert "No space left on device -> check the free space" in result.stderr
+    assert not [*tmp_path.iterdir()]

@@ -1,0 +1,76 @@
+"""Heads learn what the classifier predicts, and the form that suits the texts is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fpabee.exporter.convert.classifier import Classifier
+from fpabee.exporter.convert.heads import choose_form, logits_of, store, train_heads
+from fpabee.exporter.convert.options import Form
+from fpabee.exporter.exits import Pooling
+from fpabee.runtime.progress import silent
+
+Make = Callable[..., Path]
+
+
+def made_up(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """States in which only the first token says what the classifier decides, and its logits."""
+    torch.manual_seed(0)
+    states = 3 + 5 * torch.randn(rows, 2, 2, 32)
+    logits = states[:, 0, 1, :3] - 3
+    states[:, 1, 1, :3] = states[:, 0, 1, :3]
+    return states, logits
+
+
+def test_the_form_whose_exits_agree_is_chosen(make: Make, quick: None) -> None:
+    classifier = Classifier(make("bert"))
+    states, logits = made_up(900)
+    given = states.numpy(), logits.numpy(), 600, 0.01, ()
+    chosen = choose_form(classifier, *given, silent)
+    assert chosen.form is not None
+    assert chosen.form.pooling in (Pooling.FIRST, Pooling.BOTH)
+    assert min(chosen.agreement) > 0.85
+    assert 0 < chosen.saved < 2 / 3
+
+
+def test_heads_that_take_too_long_are_not_chosen(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fpabee.exporter.convert.heads._MOST_TIME", 0.0)
+    states, logits = made_up(60)
+    given = states.numpy(), logits.numpy(), 40, 0.01, ()
+    chosen = choose_form(Classifier(make("bert")), *given, silent)
+    assert chosen.form is not None
+    assert (chosen.form.pooling, chosen.form.width) == (Pooling.MEAN, 0)
+
+
+@pytest.mark.parametrize("form", [Form(Pooling.MEAN), Form(Pooling.BOTH, 8, every=2)])
+def test_stored_heads_give_the_same_logits(form: Form, make: Make, quick: None) -> None:
+    classifier = Classifier(make("bert"))
+    states, logits = made_up(200)
+    heads = train_heads(form, classifier, states, logits)
+    expected = logits_of(heads, states)
+    config = classifier.exit_config(form.exits(classifier.layers), form.pooling)
+    hidden = len(config.exits) - 1 if form.width else 0
+    config = replace(config, hidden_layers=hidden, hidden_width=form.width)
+    model = classifier.multi_exit(config).eval()
+    store(heads, form, model)
+    with torch.no_grad():
+        for number, layer in enumerate(config.exits[:-1]):
+            taken = states[:, layer - 1]
+            inputs = taken.flatten(1) if form.pooling is Pooling.BOTH else taken[:, 0]
+            found = model.parts[2][number].classify(inputs)
+            np.testing.assert_allclose(found, expected[layer - 1], rtol=0, atol=1e-4)
+
+
+def test_exits_are_counted_from_the_last_layer() -> None:
+    assert Form(Pooling.MEAN).exits(4) == (1, 2, 3)
+    assert Form(Pooling.MEAN, every=2).exits(6) == (2, 4)
+    assert Form(Pooling.MEAN, every=2).exits(7) == (1, 3, 5)
+    assert Form(Pooling.MEAN, every=2).exits(2) == ()

@@ -1,0 +1,66 @@
+"""One run gives the logits of the classifier, and what the heads of a model with exits see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from fpabee.exporter.convert.classifier import Classifier
+from fpabee.exporter.convert.heads import _TAKEN
+from fpabee.exporter.convert.states import run_classifier
+from fpabee.exporter.exits import Pooling
+from fpabee.exporter.model import by_row, predict
+from fpabee.exporter.training.examples import encoded_rows
+from fpabee.runtime.files import Row
+from fpabee.runtime.progress import silent
+
+from .conftest import KINDS, TEXTS
+
+PADDING = {"input_ids": 0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_see_in_training_what_they_see_in_the_model(
+    kind: str, make: Callable[..., Path], tmp_path: Path
+) -> None:
+    classifier = Classifier(make(kind))
+    tokenizer = AutoTokenizer.from_pretrained(classifier.folder)
+    rows = encoded_rows([Row(text) for text in TEXTS[:40]], tokenizer, 32)
+    taught = np.array([3, 39, 0, 17])
+    logits, states = run_classifier(classifier, rows, PADDING, taught, tmp_path, silent)
+    expected = predict(classifier.model, rows, PADDING, lambda output: output.logits)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+    assert states.shape == (4, 2, 2, 32)
+    for pooling, taken in _TAKEN.items():
+        config = replace(classifier.exit_config((1, 2), pooling), hidden_layers=2, hidden_width=5)
+        model = classifier.multi_exit(config).eval()
+        every = predict(model, [rows[number] for number in taught], PADDING, by_row)
+        inputs = torch.from_numpy(states)[:, :, taken].flatten(2)
+        with torch.no_grad():
+            found = [head.classify(inputs[:, n]) for n, head in enumerate(model.parts[2][:2])]
+        np.testing.assert_allclose(torch.stack(found, 1), every[:, :2], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(every[:, 2], logits[taught], rtol=0, atol=1e-5)
+    assert pooling is Pooling.BOTH
+
+
+def test_a_finished_run_is_read_and_a_full_disk_is_an_error(
+    make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = Classifier(make("bert"))
+    tokenizer = AutoTokenizer.from_pretrained(classifier.folder)
+    rows = encoded_rows([Row(text) for text in TEXTS[:10]], tokenizer, 32)
+    given = classifier, rows, PADDING, np.arange(5), tmp_path, silent
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
+        with pytest.raises(OSError, match="No space left"):
+            run_classifier(*given)
+    logits, states = run_classifier(*given)
+    monkeypatch.setattr(classifier, "model", None)
+    for found, expected in zip(run_classifier(*given), (logits, states), strict=True):
+        np.testing.assert_array_equal(found, expected)

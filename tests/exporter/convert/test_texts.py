@@ -1,0 +1,55 @@
+"""Distinct texts, and what each of them is for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fpabee.exporter.convert.texts import split
+from fpabee.runtime.errors import InputError
+from fpabee.runtime.files import Row
+
+ROWS = [Row(f"text {number}", fields={"dialogue": number // 5}) for number in range(4000)]
+
+
+def test_every_distinct_text_is_in_one_part_and_keeps_it() -> None:
+    texts = split([*ROWS, *ROWS[:7], ROWS[3], Row("text 9", "and a pair")])
+    parts = texts.train, texts.choose, texts.calibrate, texts.report
+    every = np.concatenate(parts)
+    assert sorted(every) == list(range(4001))
+    assert texts.weights[[0, 3, 7]].tolist() == [2, 3, 1]
+    shares = np.array(texts.sizes) / len(every)
+    np.testing.assert_allclose(shares, [0.4, 0.1, 0.4, 0.1], atol=0.03)
+    assert texts.taught.tolist() == [*texts.train, *texts.choose]
+    others = split(ROWS[2000:])
+    certified = {texts.rows[number].text for number in texts.calibrate}
+    assert {others.rows[number].text for number in others.calibrate} <= certified
+
+
+def test_groups_stay_together_and_one_text_of_each_calibrates() -> None:
+    texts = split([*ROWS, Row("on its own")], "dialogue")
+    seen: dict[int, set[str]] = {}
+    for name in ("train", "choose", "calibrate", "report"):
+        for number in getattr(texts, name):
+            seen.setdefault(texts.rows[number].fields.get("dialogue", -1), set()).add(name)
+    assert all(len(names) == 1 for names in seen.values())
+    groups = [texts.rows[number].fields.get("dialogue") for number in texts.calibrate]
+    assert len(set(groups)) == len(groups) > 250
+    assert texts.sizes[0] > 1200
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "message"),
+    [
+        ([Row("same")] * 30, None, "all 30 texts are equal"),
+        ([*ROWS[:50], *[Row(" ")] * 50], None, "50 of 100 texts are empty .* `text_column`"),
+        (ROWS[:4], None, "4 distinct texts are too few"),
+        (ROWS, "speaker", 'no row has a field "speaker" -> correct `group_column`'),
+        ([], None, "there are no texts"),
+    ],
+)
+def test_texts_that_cannot_be_split_are_refused(
+    rows: list[Row], group: str | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        split(rows, group)

@@ -1,0 +1,213 @@
+"""Conversions of tiny classifiers: what they write, certify, continue and refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fpabee.calibration import Bound
+from fpabee.exporter.convert import ConvertOptions, convert
+from fpabee.exporter.convert.promises import certify_target
+from fpabee.exporter.model import predict
+from fpabee.exporter.tokenizer import load_tokenizer
+from fpabee.exporter.training.examples import Examples, encoded_rows
+from fpabee.runtime import Engine
+from fpabee.runtime.artifact.folder import read_manifest
+from fpabee.runtime.errors import ArtifactError, InputError
+
+from .conftest import MULTI, OPTIONS, SINGLE, TEXTS, Converted
+
+
+def test_what_certifies_has_neither_trained_nor_chosen(
+    converted: Converted, telling: Mapping[str, Path]
+) -> None:
+    calls, (train, choose, calibrate, report) = converted.calls, converted.result.parts
+    assert train + choose + calibrate + report == converted.result.texts == len(TEXTS)
+    certified, reported = calls["certify_target"][3:5]
+    contents = [row.content for part in (certified, reported) for row in part.rows]
+    assert len(set(contents)) == len(contents) == calibrate + report
+    model = calls["learn"][2]
+    tokenizer = load_tokenizer(telling[SINGLE.value], model)
+    others = encoded_rows([*certified.rows, *reported.rows], tokenizer, 64)
+    both: tuple[Examples, ...] = calls["learn"][:2]
+    assert [len(part.rows) for part in both] == [train, choose]
+    rows = [row for part in both for row in part.rows]
+    assert {tuple(row.input_ids) for row in rows}.isdisjoint(tuple(r.input_ids) for r in others)
+    # The heads see the same rows: the logits of the classifier for them.
+    logits = predict(model, rows, {"input_ids": 0}, lambda output: output[-1])
+    for name in ("choose_form", "train_heads"):
+        states, given = calls[name][-2:] if name == "train_heads" else calls[name][1:3]
+        np.testing.assert_allclose(given, logits, rtol=0, atol=1e-5)
+        assert states.shape == (train + choose, 2, 2, 32)
+    assert calls["choose_form"][3] == train
+
+
+def test_the_result_is_what_the_engine_does(converted: Converted) -> None:
+    result, (*_, calibrate, report) = converted.result, converted.result.parts
+    (target,) = result.targets
+    reported = converted.calls["certify_target"][4]
+    assert [path.name for path in converted.folder.parent.iterdir()] == ["engines"]
+    assert result.rows == len(TEXTS) + len(TEXTS[::5])
+    assert target.target == result.default_target == "onnxruntime-fp32"
+    assert target.certificate is not None
+    (promise,) = target.certificate.promises
+    assert calibrate - 10 < promise.rows <= calibrate
+    assert target.full_depth_changed == 0
+    assert target.max_logit_difference < 1e-5
+    assert target.layers < 3
+    texts, answers = [row.content for row in reported.rows], reported.logits.argmax(axis=1)
+    with Engine.load(converted.folder) as engine:
+        assert engine.operating_point == target.point == "flips-10"
+        found = engine.trace(texts, rule=engine.rule)
+        counts = np.bincount(found.exits, minlength=len(engine.manifest.exits))
+        assert counts.tolist() == [*target.exits]
+        changed = found.predictions != answers
+        full = engine.trace(texts).logits[-1]
+    assert len(texts) == report
+    assert changed.mean() == pytest.approx(target.changed)
+    traffic = np.average(changed, weights=reported.weights)
+    assert traffic == pytest.approx(target.changed_traffic)
+    np.testing.assert_allclose(full, reported.logits, rtol=0, atol=1e-5)
+    assert (result.exit_layers[0], result.exit_layers[-1]) == (0, 3)
+    assert np.mean(answers == 2) == pytest.approx(result.accuracy)
+
+
+def test_a_target_that_changes_decisions_by_rounding_gets_no_point(
+    converted: Converted, tmp_path: Path
+) -> None:
+    folder = tmp_path / "engines"
+    shutil.copytree(converted.folder, folder)
+    given = list(converted.calls["certify_target"])
+    other = given[3].logits.copy()
+    other[::3] = np.roll(other[::3], 1, axis=-1)
+    given[0], given[3] = folder, replace(given[3], logits=other)
+    target = certify_target(*given)
+    assert (target.point, target.certificate) == (None, None)
+    assert target.full_depth_changed == pytest.approx(1 / 3, abs=0.01)
+    assert target.refusal.startswith("full depth has ")
+    assert target.layers == 3
+    rule = {"name": "budget", "exit": len(target.exits) - 1}
+    assert rule.items() <= target.rule.items()
+    assert rule.items() <= read_manifest(folder).default_rule.items()
+
+
+def test_an_interrupted_conversion_continues_and_replaces_a_folder(
+    converted: Converted, telling: Mapping[str, Path], texts: Path, quick: None, tmp_path: Path
+) -> None:
+    folder, unknown = tmp_path / "engines", tmp_path / "texts.jsonl"
+    shutil.copytree(converted.folder, folder)
+    unknown.write_text(texts.read_text().replace("yes", "maybe"))
+    bound = Bound(flips=0.2, missed=0.3, thresholds={"yes": 0.7})
+    given, options = (telling[MULTI.value], unknown, folder), ConvertOptions(bound, force=True)
+    seen: list[str] = []
+
+    def until(stop: str) -> Any:
+        def progress(what: str, *_: int) -> None:
+            seen.append(what)
+            if what.startswith(stop):
+                raise KeyboardInterrupt
+
+        return progress
+
+    for stop in ("segment", "time"):
+        with pytest.raises(KeyboardInterrupt):
+            convert(*given, options, until(stop))
+        assert (tmp_path / "engines.partial" / "model").is_dir()
+    assert seen.count("segment_01") == 2
+    assert sum(what == "train heads" for what in seen) == 1
+    del seen[:]
+    result = convert(*given, replace(options, threads=1), until("nothing"))
+    assert {what.partition(" ")[0] for what in seen} <= {"trace", "time"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engines", "texts.jsonl"]
+    (target,) = result.targets
+    assert target.point == "flips-20-missed-30"
+    assert target.certificate is not None
+    assert target.certificate.thresholds == {"yes": 0.7}
+    flips, missed = target.certificate.promises
+    assert result.parts[2] - 5 < flips.rows <= result.parts[2]
+    assert missed.label == "yes"
+    assert 0 < missed.rows < flips.rows
+    assert (result.accuracy, target.accuracy) == (None, None)
+    assert "has label 'maybe'" in result.warnings[0]
+    with Engine.load(folder) as engine:
+        assert engine.operating_point == target.point
+
+
+def stopped(what: str, *_: int) -> None:
+    """Interrupt a conversion when the model is trained."""
+    if what.startswith("segment"):
+        raise KeyboardInterrupt
+
+
+def test_fine_tuning_trains_the_encoder_but_not_the_head(
+    telling: Mapping[str, Path],
+    texts: Path,
+    quick: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fpabee.exporter.training.options._MOST_EPOCHS", 1.0)
+    monkeypatch.setattr("fpabee.exporter.training.options._EPOCHS", 0.2)
+    folder, source = tmp_path / "engines.partial", telling[SINGLE.value]
+    marks = []
+    for fine_tune in (False, True):  # other settings start anew
+        with pytest.raises(KeyboardInterrupt):
+            convert(
+                source, texts, tmp_path / "engines", replace(OPTIONS, fine_tune=fine_tune), stopped
+            )
+        given, made = (load_file(f / "model.safetensors") for f in (source, folder / "model"))
+        encoder = [name for name in given if name.startswith("bert.encoder.")]
+        assert len(encoder) > 40
+        assert all(torch.equal(made[name], given[name]) for name in encoder) is not fine_tune
+        last = next(
+            made[name]
+            for name in sorted(made, reverse=True)
+            if "classifiers." in name and name.endswith("weight")
+        )
+        assert torch.equal(last, given["classifier.weight"])
+        marks.append(json.loads((folder / "chosen.json").read_text()))
+    assert [mark["form"] is None for mark in marks] == [False, True]
+    assert len(marks[1]["agreement"]) == 2
+
+
+BAD: dict[str, tuple[Bound, str]] = {
+    "unknown label": (Bound(flips=0.1, thresholds={"x": 0.5}), "no label 'x'"),
+    "too few texts": (Bound(flips=0.001), "flips needs at least 2,995 texts .* there are 2"),
+    "too few flagged texts": (
+        Bound(missed=0.01, thresholds={"yes": 0.5}),
+        "missed of 'yes' needs at least 299 texts",
+    ),
+    "nothing is flagged": (Bound(flips=0.1, thresholds={"yes": 1 - 1e-12}), "decides the same"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_promises_that_cannot_be_kept_are_refused(
+    case: str, telling: Mapping[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    bound, message = BAD[case]
+    with pytest.raises(InputError, match=message):
+        convert(telling[SINGLE.value], texts, tmp_path / "engines", ConvertOptions(bound))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_is_in_the_way_stays(
+    converted: Converted, telling: Mapping[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="the drop of a metric needs labels"):
+        ConvertOptions(Bound(drop=0.1))
+    with pytest.raises(ArtifactError, match=r"already holds an engines folder .* `force`"):
+        convert(telling[SINGLE.value], texts, converted.folder, OPTIONS)
+    (tmp_path / "engines.partial").mkdir()
+    with pytest.raises(ArtifactError, match=r"engines\.partial is in the way"):
+        convert(telling[SINGLE.value], texts, tmp_path / "engines", OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["engines.partial"]
