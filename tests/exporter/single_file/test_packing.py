@@ -139,7 +139,9 @@ def assert_equal(engine: Engine, given: list[Text], found: Answers, tolerance: f
 def test_answers_are_those_of_the_engine(
     family: str, target: str, packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
 ) -> None:
-    folder, _ = packed(family, RULES.get(family, RULES["mpnet"]), target=target)
+    rule, is_int8 = RULES.get(family, RULES["mpnet"]), target == INT8
+    folder, made = packed(family, rule, target, for_transformers_js=is_int8)
+    assert made.file.name == ("model_quantized.onnx" if is_int8 else "model.onnx")
     consumer = Consumer(tmp_path / "packed")
     with Engine.load(folder, target, "fast") as engine:
         for given in (SINGLE, PAIRS):
