@@ -18,7 +18,6 @@ contain line endings, escape codes, or megabytes.
 
 from __future__ import annotations
 
-import math
 import re
 from numbers import Integral, Real
 from typing import Any
@@ -145,10 +144,7 @@ def seconds_of(name: str, milliseconds: Any) -> float:
         raise InputError(
             f"{name} is {milliseconds!r}", "give milliseconds as a number, or leave it out"
         )
-    try:
-        return float(milliseconds) / 1000
-    except OverflowError:  # a whole number that is larger than any float
-        return math.inf if milliseconds > 0 else -math.inf
+    return float(milliseconds) / 1000
 
 
 def _without_middle(text: str) -> str:

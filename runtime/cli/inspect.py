@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
 import rich_click as click
@@ -15,7 +14,7 @@ from rich.table import Table
 from ..artifact.folder import damage, read_manifest, resolve
 from ..artifact.manifest import Manifest
 from ..engine import Engine
-from ..errors import FpabeeError, VerificationError, printable
+from ..errors import FpabeeError, VerificationError
 from ..machine import environment, providers
 from ..rules.words import settings_in_words
 from ..targets import backend_class, rule_of, target_of
@@ -129,7 +128,7 @@ def _print(folder: Path, manifest: Manifest, states: Sequence[dict[str, Any]]) -
     shown = _summary(manifest)
     default, rule = shown.pop("default_target"), shown.pop("default_rule")
     del shown["operating_points"]
-    _print_values(shown, _print_wrapped)
+    _print_values(shown)
     echo(f"rule without an operating point: {settings_in_words(rule)}")
     table = Table("target", "MiB", "error of logits", "speed", "runs here", box=box.SIMPLE_HEAD)
     table.columns[0].overflow = "fold"  # --target needs the whole name
@@ -154,7 +153,7 @@ def _print(folder: Path, manifest: Manifest, states: Sequence[dict[str, Any]]) -
             below.append(f"{name} cannot run here: {state['unavailable_reason']}")
     table_console().print(table)
     for line in below:
-        _print_wrapped(line)
+        echo(line)
     runs = [state["name"] for state in states if not state["unavailable_reason"]]
     if runs and default not in runs:
         instead = target_of(folder, manifest, None)
@@ -172,15 +171,7 @@ def _print_check(found: Mapping[str, Any]) -> None:
         echo(f"{name} is refused: {message}")
 
 
-def _print_values(values: Mapping[str, Any], show: Callable[[str], None] = echo) -> None:
+def _print_values(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        show(f"{name.replace('_', ' ')}: {text}")
-
-
-def _print_wrapped(line: str) -> None:
-    """Print a line in 80 columns; a name or a path that is longer stays whole."""
-    for part in wrap(
-        printable(line), 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    ):
-        echo(part)
+        echo(f"{name.replace('_', ' ')}: {text}")

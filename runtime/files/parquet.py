@@ -60,23 +60,20 @@ def row_at(batch: Any, at: int, options: ReadOptions, where: str) -> Row | RowEr
         where: file and row, for messages.
     """
     content = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        try:
-            value = column[at].as_py()
-            if name not in (options.text_column, options.pair_column):
-                value = _plain(value)
-        # Not UTF-8, a time beyond Python's years or in an unknown time zone, or deep nesting.
-        except (ArithmeticError, ValueError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            return RowError(
-                f'{where}: the column "{name}" holds a {column.type} that cannot be read: {reason}',
-                "write it as a string in UTF-8, or leave the column out",
-            )
-        content[name] = value
     try:
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            value, is_text = column[at].as_py(), name in (options.text_column, options.pair_column)
+            content[name] = value if is_text else _plain(value)
         return options.row(content, where, table=True)
     except RowError as error:
         return error
+    # Not UTF-8, a time beyond Python's years or in an unknown time zone, or deep nesting.
+    except (ArithmeticError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        return RowError(
+            f'{where}: the column "{name}" holds a {column.type} that cannot be read: {reason}',
+            "write it as a string in UTF-8, or leave the column out",
+        )
 
 
 def _plain(value: Any) -> Any:

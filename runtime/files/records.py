@@ -47,7 +47,7 @@ class RecordSchema:
     def record(self, index: int, row: Row, prediction: Prediction) -> Record:
         """The record of a row; a field of the input never replaces a result."""
         record: Record = {"index": index}
-        record |= {name: v for name, v in row.fields.items() if name not in self._names}
+        record |= {name: v for name, v in row.fields.items() if name not in self.names}
         if self.with_text:
             record["text"] = row.text
             if row.text_pair is not None:
@@ -91,12 +91,9 @@ class RecordSchema:
         return (*text, *answer, "exit", "layer", "truncated", *all_labels, *error)
 
     @cached_property
-    def _names(self) -> set[str]:
+    def names(self) -> set[str]:
+        """The fields of records that do not come from the input."""
         return {"index", "error", _PROBABILITIES, *self.results}
-
-    def fields(self, record: Record) -> list[str]:
-        """The fields in a record that come from the input."""
-        return [name for name in record if name not in self._names]
 
     def flat(self, record: Record) -> Record:
         """A record with one value for each column of results."""
@@ -147,7 +144,7 @@ def convert(partial: Path, target: Path, chosen: TextFormat, schema: RecordSchem
     """
     kinds: dict[str, set[str]] = {}
     for record in records_of(partial):
-        for field in schema.fields(record):
+        for field in [name for name in record if name not in schema.names]:
             kinds.setdefault(field, set()).add(_kind(record[field]))
     if chosen is TextFormat.PARQUET:
         _write_parquet(partial, target, schema, kinds)

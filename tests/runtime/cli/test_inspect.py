@@ -135,7 +135,6 @@ def test_targets_that_cannot_run_say_why(
     monkeypatch.setattr("fpabee.runtime.backends.cuda.cuda_device", lambda: none)
     assert "needs an NVIDIA GPU, but no NVIDIA driver" in reasons()[made.target]
     lines = run(folder).stdout.splitlines()
-    assert max(map(len, lines)) <= 80
     assert any(line.startswith(f"{made.target} cannot run here: ") for line in lines)
     (folder / "targets" / made.target / "segment_01.plan").unlink()
     assert "segment_01.plan is missing" in reasons()[made.target]

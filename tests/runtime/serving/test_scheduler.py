@@ -576,12 +576,6 @@ def test_one_string_is_not_a_list(engine: Engine) -> None:
         scheduler.submit_all("abc")
 
 
-@pytest.mark.parametrize(("sign", "exit_number"), [(1, 3), (-1, 1)])
-def test_a_deadline_of_any_size(engine: Engine, sign: int, exit_number: int) -> None:
-    with Scheduler(engine) as scheduler:
-        assert scheduler.submit("a", deadline_ms=sign * 10**400).result(WAIT).exit == exit_number
-
-
 def test_the_queue_must_have_room(engine: Engine) -> None:
     with pytest.raises(InputError, match="max_rows"):
         Scheduler(engine, max_rows=0)
