@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +16,6 @@ from ...calibration import threshold_for_depth
 from ...runtime.cli import options
 from ...runtime.cli.command import command
 from ...runtime.cli.console import step_progress, table_console
-from ...runtime.encoding import Text
 from ...runtime.engine import Engine
 from ...runtime.files import read_rows
 from ...runtime.machine import require
@@ -74,28 +72,22 @@ def main(
         step_progress(quiet) as progress,
         Engine.load(engines, target, threads=threads, preload=True) as engine,
     ):
-        if depth is not None:
-            rule_text = f"{rule_text or engine.rule.name} threshold=0"  # replaced below
-        rule = options.chosen_rule(engine.rule, rule_text) if rule_text else engine.rule
-        if depth is not None:
+        if depth is None:
+            rule = options.chosen_rule(engine.rule, rule_text) if rule_text else engine.rule
+        else:
             progress("choose the threshold", 0, 1)
-            rule = _of_depth(engine, rule, texts, depth)
+            rule = options.chosen_rule(engine.rule, f"{rule_text or engine.rule.name} threshold=0")
+            trace, layers = engine.trace(texts), engine.manifest.exit_layers
+            task, goal = engine.manifest.task, depth * layers[-1]
+            thresholds, first = task.label_thresholds, trace.first_exit
+            rule = threshold_for_depth(
+                trace.logits, rule, task.problem_type, layers, goal, thresholds, first
+            )
         report = run_bench(engines, engine, rule, texts, threads, progress)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(report)))
     else:
         print_report(report)
-
-
-def _of_depth(engine: Engine, rule: ExitRule, texts: Sequence[Text], depth: float) -> ExitRule:
-    """The rule with the threshold that makes the mean depth this share of the layers."""
-    trace = engine.trace(texts)
-    layers, task = engine.manifest.exit_layers, engine.manifest.task
-    goal = depth * layers[-1]
-    thresholds, first = task.label_thresholds, trace.first_exit
-    return threshold_for_depth(
-        trace.logits, rule, task.problem_type, layers, goal, thresholds, first
-    )
 
 
 def print_report(report: BenchReport) -> None:

@@ -220,7 +220,6 @@ def _export(
     say(f"added {manifest.default_target}: verified on {agreement.rows} texts")
     return {
         "segments": len(manifest.segments),
-        "targets": list(manifest.targets),
         "bytes": result.size,
         "verification": agreement.to_dict(),
     }
