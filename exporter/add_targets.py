@@ -246,8 +246,7 @@ class _Addition:
         from .onnx_file import load_graphs
 
         protos = load_graphs(self.path, self.manifest.graphs)
-        hint = "use the targets in fp32 of this model"
-        manifest = self._lowered(FP16, protos, self.options.verify_data, hint)
+        manifest = self._lowered(FP16, protos, self.options.verify_data)
         # ONNX Runtime runs these graphs directly, on a CUDA device.
         target = Target(backend="onnxruntime", precision=FP16, device="cuda", tolerance=None)
         self._write(with_target(manifest, "onnxruntime-fp16-cuda", target))
@@ -257,16 +256,13 @@ class _Addition:
 
         ranges, others = split_texts(self.options.calibration_data)
         protos = quantize(self.path, self.manifest, ranges, "symmetric", self.progress)
-        hint = "give more texts as `calibration_data`, or stay with fp16"
-        self._write(self._lowered(INT8, protos, others, hint))
+        self._write(self._lowered(INT8, protos, others))
 
-    def _lowered(
-        self, precision: str, protos: dict[str, Any], texts: Sequence[Text], hint: str
-    ) -> Manifest:
+    def _lowered(self, precision: str, protos: dict[str, Any], texts: Sequence[Text]) -> Manifest:
         """The manifest with graphs in fp16, without targets that were built from older ones."""
         from .targets.fp16 import add_lowered
 
-        given = self.path, self.manifest, precision, protos, texts, hint, self.progress
+        given = self.path, self.manifest, precision, protos, texts, self.progress
         manifest, self.precisions[precision] = add_lowered(*given)
 
         def runs_them(_: str, target: Target) -> bool:

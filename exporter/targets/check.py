@@ -61,7 +61,7 @@ def exact_logits(
 
 
 def judged(
-    found: Logits, expected: Logits, manifest: Manifest, rule: ExitRule, precision: str, hint: str
+    found: Logits, expected: Logits, manifest: Manifest, rule: ExitRule, precision: str
 ) -> Agreement:
     """How closely logits of a precision agree with those in fp32.
 
@@ -70,6 +70,7 @@ def judged(
     """
     required, first = REQUIREMENTS[precision], manifest.exits.stop - len(found)
     agreement = compare(found, expected, rule, manifest.task, required, first)
+    hint = f"use another target, such as {FP32_TARGET}, or for int8 give more `calibration_data`"
     must_pass(agreement, f"{precision} changes answers", hint)
     return agreement
 
@@ -103,9 +104,8 @@ def check_target(
             tolerance = agreement.max_logit_difference
             if more is not None:
                 texts, expected = more
-                hint = "use another target, or for int8 give more texts as `calibration_data`"
                 found = engine.trace(texts).logits
-                agreement = judged(found, expected, manifest, engine.rule, target.precision, hint)
+                agreement = judged(found, expected, manifest, engine.rule, target.precision)
                 tolerance = max(tolerance, agreement.max_logit_difference)
     except FpabeeError as error:
         rest = keep_targets(manifest, lambda other, _: other != name)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import os
 from pathlib import Path
 
 import pytest
 
-from fpabee.runtime import agreement
-
 from .cases import Arguments, Case, Change, Make, Place, check, each, with_nan
 
 SECOND = "onnx/fp32/segment_02.onnx"
-TEXTS = "".join(f"{a} {b}\n" for a, b in itertools.permutations(("a", "is", "not", "good"), 2)) * 4
 
 
 def shared(*options: object) -> Make:
@@ -32,13 +27,6 @@ def texts(content: str) -> Make:
     return lambda p: shared("--int8", "--calibration-data", p.file("t.txt", content))(p)
 
 
-def changed_answers(place: Place) -> Arguments:
-    """As if answers changed, which those of a tiny model seldom do."""
-    required = dataclasses.replace(agreement.REQUIREMENTS["int8"], labels=1.1)
-    place.patch.setitem(agreement.REQUIREMENTS, "int8", required)
-    return texts(TEXTS)(place)
-
-
 def full_disk(place: Place) -> Arguments:
     """A disk that takes the beginning of a file."""
 
@@ -54,7 +42,6 @@ def full_disk(place: Place) -> Arguments:
 
 CASES = [
     Case("heads of NaN", folder(with_nan, "--fp16"), "fp16", "2", "fp32"),
-    Case("answers that change in int8", changed_answers, "int8"),
     Case("int8 without texts", shared("--int8"), "int8", "--calibration-data"),
     Case("too few texts", texts("rain\n" * 31), "31", "32"),
     Case("no graph", folder(lambda f: (f / SECOND).unlink(), "--fp16"), SECOND),

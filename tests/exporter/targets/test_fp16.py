@@ -29,7 +29,7 @@ from fpabee.runtime.progress import silent
 def add_fp16(folder: Path, texts: Sequence[Text] = ()) -> tuple[Manifest, Agreement]:
     manifest = read_manifest(folder)
     protos = load_graphs(folder, manifest.graphs)
-    return add_lowered(folder, manifest, "fp16", protos, texts, "what to do", silent)
+    return add_lowered(folder, manifest, "fp16", protos, texts, silent)
 
 
 @pytest.mark.parametrize("family", ["albert", "mpnet"])
