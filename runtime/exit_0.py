@@ -47,8 +47,7 @@ def ngrams(rows: Sequence[EncodedRow], unigrams: int, buckets: int) -> tuple[Cou
     Args:
         rows: at least one row.
         unigrams: how many rows of the table belong to unigrams.
-        buckets: how many rows bigrams are hashed into, a power of two; they come after the
-            unigrams.
+        buckets: how many rows bigrams are hashed into; they come after the unigrams.
 
     Returns:
         `[2 * tokens]`, the n-grams of one row after another; and `[rows]`, how many each row has.
@@ -75,7 +74,7 @@ def ngrams(rows: Sequence[EncodedRow], unigrams: int, buckets: int) -> tuple[Cou
 
 
 def bucket_of(first: Tokens, second: Tokens, buckets: int) -> Tokens:
-    """A bucket for each pair of numbers below 2^24; `buckets` is a power of two.
+    """A bucket for each pair of numbers below 2^24.
 
     Both remainders count, so that pairs with a number in common differ in up to 4,093 ways.
     """
@@ -93,8 +92,7 @@ class ExitZero:
         bias: `[labels]` float32.
 
     Raises:
-        ValueError: the arrays do not fit together, hold numbers that are not finite, or the number
-            of buckets is not a power of two.
+        ValueError: the arrays do not fit together, or hold numbers that are not finite.
     """
 
     def __init__(
@@ -109,15 +107,12 @@ class ExitZero:
         expected = ("float16", (size, width)), ("float32", (width, labels)), ("float32", (labels,))
         if found != list(expected):
             raise ValueError(f"its table, weights and bias are {found}, expected {list(expected)}")
-        buckets = len(table) - unigrams
-        if buckets < 1 or buckets & (buckets - 1):
-            raise ValueError(f"it has {buckets} buckets, which is not a power of two")
         # The largest logits that vectors of float16 can give.
         most = np.abs(weights, dtype=np.float64).sum(axis=0) * np.finfo(np.float16).max
         most += np.abs(bias, dtype=np.float64)
         if not (np.isfinite(table).all() and (most <= np.finfo(np.float32).max).all()):
             raise ValueError("it holds numbers that are not finite, or give logits that are not")
-        self.unigrams, self.buckets = unigrams, buckets
+        self.unigrams, self.buckets = unigrams, size - unigrams
         self.table, self.weights, self.bias = table, weights, bias
 
     @classmethod

@@ -187,7 +187,7 @@ class ExitZeroSpec(msgspec.Struct, frozen=True, kw_only=True):
         file: its path in the folder.
         sha256: its SHA-256, in hexadecimal.
         unigrams: how many rows of its table belong to unigrams.
-        buckets: how many rows belong to hashed n-grams: a power of two.
+        buckets: how many rows belong to hashed n-grams.
     """
 
     file: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import io
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-# The header of version 1 that `numpy.savez` writes for numbers and strings. NumPy itself evaluates
-# whatever is there as Python, with warnings.
-_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '([<>|][biufU]\d+)', 'fortran_order': (True|False), "
-    rb"'shape': \(([\d, ]*)\), \} *\n",
-    re.DOTALL,
-)
 
 
 def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
@@ -35,7 +27,7 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
             # malicious.
             if size > path.stat().st_size:
                 raise ValueError(f"it unpacks to {size} bytes")
-            return {name: _array(name, archive.read(f"{name}.npy")) for name in names}
+            return {name: _array(archive.read(f"{name}.npy")) for name in names}
     except ValueError:
         raise
     # A damaged archive can raise almost any exception.
@@ -43,11 +35,10 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def _array(name: str, content: bytes) -> NDArray[Any]:
-    header = _HEADER.match(content)
-    if header is None:
-        raise ValueError(f"its array {name} does not begin as one of numbers or strings")
-    dtype, is_fortran, sizes = (part.decode() for part in header.groups())
-    shape = [int(size) for size in sizes.split(",") if size.strip()]
-    order: Any = "F" if is_fortran == "True" else "C"
-    return np.frombuffer(content, dtype, offset=header.end()).reshape(shape, order=order)
+def _array(content: bytes) -> NDArray[Any]:
+    """An array of numbers or strings over the bytes, so that no header can ask for memory."""
+    file = io.BytesIO(content)
+    np.lib.format.read_magic(file)
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    order: Any = "F" if is_fortran else "C"
+    return np.frombuffer(content, dtype, offset=file.tell()).reshape(shape, order=order)

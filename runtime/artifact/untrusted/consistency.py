@@ -28,9 +28,6 @@ def _exit_problems(manifest: Manifest) -> Iterator[str]:
         for call in segment.calls:
             if call not in manifest.graphs:
                 yield f"segment {number} calls graph {call!r}, which is not listed"
-    layers = manifest.exit_layers
-    if list(layers) != sorted(set(layers)) or layers[-1] > manifest.model.layers:
-        yield f"the exits' layers {list(layers)} do not ascend to {manifest.model.layers}"
 
 
 def _tensor_problems(manifest: Manifest) -> Iterator[str]:

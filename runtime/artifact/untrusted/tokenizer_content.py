@@ -30,7 +30,6 @@ MAX_GROWTH = 256
 MAX_WORD = 1024
 """Longest word in characters that a model may split into tokens; real ones have 100."""
 
-_MAX_FILE_BYTES = 2**28
 # Tokens are copied whole into each result, even where a single character stands for them.
 _MAX_TOKEN_CHARACTERS = 1024
 
@@ -65,9 +64,6 @@ def check_tokenizer(path: Path) -> None:
         ValueError: what is wrong with the file, for example that it is not JSON.
         OSError: the file cannot be read.
     """
-    size = path.stat().st_size
-    if size > _MAX_FILE_BYTES:
-        raise ValueError(f"it has {size} bytes; expected at most {_MAX_FILE_BYTES}")
     try:
         file = msgspec.json.decode(path.read_bytes(), type=_File)
         normalizer, splitter = _parsed(file.normalizer), _parsed(file.pre_tokenizer)
