@@ -48,6 +48,20 @@ def command(name: str, *options: object) -> Make:
     return make
 
 
+def serve(*options: object) -> Make:
+    return lambda place: ["serve", place.shared["bert"], "--port", 0, *options]
+
+
+def repository(*options: object) -> Make:
+    """A model for Triton."""
+    return lambda place: ["serve", place.shared["bert"], "--triton", place.root / "r", *options]
+
+
+def repository_inside(place: Place) -> Arguments:
+    folder = place.engines()
+    return ["serve", folder, "--triton", folder / "repository"]
+
+
 def without(module: str, make: Make) -> Make:
     """As if a package were not installed."""
     find = util.find_spec
@@ -158,6 +172,18 @@ PACKAGES = [
          "tensorrt", "'fpabee[tensorrt-cu13]'"),
 ]  # fmt: skip
 
+SERVING = [
+    Case("another machine's address", serve("--host", "203.0.113.1"), "203.0.113.1", "--host"),
+    Case("an empty host", serve("--host", ""), "empty", "0.0.0.0", "--host"),
+    Case("a URL as a host", serve("--allowed-host", "http://a.example"), "'http://a.example'",
+         "--allowed-host"),
+    Case("an unknown target for Triton", repository("--target", "other"), "'other'", "--target"),
+    Case("an unknown point for Triton", repository("--operating-point", "fast"), "'fast'"),
+    Case("a model below a folder", repository("--name", "a/b"), "'a/b'", "--name"),
+    Case("a model above its repository", repository("--name", ".."), "'..'", "--name"),
+    Case("a repository in the engines folder", repository_inside, "engines,"),
+]  # fmt: skip
+
 BUDGET = ("--rule", "budget")
 SETTINGS = [
     Case("10^9 threads", run("--threads", 10**9), "1000000000", "1024"),
@@ -196,11 +222,12 @@ USAGE: list[tuple[Make, str]] = [
     (command("from", "--backend", "tensorrt-rtx", "--verify-data", "a"), "--verify-data"),
     (command("from", "--sm", "8"), "not 8"),
     (command("from", "--fp16", "--sm", "86,90"), "9.0"),
+    (repository("--port", 9000), "--port"),
     (lambda p: ["fpabee", "none"], "'none'"),
 ]
 
 
-@each(MODELS, OUTPUTS, PACKAGES, SETTINGS)
+@each(MODELS, OUTPUTS, PACKAGES, SERVING, SETTINGS)
 def test_a_bad_environment(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     check(case, place, capfd)
 

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from fpabee.runtime import ArtifactError, BackendError, Engine, FPabee, InputError, RuleError
+from fpabee.runtime import BackendError, Engine, FPabee
 from fpabee.runtime.artifact.folder import read_manifest, write_manifest
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.triton import write_repository
@@ -111,33 +111,6 @@ def test_a_target_on_a_gpu_gets_a_gpu(engine_copy: Callable[..., Path], tmp_path
     assert 'output { name: "LABEL" data_type: TYPE_STRING dims: 5 }' in config_of(folder)
 
 
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [
-        ({"target": "other"}, BackendError),
-        ({"operating_point": "fast"}, RuleError),
-        ({"name": "a/b"}, InputError),
-        ({"name": ".."}, InputError),
-        ({"engines": Path("nowhere")}, ArtifactError),
-    ],
-)
-def test_what_cannot_be_written_leaves_nothing(
-    options: Any, error: type[Exception], bert: Path, tmp_path: Path
-) -> None:
-    given = {"engines": bert, "name": "m", **options}
-    with pytest.raises(error):
-        write_repository(repository=tmp_path / "r", **given)
-    assert not (tmp_path / "r").exists()
-
-
-def test_a_repository_inside_the_engines_folder(
-    serve: Run, engine_copy: Callable[..., Path]
-) -> None:
-    folder = engine_copy()
-    check_refused(serve(folder, "--triton", folder / "repository"), "repository", "must not change")
-    assert not (folder / "repository").exists()
-
-
 def test_a_copy_that_fails_leaves_nothing(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,13 +121,6 @@ def test_a_copy_that_fails_leaves_nothing(
     with pytest.raises(OSError, match="space"):
         write_repository(bert, tmp_path, "m")
     assert not (tmp_path / "m").exists()
-
-
-def test_options_of_the_server_do_not_fit(serve: Run, bert: Path, tmp_path: Path) -> None:
-    done = serve(bert, "--triton", tmp_path / "r", "--port", "9000")
-    assert done.code == 2
-    assert "--port" in done.err
-    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.usefixtures("triton")
