@@ -130,8 +130,8 @@ def test_shapes_end_where_the_model_ends(engines: Mapping[str, Path]) -> None:
     options = dataclasses.replace(SMALL, sequence=(16, 128, 512)).fitted(manifest, RTX)
     assert options.sequence_lengths[-1] == manifest.tokenizer.max_length == 64
     assert [p.sequence.max for p in options.profiles() if p.batch.max > 1] == [64]
-    several = [p.sequence for p in SMALL.profiles() if p.batch.max > 1]
-    assert [(sequence.min, sequence.max) for sequence in several] == [(8, 16), (17, 32)]
+    ranges = [p.sequence for p in SMALL.profiles()]
+    assert [(each.min, each.max) for each in ranges] == [(8, 16), (17, 32)], "none for one row"
 
 
 @pytest.mark.parametrize(
