@@ -67,7 +67,7 @@ class AddTargetsOptions:
     plans: PlanOptions = field(default_factory=PlanOptions)
 
 
-@dataclass(frozen=True)
+@dataclass
 class AddTargetsResult:
     """What was added.
 
@@ -83,12 +83,12 @@ class AddTargetsResult:
     """
 
     manifest: Manifest
-    precisions: dict[str, Agreement]
-    built: tuple[str, ...]
-    checked: tuple[Checked, ...]
-    default: str
-    not_built: dict[str, FpabeeError]
-    lost_points: dict[str, tuple[str, ...]]
+    precisions: dict[str, Agreement] = field(default_factory=dict)
+    built: list[str] = field(default_factory=list)
+    checked: list[Checked] = field(default_factory=list)
+    default: str = ""
+    not_built: dict[str, FpabeeError] = field(default_factory=dict)
+    lost_points: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def add_targets(
@@ -167,10 +167,7 @@ class _Addition:
         self.for_plans, self.for_cpus = _int8_forms(options)
         every = (*PLAN_BACKENDS, *CPU_BACKENDS)
         self.backends = every if options.backends is None else options.backends
-        self.precisions: dict[str, Agreement] = {}
-        self.built: list[str] = []
-        self.checked: list[Checked] = []
-        self.not_built: dict[str, FpabeeError] = {}
+        self.added = AddTargetsResult(manifest)
 
     def run(self) -> AddTargetsResult:
         """Add everything, and choose the default target."""
@@ -185,7 +182,7 @@ class _Addition:
                 if options.backends is not None:
                     raise
                 # What else this machine can run is built all the same.
-                self.for_plans, self.not_built["plans in int8"] = False, refused
+                self.for_plans, self.added.not_built["plans in int8"] = False, refused
         for backend, precision in self._plans():
             self._add_plans(backend, precision)
         wanted = [name for name in cpu.OPENVINO_TARGETS if self._is_wanted(name)]
@@ -194,21 +191,15 @@ class _Addition:
             self._write(*cpu.add_openvino(*where, options.verify_data, self.progress, wanted))
         if self.for_cpus and options.calibration_data:
             self._add_int8_for_cpus()
-        default = self._choose_default()
-        return AddTargetsResult(
-            self.manifest,
-            self.precisions,
-            tuple(self.built),
-            tuple(self.checked),
-            default,
-            self.not_built,
-            _lost_points(self.before, self.manifest),
-        )
+        self.added.default = self._choose_default()
+        self.added.manifest = self.manifest
+        self.added.lost_points = _lost_points(self.before, self.manifest)
+        return self.added
 
     def _write(self, manifest: Manifest, checked: Sequence[Checked] = ()) -> None:
         write_manifest(self.path, manifest)
         self.manifest = manifest
-        self.checked += checked
+        self.added.checked += checked
 
     def _is_wanted(self, name: str) -> bool:
         """Whether to build a target; if only a default target is asked for, no other one."""
@@ -263,7 +254,7 @@ class _Addition:
         from .targets.fp16 import add_lowered
 
         given = self.path, self.manifest, precision, protos, texts, self.progress
-        manifest, self.precisions[precision] = add_lowered(*given)
+        manifest, self.added.precisions[precision] = add_lowered(*given)
 
         def runs_them(_: str, target: Target) -> bool:
             graphs = manifest.graphs_of(target)
@@ -293,7 +284,7 @@ class _Addition:
             VerificationError: the plan does not reproduce the model.
         """
         if unavailable := unavailable_reason(backend):
-            self.not_built[f"{backend}-{precision}"] = unavailable
+            self.added.not_built[f"{backend}-{precision}"] = unavailable
             return
         name, manifest, options = target_name(backend, precision), self.manifest, self.options
         # A build that fails or is killed may have replaced some of the files of an earlier one.
@@ -306,12 +297,12 @@ class _Addition:
                 hint = "it was removed from the manifest; build it from fp32 graphs, or report this"
                 raise type(error)(error.message, hint) from error
         self._write(built)
-        self.built.append(name)
+        self.added.built.append(name)
 
     def _choose_default(self) -> str:
         """Choose the default target, and say what there is to say about it."""
         name = self.options.default_target
-        refused = {found.name: found.refused for found in self.checked}.get(name or "")
+        refused = {found.name: found.refused for found in self.added.checked}.get(name or "")
         if refused and name not in self.manifest.targets:
             raise VerificationError(f"{name} is not kept: {refused.message}", refused.hint)
         said = ""
@@ -320,7 +311,7 @@ class _Addition:
             self.manifest = msgspec.structs.replace(
                 self.manifest, default_target=fixed, default_is_fixed=True
             )
-        if name is not None or self.checked:
+        if name is not None or self.added.checked:
             self.manifest, said = cpu.with_fastest_default(self.path, self.manifest, self.progress)
         self._write(self.manifest)
         return said

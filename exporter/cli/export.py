@@ -283,7 +283,7 @@ def _show_added(result: AddTargetsResult, say: Callable[[str], None]) -> Content
     return {
         "targets": list(result.manifest.targets),
         "precisions": {name: agreement.to_dict() for name, agreement in result.precisions.items()},
-        "built": list(result.built),
+        "built": result.built,
         "checked": [
             {
                 "target": checked.name,

@@ -52,7 +52,7 @@ def test_the_result_says_what_was_not_built(
         patch.setattr("importlib.util.find_spec", lambda name: None)
         result = add_targets(folder, AddTargetsOptions(plans=SMALL))
         said = CliRunner().invoke(export, ["--from", str(folder), "--quiet"]).stdout
-    assert result.built == ()
+    assert result.built == []
     assert result.manifest.targets.keys() == before.targets.keys()
     install = "pip install 'fpabee[tensorrt-{}cu13]'"
     assert {name: error.hint for name, error in result.not_built.items()} == {
@@ -88,7 +88,7 @@ def test_points_stay_with_their_plans_and_are_named_when_lost(
     assert add_targets(double.folder, OPTIONS).lost_points == {}
     assert read_manifest(double.folder).targets[NAME].default_operating_point == "fast"
     only_default = AddTargetsOptions(default_target=NAME)
-    assert add_targets(double.folder, only_default).built == (), "it is there"
+    assert add_targets(double.folder, only_default).built == [], "it is there"
     patch_builds(double, monkeypatch)
     assert add_targets(double.folder, OPTIONS).lost_points == {NAME: ("fast",)}
     assert read_manifest(double.folder).targets[NAME].operating_points == {}

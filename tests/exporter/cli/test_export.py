@@ -119,13 +119,13 @@ def test_what_was_lost_or_asked_for_is_calibrated_next(
     added: list[AddTargetsResult] = []
     monkeypatch.setattr("fpabee.exporter.cli.export.add_targets", lambda *_: added[-1])
     for name, option in ((FP32, f" --target {FP32}"), ("gone", "")):
-        lost = AddTargetsResult(read_manifest(folder), {}, (), (), "", {}, {name: ("fast",)})
+        lost = AddTargetsResult(read_manifest(folder), lost_points={name: ("fast",)})
         added.append(lost)
         assert run("--from", folder).stdout.splitlines() == [
             f"no longer valid: fast of {name}, whose graphs or plans have changed",
             calibrate + option,
         ]
-    added.append(AddTargetsResult(read_manifest(folder), {}, (), (Checked(FP32),), "", {}, {}))
+    added.append(AddTargetsResult(read_manifest(folder), checked=[Checked(FP32)]))
     after = run("--from", folder, "--backend", "onnxruntime").stdout.splitlines()[-1]
     assert after == f"{calibrate} --target {FP32}"
 

@@ -106,7 +106,7 @@ def test_targets_are_verified_and_the_fastest_is_the_default(
         assert target.tolerance is not None
         assert target.tolerance < REQUIREMENTS[target.precision].tie
         assert target.relative_speed == pytest.approx(2 / SECONDS[name], abs=1e-3)
-    assert add(folder).checked == (), "they are not checked again"
+    assert add(folder).checked == [], "they are not checked again"
     shown = CliRunner().invoke(inspect, [str(folder)])
     assert "openvino-fp32 (default)" in shown.stdout
     assert "2.00x" in shown.stdout
@@ -317,7 +317,7 @@ def test_without_openvino_nothing_is_added(
     monkeypatch.setitem(sys.modules, "openvino", None)
     openvino._core.cache_clear()
     result = add_targets(folder, AddTargetsOptions())
-    assert (result.checked, result.default) == ((), "")
+    assert (result.checked, result.default) == ([], "")
     assert not set(ADDED) & read_manifest(folder).targets.keys()
     failed = export("--from", folder, "--backend", "openvino")
     assert failed.exit_code == 1
