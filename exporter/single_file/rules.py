@@ -110,7 +110,9 @@ class RuleNodes:
         self._rule: Any = copy(rule)
         if isinstance(rule, Confidence):
             self._rule = Uncertainty(threshold=0)
-        new: dict[str, Any] = {name: settings[name] for name in ("exit",) if name in settings}
+        new: dict[str, Any] = {}
+        if "exit" in settings:
+            new["exit"] = settings["exit"]
         if "thresholds" in settings:
             new["threshold"] = tuple(settings["thresholds"][n] for n in range(self._last))
         if deciding := _deciding(rule):

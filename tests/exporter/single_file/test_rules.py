@@ -178,6 +178,19 @@ def test_exit_0_is_the_first_neighbour_and_has_its_own_threshold(task: ProblemTy
     assert all(0 in exits for exits in exits_of(cases)[:8])
 
 
+def test_a_threshold_close_to_1_survives_float32() -> None:
+    """The graph holds 1 - threshold, because OpenVINO computes in float32."""
+    openvino = pytest.importorskip("openvino")
+    case = Case(Confidence(threshold=1 - 1e-9), SINGLE, logits("saturated", 3) * np.float32(0.4))
+    model = ir.to_proto(ir.Model(case.graph("rule"), ir_version=10))
+    core = openvino.Core()
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", settings)
+    found = compiled({"given": case.logits})
+    assert case.is_right(found[0], found[1])
+    assert set(found[1]) == {1, 2, 3, 4, 5}
+
+
 def with_settings(rule: ExitRule, **settings: Any) -> ExitRule:
     return ExitRule.from_dict(rule.to_dict() | settings)
 
