@@ -167,6 +167,10 @@ class RuleNodes:
 class _Outputs(Outputs):
     """The outputs of an exit as tensors of a graph."""
 
+    @staticmethod
+    def _softmax(z: Any) -> Any:
+        return z.then("Softmax", axis=-1)
+
     def margins(self, thresholds: Any) -> Any:
         """See `Outputs`; given the numbers and thresholds of the labels that decide."""
         return np.stack([self.margin(*each) for each in thresholds], axis=-1)

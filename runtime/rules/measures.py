@@ -121,8 +121,15 @@ class Outputs:
         apply to every label. It is the softmax of the logit and 0.
         """
         if self._single:
-            return softmax(self.logits)
-        return softmax(self.logits[..., None] * (1.0, 0.0))
+            return self._softmax(self.logits)
+        return self._softmax(self.logits[..., None] * (1.0, 0.0))
+
+    @staticmethod
+    def _softmax(z: Array) -> Array:
+        """The softmax along the last axis, without overflow."""
+        powers: Array = np.exp(z - np.maximum.reduce(z, axis=-1, keepdims=True))
+        powers /= np.add.reduce(powers, axis=-1, keepdims=True)
+        return powers
 
     @property
     def probabilities(self) -> Array:
@@ -216,13 +223,6 @@ class Outputs:
         """Whether the answer is the same as at an earlier exit: `[rows]`."""
         same: Mask = self.answers == earlier.answers
         return same if self._single else np.logical_and.reduce(same, axis=-1)
-
-
-def softmax(z: Array) -> Array:
-    """The softmax along the last axis, without overflow."""
-    powers: Array = np.exp(z - np.maximum.reduce(z, axis=-1, keepdims=True))
-    powers /= np.add.reduce(powers, axis=-1, keepdims=True)
-    return powers
 
 
 def per_row(values: Array) -> Array:
