@@ -22,6 +22,7 @@ READING = {"Reading files": "--column --no-quotes"}
 
 _INTERRUPTED = 130  # as in a shell
 _PARAMETER = re.compile(r"`(\w+)`")
+_READING = "input_format", "literal_quotes", "label_column", "max_length"
 _DEVICE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
@@ -81,22 +82,18 @@ def exits_with_one_line(function: Callable[..., None]) -> Callable[..., None]:
 def in_terms_of_options(error: FpabeeError) -> str:
     """An error whose hint names options of the running command instead of parameters.
 
-    A part of the hint that names a parameter which the command does not have is left out, unless
-    nothing else is advised.
+    A part of the hint about how inputs are read is left out if the command has no such option.
     """
     parts = re.split("(?=, or |; )", error.hint)
-    known = [part for part in parts if all(map(_option_of, _PARAMETER.findall(part)))]
-    hint = re.sub("^(, or |; )", "", "".join(known or parts))
+    lacks = {name for name in _READING if option_of(name) == name}
+    hint = "".join(part for part in parts if lacks.isdisjoint(_PARAMETER.findall(part)))
+    hint = re.sub("^(, or |; )", "", hint or error.hint)
     hint = _PARAMETER.sub(lambda match: option_of(match[1]), hint)
     return f"{error.message} -> {hint}" if hint else error.message
 
 
 def option_of(parameter: str) -> str:
     """The option of the running command that sets a parameter; else the parameter's name."""
-    return _option_of(parameter) or parameter
-
-
-def _option_of(parameter: str) -> str | None:
     context = click.get_current_context(silent=True)
     spelled = f"--{parameter.replace('_', '-')}"
     field = parameter.removesuffix("_column")
@@ -106,7 +103,7 @@ def _option_of(parameter: str) -> str | None:
         if option.name == parameter or spelled in option.opts:
             is_option = isinstance(option, click.Option)
             return max(option.opts, key=len) if is_option else parameter.upper()
-    return None
+    return parameter
 
 
 def _ours(error: FpabeeError | OSError) -> FpabeeError:

@@ -48,14 +48,14 @@ def fails(**_: Any) -> None:
     """Fail with a hint that names parameters of every kind."""
     raise InputError(
         "no `room`",
-        "set `output`, `source` or `model_dir`, or leave out `cache`; set `text_pair_column`",
+        "set `output`, `source`, `model_dir` or `cache`, or `input_format`; set `text_pair_column`",
     )
 
 
 def test_a_hint_names_the_options_of_the_running_command() -> None:
     result = CliRunner().invoke(group, ["fails", "DIR"])
     assert result.exit_code == 1
-    expected = "set --output, --from or MODEL_DIR; set --column text_pair=NAME\n"
+    expected = "set --output, --from, MODEL_DIR or cache; set --column text_pair=NAME\n"
     assert result.stderr == f"error: no `room` -> {expected}"
     assert result.stdout == ""
 
