@@ -241,13 +241,6 @@ def test_int8_made_again_keeps_what_runs_its_graphs(
     assert NAMES[1] not in result.manifest.targets
 
 
-def unmeasured(backend: str, **changes: Any) -> Target:
-    """A record of a target in int8 that runs the graphs in fp32."""
-    return Target(
-        backend=backend, precision="int8", graph_precision="fp32", tolerance=None, **changes
-    )
-
-
 def test_int8_needs_a_cpu_with_vnni(
     engine_copy: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -256,8 +249,10 @@ def test_int8_needs_a_cpu_with_vnni(
     """Other x86 CPUs cut off large sums, so a verified target would give other answers there."""
     folder = engine_copy()
     manifest = read_manifest(folder)
+    like_int8: dict[str, Any] = {"precision": "int8", "graph_precision": "fp32", "tolerance": None}
     for name in NAMES:
-        manifest = with_target(manifest, name, unmeasured(name.removesuffix("-int8")))
+        target = Target(backend=name.removesuffix("-int8"), **like_int8)
+        manifest = with_target(manifest, name, target)
     write_manifest(folder, msgspec.structs.replace(manifest, default_target=NAMES[1]))
     monkeypatch.setattr(machine, "cpu_info", lambda: {"flags": "avx2 avx512f"})
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
