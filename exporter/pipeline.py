@@ -222,7 +222,6 @@ def _write(
         },
         default_target=FP32_TARGET,
         default_rule=DEFAULT_RULE.to_dict(),
-        files={REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)},
         exit_0=export_exit_0(folder, exit_0) if exit_0 else None,
     )
     with engine_of(folder, manifest, FP32_TARGET) as engine:
@@ -230,10 +229,8 @@ def _write(
     record = folder / VERIFICATION_NAME
     record.write_text(json.dumps(agreement.to_dict(), indent=2) + "\n", encoding="utf-8")
     _write_config(folder / CLASSIFIER_NAME, source, model)
-    files = {
-        **manifest.files,
-        **{name: sha256_of(folder / name) for name in (VERIFICATION_NAME, CLASSIFIER_NAME)},
-    }
+    written = (REFERENCE_NAME, VERIFICATION_NAME, CLASSIFIER_NAME)
+    files = {name: sha256_of(folder / name) for name in written}
     tolerance = max(_LEAST_TOLERANCE, agreement.max_logit_difference)
     target = msgspec.structs.replace(manifest.targets[FP32_TARGET], tolerance=tolerance)
     manifest = with_target(msgspec.structs.replace(manifest, files=files), FP32_TARGET, target)
