@@ -18,7 +18,7 @@ from ...runtime.agreement import Agreement, Logits
 from ...runtime.artifact.manifest import LOGITS, Manifest
 from ...runtime.artifact.reference import read_reference
 from ...runtime.backends.onnxruntime import cpu_session, session_options
-from ...runtime.encoding import EncodedRow, Text, TextEncoder, padded_batches, padding_values
+from ...runtime.encoding import Text, TextEncoder, padded_batches, padding_values
 from ...runtime.progress import Progress
 from ...runtime.rules.rules import ExitRule
 from ..onnx_file import graph_runs, write_graph
@@ -58,32 +58,9 @@ def add_lowered(
     # The reference may hold the same texts already, from the export's own verification.
     new = [text for text in dict.fromkeys(texts) if text not in known]
     if new:
-        new, logits = exact_logits(folder, manifest, new)
-        expected = np.concatenate([expected, logits], axis=1)
+        new, exact = exact_logits(folder, manifest, new)
+        expected = np.concatenate([expected, exact], axis=1)
     rows = TextEncoder(folder, manifest.tokenizer).encode([*known, *new])
-    found = _emulated(manifest, protos, rows, progress)
-    rule = ExitRule.from_dict(manifest.default_rule)
-    # Without exit 0, which no precision changes.
-    later = expected[-len(found) :]
-    agreement = judged(np.stack(found), later, manifest, rule, precision)
-    place = f"onnx/{precision}"
-    graphs = {}
-    with replacing(folder / place) as temporary:
-        for number, (name, proto) in enumerate(protos.items()):
-            progress(f"{precision} {name}", number, len(protos))
-            file = f"{name}.onnx"
-            graphs[name] = write_graph(temporary / file, f"{place}/{file}", lower(proto))
-    precisions = {**manifest.precisions, precision: graphs}
-    return msgspec.structs.replace(manifest, precisions=precisions), agreement
-
-
-def _emulated(
-    manifest: Manifest,
-    protos: Mapping[str, Any],
-    rows: Sequence[EncodedRow],
-    progress: Progress,
-) -> list[Logits]:
-    """The logits `[rows, labels]` of each exit from exit 1 on, with every rounding in place."""
 
     def open_session(name: str) -> Any:
         options = session_options()
@@ -98,4 +75,16 @@ def _emulated(
             progress("emulate the chain", run.call, calls)
         if LOGITS in run.outputs:
             logits.setdefault(run.call, []).append(run.outputs[LOGITS])
-    return [np.concatenate(part) for part in logits.values()]
+    found = np.stack([np.concatenate(part) for part in logits.values()])
+    rule = ExitRule.from_dict(manifest.default_rule)
+    # Without exit 0, which no precision changes.
+    agreement = judged(found, expected[-len(found) :], manifest, rule, precision)
+    place = f"onnx/{precision}"
+    graphs = {}
+    with replacing(folder / place) as temporary:
+        for number, (name, proto) in enumerate(protos.items()):
+            progress(f"{precision} {name}", number, len(protos))
+            file = f"{name}.onnx"
+            graphs[name] = write_graph(temporary / file, f"{place}/{file}", lower(proto))
+    precisions = {**manifest.precisions, precision: graphs}
+    return msgspec.structs.replace(manifest, precisions=precisions), agreement
