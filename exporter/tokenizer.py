@@ -83,17 +83,6 @@ def _model_errors(source: Path) -> AbstractContextManager[None]:
     return tokenizer_errors(f"{source} has no tokenizer that can be read", ModelError, _HINT)
 
 
-def _check_sentencepiece(path: Path) -> None:
-    """Refuse a SentencePiece model with a damaged table of replacements; other files pass.
-
-    Raises:
-        ValueError: the table is damaged.
-    """
-    for charsmap in values_at(memoryview(path.read_bytes()), _CHARSMAP):
-        if len(charsmap):
-            charsmap_growth(bytes(charsmap))
-
-
 def load_tokenizer(source: Path, model: MultiExitModel) -> Any:
     """The fast Hugging Face tokenizer of a folder.
 
@@ -108,7 +97,10 @@ def load_tokenizer(source: Path, model: MultiExitModel) -> Any:
             if path.name != _CONFIG:
                 check_tokenizer(path)
         for path in sorted(source.glob("*.model")):
-            _check_sentencepiece(path)
+            # A SentencePiece model may have a damaged table of replacements; other files pass.
+            for charsmap in values_at(memoryview(path.read_bytes()), _CHARSMAP):
+                if len(charsmap):
+                    charsmap_growth(bytes(charsmap))
         tokenizer = AutoTokenizer.from_pretrained(source)
     files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
     # Without these files, transformers makes an empty tokenizer that knows no word.
