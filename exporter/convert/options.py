@@ -107,7 +107,6 @@ class Converted:
         exits: how many of these texts stop at each exit, exit 0 first.
         speedup_single: time at full depth over time with the rule, for texts one by one.
         speedup_file: the same for windows of texts, as in files.
-        seconds: estimated time of a text with the rule, as part of a file.
         max_logit_difference: from the classifier, at full depth.
         accuracy: share of texts of the report with exactly the right answer; None: no labels.
     """
@@ -124,7 +123,6 @@ class Converted:
     exits: tuple[int, ...]
     speedup_single: float
     speedup_file: float
-    seconds: float
     max_logit_difference: float
     accuracy: float | None = None
 

@@ -118,7 +118,6 @@ def certify_target(
         report: the texts to report on.
         threads: CPU threads; None: all cores.
         progress: called with (what, done, total).
-
     """
     full_depth = Budget(exit=read_manifest(folder).exits[-1])
     with Engine.load(folder, name, threads=threads, rule=full_depth) as engine:
@@ -183,7 +182,6 @@ def certify_target(
         exits=judged.exits,
         speedup_single=speedups[0],
         speedup_file=speedups[1],
-        seconds=float(stopping.costs[seen.at(exits_of(rule, seen))].mean()),
         max_logit_difference=float(np.abs(seen.logits[-1] - calibrate.logits).max()),
         accuracy=accuracy,
     )

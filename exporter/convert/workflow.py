@@ -288,7 +288,7 @@ class _Work:
         add_targets(engines, wanted, self.progress)
 
     def _certify(self, engines: Path, logits: NDArray[np.float32], chosen: Chosen) -> Conversion:
-        """Certify the targets; the fastest one that has a point becomes the default."""
+        """Certify the targets; the default is the fastest at full depth, if it has a point."""
         texts, options = self.texts, self.options
         warnings: list[str] = []
         expected = self._labels(warnings)
@@ -298,18 +298,17 @@ class _Work:
             rows = [texts.rows[number] for number in numbers]
             return Part(rows, logits[numbers], texts.weights[numbers], known)
 
-        calibrate, report = part(texts.calibrate), part(texts.report)
-        names = runnable_targets(engines)
-        if not options.all_targets:
-            names = [FP32_TARGET, read_manifest(engines).default_target]
-        given = options.bound, calibrate, report, options.threads, self.progress
+        fastest = read_manifest(engines).default_target
+        names = runnable_targets(engines) if options.all_targets else [fastest]
+        given = options.bound, part(texts.calibrate), part(texts.report), options.threads
         targets = tuple(
-            certify_target(engines, name, *given) for name in dict.fromkeys([FP32_TARGET, *names])
+            certify_target(engines, name, *given, self.progress)
+            for name in dict.fromkeys([FP32_TARGET, *names])
         )
-        certified = {each.target: each.seconds for each in targets if each.point is not None}
-        default = min(certified, key=certified.__getitem__, default=FP32_TARGET)
-        manifest = read_manifest(engines)
-        write_manifest(engines, msgspec.structs.replace(manifest, default_target=default))
+        if not any(each.target == fastest and each.certificate for each in targets):
+            fastest = FP32_TARGET
+        manifest = msgspec.structs.replace(read_manifest(engines), default_target=fastest)
+        write_manifest(engines, manifest)
         accuracy = None
         if expected is not None:
             answers = Outputs(logits, self.task.problem_type).answers
@@ -322,7 +321,7 @@ class _Work:
                 )
         return Conversion(
             folder=engines,
-            default_target=default,
+            default_target=fastest,
             targets=targets,
             exit_layers=manifest.exit_layers,
             chosen=chosen,

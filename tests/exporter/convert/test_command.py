@@ -49,7 +49,6 @@ def converted(target: str, certificate: Certificate | None, layers: float) -> Co
         exits=(100, 50, 50, 0, 0, 0, 100),
         speedup_single=1.9,
         speedup_file=2.25,
-        seconds=0.01,
         max_logit_difference=1e-6,
         accuracy=0.95,
     )
