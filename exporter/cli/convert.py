@@ -183,4 +183,5 @@ def _heads(chosen: Chosen) -> str:
 
 def _line(name: str, layers: str, single: str, file: str, text: str, traffic: str) -> str:
     """A line of the table, of 80 columns; a longer name loses its end."""
-    return f"{set_cell_size(name, 29)} {layers:>8} {single:>12} {file:>6} {text:>10} {traffic:>9}"
+    left = set_cell_size(name, 29)
+    return f"{left} {layers:>8} {single:>12} {file:>6} {text:>10} {traffic:>9}".rstrip()
