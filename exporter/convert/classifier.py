@@ -40,7 +40,8 @@ class Classifier:
 
     Raises:
         ModelError: files are missing or damaged, the family is not supported, there is no
-            trained head, the model is a regression, or the adapter cannot be merged.
+            trained head, the model is a regression or has one layer, or the adapter cannot be
+            merged.
         MissingExtraError: an adapter is given, and `peft` is not installed.
     """
 
@@ -61,6 +62,11 @@ class Classifier:
         self.model = _load(self.folder, adapter)
         self.backbone = family_of(config.model_type)(self.model.base_model)
         self.layers = len(self.backbone.layers())
+        if self.layers < 2:
+            raise ModelError(
+                f"{self.folder} has one layer, so there is no exit before its last",
+                "give a classifier with at least two layers",
+            )
         parts = self.backbone.classifier_parts()
         outputs = self.model.get_submodule(parts.classifier).out_features
         self.labels = label_names(self.folder, config, outputs)

@@ -119,6 +119,7 @@ def without_head(folder: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no head": (without_head, "not a trained classifier: it lacks 2 weights, first 'classifier"),
     "regression": (lambda f: change_config(f, problem_type="regression"), "is a regression model"),
+    "one layer": (lambda f: change_config(f, num_hidden_layers=1), "has one layer"),
     "one label": (lambda f: change_config(f, id2label={"0": "x"}), "is a regression model"),
     "truncated": (truncate, "does not hold a classifier that can be"),
     "other family": (lambda f: change_config(f, model_type="gpt2"), "'gpt2' is not supported"),
