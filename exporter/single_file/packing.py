@@ -10,7 +10,7 @@ import onnx
 from tokenizers import Tokenizer
 
 from ...runtime.artifact.folder import check_outside, read_manifest, verified
-from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest, Target
+from ...runtime.artifact.manifest import CLASSIFIER_NAME
 from ...runtime.artifact.reference import read_reference
 from ...runtime.encoding import Text
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError
@@ -20,6 +20,7 @@ from ...runtime.targets import rule_of, target_of
 from ..onnx_file import graphs_of, load_graphs
 from ..staging import resolved, staging
 from ..targets.backends import INT8
+from ..targets.check import FP32_TARGET
 from .exit_0 import PairMarks
 from .graph import TYPES, single_graph
 from .hub_files import Packed, write_files
@@ -47,7 +48,7 @@ def pack(
         engines: an engines folder.
         output: the folder to write, which must not exist yet, or be empty.
         target: a target for CPUs in fp32 or int8, whose graphs are packed; default: the default
-            target.
+            target, or if that has another precision, `onnxruntime-fp32`.
         operating_point: one of the target's; default: its default point, or if it has none the
             default rule of the folder.
         for_transformers_js: whether the graph is `onnx/model.onnx`, or in int8
@@ -77,8 +78,20 @@ def pack(
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ArtifactError(f"{output} exists already", "give another folder as `output`")
     manifest = read_manifest(source)
-    name = target_of(source, manifest, target or manifest.default_target)
-    built = _packable(manifest, name)
+    packable = [
+        name
+        for name, each in manifest.targets.items()
+        if each.precision in ("fp32", INT8) and not each.on_gpu
+    ]
+    default = manifest.default_target
+    default = default if default in packable else FP32_TARGET
+    name = target_of(source, manifest, target or default)
+    if name not in packable:
+        raise BackendError(
+            f"target {name} does not run ONNX graphs in fp32 or int8, so they cannot be packed",
+            f"choose a `target` from {', '.join(packable)}" if packable else EXPORT_AGAIN,
+        )
+    built = manifest.targets[name]
     if CLASSIFIER_NAME not in manifest.files:
         raise ArtifactError(f"{source} has no {CLASSIFIER_NAME}", EXPORT_AGAIN)
     point, rule = rule_of(source, manifest, name, operating_point)
@@ -119,22 +132,3 @@ def pack(
         packed = Packed(place / file, name, point, rule, manifest.exits, no_exit_0, *found)
         write_files(source, folder, manifest, packed, model, is_large)
     return packed
-
-
-def _packable(manifest: Manifest, name: str) -> Target:
-    """A target if it runs ONNX graphs on CPUs, in a precision that every runtime has.
-
-    Raises:
-        BackendError: it does not.
-    """
-    fit = [
-        each
-        for each, target in manifest.targets.items()
-        if target.precision in ("fp32", INT8) and not target.on_gpu
-    ]
-    if name not in fit:
-        raise BackendError(
-            f"target {name} does not run ONNX graphs in fp32 or int8, so they cannot be packed",
-            f"choose a `target` from {', '.join(fit)}" if fit else EXPORT_AGAIN,
-        )
-    return manifest.targets[name]

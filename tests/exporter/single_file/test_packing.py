@@ -354,16 +354,21 @@ def test_the_command_says_what_it_packed(
     packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
 ) -> None:
     folder, made = packed("bert")
+    manifest = read_manifest(folder)
+    bf16 = msgspec.structs.replace(manifest.targets[FP32], precision="bf16", graph_precision="fp32")
+    manifest = with_target(manifest, "openvino-bf16", bf16)
+    write_manifest(folder, msgspec.structs.replace(manifest, default_target="openvino-bf16"))
     more = tmp_path / "more.txt"
     more.write_text("rain\n" * 20)
     output = tmp_path / "again"
-    arguments = [folder, "-o", output, "--operating-point", "fast", "--target", FP32]
+    arguments = [folder, "-o", output, "--operating-point", "fast"]
     arguments += ["--layout", "transformers.js", "--verify-data", more]
     result = CliRunner().invoke(main, [*map(str, arguments), "--json"])
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
     assert content["file"] == str(output / "onnx" / "model.onnx")
     assert content["rows"] == made.rows + 20
+    assert content["target"] == FP32, "the default target computes in bf16"
     assert Path(content["file"]).read_bytes() == made.file.read_bytes(), "always the same bytes"
     result = CliRunner().invoke(main, [*map(str, arguments), "--quiet"])
     assert result.exit_code == 1
