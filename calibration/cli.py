@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,13 +139,17 @@ def main(
         echo(f"report: {report}", err=as_json)
 
 
-def threshold_of(text: str) -> tuple[str, float]:
-    """The label and the number of `LABEL=P`."""
-    label, _, number = text.rpartition("=")
-    try:
-        return label, float(number)
-    except ValueError:
-        raise click.UsageError(f"{text!r} is not LABEL=P, such as attack=0.7") from None
+def thresholds_of(texts: Sequence[str]) -> dict[str, float]:
+    """The numbers of `LABEL=P`, by label."""
+    return options.once("--threshold", map(_threshold, texts))
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    label, equals, number = text.rpartition("=")
+    with suppress(ValueError):
+        if equals:
+            return label, float(number)
+    raise click.UsageError(f"{text!r} is not LABEL=P, such as attack=0.7")
 
 
 def _options(
@@ -178,7 +184,7 @@ def _options(
     goal: Goal | Bound = Goal(max_drop=max_drop, speedup=speedup)
     if shares:
         sure = 0.95 if confidence is None else confidence / 100
-        goal = Bound(confidence=sure, thresholds=dict(map(threshold_of, thresholds)), **shares)
+        goal = Bound(confidence=sure, thresholds=thresholds_of(thresholds), **shares)
     return CalibrationOptions(
         goals={point: goal} if names else DEFAULT_GOALS,
         default=point,

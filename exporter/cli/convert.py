@@ -12,7 +12,7 @@ import msgspec
 import rich_click as click
 from rich.cells import set_cell_size
 
-from ...calibration.cli import threshold_of
+from ...calibration.cli import thresholds_of
 from ...calibration.goals import Bound
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.cli import options
@@ -106,7 +106,7 @@ def main(
     reading = options.read_options(settings)
     bound = Bound(
         confidence=0.95 if confidence is None else confidence / 100,
-        thresholds=dict(map(threshold_of, thresholds)),
+        thresholds=thresholds_of(thresholds),
         **(shares or {"flips": 0.01}),
     )
     wanted = replace(msgspec.convert(settings | {"reading": reading}, ConvertOptions), bound=bound)

@@ -186,12 +186,30 @@ def chosen_rule(default: ExitRule, text: str) -> ExitRule:
     are given.
 
     Raises:
+        click.UsageError: a word is not a setting, or there is none.
         RuleError: there is no such rule, it does not take a setting, or it lacks one that it needs.
     """
-    name, *settings = text.split() if "=" not in text.split(" ")[0] else ("", *text.split())
-    changes = dict(map(_setting, settings))
+    words = text.split() or [""]
+    name = "" if "=" in words[0] else words.pop(0)
+    changes = once("--rule", map(_setting, words))
+    if not (name or changes):
+        raise click.UsageError("--rule is empty; give a rule or a setting such as threshold=0.2")
     base = default.to_dict() if name in ("", default.name) else {"name": name}
     return ExitRule.from_dict(base | changes)
+
+
+def once(option: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Named values of an option as a dictionary.
+
+    Raises:
+        click.UsageError: a name has two values.
+    """
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise click.UsageError(f"{option} gives {name} twice")
+        found[name] = value
+    return found
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -218,9 +236,8 @@ def read_options(settings: dict[str, Any]) -> ReadOptions:
     """
     names = [field.name for field in fields(ReadOptions)]
     given = {name: settings.pop(name) for name in names if name in settings}
-    columns = dict(
-        each.split("=", 1) if "=" in each else (each, "") for each in settings.pop("columns")
-    )
+    pairs = [each.partition("=") for each in settings.pop("columns")]
+    columns = once("--column", ((field, name) for field, _, name in pairs))
     if wrong := [field for field, name in columns.items() if field not in _FIELDS or not name]:
         raise click.UsageError(
             f"--column {wrong[0]!r}: expected FIELD=NAME with a field of {', '.join(_FIELDS)}"

@@ -203,7 +203,10 @@ SETTINGS = [
 # What is given, and what the message names.
 USAGE: list[tuple[Make, str]] = [
     (run("--rule", "fpabee threshold"), "'threshold' is not a setting"),
+    (run("--rule", " "), "--rule is empty"),
+    (run("--rule", "patience=1 patience=2"), "patience twice"),
     (run("--column", "body"), "FIELD=NAME"),
+    (run("--column", "text=a", "--column", "text=b"), "--column gives text twice"),
     (run("--column", "labels=kind"), "'labels'"),
     (run("--full-depth", "--rule", "pabee"), "--full-depth"),
     (run("--operating-point", "a", "--rule", "patience=1"), "--operating-point"),

@@ -144,6 +144,8 @@ def test_the_summary_says_what_is_guaranteed_and_what_is_not(
     [
         ("--missed 1", "--missed can be used only with --threshold", 2),
         ("--threshold bad", "is not LABEL=P", 2),
+        ("--threshold 0.7", "is not LABEL=P", 2),
+        ("--threshold bad=0.7 --threshold bad=0.5", "--threshold gives bad twice", 2),
         ("--threshold bad=1.5", "between 0 and 1", 1),
         ("--flips 0", "flips is 0 %", 1),
     ],
