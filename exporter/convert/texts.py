@@ -66,7 +66,7 @@ def split(rows: Iterable[Row], group_column: str | None = None) -> Texts:
     Args:
         rows: the rows.
         group_column: the field that names the group of a row; groups stay together, and one text
-            of each calibrates. A row without it is a group of its own.
+            of each calibrates. A row without it, or with an empty cell, is a group of its own.
 
     Raises:
         InputError: all texts are equal, half of them are empty, there are far too few, or no row
@@ -88,13 +88,14 @@ def split(rows: Iterable[Row], group_column: str | None = None) -> Texts:
             "leave them out, or name the column of the texts with `text_column`",
         )
     distinct = list(first.values())
-    if group_column is not None and not any(group_column in row.fields for row in distinct):
-        raise InputError(f'no row has a field "{group_column}"', "correct `group_column`")
     own = [_place([row.text, row.text_pair]) for row in distinct]
     groups = [row.fields.get(group_column) if group_column else None for row in distinct]
     places = [
-        place if group is None else _place(group) for place, group in zip(own, groups, strict=True)
+        place if group in (None, "") else _place(group)
+        for place, group in zip(own, groups, strict=True)
     ]
+    if group_column is not None and places == own:
+        raise InputError(f'no row has a field "{group_column}"', "correct `group_column`")
     parts = np.searchsorted(np.cumsum(_SHARES), places, side="right")
     train, choose, calibrate, report = (np.flatnonzero(parts == part) for part in range(4))
     if not all(map(len, (train, choose, calibrate, report))):

@@ -188,6 +188,7 @@ class _Work:
             __version__,
             msgspec.to_builtins(settings, enc_hook=str),
             data_sha256(self.texts.rows, labels=False),
+            [part.tolist() for part in (self.texts.taught, self.texts.calibrate)],
             [sha256_of(path) for path in files if path.is_file()],
         ]
         return hashlib.sha256(msgspec.json.encode(content)).hexdigest()

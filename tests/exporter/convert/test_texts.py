@@ -38,6 +38,15 @@ def test_groups_stay_together_and_one_text_of_each_calibrates() -> None:
     assert texts.sizes[0] > 1200
 
 
+@pytest.mark.parametrize("nothing", [None, ""])  # as JSON and as CSV say it
+def test_a_row_without_a_group_is_one_of_its_own(nothing: str | None) -> None:
+    rows = [Row(row.text, fields={"dialogue": nothing}) for row in ROWS[1:]]
+    texts = split([ROWS[0], *rows], "dialogue")
+    assert texts.sizes[2] > 1500
+    with pytest.raises(InputError, match="no row has a field"):
+        split(rows, "dialogue")
+
+
 @pytest.mark.parametrize(
     ("rows", "group", "message"),
     [

@@ -179,6 +179,25 @@ def test_fine_tuning_trains_the_encoder_but_not_the_head(
     assert len(marks[1]["agreement"]) == 2
 
 
+def test_a_conversion_with_other_groups_starts_anew(
+    telling: Mapping[str, Path], quick: None, tmp_path: Path
+) -> None:
+    """A text that has trained would certify otherwise."""
+    seen: list[str] = []
+
+    def progress(what: str, *_: int) -> None:
+        seen.append(what)
+        stopped(what)
+
+    file, options = tmp_path / "texts.jsonl", replace(OPTIONS, group_column="group")
+    for groups in (300, 300, 299):
+        rows = [{"text": text, "group": n % groups} for n, text in enumerate(TEXTS)]
+        file.write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(KeyboardInterrupt):
+            convert(telling[SINGLE.value], file, tmp_path / "engines", options, progress)
+    assert seen.count("train heads") == 2
+
+
 BAD: dict[str, tuple[Bound, str]] = {
     "unknown label": (Bound(flips=0.1, thresholds={"x": 0.5}), "no label 'x'"),
     "too few texts": (Bound(flips=0.001), "flips needs at least 2,995 texts .* there are 2"),
