@@ -81,27 +81,38 @@ def open_output(
         InputError: the output cannot be written, or an earlier run left rows that do not fit.
         KeyboardInterrupt: Ctrl-C; if rows are done, with an error that says where they are kept.
     """
+    partial, is_file = None, is_plain_file(output)
+    shared = settings | inputs.identity(resume) if is_file else {}
     try:
-        if output is None or not is_plain_file(output):
+        if output is None or not is_file:
             with _stream(output) as stream:
                 yield lambda record: stream.write(to_json(record) + "\n"), iter(())
             return
         # A link stays; the file that it leads to is replaced.
-        settings = settings | inputs.identity(resume)
-        with Partial(Path(os.path.realpath(output)), settings, resume) as partial:
-            yield partial.write, partial.records()
-            partial.finish(chosen, schema)
+        partial = Partial(Path(os.path.realpath(output)), shared, resume)
+        yield partial.write, partial.records()
+        partial.finish(chosen, schema)
     except BrokenPipeError:
         raise
-    except OSError as error:
-        raise InputError(
-            f"cannot write {output or 'standard output'}: {error.strerror}",
-            "set another `output`" if output else "free some space there, or set `output`",
-        ) from error
+    except BaseException as error:
+        done, hint = partial.leave() if partial else "", "use `resume` to continue"
+        if isinstance(error, OSError):
+            if not done:
+                elsewhere = "set another `output`"
+                hint = elsewhere if output else f"free some space there, or {elsewhere}"
+            more = done and f"; {done}"
+            raise InputError(
+                f"cannot write {output or 'standard output'}: {error.strerror}{more}", hint
+            ) from error
+        if done and isinstance(error, FpabeeError):
+            raise type(error)(f"{error.message}; {done}", error.hint) from error
+        if done and isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(InputError(done, hint)) from error
+        raise
 
 
 class Partial:
-    """The rows of one output file that are done. A context manager: errors say where they are.
+    """The rows of one output file that are done.
 
     Args:
         output: the file that they are for.
@@ -194,28 +205,12 @@ class Partial:
                 self.path.unlink(missing_ok=True)
                 self._settings_path.unlink(missing_ok=True)
 
-    def __enter__(self) -> Partial:
-        return self
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        """After an error, keep the finished rows and say where they are."""
-        if error is None:
-            return
+    def leave(self) -> str:
+        """Close the file after an error; returns where finished rows are, if there are any."""
         # On a full disk closing fails too: the next run drops the line that is incomplete.
         with contextlib.suppress(OSError):
             self.close(keep=self.rows > 0)
-        if not self.rows:
-            return
-        done = f"{self.rows} finished rows are in {self.path}"
-        if isinstance(error, OSError):
-            raise InputError(
-                f"cannot write {self.output}: {error.strerror}; {done}",
-                "free some space, then use `resume` to continue",
-            ) from error
-        if isinstance(error, FpabeeError):
-            raise type(error)(f"{error.message}; {done}", error.hint) from error
-        if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(InputError(done, "use `resume` to continue")) from error
+        return f"{self.rows} finished rows are in {self.path}" if self.rows else ""
 
     def _lock(self) -> None:
         if fcntl is None:

@@ -190,15 +190,10 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
-def _narrowest(kinds: set[str]) -> Any:
-    """The narrowest type of pyarrow that represents all values exactly; a string fits them all."""
-    import pyarrow
-
-    if kinds == {"bool"}:
-        return pyarrow.bool_()
-    if kinds and kinds <= {"int", "long"}:
-        return pyarrow.int64()
-    return pyarrow.float64() if kinds and kinds <= {"int", "float"} else pyarrow.string()
+def _narrowest(kinds: set[str]) -> str:
+    """The narrowest type of Arrow that represents all values exactly; a string fits them all."""
+    exact = (({"bool"}, "bool"), ({"int", "long"}, "int64"), ({"int", "float"}, "float64"))
+    return next((name for known, name in exact if kinds and kinds <= known), "string")
 
 
 def _write_parquet(
@@ -208,7 +203,8 @@ def _write_parquet(
     from pyarrow import parquet
 
     types = {"index": arrow_type("index")}
-    types |= {name: _narrowest(found - {"NoneType"}) for name, found in kinds.items()}
+    for name, found in kinds.items():
+        types[name] = pyarrow.type_for_alias(_narrowest(found - {"NoneType"}))
     types |= {name: arrow_type(name) for name in schema.results}
     table = pyarrow.schema(list(types.items()))
     texts = [name for name, kind in types.items() if kind == pyarrow.string()]

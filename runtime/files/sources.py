@@ -93,16 +93,18 @@ class Inputs:
 
         Raises:
             InputError: one of them can be read only once.
+            OSError: one of them cannot be read.
         """
-        hashes = {source: _sha256(source) for source in self._sources}
-        for source, sha256 in hashes.items():
-            if resume and sha256 is None:
+        found: dict[str, Any] = {"inputs": self._sources}
+        for source in self._sources:
+            is_file = source != STANDARD_INPUT and Path(source).is_file()
+            if resume and not is_file:
                 raise InputError(
                     f"{source} can be read only once, so a run on it cannot be resumed",
                     "save it to a file, and classify that file",
                 )
-        named = {f"the SHA-256 of {source}": sha256 for source, sha256 in hashes.items()}
-        return {"inputs": list(hashes), **named}
+            found[f"the SHA-256 of {source}"] = sha256_of(Path(source)) if is_file else None
+        return found
 
     def _rows(self, source: str, chosen: TextFormat | None) -> Iterator[Row | RowError]:
         if chosen is TextFormat.PARQUET:
@@ -140,7 +142,9 @@ class Inputs:
         try:
             raw = stack.enter_context(path.open("rb"))
         except OSError as error:
-            raise _unreadable(path, error) from error
+            raise InputError(
+                f"cannot read {path}: {error.strerror}", "check the file's permissions"
+            ) from error
         if path.suffix == ".gz":
             return cast("IO[bytes]", stack.enter_context(gzip.GzipFile(fileobj=raw)))
         return raw
@@ -148,17 +152,3 @@ class Inputs:
 
 def _name(source: str) -> str:
     return "standard input" if source == STANDARD_INPUT else source
-
-
-def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(f"cannot read {path}: {error.strerror}", "check the file's permissions")
-
-
-def _sha256(source: str) -> str | None:
-    path = Path(source)
-    if source == STANDARD_INPUT or not path.is_file():
-        return None
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
