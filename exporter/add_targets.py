@@ -193,7 +193,11 @@ class _Addition:
             self._add_int8_for_cpus()
         self.added.default = self._choose_default()
         self.added.manifest = self.manifest
-        self.added.lost_points = _lost_points(self.before, self.manifest)
+        for name, target in self.before.targets.items():
+            now = self.manifest.targets.get(name)
+            points = target.operating_points.keys() - (now.operating_points if now else {})
+            if points:
+                self.added.lost_points[name] = tuple(sorted(points))
         return self.added
 
     def _write(self, manifest: Manifest, checked: Sequence[Checked] = ()) -> None:
@@ -330,12 +334,3 @@ def _int8_forms(options: AddTargetsOptions) -> tuple[bool, bool]:
         return for_plans, not for_plans or can_quantize
     for_cpus = bool(set(options.backends) & set(CPU_BACKENDS))
     return not for_cpus or bool(set(options.backends) & set(PLAN_BACKENDS)), for_cpus
-
-
-def _lost_points(before: Manifest, after: Manifest) -> dict[str, tuple[str, ...]]:
-    """Operating points, by target, that have disappeared."""
-    lost = {}
-    for name, target in before.targets.items():
-        now = after.targets[name].operating_points if name in after.targets else {}
-        lost[name] = tuple(point for point in target.operating_points if point not in now)
-    return {name: points for name, points in lost.items() if points}
