@@ -18,13 +18,13 @@ from ..runtime.files import Row, read_rows
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import Budget, ExitRule
-from .choose import Search
+from .choose import PARTS, Search
 from .costs import CostModel, StoppingCosts, measure_costs, measure_speedup
 from .goals import GUARANTEED_RULES, Bound, CalibrationOptions
 from .guarantee import Certified, certify, decision_thresholds, needs_in_words
 from .result import Calibration, Outcome, Point, RuleComparison, outcome, with_points
 from .scoring import AGREEMENT, METRICS, LabelledLogits, Scorer
-from .search import CASCADE, CONTENDERS, PARTS, PER_EXIT, exits_of, make_families
+from .search import CASCADE, CONTENDERS, PER_EXIT, exits_of, make_families
 from .trace import data_sha256, expected_labels, trace_rows
 
 logger = logging.getLogger(__name__)

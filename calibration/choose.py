@@ -7,18 +7,21 @@ from contextlib import suppress
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.errors import InputError
 from ..runtime.rules.measures import Array, Integers
 from ..runtime.rules.rules import Budget, ExitRule
 from .costs import StoppingCosts
-from .search import PARTS, Family, deal, exits_of, make_families
+from .search import Family, exits_of, make_families
 
 # The estimated drop must stay below the goal by `_RESERVE / rows ** _RESERVE_POWER`, which is 0.085
 # points at 1,000 rows, but by at most the share `_MOST_RESERVE` of it: the fastest of many settings
 # was lucky with the rows that chose it, the more so the fewer they are.
 _RESERVE, _RESERVE_POWER, _MOST_RESERVE = 6.75, 1.3, 0.9
+PARTS = 5
+"""How many parts rows are dealt into: each part is judged with what the others choose."""
 
 
 Make = Callable[[StoppingCosts], list[Family]]
@@ -130,3 +133,8 @@ class Search:
                     numbers = np.flatnonzero(parts == part)
                     exits[numbers] = exits_of(rule, rows.take(numbers))
         return exits
+
+
+def deal(rows: int) -> NDArray[np.intp]:
+    """The part of each row, `[rows]` from 0: `PARTS` parts of equal size, dealt at random."""
+    return np.random.default_rng(0).permutation(np.arange(rows) % PARTS)

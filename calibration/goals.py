@@ -157,7 +157,7 @@ class CalibrationOptions:
         if not self.goals:
             raise InputError("no goal is given", "give `goals`")
         for name, goal in self.goals.items():
-            if not is_name(name):
+            if not (name and name.isprintable()):  # people read and type it
                 raise InputError(
                     f"an operating point is named {name!a}",
                     "give a name that can be read and typed",
@@ -200,11 +200,6 @@ class CalibrationOptions:
     def thresholds(self) -> Mapping[str, float]:
         """The `Bound.thresholds` of all guarantees."""
         return self.bounds[0].thresholds if self.bounds else {}
-
-
-def is_name(name: str) -> bool:
-    """Whether an operating point can have this name: people read and type it."""
-    return bool(name) and name.isprintable()
 
 
 def _check_goal(name: str, goal: Goal) -> None:

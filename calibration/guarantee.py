@@ -30,19 +30,16 @@ from ..runtime.artifact.manifest import ProblemType, Task
 from ..runtime.artifact.operating_point import Certificate, Promise
 from ..runtime.rules.measures import Array, Integers
 from ..runtime.rules.rules import Budget, Confidence, Entropy, ExitRule
-from ..runtime.rules.words import rounded
 from .costs import StoppingCosts, observed_losses
 from .goals import Bound
 from .result import drop_interval
 from .scoring import LabelledLogits, Scorer
-from .search import StopScores, with_exit_0
+from .search import StopScores, stricter_early, with_exit_0
 
 # Steps of 1 - confidence at the last exit: few where only over-confident models need them, then
 # many, because a step that is finer certifies a setting that is a little bolder.
 _CAUTIOUS = np.geomspace(1e-10, 1e-4, 60, endpoint=False)
 _STEPS = 340
-# An exit at the share x of the depth must be as sure as the last one to the power 1 + 0.7 (1 - x).
-_EARLY_POWER = 0.7
 # Exit 0 answers from 1 - p of a quarter of the last layer's on.
 _EXIT_0_SHARE = 0.25
 _log_factorial = np.vectorize(lambda count: math.lgamma(count + 1))
@@ -142,12 +139,12 @@ def sequence(rows: LabelledLogits, rule: str, at_exit_0: bool) -> list[ExitRule]
     if rule == "entropy":
         base, boldest = Entropy(threshold=0.0), 0.95
         largest = math.log(labels) if single else labels * math.log(2)
-    depths, found = np.arange(1, rows.exits[-1] + 1) / rows.exits[-1], []
-    for doubt in (*_CAUTIOUS, *np.geomspace(1e-4, boldest, _STEPS)):
-        limits = largest * doubt ** (1 + _EARLY_POWER * (1 - depths))
-        setting = base.with_stop_threshold([*map(rounded, limits)])
-        found.append(with_exit_0(setting, _EXIT_0_SHARE * doubt) if at_exit_0 else setting)
-    return found
+    doubts = np.concatenate([_CAUTIOUS, np.geomspace(1e-4, boldest, _STEPS)])
+    limits = stricter_early(largest * doubts, rows.exits[-1])
+    settings = [base.with_stop_threshold(each) for each in limits]
+    if not at_exit_0:
+        return settings
+    return [*map(with_exit_0, settings, _EXIT_0_SHARE * doubts)]
 
 
 class _Test:

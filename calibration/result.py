@@ -199,17 +199,12 @@ def drop_interval(
         resamples: of the bootstrap.
     """
     rows = len(exits)
-    generator = np.random.default_rng(0)
-    full, early = scorer.sums[-1], scorer.at(exits)
-    if scorer.is_row_mean:
-        kinds, counts = np.unique(full[:, 0] - early[:, 0], return_counts=True)
-        drawn = generator.multinomial(rows, counts / rows, resamples)
-        drops = drawn @ kinds / rows
-    else:
-        drops = np.zeros(resamples)
-        for sample in range(resamples):
-            weights = np.bincount(generator.integers(0, rows, rows), minlength=rows)
-            drops[sample] = scorer.value(weights @ full) - scorer.value(weights @ early)
+    both = np.concatenate([scorer.sums[-1], scorer.at(exits)], axis=-1)
+    # Rows with equal terms are drawn together.
+    kinds, counts = np.unique(both, axis=0, return_counts=True)
+    drawn = np.random.default_rng(0).multinomial(rows, counts / rows, resamples)
+    full, early = np.split(drawn @ kinds, 2, axis=-1)
+    drops = scorer.value(full) - scorer.value(early)
     low, high = np.quantile(drops, [(1 - level) / 2, (1 + level) / 2])
     if (exits < scorer.rows.exits[-1]).any():
         drop = scorer.full_depth - scorer.score(exits)

@@ -40,11 +40,9 @@ from .scoring import LabelledLogits
 CONTENDERS = (Confidence(threshold=0.0), Entropy(threshold=0.0), FPabee(threshold=0.0))
 """Rules that compete if none is named: in the study no other rule saves clearly more."""
 PER_EXIT = " per exit"
-"""The end of the kind of a rule that has one fitted threshold for each exit."""
+"""The end of the kind of a rule with a threshold for each exit, see `stricter_early`."""
 CASCADE = "cascade"
 """The kind of a rule by which exit 0 answers, or else one exit for all rows, usually the last."""
-PARTS = 5
-"""How many parts rows are dealt into: each part is judged with what is fitted to the others."""
 NEVER = -1.0
 """A threshold of stop scores that no row reaches, since they are not negative."""
 
@@ -56,8 +54,8 @@ _MOST_PATIENCE = 3
 # early, exit 0 answers the share s^power, which may be smaller or larger. So each power gives
 # settings from cautious to bold, and together they cover all combinations of both shares.
 _POWERS = (4.0, 2.0, 1.0, 0.5, 0.25)
-_PRICES = 30
-_ROUNDS = 6
+# From 1 to 2, savings hardly differ.
+_EARLY_POWER = 1.5
 # Shares that exit 0 answers, for rules without a threshold.
 _SHARES = (*(1 - np.geomspace(0.95, 0.01, 24)), 1.0)
 
@@ -68,8 +66,7 @@ class Family:
 
     Attributes:
         kind: see `kind_of`.
-        exits: `[settings, rows]` int16, the exit of each row. If a rule is fitted to rows, these
-            are the exits of a rule that was fitted to other rows.
+        exits: `[settings, rows]` int16, the exit of each row.
         rules: the settings.
     """
 
@@ -85,8 +82,8 @@ def kind_of(rule: ExitRule) -> str:
     """
     if isinstance(rule, Budget) and rule.exit_0_threshold is not None:
         return CASCADE
-    fitted = isinstance(rule, ThresholdRule) and isinstance(rule.threshold, tuple)
-    return rule.name + PER_EXIT if fitted else rule.name
+    per_exit = isinstance(rule, ThresholdRule) and isinstance(rule.threshold, tuple)
+    return rule.name + PER_EXIT if per_exit else rule.name
 
 
 def settings_of(name: str, exits: range, measures: Sequence[Measure] = _MEASURES) -> list[ExitRule]:
@@ -113,11 +110,13 @@ def settings_of(name: str, exits: range, measures: Sequence[Measure] = _MEASURES
 def make_families(costs: StoppingCosts, names: Sequence[str] = ()) -> list[Family]:
     """All settings of the named rules, or else of `CONTENDERS`; with exit 0, also the cascade.
 
-    Entropy also gets a threshold for each exit, and F-PABEE if it is named.
+    Confidence and entropy also get thresholds that are stricter at early exits, and so does F-PABEE
+    if rules are named.
     """
     rows = costs.rows
     named = [rule for name in names for rule in settings_of(name, rows.exits)]
-    return families_of(costs, named or CONTENDERS, (Entropy, FPabee) if named else (Entropy,))
+    stricter = (Confidence, Entropy, FPabee) if named else (Confidence, Entropy)
+    return families_of(costs, named or CONTENDERS, stricter)
 
 
 def families_of(
@@ -128,28 +127,31 @@ def families_of(
     Args:
         costs: the rows, and what they cost and lose.
         rules: the rules; any threshold stands for all.
-        per_exit: rules that also get one threshold for each exit, unless they have patience.
+        per_exit: rules that also get a threshold for each exit, unless they have patience.
     """
     rows, stop, found = costs.rows, StopScores(costs.rows), []
     for rule in (*rules, Budget(exit=rows.exits[-1])) if rows.first_exit == 0 else rules:
         scores = stop.stop_scores(rule)
-        for settings in _settings(rule, scores, rows):
-            found.append(Family(kind_of(settings[-1]), stop.exits(settings), settings))
+        thresholds: list[Any] = threshold_grid(rule, scores[1 - rows.first_exit :])
+        shapes = [thresholds]
         if isinstance(rule, per_exit) and rule.signals_needed == 1:
-            found.append(_per_exit(rule, scores, costs))
+            shapes.append(stricter_early(thresholds, rows.exits[-1]))
+        for settings in (each for shape in shapes for each in _settings(rule, shape, scores, rows)):
+            found.append(Family(kind_of(settings[-1]), stop.exits(settings), settings))
     return found
 
 
-def _settings(rule: ExitRule, scores: Array, rows: LabelledLogits) -> Iterator[list[ExitRule]]:
+def _settings(
+    rule: ExitRule, thresholds: Sequence[Any], scores: Array, rows: LabelledLogits
+) -> Iterator[list[ExitRule]]:
     """Lists of settings of a rule, from cautious to bold, that differ only in their thresholds.
 
     Args:
         rule: the rule.
+        thresholds: of its stop scores, ascending: one number, or one for each exit.
         scores: `[exits, rows]` its stop scores, those of exit 0 included.
         rows: the rows.
     """
-    later = scores[1 - rows.first_exit :]
-    thresholds = threshold_grid(rule, later)
     settings = [rule.with_stop_threshold(limit) for limit in thresholds]
     yield settings
     if rows.first_exit == 1:
@@ -157,7 +159,7 @@ def _settings(rule: ExitRule, scores: Array, rows: LabelledLogits) -> Iterator[l
     shares = [np.array(_SHARES)]
     if isinstance(rule, ThresholdRule):
         settings = settings[::2]  # fewer, since each is tried with every power
-        early = (exits_below(later, thresholds[::2]) < rows.exits[-1]).mean(axis=1)
+        early = (exits_below(scores[1:], thresholds[::2]) < rows.exits[-1]).mean(axis=1)
         shares = [early**power for power in _POWERS]
     for share in shares:
         limits = np.quantile(scores[0], share, method="higher")
@@ -165,92 +167,21 @@ def _settings(rule: ExitRule, scores: Array, rows: LabelledLogits) -> Iterator[l
         yield [with_exit_0(*pair) for pair in zip(itertools.cycle(settings), limits, strict=False)]
 
 
-def deal(rows: int) -> NDArray[np.intp]:
-    """The part of each row, `[rows]` from 0: `PARTS` parts of equal size, dealt at random."""
-    return np.random.default_rng(0).permutation(np.arange(rows) % PARTS)
-
-
-def _per_exit(rule: ExitRule, scores: Array, costs: StoppingCosts) -> Family:
-    """Settings with a threshold for each exit, one for each price of a lost row.
+def stricter_early(thresholds: Sequence[float] | Array, exits: int) -> list[list[float]]:
+    """Thresholds `[settings, exits]` of stop scores that are stricter at early exits, rounded.
 
     A single threshold treats a score at exit 2 like the same score at exit 9, although an early
-    exit is less reliable at the same score and saves more. What is varied here is the *price* of a
-    lost row, in seconds: every threshold lies where stopping pays at that price, given what becomes
-    of the row if it goes on. As many thresholds as exits still fit the rows that made them better
-    than other rows, so the exits in each part of the rows are those under the thresholds that the
-    same price gives on the other parts.
+    exit is less reliable at the same score. So at the share x of the depth, a threshold is raised
+    to the power 1 + 1.5 (1 - x), relative to the largest one.
 
     Args:
-        rule: the rule.
-        scores: `[exits, rows]` its stop scores, those of exit 0 included.
-        costs: the rows, and what they cost and lose.
+        thresholds: those of the last exit, ascending.
+        exits: the number of exits.
     """
-    first, parts = costs.rows.first_exit, deal(len(costs.rows))
-    exits = np.zeros((_PRICES, len(parts)), np.int16)
-    for part in range(PARTS):
-        others, here = parts != part, parts == part
-        limits = fit_thresholds(scores[:, others], costs.costs[:, others], costs.losses[:, others])
-        exits[:, here] = exits_below(scores[:, here], limits, first)
-    limits = fit_thresholds(scores, costs.costs, costs.losses)
-    rules = [rule.with_stop_threshold([*map(rounded, row[1 - first :])]) for row in limits]
-    if first == 0:
-        rules = [with_exit_0(rule, row[0]) for rule, row in zip(rules, limits, strict=True)]
-    return Family(rule.name + PER_EXIT, exits, rules)
-
-
-def fit_thresholds(scores: Array, costs: Array, losses: Array) -> Array:
-    """Thresholds `[prices, exits]`, from high prices to low ones.
-
-    With the thresholds of the later exits known, the best threshold of an exit is found on one
-    sorted list of its rows. Going from the last exit to the first, repeatedly until nothing
-    changes, is coordinate descent on time + price x expected losses. Expected losses instead of
-    observed ones keep it from fitting the luck of a few rows, see `StoppingCosts`.
-
-    Args:
-        scores: `[exits, rows]` stop scores, those of exit 0 included.
-        costs: `[exits, rows]` seconds of a row that stops at an exit.
-        losses: `[exits, rows]` its expected losses.
-    """
-    order = [
-        queue[np.isfinite(row[queue])]
-        for row, queue in zip(scores, np.argsort(scores, axis=1, kind="stable"), strict=True)
-    ]
-    prices = np.geomspace(300.0, 0.3, _PRICES) * costs[-1].mean()
-    return np.stack([_descend(scores, order, costs + price * losses) for price in prices])
-
-
-def _descend(scores: Array, order: Sequence[NDArray[np.intp]], totals: Array) -> Array:
-    """Thresholds `[exits]` that make the sum of `totals` at the exits small.
-
-    Args:
-        scores: `[exits, rows]` stop scores.
-        order: for each exit, the rows with a finite score in the order of their scores.
-        totals: `[exits, rows]` what a row that stops at an exit adds to the sum.
-    """
-    exits, rows = scores.shape
-    thresholds = np.full(exits, NEVER)
-    stops = np.zeros((exits, rows), np.bool_)
-    stops[-1] = True
-    for _ in range(_ROUNDS):
-        before = thresholds.copy()
-        ahead = totals[-1]  # what a row adds if it goes on
-        gone = np.logical_or.accumulate(stops, axis=0)
-        for number in range(exits - 2, -1, -1):
-            queue = order[number]
-            if number:
-                queue = queue[~gone[number - 1][queue]]
-            thresholds[number] = NEVER
-            sums = np.cumsum((totals[number] - ahead)[queue])
-            if sums.min(initial=0.0) < 0:
-                best, there = int(sums.argmin()), scores[number][queue]
-                # Between a score and the next one.
-                thresholds[number] = np.append(there, there[-1] + 1e-3)[best : best + 2].mean()
-            stops[number] = scores[number] < thresholds[number]
-            ahead = np.where(stops[number], totals[number], ahead)
-        if np.array_equal(before, thresholds):
-            break
-    thresholds[-1] = thresholds[max(0, exits - 2)]
-    return thresholds
+    limits = np.maximum(thresholds, 0.0)[:, None]
+    powers = 1 + _EARLY_POWER * (1 - np.arange(1, exits + 1) / exits)
+    found = limits[-1] * (limits / limits[-1]) ** powers
+    return [[*map(rounded, row)] for row in found]
 
 
 def threshold_grid(rule: ExitRule, scores: Array, count: int = _THRESHOLDS) -> list[float]:

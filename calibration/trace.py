@@ -102,20 +102,17 @@ def trace_rows(
     shape = len(manifest.exits), len(rows), len(task.labels)
     kept = _read(path, artifact, texts, shape, manifest.tokenizer.max_length)
     if kept is None:
-        kept = _run(engine, rows, progress)
-        _write(path, artifact, texts, kept)
+        parts, file = [], io.BytesIO()
+        for start in range(0, len(rows), _CHUNK):
+            progress("trace", start, len(rows))
+            parts.append(engine.trace([row.content for row in rows[start : start + _CHUNK]]))
+        progress("trace", len(rows), len(rows))
+        logits = np.concatenate([part.logits for part in parts], axis=1)
+        kept = logits, np.concatenate([part.lengths for part in parts])
+        np.savez(file, logits=logits, lengths=kept[1], texts=texts, artifact=artifact)
+        write_whole(path, file.getvalue())
     thresholds, first = task.label_thresholds, manifest.exits[0]
     return LabelledLogits(*kept, expected, task.problem_type, thresholds, first)
-
-
-def _run(engine: Engine, rows: Sequence[Row], progress: Progress) -> _Trace:
-    parts = []
-    for start in range(0, len(rows), _CHUNK):
-        progress("trace", start, len(rows))
-        parts.append(engine.trace([row.content for row in rows[start : start + _CHUNK]]))
-    progress("trace", len(rows), len(rows))
-    logits = np.concatenate([part.logits for part in parts], axis=1)
-    return logits, np.concatenate([part.lengths for part in parts])
 
 
 def _read(
@@ -138,9 +135,3 @@ def _read(
         and lengths.max(initial=0) <= longest
     )
     return (logits, lengths.astype(np.intp)) if fits else None
-
-
-def _write(path: Path, artifact: str, texts: str, trace: _Trace) -> None:
-    file = io.BytesIO()
-    np.savez(file, logits=trace[0], lengths=trace[1], texts=texts, artifact=artifact)
-    write_whole(path, file.getvalue())

@@ -17,8 +17,7 @@ def curves(result: Calibration) -> dict[str, list[tuple[float, float]]]:
 
     A curve consists of 16 settings from deep to shallow: of those that are shallow enough, the one
     with the smallest drop. Each is a mean depth in layers and a drop in points, on the rows of the
-    calibration or on its test rows. If a rule was fitted to rows, each row was judged by a rule
-    that was fitted to other rows.
+    calibration or on its test rows.
     """
     search, costs = result.search, result.search.stopping_costs
     rows = result.rows if result.test is None else result.test

@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fpabee.calibration.choose import Search
+from fpabee.calibration.choose import Search, deal
 from fpabee.calibration.scoring import LabelledLogits, Scorer
-from fpabee.calibration.search import PER_EXIT, deal, exits_of, families_of, settings_of
-from fpabee.runtime import Entropy, ExitRule, InputError, ProblemType
+from fpabee.calibration.search import exits_of
+from fpabee.runtime import ExitRule, InputError, ProblemType
 from fpabee.runtime.artifact.operating_point import Goal
 
 from .conftest import make_rows, with_costs
@@ -89,42 +89,6 @@ def test_held_out_exits_are_by_settings_that_other_rows_chose() -> None:
     again = Search(with_costs(changed)).held_out(lambda some: some.choose(goal))
     np.testing.assert_array_equal(again[parts == 0], found[parts == 0])
     assert (again[parts != 0] != found[parts != 0]).any()
-
-
-@pytest.mark.parametrize("name", ["entropy", "confidence", "fpabee"])
-def test_thresholds_for_each_exit_are_better_than_one(name: str) -> None:
-    costs = with_costs(make_rows(count=2000))
-    (plain, *_) = settings_of(name, costs.rows.exits)
-    family, fitted = families_of(costs, [plain], (type(plain),))
-    exits = np.stack([exits_of(rule, costs.rows) for rule in fitted.rules]).astype(np.int16)
-    numbers = np.arange(len(costs.rows))
-
-    def means(exits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        at = exits - 1, numbers
-        return costs.costs[at].mean(axis=1), costs.losses[at].mean(axis=1)
-
-    times, losses = means(family.exits)
-    better = [
-        time <= times[losses <= loss + 1e-9].min(initial=costs.rows.exits[-1]) + 0.02
-        for time, loss in zip(*means(exits), strict=True)
-    ]
-    assert np.mean(better) >= 0.8
-
-
-def test_thresholds_for_each_exit_are_judged_on_rows_they_were_not_fitted_to() -> None:
-    """What a setting is said to lose is what its rule loses on new rows, on average."""
-    population = make_rows(count=20_000, exits=12, seed=7)
-    generator = np.random.default_rng(0)
-    misses = []
-    for _ in range(6):
-        rows = population.take(generator.integers(0, len(population), 300))
-        families = families_of(with_costs(rows), [Entropy(threshold=0.0)], (Entropy,))
-        (family,) = [family for family in families if family.kind == "entropy" + PER_EXIT]
-        scorer = Scorer(rows, "accuracy")
-        for number in range(0, len(family.exits), 10):
-            said = 100 * (scorer.full_depth - scorer.score(family.exits[number].astype(np.int64)))
-            misses.append(drop_on(population, family.rules[number]) - said)
-    assert abs(np.mean(misses)) < 0.5
 
 
 @pytest.mark.parametrize("samples", [4, pytest.param(60, marks=pytest.mark.slow)])
