@@ -127,7 +127,6 @@ CASES = [
     Case("a label that does not exist", goal("--flips", 5, "--threshold", "food=0.7"), "food",
          "music"),
     Case("a threshold of 70 %", goal("--missed", 5, "--threshold", "music=70"), "70", "0 and 1"),
-    Case("a risk of F1", goal("--risk", 5, "--metric", "macro_f1"), "macro_f1", "accuracy"),
     Case("a metric of another task", goal("--metric", "exact_match"), "exact_match", "macro_f1"),
     Case("calibration/ is a file", in_the_way("calibration"), "engines/calibration/trace"),
     Case("no space for the trace",
