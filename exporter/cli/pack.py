@@ -70,6 +70,8 @@ def main(
     size = sum(file.stat().st_size for file in packed.file.parent.glob(f"{packed.file.name}*"))
     echo(f"{packed.file}: {size / 2**20:.1f} MiB of {packed.target}")
     echo(f"rule inside: {rule_in_words(packed.rule)}")
+    if packed.operating_point is None:
+        echo("nothing is promised: the rule was not calibrated for this file")
     if packed.no_exit_0:
         echo(f"without exit 0: {packed.no_exit_0}")
     echo(

@@ -1,7 +1,7 @@
 """The files beside the graph, as libraries of Hugging Face read them.
 
 config.json            of the plain classifier
-tokenizer.json         that of the engines folder
+tokenizer.json         that of the engines folder, which cuts texts at the limit of the model
 tokenizer_config.json  what is not in it
 fpabee.json            exits, rule, and what was measured
 README.md              the model card
@@ -10,7 +10,6 @@ README.md              the model card
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tokenizers import Tokenizer
 
 from ... import __version__
 from ...runtime.artifact.folder import verified
-from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest
+from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest, TokenizerSpec
 from ...runtime.errors import printable
 from ...runtime.rules.rules import ExitRule
 from ...runtime.rules.words import rule_in_words
@@ -60,6 +59,17 @@ class Packed:
         return content | {"exits": list(self.exits)}
 
 
+def load_tokenizer(source: Path, spec: TokenizerSpec) -> Tokenizer:
+    """The tokenizer of an engines folder, which cuts texts at the limit and does not pad them.
+
+    Its file may pad every text to one length, and cut it earlier.
+    """
+    tokenizer = Tokenizer.from_file(str(verified(source, spec.file, spec.sha256)))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(spec.max_length)
+    return tokenizer
+
+
 def write_files(
     source: Path, folder: Path, manifest: Manifest, packed: Packed, model: Any, is_large: bool
 ) -> None:
@@ -75,8 +85,8 @@ def write_files(
     """
     spec, target = manifest.tokenizer, manifest.targets[packed.target]
     point = target.operating_points.get(packed.operating_point or "")
-    tokenizer = verified(source, spec.file, spec.sha256)
-    shutil.copyfile(tokenizer, folder / "tokenizer.json")
+    tokenizer = load_tokenizer(source, spec)
+    tokenizer.save(str(folder / "tokenizer.json"))
     classifier = verified(source, CLASSIFIER_NAME, manifest.files[CLASSIFIER_NAME])
     # transformers.js looks for the graph of this precision.
     dtype = "q8" if target.precision == INT8 else "fp32"
@@ -88,7 +98,7 @@ def write_files(
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": spec.max_length,
             "model_input_names": [value.name for value in model.graph.inputs],
-            "pad_token": Tokenizer.from_file(str(tokenizer)).id_to_token(spec.pad_id),
+            "pad_token": tokenizer.id_to_token(spec.pad_id),
             "padding_side": "right",
             "clean_up_tokenization_spaces": False,
         },

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import msgspec
 import onnx
-from tokenizers import Tokenizer
 
-from ...runtime.artifact.folder import check_outside, read_manifest, verified
+from ...runtime.artifact.folder import check_outside, read_manifest
 from ...runtime.artifact.manifest import CLASSIFIER_NAME
 from ...runtime.artifact.reference import read_reference
 from ...runtime.encoding import Text
@@ -23,7 +22,7 @@ from ..targets.backends import INT8
 from ..targets.check import FP32_TARGET
 from .exit_0 import PairMarks
 from .graph import TYPES, single_graph
-from .hub_files import Packed, write_files
+from .hub_files import Packed, load_tokenizer, write_files
 from .verify import verify
 
 # Protobuf refuses 2 GiB; the nodes need little of it.
@@ -98,13 +97,12 @@ def pack(
     if built.rest_precision not in ("", "fp32"):
         point = None  # what was measured holds for other logits than those of the file
     reference, _ = read_reference(source, manifest)
-    spec, graphs = manifest.tokenizer, graphs_of(manifest, built)
-    tokenizer = verified(source, spec.file, spec.sha256)
+    graphs = graphs_of(manifest, built)
     marks, no_exit_0 = None, ""
     exit_0 = ExitZero.load(source, manifest)
     if exit_0 is not None:
         has_types = any(value.name == TYPES for graph in graphs.values() for value in graph.inputs)
-        marks = PairMarks.of(Tokenizer.from_file(str(tokenizer)), has_types)
+        marks = PairMarks.of(load_tokenizer(source, manifest.tokenizer), has_types)
         if marks is None:
             no_exit_0 = "no token types or separators say where the second text of a pair begins"
             manifest, point = msgspec.structs.replace(manifest, exit_0=None), None

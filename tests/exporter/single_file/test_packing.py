@@ -20,6 +20,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
+from tokenizers import Tokenizer
 from transformers import AutoConfig
 
 from fpabee.exporter import export
@@ -115,6 +116,13 @@ def add_int8(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (checked,) = add_targets(folder, options).checked
     assert checked.refused is None
     shutil.rmtree(folder / "onnx")
+
+
+def renew_hash_of_tokenizer(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    sha256 = sha256_of(folder / "tokenizer" / "tokenizer.json")
+    spec = msgspec.structs.replace(manifest.tokenizer, sha256=sha256)
+    write_manifest(folder, msgspec.structs.replace(manifest, tokenizer=spec))
 
 
 def assert_equal(engine: Engine, given: list[Text], found: Answers, tolerance: float) -> None:
@@ -337,17 +345,34 @@ def test_exit_0_is_left_out_where_pairs_cannot_be_told_apart(
     for piece in [each for each in content["post_processor"]["pair"] if "SpecialToken" in each][1:]:
         content["post_processor"]["pair"].remove(piece)
     path.write_text(json.dumps(content))
-    manifest = read_manifest(folder)
-    spec = msgspec.structs.replace(manifest.tokenizer, sha256=sha256_of(path))
-    write_manifest(folder, msgspec.structs.replace(manifest, tokenizer=spec))
+    renew_hash_of_tokenizer(folder)
     result = CliRunner().invoke(main, [str(folder), "-o", str(tmp_path / "packed"), "--quiet"])
     assert result.exit_code == 0, result.output
     assert "without exit 0: no token types or separators say where" in result.stdout
+    assert "nothing is promised: the rule was not calibrated" in result.stdout
     card = (tmp_path / "packed" / "README.md").read_text()
     assert "Exit 0: no token types" in card
     assert "Nothing is promised" in card, "the point was measured with exit 0"
     _, exits = Consumer(tmp_path / "packed").onnxruntime(SINGLE)
     assert exits.min() >= 2, "F-PABEE has no neighbour before exit 2"
+
+
+def test_the_tokenizer_cuts_texts_at_the_limit_and_does_not_pad(
+    exit_0_engines: Mapping[str, Path], tmp_path: Path, set_points: Callable[..., None]
+) -> None:
+    folder = tmp_path / "engines"
+    shutil.copytree(exit_0_engines["mpnet"], folder)
+    set_points(folder, FP32, "fast", fast=RULES["mpnet"])
+    path = str(folder / "tokenizer" / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.enable_truncation(6)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(path)
+    renew_hash_of_tokenizer(folder)
+    pack(folder, tmp_path / "packed", FP32, verify_data=PAIRS[:20])
+    tokenizer = Tokenizer.from_file(str(tmp_path / "packed" / "tokenizer.json"))
+    most = read_manifest(folder).tokenizer.max_length
+    assert [len(tokenizer.encode(text)) for text in ("rain", "rain " * most)] == [3, most]
 
 
 def test_the_command_says_what_it_packed(
