@@ -28,7 +28,7 @@ from .model import MultiExitModel
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-TRAIN = "train a model with fpabee"
+TRAINED = "give the folder of a trained model"
 COPY_WEIGHTS = "copy the weights again, or train again"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -73,7 +73,9 @@ def resolve_model_dir(source: str | Path) -> Path:
     if path.is_dir():
         return path
     if not _HUB_ID.fullmatch(str(source)) or path.parent.is_dir():
-        raise ModelError(f"model_dir {source} does not exist", TRAIN)
+        raise ModelError(
+            f"model folder {source} does not exist", f"{TRAINED}, or its id on the hub"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -142,7 +144,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
-        raise ModelError(f"{folder} has neither {' nor '.join(WEIGHTS)}", TRAIN)
+        raise ModelError(f"{folder} has neither {' nor '.join(WEIGHTS)}", TRAINED)
     hint = "copy the file again, or save the state dict with safetensors"
     try:
         if path.suffix == ".safetensors":
@@ -244,7 +246,7 @@ def load_config(folder: Path) -> Any:
 
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(f"{folder} has no config.json", TRAIN)
+        raise ModelError(f"{folder} has no config.json", TRAINED)
     try:
         # Before it becomes a configuration, for which one of the numbers may ask for memory.
         content, _ = PreTrainedConfig.get_config_dict(folder)

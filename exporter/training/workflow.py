@@ -23,7 +23,7 @@ from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
 from ...runtime.files.labels import Labels, encode_labels
 from ...runtime.progress import Progress, silent
-from ..checkpoint import TRAIN, load_checkpoint, load_config, resolve_model_dir, save_checkpoint
+from ..checkpoint import TRAINED, load_checkpoint, load_config, resolve_model_dir, save_checkpoint
 from ..exit_0 import save_exit_0
 from ..exits import MultiExitConfig
 from ..model import MultiExitModel, by_row, predict
@@ -178,7 +178,7 @@ def build_model(
     """
     if options.exit_0_only:
         if not output.is_dir():  # the hub has no place for what is added
-            raise ModelError(f"model_dir {output} does not exist", TRAIN)
+            raise ModelError(f"model_dir {output} does not exist", TRAINED)
         folder, model = output, load_checkpoint(output, options.problem_type, attention=None)
     else:
         folder = resolve_model_dir(str(options.backbone))
