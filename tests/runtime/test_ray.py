@@ -16,11 +16,11 @@ import pytest
 from pyarrow import parquet
 
 from fpabee.runtime import InputError
-from fpabee.runtime.serving.ray import Classify, classify
+from fpabee.runtime.ray import Classify, classify
 
-from ...test_docs import ROOT
-from ..running import Run
-from ..test_engine import TEXTS
+from ..test_docs import ROOT
+from .running import Run
+from .test_engine import TEXTS
 
 WAIT = 120
 

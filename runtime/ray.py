@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..engine import Engine
-from ..errors import InputError, RowError
-from ..files import ReadOptions, Row
-from ..files.parquet import row_at
-from ..files.records import RecordSchema, arrow_type
-from ..machine import require
+from .engine import Engine
+from .errors import InputError, RowError
+from .files import ReadOptions, Row
+from .files.parquet import row_at
+from .files.records import RecordSchema, arrow_type
+from .machine import require
 
 if TYPE_CHECKING:
     import pyarrow
@@ -138,7 +138,7 @@ def classify(
         ```python
         import ray
 
-        from fpabee.runtime.serving.ray import classify
+        from fpabee.runtime.ray import classify
 
         texts = ray.data.read_parquet("texts/")
         classify(texts, "/shared/engines", actors=(1, 32)).write_parquet("answers/")
