@@ -36,10 +36,16 @@ def check_output(target: Path, force: bool) -> None:
         force: whether an engines folder may be replaced.
 
     Raises:
-        ArtifactError: it holds something else, or an engines folder that may not be replaced.
+        ArtifactError: it holds something else, an engines folder that may not be replaced, or a
+            disk of its own.
         InputError: it is inside an engines folder or a model_dir.
     """
     check_outside(target)
+    if os.path.ismount(target):  # found now, and not when all is done
+        raise ArtifactError(
+            f"{target} is a mounted disk, which cannot be replaced",
+            "give a folder in it as `output`",
+        )
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not is_engines_folder(target):

@@ -166,6 +166,15 @@ def test_what_is_not_ours_is_never_replaced(
     assert late.read_text() == "mine"
 
 
+def test_a_mounted_disk_is_refused_before_anything_is_made(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path)
+    with pytest.raises(ArtifactError, match=r"mounted disk, .* -> give a folder in it as `output`"):
+        export(bert, tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize(
     ("amount", "texts"),
     [(0.001, BUILT_IN_TEXTS), (0.001, BUILT_IN_TEXTS[7:8]), (np.nan, BUILT_IN_TEXTS)],
