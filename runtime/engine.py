@@ -352,10 +352,14 @@ class Engine:
         Those that were calibrated for the operating point in use, or those of the task; empty if
         the answer is the most probable label.
         """
-        task = self.manifest.task
+        (point, runner), task = self._in_use, self.manifest.task
         usual = (0.5,) * len(self.labels) if self.multi_label else ()
-        decides = getattr(self.rule, "decision_thresholds", ()) or task.label_thresholds or usual
-        return {label: p for label, p in zip(self.labels, decides, strict=False) if p < 1}
+        decides = getattr(runner.rule, "decision_thresholds", ()) or task.label_thresholds or usual
+        found = {label: p for label, p in zip(self.labels, decides, strict=False) if p < 1}
+        points = self.manifest.targets[self.target].operating_points
+        certificate = None if point is None else points[point].certificate
+        # A certified rule may be full depth, which knows no thresholds.
+        return found if certificate is None else found | certificate.thresholds
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts as the engine does.

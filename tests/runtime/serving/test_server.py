@@ -11,12 +11,14 @@ import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from openapi_spec_validator import validate
 from starlette.testclient import TestClient
 
 from fpabee.runtime import BackendError, Budget, Confidence, Engine, read_manifest
-from fpabee.runtime.artifact.folder import sha256_of
-from fpabee.runtime.artifact.manifest import MANIFEST_NAME
+from fpabee.runtime.artifact.folder import sha256_of, write_manifest
+from fpabee.runtime.artifact.manifest import MANIFEST_NAME, with_operating_points, with_target
+from fpabee.runtime.artifact.operating_point import Certificate
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.metrics import Metrics
@@ -164,6 +166,24 @@ def test_answers_say_what_decides(
         assert (found["operating_point"], found["thresholds"]) == ("a", {first: 0.7})
         assert found["revision"] == engine.revision != before
         server.scheduler.close()
+
+
+def test_full_depth_is_certified_for_its_thresholds(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+) -> None:
+    folder = engine_copy()
+    set_points(folder, default="a", a=Budget(exit=3))
+    manifest = read_manifest(folder)
+    name, label = manifest.default_target, manifest.task.labels[0]
+    built = manifest.targets[name]
+    certificate = Certificate(confidence=95, promises=(), thresholds={label: 0.7})
+    points = {"a": replace(built.operating_points["a"], certificate=certificate)}
+    changed = with_operating_points(built, points, "a")
+    write_manifest(folder, with_target(manifest, name, changed))
+    with Engine.load(folder) as engine:
+        assert engine.thresholds == {label: 0.7}
+    with Engine.load(folder, rule=Budget(exit=3)) as engine:
+        assert engine.thresholds == {}
 
 
 @pytest.mark.parametrize("path", ["/classify", "/predict"])
