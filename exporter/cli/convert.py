@@ -22,7 +22,11 @@ from ...runtime.machine import require
 from ..convert.options import Chosen, Conversion, Converted, ConvertOptions
 from ..exits import Pooling
 
-_PROMISES = ("flips", "missed", "false_alarms")
+_PROMISED = {
+    "flips": "{0} of the decisions differ from the classifier's",
+    "missed": "{0} of the texts that the classifier flags as {1} are missed",
+    "false_alarms": "{0} of the texts that the classifier does not flag as {1} are flagged",
+}
 _SEEN = {
     Pooling.MEAN: "the mean of the tokens",
     Pooling.FIRST: "the first token",
@@ -100,7 +104,7 @@ def main(
     The other texts certify that at most 1 % of its decisions change on new texts, and report. An
     interrupted conversion continues when the same command is given again.
     """
-    percent = {kind: settings.pop(kind) for kind in _PROMISES}
+    percent = {kind: settings.pop(kind) for kind in _PROMISED}
     shares = {kind: value / 100 for kind, value in percent.items() if value is not None}
     options.only_with("missed false_alarms", thresholds, "--threshold")
     reading = options.read_options(settings)
@@ -124,22 +128,25 @@ def main(
         logging.getLogger("fpabee.exporter.convert").setLevel(logging.ERROR)
     with step_progress(quiet) as progress:
         result = convert(classifier, texts, output or "engines", wanted, progress)
-        if single_file is not None:
-            pack(result.folder, single_file, progress=progress)
+    # Now, because the folder is there, even if it cannot be packed.
     if as_json:
         click.echo(msgspec.json.encode(result, enc_hook=str).decode())
-        return
-    _show(result)
+    else:
+        _show(result)
+        echo(f"next: fpabee-run {shlex.quote(str(result.folder))} texts.txt")
     if single_file is not None:
-        echo(f"one file: {single_file}")
-    echo(f"next: fpabee-run {shlex.quote(str(result.folder))} texts.txt")
+        with step_progress(quiet) as progress:
+            pack(result.folder, single_file, progress=progress)
+        if not as_json:
+            echo(f"one file: {single_file}")
 
 
 def _show(result: Conversion) -> None:
     """The result in plain words; the table fits 80 columns."""
     train, choose, calibrate, report = (f"{count:,}" for count in result.parts)
-    echo(f"{result.folder}: {result.texts:,} distinct texts of {result.rows:,}")
-    echo(f"{train} trained, {choose} chose, {calibrate} certified, {report} are reported on:")
+    echo(f"{result.folder}: made with {result.rows:,} texts, {result.texts:,} of them distinct")
+    echo(f"{train} trained exits, {choose} chose the best, and {calibrate} certified them.")
+    echo(f"The other {report} decided nothing; they show what new texts gain and lose:")
     echo("")
     echo(_line("", "layers", "times faster", "", "decisions changed", ""))
     echo(_line("target", "per text", "single text", "file", "per text", "traffic"))
@@ -152,11 +159,12 @@ def _show(result: Conversion) -> None:
         echo(words)
     default = next(each for each in result.targets if each.target == result.default_target)
     if default.accuracy is not None:
-        echo(f"accuracy {default.accuracy:.4f}, of the classifier {result.accuracy:.4f}")
+        echo(f"accuracy: {default.accuracy:.4f}; that of the classifier: {result.accuracy:.4f}")
     echo(f"heads: {_heads(result.chosen)}")
     saved = 1 - default.layers / result.exit_layers[-1]
     if result.chosen.form is not None and saved < _LITTLE:
-        echo(f"frozen exits save only {saved:.0%}; --fine-tune trains the encoder as well")
+        few = f"frozen exits save only {100 * saved:.0f} % of the layers"
+        echo(f"{few}; more are saved if --fine-tune trains the encoder as well")
     for warning in result.warnings:
         echo(f"warning: {warning}")
 
@@ -166,14 +174,19 @@ def _guarantee(found: Converted) -> str:
     if found.certificate is None:
         alone = f"alone changes {100 * found.full_depth_changed:.2f} % of the decisions"
         return f"{found.target} {alone}; no guarantee, so all layers run: {found.refusal}"
-    rows = " and ".join(f"{promise.rows:,}" for promise in found.certificate.promises)
-    return f"guarantee: on new texts {found.certificate}, tested on {rows}"
+    confidence, thresholds = found.certificate.confidence, found.certificate.thresholds
+    words = []
+    for promise in found.certificate.promises:
+        flagged = f"{promise.label!r} (above {thresholds.get(promise.label or '', 0):g})"
+        promised = _PROMISED[promise.of].format(f"{promise.at_most:g} %", flagged)
+        words.append(f"at most {promised} ({promise.rows:,} texts tested it)")
+    return f"guarantee for new texts, with {confidence:g} % confidence: {', and '.join(words)}"
 
 
 def _heads(chosen: Chosen) -> str:
     """The heads of the exits, and how they agree with the classifier."""
     form, agreement = chosen.form, ", ".join(f"{100 * share:.0f}" for share in chosen.agreement)
-    agrees = f"exits agree with the classifier on {agreement} %"
+    agrees = f"the exits agree with the classifier on {agreement} % of the texts that chose"
     if form is None:
         return f"trained together with the encoder; {agrees}"
     layer = f"a hidden layer of {form.width}" if form.width else "linear"
