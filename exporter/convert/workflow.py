@@ -32,6 +32,7 @@ from ...runtime.encoding import EncodedRow
 from ...runtime.errors import ArtifactError, InputError, RowError
 from ...runtime.files import read_rows
 from ...runtime.files.labels import Labels, encode_labels
+from ...runtime.machine import multiplies_int8
 from ...runtime.progress import Progress, silent
 from ...runtime.rules.measures import Outputs
 from ...runtime.rules.rules import Budget
@@ -284,7 +285,7 @@ class _Work:
         if self.options.all_targets:
             # Ranges come from texts that do not certify.
             data = [self.texts.rows[number].content for number in self.texts.taught]
-            int8 = util.find_spec("nncf") is not None
+            int8 = util.find_spec("nncf") is not None and multiplies_int8()
             wanted = AddTargetsOptions(int8=int8, calibration_data=data if int8 else ())
         add_targets(engines, wanted, self.progress)
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from fpabee.calibration import Bound
-from fpabee.exporter.convert import ConvertOptions, convert
+from fpabee.exporter.add_targets import AddTargetsOptions
+from fpabee.exporter.convert import ConvertOptions, convert, workflow
 from fpabee.exporter.convert.promises import certify_target
 from fpabee.exporter.model import predict
 from fpabee.exporter.tokenizer import load_tokenizer
@@ -177,6 +179,31 @@ def test_fine_tuning_trains_the_encoder_but_not_the_head(
         marks.append(json.loads((folder / "chosen.json").read_text()))
     assert [mark["form"] is None for mark in marks] == [False, True]
     assert len(marks[1]["agreement"]) == 2
+
+
+def test_all_targets_are_those_that_this_machine_can_build(
+    telling: Mapping[str, Path],
+    texts: Path,
+    quick: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[AddTargetsOptions] = []
+
+    def add_targets(_: Path, options: AddTargetsOptions, *__: Any) -> None:
+        asked.append(options)
+        raise KeyboardInterrupt
+
+    find = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name: find("numpy" if name == "nncf" else name))
+    monkeypatch.setattr(workflow, "add_targets", add_targets)
+    options = replace(OPTIONS, all_targets=True)
+    for can in (False, True):
+        monkeypatch.setattr(workflow, "multiplies_int8", lambda can=can: can)
+        with pytest.raises(KeyboardInterrupt):
+            convert(telling[SINGLE.value], texts, tmp_path / "engines", options)
+    assert [each.int8 for each in asked] == [False, True]
+    assert [bool(each.calibration_data) for each in asked] == [False, True]
 
 
 def test_a_conversion_with_other_groups_starts_anew(
