@@ -145,8 +145,8 @@ def _show(result: Conversion) -> None:
     """The result in plain words; the table fits 80 columns."""
     train, choose, calibrate, report = (f"{count:,}" for count in result.parts)
     echo(f"{result.folder}: made with {result.rows:,} texts, {result.texts:,} of them distinct")
-    echo(f"{train} trained exits, {choose} chose the best, and {calibrate} certified them.")
-    echo(f"The other {report} decided nothing; they show what new texts gain and lose:")
+    did = f"{train} trained exits, {choose} chose the best, {calibrate} certified them"
+    echo(f"{did}. The other {report} decided nothing:")
     echo("")
     echo(_line("", "layers", "times faster", "", "decisions changed", ""))
     echo(_line("target", "per text", "single text", "file", "per text", "traffic"))
@@ -179,14 +179,14 @@ def _guarantee(found: Converted) -> str:
     for promise in found.certificate.promises:
         flagged = f"{promise.label!r} (above {thresholds.get(promise.label or '', 0):g})"
         promised = _PROMISED[promise.of].format(f"{promise.at_most:g} %", flagged)
-        words.append(f"at most {promised} ({promise.rows:,} texts tested it)")
+        words.append(f"at most {promised} ({promise.rows:,} tested)")
     return f"guarantee for new texts, with {confidence:g} % confidence: {', and '.join(words)}"
 
 
 def _heads(chosen: Chosen) -> str:
     """The heads of the exits, and how they agree with the classifier."""
     form, agreement = chosen.form, ", ".join(f"{100 * share:.0f}" for share in chosen.agreement)
-    agrees = f"the exits agree with the classifier on {agreement} % of the texts that chose"
+    agrees = f"exits agree with the classifier on {agreement} %"
     if form is None:
         return f"trained together with the encoder; {agrees}"
     layer = f"a hidden layer of {form.width}" if form.width else "linear"

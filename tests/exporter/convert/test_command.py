@@ -128,13 +128,13 @@ def test_the_summary_says_what_is_guaranteed_and_what_is_not(
     assert packed == [(Path("engines"), Path("one"))]
     lines = result.stdout.splitlines()
     for line in (
-        "heads: a hidden layer of 64 on the mean and the first token after every 2 layers; the "
-        "exits agree with the classifier on 81, 94 % of the texts that chose",
+        "heads: a hidden layer of 64 on the mean and the first token after every 2 layers; exits "
+        "agree with the classifier on 81, 94 %",
         "engines: made with 4,000 texts, 3,000 of them distinct",
         "openvino-bf16                     4.80         1.90   2.25     0.50 %    0.40 %",
         "guarantee for new texts, with 95 % confidence: at most 1 % of the decisions differ from "
-        "the classifier's (1,200 texts tested it), and at most 2 % of the texts that the "
-        "classifier flags as 'bad' (above 0.7) are missed (150 texts tested it)",
+        "the classifier's (1,200 tested), and at most 2 % of the texts that the "
+        "classifier flags as 'bad' (above 0.7) are missed (150 tested)",
         "openvino-int8 alone changes 2.60 % of the decisions; no guarantee, so all layers run: "
         "full depth has 31 flips in 1200 texts",
         "accuracy: 0.9500; that of the classifier: 0.9550",
