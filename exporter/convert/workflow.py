@@ -26,7 +26,7 @@ from ...calibration.guarantee import decision_thresholds, needs_in_words
 from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer
 from ...calibration.trace import data_sha256
 from ...runtime.artifact.folder import read_manifest, sha256_of, write_manifest
-from ...runtime.artifact.manifest import MANIFEST_NAME, Task
+from ...runtime.artifact.manifest import MANIFEST_NAME, ProblemType, Task
 from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.encoding import EncodedRow
 from ...runtime.errors import ArtifactError, InputError, RowError
@@ -40,6 +40,7 @@ from ...runtime.targets import runnable_targets
 from ..add_targets import AddTargetsOptions, add_targets
 from ..checkpoint import save_checkpoint
 from ..exit_0 import save_exit_0
+from ..exits import MultiExitConfig
 from ..model import MultiExitModel, by_row, predict
 from ..pipeline import ExportOptions, export
 from ..staging import check_output, publish, resolved
@@ -172,6 +173,10 @@ class _Work:
     ) -> None:
         self.teacher, self.texts, self.options, self.progress = teacher, texts, options, progress
         self.task = Task(problem_type=teacher.problem_type, labels=teacher.labels)
+        if self.task.problem_type is ProblemType.MULTI_LABEL:
+            # What is promised about labels is said of those that the folder predicts.
+            thresholds = decision_thresholds(self.task, options.bound.thresholds)
+            self.task = msgspec.structs.replace(self.task, label_thresholds=thresholds)
         self.plain = teacher.multi_exit(teacher.exit_config(()))
         self.tokenizer = load_tokenizer(teacher.folder, self.plain)
         self.max_length = row_limit(teacher.folder, self.tokenizer, self.plain, options.max_length)
@@ -238,6 +243,10 @@ class _Work:
         save_exit_0(model_dir, exit_0, self.task.problem_type)
         return chosen
 
+    def _model(self, config: MultiExitConfig) -> MultiExitModel:
+        thresholds = self.task.label_thresholds
+        return self.teacher.multi_exit(replace(config, label_thresholds=thresholds))
+
     def _frozen(
         self, states: NDArray[np.float32], logits: NDArray[np.float32]
     ) -> tuple[MultiExitModel, Chosen]:
@@ -250,7 +259,8 @@ class _Work:
         assert form is not None
         config = teacher.exit_config(form.exits(teacher.layers), form.pooling)
         hidden = len(config.exits) - 1 if form.width else 0
-        model = teacher.multi_exit(replace(config, hidden_layers=hidden, hidden_width=form.width))
+        config = replace(config, hidden_layers=hidden, hidden_width=form.width)
+        model = self._model(config)
         self.progress("train heads", 0, 1)
         every = torch.from_numpy(states), torch.from_numpy(logits)
         store(train_heads(form, teacher, *every), form, model)
@@ -263,7 +273,7 @@ class _Work:
         teacher, task = self.teacher, self.task.problem_type
         config = teacher.exit_config(tuple(range(1, teacher.layers)))
         torch.manual_seed(_SEED)
-        model = teacher.multi_exit(config.with_hidden_layers())
+        model = self._model(config.with_hidden_layers())
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         options = TrainOptions(train="texts", dev="texts", backbone=str(teacher.folder))
         options = replace(options, epochs=options.epochs_for(len(train.rows)))
@@ -313,7 +323,8 @@ class _Work:
         write_manifest(engines, manifest)
         accuracy = None
         if expected is not None:
-            answers = Outputs(logits, self.task.problem_type).answers
+            task = self.task
+            answers = Outputs(logits, task.problem_type, task.label_thresholds).answers
             right = (answers == expected).reshape(len(answers), -1).all(axis=1)
             accuracy = float(right[texts.report].mean())
             if right.mean() > _TOO_GOOD:

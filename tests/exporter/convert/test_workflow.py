@@ -142,6 +142,12 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     assert "has label 'maybe'" in result.warnings[0]
     with Engine.load(folder) as engine:
         assert engine.operating_point == target.point
+        assert engine.thresholds == {"no": 0.5, "perhaps": 0.5, "yes": 0.7}
+        # What counts as a decision is what the folder predicts.
+        found = engine.predict(TEXTS[:200])
+        above = [tuple(np.greater(each.probabilities, (0.5, 0.5, 0.7))) for each in found]
+        assert above == [tuple(name in each.labels for name in engine.labels) for each in found]
+        assert any(0.5 < each.probabilities[2] <= 0.7 for each in found)
 
 
 def stopped(what: str, *_: int) -> None:
