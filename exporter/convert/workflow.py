@@ -145,8 +145,8 @@ def _partial(target: Path, fingerprint: str) -> Iterator[Path]:
         if mark.read_text() != fingerprint:
             shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    mark.write_text(fingerprint)
     try:
+        mark.write_text(fingerprint)
         yield folder
     except Exception:
         shutil.rmtree(folder)

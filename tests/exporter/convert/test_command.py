@@ -219,13 +219,18 @@ def test_an_adapter_needs_a_package(
     assert "pip install 'fpabee[peft]'" in result.stderr
 
 
+@pytest.mark.parametrize("write", ["pathlib.Path.write_text", "numpy.save"])
 def test_a_full_disk_leaves_nothing(
-    telling: Mapping[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: str,
+    telling: Mapping[str, Path],
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("numpy.save", full)
+    monkeypatch.setattr(write, full)
     result = run(telling[SINGLE.value], texts, "-o", tmp_path / "out", "--flips", "10", "--quiet")
     assert result.exit_code == 1
     assert "No space left on device -> check the free space" in result.stderr
