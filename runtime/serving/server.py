@@ -163,7 +163,7 @@ class Service:
         app: the application, to run under any ASGI server.
 
     Raises:
-        InputError: one of the hosts is not the name of a host.
+        InputError: one of the hosts is not the name of a host, or the name has braces.
     """
 
     engine: Engine
@@ -175,6 +175,8 @@ class Service:
 
     def __post_init__(self) -> None:
         hosts = accepted_hosts(self.hosts)
+        if {*"{}"} & {*self.name}:  # in a route, they would stand for any name
+            raise InputError(f"the name {self.name!r} has braces", "give another `name`")
         page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
         index = HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
         refusal = _error(421, STATUSES[421], "InvalidRequest")

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from openapi_spec_validator import validate
 from starlette.testclient import TestClient
 
-from fpabee.runtime import BackendError, Budget, Confidence, Engine, read_manifest
+from fpabee.runtime import BackendError, Budget, Confidence, Engine, InputError, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of, write_manifest
 from fpabee.runtime.artifact.manifest import MANIFEST_NAME, with_operating_points, with_target
 from fpabee.runtime.artifact.operating_point import Certificate
@@ -150,6 +150,13 @@ def test_the_kserve_engine_of_nemo_guardrails(server: Server) -> None:
     assert values == pytest.approx(expected.probabilities, abs=1e-5)
     assert (found["revision"], found["operating_point"]) == (server.engine.revision, None)
     assert server.post("/v1/models/other:predict", {"instances": ["a"]}).status_code == 404
+    service = Service(server.engine, server.scheduler, server.metrics, LIMITS, "org/my model")
+    found = TestClient(service.app).post(
+        "/v1/models/org%2Fmy%20model:predict", json={"instances": []}
+    )
+    assert found.json()["predictions"] == []
+    with pytest.raises(InputError, match="braces -> give another `name`"):
+        Service(server.engine, server.scheduler, server.metrics, LIMITS, "{other}")
 
 
 def test_answers_say_what_decides(
