@@ -123,7 +123,7 @@ def rule_here(
         _tell(
             folder,
             f"target {name} has no operating points, unlike {', '.join(others)}: until it is "
-            "calibrated, it runs by the cautious default rule",
+            "calibrated, it runs by the default rule of the folder",
         )
     return point, rule
 

@@ -101,7 +101,7 @@ def test_a_target_without_points_says_so_before_it_runs(
         Engine.load(folder).close()
     assert told(caplog) == [
         f"target {FP32} has no operating points, unlike copy: until it is calibrated, it runs by "
-        "the cautious default rule"
+        "the default rule of the folder"
     ]
 
 
