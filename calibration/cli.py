@@ -52,7 +52,7 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 )
 @options.engines
 @options.path("--data", "Labelled rows like those to classify.")
-@options.path("--test", "Other rows to evaluate the points on. Default: cross-validation.")
+@options.path("--test", "Other rows to evaluate the result on. Default: cross-validation.")
 @options.number("--max-drop", "Goal: at most this drop of the metric, in points.", min=0, max=100)
 @options.number("--speedup", "Goal: at least this speed-up, such as 2 for half the time.", min=1)
 @options.number("--risk drop", "At most this drop of the metric on new texts, in points.")
@@ -78,8 +78,8 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
     "--rule rules",
     "RULE",
     "Exit rule that may be chosen. May be repeated. Default: "
-    f"{', '.join(rule.name for rule in CONTENDERS)}; for guaranteed points confidence, or entropy. "
-    "Full depth competes as well, and the cascade if the model has exit 0.",
+    f"{', '.join(rule.name for rule in CONTENDERS)}; for a guarantee confidence, or entropy if "
+    "named. Full depth competes as well, and the cascade if the model has exit 0.",
     RULES,
     multiple=True,
 )

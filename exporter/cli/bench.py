@@ -73,7 +73,9 @@ def main(
         Engine.load(engines, target, threads=threads, preload=True) as engine,
     ):
         if depth is None:
-            rule = options.chosen_rule(engine.rule, rule_text) if rule_text else engine.rule
+            rule = engine.rule
+            if rule_text is not None:
+                rule = options.chosen_rule(rule, rule_text)
         else:
             progress("choose the threshold", 0, 1)
             rule = options.chosen_rule(engine.rule, f"{rule_text or engine.rule.name} threshold=0")

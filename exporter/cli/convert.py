@@ -101,8 +101,8 @@ def main(
     """Make CLASSIFIER faster without labels, with a guarantee on its decisions.
 
     Its weights stay. Exits and a bag of words learn to predict what it predicts on half of TEXTS.
-    The other texts certify that at most 1 % of its decisions change on new texts, and report. An
-    interrupted conversion continues when the same command is given again.
+    Most other texts certify that at most 1 % of its decisions change on new texts; the rest are
+    only measured. An interrupted conversion continues when the same command is given again.
     """
     percent = {kind: settings.pop(kind) for kind in _PROMISED}
     shares = {kind: value / 100 for kind, value in percent.items() if value is not None}

@@ -157,8 +157,8 @@ as_json = flag("--json as_json", "Print the result as one JSON object.")
 rule = option(
     "--rule rule_text",
     "RULE",
-    'Exit rule with settings, such as "fpabee threshold=0.2 patience=2"; all others are left as '
-    f"they are in the operating point if it has this rule, or if none is named. One of "
+    'Exit rule and settings, such as "fpabee threshold=0.2 patience=2". Without a name, or with '
+    "that of the rule of the operating point, the settings change that rule. One of "
     f"{', '.join(RULES)}.",
 )
 """An exit rule; `chosen_rule` reads it."""

@@ -108,7 +108,7 @@ def main(
     reading = options.read_options(settings)
     loading = {name: settings.pop(name) for name in ("max_length", "threads")}
     written = {name: settings.pop(name) for name in ("with_text", "probabilities")}
-    options.not_with("operating_point", rule_text, "--rule: it is a complete rule")
+    options.not_with("operating_point", rule_text, "--rule, which sets the rule itself")
     options.not_with("full_depth", operating_point or rule_text, "an exit rule")
     is_typed = STANDARD_INPUT in files and sys.stdin is not None and sys.stdin.isatty()
     output = None if output == Path("-") else output
@@ -126,7 +126,7 @@ def main(
         check_output(output, files)
     shows = not (quiet or as_json)
     with Engine.load(engines, target, operating_point, **loading) as engine:
-        rule = options.chosen_rule(engine.rule, rule_text) if rule_text else engine.rule
+        rule = options.chosen_rule(engine.rule, rule_text) if rule_text is not None else engine.rule
         schema = RecordSchema(
             engine.labels, engine.multi_label, errors=on_error == "skip", **written
         )
