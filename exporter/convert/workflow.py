@@ -118,7 +118,7 @@ def convert(
             raise InputError(f"the classifier has no label {label!r}", f"choose from {known}")
     given = split(read_rows(texts, options.reading), options.group_column)
     needs = needs_in_words(options.bound, has_exit_0=True)
-    for line in (f"{len(given.calibrate):,} texts calibrate", *needs):
+    for line in (f"{len(given.calibrate):,} of the texts will certify", *needs):
         logger.warning(line)
     work = _Work(teacher, given, options, progress)
     try:
