@@ -29,7 +29,7 @@ from ...runtime.artifact.folder import read_manifest, sha256_of, write_manifest
 from ...runtime.artifact.manifest import MANIFEST_NAME, ProblemType, Task
 from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.encoding import EncodedRow
-from ...runtime.errors import ArtifactError, InputError, RowError
+from ...runtime.errors import ArtifactError, BackendError, InputError, RowError
 from ...runtime.files import read_rows
 from ...runtime.files.labels import Labels, encode_labels
 from ...runtime.machine import multiplies_int8
@@ -136,7 +136,10 @@ def convert(
 
 @contextmanager
 def _partial(target: Path, fingerprint: str) -> Iterator[Path]:
-    """The folder of an unfinished conversion, which only an interruption leaves behind."""
+    """The folder of an unfinished conversion, which the same call goes on with.
+
+    An interruption leaves it behind, and so does a library or a device that fails.
+    """
     folder = target.with_name(f"{target.name}.partial")
     mark = folder / "conversion"
     if folder.exists():
@@ -148,6 +151,8 @@ def _partial(target: Path, fingerprint: str) -> Iterator[Path]:
     try:
         mark.write_text(fingerprint)
         yield folder
+    except BackendError:
+        raise
     except Exception:
         shutil.rmtree(folder)
         raise

@@ -24,7 +24,7 @@ from fpabee.exporter.tokenizer import load_tokenizer
 from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.runtime import Engine
 from fpabee.runtime.artifact.folder import read_manifest
-from fpabee.runtime.errors import ArtifactError, InputError
+from fpabee.runtime.errors import ArtifactError, BackendError, InputError
 
 from .conftest import MULTI, OPTIONS, SINGLE, TEXTS, Converted
 
@@ -112,22 +112,23 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     given, options = (telling[MULTI.value], unknown, folder), ConvertOptions(bound, force=True)
     seen: list[str] = []
 
-    def until(stop: str) -> Any:
+    def until(stop: str, error: BaseException) -> Any:
         def progress(what: str, *_: int) -> None:
             seen.append(what)
             if what.startswith(stop):
-                raise KeyboardInterrupt
+                raise error
 
         return progress
 
-    for stop in ("segment", "time"):
-        with pytest.raises(KeyboardInterrupt):
-            convert(*given, options, until(stop))
+    broken = BackendError("the device failed", "restart it")
+    for stop, error in (("segment", KeyboardInterrupt()), ("time", broken)):
+        with pytest.raises(type(error)):
+            convert(*given, options, until(stop, error))
         assert (tmp_path / "engines.partial" / "model").is_dir()
     assert seen.count("segment_01") == 2
     assert sum(what == "train heads" for what in seen) == 1
     del seen[:]
-    result = convert(*given, replace(options, threads=1), until("nothing"))
+    result = convert(*given, replace(options, threads=1), until("nothing", broken))
     assert {what.partition(" ")[0] for what in seen} <= {"trace", "time"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engines", "texts.jsonl"]
     (target,) = result.targets
