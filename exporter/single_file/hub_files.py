@@ -118,8 +118,7 @@ def write_files(
             manifest=manifest,
             packed=packed,
             point=point,
-            guarantee=point.certificate or "none",
-            goal=point.goal or "none",
+            guarantee=point.certificate or f"none; the goal was: {point.goal}",
         )
     layers = zip(packed.exits, manifest.exit_layers, strict=True)
     card = _template("card").format(
