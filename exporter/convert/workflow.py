@@ -356,6 +356,9 @@ class _Work:
         rows = self.texts.rows
         given = [row.labels for row in rows if row.labels is not None]
         if len(given) < len(rows):
+            if given:
+                known = f"{len(given):,} of {len(rows):,}"
+                warnings.append(f"accuracy is not known: only {known} texts have a label")
             return None
         try:
             places = [row.where for row in rows]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,14 @@ from fpabee.calibration import Bound
 from fpabee.exporter.add_targets import AddTargetsOptions
 from fpabee.exporter.convert import ConvertOptions, convert, workflow
 from fpabee.exporter.convert.promises import certify_target
+from fpabee.exporter.convert.workflow import _Work
 from fpabee.exporter.model import predict
 from fpabee.exporter.tokenizer import load_tokenizer
 from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.runtime import Engine
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.errors import ArtifactError, BackendError, InputError
+from fpabee.runtime.files import Row
 
 from .conftest import MULTI, OPTIONS, SINGLE, TEXTS, Converted
 
@@ -264,3 +267,14 @@ def test_what_is_in_the_way_stays(
     with pytest.raises(ArtifactError, match=r"engines\.partial is in the way"):
         convert(telling[SINGLE.value], texts, tmp_path / "engines", OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["engines.partial"]
+
+
+def test_labels_of_some_texts_are_not_ignored_in_silence() -> None:
+    texts = SimpleNamespace(rows=[Row("rain", labels=("yes",)), Row("sun"), Row("book")])
+    work: Any = SimpleNamespace(texts=texts)
+    warnings: list[str] = []
+    assert _Work._labels(work, warnings) is None
+    assert warnings == ["accuracy is not known: only 1 of 3 texts have a label"]
+    texts.rows = [Row("rain"), Row("sun")]
+    assert _Work._labels(work, warnings) is None
+    assert len(warnings) == 1, "nobody expects an accuracy"
