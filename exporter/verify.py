@@ -11,14 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..runtime.agreement import (
-    EXPORT_REQUIREMENTS,
-    Agreement,
-    Logits,
-    Requirements,
-    compare,
-    must_pass,
-)
+from ..runtime.agreement import EXPORT_REQUIREMENTS, Agreement, Logits, compare, must_pass
 from ..runtime.encoding import Text
 from ..runtime.engine import Engine
 
@@ -38,20 +31,7 @@ BUILT_IN_TEXTS: tuple[Text, ...] = (
 )
 
 _ALONE = 8
-# Up to this size of a logit, the requirements hold as they are.
-_USUAL_LOGIT = 10.0
 _REPORT = "nothing was written; please report this with your model's config.json"
-
-
-def required_of(expected: Logits) -> Requirements:
-    """What an export must reach: fp32 rounds in proportion, so large logits may differ more.
-
-    Args:
-        expected: `[exits, rows, labels]` of the PyTorch model.
-    """
-    times = max(1.0, float(np.abs(expected).max(initial=0.0)) / _USUAL_LOGIT)
-    required = EXPORT_REQUIREMENTS
-    return dataclasses.replace(required, logits=times * required.logits, tie=times * required.tie)
 
 
 def check_chain(engine: Engine, texts: Sequence[Text], expected: Logits) -> Agreement:
@@ -69,7 +49,7 @@ def check_chain(engine: Engine, texts: Sequence[Text], expected: Logits) -> Agre
     found = np.concatenate([engine.trace(texts).logits, *alone], axis=1)
     twice = np.concatenate([expected, expected[:, : len(alone)]], axis=1)
     task, first_exit = engine.manifest.task, engine.manifest.exits[0]
-    agreement = compare(found, twice, engine.rule, task, required_of(expected), first_exit)
+    agreement = compare(found, twice, engine.rule, task, EXPORT_REQUIREMENTS, first_exit)
     agreement = dataclasses.replace(agreement, rows=len(texts))
     must_pass(agreement, "the chain differs from the PyTorch model", _REPORT)
     return agreement
