@@ -34,6 +34,9 @@ _MOST_TIME = 0.05
 _TOKENS, _REPEATS = 32, 20
 # Forms are compared at these multiples of the share of decisions that may change.
 _AT = (0.5, 1.0, 2.0)
+# A mean divided by its deviation counts as at most so much. Where it is thousands, as for the first
+# token after a layer or two, the folded layer would subtract large numbers, and lose precision.
+_MOST_RATIO = 100.0
 # What of the mean and the first token each pooling takes.
 _TAKEN = {Pooling.MEAN: slice(0, 1), Pooling.FIRST: slice(1, 2), Pooling.BOTH: slice(0, 2)}
 
@@ -63,7 +66,8 @@ def train_heads(form: Form, classifier: Classifier, states: Tensor, logits: Tens
     heads = make_heads(form, classifier)
     taken = _TAKEN[form.pooling]
     center = states.mean(dim=0)[:, taken].flatten(1)
-    scale = 1 / states.std(dim=0)[:, taken].flatten(1).clamp_min(1e-6)
+    spread = states.std(dim=0)[:, taken].flatten(1)
+    scale = 1 / torch.maximum(spread, center.abs() / _MOST_RATIO).clamp_min(1e-6)
     targets = probabilities(logits, classifier.problem_type)
     steps = min(_MOST_STEPS, _EPOCHS * -(-len(states) // _BATCH))
     # The norm belongs to the encoder.
