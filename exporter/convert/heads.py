@@ -36,7 +36,7 @@ _TOKENS, _REPEATS = 32, 20
 _AT = (0.5, 1.0, 2.0)
 # A mean divided by its deviation counts as at most so much. Where it is thousands, as for the first
 # token after a layer or two, the folded layer would subtract large numbers, and lose precision.
-_MOST_RATIO = 100.0
+_MOST_RATIO = 20.0
 # What of the mean and the first token each pooling takes.
 _TAKEN = {Pooling.MEAN: slice(0, 1), Pooling.FIRST: slice(1, 2), Pooling.BOTH: slice(0, 2)}
 
