@@ -31,6 +31,13 @@ from .scoring import METRICS
 from .search import CONTENDERS
 
 _PROMISES = ("drop", "flips", "missed", "false_alarms")
+thresholds = options.option(
+    "--threshold thresholds",
+    "LABEL=P",
+    "A label is flagged above this probability. May be repeated.",
+    multiple=True,
+)
+confidence = options.number("--confidence", "Confidence of the guarantee in percent. Default: 95.")
 
 
 @command(
@@ -59,12 +66,7 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 @options.number("--flips", "At most X % of decisions differ from full depth. Needs no labels.")
 @options.number("--missed", "Of the texts that full depth flags, at most X % are not flagged.")
 @options.number("--false-alarms", "Of the texts that it does not flag, at most X % are flagged.")
-@options.option(
-    "--threshold thresholds",
-    "LABEL=P",
-    "A label is flagged above this probability. May be repeated.",
-    multiple=True,
-)
+@thresholds
 @options.target
 @options.flag("--all-targets", "Calibrate every target that this machine can run.")
 @options.flag("--compare", "Also show the best setting of up to six kinds of rules.")
@@ -73,7 +75,7 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 @options.threads
 @options.quiet
 @options.as_json
-@options.number("--confidence", "Confidence of the guarantee in percent. Default: 95.")
+@confidence
 @options.choice(
     "--rule rules",
     "RULE",

@@ -68,9 +68,10 @@ def promise_in_words(point: Point, result: Calibration) -> str:
             "faster setting: give separate rows as `test`"
         )
     if point.certificate is not None:
-        rows = " and ".join(f"{each.rows:,} texts" for each in point.certificate.promises)
+        rows = " and ".join(f"{each.rows:,}" for each in point.certificate.promises)
+        tested = f"tested on {rows} of {len(result.rows):,} texts"
         about = "" if held.metric in ROW_MEANS else " (about)"  # see `guarantee`
-        return f"on new texts {point.certificate}{about}, tested on {rows}; {found}"
+        return f"on new texts {point.certificate}{about}, {tested}; {found}"
     # Compared as it is printed, so that the line does not contradict itself.
     drop = round(held.drop, 2)
     if isinstance(goal, Goal) and goal.max_drop is not None and drop > goal.max_drop:

@@ -12,7 +12,7 @@ import msgspec
 import rich_click as click
 from rich.cells import set_cell_size
 
-from ...calibration.cli import thresholds_of
+from ...calibration import cli
 from ...calibration.goals import Bound
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.cli import options
@@ -59,12 +59,7 @@ fpabee-convert my-guard texts.txt --missed 2 --threshold attack=0.7
 @options.number("--flips", "At most X % of the decisions differ from the classifier's. Default: 1.")
 @options.number("--missed", "Of the texts that the classifier flags, at most X % are not flagged.")
 @options.number("--false-alarms", "Of the others, at most X % are flagged.")
-@options.option(
-    "--threshold thresholds",
-    "LABEL=P",
-    "A label is flagged above this probability. May be repeated.",
-    multiple=True,
-)
+@cli.thresholds
 @options.path("--adapter", "PEFT adapter to merge into the classifier.", "DIR")
 @options.flag("--fine-tune", "Train the encoder as well. Saves more, and takes far longer.")
 @options.flag("--all-targets", "Build and certify every target that this machine can.")
@@ -72,7 +67,7 @@ fpabee-convert my-guard texts.txt --missed 2 --threshold attack=0.7
 @options.flag("--force", "Replace an existing engines folder.")
 @options.quiet
 @options.as_json
-@options.number("--confidence", "Confidence of the guarantee in percent. Default: 95.")
+@cli.confidence
 @options.option(
     "--group-column",
     "NAME",
@@ -110,7 +105,7 @@ def main(
     reading = options.read_options(settings)
     bound = Bound(
         confidence=0.95 if confidence is None else confidence / 100,
-        thresholds=thresholds_of(thresholds),
+        thresholds=cli.thresholds_of(thresholds),
         **(shares or {"flips": 0.01}),
     )
     wanted = replace(msgspec.convert(settings | {"reading": reading}, ConvertOptions), bound=bound)
@@ -155,7 +150,7 @@ def _show(result: Conversion) -> None:
         changed = f"{100 * each.changed:.2f} %", f"{100 * each.changed_traffic:.2f} %"
         echo(_line(each.target, f"{each.layers:.2f}", *times, *changed))
     echo("")
-    for words in dict.fromkeys(map(_guarantee, result.targets)):
+    for words in dict.fromkeys(_guarantee(each, calibrate) for each in result.targets):
         echo(words)
     default = next(each for each in result.targets if each.target == result.default_target)
     if default.accuracy is not None:
@@ -169,8 +164,8 @@ def _show(result: Conversion) -> None:
         echo(f"warning: {warning}")
 
 
-def _guarantee(found: Converted) -> str:
-    """What a target guarantees, or why it does not."""
+def _guarantee(found: Converted, calibrated: str) -> str:
+    """What a target guarantees, or why it does not; a promise may not need all texts."""
     if found.certificate is None:
         alone = f"alone changes {100 * found.full_depth_changed:.2f} % of the decisions"
         return f"{found.target} {alone}; no guarantee, so all layers run: {found.refusal}"
@@ -179,7 +174,7 @@ def _guarantee(found: Converted) -> str:
     for promise in found.certificate.promises:
         flagged = f"{promise.label!r} (above {thresholds.get(promise.label or '', 0):g})"
         promised = _PROMISED[promise.of].format(f"{promise.at_most:g} %", flagged)
-        words.append(f"at most {promised} ({promise.rows:,} tested)")
+        words.append(f"at most {promised} (tested on {promise.rows:,} of {calibrated} texts)")
     return f"guarantee for new texts, with {confidence:g} % confidence: {', and '.join(words)}"
 
 

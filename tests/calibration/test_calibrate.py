@@ -134,7 +134,8 @@ def test_a_goal_makes_one_point(
     first, level = point.certificate.promises[0], 1 - point.certificate.confidence / 100
     assert first.rows == useful_rows(120, first.at_most / 100, level)
     promise = content["points"][0]["promise"]
-    assert promise.startswith(f"on new texts {words}, tested on {first.rows} texts")
+    tested = " and ".join(str(each.rows) for each in point.certificate.promises)
+    assert promise.startswith(f"on new texts {words}, tested on {tested} of 120 texts")
     rule = ExitRule.from_dict(point.rule)
     assert isinstance(rule, Confidence)
     if "false" in name:
