@@ -249,7 +249,7 @@ def _parsed(path: Path, content: bytes) -> Manifest:
             raise ArtifactError(
                 f"{path} was written by fpabee {written.fpabee_version} and has schema "
                 f"{written.schema_version}; this fpabee reads schema {SCHEMA_VERSION}",
-                EXPORT_AGAIN,
+                f"update fpabee, or {EXPORT_AGAIN}",
             )
         manifest = msgspec.json.decode(content, type=Manifest)
         problem = next(problems(manifest), None)

@@ -23,7 +23,7 @@ import msgspec
 from ..errors import ArtifactError
 from .operating_point import Count, OperatingPoint, RuleSettings, Sha256
 
-SCHEMA_VERSION = "1.0-draft"
+SCHEMA_VERSION = "1.0"
 MANIFEST_NAME = "manifest.json"
 REFERENCE_NAME = "reference.npz"
 EXIT_0_NAME = "exit_0.npz"
@@ -270,7 +270,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """The content of `manifest.json`. Paths in it are relative POSIX paths.
 
     Attributes:
-        schema_version: version of the format. Until it is frozen, readers need the same version.
+        schema_version: version of the format. Every later version of fpabee reads it.
         fpabee_version: version of fpabee that wrote it.
         versions: versions of the libraries that exported the model.
         model: the model that was exported.

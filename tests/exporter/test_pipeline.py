@@ -68,7 +68,7 @@ def test_the_folder_describes_the_model_and_itself(
 ) -> None:
     folder, source = engines[family], tiny_models[family]
     manifest, config = read_manifest(folder), load_checkpoint(source).exit_config
-    assert manifest.schema_version == "1.0-draft"
+    assert manifest.schema_version == "1.0"
     assert manifest.model.model_type == family
     assert (manifest.model.layers, manifest.model.hidden_size) == (3, 32)
     assert manifest.model.shared_layers is (family == "albert")
