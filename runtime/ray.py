@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pyarrow
     from ray.data import Dataset
 
+__all__ = ["Classify", "classify"]
+
 
 class Classify:
     """Classifies batches; for `Dataset.map_batches` with `batch_format="pyarrow"`.

@@ -11,12 +11,15 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import sizes
+
+from .runtime.cli.test_command import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("exporter", "runtime", "calibration")
@@ -33,6 +36,43 @@ def test_links_resolve_to_the_packages(package: str) -> None:
     assert link.is_symlink()
     assert link.resolve() == ROOT / package
     assert (link / "__init__.py").is_file()
+
+
+def test_public_names_change_on_purpose() -> None:
+    """`public_names.txt` has them, with their parameters, and the commands with their options.
+
+    Within 1.x, names are added to it. Whoever renames or removes one breaks other programs.
+    """
+    api = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    modules = [importlib.import_module(name) for name in re.findall("::: (.*)", api)]
+    found = [line for module in modules for line in _public_names(module)]
+    for name, module in COMMANDS.items():
+        options = {opt for each in importlib.import_module(module).main.params for opt in each.opts}
+        found.append(f"fpabee {name}: {', '.join(sorted(options))}")
+
+    listed = (ROOT / "tests" / "public_names.txt").read_text(encoding="utf-8")
+    assert found == listed.splitlines()
+
+
+def _public_names(module: types.ModuleType) -> Iterator[str]:
+    """Each name with its parameters, which are also the fields of records, or with its members."""
+    for name in module.__all__:
+        value = getattr(module, name)
+        inside = vars(value) if isinstance(value, type) else {}
+        members = [*getattr(value, "__members__", ())]
+        fields = members or _parameters(value)
+        yield f"{module.__name__}.{name}: {', '.join(fields)}"
+        for member in (each for each in inside if not each.startswith("_")):
+            if member not in fields:
+                function = getattr(inside[member], "__func__", inside[member])
+                parameters = ", ".join(_parameters(function))
+                yield f"{module.__name__}.{name}.{member}: {parameters}"
+
+
+def _parameters(value: Any) -> list[str]:
+    is_class = isinstance(value, type) and not get_args(value)
+    known = is_class or inspect.isfunction(value)
+    return [*inspect.signature(value).parameters] if known else []
 
 
 def test_types_in_the_public_interface_are_public() -> None:

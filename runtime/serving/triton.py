@@ -17,6 +17,8 @@ from ..artifact.manifest import ProblemType
 from ..errors import InputError
 from ..targets import rule_of, target_of
 
+__all__ = ["write_repository"]
+
 _MODEL = """# Written by fpabee, which must be installed for the server's Python.
 from fpabee.runtime.serving.triton_model import TritonPythonModel
 
