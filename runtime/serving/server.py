@@ -17,10 +17,10 @@ import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ... import __version__
@@ -28,7 +28,7 @@ from ..encoding import EncodedRow
 from ..engine import Engine
 from ..errors import FpabeeError, InputError, OverloadedError, RuleError, in_one_line
 from ..predictions import Prediction
-from .hosts import ANY_HOST, HEALTH, HostCheck, accepted_hosts
+from .hosts import ANY_HOST, HEALTH, HostCheck
 from .messages import (
     Asked,
     ClassifyRequest,
@@ -109,7 +109,7 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def serve(app: Starlette, listener: socket.socket, limits: ServerLimits) -> None:
+def serve(app: ASGIApp, listener: socket.socket, limits: ServerLimits) -> None:
     """Serve until SIGTERM or SIGINT; then answer the requests that have begun."""
     config = uvicorn.Config(
         app,
@@ -157,7 +157,7 @@ class Service:
         metrics: those of the scheduler.
         limits: what is refused.
         name: the name of the model in responses.
-        hosts: which hosts requests may name, see `accepted_hosts`; default: all.
+        hosts: which hosts requests may name, see `HostCheck`; default: all.
 
     Attributes:
         app: the application, to run under any ASGI server.
@@ -174,12 +174,10 @@ class Service:
     hosts: Collection[str] = (ANY_HOST,)
 
     def __post_init__(self) -> None:
-        hosts = accepted_hosts(self.hosts)
         if {*"{}"} & {*self.name}:  # in a route, they would stand for any name
             raise InputError(f"the name {self.name!r} has braces", "give another `name`")
         page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
         index = HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
-        refusal = _error(421, STATUSES[421], "InvalidRequest")
         formats: dict[str, type[Asked]] = {
             "/classify": ClassifyRequest,
             "/v1/classify": ClassifyRequest,
@@ -187,7 +185,7 @@ class Service:
             f"/v1/models/{self.name}:predict": InstancesRequest,
         }
         schema = _json(openapi(__version__, formats, STATUSES))
-        self.app = Starlette(
+        app = Starlette(
             routes=[
                 Route("/", index, methods=["GET"]),
                 *(
@@ -199,11 +197,12 @@ class Service:
                 Route("/metrics", self._show_metrics),
                 Route("/openapi.json", schema, methods=["GET"]),
             ],
-            middleware=[Middleware(HostCheck, hosts, refusal)],
             exception_handlers=dict.fromkeys(
                 (HTTPException, FpabeeError, ClientDisconnect, Exception), self._failed
             ),
         )
+        refusal = _error(421, STATUSES[421], "InvalidRequest")
+        self.app = HostCheck(app, self.hosts, refusal)
 
     async def _classify(self, request: Request, usual: type[Asked]) -> Response:
         asked = await self._read(request, usual)
