@@ -8,8 +8,7 @@ from typing import Any
 
 from ..runtime.artifact.folder import sha256_of
 from ..runtime.artifact.manifest import TOKENIZER_NAME, TokenizerSpec
-from ..runtime.artifact.untrusted.protobuf import values_at
-from ..runtime.artifact.untrusted.tokenizer_content import charsmap_growth, check_tokenizer
+from ..runtime.artifact.untrusted.tokenizer_content import check_tokenizer
 from ..runtime.encoding import tokenizer_errors
 from ..runtime.errors import ModelError
 from .model import MultiExitModel
@@ -18,8 +17,6 @@ from .model import MultiExitModel
 _NO_LIMIT = 10**6
 _CONFIG = "tokenizer_config.json"
 _HINT = f"copy tokenizer.json (or vocab.txt, spiece.model) and {_CONFIG} into it"
-# Fields of SentencePiece's model: ModelProto.normalizer_spec.precompiled_charsmap.
-_CHARSMAP = (3, 2)
 
 
 def save_tokenizer(
@@ -43,8 +40,8 @@ def save_tokenizer(
     path = folder / TOKENIZER_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     with _model_errors(source):
+        check_tokenizer(tokenizer.backend_tokenizer)
         tokenizer.backend_tokenizer.save(str(path), pretty=False)
-        check_tokenizer(path)
     return TokenizerSpec(
         file=TOKENIZER_NAME,
         sha256=sha256_of(path),
@@ -93,14 +90,6 @@ def load_tokenizer(source: Path, model: MultiExitModel) -> Any:
     from transformers import AutoTokenizer
 
     with _model_errors(source):
-        for path in sorted(source.glob("tokenizer*.json")):
-            if path.name != _CONFIG:
-                check_tokenizer(path)
-        for path in sorted(source.glob("*.model")):
-            # A SentencePiece model may have a damaged table of replacements; other files pass.
-            for charsmap in values_at(memoryview(path.read_bytes()), _CHARSMAP):
-                if len(charsmap):
-                    charsmap_growth(bytes(charsmap))
         tokenizer = AutoTokenizer.from_pretrained(source)
     files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
     # Without these files, transformers makes an empty tokenizer that knows no word.

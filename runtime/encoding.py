@@ -25,7 +25,7 @@ from tokenizers.models import WordLevel
 from .artifact.folder import verified
 from .artifact.manifest import ATTENTION_BIAS, MASK_FILL, TokenizerSpec
 from .artifact.reference import Text as Text
-from .artifact.untrusted.tokenizer_content import MAX_WORD, check_added_tokens, check_tokenizer
+from .artifact.untrusted.tokenizer_content import MAX_WORD, check_tokenizer
 from .errors import EXPORT_AGAIN, ArtifactError, FpabeeError, InputError, first_line, whole_number
 
 # Texts that are tokenized in one call. The library needs a hundred bytes for each character.
@@ -154,13 +154,19 @@ class RowTokenizer:
         uses_types: whether the model has token types.
 
     Raises:
-        InputError: the limit leaves no room for text.
+        InputError: the limit leaves no room for text, or the post-processor repeats a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, limit: int, uses_types: bool) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._templates = _template(tokenizer, is_pair=False), _template(tokenizer, is_pair=True)
+        for template, texts in zip(self._templates, ([_FIRST], [_SECOND, _FIRST]), strict=True):
+            if sorted(token for token, _ in template if token in (_FIRST, _SECOND)) != texts:
+                raise InputError(
+                    "the template of the tokenizer does not take each text once",
+                    "use a tokenizer that gives a text, or both texts of a pair, once",
+                )
         special = len(self._templates[1]) - 2
         if limit <= special:
             raise InputError(
@@ -312,9 +318,8 @@ class TextEncoder:
         if max_length is not None:
             self.limit = min(self.limit, whole_number("max_length", max_length, InputError))
         with tokenizer_errors(f"{self._path} is not a tokenizer that can be used"):
-            check_tokenizer(self._path)
             tokenizer = Tokenizer.from_file(str(self._path))
-            check_added_tokens(tokenizer)
+            check_tokenizer(tokenizer)
             self._tokenizer = RowTokenizer(tokenizer, self.limit, "token_type_ids" in spec.inputs)
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
@@ -111,10 +110,6 @@ def slow_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "EsmTokenizer"}')
 
 
-def normalizers(*parts: object) -> Make:
-    return tokenizer(lambda t: t.update(normalizer={"type": "Sequence", "normalizers": parts}))
-
-
 def token_limit(limit: object) -> Make:
     change: Callable[[Any], object] = lambda c: c.update(model_max_length=limit)  # noqa: E731
     return model(lambda folder: change_json(folder / "tokenizer_config.json", change))
@@ -131,9 +126,6 @@ def linked_to_itself(place: Place) -> Arguments:
     return place.export(place.models["bert"])
 
 
-HUGE_TRIE = struct.pack("<I", 2**31) + b"abc"
-CHARSMAP = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(HUGE_TRIE).decode()}
-GROWS = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
 BOMB = json.dumps({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
 LAYER = "bert.encoder.layer.1.output.dense.weight"
 
@@ -192,8 +184,6 @@ PARTS = [
     Case("tokenizer.json cut short", cut_short(TOKENIZER), "model"),
     Case("a tokenizer of a larger vocabulary",
          tokenizer(lambda t: t["model"]["vocab"].update(film=10**6)), "1000000", "173"),
-    Case("normalizers that grow a text", normalizers(*[GROWS] * 3), "1e+09"),
-    Case("a table of replacements larger than its file", normalizers(CHARSMAP), str(2**31), "7"),
     Case("a limit of no tokens", token_limit(0), "model_max_length", "0", "--max-length"),
 ]  # fmt: skip
 

@@ -144,14 +144,3 @@ def test_a_panic_of_the_library_is_refused(
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", Mock(side_effect=panic))
     with pytest.raises(ModelError, match=r"no tokenizer that can be read: index out of bounds"):
         save_tokenizer(source, model, tmp_path / "out", None)
-
-
-def test_a_converted_tokenizer_that_grows_a_text_is_refused(
-    source: Path, model: MultiExitModel, tmp_path: Path
-) -> None:
-    """It has no tokenizer.json before: its normalizer comes with its class."""
-    with_vocabulary(source)
-    config = {"tokenizer_class": "BertTokenizer", "unk_token": "u" * 2000}
-    (source / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="it has a token of 2000 characters"):
-        save_tokenizer(source, model, tmp_path / "out", None)
