@@ -37,7 +37,7 @@ _CHUNK_CHARACTERS = 2**17
 # unknown word. The only exception is an added token that takes all spaces before it.
 _PER_TOKEN = 8
 _MARGIN = 2 * MAX_WORD
-# A text that gives few tokens, such as a run of spaces, is read to at most so many times as much.
+# A text that gives hardly more tokens than are wanted is read to so many times as much.
 _MOST_TIMES = 16
 # They stand for the tokens of the first and the second text; no vocabulary has such ids.
 _FIRST, _SECOND = 2**32 - 1, 2**32 - 2
@@ -187,7 +187,7 @@ class RowTokenizer:
             InputError: a text is neither a string nor a pair of strings, or is not valid Unicode
                 where it is read.
         """
-        most = characters_read(self._limit)
+        most = _MOST_TIMES * characters_read(self._limit)
         for number, text in enumerate(texts, first):
             _check(text, number, most)
         parts = [part for text in texts for part in (text if isinstance(text, tuple) else (text,))]
@@ -227,37 +227,23 @@ def first_tokens(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[
 
     Args:
         tokenizer: it truncates nothing, and has no post-processor.
-        texts: any texts that are valid Unicode within the characters that are read.
+        texts: any texts; only what is read must be valid Unicode.
         most: how many tokens are wanted of each.
     """
     window = characters_read(most)
-    short = [text for text in texts if len(text) <= window]
-    found = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
+    found = tokenizer.encode_batch_fast([text[:window] for text in texts], add_special_tokens=False)
     answers = []
-    for text in texts:
-        if len(text) <= window:
-            ids = next(found).ids
-            answers.append(_Tokens(ids[:most], len(ids)))
-        else:
-            answers.append(_of_long_text(tokenizer, text, most))
+    for text, tokens in zip(texts, found, strict=True):
+        end = window
+        # Such as a run of spaces, or an endless word.
+        if len(text) > window and len(tokens) < 5 / 4 * most:
+            end *= _MOST_TIMES
+            tokens = tokenizer.encode(text[:end], add_special_tokens=False)
+        total = len(tokens)
+        if len(text) > end:
+            total = max(most + 1, total * len(text) // end)
+        answers.append(_Tokens(tokens.ids[:most], total))
     return answers
-
-
-def _of_long_text(tokenizer: Tokenizer, text: str, most: int) -> _Tokens:
-    """Read a text until its first tokens are certain."""
-    end = characters_read(most)
-    last = _MOST_TIMES * end
-    while True:
-        # Beyond the first characters, which were checked, a text may be invalid Unicode.
-        read = text[:end].encode(errors="replace").decode()
-        found = tokenizer.encode(read, add_special_tokens=False)
-        total = len(found)
-        if end >= len(text):
-            return _Tokens(found.ids[:most], total)
-        is_enough = total > most and max(stop for _, stop in found.offsets[:most]) + _MARGIN <= end
-        if is_enough or end >= last:
-            return _Tokens(found.ids[:most], max(most + 1, total * len(text) // end))
-        end *= 4
 
 
 def _template(tokenizer: Tokenizer, is_pair: bool) -> list[tuple[int, int]]:
