@@ -37,14 +37,11 @@ HIDDEN_STATES = "hidden_states"
 ATTENTION_BIAS = "attention_bias"
 LOGITS = "logits"
 
-# Most values of a tensor for each row and token; the widest models have some thousands.
-MAX_VALUES = 2**20
-
 # The additive attention bias on padding: finite in fp16, unlike -inf.
 MASK_FILL = -1e4
 
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
-Size = Literal["batch", "sequence"] | Annotated[int, msgspec.Meta(ge=1, le=MAX_VALUES)]
+Size = Literal["batch", "sequence"] | Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 
 
 class ProblemType(str, Enum):

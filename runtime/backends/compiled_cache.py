@@ -12,10 +12,12 @@ import logging
 import mmap
 import os
 import sys
-import tempfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
+
+from ..artifact.folder import write_whole
+from ..errors import ArtifactError
 
 logger = logging.getLogger(__name__)
 
@@ -59,21 +61,11 @@ def read(key: str) -> memoryview | None:
 
 def write(key: str, content: bytes) -> None:
     """Keep content under a key, if possible."""
-    partial = None
     try:
-        home = folder()
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=home, prefix=".", delete=False) as file:
-            partial = Path(file.name)
-            file.write(content)
-            file.write(_checksum(content))
-        partial.replace(home / key)
-        _shrink(home)
-    except OSError as error:
-        where = error.filename or "the user's cache directory"
-        logger.info("compiled graphs are not kept in %s: %s", where, error.strerror)
-        if partial is not None:
-            partial.unlink(missing_ok=True)
+        write_whole(folder() / key, content, _checksum(content))
+        _shrink(folder())
+    except (ArtifactError, OSError) as error:
+        logger.info("compiled graphs are not kept: %s", error)
 
 
 def drop_pages(content: memoryview) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 
-from ..manifest import ATTENTION_BIAS, LOGITS, MAX_VALUES, NEXT, Manifest, TensorSpec
+from ..manifest import ATTENTION_BIAS, LOGITS, NEXT, Manifest, TensorSpec
 
 # The inputs that the runtime makes from a text; graphs must produce all others themselves.
 _FIRST_INPUTS = frozenset({"input_ids", "token_type_ids", ATTENTION_BIAS})
@@ -15,7 +14,6 @@ _FIRST_INPUTS = frozenset({"input_ids", "token_type_ids", ATTENTION_BIAS})
 def problems(manifest: Manifest) -> Iterator[str]:
     """What is inconsistent in a manifest. Stop at the first: later ones may be meaningless."""
     yield from _exit_problems(manifest)
-    yield from _tensor_problems(manifest)
     yield from _chain_problems(manifest)
     yield from _target_problems(manifest)
     labels, thresholds = manifest.task.labels, manifest.task.label_thresholds
@@ -28,19 +26,6 @@ def _exit_problems(manifest: Manifest) -> Iterator[str]:
         for call in segment.calls:
             if call not in manifest.graphs:
                 yield f"segment {number} calls graph {call!r}, which is not listed"
-
-
-def _tensor_problems(manifest: Manifest) -> Iterator[str]:
-    """Tensors that two graphs describe differently, or that are too large."""
-    known: dict[str, TensorSpec] = {}
-    for name, graph in manifest.graphs.items():
-        for spec in (*graph.inputs, *graph.outputs):
-            carried = spec.name.removeprefix(NEXT)
-            first = known.setdefault(carried, spec)
-            if (first.dtype, first.shape) != (spec.dtype, spec.shape):
-                yield f"graph {name} has a different {carried!r} than the graphs before it"
-            if math.prod(size for size in spec.shape if isinstance(size, int)) > MAX_VALUES:
-                yield f"graph {name}: {spec.name!r} is larger than in any model"
 
 
 def _chain_problems(manifest: Manifest) -> Iterator[str]:

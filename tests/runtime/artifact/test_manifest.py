@@ -62,28 +62,6 @@ def test_a_manifest_is_written_as_it_was_read(folder: Path, manifest: Manifest) 
     assert [path.name for path in folder.iterdir()] == [MANIFEST_NAME]
 
 
-@pytest.mark.parametrize(
-    ("fields", "says"),
-    [
-        ({"score": NAN}, "score"),
-        ({"exits": (1.5,)}, "exits"),
-        ({"rule": {"name": "entropy", "threshold": NAN}}, "a different one"),
-    ],
-)
-def test_a_manifest_that_cannot_be_read_again_is_not_written(
-    folder: Path, fields: dict[str, Any], says: str
-) -> None:
-    manifest = read_manifest(folder)
-    target = manifest.targets[TARGET]
-    point = msgspec.structs.replace(target.operating_points["fast"], **fields)
-    target = msgspec.structs.replace(target, operating_points={"fast": point})
-    with pytest.raises(ArtifactError, match=f"was not written.*{says}") as caught:
-        write_manifest(folder, msgspec.structs.replace(manifest, targets={TARGET: target}))
-    assert "report it" in caught.value.hint
-    assert [path.name for path in folder.iterdir()] == [MANIFEST_NAME]
-    assert (folder / MANIFEST_NAME).read_bytes() == GOLDEN.read_bytes()
-
-
 def test_a_manifest_that_is_a_link_is_read_and_then_replaced(
     folder: Path, manifest: Manifest
 ) -> None:
@@ -189,10 +167,8 @@ FAST = ("targets", TARGET, "operating_points", "fast")
         (updated("tokenizer", max_length=0), "max_length"),
         (updated("graphs", "one", "inputs", 0, name="x"), "segment 1 needs 'x'"),
         (lambda m: m["graphs"]["one"]["outputs"].pop(), "segment 1 produces no logits"),
-        (updated("graphs", "two", "inputs", 0, dtype="float16"), "different 'hidden_states'"),
         (updated(*ONE, dtype="O"), "dtype"),
         (updated(*ONE, shape=["time"]), "shape"),
-        (updated(*ONE, shape=[2**11, 2**11]), "larger than in any model"),
         (updated(default_target="other"), "default target 'other' is not listed"),
         (updated(default_rule={"name": ["x"]}), "default_rule"),
         (lambda m: m["targets"].update({"../x": m["targets"][TARGET]}), "'../x'"),
