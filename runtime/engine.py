@@ -70,7 +70,6 @@ class Engine:
         rule: ExitRule | None = None,
         preload: bool = False,
         max_length: int | None = None,
-        fit_target: bool = False,
         check: bool = False,
     ) -> Engine:
         """Load an engines folder.
@@ -84,9 +83,7 @@ class Engine:
             rule: a rule of your own instead of an operating point.
             preload: load all segments now, instead of when they are first needed.
             max_length: truncate texts to this many tokens, special tokens included. The default
-                and the largest value is what the model takes.
-            fit_target: truncate texts to what the target takes, too, if that is less. Otherwise
-                longer texts get an error.
+                and the largest value is what the model and the target take.
             check: run `check` at once. It loads all segments.
 
         Returns:
@@ -117,7 +114,7 @@ class Engine:
         try:
             if preload:
                 backend.preload()
-            engine = cls(folder, manifest, backend, rule, point, max_length, fit_target)
+            engine = cls(folder, manifest, backend, rule, point, max_length)
             if check:
                 engine.check()
         except BaseException:
@@ -133,7 +130,6 @@ class Engine:
         rule: ExitRule,
         operating_point: str | None = None,
         max_length: int | None = None,
-        fit_target: bool = False,
     ) -> None:
         """Called by `Engine.load`, which opens the backend."""
         self._folder = folder.absolute()
@@ -149,10 +145,8 @@ class Engine:
         # rule that does not fit the model is refused now, not at the first text.
         self._in_use = (operating_point, self._runner(rule))
         self._full_depth = self._runner(Budget(exit=self._exits[-1]))
-        spec = manifest.tokenizer
-        if fit_target:
-            most = min(spec.max_length, self.limits.max_sequence)
-            spec = msgspec.structs.replace(spec, max_length=most)
+        most = min(manifest.tokenizer.max_length, self.limits.max_sequence)
+        spec = msgspec.structs.replace(manifest.tokenizer, max_length=most)
         self._encoder = TextEncoder(folder, spec, max_length)
         self.max_length = self._encoder.limit
         self._tally = Tally((0,) * len(self._exits))

@@ -83,7 +83,7 @@ def main(
 
     limits = ServerLimits(max_texts=min(ServerLimits.max_texts, max_rows))
     with (
-        Engine.load(engines, check=check, fit_target=True, **loading) as engine,
+        Engine.load(engines, check=check, **loading) as engine,
         listen(host, port) as listener,
     ):
         metrics = Metrics(engine)

@@ -55,7 +55,6 @@ class TritonPythonModel:
             Path(args["model_repository"], args["model_version"], "engines"),
             given["target"],
             given.get("operating_point"),
-            fit_target=True,
             **numbers,
         )
         self._scheduler = Scheduler(self._engine, int(given["max_rows"]))
