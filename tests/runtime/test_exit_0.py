@@ -26,9 +26,8 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.artifact.folder import damage, write_manifest
 from fpabee.runtime.artifact.manifest import EXIT_0_NAME
-from fpabee.runtime.backends.onnxruntime import session_options
 from fpabee.runtime.encoding import EncodedRow
-from fpabee.runtime.exit_0 import ExitZero, bucket_of, ngrams
+from fpabee.runtime.exit_0 import ExitZero, ngrams
 
 from ..conftest import WORDS, add_exit_0, correct_reference, set_exit_0
 
@@ -92,47 +91,8 @@ def test_hashes_never_change() -> None:
     ]
 
 
-HASH = """
-<ir_version: 10, opset_import: ["" : 20]>
-hash (int64[pairs] first, int64[pairs] second) => (int64[pairs] bucket)
-<int64[1] m = {4093}, int64[1] k = {2039}, int64[1] n = {4091}, int64[1] l = {2029},
- int64[1] buckets = {65536}> {
-    a = Mod(first, m)
-    b = Mod(second, n)
-    c = Mul(a, k)
-    d = Mul(b, l)
-    sum = Add(c, d)
-    bucket = Mod(sum, buckets)
-}
-"""
-
-
-@pytest.mark.parametrize("library", ["onnxruntime", "openvino"])
-def test_graphs_compute_the_same_hash(library: str) -> None:
-    """Also in OpenVINO, which computes int64 with less precision."""
-    module = pytest.importorskip(library)
-    model = pytest.importorskip("onnx.parser").parse_model(HASH).SerializeToString()
-    first, second = np.random.default_rng(2).integers(0, 2**24, (2, 5000))
-    pairs = {"first": first, "second": second}
-    if library == "onnxruntime":
-        (found,) = module.InferenceSession(model, session_options()).run(None, pairs)
-    else:
-        core = module.Core()
-        found = core.compile_model(core.read_model(model), "CPU")(pairs)["bucket"]
-    np.testing.assert_array_equal(found, bucket_of(first, second, 65536))
-
-
 def test_a_large_vocabulary_shares_the_rows_of_unigrams() -> None:
     assert found(row(249_999, 5), 65536, 1024)[::2] == [249_999 % 65536, 5]
-
-
-@pytest.mark.parametrize("buckets", [1, 2, 2**16])
-def test_buckets_are_used_evenly(buckets: int) -> None:
-    tokens = np.random.default_rng(0).integers(0, 30_000, 20_000)
-    places = ngrams([row(*tokens)], 10, buckets)[0][1::2] - 10
-    counts = np.bincount(places, minlength=buckets)
-    assert len(counts) == buckets
-    assert counts.max() <= 20_000 / buckets + 6 * np.sqrt(20_000 / buckets) + 4
 
 
 def test_logits_are_the_mean_of_vectors_then_a_linear_layer() -> None:

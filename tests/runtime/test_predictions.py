@@ -66,7 +66,3 @@ def test_threads_lose_no_row(engine: Engine, monkeypatch: pytest.MonkeyPatch) ->
         for _ in range(200):
             pool.submit(engine.predict, ["rain", "the " * 100], rule=Budget(exit=1))
     assert engine.tally == Tally((400, 0, 0), truncated=200)
-
-
-def test_tallies_add_up() -> None:
-    assert Tally((1, 0), 1, 2, 3) + Tally((2, 5), 10, 20, 30) == Tally((3, 5), 11, 22, 33)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from packaging.requirements import Requirement
 
 from fpabee.runtime import BackendError, machine
 from fpabee.runtime.backends import cuda, onnxruntime_cuda, tensorrt
@@ -18,42 +15,6 @@ from fpabee.runtime.backends.cuda import check_cuda
 from fpabee.runtime.machine import CudaDevice
 
 from ...doubles.device import set_gpu
-
-tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
-ROOT = Path(__file__).parents[3]
-NAMES = ["gpu", "tensorrt", "tensorrt-rtx"]
-BINDINGS = ["12.8.0", "12.9.0", "12.9.1", "12.9.10", "13.0.0", "13.5.0", "14.0.0"]
-
-
-def requirements(name: str) -> dict[str, Requirement]:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    found = map(Requirement, extras["optional-dependencies"][name])
-    return {requirement.name: requirement for requirement in found}
-
-
-def test_extras_for_different_cuda_versions_exclude_each_other() -> None:
-    for one, other in itertools.product(NAMES, NAMES):
-        old = requirements(f"{one}-cu12")["cuda-bindings"].specifier
-        new = requirements(f"{other}-cu13")["cuda-bindings"].specifier
-        assert not any(version in old and version in new for version in BINDINGS)
-        assert any(version in old for version in BINDINGS)
-        assert any(version in new for version in BINDINGS)
-        assert "12.9.0" not in old, "it holds the GIL while it waits"
-
-
-def test_onnxruntime_brings_its_cuda_libraries() -> None:
-    old, new = (requirements(f"gpu-{cuda}")["onnxruntime-gpu"] for cuda in ("cu12", "cu13"))
-    assert old.extras == new.extras == {"cuda", "cudnn"}
-    assert "1.26.0" in old.specifier
-    assert "1.27.0" not in old.specifier, "the first release for CUDA 13"
-    assert "1.27.0" not in new.specifier, "its extras name packages that do not exist"
-
-
-@pytest.mark.parametrize("cuda", ["cu12", "cu13"])
-def test_a_release_of_tensorrt_for_rtx_that_hangs_is_not_installed(cuda: str) -> None:
-    found = requirements(f"tensorrt-rtx-{cuda}")[f"tensorrt-rtx-{cuda}"].specifier
-    assert "1.7.1.116" in found
-    assert "1.5.0.114" not in found, "it hangs: NVIDIA/TensorRT-RTX#37"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -239,20 +238,6 @@ def test_two_processes_may_compile_at_the_same_time(folder: Path, cache: Path) -
     for process in running:
         assert process.communicate() == ("True\n", "")
     assert not [path for path in cache.iterdir() if path.name.startswith(".")]
-
-
-def test_threads_share_an_engine(folder: Path) -> None:
-    with Engine.load(folder, TARGET, threads=1) as engine:
-        expected = engine.trace(TEXTS).logits
-        model = engine._backend.graph("segment_01").model
-        assert [model.get_property(name) for name in ("INFERENCE_NUM_THREADS", "NUM_STREAMS")] == [
-            1,
-            1,
-        ]
-        with ThreadPoolExecutor(4) as pool:
-            traces = list(pool.map(engine.trace, [TEXTS] * 80))
-    for trace in traces:
-        assert abs(trace.logits - expected).max() <= 1e-5
 
 
 def test_a_shared_block_is_compiled_once_and_late_segments_when_needed(

@@ -6,7 +6,6 @@ import ctypes
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import pytest
 
 from fpabee.runtime import Budget, ExitRule, FPabee
 from fpabee.runtime.artifact.folder import sha256_of
-from fpabee.runtime.backends.base import Bucket
 from fpabee.runtime.backends.cuda import GATHER, PTX
 
 from ...doubles.cuda import FakeCuda
@@ -83,33 +81,6 @@ def test_the_ptx_is_that_of_its_source_and_for_all_supported_gpus_and_drivers() 
     assert ".target sm_75" in lines
     assert f"\t.param .align 8 .b8 gather_rows_param_0[{GATHER.itemsize}]" in lines
     assert GATHER.itemsize <= 4096
-
-
-@pytest.mark.parametrize(("rows", "expected"), [(16, {"gather": 3}), (300, {"gather": 6})])
-def test_calls_of_the_driver_to_regroup(
-    rows: int, expected: dict[str, int], double: Callable[..., Double]
-) -> None:
-    """Every second row stops, and three tensors are copied into a group of the same size.
-
-    A kernel takes up to 256 rows.
-    """
-    made = double(batch=(1, 8, 300))
-    with made.load() as engine, engine.chain() as chain:
-        encoded = engine.encode([TEXTS[number % len(TEXTS)] for number in range(rows)])
-        bucket, keep = Bucket(rows, max(map(len, encoded))), np.arange(0, rows, 2)
-        for _ in range(2):  # buffers are made first
-            hidden = chain.execution.begin(encoded, bucket)
-            chain.execution.enqueue(hidden)
-            made.cuda.calls.clear()
-            kept = chain.execution.regroup([hidden], [keep], bucket)
-            calls = made.cuda.calls.copy()
-            del calls["put"]  # is not a call of the driver
-            found = chain.execution.enqueue(kept)().copy()
-            every = chain.execution.enqueue(hidden)()
-            np.testing.assert_allclose(found, every[keep], atol=1e-5)
-            for group in (hidden, kept):
-                chain.execution.release(group)
-    assert +calls == Counter(expected)
 
 
 @pytest.mark.parametrize("rule", [FPabee(threshold=0.45), Budget(exit=3)])

@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 from queue import SimpleQueue
 from threading import Semaphore
-from unittest.mock import Mock
 
 import pytest
 from rich.table import Table
 
 from fpabee.runtime.cli import console as console_module
-from fpabee.runtime.cli.console import PlainConsole, echo, row_progress, step_progress
+from fpabee.runtime.cli.console import PlainConsole, echo, step_progress
 from fpabee.runtime.errors import InputError, printable
 
 NASTY = "\x1b[31mred\x07\r\n\x9b2J\u202eeslaf\x7f [bold]x[/bold] :fire:"
@@ -105,33 +104,3 @@ def test_without_a_terminal_the_state_is_printed_every_half_minute(
         "train, loss 2.2 2/125 (0:01:00)",
         "train, loss 2.2 2/125 (0:01:30)",
     ]
-
-
-def test_without_a_terminal_the_state_of_a_run_is_printed_every_half_minute(
-    clock: Clock, capsys: pytest.CaptureFixture[str]
-) -> None:
-    job = Mock(rows=20, rows_per_second=2.3)
-    with row_progress(job, quiet=False) as advance:
-        clock.pass_half_a_minute()
-        clock.now += 0.2
-        advance()
-        job.rows = 30
-        advance()  # too soon after the one before
-        clock.pass_half_a_minute()
-    assert capsys.readouterr() == (
-        "",
-        "0 rows (0:00:30)\n20 rows, 2 rows/s (0:01:00)\n",
-    )
-
-
-@pytest.mark.parametrize(("is_terminal", "quiet"), [(False, True), (True, False), (True, True)])
-def test_no_lines_are_printed_beside_a_bar_or_if_nothing_is_to_be_shown(
-    is_terminal: bool, quiet: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if is_terminal:
-        monkeypatch.setenv("FORCE_COLOR", "1")
-    thread = Mock()
-    monkeypatch.setattr(console_module, "Thread", lambda **_: thread)
-    with step_progress(quiet) as progress:
-        progress("build", 0, 1)
-    assert thread.mock_calls == []

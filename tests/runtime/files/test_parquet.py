@@ -7,17 +7,13 @@ import datetime
 import decimal
 import json
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pyarrow
-import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pyarrow import parquet
 
-from fpabee.runtime.errors import InputError, RowError
+from fpabee.runtime.errors import RowError
 from fpabee.runtime.files import Inputs, ReadOptions, Row, read_rows
 
 from ..cli.test_run import COMMAND
@@ -108,36 +104,3 @@ def test_a_file_on_which_pyarrow_aborts_is_refused(bert: Path, tmp_path: Path) -
     assert done.stderr.startswith(f"error: {path} cannot be read as Parquet: ")
     assert done.stderr.endswith(" -> copy the file again\n")
     assert done.stderr.count("\n") == 1
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A file of columns of many types, not compressed: every byte counts."""
-    columns = {
-        "text": ["naïve", "b"] * 20,
-        "label": ["x", None] * 20,
-        "time": [datetime.datetime(2020, 12, 31), None] * 20,
-        "price": [decimal.Decimal("0.001"), None] * 20,
-        "tags": [["a"], None] * 20,
-    }
-    path = tmp_path_factory.mktemp("parquet") / "whole.parquet"
-    parquet.write_table(pyarrow.table(columns), path, compression="none")
-    return path.read_bytes()
-
-
-@settings(deadline=None)
-@given(
-    places=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1)
-)
-def test_any_damage_gives_rows_or_our_errors(whole: bytes, places: list[tuple[float, int]]) -> None:
-    content = bytearray(whole)
-    for share, value in places[:4]:
-        content[int(share * len(content))] = value
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "in.parquet"
-        path.write_bytes(content)
-        try:
-            found = list(Inputs([path]))
-        except InputError:
-            return
-    assert all(isinstance(row, (Row, RowError)) for row in found)

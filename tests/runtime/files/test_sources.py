@@ -61,15 +61,6 @@ def test_every_text_comes_back(lines: list[str]) -> None:
     assert texts(read_stdin(content, AS_TEXT)) == ["first", *lines]
 
 
-@given(st.binary(), st.sampled_from([known for known in TextFormat if known.value != "parquet"]))
-def test_any_bytes_give_rows_or_our_errors(content: bytes, text_format: TextFormat) -> None:
-    try:
-        found = read_stdin(b"text,id\n" + content, ReadOptions(text_format))
-    except InputError:
-        return
-    assert all(isinstance(row, (Row, RowError)) for row in found)
-
-
 def test_json_lines(tmp_path: Path) -> None:
     records: list[dict[str, Any]] = [
         {"text": "a", "id": 10**30, "tags": [1, None, {"x": 0.5}]},

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,7 +33,6 @@ from fpabee.runtime.agreement import exits_near_ties
 from fpabee.runtime.backends.host import HostBackend, HostExecution
 from fpabee.runtime.chain import Chain
 from fpabee.runtime.encoding import Text
-from fpabee.runtime.groups import Group
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving import scheduler as scheduler_module
 from fpabee.runtime.serving.metrics import Metrics
@@ -271,18 +268,6 @@ def test_cancelled_rows_leave(engine: Engine, gate: Gate) -> None:
     assert engine.tally.rows == 1
 
 
-def test_a_group_is_worth_more_the_older_and_fuller_and_deeper_it_is(engine: Engine) -> None:
-    def worth(arrived: Sequence[float], left: int, now: float = 10.0) -> float:
-        rows = np.array([SimpleNamespace(arrived=each) for each in arrived])
-        encoded = engine.encode(["rain"] * len(arrived))
-        group = Group.of(rows, encoded, engine.runner(), math.inf, engine.limits)
-        return scheduler_module._worth(group, left, now)
-
-    assert worth([9.0], 3) < worth([9.0, 9.0], 3) < worth([9.0, 9.0], 2)
-    assert worth([9.0, 5.0], 3) == pytest.approx(10 * worth([9.0], 3)), "as old as its oldest row"
-    assert worth([9.0], 3, 1000.0) > worth([9.0, 9.0, 5.0], 1), "no row waits forever"
-
-
 def test_a_full_queue_refuses_and_recovers(engine: Engine, gate: Gate) -> None:
     with Scheduler(engine, max_rows=3) as scheduler:
         futures = scheduler.submit_all(["a", "b"])
@@ -457,15 +442,6 @@ def counted(metrics: Metrics, name: str) -> float:
     return float(line.split()[1])
 
 
-def test_a_late_row_waits_once(exit_0_engines: Mapping[str, Path]) -> None:
-    """Its wait ends with its answer at exit 0."""
-    with Engine.load(exit_0_engines["bert"], rule=NEVER) as engine:
-        metrics = Metrics(engine)
-        with Scheduler(engine, metrics=metrics) as scheduler:
-            assert scheduler.submit("a", deadline_ms=-1.0).result(WAIT).exit == 0
-        assert counted(metrics, "queue_seconds_count") == 1
-
-
 def test_the_rows_of_a_failing_group_get_its_error_and_others_their_answers(
     engine: Engine, gate: Gate
 ) -> None:
@@ -569,16 +545,6 @@ def test_bad_arguments(engine: Engine, error: type[Exception], arguments: Any) -
             asyncio.run(scheduler.classify([arguments.pop("text")], **arguments))
         assert scheduler._unanswered == 0
         assert scheduler.submit("a").result(WAIT).exit == 3
-
-
-def test_one_string_is_not_a_list(engine: Engine) -> None:
-    with Scheduler(engine) as scheduler, pytest.raises(InputError, match="one string"):
-        scheduler.submit_all("abc")
-
-
-def test_the_queue_must_have_room(engine: Engine) -> None:
-    with pytest.raises(InputError, match="max_rows"):
-        Scheduler(engine, max_rows=0)
 
 
 def test_a_cancelled_task_cancels_its_rows(engine: Engine, gate: Gate) -> None:

@@ -118,26 +118,6 @@ def test_a_client_that_sends_slowly(serving: Serving, kind: str) -> None:
             assert json.loads(body)["error_type"] == "InvalidRequest"
 
 
-@pytest.mark.parametrize(
-    ("first", "then"),
-    [
-        (HEAD, b"a: b\r\n"),
-        (CHUNKED + b"0\r\n", b"a: b\r\n"),
-        (CHUNKED + b"1;x=", b"x"),
-    ],
-    ids=["head", "trailers", "chunk extension"],
-)
-def test_a_request_without_end(serving: Serving, first: bytes, then: bytes) -> None:
-    """The limit on time is long, so that only the limit on bytes can end the request."""
-    limits = replace(LIMITS, max_body=2**16, body_seconds=10 * WAIT)
-    with (
-        serving(limits) as (port, _, _),
-        connected(port, first) as client,
-        pytest.raises(OSError, match=r"reset|Broken|abort"),
-    ):
-        client.sendall(then * (2**26 // len(then)))
-
-
 def test_a_large_body_is_read_to_its_end(serving: Serving) -> None:
     """Clients that send everything before they read also get to know why it is refused."""
     with serving(replace(LIMITS, max_body=1000, body_seconds=WAIT)) as (port, _, _):
