@@ -3,7 +3,7 @@
 The only module that touches the manifest's JSON. Hashes find damage, not malice.
 
 A file of the folder may be a symbolic link, even to a place outside, as in the cache that Hugging
-Face's `snapshot_download` makes. Only regular files of limited size are opened, and each file that
+Face's `snapshot_download` makes. Only regular files are opened, and each file that
 the manifest names must have the hash that the manifest gives.
 """
 
@@ -25,9 +25,6 @@ from .untrusted.graph_content import check_graph
 
 BAD_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 """What msgspec raises for bytes that are not the JSON that was expected."""
-
-# Far more than any file has: an ONNX file and a plan have at most about 2 GiB.
-_MAX_FILE_BYTES = 16 * 2**30
 
 
 def sha256_of(path: Path) -> str:
@@ -157,7 +154,7 @@ def resolve(folder: Path, relative: str) -> Path:
     """The path of a file of the artifact; its content is not read, see `verified`.
 
     Raises:
-        ArtifactError: the path leaves the folder, or is not a regular file of at most 16 GiB.
+        ArtifactError: the path leaves the folder, or is not a regular file.
     """
     pure = PurePosixPath(relative)
     path = folder / pure
@@ -168,15 +165,13 @@ def resolve(folder: Path, relative: str) -> Path:
             "do not use this folder; export the model again",
         )
     try:
-        found = path.stat()
+        mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ArtifactError(f"{path} is missing, but the manifest names it", COPY_AGAIN) from error
     except OSError as error:  # a path that is too long, a link to itself, or no permission
         raise ArtifactError(f"{path} cannot be opened: {error.strerror}", COPY_AGAIN) from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(mode):
         raise ArtifactError(f"{path} is not a regular file, but the manifest names it", COPY_AGAIN)
-    if found.st_size > _MAX_FILE_BYTES:
-        raise ArtifactError(f"{path} has {found.st_size} bytes, too many for a model", COPY_AGAIN)
     return path
 
 
@@ -184,8 +179,7 @@ def verified(folder: Path, relative: str, sha256: str) -> Path:
     """The path of a file of the artifact, after checking its hash.
 
     Raises:
-        ArtifactError: the file is missing, outside the folder, not a regular file, too large, or
-            damaged.
+        ArtifactError: the file is missing, outside the folder, not a regular file, or damaged.
     """
     path = resolve(folder, relative)
     try:
