@@ -456,23 +456,6 @@ def test_threads_must_be_a_whole_number(engines: Mapping[str, Path], threads: An
         Engine.load(engines["bert"], threads=threads)
 
 
-@pytest.mark.parametrize(
-    ("method", "given", "says"),
-    [
-        ("warm_up", {"rows": "2"}, "rows is '2' -> give a whole number from 1"),
-        ("warm_up", {"tokens": 0}, "tokens is 0"),
-        ("time_exits", {"rows": 1.5, "tokens": 8}, "rows is 1.5"),
-        ("time_exits", {"rows": 1, "tokens": None}, "tokens is None"),
-    ],
-)
-def test_sizes_must_be_whole_numbers(
-    bert: Engine, method: str, given: dict[str, object], says: str
-) -> None:
-    with pytest.raises(InputError) as caught:
-        getattr(bert, method)(**given)
-    assert says in str(caught.value)
-
-
 def test_predicting_needs_no_torch_transformers_or_onnx(engines: Mapping[str, Path]) -> None:
     code = (
         "import sys\n"
