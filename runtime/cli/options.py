@@ -25,28 +25,19 @@ _FIELDS = ("text", "text_pair", "label")
 PATH = click.Path(path_type=Path)
 
 
-class Numbers(click.ParamType[tuple[float, ...]]):
-    """Numbers separated by commas.
-
-    Args:
-        kind: int or float.
-        example: a list for the error message.
-    """
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers separated by commas."""
 
     name = "numbers"
 
-    def __init__(self, kind: type[float], example: str) -> None:
-        self._kind = kind
-        self._example = example
-
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, ...]:
+    ) -> tuple[int, ...]:
         """Parse the text of an option."""
         try:
-            return tuple(self._kind(part) for part in str(value).split(","))
+            return tuple(int(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as {self._example}", param, ctx)
+            self.fail(f"{value!r} is not a list of numbers such as 2,4,6", param, ctx)
 
 
 class FiniteRange(click.FloatRange):
@@ -89,7 +80,7 @@ def number(name: str, help: str, default: float | None = None, **limits: Any) ->
 
 def numbers(names: str, metavar: str, help: str, **settings: Any) -> Decorator:
     """An option that takes whole numbers separated by commas."""
-    return option(names, metavar, help, type=Numbers(int, "2,4,6"), **settings)
+    return option(names, metavar, help, type=Numbers(), **settings)
 
 
 def choice(

@@ -13,7 +13,7 @@ _FIRST_INPUTS = frozenset({"input_ids", "token_type_ids", ATTENTION_BIAS})
 
 def problems(manifest: Manifest) -> Iterator[str]:
     """What is inconsistent in a manifest. Stop at the first: later ones may be meaningless."""
-    yield from _exit_problems(manifest)
+    yield from _tensor_problems(manifest)
     yield from _chain_problems(manifest)
     yield from _target_problems(manifest)
     labels, thresholds = manifest.task.labels, manifest.task.label_thresholds
@@ -21,11 +21,15 @@ def problems(manifest: Manifest) -> Iterator[str]:
         yield f"it has {len(thresholds)} label thresholds for {len(labels)} labels"
 
 
-def _exit_problems(manifest: Manifest) -> Iterator[str]:
-    for number, segment in enumerate(manifest.segments, start=1):
-        for call in segment.calls:
-            if call not in manifest.graphs:
-                yield f"segment {number} calls graph {call!r}, which is not listed"
+def _tensor_problems(manifest: Manifest) -> Iterator[str]:
+    """Tensors that two graphs describe differently: they share the memory."""
+    known: dict[str, TensorSpec] = {}
+    for name, graph in manifest.graphs.items():
+        for spec in (*graph.inputs, *graph.outputs):
+            carried = spec.name.removeprefix(NEXT)
+            first = known.setdefault(carried, spec)
+            if (first.dtype, first.shape) != (spec.dtype, spec.shape):
+                yield f"graph {name} has a different {carried!r} than the graphs before it"
 
 
 def _chain_problems(manifest: Manifest) -> Iterator[str]:
@@ -34,7 +38,10 @@ def _chain_problems(manifest: Manifest) -> Iterator[str]:
     for number, segment in enumerate(manifest.segments, start=1):
         given: dict[str, TensorSpec] = {}
         for call in segment.calls:
-            graph = manifest.graphs[call]
+            graph = manifest.graphs.get(call)
+            if graph is None:
+                yield f"segment {number} calls graph {call!r}, which is not listed"
+                continue
             missing = sorted({spec.name for spec in graph.inputs} - available)
             if missing:
                 yield f"segment {number} needs {missing[0]!r}, which nothing before it produces"

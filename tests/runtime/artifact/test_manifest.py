@@ -167,6 +167,7 @@ FAST = ("targets", TARGET, "operating_points", "fast")
         (updated("tokenizer", max_length=0), "max_length"),
         (updated("graphs", "one", "inputs", 0, name="x"), "segment 1 needs 'x'"),
         (lambda m: m["graphs"]["one"]["outputs"].pop(), "segment 1 produces no logits"),
+        (updated("graphs", "two", "inputs", 0, dtype="float16"), "different 'hidden_states'"),
         (updated(*ONE, dtype="O"), "dtype"),
         (updated(*ONE, shape=["time"]), "shape"),
         (updated(default_target="other"), "default target 'other' is not listed"),
