@@ -15,6 +15,7 @@ from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError
 from ..runtime.files import Row, read_rows
+from ..runtime.machine import hardware
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import Budget, ExitRule
@@ -127,6 +128,7 @@ def calibrate(
             comparisons=tuple(sorted(comparisons, key=lambda each: -each.chosen_on.estimated)),
             search=wide,
             layers=engine.manifest.exit_layers,
+            hardware=hardware(engine.manifest.targets[engine.target].on_gpu, options.threads),
             warnings=tuple(warnings),
         )
     write_manifest(path, with_points(read_manifest(path), result, data_sha256(rows)))

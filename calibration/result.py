@@ -128,6 +128,7 @@ class Calibration:
             fastest first.
         search: the settings that are compared; not public.
         layers: the layer of each exit.
+        hardware: what the points were measured on.
         warnings: what is wrong with the rows without making the result useless.
     """
 
@@ -141,6 +142,7 @@ class Calibration:
     comparisons: tuple[RuleComparison, ...]
     search: Search
     layers: tuple[int, ...]
+    hardware: str
     warnings: tuple[str, ...] = ()
 
     @property
@@ -274,5 +276,6 @@ def _record(point: Point, result: Calibration, target: Target, data_sha256: str)
         exits=runs.exits,
         measured_speedup=point.measured,
         versions={**target.versions, "fpabee": __version__},
+        hardware=result.hardware,
         certificate=point.certificate,
     )

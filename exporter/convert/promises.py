@@ -29,6 +29,7 @@ from ...runtime.engine import Engine
 from ...runtime.errors import InputError
 from ...runtime.files import Row
 from ...runtime.files.labels import Labels
+from ...runtime.machine import hardware
 from ...runtime.progress import Progress
 from ...runtime.rules.rules import Budget
 from ...runtime.targets import rest_precision
@@ -157,6 +158,7 @@ def certify_target(
             exits=runs.exits,
             measured_speedup=dict(zip(("1", str(_BATCH)), speedups, strict=True)),
             versions={**engine.manifest.targets[name].versions, "fpabee": __version__},
+            hardware=hardware(engine.manifest.targets[name].on_gpu, threads),
             certificate=found.certificate,
         )
         manifest = read_manifest(folder)

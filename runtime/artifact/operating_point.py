@@ -98,6 +98,7 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
         measured_speedup: run time at full depth over that with the rule, by batch size: 1 for rows
             one by one, a larger number for windows of 128 rows.
         versions: versions of the libraries that measured it.
+        hardware: the GPU that measured it, or the CPU and how many threads.
         certificate: the guarantee; None if none was asked for, or if the rows confirm none.
     """
 
@@ -114,4 +115,5 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
     exits: tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
     measured_speedup: dict[str, float] = {}
     versions: dict[str, str] = {}
+    hardware: str = ""
     certificate: Certificate | None = None

@@ -126,6 +126,7 @@ def test_a_goal_makes_one_point(
     assert [(point["name"], point["goal"]) for point in content["points"]] == [(name, words)]
     point = read_manifest(folder).targets[TARGET].operating_points[name]
     assert (point.held_out, point.rows) == ("5-fold cross-validation", 120)
+    assert point.hardware.endswith(" threads")
     if "confidence" not in words:
         assert (str(point.goal), point.certificate) == (words, None)
         return

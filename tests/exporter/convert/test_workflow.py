@@ -72,6 +72,7 @@ def test_the_result_is_what_the_engine_does(converted: Converted) -> None:
     texts, answers = [row.content for row in reported.rows], reported.logits.argmax(axis=1)
     with Engine.load(converted.folder) as engine:
         assert engine.operating_point == target.point == "flips-10"
+        point = engine.manifest.targets[engine.target].operating_points["flips-10"]
         found = engine.trace(texts, rule=engine.rule)
         counts = np.bincount(found.exits, minlength=len(engine.manifest.exits))
         assert counts.tolist() == [*target.exits]
@@ -83,6 +84,7 @@ def test_the_result_is_what_the_engine_does(converted: Converted) -> None:
     assert traffic == pytest.approx(target.changed_traffic)
     np.testing.assert_allclose(full, reported.logits, rtol=0, atol=1e-5)
     assert (result.exit_layers[0], result.exit_layers[-1]) == (0, 3)
+    assert point.hardware.endswith(" threads")
     assert np.mean(answers == 2) == pytest.approx(result.accuracy)
 
 
