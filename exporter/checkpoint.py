@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import ModelError, first_line
+from ..runtime.hub import hub_errors, repository_of
 from .backbones import build_encoder, family_of
 from .exit_0 import CONFIG_BLOCK, EXIT_0_FILE
 from .exits import MultiExitConfig, Pooling
@@ -32,7 +33,6 @@ TRAINED = "give the folder of a trained model"
 COPY_WEIGHTS = "copy the weights again, or train again"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # These leave out the copies for other frameworks that many repositories hold.
 _HUB_FILES = ["*.json", "*.txt", "*.model", *WEIGHTS, EXIT_0_FILE]
 # Settings that ask for memory although no weight has a shape that could contradict them, and the
@@ -69,23 +69,17 @@ def resolve_model_dir(source: str | Path) -> Path:
     Raises:
         ModelError: there is no such folder, and the hub has no such model.
     """
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if not _HUB_ID.fullmatch(str(source)) or path.parent.is_dir():
+    path, repository = Path(source), repository_of(source)
+    if repository is None:
+        if path.is_dir():
+            return path
         raise ModelError(
             f"model folder {source} does not exist", f"{TRAINED}, or its id on the hub"
         )
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=_HUB_FILES))
-    # The hub's own errors are kinds of these.
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{source} is not a local folder, and the hub does not provide it: {first_line(error)}",
-            "check the name and the network, or give a local folder",
-        ) from error
+    with hub_errors(repository, error=ModelError):
+        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
 
 
 def load_checkpoint(

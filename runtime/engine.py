@@ -22,6 +22,7 @@ from .encoding import EncodedRow, Text, TextEncoder, blocks
 from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of, whole_number
 from .exit_0 import ExitZero
 from .groups import Group
+from .hub import engines_folder
 from .predictions import Prediction, Stopped, Tally, Trace, make_predictions, outputs_of
 from .rules.measures import Mask
 from .rules.rules import Budget, ExitRule
@@ -71,11 +72,14 @@ class Engine:
         preload: bool = False,
         max_length: int | None = None,
         check: bool = False,
+        revision: str | None = None,
     ) -> Engine:
         """Load an engines folder.
 
         Args:
-            path: the engines folder that an export wrote.
+            path: the engines folder that an export wrote, or `owner/name` of one on the Hugging
+                Face hub, of which the files of the target are downloaded. A folder that exists
+                here is taken.
             target: a built target, such as `onnxruntime-fp32`; default: the manifest's.
             operating_point: the name of a calibrated rule of the target. The default is the
                 target's default point, or the cautious rule of a folder that is not calibrated.
@@ -85,16 +89,19 @@ class Engine:
             max_length: truncate texts to this many tokens, special tokens included. The default
                 and the largest value is what the model and the target take.
             check: run `check` at once. It loads all segments.
+            revision: a branch, a tag or a commit on the hub; default: its main branch.
 
         Returns:
             The engine; close it, or use it in a `with` statement.
 
         Raises:
-            ArtifactError: the folder is missing, damaged, or of another version.
+            ArtifactError: the folder is missing, damaged, or of another version; the hub does not
+                provide it; or it would run TensorRT plans from there without being asked.
             BackendError: the target does not exist, it cannot run here, or `threads` is
                 impossible.
             InputError: `max_length` is not a whole number, or leaves no room for text.
-            MissingExtraError: the target's inference library is not installed.
+            MissingExtraError: the target's inference library is not installed, or the package that
+                downloads from the hub.
             RuleError: the operating point or rule does not exist or does not fit the model, or
                 both are given.
             VerificationError: with `check`, the target is not the model that was exported.
@@ -104,7 +111,7 @@ class Engine:
                 f"both operating point {operating_point!r} and a rule are given",
                 "give one of them: an operating point is a rule with its settings",
             )
-        folder = Path(path)
+        folder = engines_folder(path, target, revision)
         manifest = read_manifest(folder)
         name = target_of(folder, manifest, target)
         point = None

@@ -32,6 +32,7 @@ _FEATURES = {
     "peft": ("peft", "peft"),
     "parquet": ("pyarrow", "parquet"),
     "ray": ("ray pyarrow", "ray"),
+    "hub": ("huggingface_hub", "hub"),
     "serve": ("prometheus_client starlette uvicorn", "serve"),
     "plot": ("matplotlib jinja2", "plot"),
 }
@@ -158,8 +159,17 @@ def cpu_name() -> str:
     return f"{name} ({' '.join(found)})" if found else name
 
 
-def require(feature: str) -> None:
+def hardware(on_gpu: bool, threads: int | None) -> str:
+    """What runs a target here: the GPU, or the CPU and how many threads."""
+    return cuda_device().name if on_gpu else f"{cpu_name()}, {threads or usable_cores()} threads"
+
+
+def require(feature: str, what: str = "this") -> None:
     """Check that the packages of a feature are installed.
+
+    Args:
+        feature: the feature.
+        what: what needs it, for the message.
 
     Raises:
         MissingExtraError: names the missing packages and the command that installs them.
@@ -168,5 +178,6 @@ def require(feature: str) -> None:
     missing = [name for name in packages.split() if util.find_spec(name) is None]
     if missing:
         raise MissingExtraError(
-            f"this needs {', '.join(missing)}, not installed here", f"pip install 'fpabee[{extra}]'"
+            f"{what} needs {', '.join(missing)}, not installed here",
+            f"pip install 'fpabee[{extra}]'",
         )

@@ -34,6 +34,8 @@ from fpabee.runtime.engine import Engine
 from fpabee.runtime.exit_0 import ExitZero, ngrams
 from fpabee.runtime.rules.rules import ExitRule
 
+from .doubles.hub import Hub, serve
+
 # fmt: off
 WORDS = (
     "the", "a", "it", "is", "not", "but", "and", "good", "bad", "film", "plot", "music", "play",
@@ -282,6 +284,13 @@ def set_exit_0(folder: Path, unigrams: int, **arrays: NDArray[Any]) -> None:
         buckets=len(arrays["table"]) - unigrams,
     )
     write_manifest(folder, msgspec.structs.replace(read_manifest(folder), exit_0=spec))
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """An empty hub, and an empty cache."""
+    with serve(tmp_path / "cache") as hub:
+        yield hub
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from ...calibration.goals import Bound
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.cli import options
 from ...runtime.cli.command import READING, command
-from ...runtime.cli.console import echo, step_progress
+from ...runtime.cli.console import echo, hide_bars_of_hub, step_progress
 from ...runtime.machine import require
 from ..convert.options import Chosen, Conversion, Converted, ConvertOptions
 from ..exits import Pooling
@@ -110,6 +110,9 @@ def main(
     )
     wanted = replace(msgspec.convert(settings | {"reading": reading}, ConvertOptions), bound=bound)
     require("export")
+    hide_bars_of_hub(quiet)
+    if quiet:
+        logging.getLogger("fpabee.exporter.convert").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     from ..convert.workflow import convert
@@ -119,8 +122,6 @@ def main(
     of_transformers: Any = transformers_logging
     of_transformers.set_verbosity_error()
     of_transformers.disable_progress_bar()
-    if quiet:
-        logging.getLogger("fpabee.exporter.convert").setLevel(logging.ERROR)
     with step_progress(quiet) as progress:
         result = convert(classifier, texts, output or "engines", wanted, progress)
     # Now, because the folder is there, even if it cannot be packed.

@@ -5,5 +5,6 @@ Nothing in it needs torch or transformers.
 
 from .hub_files import Packed
 from .packing import pack
+from .push import push
 
-__all__ = ["Packed", "pack"]
+__all__ = ["Packed", "pack", "push"]

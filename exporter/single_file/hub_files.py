@@ -18,12 +18,16 @@ import msgspec
 from tokenizers import Tokenizer
 
 from ... import __version__
+from ...calibration.scoring import AGREEMENT
 from ...runtime.artifact.folder import verified
 from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest, TokenizerSpec
+from ...runtime.artifact.operating_point import OperatingPoint
 from ...runtime.errors import printable
 from ...runtime.rules.rules import ExitRule
 from ...runtime.rules.words import rule_in_words
 from ..targets.backends import INT8
+
+CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True)
@@ -114,14 +118,21 @@ def write_files(
         (folder / name).write_bytes(text + b"\n")
     measured = "Nothing is promised: the rule was not calibrated for this file.\n"
     if point is not None:
-        measured = _template("measured").format(
+        measured = template("measured").format(
             manifest=manifest,
             packed=packed,
             point=point,
-            guarantee=point.certificate or f"none; the goal was: {point.goal}",
+            guarantee=_guarantee(point),
+            changed=f" ({1 - point.score:.2%} changed)" if point.metric == AGREEMENT else "",
+            speed=", ".join(
+                f"{times:.2f} for {'single texts' if batch == '1' else 'files'}"
+                for batch, times in point.measured_speedup.items()
+            ),
+            hardware=point.hardware or "unknown hardware",
+            versions=", ".join(map(" ".join, point.versions.items())),
         )
     layers = zip(packed.exits, manifest.exit_layers, strict=True)
-    card = _template("card").format(
+    card = template("card").format(
         manifest=manifest,
         packed=packed,
         target=target,
@@ -130,8 +141,16 @@ def write_files(
         rule=rule_in_words(packed.rule),
         exit_0=packed.no_exit_0 or ("inside" if packed.exits[0] == 0 else "the model has none"),
     )
-    (folder / "README.md").write_text(card + measured, encoding="utf-8")
+    (folder / CARD_NAME).write_text(card + measured, encoding="utf-8")
 
 
-def _template(name: str) -> str:
+def _guarantee(point: OperatingPoint) -> str:
+    if point.certificate is None:
+        return f"none; the goal was: {point.goal}"
+    tested = [f"{each} (tested on {each.rows:,} texts)" for each in point.certificate.promises]
+    return f"{' and '.join(tested)}, with {point.certificate.confidence:g} % confidence"
+
+
+def template(name: str) -> str:
+    """A part of the model card, to format."""
     return Path(__file__).with_name(f"{name}.md").read_text(encoding="utf-8")

@@ -14,12 +14,13 @@ import hashlib
 import os
 import stat
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import msgspec
 
 from ..errors import COPY_AGAIN, EXPORT_AGAIN, ArtifactError, InputError
-from .manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
+from .manifest import MANIFEST_NAME, SCHEMA_VERSION, BuiltFile, Graph, Manifest
 from .untrusted.consistency import problems
 from .untrusted.graph_content import check_graph
 
@@ -208,17 +209,34 @@ def verified_graph(folder: Path, relative: str, sha256: str) -> Path:
     return path
 
 
+def hashes(manifest: Manifest, target: str | None = None) -> list[tuple[str, str]]:
+    """The path and SHA-256 of each file that a manifest names.
+
+    Args:
+        manifest: the manifest.
+        target: leave out the graphs and built files that this target does not run.
+
+    Raises:
+        ArtifactError: the folder does not have the graphs that the target runs.
+    """
+    parts: list[Mapping[str, Graph | BuiltFile]]
+    if target is None:
+        built = (each.files for each in manifest.targets.values())
+        parts = [manifest.graphs, *manifest.precisions.values(), *built]
+    else:
+        chosen = manifest.targets[target]
+        parts = [chosen.files or manifest.graphs_of(chosen)]
+    found = [(manifest.tokenizer.file, manifest.tokenizer.sha256), *manifest.files.items()]
+    if manifest.exit_0 is not None:
+        found.append((manifest.exit_0.file, manifest.exit_0.sha256))
+    found += [(each.file, each.sha256) for part in parts for each in part.values()]
+    return list(dict.fromkeys(found))
+
+
 def damage(folder: Path, manifest: Manifest) -> list[str]:
     """What is wrong with each file that a manifest names; empty for a file that is intact."""
-    hashes = [(manifest.tokenizer.file, manifest.tokenizer.sha256), *manifest.files.items()]
-    for graphs in (manifest.graphs, *manifest.precisions.values()):
-        hashes += [(graph.file, graph.sha256) for graph in graphs.values()]
-    for target in manifest.targets.values():
-        hashes += [(file.file, file.sha256) for file in target.files.values()]
-    if manifest.exit_0 is not None:
-        hashes.append((manifest.exit_0.file, manifest.exit_0.sha256))
     found = []
-    for file, sha256 in dict.fromkeys(hashes):
+    for file, sha256 in hashes(manifest):
         try:
             (verified_graph if file.endswith(".onnx") else verified)(folder, file, sha256)
             found.append("")

@@ -6,6 +6,7 @@ terminal obeys. So all characters that are not printable are escaped; JSON does 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,12 @@ def table_console() -> Console:
     console = PlainConsole()
     # Without a terminal, rich would break cells to fit 80 columns.
     return console if console.is_terminal else PlainConsole(width=_WIDE)
+
+
+def hide_bars_of_hub(quiet: bool) -> None:
+    """With `quiet`, let `huggingface_hub` show no progress: it reads this when it is imported."""
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from ..artifact.folder import damage, read_manifest, resolve
 from ..artifact.manifest import Manifest
 from ..engine import Engine
 from ..errors import FpabeeError, VerificationError
+from ..hub import engines_folder
 from ..machine import environment, providers
 from ..rules.words import settings_in_words
 from ..targets import backend_class, rule_of, target_of
@@ -31,9 +32,7 @@ fpabee-inspect --env
 """,
     panels={},
 )
-@click.argument(
-    "engines", type=options.PATH, required=False, help="Folder written by fpabee-export."
-)
+@options.engines_or_hub(required=False)
 @options.flag(
     "--check", "Check the hashes of all files, and run the reference texts on each target."
 )
@@ -50,6 +49,7 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
         if not as_json:
             _print_values(content["environment"])
     if engines is not None:
+        engines = engines_folder(engines, every_target=True)
         manifest = read_manifest(engines)
         states = [_state_of(engines, manifest, name) for name in manifest.targets]
         content |= _summary(manifest) | {"targets": states}

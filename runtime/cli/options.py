@@ -139,7 +139,16 @@ def given(names: str) -> str:
     return " and ".join(map(option_of, typed))
 
 
-engines = click.argument("engines", type=PATH, help="Folder written by fpabee-export.")
+_FOLDER = "Folder written by fpabee-export"
+engines = click.argument("engines", type=PATH, help=f"{_FOLDER}.")
+
+
+def engines_or_hub(required: bool = True) -> Decorator:
+    """An engines folder that is only read; `hub.engines_folder` finds it."""
+    help = f"{_FOLDER}, or OWNER/NAME of one on the Hugging Face hub."
+    return click.argument("engines", type=PATH, required=required, help=help)
+
+
 target = option("--target", "NAME", "Target to use. Default: the default target of the folder.")
 threads = count("--threads", "Number of CPU threads. Default: all cores.")
 quiet = flag("--quiet", "Show no progress.")

@@ -12,8 +12,6 @@ import rich_click as click
 from rich.table import Table
 
 from ... import __version__
-from ..artifact.folder import sha256_of
-from ..artifact.manifest import MANIFEST_NAME
 from ..engine import Engine
 from ..errors import InputError
 from ..files import STANDARD_INPUT, Inputs, TextFormat
@@ -24,7 +22,7 @@ from ..files.records import RecordSchema
 from ..rules.words import rule_in_words
 from . import options
 from .command import READING, command
-from .console import PlainConsole, echo, row_progress
+from .console import PlainConsole, echo, hide_bars_of_hub, row_progress
 
 _BAR_WIDTH = 30
 
@@ -41,7 +39,7 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
         "Writing results": "--with-text --scores --resume --unbuffered",
     },
 )
-@options.engines
+@options.engines_or_hub()
 @click.argument(
     "files",
     nargs=-1,
@@ -125,6 +123,7 @@ def main(
     if output is not None:
         check_output(output, files)
     shows = not (quiet or as_json)
+    hide_bars_of_hub(quiet=not shows)
     with Engine.load(engines, target, operating_point, **loading) as engine:
         rule = options.chosen_rule(engine.rule, rule_text) if rule_text is not None else engine.rule
         schema = RecordSchema(
@@ -138,7 +137,7 @@ def main(
             "fpabee": __version__,
             "target": engine.target,
             "rule": "full depth" if full_depth else rule.to_dict(),
-            "engines": sha256_of(engines / MANIFEST_NAME),
+            "engines": engine.revision,
             "metrics": metrics,
             **(asdict(reading) | written | loading),
         }

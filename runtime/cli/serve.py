@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine import Engine
+from ..hub import engines_folder
 from ..machine import require
 from ..serving.triton import write_repository
 from . import options
@@ -27,7 +28,7 @@ fpabee-serve engines/ --triton repository/ --name intents
         "Triton": "--triton --name",
     },
 )
-@options.engines
+@options.engines_or_hub()
 @options.count("--port", "Port to listen on.", 8000, min=0, max=65535)
 @options.option(
     "--host",
@@ -73,6 +74,7 @@ def main(
         options.not_with(
             "host port allowed_hosts check", triton, "--triton, which starts no server"
         )
+        engines = engines_folder(engines, every_target=True)
         folder = write_repository(engines, triton, name, max_rows=max_rows, **loading)
         echo(f"wrote {folder}", err=True)
         return

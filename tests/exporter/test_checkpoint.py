@@ -6,13 +6,9 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils._validators import validate_repo_id
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertConfig
@@ -29,6 +25,7 @@ from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import ModelError
 
 from ..bad_input.cases import change_config
+from ..doubles.hub import Hub
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -107,30 +104,26 @@ def test_weights_that_no_exit_uses_are_left_out_and_named(
 
 
 def test_hub_id_is_downloaded(
-    tiny_models: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    hub: Hub, bert: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    asked: list[str] = []
-
-    def download(repo: str, **_: Any) -> str:
-        asked.append(repo)
-        if repo == "someone/tiny-bert":
-            return str(tiny_models["bert"])
-        validate_repo_id(repo)
-        raise LocalEntryNotFoundError("the hub cannot be reached\nand a long story")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
+    (bert / "tf_model.h5").touch()
+    hub.add("someone/tiny-bert", bert)
     assert load_checkpoint("someone/tiny-bert").backbone.model_type == "bert"
-    with pytest.raises(ModelError, match="the hub cannot be reached") as caught:
-        resolve_model_dir("someone/else")
-    assert "\n" not in str(caught.value)
-    with pytest.raises(ModelError, match="someone--else/model"):
-        resolve_model_dir("someone--else/model")  # which the hub does not allow
+    assert {"config.json", "pytorch_model.bin", "tokenizer.json"} <= {*hub.downloaded()}
+    assert not list(tmp_path.rglob("snapshots/*/tf_model.h5")), "of another framework"
+    for name, says in (
+        ("someone/else", "is no folder here, and the hub has no such repository -> check the name"),
+        ("someone--else/model", "on the hub: Cannot have --"),  # which the hub does not allow
+    ):
+        with pytest.raises(ModelError, match=f"{name} {says}"):
+            resolve_model_dir(name)
     (tmp_path / "models").mkdir()
+    hub.requests.clear()
     for name in ("model_dir", "models/mine", "/no/such/folder"):
         with pytest.raises(ModelError, match=f"{name} does not exist .*train"):
             resolve_model_dir(name)
-    assert asked == ["someone/tiny-bert", "someone/else", "someone--else/model"]
+    assert hub.requests == []
 
 
 def test_labels_are_in_the_order_of_their_numbers() -> None:

@@ -24,6 +24,7 @@ from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ModelError
 
 from ...bad_input.cases import change_config
+from ...doubles.hub import Hub
 from .conftest import KINDS, LABELS
 
 Make = Callable[..., Path]
@@ -90,6 +91,12 @@ def test_the_head_of_the_classifier_is_always_frozen(make: Make) -> None:
     model = classifier.multi_exit(classifier.exit_config((1, 2)))
     frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
     assert {name.rpartition(".")[0] for name in frozen} == {"last_head.dense", "classifiers.2"}
+
+
+def test_a_classifier_on_the_hub_is_downloaded(hub: Hub, make: Make) -> None:
+    hub.add("owner/name", make("bert"))
+    here, there = (Classifier(source).model.state_dict() for source in (make("bert"), "owner/name"))
+    assert all(torch.equal(here[name], there[name]) for name in here)
 
 
 def test_what_cannot_be_converted_is_refused(make: Make) -> None:

@@ -1,0 +1,115 @@
+"""Folders on the Hugging Face hub, by the name `owner/name` of their repository."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .artifact.folder import hashes, read_manifest
+from .artifact.manifest import MANIFEST_NAME
+from .errors import ArtifactError, FpabeeError, first_line
+from .machine import require
+from .targets import target_of
+
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def repository_of(source: str | Path) -> str | None:
+    """The name of the repository that a source stands for; None: it is a path here.
+
+    Args:
+        source: a path, or `owner/name`. It is a path if the folder `owner` exists.
+    """
+    name = str(source).replace(os.sep, "/")
+    return name if _NAME.fullmatch(name) and not Path(source).parent.is_dir() else None
+
+
+def engines_folder(
+    source: str | Path,
+    target: str | None = None,
+    revision: str | None = None,
+    every_target: bool = False,
+) -> Path:
+    """An engines folder: one that is here, or one on the hub.
+
+    From the hub, the manifest comes first, and then only files that it names: those of a target,
+    and those of no target, which are small. They lie in the cache of `huggingface_hub`, so what
+    was downloaded before needs no network.
+
+    Args:
+        source: a folder, or `owner/name` on the hub. A folder that exists here is taken.
+        target: the target to download; default: the one that would run here.
+        revision: a branch, a tag or a commit on the hub; default: its main branch.
+        every_target: download all files that the manifest names.
+
+    Raises:
+        ArtifactError: the hub does not provide it; `revision` is given for a folder that is here;
+            or the target that would run consists of TensorRT plans and was not asked for.
+        BackendError: it has no such target.
+        MissingExtraError: it is not here, and `huggingface_hub` is not installed.
+    """
+    repository = repository_of(source)
+    if repository is None:
+        if revision is not None:
+            raise ArtifactError(
+                f"{source} is a path here, which has no revision {revision!r}",
+                "leave out the revision, or give OWNER/NAME of a repository on the hub",
+            )
+        return Path(source)
+    require("hub", f"{source} is no folder here, and to look for it on the Hugging Face hub")
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(repository, revision, MANIFEST_NAME):
+        folder = Path(hf_hub_download(repository, MANIFEST_NAME, revision=revision)).parent
+    manifest = read_manifest(folder)
+    name = None if every_target else target_of(folder, manifest, target)
+    if name and target is None and manifest.targets[name].backend.startswith("tensorrt"):
+        raise ArtifactError(
+            f"{name} of {repository} would run here, but TensorRT plans are executable code",
+            "choose this `target` if you trust its author, and otherwise another one",
+        )
+    for file, _ in hashes(manifest, name):
+        # The cache names the folder after the commit that has this manifest.
+        with hub_errors(repository, revision, file):
+            hf_hub_download(repository, file, revision=folder.name)
+    return folder
+
+
+@contextmanager
+def hub_errors(
+    repository: str,
+    revision: str | None = None,
+    file: str = "",
+    error: type[FpabeeError] = ArtifactError,
+) -> Iterator[None]:
+    """Raise errors of ours for those of `huggingface_hub`.
+
+    Args:
+        repository: the repository that is read or written.
+        revision: of it.
+        file: what is downloaded.
+        error: the class to raise.
+    """
+    from huggingface_hub import errors as hub
+
+    problems: dict[type[Exception], str] = {
+        hub.GatedRepoError: "is gated: its owner has to accept your account on its page",
+        hub.RepositoryNotFoundError: "is no folder here, and the hub has no such repository",
+        hub.RevisionNotFoundError: f"has no revision {revision or 'main'!r}",
+        hub.LocalEntryNotFoundError: "is no folder here, and the hub cannot be reached",
+        hub.EntryNotFoundError: f"is no engines folder, or a part of one: it has no {file}",
+    }
+    # The bases of its error for HTTP are those of the library that it uses.
+    kinds: tuple[type[Exception], ...] = (RuntimeError, ValueError, *hub.HfHubHTTPError.__bases__)
+    try:
+        yield
+    except kinds as found:
+        known = (problem for kind, problem in problems.items() if isinstance(found, kind))
+        raise error(
+            f"{repository} {next(known, f'on the hub: {first_line(found)}')}",
+            "check the name, the revision, the network and HF_HUB_OFFLINE; for a private or gated "
+            "repository, set HF_TOKEN",
+        ) from found

@@ -1,0 +1,174 @@
+"""Engines folders that are loaded by the name of their repository on the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from importlib import util
+from pathlib import Path
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+from huggingface_hub import constants
+
+from fpabee.runtime import ArtifactError, Engine, MissingExtraError, read_manifest
+from fpabee.runtime.artifact.folder import sha256_of, write_manifest
+from fpabee.runtime.artifact.manifest import with_target
+from fpabee.runtime.cli.inspect import main as inspect
+from fpabee.runtime.hub import engines_folder
+
+from ..doubles.hub import Hub, Repository
+from .running import Run, check_refused
+
+NAME = "owner/name"
+TEXTS = ["the film is not bad", "rain"]
+
+
+@pytest.fixture
+def repository(hub: Hub, engines: Mapping[str, Path]) -> Repository:
+    """A repository with the engines folder of the tiny BERT."""
+    return hub.add(NAME, engines["bert"])
+
+
+def refused(says: str, revision: str | None = None) -> None:
+    with pytest.raises(ArtifactError, match=says) as caught:
+        Engine.load(NAME, revision=revision, preload=True)
+    assert caught.value.hint
+
+
+def test_only_what_the_target_runs_is_downloaded(
+    hub: Hub, engine_copy: Callable[..., Path], engines: Mapping[str, Path]
+) -> None:
+    folder = engine_copy()
+    (folder / "README.md").touch()
+    (folder / "int8.onnx").write_bytes(b"what another target runs")
+    manifest = read_manifest(folder)
+    graph = msgspec.structs.replace(
+        manifest.graphs["segment_01"], file="int8.onnx", sha256=sha256_of(folder / "int8.onnx")
+    )
+    precisions = {"int8": manifest.graphs | {"segment_01": graph}}
+    write_manifest(folder, msgspec.structs.replace(manifest, precisions=precisions))
+    hub.add(NAME, folder)
+    with Engine.load(NAME, check=True) as held, Engine.load(engines["bert"]) as plain:
+        assert held.predict(TEXTS) == plain.predict(TEXTS)
+    first, *others = hub.downloaded()
+    assert first == "manifest.json"
+    graphs = [graph.file for graph in manifest.graphs.values()]
+    assert {*others} == {manifest.tokenizer.file, *manifest.files, *graphs}
+    with Engine.load(Path(NAME)):
+        assert hub.downloaded() == ["manifest.json"], "the rest is in the cache"
+    engines_folder(NAME, every_target=True)
+    assert hub.downloaded() == ["manifest.json", "int8.onnx"]
+
+
+def test_a_revision_is_a_commit(
+    hub: Hub, repository: Repository, engines: Mapping[str, Path]
+) -> None:
+    (first,) = repository.commits
+    albert = engines["albert"]
+    paths = [path for path in albert.rglob("*") if path.is_file()]
+    repository.commit({path.relative_to(albert).as_posix(): path.read_bytes() for path in paths})
+    with Engine.load(NAME) as new, Engine.load(NAME, revision=first) as old:
+        assert (old.manifest.model.model_type, new.manifest.model.model_type) == ("bert", "albert")
+    refused("owner/name has no revision 'v9' -> check the name, the revision", "v9")
+
+
+def test_a_folder_that_is_here_is_taken(
+    hub: Hub,
+    repository: Repository,
+    engines: Mapping[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    refused("engines folder owner/name does not exist")
+    (tmp_path / NAME).symlink_to(engines["albert"])
+    with Engine.load(NAME) as engine:
+        assert engine.manifest.model.model_type == "albert"
+    refused("owner/name is a path here, which has no revision 'v1' -> leave out the revision", "v1")
+    assert hub.requests == []
+
+
+def test_what_was_downloaded_needs_no_network(
+    hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused("owner/name is no folder here, and the hub cannot be reached -> .* HF_HUB_OFFLINE")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    engines_folder(NAME)
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with Engine.load(NAME) as engine:
+        assert len(engine.predict(TEXTS)) == 2
+    assert hub.requests == []
+
+
+def test_a_repository_that_cannot_be_used_is_refused(
+    hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = repository.files
+    repository.commit({"manifest.json": files["manifest.json"].replace(b'"1.0', b'"7.0')})
+    refused(r"has schema 7\.0")
+    outside = files["manifest.json"].replace(b"onnx/fp32/segment_01.onnx", b"../../outside")
+    repository.commit({"manifest.json": outside})
+    refused(r"owner/name on the hub: .*outside")
+    del repository.commits[repository.commit(files)]["onnx/fp32/segment_02.onnx"]
+    refused("is no engines folder, or a part of one: it has no onnx/fp32/segment_02.onnx")
+    damaged = bytes(len(files["onnx/fp32/segment_02.onnx"]))
+    repository.commit({"onnx/fp32/segment_02.onnx": damaged})
+    refused(r"segment_02\.onnx is damaged: sha256")
+    repository.commits.clear()
+    repository.commit({"config.json": b"{}"})
+    refused("is no engines folder, or a part of one: it has no manifest.json")
+    repository.gated = True
+    refused("owner/name is gated: .* set HF_TOKEN")
+    del hub.repositories[NAME]
+    refused("owner/name is no folder here, and the hub has no such repository")
+    find = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda n: None if n == "huggingface_hub" else find(n))
+    missing = r"owner/name is no folder here, .* needs huggingface_hub.* -> .*'fpabee\[hub\]'"
+    with pytest.raises(MissingExtraError, match=missing):
+        Engine.load(NAME)
+
+
+def test_plans_of_strangers_do_not_run_unasked(
+    hub: Hub, engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = engine_copy()
+    manifest = read_manifest(folder)
+    plan = msgspec.structs.replace(manifest.targets["onnxruntime-fp32"], backend="tensorrt")
+    manifest = with_target(manifest, "tensorrt-fp32-sm90", plan)
+    changed = msgspec.structs.replace(manifest, default_target="tensorrt-fp32-sm90")
+    write_manifest(folder, changed)
+    hub.add(NAME, folder)
+    monkeypatch.setattr("fpabee.runtime.targets.why_not", lambda *_: None)  # as with a GPU
+    refused("tensorrt-fp32-sm90 of owner/name would run here, .* -> choose this `target`")
+    for target in manifest.targets:
+        assert read_manifest(engines_folder(NAME, target)) == changed
+
+
+def test_commands_take_the_name(
+    hub: Hub,
+    repository: Repository,
+    run: Run,
+    serve: Run,
+    engines: Mapping[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(TEXTS))
+    result = run(NAME, texts, "--quiet")
+    assert result.records == run(engines["bert"], texts, "--quiet").records
+    assert result.err == ""
+    shown = CliRunner().invoke(inspect, [NAME, "--check"]).stdout
+    assert re.search(r"hashes: (\d+) of \1 files are intact", shown)
+    assert "reproduces the exported model" in shown
+    made = serve(NAME, "--triton", tmp_path / "models")
+    assert (made.code, made.err) == (0, f"wrote {tmp_path / 'models' / 'name'}\n")
+    copied = tmp_path / "models" / "name" / "1" / "engines" / "manifest.json"
+    assert json.loads(copied.read_text()) == json.loads(repository.files["manifest.json"])
+    check_refused(run("owner/other", texts), "the hub has no such repository")
