@@ -7,10 +7,12 @@ All systems classify the same test texts on the same machine and threads, each i
 tokenization included. Each one is exported, quantized or trained as its documentation recommends,
 in an environment of its own in WORK, because their requirements conflict. Models are those of
 `reproduce.py` with exit 0, which are trained unless they are there; their last exit is the
-classifier of those systems that only run a model. Besides the operating points of fpabee there are
-full depth as one graph, `balanced` without exit 0, exit 0 alone, the cascade (exit 0 answers the
-rows of which it is certain, and one graph all others), encoders that are cut after their first
-layers, and exits that run as many layers on average.
+classifier of those systems that only run a model. Its graph also runs bare in ONNX Runtime and
+OpenVINO, without a library around it. Besides the operating points of fpabee there are one file
+with `balanced` inside, the conversion of a classifier if `conversions.py` made it in WORK, full
+depth as one graph, `balanced` without exit 0, exit 0 alone, the cascade (exit 0 answers the rows of
+which it is certain, and one graph all others), encoders that are cut after their first layers, and
+exits that run as many layers on average.
 
 All systems are measured in rounds: each round runs every system once, in rotating order. Results
 are medians over the rounds, and ratios are medians of the ratios to `onnx` in the same round, so a
@@ -38,10 +40,12 @@ from systems import ENVIRONMENTS, OTHERS, System, measure, read
 from fpabee.calibration import DEFAULT_GOALS, Bound, CalibrationOptions, Goal, calibrate
 from fpabee.calibration.search import CASCADE
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
+from fpabee.exporter.targets.check import FP32_TARGET
 from fpabee.runtime import Budget, ExitRule, InputError, read_manifest
 from fpabee.runtime.cli.command import exits_with_one_line
 from fpabee.runtime.machine import cpu_name, usable_cores
 from fpabee.runtime.rules.rules import Pabee
+from fpabee.runtime.targets import rule_of
 
 PICTURED = [f"{name}{EXIT_0}" for name in ("mpnet-sst2", "mini-trec", "mini-snips")]
 CURVE = {f"drop-{points:g}": Goal(max_drop=points) for points in (0.25, 1.0, 4.0)}
@@ -55,7 +59,11 @@ REFERENCE = "onnx"
 
 
 def systems(
-    model: Path, data: Path, cuts: dict[int, Path], target: str | None = None
+    model: Path,
+    data: Path,
+    cuts: dict[int, Path],
+    target: str | None = None,
+    converted: Path | None = None,
 ) -> Iterator[System]:
     """All systems, those of fpabee first; targets and points are made unless that is done.
 
@@ -64,6 +72,7 @@ def systems(
         data: the folder of the data set.
         cuts: models that were cut after the first layers, by their number of layers.
         target: the target of fpabee; None: the fastest one.
+        converted: the engines folder of a conversion by `conversions.py`.
     """
     last, dev = read_manifest(engines_of(model)).exits[-1], data / "dev.jsonl.gz"
     engines, plain = engines_of(model), engines_of(reproduce.without_exit_0(model))
@@ -89,6 +98,17 @@ def systems(
     }
     yield System(PABEE, PABEE, settings=settings)
     yield from OTHERS
+    for runtime in ("onnxruntime", "openvino"):
+        settings = {"engines": str(whole), "point": None, "runtime": runtime, "batch": 32}
+        yield System(f"{runtime}-bare", "file", settings=settings)
+    rules_of(engines, dev, FP32_TARGET, {"balanced": BALANCED})
+    settings = {"engines": str(engines), "point": "balanced", "runtime": "onnxruntime", "batch": 1}
+    yield System("fpabee-single-file", "file", settings=settings)
+    if converted is not None and converted.is_dir():
+        manifest = read_manifest(converted)
+        _, rule = rule_of(converted, manifest, manifest.default_target, None)
+        settings = {"engines": str(converted), "target": manifest.default_target}
+        yield System("fpabee-converted", "fpabee", settings=settings | {"rule": rule.to_dict()})
     rows, layers = reproduce.trace(engines, dev)
     search = reproduce.search_by_layers(rows, layers)
     cascade = reproduce.choose(search, BALANCED, [CASCADE])
@@ -223,10 +243,12 @@ def main(
         run = RUNS[name]
         backbone = reproduce.backbone_of(run, work)
         model = train_run(run, seed, data, backbone, work / f"{name}-{seed}")
-        cuts = {}
+        cuts, plain = {}, name.removesuffix(EXIT_0)
         for layers in CUTS:
+            if kinds and f"first-{layers}-layers" not in kinds:
+                continue
             options = run.options | {"exits": (layers,), "distill": 0.0, "exit_0": False}
-            folder = work / f"{name.removesuffix(EXIT_0)}-cut-{layers}-{seed}"
+            folder = work / f"{plain}-cut-{layers}-{seed}"
             cut = dataclasses.replace(run, options=options)
             cuts[layers] = train_run(cut, seed, data, backbone, folder)
         given = {
@@ -234,10 +256,11 @@ def main(
             "backbone": backbone,
             "data": str(data / run.data),
         }
+        converted = work / "conversions" / f"{plain}-{seed}-all"
         mine = stored.setdefault(model.name, {})
         asked = [
             system
-            for system in systems(model, data / run.data, cuts, target)
+            for system in systems(model, data / run.data, cuts, target, converted)
             if not kinds or system.name in kinds
         ]
         for number in range(1, rounds + 1):

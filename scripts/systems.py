@@ -24,6 +24,7 @@ import venv
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace as Specification
@@ -287,6 +288,53 @@ def load_fpabee(spec: Specification) -> Predict:
     ]
 
 
+def prepare_file(spec: Specification) -> None:
+    """Pack the engines folder into one ONNX file."""
+    from fpabee.exporter.single_file import pack
+
+    pack(spec.engines, Path(spec.place) / "packed", "onnxruntime-fp32", spec.point)
+
+
+def load_file(spec: Specification) -> Predict:
+    """One ONNX file in a bare runtime, on padded batches of texts in their order."""
+    import numpy as np
+    from tokenizers import Tokenizer
+
+    folder = Path(spec.place) / "packed"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    pad = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["pad_token"]
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(pad), pad_token=pad)
+    names = config_of(str(folder))["id2label"]
+    run: Callable[[dict[str, Any]], Any]
+    if spec.runtime == "openvino":
+        import openvino as ov
+
+        model = ov.compile_model(str(folder / "model.onnx"), "CPU")
+        run, wanted = model, [each.any_name for each in model.inputs]
+    else:
+        import onnxruntime
+
+        providers = ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=providers)
+        run = partial(session.run, ["logits"])
+        wanted = [each.name for each in session.get_inputs()]
+
+    def predict(texts: Sequence[Any]) -> list[Answer]:
+        answers: list[Answer] = []
+        for start in range(0, len(texts), spec.batch):
+            encoded = tokenizer.encode_batch(texts[start : start + spec.batch])
+            tensors = {
+                "input_ids": [each.ids for each in encoded],
+                "attention_mask": [each.attention_mask for each in encoded],
+                "token_type_ids": [each.type_ids for each in encoded],
+            }
+            logits = run({name: np.array(tensors[name]) for name in wanted})[0]
+            answers += [([names[str(number)]], None) for number in logits.argmax(1).tolist()]
+        return answers
+
+    return predict
+
+
 def load_pabee(spec: Specification) -> Predict:
     """PABEE's loop in PyTorch, one text at a time, as published."""
     import torch
@@ -327,6 +375,7 @@ KINDS = {
     "model2vec": (prepare_model2vec, load_model2vec),
     "fpabee": (None, load_fpabee),
     "pabee": (None, load_pabee),
+    "file": (prepare_file, load_file),
 }
 
 

@@ -96,7 +96,7 @@ def test_systems_of_fpabee(
     monkeypatch.setattr(peers, "engines_of", lambda model, exits=None: folders[model.name])
     monkeypatch.setattr(reproduce, "without_exit_0", lambda _: Path("plain"))
     cuts = {1: Path("plain")}
-    found = list(peers.systems(Path("model"), tmp_path, cuts, TARGET))
+    found = list(peers.systems(Path("model"), tmp_path, cuts, TARGET, folders["plain"]))
     names = [system.name for system in found]
     assert {f"fpabee-{name}" for name in ("full-depth", "balanced", "drop-1")} <= {*names}
     assert {"pabee", "torch-eager", "without-exit-0", "cascade", "first-1-layers"} <= {*names}
@@ -104,6 +104,13 @@ def test_systems_of_fpabee(
     assert by_name["exit-0-alone"]["rule"] == Budget(exit=0).to_dict()
     assert by_name["without-exit-0"]["engines"] == str(folders["plain"])
     assert {each.get("target", TARGET) for each in by_name.values()} == {TARGET}
+    assert by_name["fpabee-converted"]["engines"] == str(folders["plain"])
+    _store(tmp_path / "test.jsonl.gz", texts, labels)
+    given = {"model": "model", "data": str(tmp_path)}
+    (file,) = (system for system in found if system.name == "onnxruntime-bare")
+    bare = systems.measure(file, given, tmp_path)
+    file.settings["runtime"] = "openvino"
+    assert bare["score"] == systems.measure(file, given, tmp_path)["score"] > 0.9
 
 
 def test_rounds_are_kept_and_what_failed_is_listed_and_tried_again(
