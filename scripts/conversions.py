@@ -1,0 +1,484 @@
+#!/usr/bin/env python
+"""Convert classifiers without labels, and judge what comes out on a test set that chose nothing.
+
+    python scripts/conversions.py --data DATA --work WORK [--only mini-trec]
+
+Each classifier is fine-tuned with plain Transformers code on half of the training rows. The other
+half and dev, without their labels, are the texts of `fpabee-convert`, which promises at most 1 %
+flips: decisions that differ from those of the classifier in PyTorch and fp32. Beside the conversion
+there are conversions of fewer texts, with linear heads and with `--fine-tune`; exit 0 alone, with
+all layers for the texts that it does not answer; and an encoder that was cut to its first half
+before the same training. With `--times`, conversions are timed against the classifier as one graph
+in ONNX Runtime and OpenVINO, in turns; nothing else should run on the machine then.
+
+DATA holds a folder for each dataset, with train, dev and test as `.jsonl.gz`. Encoders are found as
+in `reproduce.py`. Finished steps are not repeated, so the script can be stopped at any time.
+Results are stored in WORK/conversions, and their tables in `scripts/results/convert.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import eq, ne, truediv
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from reproduce import MINILM, MPNET
+from systems import Text, read
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    get_scheduler,
+)
+
+from fpabee.calibration import Bound
+from fpabee.calibration.costs import StoppingCosts
+from fpabee.calibration.guarantee import certify
+from fpabee.calibration.scoring import AGREEMENT, Scorer
+from fpabee.calibration.search import exits_of
+from fpabee.calibration.trace import trace_rows
+from fpabee.exporter.convert import convert, heads
+from fpabee.exporter.convert.texts import split
+from fpabee.exporter.exits import Pooling
+from fpabee.exporter.training.workflow import has_fast_bf16
+from fpabee.runtime import Budget, Engine
+from fpabee.runtime.cli.command import exits_with_one_line
+from fpabee.runtime.files import read_rows
+from fpabee.runtime.machine import cpu_name, usable_cores
+
+COMMAND = "from fpabee.exporter.cli.convert import main; main(prog_name='fpabee-convert')"
+FP32 = "onnxruntime-fp32"
+LINEAR, HALF, FINE_TUNE = "linear heads", "half the layers", "fine-tune"
+BATCH, SINGLE, ROUNDS = 32, 200, 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """Classifiers of one kind.
+
+    Attributes:
+        backbone: which encoder is fine-tuned.
+        data: folder of the dataset.
+        epochs: of the fine-tuning.
+        lr: its learning rate.
+        seeds: one for each classifier.
+        sizes: how many texts further conversions of the first classifier get.
+        beside: what else the first classifier is compared with.
+        rows: at most so many training rows are used.
+    """
+
+    backbone: str
+    data: str
+    epochs: int
+    lr: float = 5e-5
+    seeds: tuple[int, ...] = (42,)
+    sizes: tuple[int, ...] = ()
+    beside: tuple[str, ...] = (LINEAR, HALF, FINE_TUNE)
+    rows: int = 13_000
+
+
+RUNS = {
+    "mini-trec": Run(MINILM, "trec", 5, seeds=(42, 43, 44), sizes=(1000,)),
+    "mini-snips": Run(MINILM, "snips", 1, sizes=(1000, 3000), beside=(LINEAR, HALF)),
+    "mini-sst2": Run(MINILM, "sst2", 3, seeds=(42, 43, 44), sizes=(1000, 3000)),
+    "mini-mrpc": Run(MINILM, "mrpc", 4),
+    "mini-mixsnips": Run(MINILM, "mixsnips", 2, beside=(LINEAR, HALF)),
+    "mpnet-sst2": Run(MPNET, "sst2", 2, lr=3e-5, beside=(HALF,)),
+}
+
+
+def teach(run: Run, seed: int, data: Path, work: Path, layers: int | None = None) -> Path:
+    """Fine-tune a classifier as anybody would; returns its folder."""
+    name = f"{run.backbone}-{run.data}-{seed}" + (f"-{layers}-layers" if layers else "")
+    folder = work / "classifiers" / name
+    if (folder / "config.json").is_file():
+        return folder
+    texts, labels = read(str(data / run.data), "train")
+    mine, _ = halves(run, seed, len(texts))
+    names = sorted({label for each in labels for label in each})
+    multi = any(len(each) > 1 for each in labels)
+    torch.manual_seed(seed)
+    local = work / run.backbone
+    source = str(local) if local.is_dir() else f"sentence-transformers/{run.backbone}"
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    more: dict[str, Any] = {} if layers is None else {"num_hidden_layers": layers}
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
+        source,
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+        problem_type="multi_label_classification" if multi else "single_label_classification",
+        **more,
+    ).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=0.01, fused=True)
+    steps = run.epochs * -(-len(mine) // BATCH)
+    schedule = get_scheduler("linear", optimizer, steps // 10, steps)
+    order = random.Random(seed)
+    for _ in range(run.epochs):
+        order.shuffle(mine)
+        for start in range(0, len(mine), BATCH):
+            some = mine[start : start + BATCH]
+            hot = torch.tensor([[float(name in labels[n]) for name in names] for n in some])
+            target = hot if multi else hot.argmax(1)
+            batch = tokenized(tokenizer, [texts[n] for n in some])
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16()):
+                loss = model(**batch, labels=target).loss
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def tokenized(tokenizer: Any, texts: Sequence[Text]) -> Any:
+    """A padded batch of texts or pairs."""
+    return tokenizer(
+        list(texts), padding=True, truncation=True, max_length=128, return_tensors="pt"
+    )
+
+
+def halves(run: Run, seed: int, count: int) -> tuple[list[int], list[int]]:
+    """The numbers of the training rows for the classifier, and of those for its conversion."""
+    numbers = list(range(count))
+    random.Random(seed).shuffle(numbers)
+    numbers = numbers[: run.rows]
+    return numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
+
+
+def texts_for(run: Run, seed: int, size: int | None, data: Path, work: Path) -> Path:
+    """The texts of a conversion, without labels."""
+    folder = str(data / run.data)
+    train, dev = read(folder, "train")[0], read(folder, "dev")[0]
+    texts = [*(train[number] for number in halves(run, seed, len(train))[1]), *dev]
+    if size is not None:
+        texts = random.Random(seed).sample(texts, size)
+    file = work / "conversions" / f"{run.data}-{seed}-{size or 'all'}.jsonl"
+    parts = [(text,) if isinstance(text, str) else text for text in texts]
+    rows = [dict(zip(("text", "text_pair"), each, strict=False)) for each in parts]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return file
+
+
+def logits_of(model: Path, texts: Sequence[Text]) -> tuple[NDArray[np.float32], Any]:
+    """The logits `[texts, labels]` of a classifier in PyTorch and fp32, and its configuration."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    classifier: Any = AutoModelForSequenceClassification.from_pretrained(model).eval()
+    with torch.inference_mode():
+        parts = [
+            classifier(**tokenized(tokenizer, texts[start : start + BATCH])).logits
+            for start in range(0, len(texts), BATCH)
+        ]
+    return torch.cat(parts).numpy(), classifier.config
+
+
+def decisions(model: Path, texts: Sequence[Text]) -> list[set[str]]:
+    """The labels that a classifier decides for."""
+    logits, config = logits_of(model, texts)
+    single = config.problem_type == "single_label_classification"
+    chosen = logits == logits.max(axis=1, keepdims=True) if single else logits > 0
+    return [{config.id2label[int(number)] for number in np.flatnonzero(row)} for row in chosen]
+
+
+def run_command(
+    model: Path, texts: Path, engines: Path, more: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`fpabee-convert` as a process: what it says in JSON, and what it cost."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, model, texts, "-o", engines, "--json", "--quiet", *more],
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    found: dict[str, Any] = json.loads(process.stdout.read() or "{}")
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"fpabee-convert {model} {texts} failed with {status}")
+    cost = {"cpu_s": used.ru_utime + used.ru_stime, "peak_mib": used.ru_maxrss / 1024}
+    return found | cost | {"wall_s": time.perf_counter() - started}
+
+
+def with_linear_heads(model: Path, texts: Path, engines: Path) -> dict[str, Any]:
+    """The same conversion, but all heads are linear and see the mean of the tokens."""
+    only_mean = {Pooling.MEAN: slice(0, 1)}
+    with mock.patch.multiple(heads, _WIDTHS=(0,), _TAKEN=only_mean):
+        found: dict[str, Any] = msgspec.to_builtins(convert(model, texts, engines), enc_hook=str)
+    return found
+
+
+def exit_0_alone(model: Path, texts: Path, engines: Path, data: Path) -> dict[str, Any]:
+    """Exit 0 answers texts of which it is certain, under the same promise; one graph the others."""
+    dealt = split(list(read_rows(texts)))
+    calibrate = [dealt.rows[number] for number in dealt.calibrate]
+    found = []
+    with Engine.load(engines, FP32) as engine:
+        labels, layers = engine.manifest.task.labels, engine.manifest.exit_layers
+        for some in (calibrate, list(read_rows(data / "test.jsonl.gz"))):
+            traced = trace_rows(engine, some, engines / "calibration", False)
+            logits, _ = logits_of(model, [row.content for row in some])
+            kept = traced.logits[[0, -1]]
+            found.append(replace(traced, logits=kept, reference=logits))
+    costs = np.array([[0.0], [layers[-1]]])
+    seen, test = (np.broadcast_to(costs, each.logits.shape[:2]) for each in found)
+    rule = certify(StoppingCosts(found[0], AGREEMENT, seen), Bound(flips=0.01), labels).rule
+    exits = exits_of(rule or Budget(exit=1), found[1])
+    at = found[1].at(exits)
+    flips = int(Scorer(found[1], AGREEMENT).changed[at].sum())
+    return {"saved": float(1 - test[at].mean() / layers[-1]), "flips": flips}
+
+
+def judged(
+    engines: Path,
+    target: str,
+    texts: Sequence[Text],
+    teacher: list[set[str]],
+    right: list[set[str]],
+) -> dict[str, Any]:
+    """How a target does on a test set, against the classifier and against the labels."""
+    with Engine.load(engines, target) as engine:
+        answers = engine.predict(list(texts))
+        layers = engine.manifest.exit_layers[-1]
+    mine = [set(answer.labels) for answer in answers]
+    saved = 1 - statistics.mean(answer.layer for answer in answers) / layers
+    return compared(mine, teacher, right) | {"saved": saved}
+
+
+def compared(
+    mine: list[set[str]], teacher: list[set[str]], right: list[set[str]]
+) -> dict[str, float]:
+    """Flips and accuracy of decisions."""
+    return {"flips": sum(map(ne, mine, teacher)), "accuracy": statistics.mean(map(eq, mine, right))}
+
+
+def as_graph(model: Path, place: Path) -> Path:
+    """The classifier as one ONNX graph."""
+    file = place / "model.onnx"
+    if not file.is_file():
+        place.mkdir(parents=True, exist_ok=True)
+        classifier: Any = AutoModelForSequenceClassification.from_pretrained(
+            model, attn_implementation="eager"
+        )
+        example = dict(tokenized(AutoTokenizer.from_pretrained(model), ["one text", "two"]))
+        names = [*example]
+        axes = {name: {0: "rows", 1: "tokens"} for name in names}
+        torch.onnx.export(
+            classifier.eval(), (), str(file), kwargs=example, input_names=names,
+            output_names=["logits"], dynamic_axes=axes | {"logits": {0: "rows"}}, dynamo=False,
+        )  # fmt: skip
+    return file
+
+
+def graph_runner(model: Path, file: Path, openvino: bool) -> Callable[[Sequence[Text]], object]:
+    """The classifier as one graph, on padded batches of texts in their order."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    run: Callable[[dict[str, NDArray[np.int64]]], object]
+    if openvino:
+        import openvino as ov
+
+        run = ov.compile_model(str(file), "CPU")
+    else:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        run = partial(session.run, None)
+
+    def predict(texts: Sequence[Text]) -> None:
+        for start in range(0, len(texts), BATCH):
+            batch = tokenized(tokenizer, texts[start : start + BATCH])
+            run({name: value.numpy() for name, value in batch.items()})
+
+    return predict
+
+
+def times(
+    model: Path, engines: Path, targets: Sequence[str], graph: Path, texts: Sequence[Text]
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of systems by name in rounds: for single texts the median, for the file the whole."""
+    systems: dict[str, Callable[[Sequence[Text]], object]] = {
+        "graph-onnxruntime": graph_runner(model, graph, openvino=False),
+        "graph-openvino": graph_runner(model, graph, openvino=True),
+    }
+    with ExitStack() as stack:
+        for target in targets:
+            systems[target] = stack.enter_context(Engine.load(engines, target)).predict
+        found: dict[str, dict[str, list[float]]] = {
+            name: {"single": [], "file": []} for name in systems
+        }
+        singles = texts[:: max(1, len(texts) // SINGLE)]
+        for _ in range(ROUNDS + 1):
+            for name, predict in systems.items():
+                alone = [_seconds(predict, [text]) for text in singles]
+                found[name]["single"].append(statistics.median(alone))
+                found[name]["file"].append(_seconds(predict, texts))
+    # The first round prepares shapes.
+    return {name: {kind: each[1:] for kind, each in of.items()} for name, of in found.items()}
+
+
+def _seconds(predict: Callable[[Sequence[Text]], object], texts: Sequence[Text]) -> float:
+    started = time.perf_counter()
+    predict(texts)
+    return time.perf_counter() - started
+
+
+class Results:
+    """What is known of one classifier, in a file.
+
+    Args:
+        file: where it is stored.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def once(self, name: str, find: Callable[[], Any]) -> Any:
+        """What has this name, which is found unless that is done."""
+        if name not in self.found:
+            self.found[name] = find()
+            self.file.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
+            click.echo(f"{self.file.stem}, {name}: {json.dumps(self.found[name])[:300]}", err=True)
+        return self.found[name]
+
+
+def study(run: Run, seed: int, data: Path, work: Path, timed: bool, results: Results) -> None:
+    """Everything about one classifier that is not known yet."""
+    model = teach(run, seed, data, work)
+    texts, labels = read(str(data / run.data), "test")
+    right = [set(each) for each in labels]
+    teacher = decisions(model, texts)
+    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    results.once(
+        "classifier",
+        lambda: {"accuracy": statistics.mean(map(eq, teacher, right)), "rows": len(right)},
+    )
+    first = seed == run.seeds[0]
+
+    def converted(
+        name: str, size: int | None, make: Callable[[Path, Path, Path], dict[str, Any]]
+    ) -> Path:
+        engines = work / "conversions" / f"{results.file.stem}-{name}"
+        given = texts_for(run, seed, size, data, work)
+        found = results.once(name, lambda: make(model, given, engines))
+        for each in found["targets"]:
+            target = each["target"]
+            judge = partial(judged, engines, target, texts, teacher, right)
+            results.once(f"{name} {target}", judge)
+        return engines
+
+    engines = converted("all", None, run_command)
+    given = texts_for(run, seed, None, data, work)
+    results.once("exit 0 alone", lambda: exit_0_alone(model, given, engines, data / run.data))
+    for size in run.sizes if first else ():
+        converted(str(size), size, run_command)
+    beside = run.beside if first else ()
+    if LINEAR in beside:
+        converted(LINEAR, None, with_linear_heads)
+    if HALF in beside:
+        cut = decisions(teach(run, seed, data, work, layers // 2), texts)
+        results.once(HALF, lambda: compared(cut, teacher, right) | {"saved": 0.5})
+    if FINE_TUNE in beside:
+        converted(FINE_TUNE, None, partial(run_command, more=("--fine-tune",)))
+    if timed:
+        graph = as_graph(model, work / "graphs" / results.file.stem)
+        targets = [each["target"] for each in results.found["all"]["targets"]]
+        results.once("times", lambda: times(model, engines, targets, graph, texts))
+
+
+def tables(every: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The results of classifiers by name, as Markdown."""
+    heads_of, times_of = [], []
+    yield from _head(
+        *("classifier", "conversion", "texts", "target", "certified", "saved, report"),
+        *("saved, test", "flips on test", "accuracy", "classifier", "CPU time, memory"),
+    )
+    for name, found in every.items():
+        for key, made in found.items():
+            for each in made.get("targets", ()):
+                saved = 1 - each["layers"] / made["exit_layers"][-1]
+                certified = "yes" if each["certificate"] else "no"
+                cost = [made.get("cpu_s", 0), made.get("peak_mib", 0)]
+                yield _row(
+                    *(name, key, f"{made['texts']:,}", f"`{each['target']}`", certified),
+                    *(f"{saved:.1%}", *_tested(found, found[f"{key} {each['target']}"])),
+                    "{:.0f} s, {:,.0f} MiB".format(*cost) if cost[0] else "",
+                )
+            if chosen := made.get("chosen"):
+                heads_of.append((name, key, *_form(chosen)))
+        for key in ("exit 0 alone", HALF):
+            if key in found:
+                yield _row(name, key, "", "", "", "", *_tested(found, found[key]), "")
+        rounds = found.get("times", {})
+        for system, mine in rounds.items():
+            ratios = [
+                statistics.median(map(truediv, rounds["graph-onnxruntime"][kind], mine[kind]))
+                for kind in ("single", "file")
+            ]
+            times_of.append((name, f"`{system}`", *(f"{ratio:.2f}" for ratio in ratios)))
+    yield from _head("classifier", "conversion", "heads", "agreement of exits 1, 2, ... in %")
+    yield from (_row(*cells) for cells in heads_of)
+    yield from _head("classifier", "system", "times faster, texts one by one", "file")
+    yield from (_row(*cells) for cells in times_of)
+
+
+def _head(*cells: str) -> tuple[str, ...]:
+    return "", _row(*cells), _row(*("---" for _ in cells))
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _tested(found: dict[str, Any], test: dict[str, Any]) -> tuple[str, ...]:
+    """What is known from the test set."""
+    rows, teacher = found["classifier"]["rows"], found["classifier"]["accuracy"]
+    accuracy = f"{test['accuracy']:.1%}" if "accuracy" in test else ""
+    return f"{test['saved']:.1%}", f"{test['flips']} of {rows:,}", accuracy, f"{teacher:.1%}"
+
+
+def _form(chosen: dict[str, Any]) -> tuple[str, str]:
+    """The heads of exits, and how they agree with the classifier."""
+    agreement = " ".join(f"{100 * share:.1f}" for share in chosen["agreement"])
+    form = chosen["form"]
+    if form is None:
+        return "trained together with the encoder", agreement
+    hidden = f"hidden layer of {form['width']}" if form["width"] else "linear"
+    return f"{form['pooling']}, {hidden}, every {form['every']}", agreement
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--work", required=True, type=click.Path(path_type=Path))
+@click.option("--only", multiple=True, type=click.Choice([*RUNS]), default=[*RUNS])
+@click.option("--times", "timed", is_flag=True, help="Also measure times.")
+@exits_with_one_line
+def main(data: Path, work: Path, only: tuple[str, ...], timed: bool) -> None:
+    """Convert and judge all classifiers, and write the tables."""
+    folder = work / "conversions"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in only:
+        for seed in RUNS[name].seeds:
+            results = Results(folder / f"{name}-{seed}.json")
+            study(RUNS[name], seed, data, work, timed, results)
+    every = {file.stem: Results(file).found for file in sorted(folder.glob("*.json"))}
+    head = f"{cpu_name()}, {usable_cores()} cores"
+    (folder / "tables.md").write_text("\n".join([head, "", *tables(every), ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
