@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import rich_click as click
@@ -83,6 +84,9 @@ def main(
         echo("nothing is promised: the rule was not calibrated for this file")
     if packed.no_exit_0:
         echo(f"without exit 0: {packed.no_exit_0}")
+    elif packed.operating_point is None:
+        command_line = shlex.join(["fpabee-calibrate", str(engines), "--target", packed.target])
+        echo(f"calibrate that target first, with your rows: {command_line} --data dev.jsonl")
     echo(
         f"verified on {packed.rows} texts: logits differ by at most "
         f"{packed.max_logit_difference:.1e}, exits are equal; near ties in {packed.near_ties} "

@@ -350,11 +350,20 @@ def test_exit_0_is_left_out_where_pairs_cannot_be_told_apart(
     assert result.exit_code == 0, result.output
     assert "without exit 0: no token types or separators say where" in result.stdout
     assert "nothing is promised: the rule was not calibrated" in result.stdout
+    assert "fpabee-calibrate" not in result.stdout, "that would not help"
     card = (tmp_path / "packed" / "README.md").read_text()
     assert "Exit 0: no token types" in card
     assert "Nothing is promised" in card, "the point was measured with exit 0"
     _, exits = Consumer(tmp_path / "packed").onnxruntime(SINGLE)
     assert exits.min() >= 2, "F-PABEE has no neighbour before exit 2"
+
+
+def test_what_was_not_calibrated_is_said_with_the_command_that_does_it(
+    engines: Mapping[str, Path], tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(main, [str(engines["bert"]), "-o", str(tmp_path / "packed")])
+    assert result.exit_code == 0, result.output
+    assert f"fpabee-calibrate {engines['bert']} --target {FP32} --data dev.jsonl" in result.stdout
 
 
 def test_the_tokenizer_cuts_texts_at_the_limit_and_does_not_pad(
