@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,39 +31,26 @@ class _WithStates(nn.Module):
     """A classifier that also gives the pooled states of every layer but the last.
 
     Args:
-        classifier: the classifier; its layers get hooks until `close`.
+        classifier: the classifier.
     """
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.model = classifier.model
         self._norm = classifier.backbone.norm() or nn.Identity()
-        self._seen: list[Tensor] = []
-        # A layer that is called several times (ALBERT) is one module.
-        layers = dict.fromkeys(classifier.backbone.layers())
-        self._hooks = [
-            layer.register_forward_pre_hook(self._note, with_kwargs=True) for layer in layers
-        ]
-
-    def _note(self, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self._seen.append(given[0] if given else next(iter(named.values())))
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
+        # ALBERT gives the states of every layer of a group, which counts as one layer here.
+        self._step = getattr(self.model.config, "inner_group_num", 1)
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """`[rows, labels + values]`: the logits, then the states `[layers - 1, 2, hidden]`."""
-        self._seen.clear()
-        logits = self.model(**inputs).logits
+        output = self.model(**inputs, output_hidden_states=True)
         weights = token_weights(attention_bias(inputs["attention_mask"]))
-        # The first layer reads the embeddings.
-        states = [self._norm(hidden) for hidden in self._seen[1:]]
+        # The first states are the embeddings.
+        states = map(self._norm, output.hidden_states[self._step : -1 : self._step])
         pooled = [
             part for hidden in states for part in ((weights @ hidden).squeeze(1), hidden[:, 0])
         ]
-        return torch.cat([logits, *pooled], dim=1)
+        return torch.cat([output.logits, *pooled], dim=1)
 
 
 def run_classifier(
@@ -111,7 +97,6 @@ def run_classifier(
             found = predict(model, some, padding, lambda each: each, batch=32)
             logits[numbers], kept = found[:, :labels], place[numbers] >= 0
             states[place[numbers[kept]]] = found[kept, labels:].reshape(-1, *shape[1:])
-        model.close()
         states.flush()
         del states
         np.save(part := folder / "part.npy", logits)
