@@ -14,14 +14,12 @@ from typing import Any
 
 import msgspec
 
-from ..runtime.agreement import Agreement
 from ..runtime.artifact.folder import read_manifest, write_manifest
 from ..runtime.artifact.manifest import Manifest, Target, keep_targets, with_target
 from ..runtime.encoding import Text
 from ..runtime.errors import (
     ArtifactError,
     BackendError,
-    FpabeeError,
     InputError,
     VerificationError,
 )
@@ -73,21 +71,15 @@ class AddTargetsResult:
 
     Attributes:
         manifest: the folder's new manifest.
-        precisions: for each precision that was written, how closely it agrees with fp32.
-        built: names of the targets of plans that were built.
-        checked: what the checks of new targets for CPUs found.
+        checked: every precision and target that was added, or why it was not.
         default: one line that says which target is the default, and why; empty: as before.
-        not_built: targets that this machine cannot build, and why.
         lost_points: names of operating points, by target, that were removed because their graphs
             or plans have changed.
     """
 
     manifest: Manifest
-    precisions: dict[str, Agreement] = field(default_factory=dict)
-    built: list[str] = field(default_factory=list)
     checked: list[Checked] = field(default_factory=list)
     default: str = ""
-    not_built: dict[str, FpabeeError] = field(default_factory=dict)
     lost_points: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -182,7 +174,8 @@ class _Addition:
                 if options.backends is not None:
                     raise
                 # What else this machine can run is built all the same.
-                self.for_plans, self.added.not_built["plans in int8"] = False, refused
+                self.for_plans = False
+                self.added.checked.append(Checked(INT8, refused=refused))
         for backend, precision in self._plans():
             self._add_plans(backend, precision)
         wanted = [name for name in cpu.OPENVINO_TARGETS if self._is_wanted(name)]
@@ -258,7 +251,8 @@ class _Addition:
         from .targets.fp16 import add_lowered
 
         given = self.path, self.manifest, precision, protos, texts, self.progress
-        manifest, self.added.precisions[precision] = add_lowered(*given)
+        manifest, agreement = add_lowered(*given)
+        self.added.checked.append(Checked(precision, agreement))
 
         def runs_them(_: str, target: Target) -> bool:
             graphs = manifest.graphs_of(target)
@@ -288,20 +282,20 @@ class _Addition:
             VerificationError: the plan does not reproduce the model.
         """
         if unavailable := unavailable_reason(backend):
-            self.added.not_built[f"{backend}-{precision}"] = unavailable
+            self.added.checked.append(Checked(f"{backend}-{precision}", refused=unavailable))
             return
         name, manifest, options = target_name(backend, precision), self.manifest, self.options
         # A build that fails or is killed may have replaced some of the files of an earlier one.
         self._write(keep_targets(manifest, lambda other, _: other != name))
         target = build_target(self.path, manifest, backend, precision, options.plans, self.progress)
         built = with_target(manifest, name, with_old_points(manifest, name, target))
+        found = Checked(name)
         if why_not(built, name) is None:
             built, found = check_target(self.path, built, name, target, self.progress)
             if error := found.refused:
                 hint = "it was removed from the manifest; build it from fp32 graphs, or report this"
                 raise type(error)(error.message, hint) from error
-        self._write(built)
-        self.added.built.append(name)
+        self._write(built, [found])
 
     def _choose_default(self) -> str:
         """Choose the default target, and say what there is to say about it."""
@@ -315,7 +309,7 @@ class _Addition:
             self.manifest = msgspec.structs.replace(
                 self.manifest, default_target=fixed, default_is_fixed=True
             )
-        if name is not None or self.added.checked:
+        if name is not None or any(one.name.startswith(CPU_BACKENDS) for one in self.added.checked):
             self.manifest, said = cpu.with_fastest_default(self.path, self.manifest, self.progress)
         self._write(self.manifest)
         return said

@@ -171,7 +171,7 @@ def plans(folder: Path, precision: str, emit: Emit) -> None:
     # kept only if it is done, so it comes last, and begins with the timings of the same layers.
     for name in ("chain", "one"):
         started = time.perf_counter()
-        targets += add_targets(folder / name, options).built
+        targets += [one.name for one in add_targets(folder / name, options).checked]
         emit(NOTE, f"{name} was built in {time.perf_counter() - started:.0f} s")
         cache = folder / "chain" / "targets" / targets[0] / TIMING_CACHE
         if name == "chain" and cache.is_file():

@@ -151,14 +151,14 @@ def main(
             problem = unavailable_reason(OPENVINO)
             targets = replace(targets, backends=() if problem else (OPENVINO,))
             if problem and util.find_spec(OPENVINO):
-                say(f"{OPENVINO} is not kept: {in_terms_of_options(problem)}")
+                say(f"not added: {OPENVINO}: {in_terms_of_options(problem)}")
     with step_progress(quiet) as progress:
         added = add_targets(folder, targets, progress)
     content |= _show_added(added, say)
     if as_json:
         click.echo(json.dumps({"folder": str(folder), **content}))
     else:
-        asked = source is not None or settings["int8"] or bool(settings["backends"])
+        asked = source is not None or targets.fp16 or targets.int8 or bool(settings["backends"])
         for line in _next_steps(folder, added, asked):
             echo(f"next: {line}")
     if settings["int8"] or settings["backends"]:
@@ -226,12 +226,12 @@ def _export(
 
 
 def _check_kept(added: AddTargetsResult, int8: bool) -> None:
-    """Fail if not one of the targets for CPUs that were asked for has passed.
+    """Fail if nothing of what was asked for has passed.
 
     Raises:
         VerificationError: none of them is kept.
     """
-    asked = [one for one in added.checked if not int8 or f"-{INT8}" in one.name]
+    asked = [one for one in added.checked if not int8 or INT8 in one.name]
     reasons = {one.name: one.refused for one in asked if one.refused}
     if asked and len(reasons) == len(asked):
         names, first = " and ".join(reasons), next(iter(reasons.values()))
@@ -244,11 +244,11 @@ def _next_steps(folder: Path, added: AddTargetsResult, asked: bool) -> list[str]
     Args:
         folder: the engines folder.
         added: what was added to it.
-        asked: whether targets for CPUs were asked for, so that each of them is calibrated and not
-            only the default target.
+        asked: whether targets were asked for, so that each of them is calibrated and not only the
+            default target.
     """
-    manifest, new = added.manifest, [*added.built, *added.lost_points]
-    new += (target.name for target in added.checked if asked)
+    manifest, new = added.manifest, [*added.lost_points]
+    new += (one.name for one in added.checked if asked)
     names = dict.fromkeys(name for name in new if name in manifest.targets)
     calibrate = f"fpabee-calibrate {shlex.quote(str(folder))} --data DATA"
     lacking = {name for name, target in manifest.targets.items() if not target.operating_points}
@@ -259,40 +259,25 @@ def _next_steps(folder: Path, added: AddTargetsResult, asked: bool) -> list[str]
 
 
 def _show_added(result: AddTargetsResult, say: Callable[[str], None]) -> Content:
-    for precision, agreement in result.precisions.items():
-        say(f"{precision}: verified by emulation on {agreement.rows} texts")
-    for name in result.built:
-        target = result.manifest.targets[name]
-        where = ", ".join(target.compute_capabilities)
-        within = target.tolerance
-        ran = "not run here" if within is None else f"logits within {within:.1e}"
-        default = result.manifest.default_target
-        role = "the default target" if name == default else f"not the default target {default}"
-        say(f"built {name} for compute capability {where} ({ran}); it is {role}")
-    for checked in result.checked:
-        if checked.refused:
-            say(f"{checked.name} is not kept: {in_terms_of_options(checked.refused)}")
+    for one in result.checked:
+        if one.refused:
+            say(f"not added: {one.name}: {in_terms_of_options(one.refused)}")
         else:
-            say(f"added {checked.name}: verified")
-    if result.default:
-        say(result.default)
-    for name, error in result.not_built.items():
-        say(f"not built: {name}: {in_terms_of_options(error)}")
+            texts = f"verified on {one.agreement.rows} texts" if one.agreement else "not run here"
+            say(f"added {one.name}: {texts}")
+    say(result.default or f"default target: {result.manifest.default_target}")
     for name, points in result.lost_points.items():
         say(f"no longer valid: {', '.join(points)} of {name}, whose graphs or plans have changed")
     return {
         "targets": list(result.manifest.targets),
-        "precisions": {name: agreement.to_dict() for name, agreement in result.precisions.items()},
-        "built": result.built,
         "checked": [
             {
-                "target": checked.name,
-                "refused": checked.refused.message if checked.refused else "",
-                "agreement": checked.agreement.to_dict() if checked.agreement else None,
+                "name": one.name,
+                "refused": one.refused and str(one.refused),
+                "agreement": one.agreement and one.agreement.to_dict(),
             }
-            for checked in result.checked
+            for one in result.checked
         ],
         "default_target": result.manifest.default_target,
-        "not_built": {name: str(error) for name, error in result.not_built.items()},
         "not_valid_any_more": result.lost_points,
     }

@@ -34,11 +34,11 @@ _MOST_TEXTS = 2000
 
 @dataclass(frozen=True)
 class Checked:
-    """What the check of a target found.
+    """What became of a target, or of a precision.
 
     Attributes:
-        name: the target.
-        agreement: with the PyTorch model; None if it was refused.
+        name: the target, or the precision.
+        agreement: with the PyTorch model; None if it was refused, or cannot run here.
         refused: why the folder does not have it; None if it does.
     """
 

@@ -52,14 +52,13 @@ def test_the_result_says_what_was_not_built(
         patch.setattr("importlib.util.find_spec", lambda name: None)
         result = add_targets(folder, AddTargetsOptions(plans=SMALL))
         said = CliRunner().invoke(export, ["--from", str(folder), "--quiet"]).stdout
-    assert result.built == []
     assert result.manifest.targets.keys() == before.targets.keys()
     install = "pip install 'fpabee[tensorrt-{}cu13]'"
-    assert {name: error.hint for name, error in result.not_built.items()} == {
+    assert {one.name: one.refused and one.refused.hint for one in result.checked} == {
         "tensorrt-fp16": install.format(""),
         "tensorrt-rtx-fp16": install.format("rtx-"),
     }
-    assert f"not built: tensorrt-fp16: tensorrt is not installed -> {install.format('')}\n" in said
+    assert f"not added: tensorrt-fp16: tensorrt is not installed -> {install.format('')}\n" in said
 
 
 def test_a_failed_build_removes_the_target_until_it_succeeds(
@@ -88,7 +87,7 @@ def test_points_stay_with_their_plans_and_are_named_when_lost(
     assert add_targets(double.folder, OPTIONS).lost_points == {}
     assert read_manifest(double.folder).targets[NAME].default_operating_point == "fast"
     only_default = AddTargetsOptions(default_target=NAME)
-    assert add_targets(double.folder, only_default).built == [], "it is there"
+    assert add_targets(double.folder, only_default).checked == [], "it is there"
     patch_builds(double, monkeypatch)
     assert add_targets(double.folder, OPTIONS).lost_points == {NAME: ("fast",)}
     assert read_manifest(double.folder).targets[NAME].operating_points == {}
@@ -107,7 +106,7 @@ def test_a_target_that_does_not_reproduce_the_model_is_removed(
 
 def test_new_graphs_of_a_precision_remove_the_plans_of_the_old_ones(double: Double) -> None:
     options = dataclasses.replace(OPTIONS, fp16=True)
-    (name,) = add_targets(double.folder, options).built
+    name = add_targets(double.folder, options).checked[-1].name
     # With texts, graphs are made again.
     again = dataclasses.replace(options, backends=(), verify_data=["the film"])
     assert name in add_targets(double.folder, again).manifest.targets, "the graphs are the same"

@@ -97,7 +97,7 @@ def test_targets_are_verified_and_the_fastest_is_the_default(
     folder = engine_copy()
     result = export("--from", folder, "--backend", "openvino")
     assert result.exit_code == 0, result.output
-    assert "added openvino-fp32: verified\n" in result.stdout
+    assert "added openvino-fp32: verified on 12 texts\n" in result.stdout
     assert f"default target: {FP32}, 2.00 times as fast as {ONNX} here" in result.stdout
     manifest = read_manifest(folder)
     assert list(manifest.targets) == [ONNX, *ADDED]
@@ -340,5 +340,5 @@ def test_an_openvino_that_cannot_be_used_is_reported_and_the_rest_is_kept(
     for words in ([tiny_models["bert"], "-o", folder], ["--from", folder]):
         result = export(*words)
         assert result.exit_code == 0, result.output
-        assert "openvino is not kept: the installed OpenVINO has no CPU plugin" in result.stdout
+        assert "not added: openvino: the installed OpenVINO has no CPU plugin" in result.stdout
         assert list(read_manifest(folder).targets) == [ONNX]

@@ -22,7 +22,7 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 
 from fpabee.exporter import add_targets as additions
-from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
+from fpabee.exporter.add_targets import AddTargetsOptions, AddTargetsResult, add_targets
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.cli.export import main
 from fpabee.exporter.merge import write_one_graph
@@ -61,6 +61,10 @@ SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in _FAMILIES if 
 
 BOTH = AddTargetsOptions(int8=True, calibration_data=TEXTS, backends=("openvino", "onnxruntime"))
 OTHERS = replace(BOTH, calibration_data=TEXTS[::-1])  # as if they gave other ranges
+
+
+def names_of(result: AddTargetsResult, backend: str) -> set[str]:
+    return {one.name for one in result.checked if one.name.startswith(backend)}
 
 
 def require(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
@@ -176,7 +180,7 @@ def test_int8_that_changes_answers_is_not_kept(
     result = CliRunner().invoke(main, ["--from", str(folder), "--int8", *texts, *backends])
     assert result.exit_code == 1
     for name in NAMES:
-        assert re.search(f"{name} is not kept: .*from exit", result.stdout)
+        assert re.search(f"not added: {name}: .*from exit", result.stdout)
     assert "added openvino-fp32" in result.stdout
     assert f"{' and '.join(NAMES)} did not pass: " in result.stderr
     assert not set(NAMES) & read_manifest(folder).targets.keys()
@@ -281,14 +285,14 @@ def test_int8_is_for_this_machine_or_for_the_gpus_of_fp16(
     folder = engine_copy()
     result = add_targets(folder, replace(BOTH, backends=None))
     assert set(NAMES) < result.manifest.targets.keys()
-    assert not result.not_built, "nobody asked for plans in fp32"
+    assert not names_of(result, "tensorrt"), "nobody asked for plans in fp32"
     assert "int8" not in result.manifest.precisions
     without(monkeypatch, "nncf")
     with pytest.raises(MissingExtraError, match=r"nncf.*quantize"):
         add_targets(folder, replace(BOTH, backends=None))
     result = add_targets(folder, replace(BOTH, backends=None, fp16=True))
     assert {"fp16", "int8"} == result.manifest.precisions.keys()
-    assert {"tensorrt-fp16", "tensorrt-int8"} < result.not_built.keys()
+    assert {"tensorrt-fp16", "tensorrt-int8"} <= names_of(result, "tensorrt")
 
 
 def test_cpus_get_int8_where_plans_in_int8_are_refused(
@@ -303,7 +307,7 @@ def test_cpus_get_int8_where_plans_in_int8_are_refused(
     monkeypatch.setattr(additions._Addition, "_add_int8_for_plans", refuse)
     folder = engine_copy()
     result = add_targets(folder, replace(BOTH, backends=None))
-    assert result.not_built["plans in int8"] is refused
+    assert [one.refused for one in result.checked if one.name == "int8"] == [refused]
     assert set(NAMES) < result.manifest.targets.keys()
     with pytest.raises(VerificationError, match="int8 changes answers"):
         add_targets(folder, replace(BOTH, backends=("tensorrt-rtx", "openvino")))
@@ -349,7 +353,9 @@ def test_products_with_weights_are_quantized_symmetrically(
     monkeypatch.setattr("fpabee.exporter.targets.fp16.exact_logits", noted)
     texts = [text for pair in TEXTS[::2] for text in (pair, WORDS[0])]
     added = add_targets(folder, AddTargetsOptions(int8=True, calibration_data=texts, backends=()))
-    assert added.precisions["int8"].rows == 12 + 1
+    (checked,) = added.checked
+    assert checked.agreement is not None
+    assert checked.agreement.rows == 12 + 1
     assert set(judged) == {WORDS[0]}, "texts that gave ranges are not judged"
     quantized = 0
     for graph in added.manifest.graphs_in("int8").values():

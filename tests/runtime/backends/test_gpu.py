@@ -57,7 +57,7 @@ def _build(folder: Path, backend: str, compute_capability: str) -> Built:
     )
     backends = (backend,) if backend in MODULES else ()
     result = add_targets(folder, AddTargetsOptions(fp16=True, backends=backends, plans=plans))
-    target = result.built[0] if backends else "onnxruntime-fp16-cuda"
+    target = result.checked[-1].name if backends else "onnxruntime-fp16-cuda"
     return Built(folder, result.manifest, target, compute_capability)
 
 
