@@ -19,7 +19,7 @@ from ...calibration.costs import StoppingCosts, measure_costs, measure_speedup
 from ...calibration.goals import Bound
 from ...calibration.guarantee import certify, decision_thresholds, rows_needed
 from ...calibration.result import outcome
-from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer
+from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, same_answers
 from ...calibration.search import exits_of
 from ...calibration.trace import data_sha256, trace_rows
 from ...runtime.artifact.folder import read_manifest, write_manifest
@@ -56,19 +56,6 @@ class Part:
     expected: Labels | None
 
 
-def decided(logits: NDArray[np.float32], task: Task, bound: Bound) -> NDArray[np.int64]:
-    """The decisions of the classifier, see `LabelledLogits.decisions`.
-
-    Args:
-        logits: `[rows, labels]`.
-        task: of the classifier.
-        bound: names the labels that decide.
-    """
-    rows = LabelledLogits(logits[None], np.ones(len(logits), np.intp), None, task.problem_type)
-    thresholds = decision_thresholds(task, bound.thresholds)
-    return replace(rows, decision_thresholds=thresholds).decisions()[1]
-
-
 def check_promises(bound: Bound, task: Task, logits: NDArray[np.float32], share: float) -> None:
     """Refuse what cannot be certified even without any changed decision.
 
@@ -81,7 +68,9 @@ def check_promises(bound: Bound, task: Task, logits: NDArray[np.float32], share:
     Raises:
         InputError: all decisions are the same, or a promise is about too few texts.
     """
-    decisions = decided(logits, task, bound)
+    rows = LabelledLogits(logits[None], np.ones(len(logits), np.intp), None, task.problem_type)
+    thresholds = decision_thresholds(task, bound.thresholds)
+    _, decisions = replace(rows, decision_thresholds=thresholds).decisions()
     if (decisions == decisions[0]).all():
         raise InputError(
             f"the classifier decides the same for all {len(decisions):,} texts that calibrate",
@@ -169,8 +158,8 @@ def certify_target(
     changed = scorer.changed[places]
     accuracy = None
     if report.expected is not None:
-        right = scorer.answers[places] == report.expected
-        accuracy = float(right.reshape(len(right), -1).all(axis=1).mean())
+        right = same_answers(scorer.answers[places], report.expected, task.problem_type)
+        accuracy = float(right.mean())
     return Converted(
         target=name,
         point=point,

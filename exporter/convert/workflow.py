@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ... import __version__
 from ...calibration.guarantee import decision_thresholds, needs_in_words
-from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer
+from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, same_answers
 from ...calibration.trace import data_sha256
 from ...runtime.artifact.folder import read_manifest, sha256_of, write_manifest
 from ...runtime.artifact.manifest import MANIFEST_NAME, ProblemType, Task
@@ -281,7 +281,6 @@ class _Work:
         model = self._model(config.with_hidden_layers())
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         options = TrainOptions(train="texts", dev="texts", backbone=str(teacher.folder))
-        options = replace(options, epochs=options.epochs_for(len(train.rows)))
         dev = Examples(choose.rows, Outputs(logits, task).answers)
         train_exits(model, train, dev, self.padding, options, self.progress)
         found = predict(model, choose.rows, self.padding, by_row).swapaxes(0, 1)
@@ -330,7 +329,7 @@ class _Work:
         if expected is not None:
             task = self.task
             answers = Outputs(logits, task.problem_type, task.label_thresholds).answers
-            right = (answers == expected).reshape(len(answers), -1).all(axis=1)
+            right = same_answers(answers, expected, task.problem_type)
             accuracy = float(right[texts.report].mean())
             if right.mean() > _TOO_GOOD:
                 warnings.append(

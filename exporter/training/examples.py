@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,6 @@ from ...runtime.artifact.folder import BAD_JSON
 from ...runtime.encoding import EncodedRow, RowTokenizer
 from ...runtime.errors import InputError
 from ...runtime.files import ReadOptions, Row, read_rows
-
-# Where datasets usually have the text and the second text.
-_TEXT_COLUMNS = ("text", "sentence", "sentence1", "premise")
-_PAIR_COLUMNS = ("text_pair", "sentence2", "hypothesis")
 
 
 @dataclass(frozen=True)
@@ -42,37 +38,28 @@ def dataset_name(source: str) -> str | None:
     return "/".join(source.partition(":")[0].split("/")[:2])
 
 
-def load_rows(
-    source: str,
-    labelled: bool = True,
-    reading: ReadOptions | None = None,
-) -> list[Row]:
-    """The rows of a file, or of a Hugging Face dataset.
+def load_rows(source: str, reading: ReadOptions) -> list[Row]:
+    """The labelled rows of a file, or of a Hugging Face dataset.
 
     Args:
         source: the file, or `OWNER/NAME[/CONFIG]:SPLIT`.
-        labelled: whether every row must have a label.
-        reading: how the rows are read; by default, the columns of a dataset may also have other
-            usual names, such as `sentence1` and `sentence2`.
+        reading: how the rows are read.
 
     Raises:
         InputError: the source cannot be read, or a row has no label.
         RowError: a row cannot be read.
     """
-    reading = reading or ReadOptions()
     if dataset_name(source) is None:
         rows = list(read_rows(source, reading))
     elif reading.input_format is not None or reading.literal_quotes:
         raise InputError(
             f"{source} is a dataset, to which file formats and quotes do not apply",
-            "leave out `input_format`"
-            if reading.input_format is not None
-            else "leave out `literal_quotes`",
+            "leave out `input_format` and `literal_quotes`",
         )
     else:
         rows = list(_dataset_rows(source, reading))
     for number, row in enumerate(rows, start=1):
-        if labelled and row.labels is None:
+        if row.labels is None:
             raise InputError(
                 f"{source}, row {number} has no label",
                 "give every row a label, or name their column with `label_column`",
@@ -134,26 +121,13 @@ def encoded_rows(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[E
 
 def _dataset_rows(source: str, reading: ReadOptions) -> Iterator[Row]:
     data = _load(source)
-
-    def column(given: str | None, usual: Sequence[str]) -> str | None:
-        return given or next((name for name in usual if name in data.features), None)
-
-    text = None if reading.text_column == ReadOptions.text_column else reading.text_column
-    named = replace(
-        reading,
-        text_column=column(text, _TEXT_COLUMNS) or reading.text_column,
-        text_pair_column=column(reading.text_pair_column, _PAIR_COLUMNS),
-        label_column=column(None, reading.label_columns) or reading.label_column,
-    )
-    named.check([*data.features], source)
-    label = named.label_column
-    feature = data.features.get(label)
-    classes = getattr(getattr(feature, "feature", feature), "names", None)
+    reading.check([*data.features], source)
     for number, item in enumerate(data, start=1):
-        content = {name: item[name] for name in (named.text_column, named.text_pair_column) if name}
-        if label is not None:
-            content[label] = _class_name(item[label], classes) if classes else item[label]
-        yield named.row(content, f"{source}, row {number}")
+        for label in reading.label_columns:
+            feature = data.features.get(label)
+            if classes := getattr(getattr(feature, "feature", feature), "names", None):
+                item[label] = _class_name(item[label], classes)
+        yield reading.row(item, f"{source}, row {number}")
 
 
 def _class_name(value: Any, names: Sequence[str]) -> Any:

@@ -8,17 +8,13 @@ from dataclasses import dataclass, field
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.errors import InputError
 from ...runtime.files import ReadOptions
-from ..exits import Pooling
 
 # A pair has three special tokens, and needs at least one token of text.
-_ABOVE = {"epochs": 0, "lr": 0, "head_lr": 0, "batch_size": 0, "max_length": 3}
+_ABOVE = {"epochs": 0, "lr": 0, "batch_size": 0, "max_length": 3}
 # Small data needs more than the usual passes: with 500 rows, 3 of them are 48 steps.
 _EPOCHS, _FEWEST_STEPS, _MOST_EPOCHS = 3.0, 1000, 20.0
 # Settings without effect where only exit 0 is trained.
-_OF_ENCODERS = (
-    *("backbone", "exits", "pooling", "distill", "epochs"),
-    *("lr", "head_lr", "batch_size", "bf16"),
-)
+_OF_ENCODERS = ("backbone", "exits", "distill", "epochs", "lr", "batch_size", "bf16")
 
 
 @dataclass(frozen=True)
@@ -36,14 +32,11 @@ class TrainOptions:
             model_dir.
         problem_type: the task; default: single-label, or that of the model in the output folder.
         exits: the layers after which there is an exit, ascending; default: every layer.
-        pooling: what the classifiers of the exits see.
         distill: share of the targets of all exits but the last that comes from the last exit
             instead of the labels (self-distillation as in FastBERT, arXiv 2004.02178). 0 gives
             the loss of F-PABEE.
         epochs: passes over the training rows; may be a fraction. Default: see `epochs_for`.
         lr: learning rate of the encoder.
-        head_lr: learning rate of the exits; default: 5e-3, or 1e-3 with `Pooling.CLS`, whose
-            exits have a dense layer before their classifier.
         batch_size: rows per step.
         max_length: longest sequence in tokens, special tokens included; longer texts are
             truncated.
@@ -65,11 +58,9 @@ class TrainOptions:
     backbone: str | None = None
     problem_type: ProblemType | None = None
     exits: tuple[int, ...] | None = None
-    pooling: Pooling = Pooling.MEAN
     distill: float = 0.5
     epochs: float | None = None
     lr: float = 5e-5
-    head_lr: float | None = None
     batch_size: int = 32
     max_length: int = 128
     seed: int = 42
@@ -115,8 +106,3 @@ class TrainOptions:
             return self.epochs
         steps = -(-rows // self.batch_size)
         return max(_EPOCHS, min(_MOST_EPOCHS, float(-(-_FEWEST_STEPS // steps))))
-
-    @property
-    def exit_lr(self) -> float:
-        """The learning rate of the exits."""
-        return self.head_lr or (5e-3 if self.pooling is Pooling.MEAN else 1e-3)

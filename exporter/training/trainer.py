@@ -21,6 +21,7 @@ from ..model import MultiExitModel, by_row, model_inputs, predict
 from .examples import Examples
 from .options import TrainOptions
 
+_EXIT_LR = 5e-3
 _WEIGHT_DECAY = 0.01
 _LARGEST_GRADIENT = 1.0
 _WARMUP = 0.06  # the share of all steps that it takes
@@ -42,13 +43,12 @@ def train_exits(
         train: the rows to train on.
         dev: the rows that are scored after every epoch.
         padding: see `model_inputs`.
-        options: of the training, with the number of `epochs`.
+        options: of the training.
         progress: called with (loss and scores, steps done, steps in total).
     """
-    assert options.epochs is not None
     device, problem_type = next(model.parameters()).device, model.exit_config.problem_type
     starts = range(0, len(train.rows), options.batch_size)
-    steps = math.ceil(len(starts) * options.epochs)
+    steps = math.ceil(len(starts) * options.epochs_for(len(train.rows)))
     warmup = math.ceil(_WARMUP * steps)
     optimizer = make_optimizer(model, options)
     schedule = LambdaLR(
@@ -92,7 +92,7 @@ def make_optimizer(model: MultiExitModel, options: TrainOptions) -> torch.optim.
     settings = [
         {
             "params": parameters,
-            "lr": options.exit_lr if in_head else options.lr,
+            "lr": _EXIT_LR if in_head else options.lr,
             "weight_decay": _WEIGHT_DECAY if decays else 0.0,
         }
         for (in_head, decays), parameters in groups.items()

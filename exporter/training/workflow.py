@@ -25,7 +25,7 @@ from ...runtime.files.labels import Labels, encode_labels
 from ...runtime.progress import Progress, silent
 from ..checkpoint import TRAINED, load_checkpoint, load_config, resolve_model_dir, save_checkpoint
 from ..exit_0 import save_exit_0
-from ..exits import MultiExitConfig
+from ..exits import MultiExitConfig, Pooling
 from ..model import MultiExitModel, by_row, predict
 from ..tokenizer import load_tokenizer, pad_id
 from .examples import Examples, encoded_rows, label_names, load_rows
@@ -84,11 +84,7 @@ def train(
         )
     set_seed(options.seed)
     sources = {"train": options.train, "dev": options.dev, "test": options.test}
-    rows = {
-        name: load_rows(source, reading=options.reading)
-        for name, source in sources.items()
-        if source
-    }
+    rows = {name: load_rows(source, options.reading) for name, source in sources.items() if source}
     model, tokenizer = build_model(output, options, rows["train"])
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     config, length = model.exit_config, min(options.max_length, model.backbone.max_positions())
@@ -187,7 +183,7 @@ def build_model(
         exits = options.exits or tuple(range(1, encoder.config.num_hidden_layers + 1))
         problem_type = options.problem_type or ProblemType.SINGLE_LABEL
         labels = label_names(rows, options.train)
-        exit_config = MultiExitConfig(exits, labels, problem_type, options.pooling)
+        exit_config = MultiExitConfig(exits, labels, problem_type, Pooling.MEAN)
         model = MultiExitModel(encoder, exit_config.with_hidden_layers())
     return model, load_tokenizer(folder, model)
 

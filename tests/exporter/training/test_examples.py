@@ -13,7 +13,8 @@ from fpabee.exporter.training.examples import label_names, load_rows
 from fpabee.runtime.errors import InputError
 from fpabee.runtime.files import ReadOptions, Row, TextFormat
 
-PAIRS: dict[str, list[Any]] = {"sentence1": ["a", "c"], "sentence2": ["b", "d"], "label": [1, 0]}
+PAIRS: dict[str, list[Any]] = {"text": ["a", "c"], "text_pair": ["b", "d"], "label": [1, 0]}
+USUAL = ReadOptions()
 CLASSES = datasets.ClassLabel(names=["no", "yes"])
 
 Store = Callable[..., str]
@@ -43,19 +44,12 @@ def seen(rows: list[Row]) -> list[tuple[object, tuple[str, ...] | None]]:
 
 def test_rows_of_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text('text,text_pair,label\n"a, b",c,yes\nd,,no\n')
-    assert seen(load_rows(str(tmp_path / "train.csv"))) == [
-        (("a, b", "c"), ("yes",)),
-        ("d", ("no",)),
-    ]
-    (tmp_path / "train.tsv").write_text("text\tlabels\na\tx|y\n")
-    assert seen(load_rows(str(tmp_path / "train.tsv"))) == [("a", ("x", "y"))]
-    (tmp_path / "train.jsonl").write_text('{"text": "x", "labels": []}\n')
-    assert seen(load_rows(str(tmp_path / "train.jsonl"))) == [("x", ())]
+    rows = seen(load_rows(str(tmp_path / "train.csv"), USUAL))
+    assert rows == [(("a, b", "c"), ("yes",)), ("d", ("no",))]
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "x", "label": "a"}\n{"text": "y"}\n')
     with pytest.raises(InputError, match="row 2 has no label"):
-        load_rows(str(path))
-    assert seen(load_rows(str(path), labelled=False)) == [("x", ("a",)), ("y", None)]
+        load_rows(str(path), USUAL)
 
 
 def test_labels_are_in_the_order_of_labels_json_or_of_the_alphabet(tmp_path: Path) -> None:
@@ -93,27 +87,25 @@ DATASETS: dict[str, tuple[dict[str, list[Any]], dict[str, Any], ReadOptions, lis
 @pytest.mark.parametrize("case", DATASETS)
 def test_rows_of_datasets_are_read(case: str, store: Store) -> None:
     columns, features, chosen, expected = DATASETS[case]
-    assert seen(load_rows(store(columns, **features), reading=chosen)) == expected
+    assert seen(load_rows(store(columns, **features), chosen)) == expected
 
 
 def test_a_row_of_unknown_class_has_no_label(store: Store) -> None:
     name = store(PAIRS | {"label": [1, -1]}, label=CLASSES)
     with pytest.raises(InputError, match="owner/name:train, row 2 has no label"):
-        load_rows(name)
-    assert [row.labels for row in load_rows(name, labelled=False)] == [("yes",), None]
-    assert seen(load_rows(f"{name}[:1]")) == [(("a", "b"), ("yes",))]
+        load_rows(name, USUAL)
+    assert seen(load_rows(f"{name}[:1]", USUAL)) == [(("a", "b"), ("yes",))]
     with pytest.raises(InputError, match="owner/name:train is a dataset"):
-        load_rows(name, reading=ReadOptions(input_format=TextFormat.CSV))
+        load_rows(name, ReadOptions(input_format=TextFormat.CSV))
 
 
 def test_a_missing_column_is_named(store: Store) -> None:
-    name = store({"sentence": ["a", "b"]})
-    assert seen(load_rows(name, labelled=False)) == [("a", None), ("b", None)]
+    name = store({"text": ["a", "b"]})
     for option in ("text_column", "text_pair_column", "label_column"):
         missing: dict[str, Any] = {option: "body"}
-        message = f'{name} has no column "body"; it has: sentence -> set `{option}`'
+        message = f'{name} has no column "body"; it has: text -> set `{option}`'
         with pytest.raises(InputError, match=message):
-            load_rows(name, reading=ReadOptions(**missing))
+            load_rows(name, ReadOptions(**missing))
 
 
 def test_a_dataset_that_cannot_be_loaded_is_named(store: Store) -> None:
@@ -127,11 +119,11 @@ def test_a_dataset_that_cannot_be_loaded_is_named(store: Store) -> None:
         ("owner/name:", "its name or its split is empty"),
     ):
         with pytest.raises(InputError, match=f"^{name} cannot be loaded: .*{reason}") as caught:
-            load_rows(name)
+            load_rows(name, USUAL)
         assert "OWNER/NAME[/CONFIG]:SPLIT" in caught.value.hint
 
 
 def test_a_bad_row_of_a_dataset_is_named(store: Store) -> None:
     name = store({"label": ["x", "y"], "text": ["a", None]})
     with pytest.raises(InputError, match='owner/name:train, row 2 has no string field "text"'):
-        load_rows(name)
+        load_rows(name, USUAL)

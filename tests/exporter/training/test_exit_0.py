@@ -14,10 +14,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fpabee.exporter.checkpoint import load_checkpoint, load_config
-from fpabee.exporter.exit_0 import EXIT_0_FILE, load_exit_0
+from fpabee.exporter.checkpoint import load_checkpoint
+from fpabee.exporter.exit_0 import EXIT_0_FILE
 from fpabee.exporter.exits import MultiExitConfig
 from fpabee.exporter.training import TrainOptions, exit_0, train
 from fpabee.exporter.training.examples import Examples, encoded_rows
@@ -114,22 +114,6 @@ def test_a_training_that_diverges_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         ModelError, match=r"exit 0 diverged: .* -> use `exit_0` to train without it"
     ):
         learn([Row("good"), Row("bad")], [0, 1], Stub(SINGLE, [0.0, 0.0]))
-
-
-def test_a_vocabulary_of_250_000_tokens_is_hashed_and_the_card_states_the_size(
-    options: Options, backbone: Path, calls: object, tmp_path: Path
-) -> None:
-    large = Path(shutil.copytree(backbone, tmp_path / "large"))
-    config = BertConfig.from_pretrained(backbone)
-    config.vocab_size = 250_002
-    BertModel(config).save_pretrained(large)
-    report = train(tmp_path / "model", options(backbone=str(large)))
-    config = load_config(tmp_path / "model")
-    found = load_exit_0(tmp_path / "model", config, 3)
-    assert found is not None
-    assert config.fpabee["exit_0"] == {"unigrams": 65536, "buckets": 65536}
-    assert report.exit_0_bytes == 131072 * 3 * 2 + 9 * 4 + 3 * 4
-    assert "(0.8 MB)" in (tmp_path / "model" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("name", "task"), [("pabee_bert", None), ("fpabee_albert", MULTI)])

@@ -60,7 +60,7 @@ def test_exits_learn_from_the_targets_and_the_last_exit(
 def test_exits_have_their_own_learning_rate_and_biases_do_not_decay(
     options: Callable[..., TrainOptions],
 ) -> None:
-    settings = options(lr=0.25, head_lr=0.5)
+    settings = options(lr=0.25)
     rows = [Row("x", labels=(label,)) for label in "abc"]
     model, _ = build_model(Path("not used"), settings, rows)
     groups = make_optimizer(model, settings).param_groups
@@ -68,7 +68,7 @@ def test_exits_have_their_own_learning_rate_and_biases_do_not_decay(
     by_name = {name: group_of[id(value)] for name, value in model.named_parameters()}
     exits = {name for name in by_name if re.search("pooler|classifiers|hidden", name)}
     assert len(exits) == 8
-    assert {by_name[name]["lr"] for name in exits} == {0.5}
+    assert {by_name[name]["lr"] for name in exits} == {5e-3}
     assert {by_name[name]["lr"] for name in by_name.keys() - exits} == {0.25}
     assert sum(len(group["params"]) for group in groups) == len(by_name)
     assert by_name["classifiers.0.weight"]["weight_decay"] > 0
@@ -79,7 +79,7 @@ def test_exits_have_their_own_learning_rate_and_biases_do_not_decay(
 def test_the_loop_warms_up_decays_clips_and_takes_fractions_of_epochs(
     options: Callable[..., TrainOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = options(epochs=1.5, batch_size=2, lr=1.0, head_lr=1.0)
+    settings = options(epochs=1.5, batch_size=2, lr=1.0)
     named = [Row("x", labels=(label,)) for label in "ab"]
     model, tokenizer = build_model(Path("not used"), settings, named)
     rows = encoded_rows([Row(f"film {n}") for n in range(40)], tokenizer, 8)

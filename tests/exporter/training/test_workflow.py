@@ -104,14 +104,12 @@ def test_a_multi_label_training_can_start_from_another_model_dir(
     rows = [{"text": f"text {i}", "labels": ["a", "b"][: 1 + i % 2]} for i in range(16)]
     path = write_rows("multi.jsonl", rows)
     start = {"backbone": str(GOLDEN), "train": path, "dev": path}
-    model = {"exits": (2, 4), "pooling": Pooling.CLS, "problem_type": MULTI}
-    settings = options(**start, **model, lr=1e-9)
-    assert settings.exit_lr == 1e-3
+    settings = options(**start, exits=(2, 4), problem_type=MULTI, lr=1e-9)
     report = train(tmp_path / "model", settings)
     for row in report.scores["dev"]:
         assert set(row) == {"exact_match", "micro_f1", "macro_f1"}
     trained, given = load_checkpoint(tmp_path / "model"), load_checkpoint(GOLDEN)
-    assert trained.exit_config == MultiExitConfig((2, 4), ("a", "b"), MULTI, Pooling.CLS)
+    assert trained.exit_config == MultiExitConfig((2, 4), ("a", "b"), MULTI, Pooling.MEAN)
     found, expected = (
         each.state_dict()["bert.encoder.layer.3.output.dense.weight"] for each in (trained, given)
     )
