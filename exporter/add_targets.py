@@ -20,7 +20,6 @@ from ..runtime.encoding import Text
 from ..runtime.errors import (
     ArtifactError,
     BackendError,
-    InputError,
     VerificationError,
 )
 from ..runtime.machine import multiplies_int8, require
@@ -164,10 +163,10 @@ class _Addition:
     def run(self) -> AddTargetsResult:
         """Add everything, and choose the default target."""
         options = self.options
-        self._check_int8()
         if options.fp16 and (FP16 not in self.manifest.precisions or options.verify_data):
             self._add_fp16()
-        if self.for_plans and options.calibration_data:
+        texts, graphs = options.calibration_data, self.manifest.precisions.get(INT8)
+        if self.for_plans and (texts or not graphs):
             try:
                 self._add_int8_for_plans()
             except VerificationError as refused:
@@ -182,7 +181,7 @@ class _Addition:
         if OPENVINO in self.backends and wanted:
             where = self.path, self.manifest
             self._write(*cpu.add_openvino(*where, options.verify_data, self.progress, wanted))
-        if self.for_cpus and options.calibration_data:
+        if self.for_cpus and (texts or options.backends is not None or not graphs):
             self._add_int8_for_cpus()
         self.added.default = self._choose_default()
         self.added.manifest = self.manifest
@@ -217,17 +216,6 @@ class _Addition:
             for pair in pairs
             if pair[0] in PLAN_BACKENDS and self._is_wanted(target_name(*pair))
         ]
-
-    def _check_int8(self) -> None:
-        """Refuse int8 without texts, unless plans are built from the graphs that the folder has."""
-        options = self.options
-        can_quantize = options.calibration_data or not options.int8
-        for_cpus = self.for_cpus and options.backends is not None
-        if not can_quantize and (for_cpus or INT8 not in self.manifest.precisions):
-            raise InputError(
-                "int8 is asked for, and no texts are given for the ranges",
-                "give texts like those to classify as `calibration_data`",
-            )
 
     def _add_fp16(self) -> None:
         require("graphs")

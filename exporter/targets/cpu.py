@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from importlib import util
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -49,7 +48,7 @@ def add_openvino(
     manifest: Manifest,
     texts: Sequence[Text],
     progress: Progress,
-    wanted: Sequence[str] = OPENVINO_TARGETS,
+    wanted: Sequence[str],
 ) -> tuple[Manifest, list[Checked]]:
     """Add the targets of OpenVINO that suit this machine, and verify each.
 
@@ -66,10 +65,7 @@ def add_openvino(
     Returns:
         The manifest with the targets that passed, and what was found of each new one.
     """
-    if util.find_spec(OPENVINO) is None:
-        return manifest, []
-    error = unavailable_reason(OPENVINO)
-    if error is not None:
+    if error := unavailable_reason(OPENVINO):
         return manifest, [Checked(OPENVINO, refused=error)]
     more = exact_logits(folder, manifest, texts) if texts else None
     versions = {OPENVINO: version_of(OPENVINO)}

@@ -6,7 +6,6 @@ will run the plans.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from ...runtime.artifact.folder import sha256_of, verified_graph
@@ -67,7 +66,6 @@ def build_target(
     progress(name, 0, len(graphs))
 
     for graph_name, graph in graphs.items():
-        started = time.perf_counter()
         onnx = verified_graph(folder, graph.file, graph.sha256)
         plan = home / f"{graph_name}.plan"
         request = PlanRequest(
@@ -93,8 +91,7 @@ def build_target(
             sha256=sha256_of(plan),
             onnx_sha256=graph.sha256,
         )
-        seconds = time.perf_counter() - started
-        progress(f"{name} {graph_name} ({seconds:.1f} s)", len(files), len(graphs))
+        progress(f"{name} {graph_name}", len(files), len(graphs))
     return Target(
         backend=backend,
         precision=precision,

@@ -33,12 +33,10 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.folder import write_manifest
-from fpabee.runtime.artifact.manifest import keep_targets, with_operating_points, with_target
+from fpabee.runtime.artifact.manifest import keep_targets, with_target
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.cli.inspect import main as inspect
 from fpabee.runtime.progress import silent
-
-from ...doubles.openvino import add_openvino
 
 pytest.importorskip("openvino")
 
@@ -112,22 +110,6 @@ def test_targets_are_verified_and_the_fastest_is_the_default(
     assert "2.00x" in shown.stdout
 
 
-def test_what_other_targets_leave_in_the_caches_is_not_timed(
-    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    warm, calls = {ONNX: 1.0, FP32: 0.5}, [("", 0)]
-
-    def time_exits(engine: Engine, rows: int, tokens: int) -> list[float]:
-        calls.append((engine.target, rows))
-        return [warm[engine.target] if calls[-1] == calls[-2] else 9.0] * 3
-
-    monkeypatch.setattr(Engine, "time_exits", time_exits)
-    folder = engine_copy()
-    add_openvino(folder, "fp32")
-    found = cpu._seconds(folder, read_manifest(folder), [ONNX, FP32])
-    assert found == {ONNX: [3.0, 3.0], FP32: [1.5, 1.5]}
-
-
 @pytest.mark.parametrize(
     ("measured", "default", "why"),
     [
@@ -172,26 +154,10 @@ def test_a_default_that_was_chosen_by_hand_stays(folder: Path) -> None:
         add(folder, "other")
 
 
-def test_a_default_that_is_not_kept_is_chosen_again(
-    folder: Path, seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also one that was chosen by hand."""
-    add(folder, FP32)
-    manifest, other = read_manifest(folder), "onnxruntime-int8"
-    write_manifest(folder, with_target(manifest, other, manifest.targets[ONNX]))
-    seconds[other] = 0.5
-    version = f"{openvino.openvino_version()}.1"  # so that its targets are verified again
-    monkeypatch.setattr(backends, "openvino_version", lambda: version)
-    no_labels_suffice(monkeypatch, "fp32", "bf16")
-    assert add(folder).default.startswith(f"default target: {other}, ")
-    assert not read_manifest(folder).default_is_fixed
-
-
-def test_a_default_with_operating_points_stays_also_where_it_cannot_run(
+def test_a_default_with_operating_points_stays(
     engine_copy: Callable[..., Path],
     set_points: Callable[..., None],
     seconds: dict[str, float],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = engine_copy()
     set_points(folder, fast=Budget(exit=1))
@@ -200,13 +166,6 @@ def test_a_default_with_operating_points_stays_also_where_it_cannot_run(
     set_points(folder, FP32, fast=Budget(exit=1))
     changed, _ = cpu.with_fastest_default(folder, read_manifest(folder), silent)
     assert changed.default_target == FP32
-    no = {FP32: BackendError("no")}
-    monkeypatch.setattr(cpu, "why_not", lambda _, name: no.get(name))
-    seconds["other"] = 0.5
-    without = with_operating_points(changed.targets[FP32], {}, "")
-    manifest = with_target(changed, "other", changed.targets[ONNX])
-    _, line = cpu.with_fastest_default(folder, with_target(manifest, FP32, without), silent)
-    assert line == f"default target: {FP32}, which does not run on this CPU"
 
 
 @pytest.mark.parametrize(
@@ -317,7 +276,8 @@ def test_without_openvino_nothing_is_added(
     monkeypatch.setitem(sys.modules, "openvino", None)
     openvino._core.cache_clear()
     result = add_targets(folder, AddTargetsOptions())
-    assert (result.checked, result.default) == ([], "")
+    assert [one.name for one in result.checked if one.refused] == ["openvino"]
+    assert result.default == ""
     assert not set(ADDED) & read_manifest(folder).targets.keys()
     failed = export("--from", folder, "--backend", "openvino")
     assert failed.exit_code == 1
