@@ -142,6 +142,8 @@ CONFIGS = [
     Case("a norm of NaN", config(layer_norm_eps=math.nan), CONFIG, "nan"),
     Case("a last head of NaN", config(fpabee={"exits": [1, 2, 3], "pooling": "mean", "last_head": {
          "pooling": "mean", "activation": "tanh", "norm_eps": {"__float__": "NaN"}}}), "norm_eps"),
+    Case("an unknown activation", config(fpabee={"exits": [1, 2, 3], "pooling": "mean",
+         "last_head": {"pooling": "mean", "activation": "nope"}}), "'nope'"),
     Case("no family", file(CONFIG, "{}"), CONFIG),
     Case("exits too deep", config(fpabee={"exits": [2, 3, 4]}), "4", "3"),
     Case("more hidden layers than exits", config(fpabee={"pooling": "mean", "hidden_layers": 9}),

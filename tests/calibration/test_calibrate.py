@@ -271,19 +271,6 @@ def test_points_are_reported_on_the_test_file(folder: Path, data: Path, tmp_path
 
 
 @pytest.mark.usefixtures("measured")
-def test_unlabelled_rows_are_compared_with_full_depth(folder: Path, tmp_path: Path) -> None:
-    bare = tmp_path / "texts.txt"
-    bare.write_text("\n".join(row.text for row in label_rows(folder)) + "\n")
-    result = run(folder, "--data", bare)
-    assert result.exit_code == 1
-    assert "line 1 has no label" in result.stderr
-    assert "set --metric to agreement" in result.stderr
-    for point in calibrate(folder, bare, CalibrationOptions(metric="agreement", threads=1)).points:
-        assert point.held_out.metric == "agreement"
-        assert point.held_out.full_depth_score == 1.0
-
-
-@pytest.mark.usefixtures("measured")
 def test_only_the_rules_that_are_named_are_chosen(folder: Path, tmp_path: Path) -> None:
     """The texts and labels are in columns with other names."""
     lines = [f"{(row.labels or '-')[0]},{row.text},other" for row in label_rows(folder)]

@@ -70,13 +70,6 @@ def test_a_speedup_is_reached_with_the_least_drop() -> None:
     assert (found == rows.exits[-1]).all()
 
 
-def test_only_full_depth_is_left_where_nothing_competes() -> None:
-    search = Search(with_costs(make_rows()), lambda _: [])
-    assert search.choose(Goal(max_drop=1.0)) is None
-    with pytest.raises(InputError, match=r"the fastest is 1\.00 times as fast"):
-        search.choose(Goal(speedup=2.0))
-
-
 def test_held_out_exits_are_by_settings_that_other_rows_chose() -> None:
     """The labels of a part choose nothing that it is judged with."""
     rows, goal = make_rows(), Goal(max_drop=2.0)

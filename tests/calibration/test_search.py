@@ -24,9 +24,7 @@ from fpabee.runtime import (
     Entropy,
     ExitRule,
     FPabee,
-    Pabee,
     ProblemType,
-    RuleError,
     simulate,
 )
 from fpabee.runtime.rules.measures import Outputs
@@ -153,9 +151,3 @@ def test_the_threshold_gives_the_mean_depth_and_other_settings_stay(
     assert np.array(LAYERS)[exits - 1].mean() == pytest.approx(depth, abs=0.15)
     assert isinstance(found, ThresholdRule)
     assert found == replace(rule, threshold=found.threshold)
-
-
-def test_a_rule_without_threshold_is_refused() -> None:
-    rows = make_rows(count=9)
-    with pytest.raises(RuleError, match="has no threshold"):
-        threshold_for_depth(rows.logits, Pabee(patience=1), rows.problem_type, LAYERS, 5.0)

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -142,23 +141,3 @@ def test_the_speed_up_is_that_of_the_times_beside_it(capsys: pytest.CaptureFixtu
     assert [cell.strip() for cell in times] == ["90.0", "90.0 (1.00x)", "63.3"]
     assert [cell.strip() for cell in ratios] == ["1.42x", "1.50x", "0.947"]
     assert "takes 180.0 ms per 256 texts, 2.8x as long" in shown
-
-
-def test_the_time_of_a_unit_is_the_median_of_its_repeats(
-    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    few(monkeypatch, repeats=3)
-    # The first run is not timed.
-    ends = iter([0.0, 3.0, 1.0, 2.0, 9.0, 4.0, 5.0])
-    clock = SimpleNamespace(perf_counter=lambda: 0.0)
-
-    def run(_: object) -> SimpleNamespace:
-        end = next(ends)
-        clock.perf_counter = iter([end, 0.0, 0.0, 0.0]).__next__
-        return SimpleNamespace(exits=[1])
-
-    monkeypatch.setattr(bench, "time", clock)
-    with Engine.load(engines["bert"]) as engine:
-        units = [[row] for row in engine.encode(TEXTS[:2])]
-        found = bench._measure("two texts", units, engine, {WITH_RULE: run}, lambda *_: None)
-    assert found.seconds == {WITH_RULE: [2.0, 5.0]}

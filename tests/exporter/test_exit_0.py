@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,19 +83,6 @@ def test_exit_0_is_added_without_another_change(bert: Path, tmp_path: Path) -> N
     save_checkpoint(load_checkpoint(bert), bert)
     assert read(bert) is None
     assert not (bert / EXIT_0_FILE).exists(), "a model that replaces another has its own exit 0"
-
-
-def test_a_model_dir_may_be_a_disk_of_its_own(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """New files are made in it, because they could not be moved from another disk."""
-    places, make = list[Path](), tempfile.TemporaryDirectory
-
-    def noted(**given: Any) -> Any:
-        places.append(given["dir"])
-        return make(**given)
-
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", noted)
-    save_exit_0(bert, random_exit_0(200, 3), SINGLE)
-    assert places == [bert]
 
 
 def test_vocabularies_of_more_than_65536_tokens_share_unigrams() -> None:

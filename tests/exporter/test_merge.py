@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
 
-from fpabee.exporter import merge
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
-from fpabee.exporter.merge import merge_graphs, write_one_graph
-from fpabee.runtime import Engine, FPabee, VerificationError, read_manifest
-from fpabee.runtime.artifact.folder import write_manifest
+from fpabee.exporter.merge import write_one_graph
+from fpabee.runtime import Engine, FPabee, read_manifest
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text
 
@@ -83,28 +78,3 @@ def test_every_precision_is_merged_and_no_operating_point_is_copied(
     assert "onnxruntime-fp16-cuda" in manifest.targets
     target = manifest.targets["onnxruntime-fp32"]
     assert (target.operating_points, target.default_operating_point) == ({}, "")
-    # The other way round, the hidden states between two of the old graphs become fp16, too.
-    without = msgspec.structs.replace(manifest, precisions={}, targets={"onnxruntime-fp32": target})
-    write_manifest(folder, without)
-    again = add_targets(folder, AddTargetsOptions(fp16=True, backends=())).manifest
-    assert [graph.inputs for graph in again.graphs_in("fp16").values()] == [
-        graph.inputs for graph in manifest.graphs_in("fp16").values()
-    ]
-    for graph in again.graphs_in("fp16").values():
-        onnx.checker.check_model(folder / graph.file, full_check=True)
-
-
-def test_a_merge_that_changes_the_model_is_refused(
-    engines: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def wrong(*arguments: Any) -> Any:
-        proto = merge_graphs(*arguments)
-        for tensor in proto.graph.initializer:
-            if tensor.name.endswith("classifier.bias"):
-                values = numpy_helper.to_array(tensor) + 1
-                tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-        return proto
-
-    monkeypatch.setattr(merge, "merge_graphs", wrong)
-    with pytest.raises(VerificationError, match="is not the model that was exported"):
-        write_one_graph(engines["bert"], tmp_path)

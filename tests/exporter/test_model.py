@@ -220,18 +220,6 @@ def test_the_engine_gives_the_models_logits(
     np.testing.assert_allclose(live.logits[ran], whole.logits[ran], rtol=0, atol=1e-5)
 
 
-def test_exits_that_do_not_fit_are_refused() -> None:
-    for exits, message in (
-        ((), "not an ascending list"),
-        ((2, 1), "not an ascending list"),
-        ((0, 1), "do not fit an encoder of 3 layers"),
-        ((1, 4), "do not fit an encoder of 3 layers"),
-    ):
-        with pytest.raises(ModelError, match=f"{message}.*between 1 and 3"):
-            MultiExitConfig(exits, ("a", "b")).validate(3)
-    MultiExitConfig((1, 3), ("a",)).validate(3)
-
-
 def test_the_first_two_exits_of_new_models_have_a_hidden_layer() -> None:
     for exits, labels, changes, expected in (
         ((1, 2, 3), "abc", {}, 2),

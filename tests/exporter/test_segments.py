@@ -9,13 +9,9 @@ from typing import Any
 
 import onnx
 import pytest
-from transformers import AlbertConfig
 
 from fpabee.exporter import segments
-from fpabee.exporter.backbones import build_encoder
 from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.exits import MultiExitConfig
-from fpabee.exporter.model import MultiExitModel
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.manifest import Manifest, TensorSpec
 
@@ -148,42 +144,3 @@ def test_a_shared_block_is_stored_once(engines: Mapping[str, Path]) -> None:
 def test_a_single_segment_gives_nothing_but_logits(tiny_models: Mapping[str, Path]) -> None:
     (part,) = segments.cut(load_checkpoint(tiny_models["bert"]), (3,)).modules.values()
     assert part.outputs == ["logits"]
-
-
-FIRST_INPUTS = {
-    "bert": ["input_ids", "token_type_ids", "attention_bias"],
-    "albert": ["input_ids", "token_type_ids"],
-    "mpnet": ["input_ids", "attention_bias"],
-    "distilbert": ["input_ids", "attention_bias"],
-    "deberta-v2": ["input_ids", "attention_bias"],  # the tokenizer does, the model does not
-    "pabee_bert": ["input_ids", "attention_bias"],
-    "fpabee_albert": ["input_ids"],
-}
-
-
-@pytest.mark.parametrize("name", FIRST_INPUTS)
-def test_token_types_are_an_input_only_where_the_tokenizer_makes_them(
-    name: str, engines: Mapping[str, Path], golden_engines: Mapping[str, Path]
-) -> None:
-    folder = (golden_engines if name in ("pabee_bert", "fpabee_albert") else engines)[name]
-    first = next(iter(read_manifest(folder).graphs.values()))
-    assert [spec.name for spec in first.inputs] == FIRST_INPUTS[name]
-
-
-@pytest.mark.parametrize(
-    ("groups", "calls"),
-    [
-        (1, [("embeddings", *["block_01"] * 3, "head_01"), ("block_01", "head_02")]),
-        (2, [("embeddings", *["block_01"] * 2, "block_02", "head_01"), ("block_02", "head_02")]),
-    ],
-)
-def test_shared_layers_are_called_once_for_each_layer(
-    groups: int, calls: list[tuple[str, ...]]
-) -> None:
-    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_size": 16, "intermediate_size": 24}
-    counts: dict[str, Any] = {"num_hidden_layers": 4, "num_hidden_groups": groups}
-    config = AlbertConfig(vocab_size=64, num_attention_heads=2, **sizes, **counts)
-    model = MultiExitModel(build_encoder(config), MultiExitConfig((3, 4), ("a", "b"))).eval()
-    cut = segments.cut(model, (1, 2))
-    assert [segment.calls for segment in cut.segments] == calls
-    assert set(cut.modules) == {name for part in calls for name in part}

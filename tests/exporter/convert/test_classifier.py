@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
-from fpabee.exporter import export
 from fpabee.exporter.checkpoint import load_checkpoint, save_checkpoint
 from fpabee.exporter.convert.classifier import Classifier
 from fpabee.exporter.exits import Pooling
-from fpabee.exporter.model import MultiExitModel
-from fpabee.runtime import Engine
 from fpabee.runtime.artifact.manifest import ProblemType
-from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ModelError
 
 from ...bad_input.cases import change_config
@@ -53,37 +47,6 @@ def test_the_last_exit_gives_the_logits_of_the_classifier(
     assert expected.std() > 1e-2
     for each in (model.eval(), again):
         torch.testing.assert_close(each(ids, mask)[-1], expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("kind", "pooling"),
-    [
-        ("roberta", Pooling.CLS),
-        pytest.param("bert", Pooling.MEAN, marks=pytest.mark.slow),
-        pytest.param("modernbert with means", Pooling.CLS, marks=pytest.mark.slow),
-    ],
-)
-def test_the_engine_gives_the_logits_of_the_classifier(
-    kind: str, pooling: Pooling, make: Make, tmp_path: Path
-) -> None:
-    classifier = Classifier(make(kind))
-    config = classifier.exit_config((), pooling)
-    save_checkpoint(classifier.multi_exit(config), tmp_path / "model")
-    for path in classifier.folder.glob("tokenizer*"):
-        shutil.copy(path, tmp_path / "model")
-    folder = export(tmp_path / "model", tmp_path / "engines").folder
-    texts: list[Text] = ["good film", "", ("the plot is bad", "the music is good"), "rain " * 90]
-    tokenizer = AutoTokenizer.from_pretrained(classifier.folder)
-    expected = []
-    for text in texts:
-        pair = (text, None) if isinstance(text, str) else text
-        with torch.no_grad():
-            row = tokenizer(*pair, truncation=True, return_tensors="pt")
-            expected.append(classifier.model(**row).logits[0].numpy())
-    with Engine.load(folder) as engine:
-        assert engine.labels == LABELS
-        logits = engine.trace(texts).logits
-    np.testing.assert_allclose(logits[-1], np.stack(expected), rtol=0, atol=1e-5)
 
 
 def test_the_head_of_the_classifier_is_always_frozen(make: Make) -> None:
@@ -146,30 +109,6 @@ def test_anything_but_a_trained_classifier_is_refused(damage: str, make: Make) -
         Classifier(folder)
     assert caught.value.hint
     assert "\n" not in str(caught.value)
-
-
-WRONG_HEADS: dict[str, tuple[dict[str, Any], str]] = {
-    "no pooling": ({"activation": "tanh"}, "wrong 'fpabee' block"),
-    "unknown activation": ({"pooling": "cls", "activation": "nope"}, "unknown activation 'nope'"),
-    "a norm that the weights lack": (
-        {"pooling": "cls", "activation": "tanh", "norm_eps": 1e-5},
-        r"lacks 2 weights, first 'last_head\.norm",
-    ),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG_HEADS)
-def test_a_wrong_last_head_in_a_model_dir_is_refused(
-    wrong: str, make: Make, tmp_path: Path
-) -> None:
-    classifier = Classifier(make("bert"))
-    model: MultiExitModel = classifier.multi_exit(classifier.exit_config((1, 2)))
-    save_checkpoint(model, tmp_path / "model")
-    head, message = WRONG_HEADS[wrong]
-    block = {"exits": [1, 2, 3], "pooling": "mean", "last_head": head}
-    change_config(tmp_path / "model", fpabee=block)
-    with pytest.raises(ModelError, match=message):
-        load_checkpoint(tmp_path / "model")
 
 
 @pytest.mark.filterwarnings("ignore")  # of peft about transformers
