@@ -152,11 +152,6 @@ def _check(
             f"there is no metric {metric!r} for {task.problem_type.value}",
             f"choose from {', '.join(known)}",
         )
-    for label in options.thresholds:
-        if label not in task.labels:
-            raise InputError(
-                f"the model has no label {label!r}", f"choose from {', '.join(task.labels)}"
-            )
     texts = {row.content for row in rows}
     if len(texts) < LEAST_ROWS:
         raise InputError(

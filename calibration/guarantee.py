@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType, Task
 from ..runtime.artifact.operating_point import Certificate, Promise
+from ..runtime.errors import InputError
 from ..runtime.rules.measures import Array, Integers
 from ..runtime.rules.rules import Budget, Confidence, Entropy, ExitRule
 from .costs import StoppingCosts, observed_losses
@@ -72,7 +73,15 @@ def decision_thresholds(task: Task, thresholds: Mapping[str, float]) -> tuple[fl
 
     In a model with one label for each text, only the named labels decide; in a multi-label model
     all labels do.
+
+    Raises:
+        InputError: the model does not have a named label.
     """
+    for label in thresholds:
+        if label not in task.labels:
+            raise InputError(
+                f"the model has no label {label!r}", f"choose from {', '.join(task.labels)}"
+            )
     if not thresholds and not task.label_thresholds:
         return ()
     usual = 0.5 if task.problem_type is ProblemType.MULTI_LABEL else 1.0

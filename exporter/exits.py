@@ -85,12 +85,11 @@ class MultiExitConfig:
             ModelError: the exits are not ascending layers between 1 and `layers`, or more of them
                 have a hidden layer than there are.
         """
-        hint = f"give `exits` as layers between 1 and {layers}"
-        if not self.exits or list(self.exits) != sorted(set(self.exits)):
-            raise ModelError(f"exits {list(self.exits)} are not an ascending list of layers", hint)
-        if self.exits[0] < 1 or self.exits[-1] > layers:
+        inside = [layer for layer in range(1, layers + 1) if layer in self.exits]
+        if not inside or list(self.exits) != inside:
             raise ModelError(
-                f"exits {list(self.exits)} do not fit an encoder of {layers} layers", hint
+                f"exits {list(self.exits)} do not fit an encoder of {layers} layers",
+                f"give `exits` as ascending layers between 1 and {layers}",
             )
         if not 0 <= self.hidden_layers <= len(self.exits):
             raise ModelError(

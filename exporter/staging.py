@@ -13,19 +13,10 @@ from pathlib import Path
 from ..runtime.artifact.folder import check_outside, is_engines_folder
 from ..runtime.errors import ArtifactError
 
-_ELSEWHERE = "give another folder as `output`"
-
 
 def resolved(output: str | Path) -> Path:
-    """The real folder: a link stays, and the folder that it leads to is replaced.
-
-    Raises:
-        ArtifactError: it is a link to itself.
-    """
-    target = Path(os.path.realpath(output))
-    if target.is_symlink():
-        raise ArtifactError(f"{output} is a link to itself", _ELSEWHERE)
-    return target
+    """The real folder: a link stays, and the folder that it leads to is replaced."""
+    return Path(os.path.realpath(output))
 
 
 def check_output(target: Path, force: bool) -> None:
@@ -50,7 +41,8 @@ def check_output(target: Path, force: bool) -> None:
         return
     if not is_engines_folder(target):
         raise ArtifactError(
-            f"{target} exists and is not an engines folder; it will not be replaced", _ELSEWHERE
+            f"{target} exists and is not an engines folder; it will not be replaced",
+            "give another folder as `output`",
         )
     if not force:
         raise ArtifactError(f"{target} already holds an engines folder", "replace it with `force`")

@@ -29,7 +29,7 @@ from ...runtime.artifact.folder import read_manifest, sha256_of, write_manifest
 from ...runtime.artifact.manifest import MANIFEST_NAME, ProblemType, Task
 from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.encoding import EncodedRow
-from ...runtime.errors import ArtifactError, BackendError, InputError, RowError
+from ...runtime.errors import ArtifactError, BackendError, RowError
 from ...runtime.files import read_rows
 from ...runtime.files.labels import Labels, encode_labels
 from ...runtime.machine import multiplies_int8
@@ -112,10 +112,6 @@ def convert(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     teacher = Classifier(classifier, options.problem_type, options.adapter)
-    for label in options.bound.thresholds:
-        if label not in teacher.labels:
-            known = ", ".join(teacher.labels)
-            raise InputError(f"the classifier has no label {label!r}", f"choose from {known}")
     given = split(read_rows(texts, options.reading), options.group_column)
     needs = needs_in_words(options.bound, has_exit_0=True)
     for line in (f"{len(given.calibrate):,} of the texts will certify", *needs):
@@ -178,9 +174,9 @@ class _Work:
     ) -> None:
         self.teacher, self.texts, self.options, self.progress = teacher, texts, options, progress
         self.task = Task(problem_type=teacher.problem_type, labels=teacher.labels)
+        thresholds = decision_thresholds(self.task, options.bound.thresholds)
         if self.task.problem_type is ProblemType.MULTI_LABEL:
             # What is promised about labels is said of those that the folder predicts.
-            thresholds = decision_thresholds(self.task, options.bound.thresholds)
             self.task = msgspec.structs.replace(self.task, label_thresholds=thresholds)
         self.plain = teacher.multi_exit(teacher.exit_config(()))
         self.tokenizer = load_tokenizer(teacher.folder, self.plain)

@@ -121,11 +121,6 @@ def occupied(place: Place) -> Arguments:
     return place.export(place.models["bert"], "--force")
 
 
-def linked_to_itself(place: Place) -> Arguments:
-    (place.root / "out").symlink_to("out")
-    return place.export(place.models["bert"])
-
-
 BOMB = json.dumps({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
 LAYER = "bert.encoder.layer.1.output.dense.weight"
 
@@ -195,7 +190,6 @@ OPTIONS = [
     Case("another task", shared("--problem-type", "multi_label_classification"),
          "single_label_classification", "--problem-type"),
     Case("an output that is not ours", occupied, "out"),
-    Case("an output that is a link to itself", linked_to_itself, "out"),
     Case("an output below a file",
          lambda p: p.export(p.models["bert"], "-o", p.file("mine", "") / "engines"), "mine"),
 ]  # fmt: skip

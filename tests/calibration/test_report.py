@@ -132,15 +132,6 @@ def test_a_drop_that_no_row_can_judge_is_not_called_zero(calibrated: Make) -> No
     assert "its drop on other rows is not known" in promise_in_words(point, result)
 
 
-def test_settings_are_compared_by_an_estimate_where_the_default_is_guaranteed(
-    calibrated: Make,
-) -> None:
-    goals = {"safe": Bound(drop=0.3)}
-    result = calibrated(goals=goals, default="safe", compare=True)
-    assert result.comparisons
-    assert result.comparisons_goal == "drop at most 30 points"
-
-
 def test_names_may_hold_anything_and_guarantees_and_warnings_are_said(
     calibrated: Make, tmp_path: Path
 ) -> None:

@@ -99,15 +99,6 @@ def test_a_row_of_unknown_class_has_no_label(store: Store) -> None:
         load_rows(name, ReadOptions(input_format=TextFormat.CSV))
 
 
-def test_a_missing_column_is_named(store: Store) -> None:
-    name = store({"text": ["a", "b"]})
-    for option in ("text_column", "text_pair_column", "label_column"):
-        missing: dict[str, Any] = {option: "body"}
-        message = f'{name} has no column "body"; it has: text -> set `{option}`'
-        with pytest.raises(InputError, match=message):
-            load_rows(name, ReadOptions(**missing))
-
-
 def test_a_dataset_that_cannot_be_loaded_is_named(store: Store) -> None:
     store(PAIRS)
     Path("owner/script").mkdir()
@@ -121,9 +112,3 @@ def test_a_dataset_that_cannot_be_loaded_is_named(store: Store) -> None:
         with pytest.raises(InputError, match=f"^{name} cannot be loaded: .*{reason}") as caught:
             load_rows(name, USUAL)
         assert "OWNER/NAME[/CONFIG]:SPLIT" in caught.value.hint
-
-
-def test_a_bad_row_of_a_dataset_is_named(store: Store) -> None:
-    name = store({"label": ["x", "y"], "text": ["a", None]})
-    with pytest.raises(InputError, match='owner/name:train, row 2 has no string field "text"'):
-        load_rows(name, USUAL)

@@ -12,7 +12,7 @@ import torch
 
 from fpabee.exporter.training import TrainOptions, trainer
 from fpabee.exporter.training.examples import Examples, encoded_rows
-from fpabee.exporter.training.trainer import exit_loss, exit_scores, make_optimizer, train_exits
+from fpabee.exporter.training.trainer import exit_loss, make_optimizer, train_exits
 from fpabee.exporter.training.workflow import build_model
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.files import Row
@@ -99,14 +99,3 @@ def test_the_loop_warms_up_decays_clips_and_takes_fractions_of_epochs(
     assert max(norms) == pytest.approx(1e-3, rel=1e-3)
     assert all(parameter.grad is None for parameter in model.parameters()), "they do not add up"
     assert not model.training, "dev is scored without dropout"
-
-
-def test_every_exit_has_its_own_scores() -> None:
-    """The answer is the largest logit, or for multi-label every logit above 0."""
-    right, wrong = [0.0, 2.0], [2.0, 0.0]
-    logits = np.array([[right, right], [wrong, right], [wrong, right], [wrong, wrong]], np.float32)
-    scores = exit_scores(logits, np.array([1, 1, 1, 1]), SINGLE)
-    assert [score["accuracy"] for score in scores] == [0.25, 0.75]
-    logits = np.array([[[0.1, -0.1]], [[-0.1, -3.0]]], np.float32)
-    (score,) = exit_scores(logits, np.array([[1, 0], [1, 0]]), MULTI)
-    assert [score["exact_match"], score["micro_f1"]] == pytest.approx([1 / 2, 2 / 3])
