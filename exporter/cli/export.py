@@ -21,7 +21,7 @@ from ...runtime.errors import InputError, VerificationError
 from ...runtime.files import read_rows
 from ...runtime.machine import require
 from ..add_targets import AddTargetsOptions, AddTargetsResult, add_targets, check_options
-from ..targets.backends import INT8, ONNXRUNTIME, OPENVINO, RTX, TENSORRT, unavailable_reason
+from ..targets.backends import FP16, INT8, ONNXRUNTIME, OPENVINO, RTX, TENSORRT, unavailable_reason
 from ..targets.plans import PlanOptions
 
 Content = dict[str, Any]
@@ -157,7 +157,7 @@ def main(
     if as_json:
         click.echo(json.dumps({"folder": str(folder), **content}))
     else:
-        asked = source is not None or targets.fp16 or targets.int8 or bool(settings["backends"])
+        asked = source is not None or settings["int8"] or bool(settings["backends"])
         for line in _next_steps(folder, added, asked):
             echo(f"next: {line}")
     if settings["int8"] or settings["backends"]:
@@ -225,12 +225,13 @@ def _export(
 
 
 def _check_kept(added: AddTargetsResult, int8: bool) -> None:
-    """Fail if nothing of what was asked for has passed.
+    """Fail if nothing has passed that was asked for by `--backend` or `--int8`.
 
     Raises:
         VerificationError: none of them is kept.
     """
-    asked = [one for one in added.checked if not int8 or INT8 in one.name]
+    wanted = [one for one in added.checked if one.name != FP16]
+    asked = [one for one in wanted if not int8 or INT8 in one.name]
     reasons = {one.name: one.refused for one in asked if one.refused}
     if asked and len(reasons) == len(asked):
         names, first = " and ".join(reasons), next(iter(reasons.values()))
@@ -243,11 +244,11 @@ def _next_steps(folder: Path, added: AddTargetsResult, asked: bool) -> list[str]
     Args:
         folder: the engines folder.
         added: what was added to it.
-        asked: whether targets were asked for, so that each of them is calibrated and not only the
-            default target.
+        asked: whether targets for CPUs were asked for, so that each of them is calibrated and not
+            only the default target.
     """
     manifest, new = added.manifest, [*added.lost_points]
-    new += (one.name for one in added.checked if asked)
+    new += (one.name for one in added.checked if asked or one.name.startswith(TENSORRT))
     names = dict.fromkeys(name for name in new if name in manifest.targets)
     calibrate = f"fpabee-calibrate {shlex.quote(str(folder))} --data DATA"
     lacking = {name for name, target in manifest.targets.items() if not target.operating_points}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Mapping
 
 import numpy as np
@@ -25,7 +24,6 @@ _EXIT_LR = 5e-3
 _WEIGHT_DECAY = 0.01
 _LARGEST_GRADIENT = 1.0
 _WARMUP = 0.06  # the share of all steps that it takes
-_SHOWN_LOSSES = 50  # steps of which the mean loss is shown
 
 
 def train_exits(
@@ -55,7 +53,6 @@ def train_exits(
         optimizer,
         lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup)),
     )
-    losses = deque[float](maxlen=_SHOWN_LOSSES)
     done, dev_text = 0, ""
     progress("train", done, steps)
     while done < steps:
@@ -73,9 +70,8 @@ def train_exits(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
             done += 1
-            progress(f"train, loss {np.mean(losses):.3f}{dev_text}", done, steps)
+            progress(f"train, loss {loss.item():.3f}{dev_text}", done, steps)
         scores = exit_scores(predict(model, dev.rows, padding, by_row), dev.targets, problem_type)
         metric = next(iter(scores[0]))
         values = " ".join(f"{row[metric]:.3f}" for row in scores)
