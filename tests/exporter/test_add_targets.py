@@ -47,14 +47,12 @@ def test_the_result_says_what_was_not_built(
 ) -> None:
     folder = engine_copy()
     add_targets(folder, AddTargetsOptions(fp16=True, backends=()))
-    before = read_manifest(folder)
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
         result = add_targets(folder, AddTargetsOptions(plans=SMALL))
         said = CliRunner().invoke(export, ["--from", str(folder), "--quiet"]).stdout
-    assert result.manifest.targets.keys() == before.targets.keys()
     install = "pip install 'fpabee[tensorrt-{}cu13]'"
-    assert {one.name: one.refused and one.refused.hint for one in result.checked} == {
+    assert {one.name: one.refused.hint for one in result.checked if one.refused} == {
         "tensorrt-fp16": install.format(""),
         "tensorrt-rtx-fp16": install.format("rtx-"),
     }
