@@ -69,7 +69,6 @@ class Engine:
         threads: int | None = None,
         *,
         rule: ExitRule | None = None,
-        preload: bool = False,
         max_length: int | None = None,
         check: bool = False,
         revision: str | None = None,
@@ -85,7 +84,6 @@ class Engine:
                 target's default point, or the cautious rule of a folder that is not calibrated.
             threads: CPU threads, at most 1024; default: the cores that this process may use.
             rule: a rule of your own instead of an operating point.
-            preload: load all segments now, instead of when they are first needed.
             max_length: truncate texts to this many tokens, special tokens included. The default
                 and the largest value is what the model and the target take.
             check: run `check` at once. It loads all segments.
@@ -119,8 +117,6 @@ class Engine:
             point, rule = rule_here(folder, manifest, name, operating_point)
         backend = open_backend(folder, manifest, name, threads)
         try:
-            if preload:
-                backend.preload()
             engine = cls(folder, manifest, backend, rule, point, max_length)
             if check:
                 engine.check()

@@ -273,8 +273,7 @@ def measure(folder: Path, target: str, emit: Emit) -> None:
     check_target(folder, target)
     with ExitStack() as stack:
         one, chain = (
-            stack.enter_context(Engine.load(folder / name, target, preload=True))
-            for name in ("one", "chain")
+            stack.enter_context(Engine.load(folder / name, target)) for name in ("one", "chain")
         )
         emit(NOTE, f"{target} reproduces the exported model: {chain.check()}")
         rule: ExitRule = Entropy(threshold=0.5)

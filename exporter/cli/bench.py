@@ -70,8 +70,9 @@ def main(
     texts = [row.content for row in read_rows(source, options.read_options(settings))][:_MOST_TEXTS]
     with (
         step_progress(quiet) as progress,
-        Engine.load(engines, target, threads=threads, preload=True) as engine,
+        Engine.load(engines, target, threads=threads) as engine,
     ):
+        engine.warm_up(tokens=1)
         if depth is None:
             rule = engine.rule
             if rule_text is not None:

@@ -539,11 +539,6 @@ class Backend(ABC):
                 self._loaded[name] = loaded
         return loaded
 
-    def preload(self) -> None:
-        """Load all graphs now."""
-        for name in self.graphs:
-            self.graph(name)
-
     def close(self) -> None:
         """Free what is loaded, as soon as the calls that have begun are done."""
         with self._pool_lock:

@@ -156,7 +156,7 @@ class OpenVinoBackend(HostBackend):
         if found is None:
             model = self._compile(file)
             with suppress(RuntimeError):  # then nothing is kept
-                compiled_cache.write(key, _exported(model))
+                compiled_cache.write(key, model.export_model().getvalue())
             # What is read from the cache takes less memory than what was compiled.
             found = self._imported(key) or Compiled(model)
         return found
@@ -248,11 +248,6 @@ def steps(most: int, finest: int, fine_up_to: int) -> tuple[int, ...]:
         size += finest if size < fine_up_to else 2 ** (size.bit_length() - 4)
         sizes.append(min(size, most))
     return tuple(sizes)
-
-
-def _exported(model: Any) -> bytes:
-    blob = model.export_model()
-    return blob if isinstance(blob, bytes) else bytes(blob.getbuffer())
 
 
 @lru_cache(1)

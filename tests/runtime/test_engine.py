@@ -301,17 +301,12 @@ def test_a_closed_engine_says_so(engines: Mapping[str, Path]) -> None:
     [
         {"max_length": 1},
         {"rule": Budget(exit=9)},
-        {"preload": True},
     ],
 )
 def test_a_failed_load_frees_what_it_opened(
     settings: dict[str, Any], engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: object) -> None:
-        raise BackendError("no memory", "free some")
-
     closed: list[str] = []
-    monkeypatch.setattr(OnnxRuntimeBackend, "preload", fail)
     monkeypatch.setattr(OnnxRuntimeBackend, "close", lambda backend: closed.append(backend.name))
     with pytest.raises(FpabeeError):
         Engine.load(engines["bert"], **settings)
@@ -360,8 +355,11 @@ def test_segments_are_loaded_when_the_first_row_runs(engine_copy: Callable[..., 
     gc.collect()
     assert session() is None, "closing frees the session"
     path.write_bytes(b"damaged")
-    with pytest.raises(ArtifactError, match=r"segment_03\.onnx is damaged"):
-        Engine.load(folder, preload=True)
+    with (
+        Engine.load(folder) as engine,
+        pytest.raises(ArtifactError, match=r"segment_03\.onnx is damaged"),
+    ):
+        engine.warm_up(tokens=1)
 
 
 def test_a_rule_that_does_not_fit_is_refused_at_once(

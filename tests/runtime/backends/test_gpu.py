@@ -119,7 +119,7 @@ def test_a_target_that_is_built_here_runs_and_is_verified(built: Built) -> None:
 
 def test_answers_are_those_of_fp32_on_the_cpu(built: Built) -> None:
     with (
-        Engine.load(built.folder, target=built.target, preload=True) as engine,
+        Engine.load(built.folder, target=built.target) as engine,
         Engine.load(built.folder) as usual,
     ):
         for texts in (TEXTS, TEXTS[:1], TEXTS * 5):
