@@ -139,7 +139,7 @@ def test_without_a_cache_everything_runs(
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     else:
         refuse = Mock(side_effect=RuntimeError("cannot be exported"))
-        monkeypatch.setattr(openvino, "_exported", refuse)
+        monkeypatch.setattr("openvino.CompiledModel.export_model", refuse)
     check(folder)
     assert not cache.exists()
     assert not (tmp_path / "~").exists()
