@@ -33,8 +33,11 @@ def repository(hub: Hub, engines: Mapping[str, Path]) -> Repository:
 
 
 def refused(says: str, revision: str | None = None) -> None:
-    with pytest.raises(ArtifactError, match=says) as caught:
-        Engine.load(NAME, revision=revision, preload=True)
+    with (
+        pytest.raises(ArtifactError, match=says) as caught,
+        Engine.load(NAME, revision=revision) as engine,
+    ):
+        engine.warm_up(tokens=1)
     assert caught.value.hint
 
 
