@@ -1,0 +1,64 @@
+"""The study of conversions: what certifies has not trained the classifier, and what its tables say."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import conversions
+from conversions import Run, compared, halves, tables, texts_for
+
+
+def test_the_texts_of_a_conversion_have_not_trained_the_classifier(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "conversions").mkdir()
+    for part, count in (("train", 100), ("dev", 10)):
+        with gzip.open(tmp_path / "data" / f"{part}.jsonl.gz", "wt") as file:
+            for number in range(count):
+                row = {"text": f"{part} {number}", "text_pair": "b", "label": "x"}
+                file.write(json.dumps(row) + "\n")
+    run = Run("encoder", "data", 1, rows=90)
+    trained, others = halves(run, 42, 100)
+    assert (len(trained), len(others), len({*trained, *others})) == (45, 45, 90)
+    every, some = (texts_for(run, 42, size, tmp_path, tmp_path) for size in (None, 20))
+    rows = [json.loads(line) for line in every.read_text().splitlines()]
+    expected = [f"train {number}" for number in others] + [f"dev {number}" for number in range(10)]
+    assert [row.pop("text") for row in rows] == expected
+    assert rows == [{"text_pair": "b"}] * 55
+    chosen = some.read_text().splitlines()
+    assert len(chosen) == 20
+    assert {*chosen} < {*every.read_text().splitlines()}
+
+
+def test_the_tables_say_what_was_found() -> None:
+    test = compared([{"a"}, {"b"}, {"a", "b"}], [{"a"}, {"a"}, {"b"}], [{"a"}, {"b"}, {"c"}])
+    assert test == {"flips": 2, "accuracy": 2 / 3}
+    target = {"target": conversions.FP32, "certificate": {"promises": []}, "layers": 3.0}
+    form = {"pooling": "mean", "width": 64, "every": 1}
+    found: dict[str, Any] = {
+        "classifier": {"rows": 3, "accuracy": 0.5},
+        "all": {
+            "targets": [target],
+            "exit_layers": [0, 3, 6],
+            "texts": 1234,
+            "cpu_s": 61.2,
+            "chosen": {"form": form, "agreement": [0.8, 0.95]},
+        },
+        f"all {conversions.FP32}": test | {"saved": 0.4},
+        "exit 0 alone": {"flips": 1, "saved": 0.1},
+        "times": {
+            "graph-onnxruntime": {"single": [2.0, 4.0, 6.0], "file": [3.0, 3.0, 3.0]},
+            conversions.FP32: {"single": [1.0, 1.0, 4.0], "file": [1.0, 2.0, 3.0]},
+        },
+    }
+    lines = list(tables({"trec-42": found}))
+    for line in (
+        "| trec-42 | all | 1,234 | `onnxruntime-fp32` | yes | 50.0% | 40.0% | 2 of 3 | 66.7% "
+        "| 50.0% | 61 s |",
+        "| trec-42 | exit 0 alone |  |  |  |  | 10.0% | 1 of 3 |  | 50.0% |  |",
+        "| trec-42 | all | mean, hidden layer of 64, every 1 | 80.0 95.0 |",
+        "| trec-42 | `onnxruntime-fp32` | 2.00 | 1.50 |",
+    ):
+        assert line in lines
