@@ -61,7 +61,9 @@ fpabee-convert my-guard texts.txt --missed 2 --threshold attack=0.7
 @options.number("--false-alarms", "Of the others, at most X % are flagged.")
 @cli.thresholds
 @options.path("--adapter", "PEFT adapter to merge into the classifier.", "DIR")
-@options.flag("--fine-tune", "Train the encoder as well. Saves more, and takes far longer.")
+@options.flag(
+    "--fine-tune", "Train the encoder as well. Full depth then differs too: allow more flips."
+)
 @options.flag("--all-targets", "Build and certify every target that this machine can.")
 @options.path("--single-file", "Also write one ONNX file with the exits and the rule.", "DIR")
 @options.flag("--force", "Replace an existing engines folder.")
@@ -160,7 +162,7 @@ def _show(result: Conversion) -> None:
     saved = 1 - default.layers / result.exit_layers[-1]
     if result.chosen.form is not None and saved < _LITTLE:
         few = f"frozen exits save only {100 * saved:.0f} % of the layers"
-        echo(f"{few}; more are saved if --fine-tune trains the encoder as well")
+        echo(f"{few}; if more decisions may change, --fine-tune may save more")
     for warning in result.warnings:
         echo(f"warning: {warning}")
 

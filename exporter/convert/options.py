@@ -20,7 +20,8 @@ class ConvertOptions:
     Attributes:
         bound: what is promised on new texts, against the decisions of the classifier.
         adapter: the folder of a PEFT adapter, which is merged into the classifier.
-        fine_tune: train the encoder as well. Promises are still about the classifier.
+        fine_tune: train the encoder as well, which also changes decisions at full depth. Promises
+            are still about the classifier.
         all_targets: also build int8 and the targets of GPUs, where this machine can.
         problem_type: the task, if the classifier does not name it.
         max_length: longest sequence in tokens, special tokens included; None: the longest that

@@ -1,4 +1,4 @@
-"""The study of conversions: what certifies has not trained the classifier, and what its tables say."""
+"""The study of conversions: what certifies has not trained the classifier, and what tables say."""
 
 from __future__ import annotations
 

@@ -138,8 +138,8 @@ def test_the_summary_says_what_is_guaranteed_and_what_is_not(
         "openvino-int8 alone changes 2.60 % of the decisions; no guarantee, so all layers run: "
         "full depth has 31 flips in 1200 texts",
         "accuracy: 0.9500; that of the classifier: 0.9550",
-        "frozen exits save only 20 % of the layers; more are saved if --fine-tune trains the "
-        "encoder as well",
+        "frozen exits save only 20 % of the layers; if more decisions may change, --fine-tune may "
+        "save more",
         "warning: something is odd",
         "one file: one",
         "next: fpabee-run engines texts.txt",
