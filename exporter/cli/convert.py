@@ -178,7 +178,8 @@ def _guarantee(found: Converted, calibrated: str) -> str:
         flagged = f"{promise.label!r} (above {thresholds.get(promise.label or '', 0):g})"
         promised = _PROMISED[promise.of].format(f"{promise.at_most:g} %", flagged)
         words.append(f"at most {promised} (tested on {promise.rows:,} of {calibrated} texts)")
-    return f"guarantee for new texts, with {confidence:g} % confidence: {', and '.join(words)}"
+    sure = f"guarantee for new texts, with {confidence:g} % confidence: {', and '.join(words)}"
+    return f"{sure}. It holds only if the classifier was not trained on the texts given here"
 
 
 def _heads(chosen: Chosen) -> str:
