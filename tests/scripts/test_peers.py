@@ -108,9 +108,9 @@ def test_systems_of_fpabee(
     _store(tmp_path / "test.jsonl.gz", texts, labels)
     given = {"model": "model", "data": str(tmp_path)}
     (file,) = (system for system in found if system.name == "onnxruntime-bare")
-    bare = systems.measure(file, given, tmp_path)
+    assert systems.measure(file, given, tmp_path)["score"] == 1
     file.settings["runtime"] = "openvino"
-    assert bare["score"] == systems.measure(file, given, tmp_path)["score"] > 0.9
+    assert systems.measure(file, given, tmp_path)["score"] > 0.95, "it may compute in bf16"
 
 
 def test_rounds_are_kept_and_what_failed_is_listed_and_tried_again(
