@@ -59,7 +59,7 @@ def engines_folder(
                 "leave out the revision, or give OWNER/NAME of a repository on the hub",
             )
         return Path(source)
-    require("hub", f"{source} is no folder here, and to look for it on the Hugging Face hub")
+    require("hub", f"{source} is not a folder here, and looking for it on the Hugging Face hub")
     from huggingface_hub import hf_hub_download
 
     with hub_errors(repository, revision, MANIFEST_NAME):
@@ -97,10 +97,10 @@ def hub_errors(
 
     problems: dict[type[Exception], str] = {
         hub.GatedRepoError: "is gated: its owner has to accept your account on its page",
-        hub.RepositoryNotFoundError: "is no folder here, and the hub has no such repository",
+        hub.RepositoryNotFoundError: "is not a folder here, and the hub has no such repository",
         hub.RevisionNotFoundError: f"has no revision {revision or 'main'!r}",
-        hub.LocalEntryNotFoundError: "is no folder here, and the hub cannot be reached",
-        hub.EntryNotFoundError: f"is no engines folder, or a part of one: it has no {file}",
+        hub.LocalEntryNotFoundError: "is not a folder here, and the hub cannot be reached",
+        hub.EntryNotFoundError: f"holds no complete engines folder: {file} is missing",
     }
     # The bases of its error for HTTP are those of the library that it uses.
     kinds: tuple[type[Exception], ...] = (RuntimeError, ValueError, *hub.HfHubHTTPError.__bases__)

@@ -144,7 +144,8 @@ def _show(result: Conversion) -> None:
     train, choose, calibrate, report = (f"{count:,}" for count in result.parts)
     echo(f"{result.folder}: made with {result.rows:,} texts, {result.texts:,} of them distinct")
     did = f"{train} trained exits, {choose} chose the best, {calibrate} certified them"
-    echo(f"{did}. The other {report} decided nothing:")
+    one = f"{100 / result.parts[-1]:.2f} %"
+    echo(f"{did}. The other {report} decided nothing (one of them is {one}):")
     echo("")
     echo(_line("", "layers", "times faster", "", "decisions changed", ""))
     echo(_line("target", "per text", "single text", "file", "per text", "traffic"))

@@ -2,8 +2,8 @@
 
 A web page can let the name of its own server lead to this machine (DNS rebinding). Browsers then
 let it read what the server here answers, but the `Host` header of its requests still has that name.
-Browsers always send this header. An address is no name, so every address is accepted, for which
-Starlette's `TrustedHostMiddleware` has no rule.
+Browsers always send this header. A page cannot do this with an IP address, so every address is
+accepted. Starlette's `TrustedHostMiddleware` cannot be told so.
 """
 
 from __future__ import annotations

@@ -113,7 +113,10 @@ def test_hub_id_is_downloaded(
     assert {"config.json", "pytorch_model.bin", "tokenizer.json"} <= {*hub.downloaded()}
     assert not list(tmp_path.rglob("snapshots/*/tf_model.h5")), "of another framework"
     for name, says in (
-        ("someone/else", "is no folder here, and the hub has no such repository -> check the name"),
+        (
+            "someone/else",
+            "is not a folder here, and the hub has no such repository -> check the name",
+        ),
         ("someone--else/model", "on the hub: Cannot have --"),  # which the hub does not allow
     ):
         with pytest.raises(ModelError, match=f"{name} {says}"):

@@ -99,7 +99,7 @@ def test_what_was_downloaded_needs_no_network(
     hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused("owner/name is no folder here, and the hub cannot be reached -> .* HF_HUB_OFFLINE")
+    refused("owner/name is not a folder here, and the hub cannot be reached -> .* HF_HUB_OFFLINE")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     engines_folder(NAME)
     hub.requests.clear()
@@ -119,20 +119,20 @@ def test_a_repository_that_cannot_be_used_is_refused(
     repository.commit({"manifest.json": outside})
     refused(r"owner/name on the hub: .*outside")
     del repository.commits[repository.commit(files)]["onnx/fp32/segment_02.onnx"]
-    refused("is no engines folder, or a part of one: it has no onnx/fp32/segment_02.onnx")
+    refused("holds no complete engines folder: onnx/fp32/segment_02.onnx is missing")
     damaged = bytes(len(files["onnx/fp32/segment_02.onnx"]))
     repository.commit({"onnx/fp32/segment_02.onnx": damaged})
     refused(r"segment_02\.onnx is damaged: sha256")
     repository.commits.clear()
     repository.commit({"config.json": b"{}"})
-    refused("is no engines folder, or a part of one: it has no manifest.json")
+    refused("holds no complete engines folder: manifest.json is missing")
     repository.gated = True
     refused("owner/name is gated: .* set HF_TOKEN")
     del hub.repositories[NAME]
-    refused("owner/name is no folder here, and the hub has no such repository")
+    refused("owner/name is not a folder here, and the hub has no such repository")
     find = util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda n: None if n == "huggingface_hub" else find(n))
-    missing = r"owner/name is no folder here, .* needs huggingface_hub.* -> .*'fpabee\[hub\]'"
+    missing = r"owner/name is not a folder here, .* needs huggingface_hub.* -> .*'fpabee\[hub\]'"
     with pytest.raises(MissingExtraError, match=missing):
         Engine.load(NAME)
 
