@@ -213,8 +213,9 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
 
 
 def test_an_adapter_needs_a_package(
-    telling: Mapping[str, Path], texts: Path, monkeypatch: pytest.MonkeyPatch
+    telling: Mapping[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # here may be an engines folder
     find = util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda name: None if name == "peft" else find(name))
     result = run(telling[SINGLE.value], texts, "--adapter", "lora", "--quiet")
