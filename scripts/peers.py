@@ -6,13 +6,13 @@
 All systems classify the same test texts on the same machine and threads, each in a fresh process,
 tokenization included. Each one is exported, quantized or trained as its documentation recommends,
 in an environment of its own in WORK, because their requirements conflict. Models are those of
-`reproduce.py` with exit 0, which are trained unless they are there; their last exit is the
-classifier of those systems that only run a model. Its graph also runs bare in ONNX Runtime and
-OpenVINO, without a library around it. Besides the operating points of fpabee there are one file
-with `balanced` inside, the conversion of a classifier if `conversions.py` made it in WORK, full
-depth as one graph, `balanced` without exit 0, exit 0 alone, the cascade (exit 0 answers the rows of
-which it is certain, and one graph all others), encoders that are cut after their first layers, and
-exits that run as many layers on average.
+`reproduce.py` with exit 0, which are trained unless they are there, those of MiniLM with the
+default number of epochs. Their last exit is the classifier of those systems that only run a model.
+Its graph also runs bare in ONNX Runtime and OpenVINO, without a library around it. Besides the
+operating points of fpabee there are one file with `balanced` inside, the conversion of a classifier
+if `conversions.py` made it in WORK, full depth as one graph, `balanced` without exit 0, exit 0
+alone, the cascade (exit 0 answers the rows of which it is certain, and one graph all others), an
+encoder that is cut after three layers, and exits that run as many layers on average.
 
 All systems are measured in rounds: each round runs every system once, in rotating order. Results
 are medians over the rounds, and ratios are medians of the ratios to `onnx` in the same round, so a
@@ -47,11 +47,9 @@ from fpabee.runtime.machine import cpu_name, usable_cores
 from fpabee.runtime.rules.rules import Pabee
 from fpabee.runtime.targets import rule_of
 
-PICTURED = [f"{name}{EXIT_0}" for name in ("mpnet-sst2", "mini-trec", "mini-snips")]
-CURVE = {f"drop-{points:g}": Goal(max_drop=points) for points in (0.25, 1.0, 4.0)}
-"""Operating points besides the default ones."""
-CUTS = (1, 2, 3)
-"""The numbers of layers after which encoders are cut."""
+COMPARED = [f"{name}{EXIT_0}" for name in ("mpnet-sst2", "mini-trec", "mini-snips", "mini-mrpc")]
+CUT = 3
+"""The number of layers after which an encoder is cut."""
 BALANCED = Goal(max_drop=0.5)
 PABEE = "pabee"
 REFERENCE = "onnx"
@@ -61,7 +59,7 @@ REFERENCE = "onnx"
 def systems(
     model: Path,
     data: Path,
-    cuts: dict[int, Path],
+    cut: Path,
     target: str | None = None,
     converted: Path | None = None,
 ) -> Iterator[System]:
@@ -70,15 +68,15 @@ def systems(
     Args:
         model: the model_dir.
         data: the folder of the data set.
-        cuts: models that were cut after the first layers, by their number of layers.
+        cut: the model that was cut after `CUT` layers.
         target: the target of fpabee; None: the fastest one.
         converted: the engines folder of a conversion by `conversions.py`.
     """
     last, dev = read_manifest(engines_of(model)).exits[-1], data / "dev.jsonl.gz"
     engines, plain = engines_of(model), engines_of(reproduce.without_exit_0(model))
-    whole, cut = engines_of(model, (last,)), {n: engines_of(one) for n, one in cuts.items()}
+    whole, short = engines_of(model, (last,)), engines_of(cut)
     if target is None:
-        for folder in (engines, plain, whole, *cut.values()):
+        for folder in (engines, plain, whole, short):
             add_all_targets(folder, data)
         targets = read_manifest(engines).targets
         target = max(targets, key=lambda name: targets[name].relative_speed or 0)
@@ -88,8 +86,7 @@ def systems(
         return System(name, "fpabee", settings=settings)
 
     yield runs("fpabee-full-depth", engines, None)
-    goals = DEFAULT_GOALS | CURVE
-    for name, rule in rules_of(engines, dev, target, goals).items():
+    for name, rule in rules_of(engines, dev, target, DEFAULT_GOALS).items():
         yield runs(f"fpabee-{name}", engines, rule)
     patience = rules_of(plain, dev, target, {"balanced": BALANCED}, (PABEE,))["balanced"]
     settings = {
@@ -119,10 +116,9 @@ def systems(
     )
     yield runs("exit-0-alone", engines, Budget(exit=0))
     yield runs("cascade", whole, Budget(exit=1, exit_0_threshold=limit))
-    for count, folder in cut.items():
-        yield runs(f"first-{count}-layers", folder, None)
-        if found := reproduce.choose(search, Goal(speedup=layers[-1] / count), search.kinds):
-            yield runs(f"exits-{count}-layers", engines, found)
+    yield runs(f"first-{CUT}-layers", short, None)
+    if found := reproduce.choose(search, Goal(speedup=layers[-1] / CUT), search.kinds):
+        yield runs(f"exits-{CUT}-layers", engines, found)
 
 
 def add_all_targets(engines: Path, data: Path) -> None:
@@ -216,7 +212,7 @@ def _ratio(rounds: dict[str, list[dict[str, Any]]], name: str, key: str) -> str:
     "--only",
     multiple=True,
     type=click.Choice([name for name in RUNS if name.endswith(EXIT_0)]),
-    default=PICTURED,
+    default=COMPARED,
 )
 @click.option("--kind", "kinds", multiple=True, help="Names of systems. Default: all.")
 @click.option("--target", help="The target of fpabee. Default: the fastest.")
@@ -240,27 +236,24 @@ def main(
     hardware = f"{cpu_name()}, {usable_cores()} threads, {platform.system()}"
     stored = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     for name in only:
-        run = RUNS[name]
+        run, place = RUNS[name], work / "peers"
+        if run.backbone == reproduce.MINILM:
+            run = dataclasses.replace(run, options=run.options | {"epochs": None})
         backbone = reproduce.backbone_of(run, work)
-        model = train_run(run, seed, data, backbone, work / f"{name}-{seed}")
-        cuts, plain = {}, name.removesuffix(EXIT_0)
-        for layers in CUTS:
-            if kinds and f"first-{layers}-layers" not in kinds:
-                continue
-            options = run.options | {"exits": (layers,), "distill": 0.0, "exit_0": False}
-            folder = work / f"{plain}-cut-{layers}-{seed}"
-            cut = dataclasses.replace(run, options=options)
-            cuts[layers] = train_run(cut, seed, data, backbone, folder)
+        model = train_run(run, seed, data, backbone, place / f"{name}-{seed}")
+        options = run.options | {"exits": (CUT,), "distill": 0.0, "exit_0": False}
+        cut = dataclasses.replace(run, options=options)
+        cut_model = train_run(cut, seed, data, backbone, place / f"{name}-cut-{seed}")
         given = {
             "model": str(model),
             "backbone": backbone,
             "data": str(data / run.data),
         }
-        converted = work / "conversions" / f"{plain}-{seed}-all"
+        converted = work / "conversions" / f"{name.removesuffix(EXIT_0)}-{seed}-all"
         mine = stored.setdefault(model.name, {})
         asked = [
             system
-            for system in systems(model, data / run.data, cuts, target, converted)
+            for system in systems(model, data / run.data, cut_model, target, converted)
             if not kinds or system.name in kinds
         ]
         for number in range(1, rounds + 1):

@@ -36,7 +36,6 @@ ENVIRONMENTS = {
     "torch": ["sentence-transformers==6.2.0"],
     "onnx": ["sentence-transformers[onnx]", "optimum-onnx==0.1.0"],
     "openvino": ["sentence-transformers[openvino]", "optimum-intel==2.2.0", "nncf", "datasets"],
-    "setfit": ["setfit==1.2.0"],
     "model2vec": ["model2vec[distill,inference,quantization,train]==0.10.0"],
 }
 """What each environment installs. With optimum, pip chooses a sentence-transformers that fits."""
@@ -71,7 +70,6 @@ OTHERS = [
     System("onnx-int8", "backend", "onnx", {"int8": True}),
     System("openvino", "backend", "openvino", {"int8": False}),
     System("openvino-int8", "backend", "openvino", {"int8": True}),
-    System("setfit", "setfit", "setfit"),
     System("model2vec", "model2vec", "model2vec"),
 ]
 """The systems that do not run fpabee."""
@@ -227,31 +225,6 @@ def load_backend(spec: Specification) -> Predict:
     return from_logits(model, spec)
 
 
-def prepare_setfit(spec: Specification) -> None:
-    """Contrastive training on 16 texts of each label, and then a head on all texts."""
-    from datasets import Dataset
-    from setfit import SetFitModel, Trainer, TrainingArguments, sample_dataset
-
-    texts, labels = train_rows(spec)
-    model = SetFitModel.from_pretrained(spec.backbone, labels=sorted(set(labels)), device="cpu")
-    arguments = TrainingArguments(batch_size=16, num_epochs=1, max_steps=200, save_strategy="no")
-    rows = Dataset.from_dict({"text": texts, "label": labels})
-    trainer = Trainer(model, arguments, sample_dataset(rows, num_samples=16))
-    trainer.train()
-    trainer.train_classifier(texts, labels)
-    model.save_pretrained(spec.place)
-
-
-def load_setfit(spec: Specification) -> Predict:
-    """SetFit."""
-    from setfit import SetFitModel
-
-    model = SetFitModel.from_pretrained(spec.place, device="cpu")
-    return lambda texts: [
-        ([str(label)], None) for label in model.predict(texts, show_progress_bar=False)
-    ]
-
-
 def prepare_model2vec(spec: Specification) -> None:
     """Distil the encoder, and fine-tune the static embeddings with a classifier."""
     from model2vec.distill import distill
@@ -371,7 +344,6 @@ def load_pabee(spec: Specification) -> Predict:
 KINDS = {
     "torch": (prepare_torch, load_torch),
     "backend": (prepare_backend, load_backend),
-    "setfit": (prepare_setfit, load_setfit),
     "model2vec": (prepare_model2vec, load_model2vec),
     "fpabee": (None, load_fpabee),
     "pabee": (None, load_pabee),
@@ -417,7 +389,7 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in (*("fpabee", "numpy", "onnxruntime", "openvino", "tokenizers", "torch"),
                     *("transformers", "sentence-transformers", "optimum", "optimum-intel"),
-                    *("optimum-onnx", "setfit", "model2vec")):  # fmt: skip
+                    *("optimum-onnx", "model2vec")):  # fmt: skip
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found

@@ -95,11 +95,10 @@ def test_systems_of_fpabee(
     _store(tmp_path / "dev.jsonl.gz", texts, labels)
     monkeypatch.setattr(peers, "engines_of", lambda model, exits=None: folders[model.name])
     monkeypatch.setattr(reproduce, "without_exit_0", lambda _: Path("plain"))
-    cuts = {1: Path("plain")}
-    found = list(peers.systems(Path("model"), tmp_path, cuts, TARGET, folders["plain"]))
+    found = list(peers.systems(Path("model"), tmp_path, Path("plain"), TARGET, folders["plain"]))
     names = [system.name for system in found]
-    assert {f"fpabee-{name}" for name in ("full-depth", "balanced", "drop-1")} <= {*names}
-    assert {"pabee", "torch-eager", "without-exit-0", "cascade", "first-1-layers"} <= {*names}
+    assert {f"fpabee-{name}" for name in ("full-depth", "balanced")} <= {*names}
+    assert {"pabee", "torch-eager", "without-exit-0", "cascade", "first-3-layers"} <= {*names}
     by_name = {system.name: system.settings for system in found}
     assert by_name["exit-0-alone"]["rule"] == Budget(exit=0).to_dict()
     assert by_name["without-exit-0"]["engines"] == str(folders["plain"])
@@ -116,13 +115,13 @@ def test_systems_of_fpabee(
 def test_rounds_are_kept_and_what_failed_is_listed_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ["fpabee-full-depth", "fpabee-balanced", "onnx", "setfit", "cascade"]
+    names = ["fpabee-full-depth", "fpabee-balanced", "onnx", "model2vec", "cascade"]
     tried: list[str] = []
     versions = {"torch": "2"}
 
     def measure(system: System, given: dict[str, Any], work: Path) -> dict[str, Any]:
         tried.append(system.name)
-        if system.name == "setfit" and tried.count("setfit") == 1:
+        if system.name == "model2vec" and tried.count("model2vec") == 1:
             raise RuntimeError("no space left")
         slow = 1 + tried.count(system.name) * (system.name == "cascade")
         return {**MEASURED, "rows_per_s": 400.0 / slow, "versions": dict(versions)}
@@ -146,12 +145,12 @@ def test_rounds_are_kept_and_what_failed_is_listed_and_tried_again(
         assert result.exit_code == 1
         return result.stderr
 
-    assert "| setfit | 0 | failed: no space left |" in table(1)
+    assert "| model2vec | 0 | failed: no space left |" in table(1)
     assert tried == [*names[1:], names[0]], "each round begins with another system"
     table(1, "--kind", "onnx")
     assert len(tried) == 5
     assert "failed" not in table(2)
-    assert tried.count("setfit") == 3
+    assert tried.count("model2vec") == 3
     found = table(2)
     assert len(tried) == 11
     assert "fpabee in fast" in found
@@ -163,8 +162,9 @@ def test_rounds_are_kept_and_what_failed_is_listed_and_tried_again(
     versions["torch"] = "3"
     assert "with the versions {'torch': '2'}, but this run" in refusal(3)
     target["target"] = "other"
-    assert "has rounds of setfit with the target fast, but this run measures with other" in refusal(
-        3
+    assert (
+        "has rounds of model2vec with the target fast, but this run measures with other"
+        in refusal(3)
     )
 
 
