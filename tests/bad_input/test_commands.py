@@ -184,17 +184,11 @@ SERVING = [
     Case("a repository in the engines folder", repository_inside, "engines,"),
 ]  # fmt: skip
 
-BUDGET = ("--rule", "budget")
 SETTINGS = [
     Case("10^9 threads", run("--threads", 10**9), "1000000000", "1024"),
     Case("an unknown target", run("--target", "a\x1b\n"), r"'a\x1b\n'", "onnxruntime-fp32"),
-    Case("1000 thresholds", run("--rule", f"threshold={','.join('1' * 1000)}"), "1000", "3"),
     Case("an unknown rule", run("--rule", "fastbert"), "fastbert", "fpabee"),
     Case("a threshold that is no number", run("--rule", "exit_0_threshold=nan"), "nan"),
-    Case("a rule without its exit", run(*BUDGET), "budget", "exit"),
-    Case("a setting of another rule", run("--rule", "pabee patience=1 threshold=1"),
-         "pabee", "threshold"),
-    Case("an exit that does not exist", run("--rule", "budget exit=9"), "9"),
     Case("no room for a token", run("--max-length", 2), "2", "3"),
     Case("a depth without threshold",
          command("bench", "--depth", 0.5, "--rule", "pabee patience=1"), "pabee"),
@@ -211,6 +205,7 @@ USAGE: list[tuple[Make, str]] = [
     (run("--full-depth", "--rule", "pabee"), "--full-depth"),
     (run("--operating-point", "a", "--rule", "patience=1"), "--operating-point"),
     (run("--resume"), "--output"),
+    (run("--unbuffered", "--output", "out.jsonl"), "--output FILE"),
     (lambda p: ["inspect"], "--env"),
     (lambda p: ["inspect", "--check", "--env"], "ENGINES"),
     (command("bench", "--depth", 0.5, "--rule", "threshold=0.1"), "--depth"),

@@ -39,14 +39,10 @@ def versions(driver: tuple[int, int], bindings: int) -> Callable[[Place, Double]
     return change
 
 
-def library_for(cuda: int, bindings: int) -> Callable[[Place, Double], None]:
-    """TensorRT for one version of CUDA, and `cuda-bindings` for another one."""
-
-    def change(place: Place, double: Double) -> None:
-        versions((13, 0), bindings)(place, double)
-        place.patch.setattr("fpabee.runtime.backends.tensorrt._built_for", lambda _: cuda)
-
-    return change
+def other_library(place: Place, double: Double) -> None:
+    """TensorRT for CUDA 12, and `cuda-bindings` for CUDA 13."""
+    versions((13, 0), 13)(place, double)
+    place.patch.setattr("fpabee.runtime.backends.tensorrt._built_for", lambda _: 12)
 
 
 def other_gpu(place: Place, _: Double) -> None:
@@ -65,9 +61,7 @@ REBUILD = "build it here"
 CASES = [
     Case("a driver that is too old", on_gpu(versions((12, 6), 13)),
          "CUDA 13", "CUDA 12.6", "580 or later", "'fpabee[tensorrt-cu12]'"),
-    Case("CUDA 12 libraries with bindings for 13", on_gpu(library_for(12, 13)),
-         "tensorrt", "CUDA 12", "CUDA 13", "'fpabee[tensorrt-cu13]'"),
-    Case("CUDA 13 libraries with bindings for 12", on_gpu(library_for(13, 12)),
+    Case("CUDA 12 libraries with bindings for 13", on_gpu(other_library),
          "tensorrt", "CUDA 12", "CUDA 13", "'fpabee[tensorrt-cu13]'"),
     Case("plans for another GPU", on_gpu(other_gpu), "8.6", "11.0", "Thor", REBUILD),
     Case("plans of another release", on_gpu(versions={"tensorrt": "10.3.0"}),

@@ -448,12 +448,6 @@ def test_label_thresholds_of_the_manifest_are_applied(engine_copy: Callable[...,
     assert (plain.predictions != simulated.predictions).any()
 
 
-@pytest.mark.parametrize("threads", [0, 1025, "2", True])
-def test_threads_must_be_a_whole_number(engines: Mapping[str, Path], threads: Any) -> None:
-    with pytest.raises(BackendError, match=f"threads is {threads!r} -> .* from 1 to 1024"):
-        Engine.load(engines["bert"], threads=threads)
-
-
 def test_predicting_needs_no_torch_transformers_or_onnx(engines: Mapping[str, Path]) -> None:
     code = (
         "import sys\n"

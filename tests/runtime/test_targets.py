@@ -55,8 +55,9 @@ def test_a_gpu_that_the_default_target_does_not_use_is_named_once(
     assert told(caplog) == [expected] * (case == "said")
 
 
-def test_of_targets_for_the_gpu_the_one_that_was_built_for_it_is_named(
+def test_of_targets_for_the_gpu_the_one_that_was_built_for_it_or_has_the_same_points_is_named(
     engine_copy: Callable[..., Path],
+    set_points: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -66,16 +67,6 @@ def test_of_targets_for_the_gpu_the_one_that_was_built_for_it_is_named(
     assert list(read_manifest(folder).targets) == [FP32, "onnxruntime-fp32-cuda", PLAN]
     Engine.load(folder).close()
     assert f"but {PLAN} can run on the GPU" in caplog.text
-
-
-def test_of_targets_for_the_gpu_the_one_with_the_same_points_is_named(
-    engine_copy: Callable[..., Path],
-    set_points: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    folder = engine_copy()
-    install(monkeypatch, folder)
     manifest = read_manifest(folder)
     write_manifest(folder, with_target(manifest, "other", manifest.targets[PLAN]))
     for name in (FP32, "other"):

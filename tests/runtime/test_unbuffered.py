@@ -14,7 +14,6 @@ from typing import IO, Any
 import pytest
 
 from .cli.test_run import COMMAND
-from .running import Run
 
 
 @contextmanager
@@ -81,15 +80,3 @@ def test_lines_are_answered_at_once_at_a_terminal(bert: Path) -> None:
     finally:
         os.close(typing)
         os.close(terminal)
-
-
-def test_what_cannot_be_written_at_once(run: Run, bert: Path, tmp_path: Path) -> None:
-    output = ("--output", tmp_path / "out.jsonl")
-    for options, says in (
-        (output, "--unbuffered cannot be used with --output FILE"),
-        ((*output, "--resume"), "--unbuffered cannot be used with --output FILE"),
-    ):
-        result = run(bert, "-", "--unbuffered", *options, stdin=b"rain\n")
-        assert (result.code, result.out) == (2, "")
-        assert says in " ".join(result.err.split())
-    assert list(tmp_path.iterdir()) == []

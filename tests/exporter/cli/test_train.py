@@ -97,7 +97,6 @@ def test_progress_is_on_stderr_and_results_on_stdout(trained: object) -> None:
     ("arguments", "expected"),
     [
         ([], "give --backbone"),
-        (["--backbone", "x", "--epochs", "0"], "give --epochs above 0"),
         (["--backbone", "x", "--exits", "a"], "--exits"),
         (["--exit-0-only", "--no-exit-0"], "leave out --no-exit-0 or --exit-0-only"),
         (["--exit-0-only", "--backbone", "x"], "leave out --backbone or --exit-0-only"),

@@ -6,15 +6,13 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import util
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file, save_file
 
 from fpabee.calibration import Bound
 from fpabee.exporter import single_file
@@ -165,10 +163,7 @@ def test_what_cannot_be_packed_is_converted_all_the_same(calls: list[Any], tmp_p
     ("arguments", "message", "code"),
     [
         ("--missed 1", "--missed can be used only with --threshold", 2),
-        ("--threshold bad", "is not LABEL=P", 2),
-        ("--threshold 0.7", "is not LABEL=P", 2),
         ("--threshold bad=0.7 --threshold bad=0.5", "--threshold gives bad twice", 2),
-        ("--threshold bad=1.5", "between 0 and 1", 1),
         ("--flips 0", "flips is 0 %", 1),
     ],
 )
@@ -179,34 +174,16 @@ def test_wrong_promises_are_refused(arguments: str, message: str, code: int) -> 
     assert result.stderr.count("\n") == 1
 
 
-def always_yes(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights["classifier.weight"] *= 0
-    weights["classifier.bias"] = torch.tensor([0.0, 0.0, 5.0])
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def slow_tokenizer(folder: Path) -> None:
+def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
+    telling: Mapping[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    """A classifier without a fast tokenizer."""
+    folder = Path(shutil.copytree(telling[SINGLE.value], tmp_path / "model"))
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
-
-
-BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "always one label": (always_yes, "the classifier decides the same for all"),
-    "no fast tokenizer": (slow_tokenizer, "tokenizer"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
-    case: str, telling: Mapping[str, Path], texts: Path, tmp_path: Path
-) -> None:
-    change, message = BAD[case]
-    folder = Path(shutil.copytree(telling[SINGLE.value], tmp_path / "model"))
-    change(folder)
     result = run(folder, texts, "-o", tmp_path / "out", "--flips", "10", "--quiet")
     assert result.exit_code == 1, result.output
-    assert message in result.stderr
+    assert "tokenizer" in result.stderr
     assert " -> " in result.stderr
     assert result.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

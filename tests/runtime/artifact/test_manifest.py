@@ -95,8 +95,8 @@ def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
     ("written", "says"),
     [
         (
-            {"schema_version": "1.0-draft", "fpabee_version": "0.1.0"},
-            "0.1.0 and has schema 1.0-draft",
+            {"schema_version": "0.9", "fpabee_version": "0.1.0"},
+            "0.1.0 and has schema 0.9",
         ),
         (
             {"schema_version": "2.0", "fpabee_version": "3.4.5"},

@@ -63,14 +63,6 @@ def test_a_fallback_is_never_silent(
         engine.predict(["rain"])
 
 
-def test_groups_are_padded_to_few_sizes(double: Callable[..., Double]) -> None:
-    """Otherwise each number of undecided rows would need buffers of its own."""
-    with double(backend="onnxruntime").load() as engine:
-        largest = engine.limits.max_batch
-        assert largest == engine.limits.batch_sizes[-1]
-        assert [engine.limits.bucket(rows, 8).batch for rows in (1, 2, 3, 5, 8)] == [1, 2, 4, 8, 8]
-
-
 def test_the_partition_of_a_real_session(engines: Mapping[str, Path]) -> None:
     """On the CPU all nodes are reported, except those that compute shapes."""
     options = session_options()

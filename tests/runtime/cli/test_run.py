@@ -24,7 +24,7 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.cli.run import main
 
-from ..running import Run, check_refused, write_lines
+from ..running import Run, write_lines
 
 TEXTS = ["the film is not bad", "rain", "", "turn the lights off in the morning", "the " * 100]
 
@@ -104,8 +104,6 @@ def test_operating_point(
     assert "operating point safe" in result.err
     result = run(folder, source, "--rule", "budget exit=1")
     assert "operating points of onnxruntime-fp32: fast, safe" in result.err
-    refused = run(folder, source, "--operating-point", "slow")
-    check_refused(refused, "has no operating point 'slow'; it has: fast, safe")
 
 
 def test_summary(run: Run, bert: Path, source: Path) -> None:
