@@ -225,3 +225,14 @@ def changed_heads(folder: Path, file: str, change: Callable[[Any], Any]) -> None
 def with_nan(folder: Path) -> None:
     """Let the second exit give no numbers."""
     changed_heads(folder, "onnx/fp32/segment_02.onnx", lambda values: values * np.float32("nan"))
+
+
+def with_loop(path: Path) -> None:
+    """Add a node to a graph that could run for ever."""
+    import onnx
+    from onnx import helper
+
+    proto = onnx.load(path)
+    body = helper.make_graph([], "body", [], [])
+    proto.graph.node.append(helper.make_node("Loop", ["", ""], [], body=body))
+    onnx.save(proto, path)

@@ -9,9 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
-from onnx import helper
 
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.manifest import MANIFEST_NAME, TOKENIZER_NAME
@@ -30,6 +28,7 @@ from .cases import (
     corrected,
     each,
     manifest,
+    with_loop,
     with_nan,
 )
 
@@ -71,21 +70,6 @@ def tokenizer(change: Callable[[Any], object]) -> Make:
 def of_mpnet(place: Place) -> Arguments:
     """A segment of another model's folder."""
     return rewritten(SECOND, (place.shared["mpnet"] / SECOND).read_bytes())(place)
-
-
-def with_loop(path: Path) -> None:
-    """2^62 rounds of nothing."""
-    proto = onnx.load(path)
-    body = helper.make_graph(
-        [helper.make_node("Identity", ["go"], ["go_on"])],
-        "body",
-        [helper.make_tensor_value_info(n, kind, []) for n, kind in (("i", 7), ("go", 9))],
-        [helper.make_tensor_value_info("go_on", 9, [])],
-    )
-    rounds = helper.make_tensor("rounds", 7, [], [2**62])
-    proto.graph.initializer.extend([rounds, helper.make_tensor("go", 9, [], [True])])
-    proto.graph.node.append(helper.make_node("Loop", ["rounds", "go"], [], body=body))
-    path.write_bytes(proto.SerializeToString())
 
 
 def long_text(place: Place) -> Arguments:

@@ -43,18 +43,32 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def classifier_config(source: Path, labels: Sequence[str], problem_type: str | None) -> Any:
+    """The settings of a tiny model's encoder for a plain classifier."""
+    config = AutoConfig.from_pretrained(source)
+    del config.fpabee, config.architectures
+    config.problem_type = problem_type
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    return config
+
+
+def save(model: Any, source: Path, folder: Path) -> Path:
+    """Write a classifier, with the tokenizer of a tiny model."""
+    model.save_pretrained(folder)
+    for path in source.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
+
+
 @pytest.fixture
 def make(tiny_models: Mapping[str, Path], tmp_path: Path) -> Callable[..., Path]:
     """Makes a classifier with random weights and the tokenizer of the tiny model."""
 
     def make(kind: str, labels: Sequence[str] = LABELS, **changes: Any) -> Path:
         family, settings = KINDS[kind]
-        source, folder = tiny_models[family], tmp_path / "classifier"
-        config = AutoConfig.from_pretrained(source)
-        del config.fpabee, config.architectures
-        config.problem_type = None
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: index for index, label in enumerate(labels)}
+        source = tiny_models[family]
+        config = classifier_config(source, labels, None)
         for name, value in (settings | changes).items():
             setattr(config, name, value)
         torch.manual_seed(5)
@@ -63,10 +77,7 @@ def make(tiny_models: Mapping[str, Path], tmp_path: Path) -> Callable[..., Path]
         for parameter in model.parameters():
             if parameter.ndim == 1:  # by default they are all 0, or all 1
                 nn.init.normal_(parameter, std=0.3)
-        model.save_pretrained(folder)
-        for path in source.glob("tokenizer*"):
-            shutil.copy(path, folder)
-        return folder
+        return save(model, source, tmp_path / "classifier")
 
     return make
 
@@ -86,11 +97,7 @@ def make_telling(source: Path, folder: Path, problem_type: str) -> Path:
         folder: where to.
         problem_type: its task.
     """
-    config = AutoConfig.from_pretrained(source)
-    del config.fpabee, config.architectures
-    config.problem_type = problem_type
-    config.id2label = dict(enumerate(LABELS))
-    config.label2id = {label: index for index, label in enumerate(LABELS)}
+    config = classifier_config(source, LABELS, problem_type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         build: Any = AutoModelForSequenceClassification.from_config
@@ -102,10 +109,7 @@ def make_telling(source: Path, folder: Path, problem_type: str) -> Path:
     with torch.no_grad():
         model.classifier.weight *= 4 / model(**rows).logits.std()
         model.classifier.bias -= model(**rows).logits.mean(dim=0)
-    model.save_pretrained(folder)
-    for path in source.glob("tokenizer*"):
-        shutil.copy(path, folder)
-    return folder
+    return save(model, source, folder)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from fpabee.calibration import Bound
 from fpabee.exporter.add_targets import AddTargetsOptions
 from fpabee.exporter.convert import ConvertOptions, convert, workflow
 from fpabee.exporter.convert.promises import certify_target
+from fpabee.exporter.convert.texts import split
 from fpabee.exporter.convert.workflow import _Work
 from fpabee.exporter.model import predict
 from fpabee.exporter.tokenizer import load_tokenizer
@@ -27,7 +28,7 @@ from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.runtime import Engine
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.errors import ArtifactError, BackendError, InputError
-from fpabee.runtime.files import Row
+from fpabee.runtime.files import Row, read_rows
 
 from .conftest import MULTI, OPTIONS, SINGLE, TEXTS, Converted
 
@@ -215,7 +216,9 @@ def test_all_targets_are_those_that_this_machine_can_build(
         with pytest.raises(KeyboardInterrupt):
             convert(telling[SINGLE.value], texts, tmp_path / "engines", options)
     assert [each.int8 for each in asked] == [False, True]
-    assert [bool(each.calibration_data) for each in asked] == [False, True]
+    given = split(read_rows(texts))
+    taught = [given.rows[number].content for number in given.taught]
+    assert [each.calibration_data for each in asked] == [(), taught]
 
 
 def test_a_conversion_with_other_groups_starts_anew(

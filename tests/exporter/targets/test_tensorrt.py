@@ -27,7 +27,7 @@ from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.machine import CudaDevice
 from fpabee.runtime.progress import silent
 
-from ...bad_input.cases import corrected
+from ...bad_input.cases import corrected, with_loop
 from ...doubles.device import Double
 
 SMALL = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32), compute_capabilities=("8.6", "12.0"))
@@ -50,13 +50,6 @@ def noted_builds(double: Double, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(tensorrt, "run_worker", noted)
     return built
-
-
-def with_loop(path: Path) -> None:
-    proto = onnx.load(path)
-    body = helper.make_graph([], "body", [], [])
-    proto.graph.node.append(helper.make_node("Loop", ["", ""], [], body=body))
-    onnx.save(proto, path)
 
 
 def needs_rtx() -> None:

@@ -166,9 +166,6 @@ def test_a_plan_that_does_not_load_says_why(
     made.trt.plans = lambda content: None
     with made.load() as engine, pytest.raises(ArtifactError, match=message):
         engine.predict(["rain"])
-    made.change_plan("segment_02", onnx_sha256="0" * 64)
-    with pytest.raises(ArtifactError, match=r"segment_02\.plan was built from another graph"):
-        made.load()
 
 
 def test_rtx_keeps_what_the_device_compiled(
