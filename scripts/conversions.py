@@ -6,10 +6,10 @@
 Each classifier is fine-tuned with plain Transformers code on half of the training rows. The other
 half and dev, without their labels, are the texts of `fpabee-convert`, which promises at most 1 %
 flips: decisions that differ from those of the classifier in PyTorch and fp32. Beside the conversion
-there are conversions of fewer texts, with linear heads and with `--fine-tune`; exit 0 alone, with
-all layers for the texts that it does not answer; and an encoder that was cut to its first half
-before the same training. With `--times`, conversions are timed against the classifier as one graph
-in ONNX Runtime and OpenVINO, in turns; nothing else should run on the machine then.
+there are conversions of fewer texts, and with linear heads; exit 0 alone, with all layers for the
+texts that it does not answer; and an encoder that was cut to its first half before the same
+training. With `--times`, conversions are timed against the classifier as one graph in ONNX Runtime
+and OpenVINO, in turns; nothing else should run on the machine then.
 
 DATA holds a folder for each dataset, with train, dev and test as `.jsonl.gz`. Encoders are found as
 in `reproduce.py`. Finished steps are not repeated, so the script can be stopped at any time.
@@ -65,7 +65,7 @@ from fpabee.runtime.machine import cpu_name, usable_cores
 
 COMMAND = "from fpabee.exporter.cli.convert import main; main(prog_name='fpabee-convert')"
 FP32 = "onnxruntime-fp32"
-LINEAR, HALF, FINE_TUNE = "linear heads", "half the layers", "fine-tune"
+LINEAR, HALF = "linear heads", "half the layers"
 BATCH, SINGLE, MOST, ROUNDS = 32, 200, 1000, 5
 
 
@@ -90,16 +90,16 @@ class Run:
     lr: float = 5e-5
     seeds: tuple[int, ...] = (42,)
     sizes: tuple[int, ...] = ()
-    beside: tuple[str, ...] = (LINEAR, HALF, FINE_TUNE)
+    beside: tuple[str, ...] = (LINEAR, HALF)
     rows: int = 13_000
 
 
 RUNS = {
     "mini-trec": Run(MINILM, "trec", 5, seeds=(42, 43, 44), sizes=(1000,)),
-    "mini-snips": Run(MINILM, "snips", 1, sizes=(1000, 3000), beside=(LINEAR, HALF)),
+    "mini-snips": Run(MINILM, "snips", 1, sizes=(1000, 3000)),
     "mini-sst2": Run(MINILM, "sst2", 3, seeds=(42, 43, 44), sizes=(1000, 3000)),
     "mini-mrpc": Run(MINILM, "mrpc", 4),
-    "mini-mixsnips": Run(MINILM, "mixsnips", 2, beside=(LINEAR, HALF)),
+    "mini-mixsnips": Run(MINILM, "mixsnips", 2),
     "mpnet-sst2": Run(MPNET, "sst2", 2, lr=3e-5, beside=(HALF,)),
 }
 
@@ -197,12 +197,10 @@ def decisions(model: Path, texts: Sequence[Text]) -> list[set[str]]:
     return [{config.id2label[int(number)] for number in np.flatnonzero(row)} for row in chosen]
 
 
-def run_command(
-    model: Path, texts: Path, engines: Path, more: Sequence[str] = ()
-) -> dict[str, Any]:
+def run_command(model: Path, texts: Path, engines: Path) -> dict[str, Any]:
     """`fpabee-convert` as a process: what it says in JSON, and the seconds of CPU that it took."""
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, model, texts, "-o", engines, "--json", "--quiet", *more],
+        [sys.executable, "-c", COMMAND, model, texts, "-o", engines, "--json", "--quiet"],
         stdout=subprocess.PIPE,
     )
     assert process.stdout is not None
@@ -391,8 +389,6 @@ def study(run: Run, seed: int, data: Path, work: Path, timed: bool, results: Res
     if HALF in beside:
         cut = decisions(teach(run, seed, data, work, layers // 2), texts)
         results.once(HALF, lambda: compared(cut, teacher, right) | {"saved": 0.5})
-    if FINE_TUNE in beside:
-        converted(FINE_TUNE, None, partial(run_command, more=("--fine-tune",)))
     if timed:
         graph = as_graph(model, work / "graphs" / results.file.stem)
         targets = [each["target"] for each in results.found["all"]["targets"]]
@@ -453,8 +449,6 @@ def _form(chosen: dict[str, Any]) -> tuple[str, str]:
     """The heads of exits, and how they agree with the classifier."""
     agreement = " ".join(f"{100 * share:.1f}" for share in chosen["agreement"])
     form = chosen["form"]
-    if form is None:
-        return "trained together with the encoder", agreement
     hidden = f"hidden layer of {form['width']}" if form["width"] else "linear"
     return f"{form['pooling']}, {hidden}, every {form['every']}", agreement
 

@@ -32,8 +32,6 @@ _SEEN = {
     Pooling.FIRST: "the first token",
     Pooling.BOTH: "the mean and the first token",
 }
-# Below this share of saved layers, training the encoder would help.
-_LITTLE = 0.25
 
 
 @command(
@@ -61,9 +59,6 @@ fpabee-convert my-guard texts.txt --missed 2 --threshold attack=0.7
 @options.number("--false-alarms", "Of the others, at most X % are flagged.")
 @cli.thresholds
 @options.path("--adapter", "PEFT adapter to merge into the classifier.", "DIR")
-@options.flag(
-    "--fine-tune", "Train the encoder as well. Full depth then differs too: allow more flips."
-)
 @options.flag("--all-targets", "Build and certify every target that this machine can.")
 @options.path("--single-file", "Also write one ONNX file with the exits and the rule.", "DIR")
 @options.flag("--force", "Replace an existing engines folder.")
@@ -160,10 +155,6 @@ def _show(result: Conversion) -> None:
     if default.accuracy is not None:
         echo(f"accuracy: {default.accuracy:.4f}; that of the classifier: {result.accuracy:.4f}")
     echo(f"heads: {_heads(result.chosen)}")
-    saved = 1 - default.layers / result.exit_layers[-1]
-    if result.chosen.form is not None and saved < _LITTLE:
-        few = f"frozen exits save only {100 * saved:.0f} % of the layers"
-        echo(f"{few}; if more decisions may change, --fine-tune may save more")
     for warning in result.warnings:
         echo(f"warning: {warning}")
 
@@ -187,8 +178,6 @@ def _heads(chosen: Chosen) -> str:
     """The heads of the exits, and how they agree with the classifier."""
     form, agreement = chosen.form, ", ".join(f"{100 * share:.0f}" for share in chosen.agreement)
     agrees = f"exits agree with the classifier on {agreement} %"
-    if form is None:
-        return f"trained together with the encoder; {agrees}"
     layer = f"a hidden layer of {form.width}" if form.width else "linear"
     every = "" if form.every == 1 else f" after every {form.every} layers"
     return f"{layer} on {_SEEN[form.pooling]}{every}; {agrees}"

@@ -89,8 +89,6 @@ class Classifier:
     def multi_exit(self, config: MultiExitConfig) -> MultiExitModel:
         """A multi-exit model whose last exit gives the logits of the classifier.
 
-        The head of that exit is frozen.
-
         Args:
             config: of the model, see `exit_config`.
 
@@ -109,8 +107,6 @@ class Classifier:
         if parts.norm is not None:
             _copy(self.model.get_submodule(parts.norm), model.last_head.norm)
         self._check_head(model)
-        for part in (model.last_head, model.classifiers[-1]):
-            part.requires_grad_(False)
         return model
 
     @torch.no_grad()

@@ -20,8 +20,6 @@ class ConvertOptions:
     Attributes:
         bound: what is promised on new texts, against the decisions of the classifier.
         adapter: the folder of a PEFT adapter, which is merged into the classifier.
-        fine_tune: train the encoder as well, which also changes decisions at full depth. Promises
-            are still about the classifier.
         all_targets: also build int8 and the targets of GPUs, where this machine can.
         problem_type: the task, if the classifier does not name it.
         max_length: longest sequence in tokens, special tokens included; None: the longest that
@@ -38,7 +36,6 @@ class ConvertOptions:
 
     bound: Bound = field(default_factory=lambda: Bound(flips=0.01))
     adapter: Path | None = None
-    fine_tune: bool = False
     all_targets: bool = False
     problem_type: ProblemType | None = None
     max_length: int | None = None
@@ -77,7 +74,7 @@ class Chosen:
 
     Attributes:
         agreement: by exit from exit 1, the share of texts with the decision of the classifier.
-        form: the form that saves most; None: the encoder was trained with them.
+        form: the form that saves most.
         heads_time: the time of all heads as a share of that of the classifier, for one text of 32
             tokens.
         saved: the share of the layers that is saved without exit 0 where about as many decisions
@@ -85,9 +82,9 @@ class Chosen:
     """
 
     agreement: tuple[float, ...]
-    form: Form | None = None
-    heads_time: float = 0.0
-    saved: float = 0.0
+    form: Form
+    heads_time: float
+    saved: float
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ... import __version__
 from ...calibration.guarantee import decision_thresholds, needs_in_words
-from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, same_answers
+from ...calibration.scoring import same_answers
 from ...calibration.trace import data_sha256
 from ...runtime.artifact.folder import read_manifest, sha256_of, write_manifest
 from ...runtime.artifact.manifest import MANIFEST_NAME, ProblemType, Task
@@ -40,8 +40,7 @@ from ...runtime.targets import runnable_targets
 from ..add_targets import AddTargetsOptions, add_targets
 from ..checkpoint import save_checkpoint
 from ..exit_0 import save_exit_0
-from ..exits import MultiExitConfig
-from ..model import MultiExitModel, by_row, predict
+from ..model import MultiExitModel
 from ..pipeline import ExportOptions, export
 from ..staging import check_output, publish, resolved
 from ..targets.backends import OPENVINO, unavailable_reason
@@ -49,8 +48,7 @@ from ..targets.check import FP32_TARGET
 from ..tokenizer import load_tokenizer, pad_id, row_limit
 from ..training.examples import Examples, encoded_rows
 from ..training.exit_0 import learn
-from ..training.options import TrainOptions
-from ..training.trainer import probabilities, train_exits
+from ..training.trainer import probabilities
 from .classifier import Classifier
 from .heads import choose_form, store, train_heads
 from .options import Chosen, Conversion, ConvertOptions
@@ -75,8 +73,8 @@ def convert(
     """Turn a classifier and texts without labels into an engines folder with a guarantee.
 
     Half of the distinct texts train exits and exit 0 on the predictions of the classifier, 40 %
-    calibrate, and 10 % are reported on. Unless `fine_tune` is given, the weights stay, and full
-    depth gives the logits of the classifier.
+    calibrate, and 10 % are reported on. The weights stay, so full depth gives the
+    logits of the classifier.
 
     Args:
         classifier: a folder or hub id of an `AutoModelForSequenceClassification`.
@@ -204,9 +202,7 @@ class _Work:
         """Do all that is not done yet, and leave the engines folder in `engines`."""
         texts, bound = self.texts, self.options.bound
         rows = encoded_rows(texts.rows, self.tokenizer, self.max_length)
-        # The heads of a trained encoder cannot learn from stored states.
-        taught = texts.taught[:0] if self.options.fine_tune else texts.taught
-        given = self.teacher, rows, self.padding, taught, folder
+        given = self.teacher, rows, self.padding, texts.taught, folder
         logits, states = run_classifier(*given, self.progress)
         check_promises(bound, self.task, logits[texts.calibrate], CALIBRATED)
         model_dir, engines, mark = folder / "model", folder / "engines", folder / "chosen.json"
@@ -234,21 +230,14 @@ class _Work:
             Examples([rows[n] for n in numbers], targets[numbers])
             for numbers in (texts.train, texts.choose)
         )
-        if self.options.fine_tune:
-            model, chosen = self._fine_tuned(train, choose, logits[texts.choose])
-        else:
-            model, chosen = self._frozen(states, logits[texts.taught])
+        model, chosen = self._model(states, logits[texts.taught])
         exit_0 = learn(train, choose, self.plain, _SEED, self.progress)
         save_checkpoint(model, model_dir)
         self.tokenizer.save_pretrained(model_dir)
         save_exit_0(model_dir, exit_0, self.task.problem_type)
         return chosen
 
-    def _model(self, config: MultiExitConfig) -> MultiExitModel:
-        thresholds = self.task.label_thresholds
-        return self.teacher.multi_exit(replace(config, label_thresholds=thresholds))
-
-    def _frozen(
+    def _model(
         self, states: NDArray[np.float32], logits: NDArray[np.float32]
     ) -> tuple[MultiExitModel, Chosen]:
         """The weights of the classifier, and heads of the form that suits the texts."""
@@ -257,34 +246,19 @@ class _Work:
         share = min(self.options.bound.shares.values())
         chosen = choose_form(teacher, states, logits, count, share, thresholds, self.progress)
         form = chosen.form
-        assert form is not None
         config = teacher.exit_config(form.exits(teacher.layers), form.pooling)
         hidden = len(config.exits) - 1 if form.width else 0
-        config = replace(config, hidden_layers=hidden, hidden_width=form.width)
-        model = self._model(config)
+        config = replace(
+            config,
+            hidden_layers=hidden,
+            hidden_width=form.width,
+            label_thresholds=self.task.label_thresholds,
+        )
+        model = teacher.multi_exit(config)
         self.progress("train heads", 0, 1)
         every = torch.from_numpy(states), torch.from_numpy(logits)
         store(train_heads(form, teacher, *every), form, model)
         return model, chosen
-
-    def _fine_tuned(
-        self, train: Examples, choose: Examples, logits: NDArray[np.float32]
-    ) -> tuple[MultiExitModel, Chosen]:
-        """All weights but the classifier's own head are trained, together with all exits."""
-        teacher, task = self.teacher, self.task.problem_type
-        config = teacher.exit_config(tuple(range(1, teacher.layers)))
-        torch.manual_seed(_SEED)
-        model = self._model(config.with_hidden_layers())
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        options = TrainOptions(train="texts", dev="texts", backbone=str(teacher.folder))
-        dev = Examples(choose.rows, Outputs(logits, task).answers)
-        train_exits(model, train, dev, self.padding, options, self.progress)
-        found = predict(model, choose.rows, self.padding, by_row).swapaxes(0, 1)
-        lengths = np.ones(len(logits), np.intp)
-        changed = Scorer(
-            LabelledLogits(found, lengths, None, task, reference=logits), AGREEMENT
-        ).changed
-        return model, Chosen(agreement=tuple(map(float, 1 - changed[:-1].mean(axis=1))))
 
     def _add_targets(self, engines: Path) -> None:
         """Build the targets, and let every text run to full depth where there is no point."""

@@ -34,7 +34,7 @@ def train_exits(
     options: TrainOptions,
     progress: Progress,
 ) -> None:
-    """Train all exits together, where the weights of the model are not frozen.
+    """Train the encoder and all exits together.
 
     Args:
         model: the model to train, on its device.
@@ -100,9 +100,7 @@ def make_optimizer(model: MultiExitModel, options: TrainOptions) -> torch.optim.
 
 def is_head(name: str) -> bool:
     """Whether a weight belongs to the exits and not to the encoder."""
-    return (
-        name.startswith(("classifiers.", "pooler.", "hidden.", "last_head.")) or ".pooler." in name
-    )
+    return name.startswith(("classifiers.", "pooler.", "hidden.")) or ".pooler." in name
 
 
 def exit_loss(

@@ -94,7 +94,7 @@ def test_every_option_reaches_the_conversion(calls: list[Any]) -> None:
     assert result.exit_code == 0, result.output
     assert calls == [("model", Path("a.csv"), "engines", ConvertOptions())]
     settings = "--flips 2 --missed 3 --false-alarms 4 --threshold bad=0.7 --confidence 90"
-    others = "--fine-tune --all-targets --group-column id --max-length 64 --threads 2 --force"
+    others = "--all-targets --group-column id --max-length 64 --threads 2 --force"
     reading = "--column text=body --column label=kind --no-quotes --adapter lora"
     task = "--problem-type multi_label_classification"
     result = run("m", "b.csv", "-o", "out", *f"{settings} {others} {reading} {task}".split())
@@ -104,7 +104,6 @@ def test_every_option_reaches_the_conversion(calls: list[Any]) -> None:
             confidence=0.9, flips=0.02, missed=0.03, false_alarms=0.04, thresholds={"bad": 0.7}
         ),
         adapter=Path("lora"),
-        fine_tune=True,
         all_targets=True,
         problem_type=ProblemType.MULTI_LABEL,
         max_length=64,
@@ -139,8 +138,6 @@ def test_the_summary_says_what_is_guaranteed_and_what_is_not(
         "openvino-int8 alone changes 2.60 % of the decisions; no guarantee, so all layers run: "
         "full depth has 31 flips in 1200 texts",
         "accuracy: 0.9500; that of the classifier: 0.9550",
-        "frozen exits save only 20 % of the layers; if more decisions may change, --fine-tune may "
-        "save more",
         "warning: something is odd",
         "one file: one",
         "next: fpabee-run engines texts.txt",

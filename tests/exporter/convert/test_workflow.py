@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from fpabee.calibration import Bound
 from fpabee.exporter.add_targets import AddTargetsOptions
@@ -161,37 +159,6 @@ def stopped(what: str, *_: int) -> None:
     """Interrupt a conversion when the model is trained."""
     if what.startswith("segment"):
         raise KeyboardInterrupt
-
-
-def test_fine_tuning_trains_the_encoder_but_not_the_head(
-    telling: Mapping[str, Path],
-    texts: Path,
-    quick: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("fpabee.exporter.training.options._MOST_EPOCHS", 1.0)
-    monkeypatch.setattr("fpabee.exporter.training.options._EPOCHS", 0.2)
-    folder, source = tmp_path / "engines.partial", telling[SINGLE.value]
-    marks = []
-    for fine_tune in (False, True):  # other settings start anew
-        with pytest.raises(KeyboardInterrupt):
-            convert(
-                source, texts, tmp_path / "engines", replace(OPTIONS, fine_tune=fine_tune), stopped
-            )
-        given, made = (load_file(f / "model.safetensors") for f in (source, folder / "model"))
-        encoder = [name for name in given if name.startswith("bert.encoder.")]
-        assert len(encoder) > 40
-        assert all(torch.equal(made[name], given[name]) for name in encoder) is not fine_tune
-        last = next(
-            made[name]
-            for name in sorted(made, reverse=True)
-            if "classifiers." in name and name.endswith("weight")
-        )
-        assert torch.equal(last, given["classifier.weight"])
-        marks.append(json.loads((folder / "chosen.json").read_text()))
-    assert [mark["form"] is None for mark in marks] == [False, True]
-    assert len(marks[1]["agreement"]) == 2
 
 
 def test_all_targets_are_those_that_this_machine_can_build(
