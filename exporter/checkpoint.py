@@ -28,13 +28,13 @@ from .model import MultiExitModel
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 TRAINED = "give the folder of a trained model"
 COPY_WEIGHTS = "copy the weights again, or train again"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # These leave out the copies for other frameworks that many repositories hold.
-_HUB_FILES = ["*.json", "*.txt", "*.model", *WEIGHTS, EXIT_0_FILE]
+_HUB_FILES = ["*.json", "*.txt", "*.model", *_WEIGHTS, EXIT_0_FILE]
 # Settings that ask for memory although no weight has a shape that could contradict them, and the
 # largest values that are accepted, which are beyond those of any encoder.
 _LARGEST = {
@@ -136,9 +136,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if path is None:
-        raise ModelError(f"{folder} has neither {' nor '.join(WEIGHTS)}", TRAINED)
+        raise ModelError(f"{folder} has neither {' nor '.join(_WEIGHTS)}", TRAINED)
     hint = "copy the file again, or save the state dict with safetensors"
     try:
         if path.suffix == ".safetensors":
@@ -222,7 +222,7 @@ def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
     setattr(config, CONFIG_BLOCK, {name: block[name] for name in block if name not in others})
     config.save_pretrained(folder)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS[0], metadata={"format": "pt"})
+    save_file(weights, folder / _WEIGHTS[0], metadata={"format": "pt"})
     (folder / EXIT_0_FILE).unlink(missing_ok=True)  # that of a model which is replaced
 
 

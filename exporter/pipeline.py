@@ -36,8 +36,8 @@ from ..runtime.progress import Progress, silent
 from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import FPabee
 from . import segments
-from .checkpoint import WEIGHTS, load_checkpoint, resolve_model_dir
-from .exit_0 import CONFIG_BLOCK, EXIT_0_FILE, export_exit_0, load_exit_0
+from .checkpoint import load_checkpoint, resolve_model_dir
+from .exit_0 import CONFIG_BLOCK, export_exit_0, load_exit_0
 from .model import MultiExitModel, by_row, predict
 from .staging import check_output, resolved, staging
 from .targets.backends import ONNXRUNTIME, version_of
@@ -49,7 +49,6 @@ from .verify import BUILT_IN_TEXTS, check_chain
 # classes, a mean probability of 0.98). It applies until the user calibrates.
 DEFAULT_RULE = FPabee(measure=Measure.JSKD, threshold=0.1, patience=1)
 
-_SOURCES = ("config.json", *WEIGHTS, EXIT_0_FILE, "tokenizer.json")
 _MAX_BATCH = 256
 # The smallest tolerance that is recorded: in fp32, logits differ by up to 1e-5 between batches.
 _LEAST_TOLERANCE = 1e-5
@@ -196,9 +195,6 @@ def _write(
             hidden_size=int(backbone.config.hidden_size),
             shared_layers=backbone.shared_layers,
             pooling=model.exit_config.pooling.value,
-            source_sha256={
-                name: sha256_of(source / name) for name in _SOURCES if (source / name).is_file()
-            },
         ),
         task=Task(
             problem_type=model.exit_config.problem_type,

@@ -77,7 +77,6 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         hidden_size: width of the hidden states, in values.
         shared_layers: whether all layers are one block (ALBERT).
         pooling: how the exit heads pool hidden states: `cls`, `mean`, `first` or `both`.
-        source_sha256: SHA-256 of each source file of the export, by file name.
     """
 
     model_type: str
@@ -85,7 +84,6 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     hidden_size: Count
     shared_layers: bool
     pooling: str
-    source_sha256: dict[str, Sha256]
 
 
 class TokenizerSpec(msgspec.Struct, frozen=True, kw_only=True):
