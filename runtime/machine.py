@@ -28,7 +28,7 @@ _FEATURES = {
     "export": ("torch transformers onnx onnxscript safetensors huggingface_hub", "export,cpu"),
     "graphs": ("onnx onnx_ir onnxscript onnxruntime", "export,cpu"),
     "quantize": ("nncf onnx onnxruntime", "export,cpu,quantize"),
-    "train": ("torch transformers datasets safetensors huggingface_hub jinja2", "train"),
+    "train": ("torch transformers safetensors huggingface_hub jinja2", "train"),
     "peft": ("peft", "peft"),
     "parquet": ("pyarrow", "parquet"),
     "ray": ("ray pyarrow", "ray"),

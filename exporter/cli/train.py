@@ -35,14 +35,9 @@ fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
     },
 )
 @options.option("--backbone", "MODEL", "Encoder: a folder, a hub id, or another model_dir.")
-@options.option(
-    "--train",
-    "DATA",
-    "Rows to train on: a file, or a Hugging Face dataset as OWNER/NAME[/CONFIG]:SPLIT.",
-    required=True,
-)
-@options.option("--dev", "DATA", "Rows that are scored after every epoch.", required=True)
-@options.option("--test", "DATA", "Rows that are scored once, at the end.")
+@options.option("--train", "FILE", "Rows to train on.", required=True)
+@options.option("--dev", "FILE", "Rows that are scored after every epoch.", required=True)
+@options.option("--test", "FILE", "Rows that are scored once, at the end.")
 @options.path("-o --output", "Folder for the model (model_dir).", "DIR", required=True)
 @options.choice(
     "--problem-type",

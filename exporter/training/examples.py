@@ -1,9 +1,9 @@
-"""The rows of a training: from files as the runtime reads them, or from Hugging Face datasets."""
+"""The rows of a training, from files as the runtime reads them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,33 +31,18 @@ class Examples:
     targets: NDArray[Any]
 
 
-def dataset_name(source: str) -> str | None:
-    """OWNER/NAME of a source that is a Hugging Face dataset; None for a file."""
-    if Path(source).exists() or ":" not in source:
-        return None
-    return "/".join(source.partition(":")[0].split("/")[:2])
-
-
 def load_rows(source: str, reading: ReadOptions) -> list[Row]:
-    """The labelled rows of a file, or of a Hugging Face dataset.
+    """The labelled rows of a file.
 
     Args:
-        source: the file, or `OWNER/NAME[/CONFIG]:SPLIT`.
+        source: the file, or `-` for standard input.
         reading: how the rows are read.
 
     Raises:
-        InputError: the source cannot be read, or a row has no label.
+        InputError: the file cannot be read, or a row has no label.
         RowError: a row cannot be read.
     """
-    if dataset_name(source) is None:
-        rows = list(read_rows(source, reading))
-    elif reading.input_format is not None or reading.literal_quotes:
-        raise InputError(
-            f"{source} is a dataset, to which file formats and quotes do not apply",
-            "leave out `input_format` and `literal_quotes`",
-        )
-    else:
-        rows = list(_dataset_rows(source, reading))
+    rows = list(read_rows(source, reading))
     for number, row in enumerate(rows, start=1):
         if row.labels is None:
             raise InputError(
@@ -72,7 +57,7 @@ def label_names(rows: Sequence[Row], train: str) -> tuple[str, ...]:
 
     Args:
         rows: the training rows.
-        train: where they come from.
+        train: the file that they come from.
 
     Returns:
         What `labels.json` beside the training file lists; without such a file, the labels that
@@ -117,39 +102,3 @@ def encoded_rows(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[E
                 "leave such rows out, or use a tokenizer that adds special tokens",
             )
     return found
-
-
-def _dataset_rows(source: str, reading: ReadOptions) -> Iterator[Row]:
-    data = _load(source)
-    reading.check([*data.features], source)
-    for number, item in enumerate(data, start=1):
-        for label in reading.label_columns:
-            feature = data.features.get(label)
-            if classes := getattr(getattr(feature, "feature", feature), "names", None):
-                item[label] = _class_name(item[label], classes)
-        yield reading.row(item, f"{source}, row {number}")
-
-
-def _class_name(value: Any, names: Sequence[str]) -> Any:
-    """The name of a numbered class, or of each in a list; None for -1: the class is unknown."""
-    if isinstance(value, list):
-        return [_class_name(part, names) for part in value]
-    return None if value in (None, -1) else names[value]
-
-
-def _load(source: str) -> Any:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    path, _, split = source.partition(":")
-    names = [str(dataset_name(source)), *path.split("/")[2:]]
-    try:
-        if not all((*path.split("/"), split)):
-            raise ValueError("its name or its split is empty")
-        return load_dataset(*names, split=split)
-    # RuntimeError: the dataset is a script, which is not run.
-    except (OSError, ValueError, TypeError, DatasetsError, RuntimeError) as error:
-        raise InputError(
-            f"{source} cannot be loaded: {' '.join(str(error).split())}",
-            "give a file, or OWNER/NAME[/CONFIG]:SPLIT of a dataset on the Hugging Face hub",
-        ) from error

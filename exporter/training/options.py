@@ -21,8 +21,7 @@ _OF_ENCODERS = ("backbone", "exits", "distill", "epochs", "lr", "batch_size", "b
 class TrainOptions:
     """The settings of a training.
 
-    Data is a file in any format of `fpabee.runtime.read_rows`, or a Hugging Face dataset as
-    `OWNER/NAME[/CONFIG]:SPLIT`.
+    Data is a file in any format of `fpabee.runtime.read_rows`.
 
     Attributes:
         train: labelled rows to train on.

@@ -10,7 +10,6 @@ import msgspec
 
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.errors import printable
-from .examples import dataset_name
 from .options import TrainOptions
 
 REPORT_NAME = "training.json"
@@ -21,9 +20,9 @@ class DataSource:
     """Rows that a training used.
 
     Attributes:
-        source: file or Hugging Face dataset.
+        source: the file.
         rows: number of rows.
-        sha256: of the file; for a dataset, of the texts and labels of its rows.
+        sha256: of the file; for a pipe, of the texts and labels of its rows.
     """
 
     source: str
@@ -77,14 +76,12 @@ def model_card(report: TrainReport) -> Any:
     from huggingface_hub import ModelCard, ModelCardData
 
     start = report.options.backbone or ""
-    datasets = {dataset_name(data.source) for data in report.data.values()}
     metadata = ModelCardData(
         library_name="fpabee",
         pipeline_tag="text-classification",
         tags=["early-exit", report.model_type],
         # A local folder means nothing to other people.
         base_model=None if Path(start).exists() else start,
-        datasets=sorted(filter(None, datasets)) or None,
         metrics=list(report.scores["dev"][0]),
     )
     template = str(Path(__file__).with_name("model_card.md"))
@@ -94,5 +91,5 @@ def model_card(report: TrainReport) -> Any:
 
 
 def _place(source: str) -> str:
-    """A dataset, or a file without its folder, which exists only on one machine."""
-    return printable(source if dataset_name(source) else Path(source).name)
+    """A file without its folder, which exists only on one machine."""
+    return printable(Path(source).name)

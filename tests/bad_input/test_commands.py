@@ -163,7 +163,7 @@ PACKAGES = [
     Case("no torch", without("torch", command("export")), "torch", "'fpabee[export,cpu]'"),
     Case("no onnx", without("onnx", command("bench")), "onnx", "'fpabee[export,cpu]'"),
     Case("nothing that packs", without("onnx", command("pack")), "onnx", "'fpabee[export,cpu]'"),
-    Case("no datasets", without("datasets", training), "datasets", "'fpabee[train]'"),
+    Case("no jinja2", without("jinja2", training), "jinja2", "'fpabee[train]'"),
     Case("no uvicorn", without("uvicorn", lambda p: ["serve", p.shared["bert"]]),
          "uvicorn", "'fpabee[serve]'"),
     Case("no matplotlib", without("matplotlib", command("calibrate", "--report", "out")),

@@ -83,7 +83,6 @@ def test_a_training_writes_a_model_its_scores_and_a_model_card(
     card = (folder / "README.md").read_text()
     metadata: Any = ModelCard(card).data
     assert metadata.library_name == "fpabee"
-    assert metadata.datasets is None
     for part in (
         "fpabee-train --of tests",
         "train.jsonl.gz | 24",
