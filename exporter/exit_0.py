@@ -12,17 +12,16 @@ from typing import Any
 import numpy as np
 
 from ..runtime.artifact.folder import sha256_of
-from ..runtime.artifact.manifest import EXIT_0_NAME, ExitZeroSpec, ProblemType
+from ..runtime.artifact.manifest import EXIT_0_NAME, ExitZeroSpec
 from ..runtime.errors import ModelError, first_line
 from ..runtime.exit_0 import ARRAYS, ExitZero
-from .staging import replacing
 
 EXIT_0_FILE = "exit_0.safetensors"
 CONFIG_BLOCK = "fpabee"
 """The key of `config.json` that holds our settings; its key `exit_0` holds those of exit 0."""
 
 _MOST_UNIGRAMS = 65536
-_TRAIN_AGAIN = "train exit 0 again"
+_TRAIN_AGAIN = "train the model again"
 
 
 def unigrams_of(vocabulary: int) -> int:
@@ -30,27 +29,21 @@ def unigrams_of(vocabulary: int) -> int:
     return min(vocabulary, _MOST_UNIGRAMS)
 
 
-def save_exit_0(folder: Path, exit_0: ExitZero, problem_type: ProblemType) -> None:
+def save_exit_0(folder: Path, exit_0: ExitZero) -> None:
     """Add exit 0 to a model_dir, or replace it; nothing else in the folder changes.
 
     Args:
         folder: the model_dir, which has a `config.json`.
         exit_0: the weights.
-        problem_type: the task that it was trained for, which `config.json` may not name.
-
-    Raises:
-        OSError: the folder cannot be written, and is unchanged.
     """
     from safetensors.numpy import save_file
 
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     block = {"unigrams": exit_0.unigrams, "buckets": exit_0.buckets}
     content[CONFIG_BLOCK] = (content.get(CONFIG_BLOCK) or {}) | {"exit_0": block}
-    content["problem_type"] = problem_type.value
-    with replacing(folder.resolve()) as new:
-        text = json.dumps(content, indent=2) + "\n"
-        (new / "config.json").write_text(text, encoding="utf-8")
-        save_file(exit_0.arrays, new / EXIT_0_FILE)
+    save_file(exit_0.arrays, folder / EXIT_0_FILE)
+    text = json.dumps(content, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def load_exit_0(folder: Path, config: Any, labels: int) -> ExitZero | None:

@@ -25,16 +25,16 @@ from ..training.options import TrainOptions
 @command(
     examples="""
 fpabee-train --backbone ENCODER --train a.jsonl --dev b.jsonl -o model_dir
-fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
 """,
     panels={
-        "Exit 0": "--no-exit-0 --exit-0-only",
-        "Exits": "--exits --distill",
+        "Exits": "--no-exit-0 --exits --distill",
         "Optimisation": "--epochs --lr --batch-size --max-length --seed --bf16",
         **READING,
     },
 )
-@options.option("--backbone", "MODEL", "Encoder: a folder, a hub id, or another model_dir.")
+@options.option(
+    "--backbone", "MODEL", "Encoder: a folder, a hub id, or another model_dir.", required=True
+)
 @options.option("--train", "FILE", "Rows to train on.", required=True)
 @options.option("--dev", "FILE", "Rows that are scored after every epoch.", required=True)
 @options.option("--test", "FILE", "Rows that are scored once, at the end.")
@@ -75,10 +75,6 @@ fpabee-train --exit-0-only --train a.jsonl --dev b.jsonl -o model_dir
     default=True,
     show_default=False,
     help="Leave out exit 0, a bag of n-grams that can answer before layer 1.",
-)
-@options.flag(
-    "--exit-0-only",
-    "Train nothing but exit 0: add it to the model in the folder of --output.",
 )
 @options.labelled_texts
 def main(

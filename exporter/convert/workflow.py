@@ -234,7 +234,7 @@ class _Work:
         exit_0 = learn(train, choose, self.plain, _SEED, self.progress)
         save_checkpoint(model, model_dir)
         self.tokenizer.save_pretrained(model_dir)
-        save_exit_0(model_dir, exit_0, self.task.problem_type)
+        save_exit_0(model_dir, exit_0)
         return chosen
 
     def _model(

@@ -13,8 +13,6 @@ from ...runtime.files import ReadOptions
 _ABOVE = {"epochs": 0, "lr": 0, "batch_size": 0, "max_length": 3}
 # Small data needs more than the usual passes: with 500 rows, 3 of them are 48 steps.
 _EPOCHS, _FEWEST_STEPS, _MOST_EPOCHS = 3.0, 1000, 20.0
-# Settings without effect where only exit 0 is trained.
-_OF_ENCODERS = ("backbone", "exits", "distill", "epochs", "lr", "batch_size", "bf16")
 
 
 @dataclass(frozen=True)
@@ -26,10 +24,10 @@ class TrainOptions:
     Attributes:
         train: labelled rows to train on.
         dev: labelled rows that are scored after every epoch.
-        test: labelled rows that are scored once, at the end.
         backbone: the encoder: a folder, the id of a model on the Hugging Face hub, or another
             model_dir.
-        problem_type: the task; default: single-label, or that of the model in the output folder.
+        test: labelled rows that are scored once, at the end.
+        problem_type: the task; default: single-label.
         exits: the layers after which there is an exit, ascending; default: every layer.
         distill: share of the targets of all exits but the last that comes from the last exit
             instead of the labels (self-distillation as in FastBERT, arXiv 2004.02178). 0 gives
@@ -42,19 +40,17 @@ class TrainOptions:
         seed: of all random choices.
         bf16: compute in bfloat16 where that is safe (autocast); needs a GPU, or a CPU with AVX-512.
         exit_0: whether exit 0, a bag of n-grams before layer 1, is trained after the encoder.
-        exit_0_only: train nothing but exit 0: add it to the model in the output folder, or replace
-            it there.
         reading: how the rows are read.
         force: replace an existing model.
 
     Raises:
-        InputError: options that contradict each other, or a number out of range.
+        InputError: a number is out of range.
     """
 
     train: str
     dev: str
+    backbone: str
     test: str | None = None
-    backbone: str | None = None
     problem_type: ProblemType | None = None
     exits: tuple[int, ...] | None = None
     distill: float = 0.5
@@ -65,33 +61,16 @@ class TrainOptions:
     seed: int = 42
     bf16: bool = False
     exit_0: bool = True
-    exit_0_only: bool = False
     reading: ReadOptions = field(default_factory=ReadOptions)
     force: bool = False
 
     def __post_init__(self) -> None:
-        if self.exit_0_only:
-            self._check_exit_0_only()
-        elif not self.backbone:
-            raise InputError("there is no encoder to train", "give `backbone`")
         for name, bound in _ABOVE.items():
             value = getattr(self, name)
             if value is not None and not bound < value < math.inf:
                 raise InputError(f"{name} is {value}", f"give `{name}` above {bound}")
         if not 0 <= self.distill <= 1:
             raise InputError(f"distill is {self.distill}", "give `distill` from 0 to 1")
-
-    def _check_exit_0_only(self) -> None:
-        if not self.exit_0:
-            raise InputError(
-                "exit 0 is asked for and left out", "leave out `exit_0` or `exit_0_only`"
-            )
-        for name in _OF_ENCODERS:
-            if getattr(self, name) != getattr(TrainOptions, name):
-                raise InputError(
-                    f"{name} is a setting of the encoder, of which nothing is trained",
-                    f"leave out `{name}` or `exit_0_only`",
-                )
 
     def epochs_for(self, rows: int) -> float:
         """Passes over a number of training rows.

@@ -75,7 +75,7 @@ def model_card(report: TrainReport) -> Any:
     """The model card of a training, with the metadata that the Hugging Face hub reads."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    start = report.options.backbone or ""
+    start = report.options.backbone
     metadata = ModelCardData(
         library_name="fpabee",
         pipeline_tag="text-classification",

@@ -18,12 +18,12 @@ from transformers import AutoModel, set_seed
 from ...calibration.trace import data_sha256
 from ...runtime.artifact.folder import check_outside, sha256_of
 from ...runtime.artifact.manifest import ProblemType
-from ...runtime.errors import InputError, ModelError
+from ...runtime.errors import InputError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
 from ...runtime.files.labels import Labels, encode_labels
 from ...runtime.progress import Progress, silent
-from ..checkpoint import TRAINED, load_checkpoint, load_config, resolve_model_dir, save_checkpoint
+from ..checkpoint import load_config, resolve_model_dir, save_checkpoint
 from ..exit_0 import save_exit_0
 from ..exits import MultiExitConfig, Pooling
 from ..model import MultiExitModel, by_row, predict
@@ -48,8 +48,7 @@ def train(
 
     Args:
         output: the model_dir to write: `config.json`, `model.safetensors`, `exit_0.safetensors`,
-            the tokenizer, a model card (`README.md`) and the report (`training.json`). If exit 0
-            is added to the model there, only `config.json` and `exit_0.safetensors` are written.
+            the tokenizer, a model card (`README.md`) and the report (`training.json`).
         options: the settings.
         progress: called with (loss and dev scores, steps done, steps in total) of the encoder,
             and then of exit 0.
@@ -85,7 +84,7 @@ def train(
     set_seed(options.seed)
     sources = {"train": options.train, "dev": options.dev, "test": options.test}
     rows = {name: load_rows(source, options.reading) for name, source in sources.items() if source}
-    model, tokenizer = build_model(output, options, rows["train"])
+    model, tokenizer = build_model(options, rows["train"])
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     config, length = model.exit_config, min(options.max_length, model.backbone.max_positions())
     padding = {"input_ids": pad_id(tokenizer, model)}
@@ -97,10 +96,9 @@ def train(
     }
     parts = data["train"], data["dev"]
     started = time.perf_counter()
-    if not options.exit_0_only:
-        options = replace(options, epochs=options.epochs_for(len(rows["train"])))
-        output.mkdir(parents=True, exist_ok=True)
-        train_exits(model, *parts, padding, options, progress)
+    options = replace(options, epochs=options.epochs_for(len(rows["train"])))
+    output.mkdir(parents=True, exist_ok=True)
+    train_exits(model, *parts, padding, options, progress)
     exit_0 = None
     if options.exit_0:
         exit_0 = train_exit_0(model, *parts, padding, options.seed, progress)
@@ -123,16 +121,14 @@ def train(
         versions={"python": platform.python_version()}
         | {package: version(package) for package in _PACKAGES},
     )
-    if not options.exit_0_only:
-        save_checkpoint(model, output)
-        tokenizer.save_pretrained(output)
+    save_checkpoint(model, output)
+    tokenizer.save_pretrained(output)
     if exit_0:
-        save_exit_0(output, exit_0, config.problem_type)
-    if not options.exit_0_only:
-        model_card(report).save(output / "README.md")
-        # Last, because this file marks the training as finished.
-        text = json.dumps(report.to_dict(), indent=2)
-        (output / REPORT_NAME).write_text(text, encoding="utf-8")
+        save_exit_0(output, exit_0)
+    model_card(report).save(output / "README.md")
+    # Last, because this file marks the training as finished.
+    text = json.dumps(report.to_dict(), indent=2)
+    (output / REPORT_NAME).write_text(text, encoding="utf-8")
     return report
 
 
@@ -145,7 +141,7 @@ def _check_output(output: Path, options: TrainOptions) -> None:
     """
     holds_model = (output / "config.json").is_file()
     check_outside(output if holds_model else output / "config.json")
-    if holds_model and not (options.force or options.exit_0_only):
+    if holds_model and not options.force:
         raise InputError(
             f"{output} already holds a model",
             "give `force` to replace it, or another `output`",
@@ -158,33 +154,24 @@ def has_fast_bf16() -> bool:
     return torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() not in slow
 
 
-def build_model(
-    output: Path, options: TrainOptions, rows: Sequence[Row]
-) -> tuple[MultiExitModel, Any]:
-    """The model to train, from an encoder or in the output folder; its tokenizer.
+def build_model(options: TrainOptions, rows: Sequence[Row]) -> tuple[MultiExitModel, Any]:
+    """The model to train, and its tokenizer.
 
     Args:
-        output: the output folder.
         options: the settings.
-        rows: the training rows, which name the labels of a new model.
+        rows: the training rows, which name the labels.
 
     Raises:
-        ModelError: the encoder or its tokenizer cannot be used, or the exits do not fit it; or
-            there is no model to add exit 0 to.
+        ModelError: the encoder or its tokenizer cannot be used, or the exits do not fit it.
     """
-    if options.exit_0_only:
-        if not output.is_dir():  # the hub has no place for what is added
-            raise ModelError(f"model_dir {output} does not exist", TRAINED)
-        folder, model = output, load_checkpoint(output, options.problem_type, attention=None)
-    else:
-        folder = resolve_model_dir(str(options.backbone))
-        load_config(folder)  # which refuses families that are not supported
-        encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
-        exits = options.exits or tuple(range(1, encoder.config.num_hidden_layers + 1))
-        problem_type = options.problem_type or ProblemType.SINGLE_LABEL
-        labels = label_names(rows, options.train)
-        exit_config = MultiExitConfig(exits, labels, problem_type, Pooling.MEAN)
-        model = MultiExitModel(encoder, exit_config.with_hidden_layers())
+    folder = resolve_model_dir(options.backbone)
+    load_config(folder)  # which refuses families that are not supported
+    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    exits = options.exits or tuple(range(1, encoder.config.num_hidden_layers + 1))
+    labels = label_names(rows, options.train)
+    problem_type = options.problem_type or ProblemType.SINGLE_LABEL
+    exit_config = MultiExitConfig(exits, labels, problem_type, Pooling.MEAN)
+    model = MultiExitModel(encoder, exit_config.with_hidden_layers())
     return model, load_tokenizer(folder, model)
 
 

@@ -22,7 +22,7 @@ from fpabee.exporter.exit_0 import (
 )
 from fpabee.exporter.merge import write_one_graph
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of
-from fpabee.runtime.artifact.manifest import ExitZeroSpec, ProblemType
+from fpabee.runtime.artifact.manifest import ExitZeroSpec
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text, TextEncoder
 from fpabee.runtime.errors import ModelError
@@ -31,7 +31,6 @@ from fpabee.runtime.exit_0 import ExitZero
 from ..bad_input.cases import change_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-SINGLE = ProblemType.SINGLE_LABEL
 TEXTS: list[Text] = ["a good film", "turn on the light", ("rain", "the sun"), ("the sun", "rain")]
 
 
@@ -51,7 +50,7 @@ def read(folder: Path) -> ExitZero | None:
 def bert(tmp_path: Path) -> Path:
     """A published checkpoint, with exit 0."""
     folder = Path(shutil.copytree(GOLDEN / "pabee_bert", tmp_path / "bert"))
-    save_exit_0(folder, random_exit_0(load_config(folder).vocab_size, 3), SINGLE)
+    save_exit_0(folder, random_exit_0(load_config(folder).vocab_size, 3))
     return folder
 
 
@@ -60,7 +59,7 @@ def test_exit_0_is_added_without_another_change(bert: Path, tmp_path: Path) -> N
     assert read(source) is None, "checkpoints without it stay valid"
     old, new = (json.loads((folder / "config.json").read_text()) for folder in (source, bert))
     block = {"exit_0": {"unigrams": 200, "buckets": 64}}
-    assert new == old | {"fpabee": block, "problem_type": SINGLE.value}
+    assert new == old | {"fpabee": block}
     names = {path.name for path in source.iterdir()}
     assert {path.name for path in bert.iterdir()} == names | {EXIT_0_FILE}
     for name in names - {"config.json"}:
@@ -76,7 +75,7 @@ def test_exit_0_is_added_without_another_change(bert: Path, tmp_path: Path) -> N
         np.testing.assert_array_equal(found.arrays[name], array)
 
     other = ExitZero(200, given.table, given.weights, np.full(3, 5, np.float32))
-    save_exit_0(bert, other, SINGLE)
+    save_exit_0(bert, other)
     again = read(bert)
     assert again is not None
     assert again.bias.tolist() == [5, 5, 5]
@@ -121,11 +120,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "it has 32 buckets, expected 64",
     ),
     "vocabulary": (
-        lambda folder: save_exit_0(folder, random_exit_0(1000, 3), SINGLE),
+        lambda folder: save_exit_0(folder, random_exit_0(1000, 3)),
         "it has 1000 unigrams, but the vocabulary 200",
     ),
     "labels": (
-        lambda folder: save_exit_0(folder, random_exit_0(200, 2), SINGLE),
+        lambda folder: save_exit_0(folder, random_exit_0(200, 2)),
         "gives 2 logits for 3 labels",
     ),
     "an empty block": (with_block({"exit_0": {}}), "is not an exit 0: 'unigrams'"),
@@ -139,7 +138,7 @@ def test_what_does_not_fit_the_model_is_refused(name: str, bert: Path) -> None:
     damage(bert)
     with pytest.raises(ModelError, match=message) as caught:
         read(bert)
-    assert caught.value.hint == "train exit 0 again"
+    assert caught.value.hint == "train the model again"
 
 
 def test_an_export_has_exit_0_and_keeps_it_in_one_graph(
@@ -147,7 +146,7 @@ def test_an_export_has_exit_0_and_keeps_it_in_one_graph(
 ) -> None:
     source = Path(shutil.copytree(tiny_models["bert"], tmp_path / "model"))
     given = random_exit_0(load_config(source).vocab_size, 4)
-    save_exit_0(source, given, SINGLE)
+    save_exit_0(source, given)
     first = export(source, tmp_path / "engines")
     (tmp_path / "one").mkdir()
     one = write_one_graph(first.folder, tmp_path / "one")

@@ -90,7 +90,7 @@ def model(tiny_models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFact
     table = np.random.default_rng(7).normal(size=(unigrams + 64, labels)).astype(np.float16)
     weights, bias = np.eye(labels, dtype=np.float32), np.ones(labels, np.float32)
     exit_0 = ExitZero(unigrams, table, weights, bias)
-    save_exit_0(folder, exit_0, ProblemType.SINGLE_LABEL)
+    save_exit_0(folder, exit_0)
     return folder
 
 

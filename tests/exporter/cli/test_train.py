@@ -73,11 +73,7 @@ def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOption
     assert run("--backbone", "encoder").exit_code == 0
     defaults = TrainOptions(train="train.jsonl", dev="dev.jsonl", backbone="encoder")
     assert defaults.exit_0
-    assert not defaults.exit_0_only
     assert trained[1:] == [(Path("model dir"), defaults)]
-    assert run("--exit-0-only", "--max-length", "64", "--seed", "7").exit_code == 0
-    only = TrainOptions("train.jsonl", "dev.jsonl", exit_0_only=True, max_length=64, seed=7)
-    assert trained[2:] == [(Path("model dir"), only)]
 
 
 def test_progress_is_on_stderr_and_results_on_stdout(trained: object) -> None:
@@ -96,11 +92,9 @@ def test_progress_is_on_stderr_and_results_on_stdout(trained: object) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "give --backbone"),
+        ([], "--backbone"),
+        (["--backbone", "x", "--epochs", "0"], "give --epochs above 0"),
         (["--backbone", "x", "--exits", "a"], "--exits"),
-        (["--exit-0-only", "--no-exit-0"], "leave out --no-exit-0 or --exit-0-only"),
-        (["--exit-0-only", "--backbone", "x"], "leave out --backbone or --exit-0-only"),
-        (["--exit-0-only", "--exits", "2"], "leave out --exits or"),
     ],
 )
 def test_usage_errors_exit_2(arguments: list[str], expected: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.exit_0 import EXIT_0_FILE
 from fpabee.exporter.exits import MultiExitConfig
-from fpabee.exporter.training import TrainOptions, exit_0, train
+from fpabee.exporter.training import TrainOptions, exit_0
 from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.exporter.training.exit_0 import BagOfNgrams, Vocabulary, train_exit_0
-from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError, ModelError
 from fpabee.runtime.exit_0 import ExitZero
@@ -114,37 +109,3 @@ def test_a_training_that_diverges_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         ModelError, match=r"exit 0 diverged: .* -> use `exit_0` to train without it"
     ):
         learn([Row("good"), Row("bad")], [0, 1], Stub(SINGLE, [0.0, 0.0]))
-
-
-@pytest.mark.parametrize(("name", "task"), [("pabee_bert", None), ("fpabee_albert", MULTI)])
-def test_exit_0_is_added_to_a_published_checkpoint(
-    name: str, task: ProblemType | None, write_rows: WriteRows, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(GOLDEN / name, tmp_path / "model"))
-    labels = load_checkpoint(folder).exit_config.labels
-    rows = [{"text": f"text {label}", "labels": [label]} for label in labels]
-    path = write_rows("rows.jsonl", rows * 8)
-    before = {file.name: sha256_of(file) for file in folder.iterdir()}
-    report = train(folder, TrainOptions(path, path, problem_type=task, exit_0_only=True))
-    after = {file.name: sha256_of(file) for file in folder.iterdir()}
-    changed = {name for name, digest in after.items() if before.get(name) != digest}
-    assert changed == {"config.json", EXIT_0_FILE}
-    assert report.exits == (0, *load_checkpoint(folder).exit_config.exits)
-    assert list(report.numbers) == list(range(len(report.exits)))
-    assert len(report.scores["dev"]) == len(report.exits)
-    old, new = (json.loads((f / "config.json").read_text()) for f in (GOLDEN / name, folder))
-    assert list(new.pop("fpabee")) == ["exit_0"]
-    assert new == old | {"problem_type": (task or SINGLE).value}, "an export needs the task, too"
-    train(folder, TrainOptions(path, path, exit_0_only=True, seed=7))
-    assert sha256_of(folder / EXIT_0_FILE) != after[EXIT_0_FILE], "replaced without force"
-
-
-def test_exit_0_needs_a_model_to_be_added_to(options: Options, tmp_path: Path) -> None:
-    settings = options()
-    only = TrainOptions(settings.train, settings.dev, exit_0_only=True)
-    with pytest.raises(ModelError, match=r"model_dir .*missing does not exist"):
-        train(tmp_path / "missing", only)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match=r"empty has no config\.json"):
-        train(tmp_path / "empty", only)
-    assert not list((tmp_path / "empty").iterdir())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,7 +61,7 @@ def test_exits_have_their_own_learning_rate_and_biases_do_not_decay(
 ) -> None:
     settings = options(lr=0.25)
     rows = [Row("x", labels=(label,)) for label in "abc"]
-    model, _ = build_model(Path("not used"), settings, rows)
+    model, _ = build_model(settings, rows)
     groups = make_optimizer(model, settings).param_groups
     group_of = {id(value): group for group in groups for value in group["params"]}
     by_name = {name: group_of[id(value)] for name, value in model.named_parameters()}
@@ -81,7 +80,7 @@ def test_the_loop_warms_up_decays_clips_and_takes_fractions_of_epochs(
 ) -> None:
     settings = options(epochs=1.5, batch_size=2, lr=1.0)
     named = [Row("x", labels=(label,)) for label in "ab"]
-    model, tokenizer = build_model(Path("not used"), settings, named)
+    model, tokenizer = build_model(settings, named)
     rows = encoded_rows([Row(f"film {n}") for n in range(40)], tokenizer, 8)
     data = Examples(rows, np.arange(40) % 2)
     rates, norms = [], []

@@ -197,7 +197,6 @@ def test_nothing_is_written_when_the_input_is_bad(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backbone": None}, "there is no encoder to train -> give `backbone`"),
         ({"epochs": 0.0}, "epochs is 0.0 -> give `epochs` above 0"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"max_length": 3}, "give `max_length` above 3"),
