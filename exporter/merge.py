@@ -25,6 +25,7 @@ from ..runtime.artifact.manifest import (
 )
 from ..runtime.artifact.reference import read_reference, write_reference
 from ..runtime.engine import Engine
+from ..runtime.rules.rules import Budget
 from .onnx_file import graphs_of, load_graphs, write_graph
 from .targets.backends import is_cpu_int8
 from .targets.check import FP32_TARGET
@@ -105,8 +106,9 @@ def move_weights(part: ir.Graph, graph: ir.Graph, prefix: str) -> None:
 def write_one_graph(source: Path, folder: Path) -> Manifest:
     """Write an engines folder whose only segment runs all layers and gives the last exit.
 
-    It has the targets that run ONNX graphs, without operating points. If layers share their weights
-    (ALBERT), the graphs are copied unchanged, and the segment calls all but the other heads.
+    It has the targets that run ONNX graphs, without operating points and exit 0. If layers share
+    their weights (ALBERT), the graphs are copied unchanged, and the segment calls all but the other
+    heads.
 
     Args:
         source: the engines folder to copy from.
@@ -163,16 +165,16 @@ def write_one_graph(source: Path, folder: Path) -> Manifest:
         last, calls=tuple(calls if manifest.model.shared_layers else graphs)
     )
     copy(manifest.tokenizer.file, manifest.tokenizer.sha256)
-    if manifest.exit_0 is not None:
-        copy(manifest.exit_0.file, manifest.exit_0.sha256)
     texts, logits = read_reference(source, manifest)
-    write_reference(folder, texts, logits[[*range(manifest.exits.start, 1), -1]])
+    write_reference(folder, texts, logits[-1:])
     whole = msgspec.structs.replace(
         keep_targets(manifest, lambda name, _: name in targets),
         graphs=graphs,
         precisions=precisions,
         segments=(segment,),
         targets=targets,
+        default_rule=Budget(exit=1).to_dict(),
+        exit_0=None,
         files={REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)},
     )
     write_manifest(folder, whole)

@@ -36,7 +36,6 @@ import numpy as np
 
 from fpabee.calibration import threshold_for_depth
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
-from fpabee.exporter.bench import exact_batches
 from fpabee.exporter.merge import write_one_graph
 from fpabee.exporter.onnx_file import graph_runs
 from fpabee.exporter.staging import staging
@@ -294,9 +293,10 @@ def _texts(folder: Path) -> list[str]:
 
 
 def exact_rows(engine: Engine, folder: Path, tokens: int) -> list[list[EncodedRow]]:
-    """Batches of one row of exactly `tokens` tokens."""
+    """Batches of one row of exactly `tokens` tokens, which is repeated or cut."""
     rows = engine.encode(_texts(folder)[:ROWS])
-    return [list(unit) for unit in exact_batches(rows, 1, tokens, ROWS)]
+    ids = [np.resize(row.input_ids, tokens) for row in rows]
+    return [[EncodedRow(each, np.zeros_like(each), False)] for each in ids]
 
 
 def last_exit(engine: Engine) -> ExitRule:

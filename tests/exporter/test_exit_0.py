@@ -141,28 +141,29 @@ def test_what_does_not_fit_the_model_is_refused(name: str, bert: Path) -> None:
     assert caught.value.hint == "train the model again"
 
 
-def test_an_export_has_exit_0_and_keeps_it_in_one_graph(
+def test_an_export_has_exit_0_and_one_graph_leaves_it_out(
     tiny_models: Mapping[str, Path], tmp_path: Path, ready_graphs: None
 ) -> None:
     source = Path(shutil.copytree(tiny_models["bert"], tmp_path / "model"))
     given = random_exit_0(load_config(source).vocab_size, 4)
     save_exit_0(source, given)
     first = export(source, tmp_path / "engines")
+    folder, manifest = first.folder, first.manifest
+    assert manifest == read_manifest(folder)
+    digest = sha256_of(folder / "exit_0.npz")
+    expected = ExitZeroSpec(file="exit_0.npz", sha256=digest, unigrams=given.unigrams, buckets=64)
+    assert manifest.exit_0 == expected
+    assert manifest.exit_layers == (0, 1, 2, 3)
+    exit_0 = ExitZero.load(folder, manifest)
+    assert exit_0 is not None
+    rows = TextEncoder(folder, manifest.tokenizer).encode(TEXTS)
+    np.testing.assert_array_equal(exit_0(rows), given(rows))
+    texts, logits = read_reference(folder, manifest)
+    expected_logits = exit_0(TextEncoder(folder, manifest.tokenizer).encode(texts))
+    np.testing.assert_allclose(logits[0], expected_logits, rtol=0, atol=1e-5)
+    assert len(logits) == len(manifest.exit_layers)
+
     (tmp_path / "one").mkdir()
-    one = write_one_graph(first.folder, tmp_path / "one")
-    for folder, manifest in ((first.folder, first.manifest), (tmp_path / "one", one)):
-        assert manifest == read_manifest(folder)
-        digest = sha256_of(folder / "exit_0.npz")
-        expected = ExitZeroSpec(
-            file="exit_0.npz", sha256=digest, unigrams=given.unigrams, buckets=64
-        )
-        assert manifest.exit_0 == expected
-        assert manifest.exit_layers == ((0, 1, 2, 3) if folder == first.folder else (0, 3))
-        exit_0 = ExitZero.load(folder, manifest)
-        assert exit_0 is not None
-        rows = TextEncoder(folder, manifest.tokenizer).encode(TEXTS)
-        np.testing.assert_array_equal(exit_0(rows), given(rows))
-        texts, logits = read_reference(folder, manifest)
-        expected_logits = exit_0(TextEncoder(folder, manifest.tokenizer).encode(texts))
-        np.testing.assert_allclose(logits[0], expected_logits, rtol=0, atol=1e-5)
-        assert len(logits) == len(manifest.exit_layers)
+    one = write_one_graph(folder, tmp_path / "one")
+    assert (one.exit_0, one.exit_layers) == (None, (3,))
+    np.testing.assert_array_equal(read_reference(tmp_path / "one", one)[1], logits[-1:])
