@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Does calibration keep its promises? Simulations on populations whose truth is known.
 
-    python scripts/calibration_study.py --work WORK [--population trec-minilm] [--rows 1000]
+    python scripts/calibration_study.py --work WORK [--population trec-minilm]
 
 A population is a large set of logits: either synthetic, or from a real model on real data
 (`scripts/logits/`, dev and test rows together). For a guarantee, a calibration sees rows that are
@@ -10,8 +10,8 @@ average it sees rows without replacement, at most half of them, and is judged on
 cost of a row is its number of layers.
 
 WORK holds one file for each population and number of rows. Finished calibrations are not repeated,
-so the script can be stopped at any time. The tables of all of them are written to
-`scripts/results/calibration-study.md`. The columns are
+so the script can be stopped at any time. The tables of all of them are written to WORK/tables.md;
+`scripts/results/calibration-study.md` comes from it. The columns are
 
 - loss: the mean of what is promised, in points or percent; the largest of several promises, as a
   share of its bound,
@@ -47,9 +47,8 @@ from fpabee.runtime import Budget, Confidence, ExitRule, ProblemType
 from fpabee.runtime.cli.command import exits_with_one_line
 
 LOGITS = Path(__file__).parent / "logits"
-OUTPUT = Path(__file__).parent / "results" / "calibration-study.md"
 REPEATS = 100
-SIZES = (200, 600, 1000, 3000)
+SIZES = (600, 1000, 3000)
 _SYNTHETIC_ROWS = 20_000
 _SINGLE, _MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
 _LABELS = ("other", "attack")
@@ -319,18 +318,14 @@ def _cells(work: Path) -> Iterator[dict[str, Any]]:
 @click.command(context_settings={"show_default": True})
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Results so far.")
 @click.option("--population", "names", multiple=True, help="Default: all.")
-@click.option("--rows", "sizes", multiple=True, type=int, default=SIZES)
 @click.option("--repeats", default=REPEATS, help="Calibrations of each kind.")
-@click.option("--output", default=OUTPUT, type=click.Path(path_type=Path), help="Where to write.")
 @exits_with_one_line
-def main(
-    work: Path, names: tuple[str, ...], sizes: tuple[int, ...], repeats: int, output: Path
-) -> None:
+def main(work: Path, names: tuple[str, ...], repeats: int) -> None:
     """Run what is missing, then write the tables of all that has been run."""
     work.mkdir(parents=True, exist_ok=True)
     makers = populations()
     for name in names or makers:
-        goals, counts = (PROMISES, (GUARDS[name][1],)) if name in GUARDS else (GOALS, sizes)
+        goals, counts = (PROMISES, (GUARDS[name][1],)) if name in GUARDS else (GOALS, SIZES)
         truth, best = Truth(makers[name]()), work / f"{name}-best.json"
         if not best.is_file():
             every = {
@@ -341,7 +336,7 @@ def main(
         for count in counts:
             study(work / f"{name}-{count}.jsonl", repeats, partial(calibrate, truth, goals, count))
             click.echo(f"{name}, {count} rows: done", err=True)
-    output.write_text("\n".join(tables(work)) + "\n", encoding="utf-8")
+    (work / "tables.md").write_text("\n".join(tables(work)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python scripts/conversions.py --data DATA --work WORK [--only mini-trec]
 
 Each classifier is fine-tuned with plain Transformers code on half of the training rows. The other
-half and dev, without their labels, are the texts of `fpabee-convert`, which promises at most 1 %
+half and dev, without their labels, are the texts of the conversion, which promises at most 1 %
 flips: decisions that differ from those of the classifier in PyTorch and fp32. Beside the conversion
 there are conversions of fewer texts, and with linear heads; exit 0 alone, with all layers for the
 texts that it does not answer; and an encoder that was cut to its first half before the same
@@ -20,11 +20,8 @@ Results are stored in WORK/conversions, and their tables in `tables.md` there; t
 from __future__ import annotations
 
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -63,7 +60,6 @@ from fpabee.runtime.cli.command import exits_with_one_line
 from fpabee.runtime.files import read_rows
 from fpabee.runtime.machine import cpu_name, usable_cores
 
-COMMAND = "from fpabee.exporter.cli.convert import main; main(prog_name='fpabee-convert')"
 FP32 = "onnxruntime-fp32"
 LINEAR, HALF = "linear heads", "half the layers"
 BATCH, SINGLE, MOST, ROUNDS = 32, 200, 1000, 5
@@ -80,7 +76,6 @@ class Run:
         lr: its learning rate.
         seeds: one for each classifier.
         sizes: how many texts further conversions of the first classifier get.
-        beside: what else the first classifier is compared with.
         rows: at most so many training rows are used.
     """
 
@@ -90,7 +85,6 @@ class Run:
     lr: float = 5e-5
     seeds: tuple[int, ...] = (42,)
     sizes: tuple[int, ...] = ()
-    beside: tuple[str, ...] = (LINEAR, HALF)
     rows: int = 13_000
 
 
@@ -100,7 +94,7 @@ RUNS = {
     "mini-sst2": Run(MINILM, "sst2", 3, seeds=(42, 43, 44), sizes=(1000, 3000)),
     "mini-mrpc": Run(MINILM, "mrpc", 4),
     "mini-mixsnips": Run(MINILM, "mixsnips", 2),
-    "mpnet-sst2": Run(MPNET, "sst2", 2, lr=3e-5, beside=(HALF,)),
+    "mpnet-sst2": Run(MPNET, "sst2", 2, lr=3e-5),
 }
 
 
@@ -197,26 +191,18 @@ def decisions(model: Path, texts: Sequence[Text]) -> list[set[str]]:
     return [{config.id2label[int(number)] for number in np.flatnonzero(row)} for row in chosen]
 
 
-def run_command(model: Path, texts: Path, engines: Path) -> dict[str, Any]:
-    """`fpabee-convert` as a process: what it says in JSON, and the seconds of CPU that it took."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, model, texts, "-o", engines, "--json", "--quiet"],
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    found: dict[str, Any] = json.loads(process.stdout.read() or "{}")
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"fpabee-convert {model} {texts} failed with {status}")
-    return found | {"cpu_s": used.ru_utime + used.ru_stime}
+def run_conversion(model: Path, texts: Path, engines: Path) -> dict[str, Any]:
+    """What a conversion says, and the seconds of CPU that it took."""
+    started = time.process_time()
+    found: dict[str, Any] = msgspec.to_builtins(convert(model, texts, engines), enc_hook=str)
+    return found | {"cpu_s": time.process_time() - started}
 
 
 def with_linear_heads(model: Path, texts: Path, engines: Path) -> dict[str, Any]:
     """The same conversion, but all heads are linear and see the mean of the tokens."""
     only_mean = {Pooling.MEAN: slice(0, 1)}
     with mock.patch.multiple(heads, _WIDTHS=(0,), _TAKEN=only_mean):
-        found: dict[str, Any] = msgspec.to_builtins(convert(model, texts, engines), enc_hook=str)
-    return found
+        return run_conversion(model, texts, engines)
 
 
 def exit_0_alone(model: Path, texts: Path, engines: Path, data: Path) -> dict[str, Any]:
@@ -364,7 +350,6 @@ def study(run: Run, seed: int, data: Path, work: Path, timed: bool, results: Res
         "classifier",
         lambda: {"accuracy": statistics.mean(map(eq, teacher, right)), "rows": len(right)},
     )
-    first = seed == run.seeds[0]
 
     def converted(
         name: str, size: int | None, make: Callable[[Path, Path, Path], dict[str, Any]]
@@ -378,15 +363,13 @@ def study(run: Run, seed: int, data: Path, work: Path, timed: bool, results: Res
             results.once(f"{name} {target}", judge)
         return engines
 
-    engines = converted("all", None, run_command)
+    engines = converted("all", None, run_conversion)
     given = texts_for(run, seed, None, data, work)
     results.once("exit 0 alone", lambda: exit_0_alone(model, given, engines, data / run.data))
-    for size in run.sizes if first else ():
-        converted(str(size), size, run_command)
-    beside = run.beside if first else ()
-    if LINEAR in beside:
+    if seed == run.seeds[0]:
+        for size in run.sizes:
+            converted(str(size), size, run_conversion)
         converted(LINEAR, None, with_linear_heads)
-    if HALF in beside:
         cut = decisions(teach(run, seed, data, work, layers // 2), texts)
         results.once(HALF, lambda: compared(cut, teacher, right) | {"saved": 0.5})
     if timed:

@@ -10,8 +10,7 @@ exit 0, and are trained with the default options. DATA holds a folder for each d
 train, dev and test as `.jsonl.gz`. Finished steps are not repeated, so the script can be stopped
 at any time. A model that was trained elsewhere is used if it is in WORK/NAME-SEED, and an encoder
 if it is in WORK/all-MiniLM-L6-v2 or WORK/all-mpnet-base-v2. The results of each run are stored in
-WORK/rules; the table of all of them is `scripts/results/rules.md`, while some are missing
-WORK/rules.md.
+WORK/rules, and their table in WORK/rules.md; `scripts/results/rules.md` is that of all runs.
 """
 
 from __future__ import annotations
@@ -257,19 +256,8 @@ def _with_deviation(scores: Sequence[float]) -> str:
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Models and results.")
 @click.option("--only", multiple=True, type=click.Choice(list(RUNS)), help="Default: all.")
 @click.option("--seed", "seeds", multiple=True, type=int, help="Default: 42, 43, ...")
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Default: rules.md in scripts/results, or in WORK while results of some runs are missing.",
-)
 @exits_with_one_line
-def main(
-    data: Path,
-    work: Path,
-    only: tuple[str, ...],
-    seeds: tuple[int, ...],
-    output: Path | None,
-) -> None:
+def main(data: Path, work: Path, only: tuple[str, ...], seeds: tuple[int, ...]) -> None:
     """Train, export, trace and compare; then write the table."""
     results = work / "rules"
     results.mkdir(parents=True, exist_ok=True)
@@ -287,11 +275,7 @@ def main(
             content = {"name": name, "seed": seed} | compare(dev, test, layers)
             path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             click.echo(f"{path} is written", err=True)
-    # The full table is not replaced by one of some runs.
-    is_complete = len(list(results.glob("*.json"))) >= sum(run.seeds for run in RUNS.values())
-    output = output or (RESULTS if is_complete else work) / "rules.md"
-    output.write_text(table(results), encoding="utf-8")
-    click.echo(f"{output} is written", err=True)
+    (work / "rules.md").write_text(table(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

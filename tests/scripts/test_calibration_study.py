@@ -14,15 +14,18 @@ def test_a_study_resumes_and_writes_its_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration_study, "_SYNTHETIC_ROWS", 1500)
-    page, names = tmp_path / "page.md", ("useful exit 0", "guard, 50 % flagged")
-    command = ["--work", tmp_path / "work", "--output", page, "--rows", 200]
+    monkeypatch.setattr(calibration_study, "SIZES", (200,))
+    names = "useful exit 0", "guard, 50 % flagged"
+    command: list[object] = ["--work", tmp_path]
     for name in names:
         command += ["--population", name]
     for repeats in (1, 2):
         words = [*map(str, command), "--repeats", str(repeats)]
         result = CliRunner().invoke(calibration_study.main, words)
         assert result.exit_code == 0, result.output
-        lines = [line.split("|")[1:-1] for line in page.read_text().splitlines()]
+        lines = [
+            line.split("|")[1:-1] for line in (tmp_path / "tables.md").read_text().splitlines()
+        ]
         cells = [[cell.strip() for cell in line] for line in lines if len(line) == 10][2:]
         expected = [(names[0], "200", goal) for goal in calibration_study.GOALS]
         expected += [(names[1], "800", goal) for goal in calibration_study.PROMISES]
