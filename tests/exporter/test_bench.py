@@ -26,7 +26,7 @@ def test_report_and_progress(
     monkeypatch.setattr(bench, "_REPEATS", 2)
     folder = Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
     add_openvino(folder, "fp32")
-    rule = Entropy(threshold=0.3, exit_0_threshold=0.2)
+    rule = Entropy(threshold=0.99)
     with Engine.load(folder, "openvino-fp32") as engine:
         target, found = run_bench(folder, engine, rule, TEXTS, lambda *state: told.append(state))
         trace, layers = engine.trace(TEXTS, rule=rule), engine.manifest.exit_layers
