@@ -18,7 +18,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from ..runtime.encoding import EncodedRow, Text
-from ..runtime.engine import Engine, Trace
+from ..runtime.engine import Engine
+from ..runtime.predictions import Trace
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.rules import Budget, ExitRule
 from .merge import write_one_graph
