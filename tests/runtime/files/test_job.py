@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def test_columns_by_name_of_several_files(run: Run, bert: Path, tmp_path: Path) 
     assert "accuracy" in result.err
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no /dev/null")
 def test_output_to_something_that_is_not_a_file(run: Run, bert: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", {"text": "rain"})
     null = run(bert, source, "--output", "/dev/null", "--quiet")

@@ -136,6 +136,7 @@ def whole_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL and no limits")
 @pytest.mark.parametrize("how", STOPS)
 def test_a_resumed_run_gives_the_same_bytes(classify: Classify, small: None, how: str) -> None:
     expected = classify.unbroken()

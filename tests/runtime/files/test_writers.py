@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,7 @@ def test_parquet_is_written_in_groups(tmp_path: Path, monkeypatch: pytest.Monkey
         assert file.read().column("index").to_pylist() == list(range(25))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no named pipes")
 def test_formats(tmp_path: Path) -> None:
     assert output_format(Path("x")) is TextFormat.JSON_LINES
     for name in ("pipe.parquet", "pipe.csv"):
