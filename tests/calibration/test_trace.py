@@ -50,8 +50,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "NaN": changed(logits=lambda logits: logits * np.float32("nan")),
     "words": changed(logits=lambda logits: logits.astype(str)),
     "a pickle": changed(lengths=lambda lengths: lengths.astype(object)),
-    "another artifact": changed(artifact=lambda artifact: "another"),
-    "other texts": changed(texts=lambda texts: "others"),
+    "another artifact": changed(artifact=lambda artifact: "another", logits=np.negative),
+    "other texts": changed(texts=lambda texts: "others", logits=np.negative),
 }
 
 
