@@ -10,6 +10,7 @@ from .errors import InputError, RowError
 from .files import ReadOptions, Row
 from .files.parquet import row_at
 from .files.records import RecordSchema, arrow_type
+from .hub import repository_of
 from .machine import require
 
 if TYPE_CHECKING:
@@ -26,13 +27,14 @@ class Classify:
     `map_batches` that it needs.
 
     Args:
-        engines: the engines folder, at a path that every machine can read.
+        engines: the engines folder, at a path that every machine can read, or `owner/name` on the
+            hub, as for `Engine.load`.
         text_column: the column of the text.
         text_pair_column: the column of the second text; default: `text_pair`, if there is one.
         probabilities: whether there is a column `probabilities.NAME` for each label.
         skip_errors: whether a row without a text gets a message in the column `error`, and nulls as
             its answer. Otherwise it ends the job.
-        **load: arguments of `Engine.load`, such as `target`, `operating_point` and `threads`.
+        **load: arguments of `Engine.load`, such as `target`, `revision` and `threads`.
 
     Raises:
         FpabeeError: as `Engine.load`.
@@ -119,8 +121,7 @@ def classify(
 
     Args:
         dataset: the dataset, whose columns are kept.
-        engines: the engines folder, at a path that every machine can read. A relative path is
-            taken from the folder of this process.
+        engines: as for `Classify`. A relative path is taken from the folder of this process.
         actors: how many actors run, or the fewest and the most; Ray starts more while batches
             wait. Each actor loads the model once.
         threads: the CPUs of an actor. With one thread for each, more actors classify more rows a
@@ -149,11 +150,12 @@ def classify(
     require("ray")
     from ray.data import ActorPoolStrategy
 
+    engines = engines if repository_of(engines) else Path(engines).absolute()
     fewest, most = (actors, actors) if isinstance(actors, int) else actors
     # A block is the work of one actor, and Ray makes one block of a million short texts.
     return dataset.repartition(target_num_rows_per_block=batch_size).map_batches(
         Classify,
-        fn_constructor_kwargs={"engines": Path(engines).absolute(), "threads": threads, **options},
+        fn_constructor_kwargs={"engines": engines, "threads": threads, **options},
         batch_size=batch_size,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=fewest, max_size=most),

@@ -61,7 +61,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     path = Path(folder) / MANIFEST_NAME
     hint = "give the folder that the export of a model wrote"
     if not path.parent.is_dir():
-        raise ArtifactError(f"engines folder {folder} does not exist", hint)
+        problem = "is not a folder" if path.parent.exists() else "does not exist"
+        raise ArtifactError(f"engines folder {folder} {problem}", hint)
     try:
         content = _read_regular(path)
     except FileNotFoundError as error:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..artifact.folder import damage, read_manifest, resolve
 from ..artifact.manifest import Manifest
+from ..artifact.operating_point import OperatingPoint
 from ..engine import Engine
 from ..errors import FpabeeError, VerificationError
 from ..hub import engines_folder
@@ -136,10 +137,6 @@ def _print(folder: Path, manifest: Manifest, states: Sequence[dict[str, Any]]) -
     for state in states:
         name = state["name"]
         target = manifest.targets[name]
-        points = [
-            point + " (default)" * (point == target.default_operating_point)
-            for point in target.operating_points
-        ]
         table.add_row(
             name + " (default)" * (name == default),
             f"{state['size'] / 2**20:.1f}",
@@ -147,8 +144,11 @@ def _print(folder: Path, manifest: Manifest, states: Sequence[dict[str, Any]]) -
             "" if target.relative_speed is None else f"{target.relative_speed:.2f}x",
             "no" if state["unavailable_reason"] else "yes",
         )
-        if points:
-            below.append(f"operating points of {name}: {', '.join(points)}")
+        below += [
+            f"operating point {point}{' (default)' * (point == target.default_operating_point)} of "
+            f"{name}: {_promised(found)}; {found.mean_depth:.2f} layers per text"
+            for point, found in target.operating_points.items()
+        ]
         if state["unavailable_reason"]:
             below.append(f"{name} cannot run here: {state['unavailable_reason']}")
     table_console().print(table)
@@ -158,6 +158,12 @@ def _print(folder: Path, manifest: Manifest, states: Sequence[dict[str, Any]]) -
     if runs and default not in runs:
         instead = target_of(folder, manifest, None)
         echo(f"the default target {default} cannot run here; {instead} runs instead")
+
+
+def _promised(point: OperatingPoint) -> str:
+    if point.certificate is not None:
+        return str(point.certificate)
+    return "no guarantee" if point.goal is None else f"no guarantee; goal: {point.goal}"
 
 
 def _print_check(found: Mapping[str, Any]) -> None:

@@ -201,7 +201,8 @@ class Service:
                 (HTTPException, FpabeeError, ClientDisconnect, Exception), self._failed
             ),
         )
-        refusal = _error(421, STATUSES[421], "InvalidRequest")
+        hint = "add it to `allowed_hosts`, or let the proxy send an address"
+        refusal = _error(421, f"{STATUSES[421]} -> {hint}", "InvalidRequest")
         self.app = HostCheck(app, self.hosts, refusal)
 
     async def _classify(self, request: Request, usual: type[Asked]) -> Response:
@@ -260,7 +261,8 @@ class Service:
         except asyncio.TimeoutError:
             raise HTTPException(408, STATUSES[408], {"Connection": "close"}) from None
         except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
-            raise HTTPException(400, str(error)) from None
+            wrong = f"the body is not what /openapi.json describes: {error}"
+            raise HTTPException(400, wrong) from None
         if len(asked.texts) > self.limits.max_texts:
             raise HTTPException(
                 413, f"{len(asked.texts)} texts, expected at most {self.limits.max_texts}"

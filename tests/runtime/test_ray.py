@@ -130,6 +130,29 @@ def cluster() -> Iterator[Any]:
 of_ray = pytest.mark.filterwarnings("ignore")
 
 
+class Planned:
+    """A dataset that keeps what its actors would get."""
+
+    engines: Any = None
+
+    def repartition(self, **_: Any) -> Planned:
+        return self
+
+    def map_batches(self, _: Any, **options: Any) -> Planned:
+        self.engines = options["fn_constructor_kwargs"]["engines"]
+        return self
+
+
+@of_ray
+def test_a_name_of_the_hub_is_no_path(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bert.parent)
+    dataset: Any = Planned()
+    classify(dataset, "owner/name")
+    assert dataset.engines == "owner/name"
+    classify(dataset, bert.name)
+    assert dataset.engines == bert, "actors run in other folders"
+
+
 @of_ray
 @pytest.mark.slow
 def test_a_parquet_dataset_on_ray(cluster: Any, bert: Path, run: Run, tmp_path: Path) -> None:

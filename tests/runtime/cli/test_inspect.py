@@ -41,7 +41,8 @@ def test_a_folder_is_described(
         "mpnet, 3 layers of 32",
         "exit layers: 1, 2, 3",
         "onnxruntime-fp32 (default)",
-        "\noperating points of onnxruntime-fp32: fast, safe (default)\n",
+        "\noperating point safe (default) of onnxruntime-fp32: no guarantee; goal: drop at most "
+        "0.5 points; 1.00 layers per text\n",
         " yes",
         "rule without an operating point: fpabee jskd 0.1\n",
     ):

@@ -1,0 +1,92 @@
+"""The page at `/`: what its script asks the server for, and what it shows."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fpabee.runtime import Confidence, Engine
+
+from .test_server import Server
+
+FULL = {"error": "the queue is full -> try again later", "error_type": "OverloadedError"}
+
+
+@pytest.fixture
+def shown(
+    exit_0_engines: Mapping[str, Path], set_points: Callable[..., None], tmp_path: Path
+) -> Callable[..., Any]:
+    """Classifies a text on the page; the answers of some addresses may be replaced."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed")
+    folder = Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
+    set_points(folder, default="safe", safe=Confidence(threshold=1.0, exit_0_threshold=2.0))
+
+    def run(text: str, pair: str = "", **replaced: Any) -> Any:
+        with Engine.load(folder) as engine:
+            server = Server(engine)
+            page = server.client.get("/").text
+            sent = {"input": [[text, pair]] if pair else text}
+            responses = {
+                "info": server.client.get("/info"),
+                "classify": server.post("/classify", sent),
+            }
+            server.scheduler.close()
+        served = {
+            name: {"status": response.status_code, "body": response.text}
+            for name, response in responses.items()
+        }
+        (script,) = re.findall("<script>(.*)</script>", page, re.S)
+        (given := tmp_path / "given.json").write_text(
+            json.dumps({"script": script, "text": text, "pair": pair, "served": served | replaced})
+        )
+        command = [node, str(Path(__file__).with_name("page.mjs")), str(given)]
+        found = json.loads(subprocess.check_output(command, timeout=60))
+        assert not found["disabled"], "the next text can be sent"
+        return found | {"expected": responses["classify"].json(), "was_sent": sent}
+
+    return run
+
+
+@pytest.mark.parametrize("pair", ["", "the film is not bad"])
+def test_an_answer_is_shown(shown: Callable[..., Any], pair: str) -> None:
+    found = shown("rain " * 200, pair)
+    assert found["sent"] == [found["was_sent"]]
+    assert (found["model"], found["settings"]) == ("tiny", "operating point safe, onnxruntime-fp32")
+    (answer,) = found["expected"]["data"]
+    assert answer["exit"] == 3
+    assert found["depth"].startswith(f"{answer['label']}: answered at exit 3, after 3 of 3 layers.")
+    assert found["depth"].endswith(" ms. The text was too long, and its end was not read.")
+    steps = ["exit 0", "exit 1, layer 1", "exit 2, layer 2", "exit 3, layer 3"]
+    assert found["ladder"] == [*([step, "ran"] for step in steps[:3]), [steps[3], "answered"]]
+    ranked = sorted(answer["probs"], reverse=True)
+    assert [(score, number) for _, _, score, number in found["scores"]] == [
+        (score, f"{score:.4f}") for score in ranked
+    ]
+    assert found["scores"][0][:2] == ["predicted", answer["label"]]
+    assert [row[0] for row in found["scores"][1:]] == [""] * (len(ranked) - 1)
+    assert (found["hidden"], found["error"]) == (False, "")
+
+
+@pytest.mark.parametrize(
+    ("replaced", "says"),
+    [
+        ({"classify": {"status": 429, "body": json.dumps(FULL)}}, "full; try again later."),
+        ({"classify": {"status": 502, "body": "<html>"}}, "the server answered with status 502."),
+        ({"info": None}, "the server does not answer."),
+    ],
+    ids=["full", "proxy", "stopped"],
+)
+def test_an_error_is_shown(shown: Callable[..., Any], replaced: Any, says: str) -> None:
+    found = shown("rain", **replaced)
+    assert found["error"].startswith("The text was not classified: ")
+    assert found["error"].endswith(says)
+    assert found["hidden"]
