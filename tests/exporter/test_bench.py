@@ -5,18 +5,48 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from numpy.typing import NDArray
 
 from fpabee.exporter import bench
-from fpabee.exporter.bench import FULL_DEPTH, FULL_GRAPH, WITH_RULE, Workload, run_bench
+from fpabee.exporter.bench import (
+    FULL_DEPTH,
+    FULL_GRAPH,
+    WITH_RULE,
+    Workload,
+    _run_graph,
+    run_bench,
+)
 from fpabee.exporter.cli.bench import main, show
+from fpabee.exporter.merge import write_one_graph
 from fpabee.runtime import Engine, Entropy
 
 from ..doubles.openvino import add_openvino
 
 TEXTS = ["turn on the light", "", "is it not a good film", "book a table " * 5]
+
+
+def test_the_full_graph_gives_the_last_exit(engines: Mapping[str, Path], tmp_path: Path) -> None:
+    write_one_graph(engines["bert"], tmp_path)
+    with Engine.load(engines["bert"]) as engine:
+        rows, expected = engine.encode(TEXTS), engine.trace(TEXTS).logits[-1]
+    found: list[NDArray[np.float32]] = []
+    with Engine.load(tmp_path) as one, one.chain() as graph:
+        enqueue = graph.execution.enqueue
+
+        def noted(hidden: Any) -> Any:
+            outputs = enqueue(hidden)
+            found.append(outputs().copy())
+            return outputs
+
+        graph.execution.enqueue = noted  # type: ignore[method-assign]
+        _run_graph(graph, rows)
+    order = np.argsort([-len(row) for row in rows], kind="stable")
+    np.testing.assert_allclose(np.concatenate(found), expected[order], atol=1e-5)
 
 
 def test_report_and_progress(
