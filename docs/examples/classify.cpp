@@ -1,5 +1,7 @@
 // Classifies texts that are given as token ids, one text a line: ./classify model.onnx < ids.txt
-// Built with: g++ -std=c++17 -O2 classify.cpp -o classify -lonnxruntime
+// Built with Debian's libonnxruntime-dev, or with an archive of ONNX Runtime in ORT:
+//   g++ -std=c++17 -O2 classify.cpp -o classify -I/usr/include/onnxruntime -lonnxruntime
+//   g++ -std=c++17 -O2 classify.cpp -o classify -I$ORT/include -L$ORT/lib -Wl,-rpath,$ORT/lib -lonnxruntime
 #include <algorithm>
 #include <cstdint>
 #include <iostream>
@@ -8,9 +10,9 @@
 #include <string>
 #include <vector>
 
-#include <onnxruntime/onnxruntime_cxx_api.h>
+#include <onnxruntime_cxx_api.h>
 
-int main(int argc, char** argv) {
+int main(int argc, char** argv) try {
   if (argc != 2) {
     std::cerr << "usage: classify model.onnx < ids.txt\n";
     return 2;
@@ -47,4 +49,7 @@ int main(int argc, char** argv) {
     const auto label = std::max_element(logits, logits + labels) - logits;
     std::cout << label << " from exit " << found[1].GetTensorData<std::int64_t>()[0] << "\n";
   }
+} catch (const Ort::Exception& error) {
+  std::cerr << error.what() << "\n";
+  return 1;
 }

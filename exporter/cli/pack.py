@@ -96,8 +96,8 @@ def main(
         echo(f"calibrate that target first, with your rows: {command_line} --data dev.jsonl")
     echo(
         f"verified on {packed.rows} texts: logits differ by at most "
-        f"{packed.max_logit_difference:.1e}, exits are equal; near ties in {packed.near_ties} "
-        "texts are not compared"
+        f"{packed.max_logit_difference:.1e}, exits are equal; {packed.near_ties} texts were too "
+        "close to a threshold to compare"
     )
     if address:
         echo(f"uploaded with {engines} to {address}")

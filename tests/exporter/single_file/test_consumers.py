@@ -1,4 +1,4 @@
-"""A packed folder in other languages: Node, and the examples of the page in a browser and C++."""
+"""A packed folder in other languages, and the page's examples in Node, a browser and C++."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ PACKAGES = [
 ]
 # No tokenizer has to cut them.
 SHORT = [text for text in SINGLE if isinstance(text, str) and 0 < len(text.split()) < 12]
+# The examples in JavaScript cut the last one.
+LINES = [*SHORT, "rain " * 100]
 
 pytestmark = pytest.mark.slow
 
@@ -109,13 +111,26 @@ def test_node(case: Case, node: Path) -> None:
     assert [each["label"] for each in found[: len(singles)]] == best
 
 
+def test_node_example(case: Case, node: Path) -> None:
+    shutil.copy(EXAMPLES / "classify.mjs", node)
+    run = subprocess.run(
+        ["node", "classify.mjs", case.parent / "web"],
+        cwd=node,
+        input="".join(f"{text}\n" for text in LINES),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.splitlines() == case.lines([*LINES], [*case.labels])
+
+
 def test_browser(case: Case, node: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no chromium is installed")
     (case.parent / "node_modules").symlink_to(node / "node_modules")
     page = (EXAMPLES / "index.html").read_text(encoding="utf-8")
-    page = page.replace("turn on the light", "\n".join(map(str, SHORT)))
+    page = page.replace("turn on the light", "\n".join(LINES))
     (case.parent / "index.html").write_text(page, encoding="utf-8")
     handler = functools.partial(SimpleHTTPRequestHandler, directory=str(case.parent))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -125,15 +140,16 @@ def test_browser(case: Case, node: Path) -> None:
         run = subprocess.run([browser, *options, url], capture_output=True, text=True, check=True)
         server.shutdown()
     found = run.stdout.split("<pre>")[1].split("</pre>")[0]
-    assert found.splitlines() == case.lines([*SHORT], [*case.labels])
+    assert found.splitlines() == case.lines([*LINES], [*case.labels])
 
 
 def test_cpp(case: Case) -> None:
     program = case.parent / "classify"
     build = ["g++", "-std=c++17", str(EXAMPLES / "classify.cpp"), "-o", str(program)]
+    build += ["-I/usr/include/onnxruntime", "-lonnxruntime"]
     if (
         shutil.which("g++") is None
-        or subprocess.run([*build, "-lonnxruntime"], capture_output=True, check=False).returncode
+        or subprocess.run(build, capture_output=True, check=False).returncode
     ):
         pytest.skip("libonnxruntime-dev is not installed")
     consumer = Consumer(case.parent / "web")
@@ -144,3 +160,7 @@ def test_cpp(case: Case) -> None:
     )
     numbers = [str(label) for label in range(len(case.labels))]
     assert run.stdout.splitlines() == case.lines([*SHORT], numbers)
+
+    missing = subprocess.run([program, "missing.onnx"], capture_output=True, text=True, check=False)
+    assert missing.returncode == 1
+    assert "missing.onnx" in missing.stderr
