@@ -322,7 +322,7 @@ def rows_needed(share: float, level: float) -> tuple[int, int]:
 
 
 def needs_in_words(bound: Bound, has_exit_0: bool) -> list[str]:
-    """How many texts each promise needs: `1 % flips: 1,960 rows for a good chance; ...`.
+    """How many texts each promise needs: `at most 1 % flips: 299 texts are the least, ...`.
 
     Args:
         bound: what is asked for.
@@ -335,6 +335,6 @@ def needs_in_words(bound: Bound, has_exit_0: bool) -> list[str]:
             good = rows_needed(share, (1 - bound.confidence) / 2)[1]
         rows = {"missed": "flagged texts", "false_alarms": "texts that are not flagged"}
         name = "points of drop" if of == "drop" else f"% {of.replace('_', ' ')}"
-        counts = f"{good:,} {rows.get(of, 'rows')} for a good chance; {least:,} at the least"
-        found.append(f"{100 * share:g} {name}: {counts}")
+        counts = f"{least:,} {rows.get(of, 'texts')} are the least, and {good:,} give a good chance"
+        found.append(f"at most {100 * share:g} {name}: {counts}")
     return found

@@ -169,7 +169,7 @@ def rule_of(
     raise RuleError(
         f"target {target} has no operating point {point!r}{measured}; it has: "
         f"{', '.join(points) or 'none yet'}",
-        "give another `operating_point` or `target`, or calibrate this target",
+        "name one that it has, give another `target`, or calibrate this target",
     )
 
 

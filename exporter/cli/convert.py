@@ -147,7 +147,8 @@ def _show(result: Conversion) -> None:
     for each in result.targets:
         times = f"{each.speedup_single:.2f}", f"{each.speedup_file:.2f}"
         changed = f"{100 * each.changed:.2f} %", f"{100 * each.changed_traffic:.2f} %"
-        echo(_line(each.target, f"{each.layers:.2f}", *times, *changed))
+        name = f"{each.target} (default)" if each.target == result.default_target else each.target
+        echo(_line(name, f"{each.layers:.2f}", *times, *changed))
     echo("")
     for words in dict.fromkeys(_guarantee(each, calibrate) for each in result.targets):
         echo(words)

@@ -83,9 +83,9 @@ def check_promises(bound: Bound, task: Task, logits: NDArray[np.float32], share:
             about = decisions[:, task.labels.index(promise.label)] == (promise.of == "missed")
         if about.sum() < least:
             raise InputError(
-                f"{promise} needs at least {least:,} texts to calibrate on that it is about, and "
-                f"there are {about.sum():,}",
-                f"give more texts, of which {share:.0%} calibrate, or allow more",
+                f"{promise} needs at least {least:,} texts that it is about and that certify; of "
+                f"{len(decisions):,} that certify, there are {about.sum():,}",
+                f"give more texts, of which {share:.0%} certify, or allow more",
             )
 
 

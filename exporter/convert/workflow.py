@@ -29,7 +29,7 @@ from ...runtime.artifact.folder import read_manifest, sha256_of, write_manifest
 from ...runtime.artifact.manifest import MANIFEST_NAME, ProblemType, Task
 from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.encoding import EncodedRow
-from ...runtime.errors import ArtifactError, BackendError, RowError
+from ...runtime.errors import ArtifactError, BackendError, InputError, RowError
 from ...runtime.files import read_rows
 from ...runtime.files.labels import Labels, encode_labels
 from ...runtime.machine import multiplies_int8
@@ -112,7 +112,8 @@ def convert(
     teacher = Classifier(classifier, options.problem_type, options.adapter)
     given = split(read_rows(texts, options.reading), options.group_column)
     needs = needs_in_words(options.bound, has_exit_0=True)
-    for line in (f"{len(given.calibrate):,} of the texts will certify", *needs):
+    certify = f"{len(given.calibrate):,} of {len(given.rows):,} distinct texts certify"
+    for line in (certify, *needs):
         logger.warning(line)
     work = _Work(teacher, given, options, progress)
     try:
@@ -147,6 +148,9 @@ def _partial(target: Path, fingerprint: str) -> Iterator[Path]:
         yield folder
     except BackendError:
         raise
+    except KeyboardInterrupt as error:
+        kept = f"{folder} keeps the finished steps"
+        raise KeyboardInterrupt(InputError(kept, "do the same again to continue")) from error
     except Exception:
         shutil.rmtree(folder)
         raise

@@ -59,7 +59,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             inconsistent, or of another schema.
     """
     path = Path(folder) / MANIFEST_NAME
-    hint = "give the folder that the export of a model wrote"
+    hint = "give the folder that an export or a conversion wrote"
     if not path.parent.is_dir():
         problem = "is not a folder" if path.parent.exists() else "does not exist"
         raise ArtifactError(f"engines folder {folder} {problem}", hint)

@@ -65,7 +65,7 @@ def test_three_points_by_default_and_the_runtime_runs_them(folder: Path, data: P
     assert "balanced (default): " in output
     assert "best setting of each kind" not in output
     assert "No guarantee: every text runs through all layers, since full depth has 0" in output
-    assert "0.5 points of drop: 3,900 rows for a good chance; 598 at the least" in output
+    assert "at most 0.5 points of drop: 598 texts are the least, and 3,900 give a good" in output
     texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
     for name, point in points.items():
         assert output.count(f" {name} ") == 1 + (name == "balanced"), "once in the table"
@@ -95,8 +95,8 @@ def test_the_table_fits_80_columns_also_in_a_file(
         assert lines[start + 1].split()[2:4] == ["1.25", "1.25"]
     assert "flips <= 40, missed <=" in lines[start + 1]
     assert [record.message for record in caplog.records] == [
-        "40 % flips: 40 rows for a good chance; 6 at the least",
-        "45 % missed: 40 flagged texts for a good chance; 6 at the least",
+        "at most 40 % flips: 6 texts are the least, and 40 give a good chance",
+        "at most 45 % missed: 6 flagged texts are the least, and 40 give a good chance",
     ]
 
 
@@ -157,7 +157,7 @@ def test_what_too_few_rows_cannot_guarantee_runs_at_full_depth(
     """Decisions need no labels, and what is needed is said before anything runs."""
     bare = tmp_path / "my texts.txt"
     bare.write_text("\n".join(row.text for row in label_rows(folder)) + "\n")
-    needs = "1 % flips: 1,960 rows for a good chance; 299 at the least"
+    needs = "at most 1 % flips: 299 texts are the least, and 1,960 give a good chance"
     result = run(folder, "--data", bare, "--flips", 1)
     assert result.exit_code == 0
     assert [record.message for record in caplog.records] == [needs]

@@ -130,7 +130,7 @@ def test_the_summary_says_what_is_guaranteed_and_what_is_not(
         "engines: made with 4,000 texts, 3,000 of them distinct",
         "1,200 trained exits, 300 chose the best, 1,200 certified them. The other 300 decided "
         "nothing (one of them is 0.33 %):",
-        "openvino-bf16                     4.80         1.90   2.25     0.50 %    0.40 %",
+        "openvino-bf16 (default)           4.80         1.90   2.25     0.50 %    0.40 %",
         "guarantee for new texts, with 95 % confidence: at most 1 % of the decisions differ from "
         "the classifier's (tested on 1,199 of 1,200 texts), and at most 2 % of the texts that the "
         "classifier flags as 'bad' (above 0.7) are missed (tested on 150 of 1,200 texts). "

@@ -126,9 +126,11 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
 
     broken = BackendError("the device failed", "restart it")
     for stop, error in (("segment", KeyboardInterrupt()), ("time", broken)):
-        with pytest.raises(type(error)):
+        with pytest.raises(type(error)) as caught:
             convert(*given, options, until(stop, error))
         assert (tmp_path / "engines.partial" / "model").is_dir()
+        if stop == "segment":
+            assert "engines.partial keeps the finished steps" in str(caught.value)
     assert seen.count("segment_01") == 2
     assert sum(what == "train heads" for what in seen) == 1
     del seen[:]
