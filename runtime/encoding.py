@@ -167,7 +167,7 @@ class RowTokenizer:
                     "the template of the tokenizer does not take each text once",
                     "use a tokenizer that gives a text, or both texts of a pair, once",
                 )
-        special = len(self._templates[1]) - 2
+        special = max(len(self._templates[0]) - 1, len(self._templates[1]) - 2)
         if limit <= special:
             raise InputError(
                 f"max_length {limit} leaves no room for text beside {special} special tokens",

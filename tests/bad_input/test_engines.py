@@ -96,6 +96,7 @@ def swap_calls(m: Any) -> None:
 ENDLESS = {"id": 0, "content": "\u0301", "normalized": True}
 ENDLESS |= dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
 REPEATS = {"Sequence": {"id": "A", "type_id": 0}}
+SPECIAL = {"SpecialToken": {"id": "[SEP]", "type_id": 0}}
 
 MANIFESTS = [
     Case("no folder", lambda p: p.run_texts(folder=p.root / "none"), "none", "export"),
@@ -116,6 +117,8 @@ FILES = [
          tokenizer(lambda t: t["model"]["vocab"].pop("[UNK]")), TOKENIZER_NAME),
     Case("a tokenizer that gives a text many times",
          tokenizer(lambda t: t["post_processor"]["single"].extend([REPEATS] * 2000)), "once"),
+    Case("a tokenizer with more special tokens than fit",
+         tokenizer(lambda t: t["post_processor"]["single"].extend([SPECIAL] * 2000)), "no room"),
     Case("a tokenizer of a larger vocabulary",
          tokenizer(lambda t: t["model"]["vocab"].update(film=10**6)), "segment_01"),
     Case("graphs that take less than the manifest says", long_text, "segment_01", "--max-length"),
