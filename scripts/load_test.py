@@ -73,8 +73,11 @@ class Client:
         return len(tasks), self._answers
 
     async def _ask(self, body: bytes, due: float) -> None:
-        if self._idle:
+        while self._idle:
             reader, writer = self._idle.pop()
+            if not reader.at_eof():  # the server closes what is idle for long
+                break
+            writer.close()
         else:
             reader, writer = await asyncio.open_connection(self._host, self._port)
         writer.write(b"%sContent-Length: %d\r\n\r\n%s" % (self._head, len(body), body))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import load_test
 import pytest
@@ -52,10 +54,21 @@ def test_refused_requests_are_errors(texts: str) -> None:
         def log_message(self, *_: object) -> None:
             """Print nothing."""
 
+    async def ask_after_a_pause(address: str) -> None:
+        """Ask although the server has closed the connection that was used before."""
+        client, closed = load_test.Client(address), asyncio.StreamReader()
+        closed.feed_eof()
+        client._idle.append((closed, Mock()))
+        await client._ask(b"", 0)
+        ((_, opened),) = client._idle
+        opened.close()
+
     with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
         threading.Thread(target=server.serve_forever).start()
         try:
-            ((_, _, sent, errors, *_),) = _rows(f"http://127.0.0.1:{server.server_port}", texts)
+            address = f"http://127.0.0.1:{server.server_port}"
+            asyncio.run(ask_after_a_pause(address))
+            ((_, _, sent, errors, *_),) = _rows(address, texts)
         finally:
             server.shutdown()
     assert int(errors) == int(sent) > 0
