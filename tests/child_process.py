@@ -80,9 +80,9 @@ def limit_memory(more: float) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
-def memory_of(name: str) -> int:
-    """Bytes that Linux's `/proc/self/status` gives under a name."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def memory_of(name: str, process: int | str = "self") -> int:
+    """Bytes that Linux's `/proc/PROCESS/status` gives under a name."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(name):
             return int(line.split()[1]) * 1024
     raise LookupError(name)

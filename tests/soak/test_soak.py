@@ -1,12 +1,14 @@
 """Many threads ask one scheduler, with cancellations, deadlines and one failing row in a thousand.
 
 Rows stop at exit 0 and later, and fail there and later. Every future must be finished exactly once,
-and memory must stay flat.
+and memory must stay flat. Then many clients ask one server, and some leave or send nonsense.
 """
 
 from __future__ import annotations
 
+import json
 import random
+import socket
 import sys
 import time
 from collections import Counter
@@ -26,6 +28,7 @@ from fpabee.runtime.serving import Scheduler
 
 from ..child_process import MIB, memory_of
 from ..conftest import WORDS
+from ..runtime.serving.test_serve import ask, served
 
 _THREADS = 8
 _WAIT = 120
@@ -142,3 +145,51 @@ def test_no_answer_is_lost_or_wrong(
         assert len(called) == counts["answered"] + counts["failed"] + counts["cancelled"]
         # Each answered row was counted once, even if it was cancelled just then.
         assert counts["answered"] <= engine.tally.rows <= counts["answered"] + _Counted.too_late
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="measures memory in Linux's /proc")
+def test_a_server_loses_no_answer(
+    exit_0_engines: Mapping[str, Path], pytestconfig: pytest.Config
+) -> None:
+    choose, folder = random.Random(5), exit_0_engines["bert"]
+    lengths = [*(choose.randint(1, 40) for _ in range(100)), 3000, 5000]
+    texts: list[Any] = [" ".join(choose.choices(WORDS, k=length)) for length in lengths]
+    texts += [(choose.choice(texts), choose.choice(texts)) for _ in range(50)]
+    with Engine.load(folder, threads=1) as engine:
+        expected, logits = engine.predict(texts), engine.trace(texts).logits
+        near = exits_near_ties(logits, engine.rule, engine.manifest.task, 1e-5, first_exit=0)
+    bad = [{"input": 5}, {"input": ["a"] * 300}, {"input": texts[100], "truncate": False}]
+
+    def client(seed: int) -> int:
+        choose, answered = random.Random(seed), 0
+        while time.monotonic() < ends:
+            numbers = choose.choices(range(len(texts)), k=choose.choice([1, 1, 1, 8]))
+            asked, does = {"input": [texts[number] for number in numbers]}, choose.random()
+            if does < 0.1:
+                with socket.create_connection(("127.0.0.1", port)) as left:
+                    body = json.dumps(asked).encode()
+                    head = "POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length:"
+                    left.sendall(f"{head} {len(body)}\r\n\r\n".encode() + body)
+            elif does < 0.2:
+                assert ask(port, "/classify", choose.choice(bad))[0] in (400, 413)
+            else:
+                status, found = ask(port, "/classify", asked)
+                assert status == 200
+                for number, answer in zip(numbers, found["data"], strict=True):
+                    one = expected[number]
+                    assert answer["truncated"] == one.truncated
+                    if not near[number]:
+                        assert (answer["exit"], tuple(answer["labels"])) == (one.exit, one.labels)
+                answered += len(numbers)
+        return answered
+
+    seconds = pytestconfig.getoption("--seconds")
+    with served(folder, "--threads", "1") as (process, port):
+        ends = time.monotonic() + seconds
+        with ThreadPoolExecutor(_THREADS) as pool:
+            answers = pool.map(client, range(_THREADS))
+            time.sleep(seconds / 3)
+            warm = memory_of("VmRSS", process.pid)
+            assert sum(answers) > 50
+        assert memory_of("VmRSS", process.pid) - warm <= max(0.05 * warm, 32 * MIB)

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ SMALL = {
     "fpabee.runtime.backends.host._GROUP_TOKENS": 64,
 }
 START = f"""
-import os, resource, signal, time
+import os, random, resource, signal
 from fpabee.runtime.cli.run import main
 from fpabee.runtime.files.destination import Partial
 from unittest.mock import patch
@@ -93,8 +94,8 @@ class Classify:
         self.output = output
         return content
 
-    def process(self, stop: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", START.replace("STOP", stop), *self.arguments()]
+    def process(self, stop: str, *options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", START.replace("STOP", stop), *self.arguments(*options)]
         return subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
 
     def fail_at(self, rows: int, error: BaseException) -> Result:
@@ -158,6 +159,23 @@ def test_a_resumed_run_gives_the_same_bytes(classify: Classify, small: None, how
     assert classify("--resume") == Result(0, "", "")
     assert classify.output.read_bytes() == expected
     assert classify.files == ["in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_random_moments(
+    classify: Classify, small: None, pytestconfig: pytest.Config
+) -> None:
+    expected, killed = classify.unbroken(), 0
+    ends = time.monotonic() + pytestconfig.getoption("--seconds")
+    # Nothing handles this signal, so that it ends the process like `kill -9`.
+    dies = "self.rows % 50 or signal.setitimer(signal.ITIMER_REAL, random.expovariate(10))"
+    while time.monotonic() < ends or not killed:
+        while (ended := classify.process(dies, "--resume")).returncode:
+            assert (ended.returncode, ended.stderr) == (-signal.SIGALRM, "")
+            killed += 1
+        assert classify.output.read_bytes() == expected
+        assert classify.files == ["in.jsonl", "out.jsonl"]
+        classify.output.unlink()
 
 
 def test_a_table_is_resumed_with_rows_that_stopped_at_exit_0(
