@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import glob
 import os
 import secrets
 import shutil
-import tempfile
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from ..runtime.artifact.folder import check_outside, is_engines_folder
 from ..runtime.errors import ArtifactError
@@ -55,23 +63,14 @@ def staging(target: Path) -> Iterator[Path]:
     Raises:
         ArtifactError: nothing can be written there.
     """
-    folder = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     try:
-        folder.mkdir(parents=True)  # with the usual permissions, unlike temporary folders
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write in {target.parent}: {error.strerror}",
-            "give a writable folder as `output`",
-        ) from error
-    try:
-        yield folder
-        publish(folder, target)
+        with _temporary(target.parent, target.name) as folder:
+            yield folder
+            _publish(folder, target)
     except OSError as error:
         raise ArtifactError(
             f"cannot write {target}: {error.strerror}", "check the free space and permissions"
         ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -82,18 +81,58 @@ def replacing(target: Path) -> Iterator[Path]:
         OSError: a file cannot be written; the target is unchanged.
     """
     # Inside of the target if it exists, which may be a disk of its own.
-    place = target if target.exists() else target.parent
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=place) as name:
-        yield Path(name)
+    with _temporary(target if target.exists() else target.parent, target.name) as folder:
+        yield folder
         target.mkdir(exist_ok=True)
-        for file in sorted(Path(name).iterdir()):
+        for file in sorted(folder.iterdir()):
             file.replace(target / file.name)
 
 
-def publish(folder: Path, target: Path) -> None:
-    """Move a folder on the same disk to the target, which it replaces."""
+@contextmanager
+def _temporary(place: Path, name: str) -> Iterator[Path]:
+    """A folder that is deleted at the end, after those that killed processes have left there."""
+    for left in place.glob(f".{glob.escape(name)}-*.unfinished"):
+        # One that another process is writing is locked.
+        with suppress(OSError), _locked(left):
+            shutil.rmtree(left)
+    folder = place / f".{name}-{secrets.token_hex(4)}.unfinished"
+    folder.mkdir(parents=True)  # with the usual permissions, unlike temporary folders
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        with suppress(OSError):
+            stack.enter_context(_locked(folder))
+        yield folder
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder, which is gone at once and as a whole."""
+    with _temporary(folder.parent, folder.name) as place:
+        folder.replace(place / folder.name)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, at most until this process ends.
+
+    Raises:
+        OSError: another process holds it, or the system cannot lock folders.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOTSUP, "a folder cannot be locked")
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _publish(folder: Path, target: Path) -> None:
+    """Move a folder on the same disk to the target; what was there may stay under the old name."""
     if not target.exists():
         folder.replace(target)
+        return
+    if _exchange(folder, target):
         return
     old = folder.with_name(folder.name + "-old")
     target.replace(old)
@@ -103,3 +142,12 @@ def publish(folder: Path, target: Path) -> None:
         old.replace(target)
         raise
     shutil.rmtree(old)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step, so that neither name is ever missing; False if that fails."""
+    if sys.platform != "linux":
+        return False
+    here, swap = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+    paths = os.fsencode(one.absolute()), os.fsencode(other.absolute())
+    return bool(ctypes.CDLL(None).renameat2(here, paths[0], here, paths[1], swap) == 0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from ... import __version__
 from ...calibration.guarantee import decision_thresholds, needs_in_words
 from ...calibration.scoring import same_answers
 from ...calibration.trace import data_sha256
-from ...runtime.artifact.folder import read_manifest, sha256_of, write_manifest
+from ...runtime.artifact.folder import read_manifest, sha256_of, write_manifest, write_whole
 from ...runtime.artifact.manifest import MANIFEST_NAME, ProblemType, Task
 from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.encoding import EncodedRow
@@ -42,7 +41,7 @@ from ..checkpoint import save_checkpoint
 from ..exit_0 import save_exit_0
 from ..model import MultiExitModel
 from ..pipeline import ExportOptions, export
-from ..staging import check_output, publish, resolved
+from ..staging import check_output, discard, resolved, staging
 from ..targets.backends import OPENVINO, unavailable_reason
 from ..targets.check import FP32_TARGET
 from ..tokenizer import load_tokenizer, pad_id, row_limit
@@ -119,8 +118,10 @@ def convert(
     try:
         with _partial(target, work.fingerprint) as folder:
             found = work.run(folder)
-            check_output(target, options.force)  # again, because it may have appeared meanwhile
-            publish(folder / "engines", target)
+            with staging(target) as new:
+                check_output(target, options.force)  # again, because it may have appeared meanwhile
+                new.rmdir()
+                (folder / "engines").replace(new)
     except OSError as error:
         raise ArtifactError(
             f"cannot write {target}: {error.strerror}", "check the free space and permissions"
@@ -137,14 +138,15 @@ def _partial(target: Path, fingerprint: str) -> Iterator[Path]:
     """
     folder = target.with_name(f"{target.name}.partial")
     mark = folder / "conversion"
-    if folder.exists():
-        if not mark.is_file():
-            raise ArtifactError(f"{folder} is in the way", "give another `output`")
+    if mark.is_file():
         if mark.read_text() != fingerprint:
-            shutil.rmtree(folder)
+            discard(folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ArtifactError(f"{folder} is in the way", "give another `output`")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        mark.write_text(fingerprint)
+        if not mark.is_file():
+            mark.write_text(fingerprint)
         yield folder
     except BackendError:
         raise
@@ -152,9 +154,9 @@ def _partial(target: Path, fingerprint: str) -> Iterator[Path]:
         kept = f"{folder} keeps the finished steps"
         raise KeyboardInterrupt(InputError(kept, "do the same again to continue")) from error
     except Exception:
-        shutil.rmtree(folder)
+        discard(folder)
         raise
-    shutil.rmtree(folder)
+    discard(folder)
 
 
 class _Work:
@@ -211,7 +213,7 @@ class _Work:
         check_promises(bound, self.task, logits[texts.calibrate], CALIBRATED)
         model_dir, engines, mark = folder / "model", folder / "engines", folder / "chosen.json"
         if not mark.is_file():
-            mark.write_bytes(msgspec.json.encode(self._train(model_dir, rows, logits, states)))
+            write_whole(mark, msgspec.json.encode(self._train(model_dir, rows, logits, states)))
         chosen = msgspec.json.decode(mark.read_bytes(), type=Chosen)
         if not (engines / MANIFEST_NAME).is_file():
             export(model_dir, engines, ExportOptions(max_length=self.max_length), self.progress)

@@ -124,6 +124,7 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
 
         return progress
 
+    (tmp_path / "engines.partial").mkdir()  # as a kill leaves it at the beginning
     broken = BackendError("the device failed", "restart it")
     for stop, error in (("segment", KeyboardInterrupt()), ("time", broken)):
         with pytest.raises(type(error)) as caught:
@@ -237,7 +238,7 @@ def test_what_is_in_the_way_stays(
         ConvertOptions(Bound(drop=0.1))
     with pytest.raises(ArtifactError, match=r"already holds an engines folder .* `force`"):
         convert(telling[SINGLE.value], texts, converted.folder, OPTIONS)
-    (tmp_path / "engines.partial").mkdir()
+    (tmp_path / "engines.partial" / "mine").mkdir(parents=True)
     with pytest.raises(ArtifactError, match=r"engines\.partial is in the way"):
         convert(telling[SINGLE.value], texts, tmp_path / "engines", OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["engines.partial"]
