@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.metrics import Metrics
 from fpabee.runtime.serving.server import ServerLimits, Service
 
-LIMITS = ServerLimits(max_body=5000, max_texts=4, body_seconds=5.0)
+LIMITS = ServerLimits(max_body=5000, max_texts=3, body_seconds=5.0)
 HEADERS = {"Content-Type": "application/json"}
 # JSON Schema takes 1.0 for an integer, and the server does not.
 Strict = jsonschema.validators.extend(
@@ -246,7 +247,7 @@ def test_every_answer_is_in_the_schema(server: Server, path: str, data: st.DataO
         (400, "max_exit", {"input": "a", "max_exit": 10**30}),
         (400, "range", b'{"input": "a", "deadline_ms": 1e999}'),
         (400, "", '{"input": "a"}'.encode("utf-16")),
-        (413, "5 texts, expected at most 4", {"input": ["a"] * 5}),
+        (413, "5 texts, expected at most 3", {"input": ["a"] * 5}),
         (413, "more than 5000 bytes", b'{"input": [' + b'"a", ' * 999_999 + b'"a"]}'),
     ],
 )
@@ -340,6 +341,18 @@ def test_a_failing_model(
             assert "\nfpabee_failed_rows_total 0.0\n" not in server.client.get("/metrics").text
         assert server.post("/classify", {"input": "a"}).status_code == 200
         server.scheduler.close()
+
+
+def test_metrics_tell_rows_that_a_deadline_stopped_from_late_ones(
+    engines: Mapping[str, Path],
+) -> None:
+    with Engine.load(engines["bert"]) as engine:
+        server, (row,) = Server(engine), engine.predict(["rain"])
+        server.metrics.answered([dataclasses.replace(row, deadline_limited=True)], [0.1])
+        text = server.client.get("/metrics").text
+        server.scheduler.close()
+    assert "\nfpabee_deadline_limited_rows_total 1.0\n" in text
+    assert "\nfpabee_deadline_missed_rows_total 0.0\n" in text
 
 
 def test_metrics_info_health_and_page(

@@ -120,7 +120,7 @@ def test_a_client_that_sends_slowly(serving: Serving, kind: str) -> None:
 
 def test_a_large_body_is_read_to_its_end(serving: Serving) -> None:
     """Clients that send everything before they read also get to know why it is refused."""
-    with serving(replace(LIMITS, max_body=1000, body_seconds=WAIT)) as (port, _, _):
+    with serving(replace(LIMITS, max_body=2**22, body_seconds=WAIT)) as (port, _, _):
         assert posted(port, b" " * 2**23)[0] == 413
 
 
