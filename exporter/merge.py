@@ -106,7 +106,7 @@ def move_weights(part: ir.Graph, graph: ir.Graph, prefix: str) -> None:
 def write_one_graph(source: Path, folder: Path) -> Manifest:
     """Write an engines folder whose only segment runs all layers and gives the last exit.
 
-    It has the targets that run ONNX graphs, without operating points and exit 0. If layers share
+    It has the targets that run ONNX graphs, but no operating points and no exit 0. If layers share
     their weights (ALBERT), the graphs are copied unchanged, and the segment calls all but the other
     heads.
 

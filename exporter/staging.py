@@ -90,7 +90,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _temporary(place: Path, name: str) -> Iterator[Path]:
-    """A folder that is deleted at the end, after those that killed processes have left there."""
+    """A folder that is deleted at the end; first, those that killed processes left are deleted."""
     for left in place.glob(f".{glob.escape(name)}-*.unfinished"):
         # One that another process is writing is locked.
         with suppress(OSError), _locked(left):
@@ -105,7 +105,7 @@ def _temporary(place: Path, name: str) -> Iterator[Path]:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder, which is gone at once and as a whole."""
+    """Delete a folder as a whole: no moment shows a part of it."""
     with _temporary(folder.parent, folder.name) as place:
         folder.replace(place / folder.name)
 
@@ -128,7 +128,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _publish(folder: Path, target: Path) -> None:
-    """Move a folder on the same disk to the target; what was there may stay under the old name."""
+    """Move a folder to the target, on the same disk; what was there may then be in `folder`."""
     if not target.exists():
         folder.replace(target)
         return

@@ -6,8 +6,8 @@
 All systems classify the same test texts on the same machine and threads, each in a fresh process,
 tokenization included. Each one is exported, quantized or trained as its documentation recommends,
 in an environment of its own in WORK, because their requirements conflict. Models are those of
-`reproduce.py` with exit 0, which are trained unless they are there, those of MiniLM with the
-default number of epochs. Their last exit is the classifier of those systems that only run a model.
+`reproduce.py` with exit 0, but MiniLM is trained for the default number of epochs. They are trained
+unless they are in WORK. Their last exit is the classifier of systems that only run a model.
 Its graph also runs bare in ONNX Runtime and OpenVINO, without a library around it. Besides the
 operating points of fpabee there are one file with `balanced` inside, the conversion of a classifier
 if `conversions.py` made it in WORK, full depth as one graph, `balanced` without exit 0, exit 0
@@ -67,7 +67,7 @@ def systems(
 
     Args:
         model: the model_dir.
-        data: the folder of the data set.
+        data: the folder of the dataset.
         cut: the model that was cut after `CUT` layers.
         target: the target of fpabee; None: the fastest one.
         converted: the engines folder of a conversion by `conversions.py`.

@@ -5,7 +5,7 @@
 `prepare` exports, quantizes or trains, once. `measure` loads the result in a fresh process,
 classifies the texts of the test file, and prints JSON. The specification holds `kind` (one of
 `KINDS`), `place` (the folder that `prepare` writes), `model` (the multi-exit model whose last exit
-is the classifier), `backbone`, `data` (the folder of the data set), `begun` (when the process was
+is the classifier), `backbone`, `data` (the folder of the dataset), `begun` (when the process was
 started) and the settings of the system. Only what runs fpabee imports fpabee.
 """
 
@@ -132,7 +132,7 @@ def _checked(command: list[str], text: str | None = None) -> str:
 
 
 def read(data: str, part: str) -> tuple[list[Text], list[list[str]]]:
-    """The texts or pairs of a part of a data set, and the labels of each."""
+    """The texts or pairs of a part of a dataset, and the labels of each."""
     with gzip.open(Path(data) / f"{part}.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     texts = [(row["text"], row["text_pair"]) if "text_pair" in row else row["text"] for row in rows]

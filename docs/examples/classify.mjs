@@ -14,7 +14,7 @@ const tokenizer = new Tokenizer(read('tokenizer.json'), settings);
 const session = await ort.InferenceSession.create(`${folder}/onnx/model.onnx`);
 
 const most = settings.model_max_length;
-// Too long a text keeps its last special token.
+// A text that is too long keeps its last special token.
 const cut = (ids) => (ids.length > most ? [...ids.slice(0, most - 1), ids.at(-1)] : ids);
 
 for await (const text of createInterface({ input: process.stdin })) {

@@ -1,1 +1,1 @@
-"""The commands `fpabee-export`, `fpabee-bench` and `fpabee-train`."""
+"""The commands of the exporter: convert, train, export, pack and bench."""

@@ -52,8 +52,8 @@ def main(
 ) -> None:
     """Measure how fast ENGINES is with its exits, compared with one full graph.
 
-    Both run alternately on the same texts, so that changes in the speed of the machine affect
-    both.
+    Both run alternately on the same texts, at most 2,000, so that changes in the speed of the
+    machine affect both.
     """
     if depth is not None and "threshold=" in (rule_text or "").replace("exit_0_threshold=", ""):
         raise click.UsageError("--depth chooses the threshold, so --rule must leave it out")

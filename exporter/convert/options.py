@@ -97,7 +97,7 @@ class Converted:
         rule: of the point, as `ExitRule.to_dict` gives it; of full depth if there is none.
         certificate: what is guaranteed; None: nothing.
         refusal: without a certificate, what was found and how many texts are needed.
-        full_depth_changed: share of the calibration texts with another decision than the
+        full_depth_changed: share of the texts that certify with another decision than the
             classifier's at full depth: the rounding of the target, without early exits.
         changed: share of the texts of the report with another decision than the classifier's.
         changed_traffic: the same, where a text counts as often as it occurs.
@@ -137,7 +137,7 @@ class Conversion:
         chosen: the heads of the early exits.
         rows: how many texts were read.
         texts: how many of them are distinct.
-        parts: how many texts trained, chose, calibrated, and were reported on.
+        parts: how many texts trained, chose, certified, and were reported on.
         accuracy: of the classifier on the texts of the report; None: no labels.
         warnings: what makes the result less useful.
         seconds: how long this run took.

@@ -62,7 +62,7 @@ def check_promises(bound: Bound, task: Task, logits: NDArray[np.float32], share:
     Args:
         bound: the promises.
         task: of the classifier.
-        logits: `[rows, labels]` of the texts that calibrate.
+        logits: `[rows, labels]` of the texts that certify.
         share: how many of the distinct texts these are.
 
     Raises:
@@ -73,7 +73,7 @@ def check_promises(bound: Bound, task: Task, logits: NDArray[np.float32], share:
     _, decisions = replace(rows, decision_thresholds=thresholds).decisions()
     if (decisions == decisions[0]).all():
         raise InputError(
-            f"the classifier decides the same for all {len(decisions):,} texts that calibrate",
+            f"the classifier decides the same for all {len(decisions):,} texts that certify",
             "give texts like those to classify, or other `thresholds`",
         )
     for promise in bound.promises:
@@ -83,8 +83,8 @@ def check_promises(bound: Bound, task: Task, logits: NDArray[np.float32], share:
             about = decisions[:, task.labels.index(promise.label)] == (promise.of == "missed")
         if about.sum() < least:
             raise InputError(
-                f"{promise} needs at least {least:,} texts that it is about and that certify; of "
-                f"{len(decisions):,} that certify, there are {about.sum():,}",
+                f"{promise} needs at least {least:,} texts that it is about; among the "
+                f"{len(decisions):,} texts that certify, there are {about.sum():,}",
                 f"give more texts, of which {share:.0%} certify, or allow more",
             )
 

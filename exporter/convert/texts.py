@@ -20,7 +20,7 @@ from ...runtime.errors import InputError
 from ...runtime.files import Row
 
 _KEY = b"fpabee-convert"
-# The shares of the texts that train, choose, and calibrate; the rest is for the report.
+# The shares of the texts that train, choose, and certify; the rest is for the report.
 _SHARES = (0.4, 0.1, 0.4)
 CALIBRATED = _SHARES[-1]
 """The share of the texts that certify."""
@@ -66,7 +66,7 @@ def split(rows: Iterable[Row], group_column: str | None = None) -> Texts:
     Args:
         rows: the rows.
         group_column: the field that names the group of a row; groups stay together, and one text
-            of each calibrates. A row without it, or with an empty cell, is a group of its own.
+            of each certifies. A row without it, or with an empty cell, is a group of its own.
 
     Raises:
         InputError: all texts are equal, half of them are empty, there are far too few, or no row
@@ -101,7 +101,7 @@ def split(rows: Iterable[Row], group_column: str | None = None) -> Texts:
     if not all(map(len, (train, choose, calibrate, report))):
         raise InputError(
             f"{len(distinct):,} distinct texts are too few to train, choose, certify and report",
-            "give more texts; about 1,000 are the least for 1 % of changed decisions",
+            "give more texts; about 800 are the least for 1 % of changed decisions",
         )
     # Of each group the text with the smallest hash; texts that share a place are a group.
     one = {places[n]: n for n in sorted(calibrate, key=own.__getitem__, reverse=True)}

@@ -72,8 +72,8 @@ def convert(
     """Turn a classifier and texts without labels into an engines folder with a guarantee.
 
     Half of the distinct texts train exits and exit 0 on the predictions of the classifier, 40 %
-    calibrate, and 10 % are reported on. The weights stay, so full depth gives the
-    logits of the classifier.
+    certify, and 10 % are reported on. The weights stay, so full depth gives the logits of the
+    classifier.
 
     Args:
         classifier: a folder or hub id of an `AutoModelForSequenceClassification`.

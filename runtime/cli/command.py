@@ -22,7 +22,7 @@ READING = {"Reading files": "--column --no-quotes"}
 
 _INTERRUPTED = 130  # as in a shell
 _PARAMETER = re.compile(r"`(\w+)`")
-_READING = "input_format", "literal_quotes", "label_column", "max_length"
+_READING = "input_format literal_quotes text_column text_pair_column label_column max_length"
 _DEVICE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
@@ -85,7 +85,7 @@ def in_terms_of_options(error: FpabeeError) -> str:
     A part of the hint about how inputs are read is left out if the command has no such option.
     """
     parts = re.split("(?=, or |; )", error.hint)
-    lacks = {name for name in _READING if option_of(name) == name}
+    lacks = {name for name in _READING.split() if option_of(name) == name}
     hint = "".join(part for part in parts if lacks.isdisjoint(_PARAMETER.findall(part)))
     hint = re.sub("^(, or |; )", "", hint or error.hint)
     hint = _PARAMETER.sub(lambda match: option_of(match[1]), hint)

@@ -139,7 +139,7 @@ def given(names: str) -> str:
     return " and ".join(map(option_of, typed))
 
 
-_FOLDER = "Folder written by fpabee-export"
+_FOLDER = "Folder written by fpabee-export or fpabee-convert"
 engines = click.argument("engines", type=PATH, help=f"{_FOLDER}.")
 
 
