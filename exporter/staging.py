@@ -150,4 +150,6 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     here, swap = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
     paths = os.fsencode(one.absolute()), os.fsencode(other.absolute())
-    return bool(ctypes.CDLL(None).renameat2(here, paths[0], here, paths[1], swap) == 0)
+    # Older C libraries do not have it.
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None)
+    return exchange is not None and exchange(here, paths[0], here, paths[1], swap) == 0

@@ -73,7 +73,8 @@ def systems(
         converted: the engines folder of a conversion by `conversions.py`.
     """
     last, dev = read_manifest(engines_of(model)).exits[-1], data / "dev.jsonl.gz"
-    engines, plain = engines_of(model), engines_of(reproduce.without_exit_0(model))
+    without_exit_0 = reproduce.without_exit_0(model)
+    engines, plain = engines_of(model), engines_of(without_exit_0)
     whole, short = engines_of(model, (last,)), engines_of(cut)
     if target is None:
         for folder in (engines, plain, whole, short):
@@ -95,8 +96,9 @@ def systems(
     }
     yield System(PABEE, PABEE, settings=settings)
     yield from OTHERS
+    bare = engines_of(without_exit_0, (last,))
     for runtime in ("onnxruntime", "openvino"):
-        settings = {"engines": str(whole), "point": None, "runtime": runtime, "batch": 32}
+        settings = {"engines": str(bare), "point": None, "runtime": runtime, "batch": 32}
         yield System(f"{runtime}-bare", "file", settings=settings)
     rules_of(engines, dev, FP32_TARGET, {"balanced": BALANCED})
     settings = {"engines": str(engines), "point": "balanced", "runtime": "onnxruntime", "batch": 1}

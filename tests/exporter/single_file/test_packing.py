@@ -251,6 +251,13 @@ def test_weights_that_do_not_fit_lie_beside_the_graph(
         assert_equal(engine, SINGLE[:40], in_batches(consumer.onnxruntime, SINGLE[:40], 8), 1e-5)
 
 
+def test_one_segment_has_nothing_to_decide(tmp_path: Path) -> None:
+    export(make_model("bert", tmp_path / "model", layers=1), tmp_path / "engines")
+    pack(tmp_path / "engines", tmp_path / "packed", FP32)
+    _, exits = Consumer(tmp_path / "packed").onnxruntime(SINGLE[:4])
+    assert (exits == 1).all()
+
+
 @pytest.mark.slow
 def test_many_layers_load(tmp_path: Path, set_points: Callable[..., None]) -> None:
     """Nested branches would take twice as long for each layer."""
