@@ -25,7 +25,7 @@ from fpabee.runtime.cli.command import exits_with_one_line
 MODEL = "mpnet-sst2-exit-0-42"
 OWN = {
     "fpabee-fast": ("fpabee, fast", "right"),
-    "fpabee-balanced": ("fpabee, balanced", "below right"),
+    "fpabee-balanced": ("fpabee, balanced", "far below right"),
     "fpabee-safe": ("fpabee, safe", "above"),
     "fpabee-full-depth": ("fpabee, full depth", "below right"),
 }
@@ -33,7 +33,7 @@ OWN = {
 OTHERS = {
     "openvino-int8": ("OpenVINO int8", "above"),
     "openvino": ("OpenVINO bf16", "above"),
-    "onnx-int8": ("ONNX Runtime int8", "above left"),
+    "onnx-int8": ("ONNX Runtime int8", "below"),
 }
 """The alternatives, all of the whole model. OpenVINO computes fp32 models in bf16 where it can."""
 # Ink and grid of each version of the picture, and the colours of fpabee and of the alternatives.
@@ -43,9 +43,10 @@ THEMES = {
 }
 PLACES = {
     "above": (0, 9, "center"),
-    "above left": (10, 9, "right"),
+    "below": (0, -19, "center"),
     "right": (10, -4, "left"),
     "below right": (2, -18, "left"),
+    "far below right": (8, -28, "left"),
 }
 """How many points a name is away from its point, and how it is aligned."""
 

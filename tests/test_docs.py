@@ -69,6 +69,11 @@ def test_readme_and_documentation_are_short() -> None:
     assert 5_000 < sizes.words(ROOT / "docs") <= 13_050
 
 
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    command = (ROOT / ".ci" / "run").read_text(encoding="utf-8").split()[-1]
+    assert f"\n    {command} " in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=_id)
 def test_links_lead_to_files(page: Path) -> None:
     """The strict build checks those of the site, and their anchors."""
