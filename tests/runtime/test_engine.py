@@ -405,7 +405,7 @@ def test_operating_points(
         engine.use("fast")
         assert (engine.operating_point, engine.rule) == ("fast", Budget(exit=1))
         assert [p.exit for p in engine.predict(["the"])] == [1]
-        with pytest.raises(RuleError, match=r"'slow'; it has: fast, safe -> give another `op"):
+        with pytest.raises(RuleError, match=r"'slow'; it has: fast, safe -> name one"):
             engine.use("slow")
         assert engine.operating_point == "fast"
     with Engine.load(folder, rule=Budget(exit=2)) as engine:

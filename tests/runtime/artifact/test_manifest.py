@@ -87,8 +87,8 @@ def test_a_manifest_that_is_a_pipe_or_a_device_is_not_read(
 
 
 def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
-    assert "has no manifest.json -> give the folder that the export" in refusal(tmp_path)
-    assert "does not exist -> give the folder that the export" in refusal(tmp_path / "nowhere")
+    assert "has no manifest.json -> give the folder that an export" in refusal(tmp_path)
+    assert "does not exist -> give the folder that an export" in refusal(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
