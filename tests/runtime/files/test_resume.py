@@ -113,8 +113,9 @@ class Classify:
 
     def interrupt(self, rows: int = 100) -> None:
         stopped = self.fail_at(rows, KeyboardInterrupt())
-        assert (stopped.code, stopped.err.count("\n")) == (130, 1)
-        assert stopped.err.startswith(f"interrupted: {rows} finished rows are in {self.partial}")
+        said = stopped.err.strip()  # older versions of rich end a progress bar with an empty line
+        assert (stopped.code, said.count("\n")) == (130, 0)
+        assert said.startswith(f"interrupted: {rows} finished rows are in {self.partial}")
         assert "--resume" in stopped.err
 
 

@@ -360,7 +360,7 @@ def test_closing_answers_what_was_submitted(engine: Engine) -> None:
     futures = [scheduler.submit(text) for text in TEXTS]
     scheduler.close()
     assert all(future.done() for future in futures)
-    assert [future.result().exit for future in futures] == [3] * len(TEXTS)
+    assert [future.result(WAIT).exit for future in futures] == [3] * len(TEXTS)
     with pytest.raises(BackendError, match="closed"):
         scheduler.submit("late")
     scheduler.close()
@@ -485,7 +485,7 @@ def test_logits_that_are_not_finite(engine: Engine, monkeypatch: pytest.MonkeyPa
         failed = [future for future in futures if future.exception(WAIT) is not None]
         assert len(failed) == 3  # one at each of the three exits
         with pytest.raises(BackendError, match="not finite"):
-            failed[0].result()
+            failed[0].result(WAIT)
 
 
 def test_rows_whose_answers_cannot_be_made_get_the_error(
