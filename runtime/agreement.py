@@ -229,11 +229,14 @@ def exits_near_ties(
 ) -> Mask:
     """Which rows may leave at another exit if logits and scores move by a tolerance: `[rows]`.
 
-    A score moves by at most a few times as much as the logits, so its tolerance is by default ten
-    times as large.
+    A score moves by at most a few times as much as the logits, and less if it is small, so its
+    tolerance is by default ten times as large, times the root of thresholds below 1.
     """
+    is_relative = score_tolerance is None
     moved = 10 * tolerance if score_tolerance is None else score_tolerance
-    low, high = (_exits(logits, rule.shifted(by), task, first_exit) for by in (-moved, moved))
+    low, high = (
+        _exits(logits, rule.shifted(by, is_relative), task, first_exit) for by in (-moved, moved)
+    )
     unsure = low != high
     if rule.uses_labels:
         unsure |= near_ties(logits, task, tolerance).any(axis=0)

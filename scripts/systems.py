@@ -232,7 +232,8 @@ def prepare_model2vec(spec: Specification) -> None:
 
     static = distill(spec.backbone, device="cpu")
     classifier = StaticModelForClassification.from_static_model(model=static)
-    classifier.fit(*train_rows(spec), device="cpu")
+    texts, labels = train_rows(spec)
+    classifier.fit(joined(texts), labels, device="cpu")
     classifier.to_pipeline().save_pretrained(spec.place)
 
 
@@ -241,7 +242,12 @@ def load_model2vec(spec: Specification) -> Predict:
     from model2vec.inference import StaticModelPipeline
 
     model = StaticModelPipeline.from_pretrained(spec.place)
-    return lambda texts: [([str(label)], None) for label in model.predict(texts)]
+    return lambda texts: [([str(label)], None) for label in model.predict(joined(texts))]
+
+
+def joined(texts: Sequence[Text]) -> list[str]:
+    """Pairs as one text each, for systems that know no pairs."""
+    return [text if isinstance(text, str) else " ".join(text) for text in texts]
 
 
 def train_rows(spec: Specification) -> tuple[list[Text], list[str]]:

@@ -248,17 +248,28 @@ class ExitRule(msgspec.Struct, frozen=True, kw_only=True, tag_field="name"):
         """
         return self
 
-    def shifted(self, by: float) -> ExitRule:
+    def shifted(self, by: float, is_relative: bool = False) -> ExitRule:
         """This rule with all its thresholds moved by `by`, up if more rows shall stop.
 
         A row whose scores change by less than `by` stops no earlier and no later than under the
         rule shifted up and the rule shifted down.
+
+        Args:
+            by: how far.
+            is_relative: whether thresholds below 1 move less, by their root, as scores do if it is
+                the logits that change: the smaller a score is, the flatter it is. Entropies and
+                1 - max p change in proportion to themselves, and divergences with their root.
         """
-        moved = self.with_stop_threshold(self.stop_thresholds + by)
+
+        def steps(thresholds: Array) -> Array:
+            return by * np.sqrt(np.clip(thresholds, 0, 1)) if is_relative else np.asarray(by)
+
+        moved = self.with_stop_threshold(self.stop_thresholds + steps(self.stop_thresholds))
         if self.exit_0_threshold is None:
             return moved
         # A confidence is from 0 to 1, so nothing changes beyond the limits of the setting.
-        limit = min(max(self.exit_0_threshold - by, 0.0), 2.0)
+        step = float(steps(np.asarray(1 - self.exit_0_threshold)))
+        limit = min(max(self.exit_0_threshold - step, 0.0), 2.0)
         return msgspec.structs.replace(moved, exit_0_threshold=limit)
 
     def capped(self, max_exit: int) -> ExitRule:

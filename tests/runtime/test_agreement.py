@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 from fpabee.runtime import (
     Agreement,
     Confidence,
+    Energy,
     Entropy,
     ExitRule,
     FPabee,
+    Measure,
     Pabee,
+    Pcee,
     ProblemType,
     Requirements,
 )
@@ -28,6 +31,8 @@ from fpabee.runtime.agreement import (
     near_ties,
 )
 from fpabee.runtime.artifact.manifest import Task
+from fpabee.runtime.rules.rules import ThresholdRule
+from fpabee.runtime.rules.runner import simulate
 
 Logits = NDArray[np.float32]
 SINGLE = Task(problem_type=ProblemType.SINGLE_LABEL, labels=("a", "b"))
@@ -185,6 +190,39 @@ def test_exits_that_change_far_from_their_threshold_count(precision: str) -> Non
     assert agreement.exit_agreement < 0.5
     assert agreement.passed == (precision == "int8")
     assert f"exits for {agreement.exit_agreement:.2%}" in str(agreement)
+
+
+@pytest.mark.parametrize("quantile", [0.01, 0.2, 0.5, 0.8])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *(FPabee(threshold=0.0, measure=measure) for measure in Measure),
+        Confidence(threshold=0.0),
+        Entropy(threshold=0.0),
+        Pcee(threshold=0.0),
+        Energy(threshold=0.0),
+    ],
+    ids=lambda rule: getattr(rule, "measure", rule.name),
+)
+@pytest.mark.parametrize("task", [SINGLE, MULTI], ids=["single", "multi"])
+def test_the_exits_of_other_rows_do_not_depend_on_rounding(
+    task: Task, rule: ThresholdRule, quantile: float
+) -> None:
+    """Few rows of an overconfident model are near ties, although their scores are very close."""
+    random = np.random.default_rng(3)
+    expected = random.normal(0, 1, (4, 2000, 1)) + random.choice([0, 4], (1, 2000, 1))
+    expected = expected * (1, -1)
+    expected += random.normal(0, 0.05, expected.shape)
+    scores = rule.stop_scores(lambda each: simulate(expected, each, task.problem_type).scores)
+    threshold = float(np.quantile(scores[np.isfinite(scores)], quantile))
+    chosen = rule.with_stop_threshold(threshold)
+    tolerance = 1e-5
+    exits = simulate(expected, chosen, task.problem_type).exits
+    ties = exits_near_ties(expected, chosen, task, tolerance)
+    for _ in range(5):
+        found = expected + random.choice([-tolerance, tolerance], expected.shape)
+        assert (simulate(found, chosen, task.problem_type).exits == exits)[~ties].all()
+    assert ties.mean() < 0.02
 
 
 def test_near_ties_are_compared_if_hardly_anything_else_is_left() -> None:
