@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import glob
 import os
 import secrets
@@ -13,12 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-from ..runtime.artifact.folder import check_outside, is_engines_folder
+from ..runtime.artifact.folder import check_outside, is_engines_folder, lock
 from ..runtime.errors import ArtifactError
 
 
@@ -117,11 +111,9 @@ def _locked(folder: Path) -> Iterator[None]:
     Raises:
         OSError: another process holds it, or the system cannot lock folders.
     """
-    if fcntl is None:
-        raise OSError(errno.ENOTSUP, "a folder cannot be locked")
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(handle)
         yield
     finally:
         os.close(handle)

@@ -24,6 +24,11 @@ from .manifest import MANIFEST_NAME, SCHEMA_VERSION, BuiltFile, Graph, Manifest
 from .untrusted.consistency import problems
 from .untrusted.graph_content import check_graph
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 BAD_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 """What msgspec raises for bytes that are not the JSON that was expected."""
 
@@ -150,6 +155,17 @@ def write_whole(path: Path, *parts: bytes) -> None:
             f"cannot write {path}: {error.strerror}",
             "check the folder's permissions and free space",
         ) from error
+
+
+def lock(handle: int) -> None:
+    """Lock an open file or folder until it is closed; does nothing on Windows.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+        OSError: the system cannot lock it.
+    """
+    if fcntl is not None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def resolve(folder: Path, relative: str) -> Path:

@@ -19,16 +19,11 @@ from typing import IO, Any
 
 import msgspec
 
-from ..artifact.folder import BAD_JSON, check_outside
+from ..artifact.folder import BAD_JSON, check_outside, lock
 from ..errors import FpabeeError, InputError
 from .formats import TextFormat, is_plain_file
 from .records import Record, RecordSchema, convert, records_of, to_json
 from .sources import STANDARD_INPUT, Inputs
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 
 def check_output(output: Path, sources: Sequence[str]) -> None:
@@ -213,10 +208,8 @@ class Partial:
         return f"{self.rows} finished rows are in {self.path}" if self.rows else ""
 
     def _lock(self) -> None:
-        if fcntl is None:
-            return
         try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._stream.fileno())
         except BlockingIOError as error:
             raise InputError(
                 f"{self.path} is being written by another run",
