@@ -110,14 +110,15 @@ def convert(
         torch.set_num_threads(options.threads)
     teacher = Classifier(classifier, options.problem_type, options.adapter)
     given = split(read_rows(texts, options.reading), options.group_column)
-    needs = needs_in_words(options.bound, has_exit_0=True)
     certify = f"{len(given.calibrate):,} of {len(given.rows):,} distinct texts certify"
-    for line in (certify, *needs):
+    for line in (certify, *needs_in_words(options.bound, has_exit_0=True)):
         logger.warning(line)
     work = _Work(teacher, given, options, progress)
     try:
         with _partial(target, work.fingerprint) as folder:
             found = work.run(folder)
+            for left in folder.glob("engines/.manifest-*"):  # by a process that was killed
+                left.unlink()
             with staging(target) as new:
                 check_output(target, options.force)  # again, because it may have appeared meanwhile
                 new.rmdir()
@@ -126,8 +127,7 @@ def convert(
         raise ArtifactError(
             f"cannot write {target}: {error.strerror}", "check the free space and permissions"
         ) from error
-    seconds = round(time.perf_counter() - started, 1)
-    return replace(found, folder=Path(output), seconds=seconds)
+    return replace(found, folder=Path(output), seconds=round(time.perf_counter() - started, 1))
 
 
 @contextmanager
