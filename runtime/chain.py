@@ -229,7 +229,8 @@ class Chain:
             group.started.clear()
         if group.hidden is not None:
             self.execution.release(group.hidden)
-        group.rows, group.lengths, group.hidden = group.rows[:0], group.lengths[:0], None
+        group.rows = group.rows[:0].copy()  # not a view, which would hold the rows
+        group.lengths, group.hidden = group.lengths[:0], None
         group.deadlines = group.deadlines[:0]
 
     def enqueue(self, group: Group) -> None:

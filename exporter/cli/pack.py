@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 from pathlib import Path
 
 import rich_click as click
@@ -73,13 +72,7 @@ def main(
         for_js = layout == _TRANSFORMERS_JS
         packed = pack(engines, output, target, operating_point, for_js, texts, progress)
     hide_bars_of_hub(quiet)
-    address = ""
-    if repository is not None:
-        try:
-            address = push(engines, output, repository)
-        except BaseException:  # or the same command would refuse the folder
-            shutil.rmtree(output.resolve())
-            raise
+    address = push(engines, output, repository) if repository is not None else ""
     if as_json:
         content = packed.to_dict() | {"file": str(packed.file), "repository": address}
         click.echo(json.dumps(content))

@@ -121,9 +121,11 @@ def test_what_the_hub_refuses_is_one_line(
     assert hub.repositories == {}
     monkeypatch.setenv("HF_TOKEN", "secret")
     hub.full = True
-    result = push(folder, "packed", "--quiet")
+    result = push(folder, "again", "--quiet")
     assert result.exit_code == 1
     assert f"error: {NAME} on the hub: Error while uploading " in result.stderr
     assert hub.repositories[NAME].files == {}
     hub.full = False
-    assert push(folder, "packed", "--quiet").exit_code == 0, "nothing is left of the others"
+    for kept in ("packed", "again"):
+        assert (folder.parent / kept / "model.onnx").is_file(), "it is complete"
+    assert push(folder, "last", "--quiet").exit_code == 0

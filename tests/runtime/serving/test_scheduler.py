@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
 from pathlib import Path
@@ -501,6 +503,20 @@ def test_rows_whose_answers_cannot_be_made_get_the_error(
                 with pytest.raises(MemoryError, match="made up"):
                     future.result(WAIT)
         assert scheduler.submit("rain").result(WAIT).exit == 3
+
+
+def test_rows_that_failed_are_forgotten(engine: Engine, gate: Gate) -> None:
+    """Their futures hold the error, whose traceback leads to their group."""
+    gate.fails = _refuse
+    gate.open()
+    failed = []
+    with Scheduler(engine) as scheduler:
+        for _ in range(20):
+            future = scheduler.submit("sun")
+            assert future.exception(WAIT) is not None
+            failed.append(weakref.ref(future))
+        gc.collect()
+        assert sum(each() is not None for each in failed) <= 2, "the last ones may still be held"
 
 
 def test_an_engine_that_is_closed_fails_all_rows(engine: Engine, gate: Gate) -> None:
