@@ -237,7 +237,7 @@ def test_every_answer_is_in_the_schema(server: Server, path: str, data: st.DataO
     [
         (400, "truncated", b""),
         (400, "malformed", b"{input: 5}"),
-        (400, "utf-8", b'{"input": "\xff"}'),
+        (400, "UTF-8", b'{"input": "\xff"}'),
         (400, "", b'{"input": "\\ud800"}'),
         (400, "unknown field `temperature`", {"input": "a", "temperature": 1}),
         (400, "", {"input": "a", "extra": json.loads("[" * 500 + "]" * 500)}),
@@ -255,7 +255,7 @@ def test_bad_requests(server: Server, status: int, says: str, content: Any) -> N
     response = server.post("/classify", content)
     assert response.status_code == status, response.text
     found = server.check("/classify", response)
-    assert says in found["error"]
+    assert says.casefold() in found["error"].casefold()
     assert "Traceback" not in response.text
     assert server.post("/classify", {"input": "still fine"}).status_code == 200
     assert server.scheduler._unanswered == 0
