@@ -251,14 +251,14 @@ class ExitRule(msgspec.Struct, frozen=True, kw_only=True, tag_field="name"):
     def shifted(self, by: float, is_relative: bool = False) -> ExitRule:
         """This rule with all its thresholds moved by `by`, up if more rows shall stop.
 
-        A row whose scores change by less than `by` stops no earlier and no later than under the
-        rule shifted up and the rule shifted down.
+        A row whose scores change by less than the thresholds stops no earlier and no later than
+        under the rule shifted up and the rule shifted down.
 
         Args:
             by: how far.
-            is_relative: whether thresholds below 1 move less, by their root, as scores do if it is
-                the logits that change: the smaller a score is, the flatter it is. Entropies and
-                1 - max p change in proportion to themselves, and divergences with their root.
+            is_relative: whether a threshold below 1 moves only by `by` times its root. When logits
+                change a little, small scores change less than large ones: entropies and 1 - max p
+                in proportion to themselves, and divergences in proportion to their root.
         """
 
         def steps(thresholds: Array) -> Array:

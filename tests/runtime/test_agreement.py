@@ -21,6 +21,8 @@ from fpabee.runtime import (
     Pcee,
     ProblemType,
     Requirements,
+    ThresholdRule,
+    simulate,
 )
 from fpabee.runtime.agreement import (
     EXPORT_REQUIREMENTS,
@@ -31,8 +33,6 @@ from fpabee.runtime.agreement import (
     near_ties,
 )
 from fpabee.runtime.artifact.manifest import Task
-from fpabee.runtime.rules.rules import ThresholdRule
-from fpabee.runtime.rules.runner import simulate
 
 Logits = NDArray[np.float32]
 SINGLE = Task(problem_type=ProblemType.SINGLE_LABEL, labels=("a", "b"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pytest
 from pyarrow import parquet
 
 from fpabee.runtime.errors import RowError
@@ -100,8 +101,8 @@ def test_a_file_on_which_pyarrow_aborts_ends_no_process(bert: Path, tmp_path: Pa
     path.write_bytes(ABORTS)
     command = [*COMMAND, str(bert), str(path), "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:  # older versions of pyarrow read its rows
-        return
+    if done.returncode == 0:
+        pytest.skip("this version of pyarrow reads its rows")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: {path} cannot be read as Parquet: ")
     assert done.stderr.endswith(" -> copy the file again\n")
