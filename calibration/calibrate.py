@@ -117,6 +117,11 @@ def calibrate(
         points = tuple(maker.points(engine.encode([row.content for row in rows])))
         default = options.default if options.default in options.goals else points[0].name
         comparisons = maker.comparisons(options.goals[default], points)
+        chosen = next(point.rule for point in points if point.name == default)
+        lost = stopping_costs.scorer.lost_label(exits_of(chosen, seen), engine.labels)
+        if lost:
+            protected = "a promise about missed texts or the metric macro_f1 protects rare labels"
+            warnings.append(f"at {default}, {lost}; {protected}")
         result = Calibration(
             folder=path,
             target=engine.target,

@@ -7,6 +7,7 @@ thresholds then only needs a few histograms.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -104,6 +105,10 @@ class LabelledLogits:
         return Outputs(logits, self.problem_type, self.label_thresholds)
 
 
+_FEWEST_GIVEN = 5
+"""With fewer rows, that a label lost most of them may be chance."""
+
+
 class Scorer:
     """One metric of rows that stop at given exits.
 
@@ -177,6 +182,32 @@ class Scorer:
     def score(self, exits: Integers) -> float:
         """The metric of rows that stop at given exits."""
         return float(self.value(self.at(exits).sum(axis=0)))
+
+    def lost_label(self, exits: Integers, labels: Sequence[str]) -> str:
+        """The label that loses most of its rows if they stop early; a metric may hardly show it.
+
+        Args:
+            exits: `[rows]` the exit of each row.
+            labels: the names of the labels.
+
+        Returns:
+            A clause about the label that loses the largest share of the rows to which the reference
+            gives it; empty if each label keeps half of them, or has fewer than five.
+        """
+        every, reference = self.decisions
+        decided = every[self.rows.at(exits)]
+        if reference.ndim == 1:
+            one = np.eye(len(labels), dtype=np.int64)
+            decided, reference = one[decided], one[reference]
+        given, kept = reference.sum(axis=0), (decided & reference).sum(axis=0)
+        shares = np.where(given < _FEWEST_GIVEN, 1, kept / np.maximum(given, 1))
+        worst = int(shares.argmin())
+        if shares[worst] >= 0.5:
+            return ""
+        return (
+            f"{kept[worst]} of the {given[worst]} texts to which all layers give the label "
+            f"{labels[worst]!r} keep it"
+        )
 
     def _sums(self) -> Array:
         if self.is_row_mean:

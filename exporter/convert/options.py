@@ -107,6 +107,7 @@ class Converted:
         speedup_file: the same for windows of texts, as in files.
         max_logit_difference: from the classifier, at full depth.
         accuracy: share of texts of the report with exactly the right answer; None: no labels.
+        lost_label: of the texts that certify, see `Scorer.lost_label`.
     """
 
     target: str
@@ -123,6 +124,7 @@ class Converted:
     speedup_file: float
     max_logit_difference: float
     accuracy: float | None = None
+    lost_label: str = ""
 
 
 @dataclass(frozen=True)

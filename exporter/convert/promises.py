@@ -125,7 +125,8 @@ def certify_target(
         stopping = StoppingCosts(seen, AGREEMENT, costs.row_costs(seen.lengths))
         found = certify(stopping, bound, task.labels)
         rule = found.rule or full_depth
-        runs = outcome(stopping.scorer, exits_of(rule, seen), stopping.costs, layers)
+        stops = exits_of(rule, seen)
+        runs = outcome(stopping.scorer, stops, stopping.costs, layers)
         scorer, exits = Scorer(held, AGREEMENT), exits_of(rule, held)
         judged = outcome(scorer, exits, costs.row_costs(held.lengths), layers)
         encoded = engine.encode([row.content for row in report.rows])
@@ -175,4 +176,5 @@ def certify_target(
         speedup_file=speedups[1],
         max_logit_difference=float(np.abs(seen.logits[-1] - calibrate.logits).max()),
         accuracy=accuracy,
+        lost_label=stopping.scorer.lost_label(stops, task.labels),
     )

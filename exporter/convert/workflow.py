@@ -299,6 +299,11 @@ class _Work:
         )
         if not any(each.target == fastest and each.certificate for each in targets):
             fastest = FP32_TARGET
+        warnings += [
+            f"on {fastest}, {each.lost_label}; a promise about missed texts protects rare labels"
+            for each in targets
+            if each.target == fastest and each.lost_label
+        ]
         manifest = msgspec.structs.replace(read_manifest(engines), default_target=fastest)
         write_manifest(engines, manifest)
         accuracy = None

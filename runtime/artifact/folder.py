@@ -85,10 +85,11 @@ def read_manifest(folder: str | Path) -> Manifest:
 def is_engines_folder(folder: Path) -> bool:
     """Whether a folder has a manifest of any version, even an invalid one."""
     try:
-        content = msgspec.json.decode(_read_regular(folder / MANIFEST_NAME))
+        content = _read_regular(folder / MANIFEST_NAME)
+        fields = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
     except (OSError, *BAD_JSON):
         return False
-    return isinstance(content, dict) and {"schema_version", "fpabee_version"} <= content.keys()
+    return {"schema_version", "fpabee_version"} <= fields.keys()
 
 
 def check_outside(output: Path) -> None:

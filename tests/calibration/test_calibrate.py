@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from numpy.typing import NDArray
 from rich.cells import cell_len
 
 from fpabee.calibration import Calibration, CalibrationOptions, Goal, calibrate
@@ -21,6 +23,7 @@ from fpabee.calibration.cli import main
 from fpabee.calibration.guarantee import useful_rows
 from fpabee.calibration.report import plots
 from fpabee.calibration.report.words import promise_in_words
+from fpabee.calibration.scoring import Scorer
 from fpabee.runtime import Budget, Confidence, Engine, Entropy, read_manifest, simulate
 from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.rules.rules import ExitRule
@@ -268,6 +271,23 @@ def test_points_are_reported_on_the_test_file(folder: Path, data: Path, tmp_path
         assert (point.held_out.rows, point.chosen_on.rows) == (73, 120)
     stored = read_manifest(folder).targets[TARGET].operating_points["fast"]
     assert (stored.held_out, stored.rows) == ("test.jsonl", 73)
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_label_that_is_lost_is_named(
+    folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(scorer: Scorer, exits: NDArray[np.int64], labels: Sequence[str]) -> str:
+        stored = read_manifest(folder)
+        return f"{list(labels) == list(stored.task.labels)}, {exits.mean():.2f}"
+
+    monkeypatch.setattr(Scorer, "lost_label", lost)
+    result = calibrate(folder, data, CalibrationOptions(threads=1))
+    balanced = next(point for point in result.points if point.name == "balanced")
+    counts = balanced.chosen_on.exits
+    mean = np.average(np.arange(len(counts)) + 1, weights=counts)
+    (warning,) = result.warnings
+    assert warning.startswith(f"at balanced, True, {mean:.2f}; a promise about missed texts")
 
 
 @pytest.mark.usefixtures("measured")

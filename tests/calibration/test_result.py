@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fpabee.calibration.result import drop_interval, outcome
-from fpabee.calibration.scoring import METRICS, Scorer
+from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
 from fpabee.calibration.search import exits_of
 from fpabee.runtime import Entropy, ProblemType
 from fpabee.runtime.files.labels import evaluate
@@ -60,6 +60,30 @@ def test_no_change_in_some_rows_does_not_mean_that_there_is_none() -> None:
     assert agreement == pytest.approx((0.0, 0.46004845))
     for metric in ("macro_f1", "matthews"):
         assert drop_interval(Scorer(rows, metric), early) != (0.0, 0.0)
+
+
+@pytest.mark.parametrize("task", list(ProblemType))
+def test_a_label_that_loses_most_of_its_rows_is_named(task: ProblemType) -> None:
+    """Full depth gives ten of a thousand rows the label c, and exit 1 gives it none."""
+    full = np.tile(np.array([2.0, -1.0, -1.0], np.float32), (1000, 1))
+    full[:10], full[10:500] = [-1.0, -1.0, 2.0], [-1.0, 2.0, -1.0]
+    early = full.copy()
+    early[:10, 2] = -2.0
+    rows = LabelledLogits(np.stack([early, full]), np.ones(1000, np.intp), None, task)
+    scorer = Scorer(rows, "agreement")
+    labels = ("a", "b", "c")
+
+    def lost(kept: int) -> str:
+        exits = np.ones(1000, np.int64)
+        exits[:kept] = 2
+        return scorer.lost_label(exits, labels)
+
+    assert scorer.score(np.ones(1000, np.int64)) == 0.99
+    assert lost(0) == "0 of the 10 texts to which all layers give the label 'c' keep it"
+    assert lost(4).startswith("4 of the 10")
+    assert lost(5) == lost(10) == ""
+    few = Scorer(rows.take(np.arange(6, 1000)), "agreement")
+    assert few.lost_label(np.ones(994, np.int64), labels) == "", "four rows may be chance"
 
 
 def test_an_outcome_counts_layers() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from fpabee.calibration import Bound
+from fpabee.calibration.scoring import Scorer
 from fpabee.exporter.add_targets import AddTargetsOptions
 from fpabee.exporter.convert import ConvertOptions, convert, workflow
 from fpabee.exporter.convert.promises import certify_target
@@ -107,7 +108,12 @@ def test_a_target_that_changes_decisions_by_rounding_gets_no_point(
 
 
 def test_an_interrupted_conversion_continues_and_replaces_a_folder(
-    converted: Converted, telling: Mapping[str, Path], texts: Path, quick: None, tmp_path: Path
+    converted: Converted,
+    telling: Mapping[str, Path],
+    texts: Path,
+    quick: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder, unknown = tmp_path / "engines", tmp_path / "texts.jsonl"
     shutil.copytree(converted.folder, folder)
@@ -137,6 +143,7 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     del seen[:]
     left = Path("engines", ".manifest-0123")  # as a kill leaves it while the manifest is written
     (tmp_path / "engines.partial" / left).touch()
+    monkeypatch.setattr(Scorer, "lost_label", lambda *_: "'yes' is lost")
     result = convert(*given, replace(options, threads=1), until("nothing", broken))
     assert not (tmp_path / left).exists()
     assert {what.partition(" ")[0] for what in seen} <= {"trace", "time"}
@@ -151,6 +158,7 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     assert 0 < missed.rows < flips.rows
     assert (result.accuracy, target.accuracy) == (None, None)
     assert "has label 'maybe'" in result.warnings[0]
+    assert result.warnings[1].startswith(f"on {target.target}, 'yes' is lost; a promise")
     with Engine.load(folder) as engine:
         assert engine.operating_point == target.point
         assert engine.thresholds == {"no": 0.5, "perhaps": 0.5, "yes": 0.7}

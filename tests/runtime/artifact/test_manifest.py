@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,21 @@ def test_a_manifest_that_is_a_pipe_or_a_device_is_not_read(
     damage(folder / MANIFEST_NAME)
     assert "not a regular file" in refusal(folder)
     assert not is_engines_folder(folder)
+
+
+def test_a_large_file_that_is_no_manifest_takes_hardly_more_memory_than_its_size(
+    folder: Path,
+) -> None:
+    content = b'{"segments": [' + b'"x", ' * 400_000 + b"1]}"
+    (folder / MANIFEST_NAME).write_bytes(content)
+    tracemalloc.start()
+    try:
+        assert not is_engines_folder(folder)
+        assert "is damaged" in refusal(folder)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * len(content)
 
 
 def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
