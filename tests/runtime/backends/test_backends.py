@@ -255,5 +255,5 @@ def test_buffers_in_host_memory_start_at_a_cache_line(chain: Chain) -> None:
 def test_limits_are_those_of_the_model(chain: Chain) -> None:
     limits = chain.backend.limits()
     assert limits.max_sequence == 64
-    padded = {"OnnxRuntimeCudaBackend": Bucket(4, 32), "OpenVinoBackend": Bucket(3, 24)}
+    padded = {"OnnxRuntimeCudaBackend": Bucket(4, 32), "OpenVinoBackend": Bucket(3, 20)}
     assert limits.bucket(3, 17) == padded.get(type(chain.backend).__name__, Bucket(3, 17))

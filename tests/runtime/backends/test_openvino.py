@@ -268,16 +268,27 @@ def test_lengths_and_rows_are_padded_to_few_sizes(folder: Path) -> None:
             np.testing.assert_allclose(answer.probabilities, alone[number % 2], atol=1e-5)
 
 
-@pytest.mark.parametrize(("flags", "length"), [("avx2", 24), ("avx2 amx_tile", 32)])
-def test_with_amx_a_row_alone_is_padded_to_multiples_of_16(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, flags: str, length: int
+@pytest.mark.parametrize(
+    ("flags", "length", "in_group", "cut"),
+    [("avx2", 24, 20, 256), ("avx2 amx_tile", 32, 24, None)],
+    ids=["without AMX", "with AMX"],
+)
+def test_short_rows_are_padded_as_the_cpu_runs_them_fastest(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: str,
+    length: int,
+    in_group: int,
+    cut: int | None,
 ) -> None:
     add_openvino(folder, "int8")  # it runs the fp32 graphs, so that answers can be compared
     monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": flags})
     texts = ["the plot " * 8, "the music " * 8]
     with Engine.load(folder, "openvino-int8") as engine:
         assert engine.limits.bucket(1, 18, alone=True) == Bucket(1, length)
-        assert engine.limits.bucket(1, 18) == Bucket(1, 24)
+        assert engine.limits.bucket(1, 18) == Bucket(1, in_group)
+        assert engine.limits.bucket(1, 33) == Bucket(1, 40)
+        assert engine.limits.cut_tokens == cut
         expected = engine.trace(texts).logits
         for number, text in enumerate(texts):
             found = engine.trace([text])
