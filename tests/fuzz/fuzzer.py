@@ -13,6 +13,7 @@ import logging
 import time
 import traceback
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -22,8 +23,11 @@ from fpabee.runtime.errors import FpabeeError
 from ..child_process import MIB, Child, Report, limit_memory, memory_of
 from .targets import Target, every_target
 
-# Accepted files that are changed further.
+# Accepted files that are changed further, and the largest of them.
 _MOST_GROWN = 500
+_LARGEST_GROWN = MIB // 16
+# Larger inputs are not tried: any reader takes as much memory as it reads.
+_LARGEST = 64 * MIB
 # An input that exceeds its limits by this factor is stopped, so that it does no harm.
 _HARD = 4
 _PACKAGE = str(Path(fpabee.__file__).parent)
@@ -113,16 +117,25 @@ def _fuzz_here(
     waiting, grown = [target.seed, *earlier], [target.seed]
     while waiting or time.monotonic() < ends:
         start = target.seed if random.random() < 0.5 else random.choice(grown)
-        data = waiting.pop() if waiting else target.mutate(start, random)
+        data = waiting.pop() if waiting else _changed(target, start, random)
         accepted = judge.accepted
         faulthandler.dump_traceback_later(_HARD * 5, exit=True)
         for found in set(judge(data)) - seen:
             seen.add(found)
             report((found, str(_kept(Path(keep), target.path))))
-        if judge.accepted > accepted and len(data) <= MIB:
+        if judge.accepted > accepted and len(data) <= _LARGEST_GROWN:
             grown[_MOST_GROWN - 1 :] = [data]
             random.shuffle(grown)
     faulthandler.cancel_dump_traceback_later()
+
+
+def _changed(target: Target, start: bytes, random: Random) -> bytes:
+    """A changed input that is not too large."""
+    while True:
+        with suppress(MemoryError):
+            data = target.mutate(start, random)
+            if len(data) <= _LARGEST:
+                return data
 
 
 def _kept(keep: Path, path: Path) -> Path:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -99,3 +100,19 @@ def test_how_a_process_ends(
     ended = Child(function).wait(seconds)
     assert ended.reports == ["before"]
     assert re.search(failure, ended.failure)
+
+
+def test_inputs_that_are_too_large_are_not_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: Iterator[MemoryError | bytes] = iter([MemoryError(), b"too large", b"small"])
+
+    def mutate(data: bytes, _: Random) -> bytes:
+        found = next(made)
+        if isinstance(found, MemoryError):
+            raise found
+        return data + found
+
+    monkeypatch.setattr(fuzzer, "_LARGEST", 8)
+    target = Target(b"", mutate, tmp_path, tmp_path.stat)
+    assert fuzzer._changed(target, b"as ", Random()) == b"as small"
