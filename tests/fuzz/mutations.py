@@ -63,7 +63,7 @@ def mutate_json(data: bytes, random: Random) -> bytes:
         for _ in range(random.choice((1, 1, 1, 2, 4))):
             _change(root, odd, random)
         text = json.dumps(root[0])
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, OverflowError):
         return mutate_bytes(data, random)
     for number, value in enumerate(odd):
         text = text.replace(f'"@{number}@"', value)
