@@ -6,13 +6,13 @@
 All systems classify the same test texts on the same machine and threads, each in a fresh process,
 tokenization included. Each one is exported, quantized or trained as its documentation recommends,
 in an environment of its own in WORK, because their requirements conflict. Models are those of
-`reproduce.py` with exit 0, but MiniLM is trained for the default number of epochs. They are trained
-unless they are in WORK. Their last exit is the classifier of systems that only run a model.
-Its graph also runs bare in ONNX Runtime and OpenVINO, without a library around it. Besides the
-operating points of fpabee there are one file with `balanced` inside, the conversion of a classifier
-if `conversions.py` made it in WORK, full depth as one graph, `balanced` without exit 0, exit 0
-alone, the cascade (exit 0 answers the rows of which it is certain, and one graph all others), an
-encoder that is cut after three layers, and exits that run as many layers on average.
+`reproduce.py` with exit 0, trained for the default number of epochs unless they are in WORK. Their
+last exit is the classifier of systems that only run a model. Its graph also runs bare in ONNX
+Runtime and OpenVINO, without a library around it. Besides the operating points of fpabee there are
+one file with `balanced` inside, the conversion of a classifier if `conversions.py` made it in WORK,
+full depth as one graph, `balanced` without exit 0, exit 0 alone, the cascade (exit 0 answers the
+rows of which it is certain, and one graph all others), an encoder that is cut after three layers,
+and exits that run as many layers on average.
 
 All systems are measured in rounds: each round runs every system once, in rotating order. Results
 are medians over the rounds, and ratios are medians of the ratios to `onnx` in the same round, so a
@@ -239,8 +239,7 @@ def main(
     stored = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     for name in only:
         run, place = RUNS[name], work / "peers"
-        if run.backbone == reproduce.MINILM:
-            run = dataclasses.replace(run, options=run.options | {"epochs": None})
+        run = dataclasses.replace(run, options=run.options | {"epochs": None})
         backbone = reproduce.backbone_of(run, work)
         model = train_run(run, seed, data, backbone, place / f"{name}-{seed}")
         options = run.options | {"exits": (CUT,), "distill": 0.0, "exit_0": False}

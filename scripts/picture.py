@@ -25,9 +25,9 @@ from fpabee.runtime.cli.command import exits_with_one_line
 MODEL = "mpnet-sst2-exit-0-42"
 OWN = {
     "fpabee-fast": ("fpabee, fast", "right"),
-    "fpabee-balanced": ("fpabee, balanced", "far below right"),
-    "fpabee-safe": ("fpabee, safe", "above"),
-    "fpabee-full-depth": ("fpabee, full depth", "below right"),
+    "fpabee-balanced": ("fpabee, balanced", "above"),
+    "fpabee-safe": ("fpabee, safe", "below right"),
+    "fpabee-full-depth": ("fpabee, full depth", "above"),
 }
 """Names of the systems of fpabee in the picture, and where they are written."""
 OTHERS = {
@@ -46,7 +46,6 @@ PLACES = {
     "below": (0, -19, "center"),
     "right": (10, -4, "left"),
     "below right": (2, -18, "left"),
-    "far below right": (8, -28, "left"),
 }
 """How many points a name is away from its point, and how it is aligned."""
 
