@@ -93,4 +93,5 @@ def _found(held: Outcome) -> str:
 
 
 def _lost(points: float, unit: str = "") -> str:
-    return f"{abs(points):.2f}{unit} {'gained' if points < 0 else 'lost'}"
+    # Rounded first, so that nothing is not a gain.
+    return f"{abs(points):.2f}{unit} {'gained' if round(points, 2) < 0 else 'lost'}"
