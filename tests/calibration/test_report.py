@@ -18,9 +18,12 @@ import pytest
 from fpabee.calibration import Bound, Calibration, write_report
 from fpabee.calibration.report import plots
 from fpabee.calibration.report.curves import curves
-from fpabee.calibration.report.words import promise_in_words
+from fpabee.calibration.report.words import _found, promise_in_words
+from fpabee.calibration.result import outcome
 from fpabee.calibration.scoring import Scorer
 from fpabee.calibration.search import exits_of
+
+from .conftest import make_rows
 
 Make = Callable[..., Calibration]
 VOID = {"meta", "img", "br"}
@@ -158,3 +161,12 @@ def test_pictures_are_the_same_bytes_and_nothing_global_is_touched(
     assert first == again
     for picture in first:
         assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+@pytest.mark.parametrize(
+    ("drop", "said"), [(-0.001, "0.00 points lost"), (-0.01, "0.01 points gained")]
+)
+def test_a_loss_that_rounds_to_nothing_is_no_gain(drop: float, said: str) -> None:
+    scorer = Scorer(make_rows(), "accuracy")
+    found = outcome(scorer, np.full(600, 6), np.ones((6, 600)), range(1, 7))
+    assert _found(dataclasses.replace(found, drop=drop)).startswith(said)
