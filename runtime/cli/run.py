@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -144,10 +145,11 @@ def main(
         if is_typed and shows:
             echo("reading rows from the terminal; Ctrl-D ends the input", err=True)
         with (
+            closing(iter(inputs)) as rows,
             open_output(output, chosen, schema, inputs, shared, resume) as (write, completed),
             row_progress(job, not shows or unbuffered) as advance,
         ):
-            job.run(inputs, write, completed, advance, unbuffered)
+            job.run(rows, write, completed, advance, unbuffered)
         point = None if rule_text or full_depth else engine.operating_point
         if as_json:
             click.echo(json.dumps(job.to_dict(point)), err=True)

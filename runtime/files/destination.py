@@ -12,8 +12,8 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -85,7 +85,8 @@ def open_output(
             return
         # A link stays; the file that it leads to is replaced.
         partial = Partial(Path(os.path.realpath(output)), shared, resume)
-        yield partial.write, partial.records()
+        with closing(partial.records()) as completed:
+            yield partial.write, completed
         partial.finish(chosen, schema)
     except BrokenPipeError:
         raise
@@ -151,7 +152,7 @@ class Partial:
                 self.path.unlink()
             raise
 
-    def records(self) -> Iterator[Record]:
+    def records(self) -> Generator[Record]:
         """The records that an earlier run has written.
 
         Raises:

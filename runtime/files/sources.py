@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, cast
@@ -72,7 +72,7 @@ class Inputs:
         paths = [None if source == STANDARD_INPUT else Path(source) for source in self._sources]
         self._formats = [input_format(path, given) for path in paths]
 
-    def __iter__(self) -> Iterator[Row | RowError]:
+    def __iter__(self) -> Generator[Row | RowError]:
         any_row = False
         for source, chosen in zip(self._sources, self._formats, strict=True):
             for row in self._rows(source, chosen):

@@ -84,8 +84,9 @@ def packages(*installed: str) -> Make:
         return name
 
     def case(place: Place) -> Arguments:
+        arguments = place.run_texts()  # the first case exports an engines folder here
         place.patch.setattr(metadata, "distribution", distribution)
-        return place.run_texts()
+        return arguments
 
     return case
 
@@ -97,8 +98,9 @@ def training(place: Place) -> Arguments:
 
 def empty_module(place: Place) -> Arguments:
     """What is left of two packages that hold the same module."""
+    arguments = place.run_texts()  # the first case exports an engines folder here
     place.patch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
-    return place.run_texts()
+    return arguments
 
 
 def onto_its_input(place: Place) -> Arguments:
