@@ -6,6 +6,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from time import perf_counter
 
@@ -16,7 +17,7 @@ from .agreement import Agreement, compare, must_pass, requirements_of
 from .artifact.folder import read_manifest
 from .artifact.manifest import Manifest, ProblemType
 from .artifact.reference import read_reference
-from .backends.base import Backend, window_tokens
+from .backends.base import Backend, row_bytes
 from .chain import Chain, Decision, not_finite
 from .encoding import EncodedRow, Text, TextEncoder, blocks
 from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of, whole_number
@@ -32,6 +33,7 @@ from .targets import open_backend, rule_here, target_of
 # Runs of a shape until a GPU has captured its segments.
 _WARM_UPS = 4
 _LEAST_TOKENS = 8
+_WINDOW_BYTES = 256 * 2**20
 
 
 class Engine:
@@ -45,7 +47,7 @@ class Engine:
         multi_label: whether a row may have any number of labels.
         limits: the shapes that the target runs.
         max_length: tokens to which texts are truncated, special tokens included.
-        window_tokens: most tokens of rows whose hidden states are in memory at a time.
+        window_bytes: most memory of the hidden states of all rows of a call, in bytes.
 
     Example:
         ```python
@@ -141,7 +143,8 @@ class Engine:
         self.revision = hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()
         self.labels = manifest.task.labels
         self.multi_label = manifest.task.problem_type is ProblemType.MULTI_LABEL
-        self.window_tokens = window_tokens(manifest, self.limits)
+        self.window_bytes = _WINDOW_BYTES
+        self._row_bytes = lru_cache(None)(partial(row_bytes, manifest, self.limits))
         self._exit_0 = ExitZero.load(folder, manifest)
         self._exits = manifest.exits
         # One attribute, so that a thread never sees the rule of one point with another's name. A
@@ -494,7 +497,8 @@ class Engine:
 
     def _windows(self, texts: Iterable[Text]) -> Iterator[list[EncodedRow]]:
         """Tokenize texts, in windows whose hidden states fit into the memory of a window."""
-        return blocks(self._encoder.stream(texts), len, self.window_tokens)
+        encoded = self._encoder.stream(texts)
+        return blocks(encoded, lambda row: self._row_bytes(len(row)), self.window_bytes)
 
     def _decisions(
         self, rows: Sequence[EncodedRow], runner: RuleRunner, deadline: float = math.inf

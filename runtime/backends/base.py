@@ -31,9 +31,6 @@ Rows = NDArray[np.intp]
 """Row numbers within a group, from 0."""
 BufferName = tuple[str, int]
 
-# Most memory of a window: the hidden states of all its rows, once as input and once as output.
-_WINDOW_BYTES = 256 * 2**20
-
 # NumPy lacks these types, so their bits are handled as integers.
 _DTYPES = {"bfloat16": np.dtype(np.uint16)}
 
@@ -174,20 +171,21 @@ def nbytes_of(spec: TensorSpec, bucket: Bucket) -> int:
     return int(np.prod(shape_of(spec, bucket))) * dtype_of(spec).itemsize
 
 
-def window_tokens(manifest: Manifest, limits: Limits) -> int:
-    """Most tokens of a window of rows whose hidden states are in memory at a time.
+def row_bytes(manifest: Manifest, limits: Limits, tokens: int) -> int:
+    """Memory of a row's hidden states, once as an input and once as an output of a segment.
 
-    Each tensor that segment 1 passes on counts twice: as an input and as an output of a segment.
-    The rows are assumed to be the longest ones, because a position bias takes most memory there.
+    Args:
+        manifest: the manifest.
+        limits: the shapes that the backend runs.
+        tokens: the length of the row. A tensor that all rows of a group share, such as a position
+            bias, is divided among the rows of a full group.
     """
-    sequence = limits.max_sequence
-    bucket = Bucket(max(1, limits.group_tokens // sequence), sequence)
+    bucket = Bucket(max(1, limits.group_tokens // tokens), tokens)
     outputs = [
         spec for name in manifest.segments[0].calls for spec in manifest.graphs[name].outputs
     ]
     size = sum(nbytes_of(spec, bucket) for spec in outputs if spec.name.startswith(NEXT))
-    per_token = max(1, 2 * size // (bucket.batch * sequence))
-    return max(limits.group_tokens, _WINDOW_BYTES // per_token)
+    return 2 * size // bucket.batch
 
 
 @dataclass(slots=True, eq=False)

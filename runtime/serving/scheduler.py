@@ -344,8 +344,8 @@ class Scheduler:
             return (_worth(group, left, now) if chain.backend.joins else 0.0), group.segment
 
         best = max(ready, key=gain, default=None)
-        under_way = sum(int(group.lengths.sum()) for group in self._groups)
-        if not self._waiting or (self._groups and under_way > self._engine.window_tokens):
+        under_way = sum(group.hidden.nbytes for group in self._groups if group.hidden)
+        if not self._waiting or under_way > self._engine.window_bytes:
             return best
         waiting = min(self._waiting, key=lambda group: float(group.deadlines.min()))
         first = int(waiting.deadlines.argmin())

@@ -119,7 +119,7 @@ def test_the_deadline_is_for_the_whole_call(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Each text has its own window, so each of its segments takes 10 ms.
-    monkeypatch.setattr(engine, "window_tokens", 1)
+    monkeypatch.setattr(engine, "window_bytes", 1)
     answers = engine.predict(TEXTS, rule=NEVER, deadline_ms=85)
     assert [a.exit for a in answers] == [3, 3, 2, 1, 1]
     assert [a.deadline_limited for a in answers] == [False, False, True, True, True]

@@ -137,12 +137,12 @@ def tuned(
     chunk: int = 256,
     joins: bool = False,
 ) -> Iterator[Engine]:
-    """An engine with other sizes of groups and windows; a window is at least a group."""
+    """An engine with other sizes of groups and windows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "_GROUP_TOKENS", group_tokens)
         patch.setattr(host, "_MAX_BATCH", max_batch)
         width = 8 * read_manifest(folder).model.hidden_size
-        patch.setattr(base, "_WINDOW_BYTES", window_tokens * width)
+        patch.setattr("fpabee.runtime.engine._WINDOW_BYTES", window_tokens * width)
         patch.setattr(encoding, "_CHUNK_TEXTS", chunk)
         patch.setattr(host.HostBackend, "joins", joins)
         with Engine.load(folder) as engine:
@@ -285,6 +285,18 @@ def test_streams_read_no_further_than_a_window_ahead(
     # A window of 100 tokens holds at most 50 rows of 2; the chunk of 4 texts may be read.
     assert max(ahead) <= 54
     assert ahead[0] < 50
+
+
+def test_rows_count_as_much_memory_as_they_take(engines: Mapping[str, Path]) -> None:
+    """All rows of a group share a position bias, which is small for short rows."""
+    for family, heads in (("bert", 0), ("mpnet", 4)):
+        with Engine.load(engines[family]) as engine:
+            manifest, limits = engine.manifest, engine.limits
+        for tokens in (1, 8, 32):
+            rows = limits.group_tokens // tokens
+            # Both kept in fp32, and the weight of each token as well.
+            row, bias = tokens * (manifest.model.hidden_size + 1), heads * tokens**2
+            assert base.row_bytes(manifest, limits, tokens) == 8 * (row * rows + bias) // rows
 
 
 def test_a_closed_engine_says_so(engines: Mapping[str, Path]) -> None:
