@@ -168,9 +168,6 @@ def split(lengths: NDArray[np.intp], limits: Limits) -> list[RowNumbers]:
         # A batch that is padded to a larger one may exceed the budget; then take a smaller one.
         while size > 1 and not fits(size, longest, limits):
             size = max((step for step in limits.batch_sizes if step < size), default=1)
-        if limits.cut_tokens is not None:
-            similar = int(np.count_nonzero(4 * lengths[order[start : start + size]] > 3 * padded))
-            size = min(size, max(similar, -(-limits.cut_tokens // padded)))
         groups.append(order[start : start + size])
         start += size
     return groups

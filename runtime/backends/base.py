@@ -60,8 +60,6 @@ class Limits:
         sequence_lengths: the lengths to pad to, ascending; empty: any length is possible.
         lengths_alone: the lengths to pad to if a group starts with a single row, ascending; empty:
             `sequence_lengths`.
-        cut_tokens: a group of this many padded tokens takes no rows that are shorter by a quarter,
-            because their padding would take longer than another group; None: it always takes them.
     """
 
     max_batch: int
@@ -70,7 +68,6 @@ class Limits:
     batch_sizes: tuple[int, ...] = ()
     sequence_lengths: tuple[int, ...] = ()
     lengths_alone: tuple[int, ...] = ()
-    cut_tokens: int | None = None
 
     def bucket(self, rows: int, longest: int, alone: bool = False) -> Bucket:
         """The smallest shape that holds `rows` rows of at most `longest` tokens.

@@ -43,12 +43,11 @@ _DEVICE = "CPU"
 # CPU with AMX).
 _LENGTH_STEP, _FINE_LENGTHS = 8, 512
 _ROW_STEP, _FINE_ROWS = 1, 16
-# Short texts are padded most. So in groups, their lengths are multiples of 4, and a group ends
-# before much shorter rows. Without AMX, the first run over a file took 0.97 times as long (MiniLM
-# on TREC) and 0.98 (MPNet on SST-2), later runs 0.90 and 0.95, and for the long pairs of MRPC 1.00
-# and 0.99. There, multiples of 4 at every length took 1.05 times as long in the first run.
+# Short texts are padded most, so in groups, their lengths are multiples of 4. Without AMX, the
+# first run over a file took 0.89 times as long (MiniLM on TREC) and 1.02 (MPNet on SST-2), later
+# runs 0.94 and 0.97, and for the long pairs of MRPC 0.98 and 1.00. There, multiples of 4 at every
+# length took 1.05 times as long in the first run.
 _SHORT_STEP, _SHORT = 4, 32
-_CUT_TOKENS = 256
 # If texts run one at a time, their lengths differ, and after each change of the length, every
 # segment takes longer. With AMX, 16 tokens take as long as 8, so steps of 16 saved 2 to 5 % of the
 # time (MPNet) and 9 % (MiniLM).
@@ -138,7 +137,6 @@ class OpenVinoBackend(HostBackend):
             batch_sizes=steps(limits.max_batch, _ROW_STEP, _FINE_ROWS),
             sequence_lengths=tuple(sorted({*short, *lengths})),
             lengths_alone=steps(limits.max_sequence, step, _FINE_LENGTHS),
-            cut_tokens=None if uses_amx else _CUT_TOKENS,
         )
 
     def tensor(self, array: NDArray[Any], spec: TensorSpec) -> Any:

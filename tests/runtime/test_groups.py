@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -19,7 +17,6 @@ some_limits = st.builds(
     group_tokens=st.sampled_from([1, 50, 200, 5000]),
     batch_sizes=st.sampled_from([(), (1, 2, 4, 8, 16, 32)]),
     sequence_lengths=st.sampled_from([(), (16, 32, 64)]),
-    cut_tokens=st.sampled_from([None, 1, 100]),
 )
 
 
@@ -47,14 +44,6 @@ def test_groups_are_as_large_as_the_budget_allows() -> None:
     limits = Limits(max_batch=3, max_sequence=64, group_tokens=40)
     groups = split(np.array([50, 20, 20, 5, 5, 5, 5], np.intp), limits)
     assert [len(group) for group in groups] == [1, 2, 3, 1]
-
-
-def test_a_group_that_is_large_enough_ends_before_much_shorter_rows() -> None:
-    lengths = np.array([24, 20, 19, 18, 17, 6, 6], np.intp)
-    limits = Limits(max_batch=9, max_sequence=64, group_tokens=500, cut_tokens=72)
-    assert [len(group) for group in split(lengths, limits)] == [3, 4], "4 * 18 is not above 3 * 24"
-    assert [len(group) for group in split(lengths, replace(limits, cut_tokens=73))] == [4, 3]
-    assert [len(group) for group in split(lengths, replace(limits, cut_tokens=None))] == [7]
 
 
 def test_buckets_round_up_to_the_next_step_if_there_is_one() -> None:

@@ -269,8 +269,8 @@ def test_lengths_and_rows_are_padded_to_few_sizes(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "length", "in_group", "cut"),
-    [("avx2", 24, 20, 256), ("avx2 amx_tile", 32, 24, None)],
+    ("flags", "length", "in_group"),
+    [("avx2", 24, 20), ("avx2 amx_tile", 32, 24)],
     ids=["without AMX", "with AMX"],
 )
 def test_short_rows_are_padded_as_the_cpu_runs_them_fastest(
@@ -279,7 +279,6 @@ def test_short_rows_are_padded_as_the_cpu_runs_them_fastest(
     flags: str,
     length: int,
     in_group: int,
-    cut: int | None,
 ) -> None:
     add_openvino(folder, "int8")  # it runs the fp32 graphs, so that answers can be compared
     monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": flags})
@@ -288,7 +287,6 @@ def test_short_rows_are_padded_as_the_cpu_runs_them_fastest(
         assert engine.limits.bucket(1, 18, alone=True) == Bucket(1, length)
         assert engine.limits.bucket(1, 18) == Bucket(1, in_group)
         assert engine.limits.bucket(1, 33) == Bucket(1, 40)
-        assert engine.limits.cut_tokens == cut
         expected = engine.trace(texts).logits
         for number, text in enumerate(texts):
             found = engine.trace([text])
