@@ -51,7 +51,7 @@ def test_public_names_change_on_purpose() -> None:
         found.append(f"fpabee {name}: {', '.join(sorted(options))}")
 
     listed = (ROOT / "tests" / "public_names.txt").read_text(encoding="utf-8")
-    assert found == listed.splitlines()
+    assert sorted(found) == sorted(listed.splitlines())  # a patched name moves to the end
 
 
 def _public_names(module: types.ModuleType) -> Iterator[str]:
