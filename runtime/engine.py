@@ -47,7 +47,7 @@ class Engine:
         multi_label: whether a row may have any number of labels.
         limits: the shapes that the target runs.
         max_length: tokens to which texts are truncated, special tokens included.
-        window_bytes: most memory of the hidden states of all rows of a call, in bytes.
+        window_bytes: most memory of rows that run at the same time, in bytes.
 
     Example:
         ```python

@@ -31,6 +31,8 @@ Rows = NDArray[np.intp]
 """Row numbers within a group, from 0."""
 BufferName = tuple[str, int]
 
+_TOKEN_BYTES = 16  # of an `EncodedRow`
+
 # NumPy lacks these types, so their bits are handled as integers.
 _DTYPES = {"bfloat16": np.dtype(np.uint16)}
 
@@ -169,7 +171,7 @@ def nbytes_of(spec: TensorSpec, bucket: Bucket) -> int:
 
 
 def row_bytes(manifest: Manifest, limits: Limits, tokens: int) -> int:
-    """Memory of a row's hidden states, once as an input and once as an output of a segment.
+    """Memory of a row: hidden states, as an input and an output of a segment, and its tokens.
 
     Args:
         manifest: the manifest.
@@ -182,7 +184,7 @@ def row_bytes(manifest: Manifest, limits: Limits, tokens: int) -> int:
         spec for name in manifest.segments[0].calls for spec in manifest.graphs[name].outputs
     ]
     size = sum(nbytes_of(spec, bucket) for spec in outputs if spec.name.startswith(NEXT))
-    return 2 * size // bucket.batch
+    return 2 * size // bucket.batch + _TOKEN_BYTES * tokens
 
 
 @dataclass(slots=True, eq=False)
