@@ -4,13 +4,14 @@
     python scripts/reproduce.py --data DATA --work WORK [--only mini-sst2]
 
 For each dataset and seed, one multi-exit model is trained, exported and traced on dev and test. For
-each kind of rule, the setting with the least drop among those that save enough is chosen on dev
-and evaluated on test. Models are trained with the loss of the paper; those named `-exit-0` have
-exit 0, and are trained with the default options. DATA holds a folder for each dataset, with
-train, dev and test as `.jsonl.gz`. Finished steps are not repeated, so the script can be stopped
-at any time. A model that was trained elsewhere is used if it is in WORK/NAME-SEED, and an encoder
-if it is in WORK/all-MiniLM-L6-v2 or WORK/all-mpnet-base-v2. The results of each run are stored in
-WORK/rules, and their table in WORK/rules.md; `scripts/results/rules.md` is that of all runs.
+each kind of rule, the setting with the least drop among those that save enough is chosen on dev and
+evaluated on test. Models are trained with the loss of the paper; those named `-exit-0` have exit 0,
+and are trained with the default options. DATA holds a folder for each dataset, with train, dev and
+test as `.jsonl.gz`; `descriptions.py` makes the one of longer texts. Finished steps are not
+repeated, so the script can be stopped at any time. A model that was trained elsewhere is used if it
+is in WORK/NAME-SEED, and an encoder if it is in WORK/all-MiniLM-L6-v2 or WORK/all-mpnet-base-v2.
+The results of each run are stored in WORK/rules, and their table in WORK/rules.md;
+`scripts/results/rules.md` is that of all runs.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ _EXIT_0 = {
     "mini-mixsnips": Run(MINILM, "mixsnips", 1, {"epochs": 0.5} | _MULTI),
     "mini-mixatis": Run(MINILM, "mixatis", 1, {"epochs": 1.0} | _MULTI),
     "mpnet-sst2": RUNS["mpnet-sst2"],
+    "mini-descriptions": Run(MINILM, "descriptions", 1, {"max_length": 256}),
 }
 for _name, _run in _EXIT_0.items():
     _options = _run.options | {"distill": 0.5, "exit_0": True}

@@ -1,0 +1,45 @@
+"""The dataset of package descriptions: from an index of the archive to rows of three parts."""
+
+from __future__ import annotations
+
+import io
+import json
+import lzma
+from pathlib import Path
+
+import descriptions
+import pytest
+from click.testing import CliRunner
+
+from fpabee.runtime.files import read_rows
+
+LONG = "word " * 58 + "end"
+
+
+def test_each_source_package_is_one_row_of_one_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = [
+        f"Package: p{n}\nSource: s{n // 2} (1.{n})\nSection: python\nDescription-md5: m{n // 2}"
+        for n in range(200)
+    ]
+    packages += ["Package: small\nSection: rare\nDescription-md5: m0"] * 2
+    packages += ["Package: short\nSection: python\nDescription-md5: short", ""]
+    texts = [f"Description-md5: m{n}\nDescription-en: of {n}\n {LONG}\n .\n" for n in range(100)]
+    texts += ["Package: short\nDescription-md5: short\nDescription-en: three words only\n"]
+    index = {"Packages.xz": "\n\n".join(packages), "Translation-en.xz": "\n".join(texts)}
+
+    def answer(url: str) -> io.BytesIO:
+        return io.BytesIO(lzma.compress(index[url.rsplit("/", 1)[1]].encode()))
+
+    monkeypatch.setattr(descriptions, "urlopen", answer)
+    monkeypatch.setattr(descriptions, "SECTIONS", 1)
+    result = CliRunner().invoke(descriptions.main, [str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    parts = {
+        part: [row.content for row in read_rows(tmp_path / "descriptions" / f"{part}.jsonl.gz")]
+        for part in ("train", "dev", "test")
+    }
+    found = sorted(text for part in parts.values() for text in part)
+    assert found == sorted(f"of {n} {LONG}" for n in range(100)), json.dumps(found[:2])
+    assert all(0 < len(parts[part]) < 20 for part in ("dev", "test"))
