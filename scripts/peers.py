@@ -8,11 +8,11 @@ tokenization included. Each one is exported, quantized or trained as its documen
 in an environment of its own in WORK, because their requirements conflict. Models are those of
 `reproduce.py` with exit 0, trained for the default number of epochs unless they are in WORK. Their
 last exit is the classifier of systems that only run a model. Its graph also runs bare in ONNX
-Runtime and OpenVINO, without a library around it. Besides the operating points of fpabee there are
-one file with `balanced` inside, the conversion of a classifier if `conversions.py` made it in WORK,
-full depth as one graph, `balanced` without exit 0, exit 0 alone, the cascade (exit 0 answers the
-rows of which it is certain, and one graph all others), an encoder that is cut after three layers,
-and exits that run as many layers on average.
+Runtime and OpenVINO, without a library around it and with the texts in the order of the file.
+Besides the operating points of fpabee there are one file with `balanced` inside, the conversion of
+a classifier if `conversions.py` made it in WORK, full depth as one graph, `balanced` without exit
+0, exit 0 alone, the cascade (exit 0 answers the rows of which it is certain, and one graph all
+others), an encoder that is cut after three layers, and exits that run as many layers on average.
 
 All systems are measured in rounds: each round runs every system once, in rotating order. Results
 are medians over the rounds, and ratios are medians of the ratios to `onnx` in the same round, so a
@@ -51,6 +51,7 @@ COMPARED = [f"{name}{EXIT_0}" for name in ("mpnet-sst2", "mini-trec", "mini-snip
 CUT = 3
 """The number of layers after which an encoder is cut."""
 BALANCED = Goal(max_drop=0.5)
+INT8_TARGET = "openvino-int8"
 PABEE = "pabee"
 REFERENCE = "onnx"
 """The system that all others are compared with: ONNX Runtime in fp32 with padded batches."""
@@ -76,8 +77,9 @@ def systems(
     without_exit_0 = reproduce.without_exit_0(model)
     engines, plain = engines_of(model), engines_of(without_exit_0)
     whole, short = engines_of(model, (last,)), engines_of(cut)
+    bare = engines_of(without_exit_0, (last,))
     if target is None:
-        for folder in (engines, plain, whole, short):
+        for folder in (engines, plain, whole, short, bare):
             add_all_targets(folder, data)
         targets = read_manifest(engines).targets
         target = max(targets, key=lambda name: targets[name].relative_speed or 0)
@@ -96,13 +98,19 @@ def systems(
     }
     yield System(PABEE, PABEE, settings=settings)
     yield from OTHERS
-    bare = engines_of(without_exit_0, (last,))
-    for runtime in ("onnxruntime", "openvino"):
-        settings = {"engines": str(bare), "point": None, "runtime": runtime, "batch": 32}
-        yield System(f"{runtime}-bare", "file", settings=settings)
+
+    def packed(
+        name: str, folder: Path, runtime: str, batch: int, point: str | None, graphs: str
+    ) -> System:
+        settings = {"engines": str(folder), "runtime": runtime, "batch": batch}
+        return System(name, "file", settings=settings | {"point": point, "graphs": graphs})
+
+    yield packed("onnxruntime-bare", bare, "onnxruntime", 32, None, FP32_TARGET)
+    yield packed("openvino-bare", bare, "openvino", 32, None, FP32_TARGET)
+    if INT8_TARGET in read_manifest(bare).targets:
+        yield packed("openvino-int8-bare", bare, "openvino", 32, None, INT8_TARGET)
     rules_of(engines, dev, FP32_TARGET, {"balanced": BALANCED})
-    settings = {"engines": str(engines), "point": "balanced", "runtime": "onnxruntime", "batch": 1}
-    yield System("fpabee-single-file", "file", settings=settings)
+    yield packed("fpabee-single-file", engines, "onnxruntime", 1, "balanced", FP32_TARGET)
     if converted is not None and converted.is_dir():
         manifest = read_manifest(converted)
         _, rule = rule_of(converted, manifest, manifest.default_target, None)

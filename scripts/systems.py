@@ -271,7 +271,7 @@ def prepare_file(spec: Specification) -> None:
     """Pack the engines folder into one ONNX file."""
     from fpabee.exporter.single_file import pack
 
-    pack(spec.engines, Path(spec.place) / "packed", "onnxruntime-fp32", spec.point)
+    pack(spec.engines, Path(spec.place) / "packed", spec.graphs, spec.point)
 
 
 def load_file(spec: Specification) -> Predict:
