@@ -26,14 +26,14 @@ MODEL = "mpnet-sst2-exit-0-42"
 OWN = {
     "fpabee-fast": ("fpabee, fast", "right"),
     "fpabee-balanced": ("fpabee, balanced", "above"),
-    "fpabee-safe": ("fpabee, safe", "below right"),
-    "fpabee-full-depth": ("fpabee, full depth", "above"),
+    "fpabee-safe": ("fpabee, safe", "below"),
+    "fpabee-full-depth": ("fpabee, full depth", "below right"),
 }
 """Names of the systems of fpabee in the picture, and where they are written."""
 OTHERS = {
     "openvino-int8": ("OpenVINO int8", "above"),
     "openvino": ("OpenVINO bf16", "above"),
-    "onnx-int8": ("ONNX Runtime int8", "below"),
+    "onnx-int8": ("ONNX Runtime int8", "above"),
 }
 """The alternatives, all of the whole model. OpenVINO computes fp32 models in bf16 where it can."""
 # Ink and grid of each version of the picture, and the colours of fpabee and of the alternatives.
@@ -43,9 +43,9 @@ THEMES = {
 }
 PLACES = {
     "above": (0, 9, "center"),
-    "below": (0, -19, "center"),
+    "below": (-8, -18, "left"),
     "right": (10, -4, "left"),
-    "below right": (2, -18, "left"),
+    "below right": (8, -18, "left"),
 }
 """How many points a name is away from its point, and how it is aligned."""
 
