@@ -3,12 +3,13 @@
 
     python scripts/descriptions.py DATA
 
-The task is to tell the section of the archive, such as `python` or `science`, from the description.
-Descriptions of at least 60 words are used (148 tokens on average), one of each source package, of
-the ten sections that have the most of them. Hashes of the names divide them into train, dev and
-test, so that a later state of the archive moves no package from one part to another. They are
-written to DATA/descriptions as `peers.py` and `reproduce.py` read them. The index of Debian 13 is
-downloaded (16 MB). The texts belong to the authors of the packages.
+The task is to predict the section of the Debian archive (`python`, `science`, ...) of a package
+from its description. Descriptions of at least 60 words are used (148 tokens on average), one of
+each source package, from the ten sections that have the most of them. Hashes of the names divide
+them into train, dev and test, so that a later state of the archive moves no package from one part
+to another. They are written to DATA/descriptions, where `peers.py --only mini-descriptions-exit-0`
+reads them. The indexes of Debian 13 are downloaded (16 MB). The texts belong to the authors of the
+packages.
 """
 
 from __future__ import annotations
