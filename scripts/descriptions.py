@@ -22,22 +22,34 @@ from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from urllib.error import URLError
 from urllib.request import urlopen
 
 import click
 
+from fpabee.runtime import InputError
 from fpabee.runtime.cli.command import exits_with_one_line
 
-ARCHIVE = "http://deb.debian.org/debian/dists/trixie/main"
+ARCHIVE = "https://deb.debian.org/debian/dists/trixie/main"
 PACKAGES, DESCRIPTIONS = "binary-amd64/Packages.xz", "i18n/Translation-en.xz"
 WORDS, SECTIONS = 60, 10
 _FIELD = re.compile(r"^([\w-]+): (.*(?:\n .*)*)", re.MULTILINE)
 
 
 def stanzas(file: str) -> Iterator[dict[str, str]]:
-    """The fields of each stanza of an index of the archive."""
-    with urlopen(f"{ARCHIVE}/{file}") as answer:
-        text = lzma.decompress(answer.read()).decode()
+    """The fields of each stanza of an index of the archive.
+
+    Raises:
+        InputError: it cannot be downloaded.
+    """
+    try:
+        with urlopen(f"{ARCHIVE}/{file}", timeout=60) as answer:
+            text = lzma.decompress(answer.read()).decode()
+    except URLError as error:
+        raise InputError(
+            f"{ARCHIVE}/{file} cannot be downloaded: {error.reason}",
+            "connect to the internet, or set HTTPS_PROXY",
+        ) from error
     for stanza in text.split("\n\n"):
         yield dict(_FIELD.findall(stanza))
 
@@ -67,11 +79,11 @@ def part_of(name: str) -> str:
 @exits_with_one_line
 def main(data: Path) -> None:
     """Download the index, and write DATA/descriptions."""
-    place = data / "descriptions"
-    place.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {"train": [], "dev": [], "test": []}
     for name, (section, text) in sorted(descriptions().items()):
         lines[part_of(name)].append(json.dumps({"text": text, "label": section}) + "\n")
+    place = data / "descriptions"
+    place.mkdir(parents=True, exist_ok=True)
     for part, mine in lines.items():
         with gzip.open(place / f"{part}.jsonl.gz", "wt", encoding="utf-8") as file:
             file.writelines(mine)
