@@ -1,8 +1,9 @@
 """Time the chain against one graph of the whole model.
 
-A *unit* is what is timed at once: one text, or a window of texts. For each unit the variants run
-one after another, so that a machine whose speed drifts treats them alike. The time of a unit is the
-median of its repeats, and a speed-up is a ratio of sums over units. Tokenization is never included.
+A *unit* is what is timed at once: one text, or one of the windows into which `Engine` divides a
+file. For each unit the variants run one after another, so that a machine whose speed drifts treats
+them alike. The time of a unit is the median of its repeats, and a speed-up is a ratio of sums over
+units. Tokenization is never included.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .merge import write_one_graph
 from .targets.check import FP32_TARGET
 
 FULL_GRAPH, FULL_DEPTH, WITH_RULE = "full graph", "chain, full depth", "chain + rule"
-_WINDOW, _MOST_SINGLE, _REPEATS = 256, 100, 5
+_MOST_SINGLE, _REPEATS = 100, 5
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class Workload:
 
     Attributes:
         name: what was run.
+        texts: how many texts it has.
         seconds: by variant, for each unit the median of its repeats.
         mean_depth: layers that ran for a row under the rule, on average.
         theoretical: speed-up of the rule in layers, weighted by tokens.
     """
 
     name: str
+    texts: int
     seconds: dict[str, list[float]]
     mean_depth: float
     theoretical: float
@@ -77,9 +80,9 @@ def run_bench(
         ONNX Runtime in fp32; and the workloads.
     """
     progress("load", 0, 1)
-    rows = engine.encode(texts)
+    windows = list(engine.windows(texts))
+    rows = [row for window in windows for row in window]
     single = [[row] for row in rows[:: -(-len(rows) // _MOST_SINGLE)]]
-    windows = [rows[start : start + _WINDOW] for start in range(0, len(rows), _WINDOW)]
     last = Budget(exit=engine.manifest.exits[-1])
     with TemporaryDirectory() as one:
         targets = write_one_graph(folder, Path(one)).targets
@@ -129,4 +132,4 @@ def _measure(
     ran = layers[np.concatenate(exits) - engine.manifest.exits[0]]
     tokens = np.array([len(row) for unit in units for row in unit])
     theoretical = float(layers[-1] * tokens.sum() / max((ran * tokens).sum(), 1))
-    return Workload(name, seconds, float(ran.mean()), theoretical)
+    return Workload(name, len(tokens), seconds, float(ran.mean()), theoretical)

@@ -197,7 +197,7 @@ class Engine:
         if deadline_ms is not None:
             deadline = perf_counter() + seconds_of("deadline_ms", deadline_ms)
         runner = self.runner(rule, full_depth=full_depth, max_exit=max_exit)
-        windows = [self._run(rows, runner, deadline) for rows in self._windows(texts)]
+        windows = [self._run(rows, runner, deadline) for rows in self.windows(texts)]
         missed = perf_counter() > deadline
         answers = [self.answers(each, np.full(len(each.rows), missed)) for each in windows]
         return [answer for part in answers for answer in part]
@@ -226,7 +226,7 @@ class Engine:
             FpabeeError: as in `predict`, when the predictions are taken.
         """
         runner = self.runner(rule, full_depth=full_depth, max_exit=max_exit)
-        for rows in self._windows(texts):
+        for rows in self.windows(texts):
             yield from self.answers(self._run(rows, runner), np.zeros(len(rows), np.bool_))
 
     def trace(self, texts: Sequence[Text], *, rule: ExitRule | None = None) -> Trace:
@@ -244,7 +244,7 @@ class Engine:
             FpabeeError: as in `predict`.
         """
         rule = self.runner(rule, full_depth=rule is None).rule
-        parts = [self.run_encoded(rows, rule) for rows in self._windows(texts)]
+        parts = [self.run_encoded(rows, rule) for rows in self.windows(texts)]
         parts = parts or [self.run_encoded([], rule)]
         return Trace(
             logits=np.concatenate([part.logits for part in parts], axis=1),
@@ -372,6 +372,21 @@ class Engine:
         """
         return self._encoder.encode(texts)
 
+    def windows(self, texts: Iterable[Text]) -> Iterator[list[EncodedRow]]:
+        """Tokenize texts, and divide them into the windows that run at the same time.
+
+        Args:
+            texts: strings, or (text, text_pair) tuples; read one window ahead.
+
+        Yields:
+            Rows whose hidden states take at most `window_bytes`, in the order of the texts.
+
+        Raises:
+            InputError: as in `encode`.
+        """
+        encoded = self._encoder.stream(texts)
+        return blocks(encoded, lambda row: self._row_bytes(len(row)), self.window_bytes)
+
     def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Trace:
         """Run tokenized rows as one window, with the hidden states of all rows in memory.
 
@@ -494,11 +509,6 @@ class Engine:
     def _runner(self, rule: ExitRule) -> RuleRunner:
         task = self.manifest.task
         return RuleRunner(rule, task.problem_type, self._exits, task.label_thresholds)
-
-    def _windows(self, texts: Iterable[Text]) -> Iterator[list[EncodedRow]]:
-        """Tokenize texts, in windows whose hidden states fit into the memory of a window."""
-        encoded = self._encoder.stream(texts)
-        return blocks(encoded, lambda row: self._row_bytes(len(row)), self.window_bytes)
 
     def _decisions(
         self, rows: Sequence[EncodedRow], runner: RuleRunner, deadline: float = math.inf

@@ -87,7 +87,7 @@ _EXIT_0 = {
     "mini-mixsnips": Run(MINILM, "mixsnips", 1, {"epochs": 0.5} | _MULTI),
     "mini-mixatis": Run(MINILM, "mixatis", 1, {"epochs": 1.0} | _MULTI),
     "mpnet-sst2": RUNS["mpnet-sst2"],
-    "mini-descriptions": Run(MINILM, "descriptions", 1, {"max_length": 256}),
+    "mini-descriptions": Run(MINILM, "descriptions", 1, {"max_length": 192}),
 }
 for _name, _run in _EXIT_0.items():
     _options = _run.options | {"distill": 0.5, "exit_0": True}

@@ -58,12 +58,13 @@ def test_report_and_progress(
     add_openvino(folder, "fp32")
     rule = Entropy(threshold=0.99)
     with Engine.load(folder, "openvino-fp32") as engine:
+        engine.window_bytes = 1  # each text is a window of its own
         target, found = run_bench(folder, engine, rule, TEXTS, lambda *state: told.append(state))
         trace, layers = engine.trace(TEXTS, rule=rule), engine.manifest.exit_layers
     assert target == "openvino-fp32"
     names = ["texts one by one", "file of 4 texts"]
     assert [workload.name for workload in found] == names
-    assert [len(workload.seconds[WITH_RULE]) for workload in found] == [4, 1]
+    assert [len(workload.seconds[WITH_RULE]) for workload in found] == [4, 4]
     ran = [layers[number] for number in trace.exits]
     for workload in found:
         assert set(workload.seconds) == {FULL_GRAPH, FULL_DEPTH, WITH_RULE}
@@ -74,7 +75,7 @@ def test_report_and_progress(
     assert told[0] == ("load", 0, 1)
     assert told[1:] == [
         (name, done, units)
-        for name, units in zip(names, (4, 1), strict=True)
+        for name, units in zip(names, (4, 4), strict=True)
         for done in range(units + 1)
     ]
 
@@ -99,11 +100,11 @@ def test_the_command_prints_a_table_that_is_not_cut(
 def test_the_speed_up_is_that_of_the_times_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
     """Medians would give 1.00x: the texts that stop early are fewer than half."""
     seconds = {FULL_GRAPH: [0.09] * 3, FULL_DEPTH: [0.09] * 3, WITH_RULE: [0.09, 0.01, 0.09]}
-    some, none = Workload("file", seconds, 2.0, 1.5), Workload("file", seconds, 0.0, 1.5)
+    some, none = (Workload("file", 6, seconds, depth, 1.5) for depth in (2.0, 0.0))
     show([none, some], Entropy(threshold=0.1), 3)
     shown = capsys.readouterr().out
     without, row = (line.split("|")[1:-1] for line in shown.splitlines() if "| file" in line)
     times, ratios = row[1:4], row[4:]
-    assert [cell.strip() for cell in times] == ["90.0", "90.0 (1.00x)", "63.3"]
+    assert [cell.strip() for cell in times] == ["45.000", "45.000 (1.00x)", "31.667"]
     assert [cell.strip() for cell in ratios] == ["1.42x", "1.50x", "0.947"]
     assert [cell.strip() for cell in without[5:]] == ["no layers", ""]
