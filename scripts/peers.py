@@ -47,7 +47,10 @@ from fpabee.runtime.machine import cpu_name, usable_cores
 from fpabee.runtime.rules.rules import Pabee
 from fpabee.runtime.targets import rule_of
 
-COMPARED = [f"{name}{EXIT_0}" for name in ("mpnet-sst2", "mini-trec", "mini-snips", "mini-mrpc")]
+COMPARED = [
+    f"{name}{EXIT_0}"
+    for name in ("mpnet-sst2", "mini-trec", "mini-snips", "mini-mrpc", "mini-descriptions")
+]
 CUT = 3
 """The number of layers after which an encoder is cut."""
 BALANCED = Goal(max_drop=0.5)
