@@ -47,7 +47,7 @@ class Engine:
         multi_label: whether a row may have any number of labels.
         limits: the shapes that the target runs.
         max_length: tokens to which texts are truncated, special tokens included.
-        window_bytes: most memory of rows that run at the same time, in bytes.
+        window_bytes: memory of the rows that run at the same time, in bytes, see `windows`.
 
     Example:
         ```python
@@ -373,13 +373,14 @@ class Engine:
         return self._encoder.encode(texts)
 
     def windows(self, texts: Iterable[Text]) -> Iterator[list[EncodedRow]]:
-        """Tokenize texts, and divide them into the windows that run at the same time.
+        """Tokenize texts, and divide them into windows: rows that run at the same time.
 
         Args:
-            texts: strings, or (text, text_pair) tuples; read one window ahead.
+            texts: strings, or (text, text_pair) tuples; some are read before they are needed.
 
         Yields:
-            Rows whose hidden states take at most `window_bytes`, in the order of the texts.
+            Rows in the order of the texts. A window ends with the row at which its hidden states
+            reach `window_bytes`.
 
         Raises:
             InputError: as in `encode`.

@@ -95,7 +95,6 @@ RUNS = {
     "mini-mrpc": Run(MINILM, "mrpc", 4),
     "mini-mixsnips": Run(MINILM, "mixsnips", 2),
     "mpnet-sst2": Run(MPNET, "sst2", 2, lr=3e-5),
-    "mini-descriptions": Run(MINILM, "descriptions", 3),
 }
 
 

@@ -6,7 +6,7 @@
 For each dataset and seed, one multi-exit model is trained, exported and traced on dev and test. For
 each kind of rule, the setting with the least drop among those that save enough is chosen on dev and
 evaluated on test. Models are trained with the loss of the paper; those named `-exit-0` have exit 0,
-and are trained with the default options. DATA holds a folder for each dataset, with train, dev and
+and are trained with self-distillation. DATA holds a folder for each dataset, with train, dev and
 test as `.jsonl.gz`; `descriptions.py` makes one of longer texts. Finished steps are not
 repeated, so the script can be stopped at any time. A model that was trained elsewhere is used if it
 is in WORK/NAME-SEED, and an encoder if it is in WORK/all-MiniLM-L6-v2 or WORK/all-mpnet-base-v2.
