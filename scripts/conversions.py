@@ -11,8 +11,9 @@ texts that it does not answer; and an encoder that was cut to its first half bef
 training. With `--times`, conversions are timed against the classifier as one graph in ONNX Runtime
 and OpenVINO, in turns; nothing else should run on the machine then.
 
-DATA holds a folder for each dataset, with train, dev and test as `.jsonl.gz`. Encoders are found as
-in `reproduce.py`. Finished steps are not repeated, so the script can be stopped at any time.
+DATA holds a folder for each dataset, with train, dev and test as `.jsonl.gz`; `descriptions.py`
+makes one of longer texts. Encoders are found as in `reproduce.py`. Finished steps are not repeated,
+so the script can be stopped at any time.
 Results are stored in WORK/conversions, and their tables in `tables.md` there; those of
 `scripts/results/convert.md` come from it.
 """
@@ -77,6 +78,7 @@ class Run:
         seeds: one for each classifier.
         sizes: how many texts further conversions of the first classifier get.
         rows: at most so many training rows are used.
+        max_length: to how many tokens the fine-tuning cuts texts.
     """
 
     backbone: str
@@ -86,6 +88,7 @@ class Run:
     seeds: tuple[int, ...] = (42,)
     sizes: tuple[int, ...] = ()
     rows: int = 13_000
+    max_length: int = 128
 
 
 RUNS = {
@@ -95,6 +98,7 @@ RUNS = {
     "mini-mrpc": Run(MINILM, "mrpc", 4),
     "mini-mixsnips": Run(MINILM, "mixsnips", 2),
     "mpnet-sst2": Run(MPNET, "sst2", 2, lr=3e-5),
+    "mini-descriptions": Run(MINILM, "descriptions", 5, max_length=192),
 }
 
 
@@ -130,7 +134,7 @@ def teach(run: Run, seed: int, data: Path, work: Path, layers: int | None = None
             some = mine[start : start + BATCH]
             hot = torch.tensor([[float(name in labels[n]) for name in names] for n in some])
             target = hot if multi else hot.argmax(1)
-            batch = tokenized(tokenizer, [texts[n] for n in some])
+            batch = tokenized(tokenizer, [texts[n] for n in some], run.max_length)
             with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16()):
                 loss = model(**batch, labels=target).loss
             loss.backward()
@@ -142,10 +146,10 @@ def teach(run: Run, seed: int, data: Path, work: Path, layers: int | None = None
     return folder
 
 
-def tokenized(tokenizer: Any, texts: Sequence[Text]) -> Any:
-    """A padded batch of texts or pairs."""
+def tokenized(tokenizer: Any, texts: Sequence[Text], max_length: int | None = None) -> Any:
+    """A padded batch of texts or pairs, by default cut to what the encoder takes."""
     return tokenizer(
-        list(texts), padding=True, truncation=True, max_length=128, return_tensors="pt"
+        list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt"
     )
 
 
