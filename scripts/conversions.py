@@ -13,9 +13,8 @@ and OpenVINO, in turns; nothing else should run on the machine then.
 
 DATA holds a folder for each dataset, with train, dev and test as `.jsonl.gz`; `descriptions.py`
 makes one of longer texts. Encoders are found as in `reproduce.py`. Finished steps are not repeated,
-so the script can be stopped at any time.
-Results are stored in WORK/conversions, and their tables in `tables.md` there; those of
-`scripts/results/convert.md` come from it.
+so the script can be stopped at any time. Results are stored in WORK/conversions, and their tables
+in `tables.md` there; those of `scripts/results/convert.md` come from it.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ class Run:
         seeds: one for each classifier.
         sizes: how many texts further conversions of the first classifier get.
         rows: at most so many training rows are used.
-        max_length: to how many tokens the fine-tuning cuts texts.
+        max_length: the fine-tuning cuts texts to so many tokens.
     """
 
     backbone: str

@@ -8,8 +8,8 @@ from its description. Descriptions of at least 60 words are used (148 tokens on 
 each source package, from the ten sections that have the most of them. Hashes of the names divide
 them into train, dev and test, so that a later state of the archive moves no package from one part
 to another. They are written to DATA/descriptions, where `peers.py --only mini-descriptions-exit-0`
-reads them. The indexes of Debian 13 are downloaded (16 MB). The texts belong to the authors of the
-packages.
+and `conversions.py --only mini-descriptions` read them. The indexes of Debian 13 are downloaded
+(16 MB). The texts belong to the authors of the packages.
 """
 
 from __future__ import annotations
