@@ -86,10 +86,10 @@ def promise_in_words(point: Point, result: Calibration) -> str:
 
 
 def _found(held: Outcome) -> str:
-    low, high = held.interval
+    drop, (low, high) = held.drop, held.interval
     if held.metric == AGREEMENT:
-        return f"{held.drop:.2f} % of decisions changed (95 %: {low:.2f} to {high:.2f})"
-    return f"{_lost(held.drop, ' points')} (95 %: {_lost(low)} to {_lost(high)})"
+        return f"{drop:.2f} % of decisions changed (95 %: {low:.2f} to {high:.2f})"
+    return f"{_lost(drop, ' points')} (95 %: {_lost(low).removesuffix(' lost')} to {_lost(high)})"
 
 
 def _lost(points: float, unit: str = "") -> str:

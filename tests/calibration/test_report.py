@@ -170,3 +170,13 @@ def test_a_loss_that_rounds_to_nothing_is_no_gain(drop: float, said: str) -> Non
     scorer = Scorer(make_rows(), "accuracy")
     found = outcome(scorer, np.full(600, 6), np.ones((6, 600)), range(1, 7))
     assert _found(dataclasses.replace(found, drop=drop)).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("low", "said"),
+    [(0.2, "(95 %: 0.20 to 1.10 lost)"), (-0.2, "(95 %: 0.20 gained to 1.10 lost)")],
+)
+def test_an_interval_of_losses_says_so_once(low: float, said: str) -> None:
+    scorer = Scorer(make_rows(), "accuracy")
+    found = outcome(scorer, np.full(600, 6), np.ones((6, 600)), range(1, 7))
+    assert _found(dataclasses.replace(found, interval=(low, 1.1))).endswith(said)
