@@ -33,10 +33,10 @@ from unittest import mock
 
 import click
 import numpy as np
+from one_graph import write_one_graph
 
 from fpabee.calibration import threshold_for_depth
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
-from fpabee.exporter.merge import write_one_graph
 from fpabee.exporter.onnx_file import graph_runs
 from fpabee.exporter.staging import staging
 from fpabee.exporter.targets.backends import INT8, RTX, TENSORRT, unavailable_reason

@@ -44,7 +44,8 @@ def test_options_in_commands_exist(page: Path) -> None:
 
 def test_options_in_prose_exist() -> None:
     known = {o for name in COMMANDS for p in _command(name).params for o in p.opts}
-    ours = known | {"--help", "--all", "--json", "--system-site-packages", "--strict", "--no-deps"}
+    scripts = {"--help", "--all", "--depth", "--json", "--strict"}
+    ours = known | scripts | {"--system-site-packages", "--no-deps"}
     for page in PAGES:
         for span in re.findall(r"`(--[a-z][^`]*)`", page.read_text(encoding="utf-8")):
             assert _options(span.split()) <= ours, f"{page.name}: {span}"

@@ -1,1 +1,1 @@
-"""The commands of the exporter: convert, train, export, pack and bench."""
+"""The commands of the exporter: convert, train, export and pack."""

@@ -21,11 +21,11 @@ from ...runtime.artifact.manifest import (
     ATTENTION_BIAS,
     LOGITS,
     MASK_FILL,
+    NEXT,
     Manifest,
 )
 from ...runtime.exit_0 import ExitZero
 from ...runtime.rules.rules import ExitRule
-from ..merge import append, move_weights
 from .exit_0 import PairMarks, exit_0_logits
 from .nodes import Tensor, Writer
 from .rules import RuleNodes, State
@@ -140,3 +140,38 @@ def _guarded(writer: Writer, branch: ir.Graph, before: State, new: State, after:
             output.shape = ir.Shape(fixed)
     made = (Tensor(writer, output) for output in node.outputs)
     return dict(zip(results, made, strict=True))
+
+
+def append(
+    graph: ir.Graph, part: ir.Graph, given: Mapping[str, ir.Value], prefix: str
+) -> dict[str, ir.Value]:
+    """Move the nodes and weights of a graph to the end of another one.
+
+    Args:
+        graph: what gets them.
+        part: what has none afterwards.
+        given: what it reads, by the names of its inputs.
+        prefix: what the names of its tensors begin with afterwards.
+
+    Returns:
+        Its outputs, by the names of the inputs of later graphs.
+    """
+    for value in part.inputs:
+        value.replace_all_uses_with(given[str(value.name)])
+    outputs = {str(value.name).removeprefix(NEXT): value for value in part.outputs}
+    part.outputs.clear()
+    move_weights(part, graph, prefix)
+    nodes = [*part]
+    for value in (value for node in nodes for value in node.outputs):
+        value.name = f"{prefix}{value.name}"
+    part.remove(nodes)
+    graph.extend(nodes)
+    return outputs
+
+
+def move_weights(part: ir.Graph, graph: ir.Graph, prefix: str) -> None:
+    """Move the weights of a graph to another one, see `append`."""
+    for weight in [*part.initializers.values()]:
+        del part.initializers[str(weight.name)]
+        weight.name = f"{prefix}{weight.name}"
+        graph.register_initializer(weight)

@@ -22,7 +22,6 @@ _COMMANDS = {
     "run": ("fpabee.runtime.cli.run", "Classify the texts of files."),
     "serve": ("fpabee.runtime.cli.serve", "Answer texts over HTTP."),
     "pack": ("fpabee.exporter.cli.pack", "Write one ONNX file with the exits and the rule inside."),
-    "bench": ("fpabee.exporter.cli.bench", "Measure the speed-up on this machine."),
     "inspect": (
         "fpabee.runtime.cli.inspect",
         "Show what an engines folder contains and which targets run here.",
@@ -57,7 +56,7 @@ class _Commands(Group):
 )
 @click.version_option(__version__, package_name="fpabee", prog_name="fpabee")
 def main() -> None:
-    """Compile, calibrate, run and measure early-exit text classifiers.
+    """Compile, calibrate and run early-exit text classifiers.
 
     Each command also exists under its own name, such as fpabee-run. Type fpabee COMMAND --help
     for its options.

@@ -19,7 +19,7 @@ import pytest
 
 from fpabee import __main__ as fpabee
 from fpabee.calibration import cli as calibrate
-from fpabee.exporter.cli import bench, convert, export, pack, train
+from fpabee.exporter.cli import convert, export, pack, train
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import MANIFEST_NAME
 from fpabee.runtime.cli import inspect, run, serve
@@ -35,7 +35,6 @@ COMMANDS: dict[str, click.Command] = {
     "export": export.main,
     "convert": convert.main,
     "train": train.main,
-    "bench": bench.main,
     "pack": pack.main,
     "fpabee": fpabee.main,
 }

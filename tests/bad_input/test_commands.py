@@ -38,7 +38,6 @@ def command(name: str, *options: object) -> Make:
         folder = place.shared["bert"]
         arguments = {
             "pack": ["pack", folder, "-o", place.root / "packed"],
-            "bench": ["bench", folder, "--input", place.file("in.txt", "rain\n")],
             "calibrate": ["calibrate", folder, "--data", "none.jsonl"],
             "export": place.export(place.models["bert"]),
             "from": ["export", "--from", folder],
@@ -163,7 +162,6 @@ PACKAGES = [
     Case("an empty onnxruntime", empty_module, "pip uninstall"),
     Case("no pyarrow", without("pyarrow", out("x.parquet")), "pip install 'fpabee[parquet]'"),
     Case("no torch", without("torch", command("export")), "torch", "'fpabee[export,cpu]'"),
-    Case("no onnx", without("onnx", command("bench")), "onnx", "'fpabee[export,cpu]'"),
     Case("nothing that packs", without("onnx", command("pack")), "onnx", "'fpabee[export,cpu]'"),
     Case("no jinja2", without("jinja2", training), "jinja2", "'fpabee[train]'"),
     Case("no uvicorn", without("uvicorn", lambda p: ["serve", p.shared["bert"]]),
@@ -192,8 +190,6 @@ SETTINGS = [
     Case("an unknown rule", run("--rule", "fastbert"), "fastbert", "fpabee"),
     Case("a threshold that is no number", run("--rule", "exit_0_threshold=nan"), "nan"),
     Case("no room for a token", run("--max-length", 2), "2", "3"),
-    Case("a depth without threshold",
-         command("bench", "--depth", 0.5, "--rule", "pabee patience=1"), "pabee"),
 ]  # fmt: skip
 
 # What is given, and what the message names.
@@ -210,7 +206,6 @@ USAGE: list[tuple[Make, str]] = [
     (run("--unbuffered", "--output", "out.jsonl"), "--output FILE"),
     (lambda p: ["inspect"], "--env"),
     (lambda p: ["inspect", "--check", "--env"], "ENGINES"),
-    (command("bench", "--depth", 0.5, "--rule", "threshold=0.1"), "--depth"),
     (lambda p: ["export"], "--from"),
     (command("export", "--exits", "1,,2"), "'1,,2'"),
     (command("export", "--batch", "8,4,2"), "batch is 8,4,2"),

@@ -134,7 +134,6 @@ def test_a_bad_input(case: Case, place: Place, capfd: pytest.CaptureFixture[str]
 READERS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("calibrate",), ("--data",)),
     (("calibrate",), ("--data", "dev.jsonl", "--test")),
-    (("bench",), ("--input",)),
     (("export", "--from"), ("--fp16", "--verify-data")),
     (("export", "--from"), ("--int8", "--calibration-data")),
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from one_graph import write_one_graph
 from safetensors.numpy import load_file, save_file
 
 from fpabee.exporter import export
@@ -20,7 +21,6 @@ from fpabee.exporter.exit_0 import (
     save_exit_0,
     unigrams_of,
 )
-from fpabee.exporter.merge import write_one_graph
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of
 from fpabee.runtime.artifact.manifest import ExitZeroSpec
 from fpabee.runtime.artifact.reference import read_reference

@@ -19,13 +19,13 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from one_graph import write_one_graph
 from onnx import numpy_helper
 
 from fpabee.exporter import add_targets as additions
 from fpabee.exporter.add_targets import AddTargetsOptions, AddTargetsResult, add_targets
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.cli.export import main
-from fpabee.exporter.merge import write_one_graph
 from fpabee.exporter.onnx_file import in_head
 from fpabee.exporter.targets import cpu, int8
 from fpabee.exporter.targets.backends import unavailable_reason

@@ -24,7 +24,6 @@ COMMANDS = {
     "convert": "fpabee.exporter.cli.convert",
     "train": "fpabee.exporter.cli.train",
     "export": "fpabee.exporter.cli.export",
-    "bench": "fpabee.exporter.cli.bench",
     "pack": "fpabee.exporter.cli.pack",
     "calibrate": "fpabee.calibration.cli",
     "run": "fpabee.runtime.cli.run",

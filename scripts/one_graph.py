@@ -1,21 +1,27 @@
 """Join graphs that run one after another into one ONNX graph. Needs no torch.
 
-Benchmarks compare the chain with one graph of the whole model.
+`bench.py` and `gpu_check.py` compare the chain with one graph of the whole model.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from ..runtime.artifact.folder import read_manifest, sha256_of, verified, write_manifest
-from ..runtime.artifact.manifest import (
+from fpabee.exporter.onnx_file import graphs_of, load_graphs, write_graph
+from fpabee.exporter.single_file.graph import append
+from fpabee.exporter.targets.backends import is_cpu_int8
+from fpabee.exporter.targets.check import FP32_TARGET
+from fpabee.exporter.targets.cpu import INT8_FOLDER
+from fpabee.runtime.artifact.folder import read_manifest, sha256_of, verified, write_manifest
+from fpabee.runtime.artifact.manifest import (
     LOGITS,
-    NEXT,
     REFERENCE_NAME,
     BuiltFile,
     Graph,
@@ -23,16 +29,9 @@ from ..runtime.artifact.manifest import (
     keep_targets,
     with_operating_points,
 )
-from ..runtime.artifact.reference import read_reference, write_reference
-from ..runtime.engine import Engine
-from ..runtime.rules.rules import Budget
-from .onnx_file import graphs_of, load_graphs, write_graph
-from .targets.backends import is_cpu_int8
-from .targets.check import FP32_TARGET
-from .targets.cpu import INT8_FOLDER
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
+from fpabee.runtime.artifact.reference import read_reference, write_reference
+from fpabee.runtime.engine import Engine
+from fpabee.runtime.rules.rules import Budget
 
 
 def merge_graphs(calls: Sequence[tuple[str, Any]]) -> Any:
@@ -46,9 +45,6 @@ def merge_graphs(calls: Sequence[tuple[str, Any]]) -> Any:
         An `onnx.ModelProto`. Nodes that no output needs, such as the heads before the last, are
         left out. A node keeps its name, with the number of the call appended.
     """
-    import onnx_ir as ir
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
     models = [ir.from_proto(proto) for _, proto in calls]
     merged = ir.Graph([], [], nodes=[], opset_imports=models[0].opset_imports, name="merged")
     # What the tensors that are carried from graph to graph are in the new graph.
@@ -66,41 +62,6 @@ def merge_graphs(calls: Sequence[tuple[str, Any]]) -> Any:
     whole = ir.Model(merged, ir_version=models[0].ir_version)
     RemoveUnusedNodesPass()(whole)
     return ir.to_proto(whole)
-
-
-def append(
-    graph: ir.Graph, part: ir.Graph, given: Mapping[str, ir.Value], prefix: str
-) -> dict[str, ir.Value]:
-    """Move the nodes and weights of a graph to the end of another one.
-
-    Args:
-        graph: what gets them.
-        part: what has none afterwards.
-        given: what it reads, by the names of its inputs.
-        prefix: what the names of its tensors begin with afterwards.
-
-    Returns:
-        Its outputs, by the names of the inputs of later graphs.
-    """
-    for value in part.inputs:
-        value.replace_all_uses_with(given[str(value.name)])
-    outputs = {str(value.name).removeprefix(NEXT): value for value in part.outputs}
-    part.outputs.clear()
-    move_weights(part, graph, prefix)
-    nodes = [*part]
-    for value in (value for node in nodes for value in node.outputs):
-        value.name = f"{prefix}{value.name}"
-    part.remove(nodes)
-    graph.extend(nodes)
-    return outputs
-
-
-def move_weights(part: ir.Graph, graph: ir.Graph, prefix: str) -> None:
-    """Move the weights of a graph to another one, see `append`."""
-    for weight in [*part.initializers.values()]:
-        del part.initializers[str(weight.name)]
-        weight.name = f"{prefix}{weight.name}"
-        graph.register_initializer(weight)
 
 
 def write_one_graph(source: Path, folder: Path) -> Manifest:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from one_graph import write_one_graph
 
 from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
-from fpabee.exporter.merge import write_one_graph
 from fpabee.runtime import Engine, FPabee, read_manifest
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text
