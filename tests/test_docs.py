@@ -110,6 +110,17 @@ def test_python_examples_run(
         names["engine"].close()
 
 
+def test_the_example_for_triton_and_its_configuration_name_the_same_tensors() -> None:
+    folder = ROOT / "docs" / "examples" / "triton"
+    config = (folder / "config.pbtxt").read_text(encoding="utf-8")
+    code = (folder / "1" / "model.py").read_text(encoding="utf-8")
+    compile(code, "model.py", "exec")
+    for kind, call in (("input", "get_input_tensor_by_name(request, "), ("output", "Tensor(")):
+        names = re.findall(rf'^{kind} {{ name: "(\w+)" data_type: TYPE_\w+ dims: ', config, re.M)
+        assert names
+        assert names == re.findall(rf'{re.escape(call)}"(\w+)"', code)
+
+
 def test_citation_and_site_have_the_version_and_the_address_of_the_package() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (version,) = re.findall(r'^version = "(.*)"', project, re.M)

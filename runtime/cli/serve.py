@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine import Engine
-from ..hub import engines_folder
 from ..machine import require
-from ..serving.triton import write_repository
 from . import options
 from .command import command
 from .console import echo
@@ -22,11 +20,8 @@ from .console import echo
 fpabee-serve engines/
 fpabee-serve engines/ --port 8080 --operating-point fast
 fpabee-serve engines/ --host 0.0.0.0 --allowed-host texts.example.com
-fpabee-serve engines/ --triton repository/ --name intents
 """,
-    panels={
-        "Triton": "--triton --name",
-    },
+    panels={},
 )
 @options.engines_or_hub()
 @options.count("--port", "Port to listen on.", 8000, min=0, max=65535)
@@ -53,9 +48,6 @@ fpabee-serve engines/ --triton repository/ --name intents
 @options.threads
 @options.flag("--check", "First check on the reference texts that the target matches the model.")
 @options.count("--max-rows", "Most rows that are unanswered at a time; more are refused.", 1000)
-@options.path(
-    "-o --triton", "Write a model into this model repository of Triton, and serve nothing.", "REPO"
-)
 @options.option("--name", "NAME", "Name of the model. Default: that of the folder ENGINES.")
 def main(
     engines: Path,
@@ -64,20 +56,11 @@ def main(
     allowed_hosts: tuple[str, ...],
     check: bool,
     max_rows: int,
-    triton: Path | None,
     name: str | None,
     **loading: Any,
 ) -> None:
     """Serve ENGINES over HTTP until SIGTERM or Ctrl-C. There is no authentication."""
     name = name or engines.resolve().name
-    if triton is not None:
-        options.not_with(
-            "host port allowed_hosts check", triton, "--triton, which starts no server"
-        )
-        engines = engines_folder(engines, every_target=True)
-        folder = write_repository(engines, triton, name, max_rows=max_rows, **loading)
-        echo(f"wrote {folder}", err=True)
-        return
     require("serve")
     from ..serving.metrics import Metrics
     from ..serving.scheduler import Scheduler

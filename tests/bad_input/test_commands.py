@@ -51,16 +51,6 @@ def serve(*options: object) -> Make:
     return lambda place: ["serve", place.shared["bert"], "--port", 0, *options]
 
 
-def repository(*options: object) -> Make:
-    """A model for Triton."""
-    return lambda place: ["serve", place.shared["bert"], "--triton", place.root / "r", *options]
-
-
-def repository_inside(place: Place) -> Arguments:
-    folder = place.engines()
-    return ["serve", folder, "--triton", folder / "repository"]
-
-
 def without(module: str, make: Make) -> Make:
     """As if a package were not installed."""
     find = util.find_spec
@@ -177,11 +167,6 @@ SERVING = [
     Case("an empty host", serve("--host", ""), "empty", "0.0.0.0", "--host"),
     Case("a URL as a host", serve("--allowed-host", "http://a.example"), "'http://a.example'",
          "--allowed-host"),
-    Case("an unknown target for Triton", repository("--target", "other"), "'other'", "--target"),
-    Case("an unknown point for Triton", repository("--operating-point", "fast"), "'fast'"),
-    Case("a model below a folder", repository("--name", "a/b"), "'a/b'", "--name"),
-    Case("a model above its repository", repository("--name", ".."), "'..'", "--name"),
-    Case("a repository in the engines folder", repository_inside, "engines,"),
 ]  # fmt: skip
 
 SETTINGS = [
@@ -217,7 +202,6 @@ USAGE: list[tuple[Make, str]] = [
     (command("from", "--backend", "tensorrt-rtx", "--verify-data", "a"), "--verify-data"),
     (command("from", "--sm", "8"), "not 8"),
     (command("from", "--fp16", "--sm", "86,90"), "9.0"),
-    (repository("--port", 9000), "--port"),
     (lambda p: ["fpabee", "none"], "'none'"),
 ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from importlib import util
@@ -157,7 +156,6 @@ def test_commands_take_the_name(
     hub: Hub,
     repository: Repository,
     run: Run,
-    serve: Run,
     engines: Mapping[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -170,8 +168,4 @@ def test_commands_take_the_name(
     shown = CliRunner().invoke(inspect, [NAME, "--check"]).stdout
     assert re.search(r"hashes: (\d+) of \1 files are intact", shown)
     assert "reproduces the exported model" in shown
-    made = serve(NAME, "--triton", tmp_path / "models")
-    assert (made.code, made.err) == (0, f"wrote {tmp_path / 'models' / 'name'}\n")
-    copied = tmp_path / "models" / "name" / "1" / "engines" / "manifest.json"
-    assert json.loads(copied.read_text()) == json.loads(repository.files["manifest.json"])
     check_refused(run("owner/other", texts), "the hub has no such repository")
