@@ -88,7 +88,7 @@ def hub_errors(
     """Raise errors of ours for those of `huggingface_hub`.
 
     Args:
-        repository: the repository that is read or written.
+        repository: the repository that is read.
         revision: of it.
         file: what is downloaded.
         error: the class to raise.

@@ -10,7 +10,7 @@ import rich_click as click
 
 from ...runtime.cli import options
 from ...runtime.cli.command import command
-from ...runtime.cli.console import echo, hide_bars_of_hub, step_progress
+from ...runtime.cli.console import echo, step_progress
 from ...runtime.files import ReadOptions, read_rows
 from ...runtime.machine import require
 from ...runtime.rules.words import rule_in_words
@@ -22,7 +22,6 @@ _TRANSFORMERS_JS = "transformers.js"
     examples="""
 fpabee-pack engines/ -o classifier/
 fpabee-pack engines/ -o web/ --layout transformers.js
-fpabee-pack engines/ -o classifier/ --push owner/name
 """,
     panels={},
 )
@@ -40,11 +39,6 @@ fpabee-pack engines/ -o classifier/ --push owner/name
     default="huggingface",
 )
 @options.path("--verify-data", "More texts to verify with, in any format of fpabee-run.")
-@options.option(
-    "--push repository",
-    "OWNER/NAME",
-    "Upload the file and ENGINES to this repository of the Hugging Face hub. A new one is private.",
-)
 @options.quiet
 @options.as_json
 def main(
@@ -54,7 +48,6 @@ def main(
     target: str | None,
     layout: str,
     verify_data: Path | None,
-    repository: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -63,7 +56,7 @@ def main(
     Any runtime for ONNX runs it, in any language. It is best at one or few texts at a time.
     """
     require("graphs")
-    from ..single_file import pack, push
+    from ..single_file import pack
 
     texts = []
     if verify_data is not None:
@@ -71,11 +64,8 @@ def main(
     with step_progress(quiet) as progress:
         for_js = layout == _TRANSFORMERS_JS
         packed = pack(engines, output, target, operating_point, for_js, texts, progress)
-    hide_bars_of_hub(quiet)
-    address = push(engines, output, repository) if repository is not None else ""
     if as_json:
-        content = packed.to_dict() | {"file": str(packed.file), "repository": address}
-        click.echo(json.dumps(content))
+        click.echo(json.dumps(packed.to_dict() | {"file": str(packed.file)}))
         return
     size = sum(file.stat().st_size for file in packed.file.parent.glob(f"{packed.file.name}*"))
     echo(f"{packed.file}: {size / 2**20:.1f} MiB of {packed.target}")
@@ -92,5 +82,5 @@ def main(
         f"{packed.max_logit_difference:.1e}, exits are equal; {packed.near_ties} texts were too "
         "close to a threshold to compare"
     )
-    if address:
-        echo(f"uploaded with {engines} to {address}")
+    upload = shlex.join(["hf", "upload", "OWNER/NAME", str(output)])
+    echo(f"to upload it to the Hugging Face hub: {upload}")

@@ -5,6 +5,5 @@ Nothing in it needs torch or transformers.
 
 from .hub_files import Packed
 from .packing import pack
-from .push import push
 
-__all__ = ["Packed", "pack", "push"]
+__all__ = ["Packed", "pack"]

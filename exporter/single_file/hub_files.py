@@ -27,8 +27,6 @@ from ...runtime.rules.rules import ExitRule
 from ...runtime.rules.words import rule_in_words
 from ..targets.backends import INT8
 
-CARD_NAME = "README.md"
-
 
 @dataclass(frozen=True)
 class Packed:
@@ -118,7 +116,7 @@ def write_files(
         (folder / name).write_bytes(text + b"\n")
     measured = "Nothing is promised: the rule was not calibrated for this file.\n"
     if point is not None:
-        measured = template("measured").format(
+        measured = _template("measured").format(
             manifest=manifest,
             packed=packed,
             point=point,
@@ -132,7 +130,7 @@ def write_files(
             versions=", ".join(map(" ".join, point.versions.items())),
         )
     layers = zip(packed.exits, manifest.exit_layers, strict=True)
-    card = template("card").format(
+    card = _template("card").format(
         manifest=manifest,
         packed=packed,
         target=target,
@@ -141,7 +139,7 @@ def write_files(
         rule=rule_in_words(packed.rule),
         exit_0=packed.no_exit_0 or ("inside" if packed.exits[0] == 0 else "the model has none"),
     )
-    (folder / CARD_NAME).write_text(card + measured, encoding="utf-8")
+    (folder / "README.md").write_text(card + measured, encoding="utf-8")
 
 
 def _guarantee(point: OperatingPoint) -> str:
@@ -151,6 +149,6 @@ def _guarantee(point: OperatingPoint) -> str:
     return f"{' and '.join(tested)}, with {point.certificate.confidence:g} % confidence"
 
 
-def template(name: str) -> str:
+def _template(name: str) -> str:
     """A part of the model card, to format."""
     return Path(__file__).with_name(f"{name}.md").read_text(encoding="utf-8")

@@ -1,12 +1,10 @@
 """A server that speaks as much of the protocol of the Hugging Face hub as its client needs.
 
-Files above 1 kB are kept as with Git LFS: a download is a redirect to another address, and an
-upload goes there.
+Files above 1 kB are kept as with Git LFS: a download is a redirect to another address.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from collections.abc import Iterator
@@ -15,7 +13,6 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import huggingface_hub
 import pytest
@@ -32,7 +29,6 @@ class Repository:
     name: str
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gated: bool = False
-    private: bool = False
 
     def commit(self, files: dict[str, bytes]) -> str:
         sha = hashlib.sha1(str(len(self.commits)).encode()).hexdigest()
@@ -49,7 +45,6 @@ class Hub:
     """The repositories by name, the large files by hash, and the requests so far."""
 
     url: str
-    full: bool = False
     repositories: dict[str, Repository] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
@@ -81,7 +76,6 @@ def serve(cache: Path) -> Iterator[Hub]:
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        patch.setenv("HF_TOKEN", "secret")
         yield hub
     huggingface_hub.close_session()
     server.shutdown()
@@ -94,69 +88,24 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         hub: Hub = self.server.hub  # type: ignore[attr-defined]
         hub.requests.append(f"{self.command} {self.path}")
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = self.path.partition("?")[0]
         parts = path.strip("/").split("/")
         match parts:
             case ["large", sha]:
-                if self.command == "PUT":
-                    hub.large[sha] = body
-                self._answer(403 if hub.full else 200, hub.large.get(sha, b""))
-            case ["api", "validate-yaml"]:
-                self._answer(200, {})
-            case ["api", "repos", "create"]:
-                self._create(hub, json.loads(body))
+                self._answer(200, hub.large.get(sha, b""))
             case ["api", "models", owner, name, *rest]:
                 if found := self._repository(hub, f"{owner}/{name}"):
-                    self._api(hub, found, rest, body)
-            case [_, _, "info", "lfs", "objects", "batch"]:
-                wanted = json.loads(body)["objects"]
-                for each in wanted:
-                    each["actions"] = {"upload": {"href": f"{hub.url}/large/{each['oid']}"}}
-                self._answer(200, {"objects": wanted})
+                    self._api(found, rest)
             case [owner, name, "resolve", revision, *file]:
                 if found := self._repository(hub, f"{owner}/{name}"):
                     self._file(hub, found, revision, "/".join(file))
             case _:
                 self._answer(404, {})
 
-    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
+    do_HEAD = do_GET  # noqa: N815
 
-    def _create(self, hub: Hub, asked: dict[str, Any]) -> None:
-        name = f"{asked['organization']}/{asked['name']}"
-        if self.headers["Authorization"] != "Bearer secret":
-            return self._answer(401, {"error": "Invalid username or password."})
-        exists = name in hub.repositories
-        if not exists:
-            private = asked.get("private") or asked.get("visibility") == "private"
-            hub.repositories[name] = Repository(name, private=bool(private))
-        return self._answer(409 if exists else 200, {"url": f"{hub.url}/{name}"})
-
-    def _api(self, hub: Hub, found: Repository, rest: list[str], body: bytes) -> None:
+    def _api(self, found: Repository, rest: list[str]) -> None:
         match rest:
-            case ["preupload", _]:
-                modes = [
-                    {
-                        "path": each["path"],
-                        "uploadMode": "lfs" if each["size"] > _LARGE else "regular",
-                        "shouldIgnore": False,
-                    }
-                    for each in json.loads(body)["files"]
-                ]
-                self._answer(200, {"files": modes})
-            case ["commit", _]:
-                lines = [json.loads(line) for line in body.splitlines()]
-                files = {
-                    each["value"]["path"]: hub.large[each["value"]["oid"]]
-                    if each["key"] == "lfsFile"
-                    else base64.b64decode(each["value"]["content"])
-                    for each in lines
-                    if each["key"] != "header"
-                }
-                sha = found.commit(files)
-                self._answer(
-                    200, {"commitUrl": f"{hub.url}/{found.name}/commit/{sha}", "commitOid": sha}
-                )
             case ["tree", sha]:
                 self._answer(200, [_entry(*each) for each in found.commits[sha].items()])
             case _:
