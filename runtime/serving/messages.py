@@ -119,23 +119,6 @@ class ClassifyResponse(Source, kw_only=True):
     usage: Usage
 
 
-class InstancesRequest(Options, kw_only=True, forbid_unknown_fields=True):
-    """A request as KServe's `/v1/models/NAME:predict` takes it, which may also have pairs."""
-
-    instances: list[str | Pair]
-
-    @property
-    def texts(self) -> list[Text]:
-        """The texts and pairs, in order."""
-        return list(self.instances)
-
-
-class InstancesResponse(Source, kw_only=True):
-    """A response of KServe: for each text, the probability of each label by its number."""
-
-    predictions: list[dict[str, float]]
-
-
 class PredictRequest(Options, kw_only=True, forbid_unknown_fields=True):
     """A request as `/predict` of text-embeddings-inference takes it.
 
@@ -164,7 +147,7 @@ class PredictRequest(Options, kw_only=True, forbid_unknown_fields=True):
         return [text if isinstance(text, str) else _text_or_pair(text) for text in inputs]
 
 
-Asked: TypeAlias = ClassifyRequest | PredictRequest | InstancesRequest
+Asked: TypeAlias = ClassifyRequest | PredictRequest
 
 
 def request_of(body: bytes, usual: type[Asked]) -> Asked:
@@ -172,14 +155,14 @@ def request_of(body: bytes, usual: type[Asked]) -> Asked:
 
     Args:
         body: the JSON.
-        usual: the format of a body with none of the fields `input`, `inputs` and `instances`.
+        usual: the format of a body with neither `input` nor `inputs`.
 
     Raises:
         ValueError: the body is not valid JSON, or not a request.
         RecursionError: its lists or objects are nested too deeply.
     """
     fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    kinds = {"input": ClassifyRequest, "inputs": PredictRequest, "instances": InstancesRequest}
+    kinds = {"input": ClassifyRequest, "inputs": PredictRequest}
     kind = next((kind for field, kind in kinds.items() if field in fields), usual)
     asked: Asked = msgspec.json.decode(body, type=kind)
     return asked
@@ -209,7 +192,7 @@ def response_to(
     labels: Sequence[str],
     source: Source,
     tokens: int,
-) -> ClassifyResponse | InstancesResponse | list[LabelScore] | list[list[LabelScore]]:
+) -> ClassifyResponse | list[LabelScore] | list[list[LabelScore]]:
     """The answers in the format of the request.
 
     Args:
@@ -219,11 +202,6 @@ def response_to(
         source: what answered.
         tokens: in all rows together.
     """
-    origin = msgspec.structs.asdict(source)
-    if isinstance(asked, InstancesRequest):
-        found = [answer.probabilities for answer in predictions]
-        numbered = [{str(number): p for number, p in enumerate(each)} for each in found]
-        return InstancesResponse(predictions=numbered, **origin)
     if isinstance(asked, PredictRequest):
         ranked = [_ranked(asked, answer, labels) for answer in predictions]
         return ranked if asked.is_batch else ranked[0]
@@ -242,8 +220,13 @@ def response_to(
         )
         for number, answer in enumerate(predictions)
     ]
-    name, now = f"classify-{uuid.uuid4().hex}", int(time.time())
-    return ClassifyResponse(id=name, created=now, data=data, usage=Usage(tokens, tokens), **origin)
+    return ClassifyResponse(
+        id=f"classify-{uuid.uuid4().hex}",
+        created=int(time.time()),
+        data=data,
+        usage=Usage(tokens, tokens),
+        **msgspec.structs.asdict(source),
+    )
 
 
 def _ranked(asked: PredictRequest, answer: Prediction, labels: Sequence[str]) -> list[LabelScore]:
@@ -262,13 +245,13 @@ def openapi(version: str, paths: Iterable[str], statuses: dict[int, str]) -> dic
         paths: where they are sent to.
         statuses: what each status of an error means.
     """
-    kinds = (*get_args(Asked), ClassifyResponse, InstancesResponse, LabelScore, Failure)
+    kinds = (*get_args(Asked), ClassifyResponse, LabelScore, Failure)
     refs, schemas = msgspec.json.schema_components(
         kinds, ref_template="#/components/schemas/{name}"
     )
-    *requests, classified, predicted, score, failure = refs
+    *requests, classified, score, failure = refs
     scores = {"type": "array", "items": score}
-    answers = {"oneOf": [classified, predicted, scores, {"type": "array", "items": scores}]}
+    answers = {"oneOf": [classified, scores, {"type": "array", "items": scores}]}
     failures = {str(status): _response(text, failure) for status, text in statuses.items()}
     body = {"required": True, "content": {"application/json": {"schema": {"oneOf": requests}}}}
     responses = {"200": _response("the answers", answers), **failures}

@@ -33,7 +33,6 @@ from .messages import (
     Asked,
     ClassifyRequest,
     Failure,
-    InstancesRequest,
     PredictRequest,
     Source,
     openapi,
@@ -163,7 +162,7 @@ class Service:
         app: the application, to run under any ASGI server.
 
     Raises:
-        InputError: one of the hosts is not the name of a host, or the name has braces.
+        InputError: one of the hosts is not the name of a host.
     """
 
     engine: Engine
@@ -174,15 +173,12 @@ class Service:
     hosts: Collection[str] = (ANY_HOST,)
 
     def __post_init__(self) -> None:
-        if {*"{}"} & {*self.name}:  # in a route, they would stand for any name
-            raise InputError(f"the name {self.name!r} has braces", "give another `name`")
         page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
         index = HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
         formats: dict[str, type[Asked]] = {
             "/classify": ClassifyRequest,
             "/v1/classify": ClassifyRequest,
             "/predict": PredictRequest,
-            f"/v1/models/{self.name}:predict": InstancesRequest,
         }
         schema = _json(openapi(__version__, formats, STATUSES))
         app = Starlette(

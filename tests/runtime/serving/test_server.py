@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from openapi_spec_validator import validate
 from starlette.testclient import TestClient
 
-from fpabee.runtime import BackendError, Budget, Confidence, Engine, InputError, read_manifest
+from fpabee.runtime import BackendError, Budget, Confidence, Engine, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of, write_manifest
 from fpabee.runtime.artifact.manifest import MANIFEST_NAME, with_operating_points, with_target
 from fpabee.runtime.artifact.operating_point import Certificate
@@ -145,26 +145,6 @@ def test_the_vllm_engine_of_nemo_guardrails(server: Server) -> None:
     (expected,) = server.engine.predict(["rain"])
     ((label, score),) = expected.top(server.engine.labels, 1)
     assert (item["label"], max(item["probs"])) == (label, pytest.approx(score, abs=1e-5))
-
-
-def test_the_kserve_engine_of_nemo_guardrails(server: Server) -> None:
-    """It takes the first prediction, a map from numbers of labels to probabilities."""
-    path = "/v1/models/tiny:predict"
-    response = server.post(path, {"instances": ["rain"]})
-    found = server.check(path, response)
-    (expected,) = server.engine.predict(["rain"])
-    assert [*found["predictions"][0]] == [str(n) for n in range(len(server.engine.labels))]
-    values = [float(each) for each in found["predictions"][0].values()]
-    assert values == pytest.approx(expected.probabilities, abs=1e-5)
-    assert (found["revision"], found["operating_point"]) == (server.engine.revision, None)
-    assert server.post("/v1/models/other:predict", {"instances": ["a"]}).status_code == 404
-    service = Service(server.engine, server.scheduler, server.metrics, LIMITS, "org/my model")
-    found = TestClient(service.app).post(
-        "/v1/models/org%2Fmy%20model:predict", json={"instances": []}
-    )
-    assert found.json()["predictions"] == []
-    with pytest.raises(InputError, match="braces -> give another `name`"):
-        Service(server.engine, server.scheduler, server.metrics, LIMITS, "{other}")
 
 
 def test_answers_say_what_decides(
