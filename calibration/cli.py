@@ -92,7 +92,7 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
     "depth needs no labels.",
     sorted({metric for metrics in METRICS.values() for metric in metrics}),
 )
-@options.labelled_texts
+@options.columns
 def main(
     engines: Path,
     data: Path | None,

@@ -78,7 +78,7 @@ fpabee-convert my-guard texts.txt --missed 2 --threshold attack=0.7
     "--problem-type", "TYPE", "Task of a classifier that does not name it.", ProblemType
 )
 @options.threads
-@options.labelled_texts
+@options.columns
 def main(
     classifier: str,
     texts: Path,

@@ -76,7 +76,7 @@ fpabee-train --backbone ENCODER --train a.jsonl --dev b.jsonl -o model_dir
     show_default=False,
     help="Leave out exit 0, a bag of n-grams that can answer before layer 1.",
 )
-@options.labelled_texts
+@options.columns
 def main(
     output: Path,
     quiet: bool,

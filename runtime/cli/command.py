@@ -18,11 +18,11 @@ from ...help_pages import LOOK, Command
 from ..errors import FpabeeError
 from .console import echo
 
-READING = {"Reading files": "--column --no-quotes"}
+READING = {"Reading files": "--column"}
 
 _INTERRUPTED = 130  # as in a shell
 _PARAMETER = re.compile(r"`(\w+)`")
-_READING = "input_format literal_quotes text_column text_pair_column label_column max_length"
+_READING = "input_format text_column text_pair_column label_column max_length"
 _DEVICE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 

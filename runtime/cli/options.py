@@ -172,12 +172,6 @@ columns = option(
 )
 """Where texts and labels are; `read_options` reads it."""
 
-labelled_texts = together(
-    columns,
-    flag("--no-quotes literal_quotes", 'Treat " as an ordinary character in .csv and .tsv files.'),
-)
-"""How rows with labels are read."""
-
 
 def chosen_rule(default: ExitRule, text: str) -> ExitRule:
     """The rule that the value of `--rule` describes.

@@ -73,7 +73,7 @@ cat texts.txt | fpabee-run engines/ - --quiet > predictions.jsonl
 @options.flag("--quiet", "Show no progress and no summary.")
 @options.flag("--json as_json", "Print the summary as one JSON object on standard error.")
 @options.rule
-@options.labelled_texts
+@options.columns
 @options.choice("--input-format", "FORMAT", "Input format. Default: by file name.", TextFormat)
 @options.flag("--with-text", "Repeat the text in each result.")
 @options.flag("--scores probabilities", "Write the probabilities of all labels.")

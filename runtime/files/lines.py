@@ -119,12 +119,7 @@ def table_rows(lines: Lines, options: ReadOptions, separator: str) -> Iterator[R
     # This also limits the memory that a quote which is never closed can take. The limit is
     # global: one that was set higher elsewhere remains.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
-    reader = csv.reader(
-        lines,
-        delimiter=separator,
-        quoting=csv.QUOTE_NONE if options.literal_quotes else csv.QUOTE_MINIMAL,
-        strict=True,
-    )
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     header: list[str] = []
     while not header:
         try:
@@ -167,11 +162,8 @@ def _record(reader: Iterator[list[str]], lines: Lines) -> tuple[list[str], int]:
         span = f" (up to line {lines.number})" if lines.number > line else ""
         raise RowError(
             f"{lines.name}, line {line}{span} is not a row of a table: {error}",
-            (
-                'close the quote, and double each quote within a cell (""), or set '
-                '`literal_quotes` if " is an ordinary character in this file; end lines with a '
-                r"line feed: tr '\r' '\n' < IN > OUT"
-            ),
+            'close the quote, and double each quote within a cell (""); end lines with a line '
+            r"feed: tr '\r' '\n' < IN > OUT",
         ) from error
 
 

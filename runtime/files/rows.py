@@ -53,8 +53,6 @@ class ReadOptions:
         text_pair_column: the one with the second text; None: `text_pair`, if there is one.
         label_column: the one with the true label or labels; None: `labels` or `label`, if there
             is one.
-        literal_quotes: whether `"` is an ordinary character in CSV and TSV; by default it
-            quotes cells.
 
     Example:
         ```python
@@ -69,7 +67,6 @@ class ReadOptions:
     text_column: str = "text"
     text_pair_column: str | None = None
     label_column: str | None = None
-    literal_quotes: bool = False
 
     @property
     def pair_column(self) -> str:

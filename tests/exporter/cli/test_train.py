@@ -47,7 +47,7 @@ def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOption
         *["--distill", "0", "--epochs", "0.5", "--lr", "1e-4"],
         *["--batch-size", "4", "--max-length", "64", "--seed", "7", "--bf16"],
         *["--force", "--column", "text=body"],
-        *["--column", "text_pair=other", "--column", "label=kind", "--no-quotes"],
+        *["--column", "text_pair=other", "--column", "label=kind"],
         *["--no-exit-0"],
     )
     assert result.exit_code == 0, result.output
@@ -66,7 +66,7 @@ def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOption
         seed=7,
         bf16=True,
         exit_0=False,
-        reading=ReadOptions(None, "body", "other", "kind", True),
+        reading=ReadOptions(None, "body", "other", "kind"),
         force=True,
     )
     assert trained == [(Path("model dir"), expected)]

@@ -95,7 +95,7 @@ def test_every_option_reaches_the_conversion(calls: list[Any]) -> None:
     assert calls == [("model", Path("a.csv"), "engines", ConvertOptions())]
     settings = "--flips 2 --missed 3 --false-alarms 4 --threshold bad=0.7 --confidence 90"
     others = "--all-targets --group-column id --max-length 64 --threads 2 --force"
-    reading = "--column text=body --column label=kind --no-quotes --adapter lora"
+    reading = "--column text=body --column label=kind --adapter lora"
     task = "--problem-type multi_label_classification"
     result = run("m", "b.csv", "-o", "out", *f"{settings} {others} {reading} {task}".split())
     assert result.exit_code == 0, result.output
@@ -109,7 +109,7 @@ def test_every_option_reaches_the_conversion(calls: list[Any]) -> None:
         max_length=64,
         group_column="id",
         threads=2,
-        reading=ReadOptions(None, "body", None, "kind", True),
+        reading=ReadOptions(None, "body", None, "kind"),
         force=True,
     )
     assert calls[1:] == [("m", Path("b.csv"), Path("out"), expected)]

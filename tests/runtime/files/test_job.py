@@ -29,9 +29,9 @@ def test_blocks_hold_all_items_and_are_bounded(sizes: list[int]) -> None:
 
 def test_columns_by_name_of_several_files(run: Run, bert: Path, tmp_path: Path) -> None:
     source, last = tmp_path / "in.tsv", tmp_path / "last.csv"
-    source.write_text('q1\tq2\tgold\nthe film\t"bad\talarm\n', encoding="utf-8")
+    source.write_text('q1\tq2\tgold\nthe film\t"""bad"\talarm\n', encoding="utf-8")
     last.write_text("gold,q1,q2\nalarm,rain,sun\n")
-    options = ["--column", "text=q1", "--column", "text_pair=q2", "--no-quotes", "--with-text"]
+    options = ["--column", "text=q1", "--column", "text_pair=q2", "--with-text"]
     result = run(bert, source, last, *options, "--column", "label=gold", "--metrics")
     found = [(record["text"], record["text_pair"]) for record in result.records]
     assert found == [("the film", '"bad'), ("rain", "sun")]

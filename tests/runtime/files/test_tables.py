@@ -72,14 +72,6 @@ def test_labels(
     assert row.labels == expected
 
 
-def test_quotes_can_be_ordinary_characters(tmp_path: Path) -> None:
-    content = b'text\tlabel\n"Never," he said\t1\nan " alone\t0\n'
-    with pytest.raises(RowError, match=r"line 2 is not a row of a table.*literal_quotes"):
-        read(tmp_path / "in.tsv", content)
-    rows = read(tmp_path / "in.tsv", content, ReadOptions(literal_quotes=True))
-    assert [row.text for row in rows] == ['"Never," he said', 'an " alone']
-
-
 @pytest.mark.parametrize(
     ("line", "says"),
     [
