@@ -23,9 +23,9 @@ from .choose import PARTS, Search
 from .costs import CostModel, StoppingCosts, measure_costs, measure_speedup
 from .goals import GUARANTEED_RULES, Bound, CalibrationOptions
 from .guarantee import Certified, certify, decision_thresholds, needs_in_words
-from .result import Calibration, Outcome, Point, RuleComparison, outcome, with_points
+from .result import Calibration, Outcome, Point, outcome, with_points
 from .scoring import AGREEMENT, METRICS, LabelledLogits, Scorer
-from .search import CASCADE, CONTENDERS, PER_EXIT, exits_of, make_families
+from .search import CONTENDERS, exits_of, make_families
 from .trace import data_sha256, expected_labels, trace_rows
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,9 @@ LEAST_ROWS = 50
 """The least number of different texts that is accepted."""
 CROSS_VALIDATED = f"{PARTS}-fold cross-validation"
 """How points are judged without other rows."""
-MOST_COMPARED = 6
-"""How many kinds of rules are compared."""
+ALWAYS_SHOWN = ("fpabee", "pabee")
+"""Rules that the report shows even if they may not be chosen."""
 _Choice = Callable[[Search], Certified]
-_ALWAYS_COMPARED = ("fpabee", "pabee")
 
 
 def calibrate(
@@ -111,12 +110,11 @@ def calibrate(
         stopping_costs = StoppingCosts(seen, metric, costs.row_costs(seen.lengths))
         search = Search(stopping_costs, partial(make_families, names=options.rules))
         names = options.rules or [rule.name for rule in CONTENDERS]
-        every = tuple(dict.fromkeys([*names, *_ALWAYS_COMPARED]))
+        every = tuple(dict.fromkeys([*names, *ALWAYS_SHOWN]))
         wide = Search(stopping_costs, partial(make_families, names=every))
-        maker = _PointMaker(engine, options, progress, search, wide, costs, held)
+        maker = _PointMaker(engine, options, progress, search, costs, held)
         points = tuple(maker.points(engine.encode([row.content for row in rows])))
         default = options.default if options.default in options.goals else points[0].name
-        comparisons = maker.comparisons(options.goals[default], points)
         chosen = next(point.rule for point in points if point.name == default)
         lost = stopping_costs.scorer.lost_label(exits_of(chosen, seen), engine.labels)
         if lost:
@@ -130,7 +128,6 @@ def calibrate(
             test=None if held is None else held.rows,
             points=points,
             default=default,
-            comparisons=tuple(sorted(comparisons, key=lambda each: -each.chosen_on.estimated)),
             search=wide,
             layers=engine.manifest.exit_layers,
             hardware=hardware(engine.manifest.targets[engine.target].on_gpu, options.threads),
@@ -174,15 +171,6 @@ def _check(
     ]
 
 
-def compared_kinds(kinds: Sequence[str], points: Sequence[Point]) -> list[str]:
-    """The kinds that are compared: F-PABEE, PABEE, the cascade, those of the points, and others."""
-    first = [*_ALWAYS_COMPARED, CASCADE, *(point.kind for point in points)]
-    others = sorted(kinds, key=lambda kind: kind.endswith(PER_EXIT))
-    found = [kind for kind in dict.fromkeys([*first, *others]) if kind in kinds]
-    # The same exit for all rows comes last: unless it is asked for, it is only full depth.
-    return sorted(found, key=lambda kind: kind == "budget")[:MOST_COMPARED]
-
-
 @dataclass(eq=False)
 class _PointMaker:
     """Chooses settings, and judges them on rows that did not choose them.
@@ -192,7 +180,6 @@ class _PointMaker:
         options: what is asked for.
         progress: reports the current step.
         search: the settings that compete.
-        wide: the settings that are compared.
         costs: measured times.
         held: rows to judge on; None means cross-validation on the rows that choose.
     """
@@ -201,7 +188,6 @@ class _PointMaker:
     options: CalibrationOptions
     progress: Progress
     search: Search
-    wide: Search
     costs: CostModel
     held: Scorer | None
 
@@ -220,7 +206,7 @@ class _PointMaker:
             yield Point(
                 rule=rule,
                 chosen_on=self._judge(rule, self.search.stopping_costs.scorer),
-                held_out=self._held_out(rule, choose, self.search),
+                held_out=self._held_out(rule, choose),
                 name=name,
                 goal=goal,
                 measured={
@@ -231,32 +217,14 @@ class _PointMaker:
                 refusal=found.failed,
             )
 
-    def comparisons(self, goal: Goal | Bound, points: Sequence[Point]) -> Iterator[RuleComparison]:
-        """The best setting of every kind of rule that matters."""
-        if not self.options.compare:
-            return
-        if isinstance(goal, Bound):
-            goal = goal.as_goal()
-        kinds = compared_kinds(self.wide.kinds, points)
-        for number, kind in enumerate(kinds):
-            self.progress(f"compare {kind}", number, len(kinds))
-            choose = self._choice(goal, [kind])
-            try:
-                rule = choose(self.wide).rule or self.full_depth
-            except InputError:  # no setting of this kind is fast enough
-                continue
-            chosen_on = self._judge(rule, self.search.stopping_costs.scorer)
-            held_out = self._held_out(rule, choose, self.wide)
-            yield RuleComparison(rule, chosen_on, held_out, kind)
-
-    def _choice(self, goal: Goal | Bound, kinds: Sequence[str] = ()) -> _Choice:
+    def _choice(self, goal: Goal | Bound) -> _Choice:
         if isinstance(goal, Goal):
-            return lambda search: Certified(search.choose(goal, kinds))
+            return lambda search: Certified(search.choose(goal))
         labels = self.engine.manifest.task.labels
         rule = (*self.options.rules, GUARANTEED_RULES[0])[0]
         return lambda search: certify(search.stopping_costs, goal, labels, rule)
 
-    def _held_out(self, rule: ExitRule, choose: _Choice, search: Search) -> Outcome:
+    def _held_out(self, rule: ExitRule, choose: _Choice) -> Outcome:
         """How a choice does on rows that did not choose.
 
         These are the test rows, on which the rule itself is judged. Without them, each part of the
@@ -264,8 +232,8 @@ class _PointMaker:
         """
         if self.held is not None:
             return self._judge(rule, self.held)
-        exits = search.held_out(lambda some: choose(some).rule)
-        return self._outcome(search.stopping_costs.scorer, exits)
+        exits = self.search.held_out(lambda some: choose(some).rule)
+        return self._outcome(self.search.stopping_costs.scorer, exits)
 
     def _judge(self, rule: ExitRule, scorer: Scorer) -> Outcome:
         """What a rule gives on some rows."""

@@ -25,8 +25,8 @@ from ..runtime.targets import runnable_targets
 from .calibrate import calibrate
 from .goals import DEFAULT_GOALS, Bound, CalibrationOptions
 from .report import write_report
-from .report.words import comparison_in_words, exit_0_in_words, goal_in_words, promise_in_words
-from .result import Calibration, Point, RuleComparison, make_default
+from .report.words import exit_0_in_words, goal_in_words, promise_in_words
+from .result import Calibration, make_default
 from .scoring import METRICS
 from .search import CONTENDERS
 
@@ -69,7 +69,6 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 @thresholds
 @options.target
 @options.flag("--all-targets", "Calibrate every target that this machine can run.")
-@options.flag("--compare", "Also show the best setting of up to six kinds of rules.")
 @options.option("--set-default", "NAME", "Only make this operating point the default.")
 @options.path("-o --report", "HTML page about the result to write.")
 @options.threads
@@ -200,7 +199,12 @@ def to_dict(result: Calibration) -> dict[str, Any]:
     """The result for JSON."""
     points = [
         {
-            **{"name": point.name, "goal": str(point.goal), **_judged(point)},
+            "name": point.name,
+            "goal": str(point.goal),
+            "kind": point.kind,
+            "rule": point.rule.to_dict(),
+            "chosen_on": point.chosen_on,
+            "held_out": point.held_out,
             "measured_speedup": point.measured,
             "certificate": point.certificate,
             "promise": promise_in_words(point, result),
@@ -208,15 +212,13 @@ def to_dict(result: Calibration) -> dict[str, Any]:
         for point in result.points
     ]
     return {
-        **{"target": result.target, "rows": len(result.rows), "held_out": result.held_out},
-        **{"default": result.default, "points": points, "warnings": result.warnings},
-        "contenders": [_judged(comparison) for comparison in result.comparisons],
+        "target": result.target,
+        "rows": len(result.rows),
+        "held_out": result.held_out,
+        "default": result.default,
+        "points": points,
+        "warnings": result.warnings,
     }
-
-
-def _judged(found: Point | RuleComparison) -> dict[str, Any]:
-    rule, runs = found.rule.to_dict(), {"chosen_on": found.chosen_on, "held_out": found.held_out}
-    return {"kind": found.kind, "rule": rule, **runs}
 
 
 def _print(result: Calibration) -> None:
@@ -248,10 +250,6 @@ def _print(result: Calibration) -> None:
         echo(f"exit 0 answers at {default_point.name}: {exit_0_in_words(default_point)}")
     for warning in result.warnings:
         echo(f"warning: {warning}")
-    if result.comparisons:
-        echo(f"best setting of each kind of rule; goal: {result.comparisons_goal}")
-    for comparison in result.comparisons:
-        echo(f"- {comparison_in_words(comparison, result)}")
 
 
 def _line(name: str, layers: str, single: str, file: str, goal: str, drop: str) -> str:

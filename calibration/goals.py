@@ -93,10 +93,6 @@ class Bound:
     def __str__(self) -> str:
         return str(Certificate(confidence=100 * self.confidence, promises=tuple(self.promises)))
 
-    def as_goal(self) -> Goal:
-        """The tightest bound as a goal for the drop, without a guarantee."""
-        return Goal(max_drop=100 * min(self.shares.values()))
-
 
 DEFAULT_GOALS: dict[str, Goal | Bound] = {
     "safe": Bound(drop=0.005),
@@ -125,7 +121,6 @@ class CalibrationOptions:
         reading: how the files of rows are read.
         batch_size: the batch size, in rows, whose measured times settings are chosen by.
         threads: CPU threads; None means the default of `runtime.Engine.load`.
-        compare: also evaluate the best setting of up to six kinds of rules.
 
     Raises:
         InputError: a goal sets neither or both of its fields, a rule does not exist or cannot be
@@ -151,7 +146,6 @@ class CalibrationOptions:
     reading: ReadOptions = field(default_factory=ReadOptions)
     batch_size: int = 32
     threads: int | None = None
-    compare: bool = False
 
     def __post_init__(self) -> None:
         if not self.goals:

@@ -54,36 +54,13 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _Chosen:
-    """A rule, and what it gives.
-
-    Attributes:
-        rule: the rule.
-        chosen_on: what it gives on the rows that chose it.
-        held_out: what it gives on rows that did not choose it.
-    """
-
-    rule: ExitRule
-    chosen_on: Outcome
-    held_out: Outcome
-
-
-@dataclass(frozen=True)
-class RuleComparison(_Chosen):
-    """The best setting of one kind of rule for the goal of the default point; or full depth.
-
-    Attributes:
-        kind: the kind of the rule, see `kind_of`.
-    """
-
-    kind: str
-
-
-@dataclass(frozen=True)
-class Point(_Chosen):
+class Point:
     """One operating point.
 
     Attributes:
+        rule: its rule.
+        chosen_on: what the rule gives on the rows that chose it.
+        held_out: what it gives on rows that did not choose it.
         name: its name.
         goal: what was asked for.
         measured: measured speed-up over full depth on the target, by batch size: 1 for rows one by
@@ -92,6 +69,9 @@ class Point(_Chosen):
         refusal: what was found if they do not; then every layer runs. Else empty.
     """
 
+    rule: ExitRule
+    chosen_on: Outcome
+    held_out: Outcome
     name: str
     goal: Goal | Bound
     measured: dict[str, float]
@@ -124,9 +104,7 @@ class Calibration:
         test: the trace of the rows that the points are reported on; None if cross-validated.
         points: the operating points.
         default: the point that runs if none is named.
-        comparisons: the best setting of every kind of rule for the goal of the default point, the
-            fastest first.
-        search: the settings that are compared; not public.
+        search: the settings that the report shows; not public.
         layers: the layer of each exit.
         hardware: what the points were measured on.
         warnings: what is wrong with the rows without making the result useless.
@@ -139,17 +117,10 @@ class Calibration:
     test: LabelledLogits | None
     points: tuple[Point, ...]
     default: str
-    comparisons: tuple[RuleComparison, ...]
     search: Search
     layers: tuple[int, ...]
     hardware: str
     warnings: tuple[str, ...] = ()
-
-    @property
-    def comparisons_goal(self) -> str:
-        """The goal of the comparisons: that of the default point, never more than an estimate."""
-        goal = next(point.goal for point in self.points if point.name == self.default)
-        return str(goal.as_goal() if isinstance(goal, Bound) else goal)
 
     @property
     def full_depth_score(self) -> float:

@@ -6,34 +6,18 @@ import math
 
 from ...runtime.artifact.operating_point import Goal
 from ...runtime.rules.rules import Budget
-from ...runtime.rules.words import rule_in_words
 from ..goals import Bound
-from ..result import Calibration, Outcome, Point, RuleComparison
+from ..result import Calibration, Outcome, Point
 from ..scoring import AGREEMENT, ROW_MEANS
 
 
-def drop_in_words(held: Outcome) -> str:
-    """A drop in points with its interval: `+0.23 (-0.80 to +1.15)`."""
-    return f"{held.drop:+.2f} ({held.interval[0]:+.2f} to {held.interval[1]:+.2f})"
-
-
-def comparison_in_words(found: RuleComparison, result: Calibration) -> str:
-    """The best setting of a kind of rule: what it saves, and what it loses on other rows."""
-    runs, exit_0 = found.chosen_on, ""
-    if result.rows.first_exit == 0:
-        exit_0 = f", exit 0 answers {exit_0_in_words(found)}"
-    saved = f"{runs.mean_depth:.2f} layers per text, {runs.estimated:.2f} times faster (estimated)"
-    rule = rule_in_words(found.rule) if any(runs.exits[:-1]) else f"{found.kind}, full depth"
-    return f"{rule}: {saved}, drop {drop_in_words(found.held_out)}{exit_0}"
-
-
-def exit_0_in_words(found: Point | RuleComparison) -> str:
+def exit_0_in_words(point: Point) -> str:
     """What exit 0 answers: `86 % of rows, 0.4 % of them unlike full depth`.
 
     The first share is that of the setting that will run. Rows that chose it would flatter the
     second one, so that is of the rows that `held_out` is about.
     """
-    runs, held = found.chosen_on, found.held_out
+    runs, held = point.chosen_on, point.held_out
     if not runs.exits[0]:
         return "no row"
     share = f"{100 * runs.exits[0] / runs.rows:.0f} % of rows"

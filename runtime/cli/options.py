@@ -100,17 +100,6 @@ def choice(
     return option(names, metavar, help, type=click.Choice(choices), **settings)
 
 
-def together(*options: Decorator) -> Decorator:
-    """Several options as one decorator, in the order of the help page."""
-
-    def decorate(function: Function) -> Function:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
 def only_with(names: str, is_met: object, what: str) -> None:
     """Refuse options that have no effect here.
 

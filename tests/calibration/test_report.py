@@ -17,7 +17,7 @@ import pytest
 
 from fpabee.calibration import Bound, Calibration, write_report
 from fpabee.calibration.report import plots
-from fpabee.calibration.report.curves import curves
+from fpabee.calibration.report.curves import curves, shown_kinds
 from fpabee.calibration.report.words import _found, promise_in_words
 from fpabee.calibration.result import outcome
 from fpabee.calibration.scoring import Scorer
@@ -95,6 +95,15 @@ def test_a_curve_goes_from_deep_to_shallow_and_is_judged_on_the_test_rows(
             assert np.abs(np.array(pairs) - setting).max(axis=1).min() < 1e-9
 
 
+def test_at_most_six_kinds_are_shown() -> None:
+    every = ("entropy", "pabee", "budget", "fpabee", "a per exit", *"abcd")
+    assert shown_kinds(every, []) == ["fpabee", "pabee", "entropy", *"abc"]
+    with_exit_0 = ("fpabee", "pabee", "entropy", "fpabee per exit", "confidence", "budget")
+    shown = shown_kinds([*with_exit_0, "cascade"], [])
+    assert "cascade" in shown
+    assert "budget" not in shown
+
+
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("case", "words"),
@@ -110,7 +119,7 @@ def test_the_page_says_what_the_calibration_says(
     calibrated: Make, test_file: Path, tmp_path: Path, case: dict[str, Any], words: list[str]
 ) -> None:
     test = test_file if case.pop("with_test", False) else None
-    result = calibrated(**case, compare=True, test=test)
+    result = calibrated(**case, test=test)
     page = report(result, tmp_path / "new")
     for word in words:
         assert word in page.text
@@ -118,14 +127,12 @@ def test_the_page_says_what_the_calibration_says(
         assert point.name in page.text
         assert promise_in_words(point, result) in page.text
         assert f"{point.chosen_on.mean_depth:.2f}" in page.text
-    for one in result.comparisons:
-        assert f"{one.held_out.score:.4f}" in page.text
     assert len(page.pictures) == 2
 
 
 def test_a_drop_that_no_row_can_judge_is_not_called_zero(calibrated: Make) -> None:
     """The parts of the rows may confirm nothing where all of them confirm a setting."""
-    result = calibrated(goals={"guaranteed": Bound(drop=0.3)}, compare=True)
+    result = calibrated(goals={"guaranteed": Bound(drop=0.3)})
     (point,) = result.points
     rows = sum(point.held_out.exits)
     nowhere = (*(0 for _ in point.held_out.exits[1:]), rows)
@@ -139,7 +146,7 @@ def test_names_may_hold_anything_and_guarantees_and_warnings_are_said(
     calibrated: Make, tmp_path: Path
 ) -> None:
     name = "$x_{<b>&天気<script>" + "y" * 60
-    result = calibrated(goals={name: Bound(drop=0.3)}, compare=True)
+    result = calibrated(goals={name: Bound(drop=0.3)})
     result = dataclasses.replace(result, warnings=("the rows are odd",))
     page = report(result, tmp_path)
     assert name in page.text
