@@ -48,7 +48,6 @@ fpabee-serve engines/ --host 0.0.0.0 --allowed-host texts.example.com
 @options.threads
 @options.flag("--check", "First check on the reference texts that the target matches the model.")
 @options.count("--max-rows", "Most rows that are unanswered at a time; more are refused.", 1000)
-@options.option("--name", "NAME", "Name of the model. Default: that of the folder ENGINES.")
 def main(
     engines: Path,
     host: str,
@@ -56,11 +55,9 @@ def main(
     allowed_hosts: tuple[str, ...],
     check: bool,
     max_rows: int,
-    name: str | None,
     **loading: Any,
 ) -> None:
     """Serve ENGINES over HTTP until SIGTERM or Ctrl-C. There is no authentication."""
-    name = name or engines.resolve().name
     require("serve")
     from ..serving.metrics import Metrics
     from ..serving.scheduler import Scheduler
@@ -74,6 +71,7 @@ def main(
         metrics = Metrics(engine)
         scheduler = Scheduler(engine, max_rows, metrics)
         try:
+            name = engines.resolve().name
             hosts = (host, *allowed_hosts)
             app = Service(engine, scheduler, metrics, limits, name, hosts).app
             engine.warm_up(tokens=1)
