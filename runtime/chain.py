@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from .backends.base import Backend, Bucket, Execution, Limits
 from .errors import BackendError
 from .exit_0 import ExitZero
-from .groups import Group, RowNumbers, Started, fits, split
+from .groups import Group, RowNumbers, Running, fits, split
 from .rules.measures import Mask
 
 _NONE: RowNumbers = np.zeros(0, np.intp)
@@ -46,10 +46,10 @@ class Decision(NamedTuple):
 class Chain:
     """The chain of segments, for one caller at a time, in a `with` statement.
 
-    A caller makes groups and takes steps. On a CPU, a step starts a segment of a group and applies
-    the rule to its outputs. On a device, a step starts a segment and then applies the rule to
-    the outputs of the segment that was started before, so that the device never waits for the
-    rule.
+    A caller makes groups and takes steps. A step starts the next segment of a group; as soon as
+    as many segments run as the backend can have in flight, it also waits for the oldest one and
+    applies the rule to its exit. On a CPU that is one segment. On a device it is two, of different
+    groups, so that the device runs one while the rule is applied to the other.
 
     Args:
         backend: its pool lends what runs segments, when the first row needs it.
@@ -57,7 +57,7 @@ class Chain:
         exit_0: the classifier before layer 1; None: there is none.
 
     Attributes:
-        running: the groups of the segments that were started and not finished, oldest first.
+        running: the groups whose segments run, oldest first.
         seconds: how long the last segment took.
         current: the group that an error of a step belongs to.
     """
@@ -112,13 +112,13 @@ class Chain:
             decision = self.step(group)
             if decision is not None:
                 yield decision
-                if len(decision.group) and not decision.group.started:
+                if len(decision.group):
                     waiting.append(decision.group)
 
     def _next(self, waiting: deque[Group]) -> Group | None:
-        """The group that takes the next step; None if it waits for others that may join it."""
+        """The group that takes the next step; None if all run, or it waits for others to join."""
         if not waiting:
-            return self.ahead()
+            return None
         first = waiting[0]
         if self.backend.joins and first.hidden is not None:
             same = [group for group in waiting if group.segment == first.segment]
@@ -130,14 +130,13 @@ class Chain:
         return waiting.popleft()
 
     def step(self, group: Group | None) -> Decision | None:
-        """Start the next segment of a group, and finish the one that was started first.
+        """Start the next segment of a group, and finish the oldest one if enough are in flight.
 
         Args:
-            group: the group; None: only finish a segment.
+            group: the group, none of whose segments runs; None: only finish a segment.
 
         Returns:
-            The decision about the group whose segment is finished; None if there is none yet,
-            because the device would have nothing left to run.
+            The decision about the group whose segment is finished; None: none was finished.
 
         Raises:
             BackendError: the library or the device failed. The error belongs to `current`.
@@ -145,19 +144,9 @@ class Chain:
         """
         if group is not None:
             self.enqueue(group)
-            if self.execution.lookahead and len(self.running) == 1:
+            if len(self.running) < self.backend.in_flight:
                 return None
         return self.finish() if self.running else None
-
-    def ahead(self) -> Group | None:
-        """The only group that runs, if it may start a segment before the last one is finished.
-
-        A row that stops in the meantime has run one segment more than necessary.
-        """
-        group = self.running[0] if self.running else None
-        if group is None or not self.execution.lookahead or group.segment >= group.runner.last:
-            return None
-        return None if group.earliest < self.soon() else group
 
     def soon(self, segments: int = 1) -> float:
         """When so many more segments are done, if they take as long as the last one."""
@@ -220,13 +209,10 @@ class Chain:
             self.drop(group)
 
     def drop(self, group: Group) -> None:
-        """Free a group, which has no rows afterwards; its segments that run are not finished."""
-        if group.started:
-            self.running = deque(other for other in self.running if other is not group)
-            for started in group.started:
-                if started.hidden is not group.hidden:
-                    self.execution.release(started.hidden)
-            group.started.clear()
+        """Free a group, which has no rows afterwards; nobody waits for its segment that runs."""
+        if group.running is not None:
+            self.running.remove(group)
+            group.running = None
         if group.hidden is not None:
             self.execution.release(group.hidden)
         group.rows = group.rows[:0].copy()  # not a view, which would hold the rows
@@ -240,24 +226,24 @@ class Chain:
             bucket = self._bucket([group], alone=len(group) == 1)
             group.hidden = self.execution.begin(group.encoded.tolist(), bucket)
             group.places, group.encoded = np.arange(len(group)), group.encoded[:0]
-        elif len(group) < group.hidden.rows and (not group.started or self._is_half(group)):
+        elif len(group) < group.hidden.rows:
             self._gather([group])
         started = perf_counter()
-        outputs = self.execution.enqueue(group.hidden)
-        group.started.append(Started(outputs, group.hidden, group.places, started))
+        group.running = Running(self.execution.enqueue(group.hidden), started)
         self.running.append(group)
 
     def finish(self) -> Decision:
-        """Wait for the segment that was started first, and apply the rule to its exit."""
-        group = self.current = self.running.popleft()
-        started = group.started.popleft()
-        logits = started.outputs()[started.places]
+        """Wait for the oldest segment that runs, and apply the rule to its exit."""
+        group = self.running.popleft()
+        self.current = group
+        running = group.running
+        assert running is not None
+        group.running = None
+        logits = running.outputs()[group.places]
         now = perf_counter()
         # A device runs one segment after another.
-        self.seconds = now - max(started.at, self._finished)
+        self.seconds = now - max(running.started, self._finished)
         self._finished = now
-        if started.hidden is not group.hidden:
-            self.execution.release(started.hidden)
         return self._decide(group, logits)
 
     def _decide(self, group: Group, logits: NDArray[np.float32]) -> Decision:
@@ -283,17 +269,7 @@ class Chain:
         places = [group.places for group in groups]
         first.hidden = self.execution.regroup(hiddens, places, self._bucket(groups))
         first.places = np.arange(sum(map(len, places)))
-        if not first.started:  # otherwise a segment that runs still uses them
-            self.execution.release(hiddens[0])
-
-    def _is_half(self, group: Group) -> bool:
-        """Whether a group would take at most half as long without the rows that have stopped.
-
-        Otherwise a copy while the group runs does not pay.
-        """
-        assert group.hidden is not None
-        now, fewer = group.hidden.bucket, self._bucket([group])
-        return 2 * fewer.batch * fewer.sequence <= now.batch * now.sequence
+        self.execution.release(hiddens[0])
 
     def _bucket(self, groups: Sequence[Group], alone: bool = False) -> Bucket:
         longest = max(int(group.lengths.max()) for group in groups)

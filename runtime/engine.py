@@ -30,8 +30,6 @@ from .rules.rules import Budget, ExitRule
 from .rules.runner import RuleRunner
 from .targets import open_backend, rule_here, target_of
 
-# Runs of a shape until a GPU has captured its segments.
-_WARM_UPS = 4
 _LEAST_TOKENS = 8
 _WINDOW_BYTES = 256 * 2**20
 
@@ -288,10 +286,10 @@ class Engine:
         return agreement
 
     def warm_up(self, rows: int = 1, tokens: int | None = None) -> None:
-        """Load the segments, and run them often enough that calls take no longer than usual.
+        """Load the segments, and run them once at each length, because first runs take longer.
 
-        On a GPU, this also captures the CUDA graphs of calls with as many rows and tokens. Calls at
-        the same time run in an execution of their own, which captures its own graphs.
+        On a GPU, calls at the same time run in an execution of their own, which prepares its own
+        shapes.
 
         Args:
             rows: rows of a call.
@@ -307,8 +305,7 @@ class Engine:
         most = longest if tokens is None else whole_number("tokens", tokens, InputError)
         for length in self.limits.sequence_lengths or _powers_of_two(longest):
             full = max(1, min(self.limits.max_batch, self.limits.group_tokens // length))
-            for _ in range(_WARM_UPS):
-                self.time_exits(min(rows, full), length)
+            self.time_exits(min(rows, full), length)
             if length >= most:
                 break
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,20 +18,16 @@ RowNumbers = NDArray[np.intp]
 
 
 @dataclass(slots=True, eq=False)
-class Started:
-    """A segment that was started for a group.
+class Running:
+    """A segment that was started for a group, and whose exit was not read yet.
 
     Attributes:
         outputs: those of the exit at its end.
-        hidden: the hidden states that it runs on.
-        places: `[rows]` where the rows of the group are in the outputs.
-        at: when it was started, in seconds of `perf_counter`.
+        started: when it was started, in seconds of `perf_counter`.
     """
 
     outputs: Outputs
-    hidden: Hidden
-    places: RowNumbers
-    at: float
+    started: float
 
 
 @dataclass(slots=True, eq=False)
@@ -47,8 +42,8 @@ class Group:
         deadlines: `[rows]` when their answers should be there, in seconds of `perf_counter`.
         state: what the rule remembers of them.
         hidden: their hidden states; None before segment 1.
-        places: `[rows]` where they are in the hidden states.
-        started: the segments that were started and whose exits were not read, in order.
+        places: `[rows]` where they are in the hidden states, and in the logits of a segment.
+        running: the segment that runs; None between two segments.
     """
 
     runner: RuleRunner
@@ -59,7 +54,7 @@ class Group:
     state: PatienceState
     hidden: Hidden | None = None
     places: RowNumbers = field(default_factory=lambda: np.zeros(0, np.intp))
-    started: deque[Started] = field(default_factory=deque)
+    running: Running | None = None
 
     @classmethod
     def of(
@@ -114,7 +109,7 @@ class Group:
     @property
     def exit(self) -> int:
         """The exit that was read last; 0 before exit 1."""
-        return self.segment - len(self.started)
+        return self.segment if self.running is None else self.segment - 1
 
     def take(self, rows: RowNumbers) -> Group:
         """A new group of some of the rows, given by their places, before segment 1."""
@@ -135,8 +130,6 @@ class Group:
             self.encoded = self.encoded[rows]
         else:
             self.places = self.places[rows]
-            for started in self.started:
-                started.places = started.places[rows]
 
     def add(self, others: Sequence[Group]) -> None:
         """Take all rows of groups that have seen the same exits; no segment may be running."""

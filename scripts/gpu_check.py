@@ -93,7 +93,7 @@ TABLES = {
     "Parts": ("part", "state", "time", "remarks"),
 }
 TIMES, DIFFERENCES, STATES = TABLES
-RUNS = 3  # warm up, capture, replay
+RUNS = 3  # the first ones warm up
 ROWS, REPEATS, MEASURE_SECONDS = 32, 20, 4.0  # texts of each length, and how often each is timed
 # Both run the same kernels on the same inputs, so only sums in another order may differ.
 MOST_DIFFERENCE = 0.01

@@ -222,13 +222,7 @@ class Execution(ABC):
     Args:
         backend: the backend.
         most_bytes: unused buffers are kept up to this size, in bytes.
-
-    Attributes:
-        lookahead: whether `enqueue` returns before the segment has run. If so, the next segment
-            is enqueued before this one's exit is read.
     """
-
-    lookahead: ClassVar[bool]
 
     def __init__(self, backend: Backend, most_bytes: int) -> None:
         self._stages, self._specs, self._padding = backend.stages, backend.specs, backend.padding
@@ -397,6 +391,8 @@ class Backend(ABC):
 
     Attributes:
         most_executions: a call waits for an execution if as many are lent.
+        in_flight: how many groups run a segment at the same time: on a device, one runs while the
+            rule is applied to another.
         joins: whether the undecided rows of several groups are joined, as long as they fit into
             one. Devices need full groups; on a CPU this gains almost nothing.
         name: the target's name.
@@ -414,6 +410,7 @@ class Backend(ABC):
     """
 
     most_executions: ClassVar[int]
+    in_flight: ClassVar[int] = 1
     joins: ClassVar[bool] = False
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The CUDA calls that backends make: memory, streams, events, graphs. Needs no torch.
+"""The CUDA calls that backends make: memory, streams, events, one kernel. Needs no torch.
 
 Besides `machine.cuda_device`, nothing else calls CUDA, so tests replace this class. Addresses and
 handles are integers.
@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import gc
 import os
-import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +31,6 @@ GATHER = np.dtype(
 )
 """What `gather.cu` reads: addresses, sizes in bytes, and the bytes of padding."""
 
-_CAPTURING = threading.Lock()  # the collector is turned off for the whole process
 # A block of 256 threads gathers this many bytes of a row, in words of 8 bytes.
 _GATHERED_BYTES = 8192
 _DRIVER_TOO_OLD = 35  # cudaErrorInsufficientDriver: cuda-bindings are for a newer CUDA
@@ -143,36 +137,6 @@ class Cuda:
         """Destroy an event."""
         self._check(self._runtime.cudaEventDestroy(event))
 
-    def capture(self, stream: int, work: Callable[[], None]) -> int:
-        """Capture what a function enqueues in a stream, instead of running it.
-
-        Args:
-            stream: the stream. It can be used as before even if the capture fails.
-            work: the function.
-
-        Returns:
-            An executable graph.
-        """
-        # The other modes forbid calls such as cudaMalloc, which libraries may make at any time.
-        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
-        ended: tuple[Any, ...] = ()
-        try:
-            with _without_collector():
-                self._check(self._runtime.cudaStreamBeginCapture(stream, mode))
-                try:
-                    work()
-                finally:
-                    ended = self._runtime.cudaStreamEndCapture(stream)
-            (graph,) = self._check(ended)
-            (executable,) = self._check(self._runtime.cudaGraphInstantiate(graph, 0))
-        except BaseException:
-            self._runtime.cudaGetLastError()  # so that libraries do not take it for their own
-            raise
-        finally:
-            if ended and int(ended[0]) == 0:
-                self._runtime.cudaGraphDestroy(ended[1])
-        return int(executable)
-
     def gather(self, plan: NDArray[np.void], rows: int, stream: int) -> None:
         """Enqueue `gather_rows`, see `gather.cu`.
 
@@ -200,14 +164,6 @@ class Cuda:
         (kernel,) = self._check_driver(self._driver.cuModuleGetFunction(module, b"gather_rows"))
         return kernel
 
-    def launch(self, executable: int, stream: int) -> None:
-        """Enqueue a captured graph."""
-        self._check(self._runtime.cudaGraphLaunch(executable, stream))
-
-    def destroy_graph(self, executable: int) -> None:
-        """Destroy a captured graph."""
-        self._check(self._runtime.cudaGraphExecDestroy(executable))
-
     def _check_driver(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
         """The same for the driver's own functions, whose errors have the same numbers."""
         return self._check((self._runtime.cudaError_t(int(result[0])), *result[1:]))
@@ -227,19 +183,6 @@ class Cuda:
                 hint,
             )
         return tuple(values)
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Python's garbage collector does not run: it may free device memory, which ends a capture."""
-    with _CAPTURING:
-        was_enabled = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if was_enabled:
-                gc.enable()
 
 
 class PinnedArray(NamedTuple):
@@ -295,40 +238,3 @@ def check_not_forked(target: str) -> None:
             "start processes with the method spawn or forkserver of multiprocessing, and load the "
             "engine in each of them",
         )
-
-
-def check_cuda(target: str, library: str, major: int, extra_name: str) -> None:
-    """Check that a library and `cuda-bindings` are for the same CUDA, which the driver supports.
-
-    Args:
-        target: name of the target that needs them, for messages.
-        library: name of the library.
-        major: the major version of CUDA that it was built for; 0: unknown.
-        extra_name: the extra that installs it, without the version of CUDA.
-
-    Raises:
-        BackendError: the versions do not fit together.
-    """
-    bindings = bindings_cuda()
-    driver = cuda_device().cuda
-    for name, needed in ((library, major), ("cuda-bindings", bindings)):
-        if needed > driver[0]:
-            raise BackendError(
-                f"target {target} uses {name} for CUDA {needed}, but the NVIDIA driver of this "
-                f"machine supports CUDA {driver[0]}.{driver[1]}",
-                "install a newer NVIDIA driver (580 or later for CUDA 13), or pip install "
-                f"'fpabee[{extra(extra_name)}]'",
-            )
-    if major and bindings and major != bindings:
-        raise BackendError(
-            f"{library} was built for CUDA {major}, but cuda-bindings is for CUDA {bindings}",
-            f"pip install 'fpabee[{extra(extra_name)}]'",
-        )
-
-
-def bindings_cuda() -> int:
-    """The major version of CUDA of the installed `cuda-bindings`; 0: it is not installed."""
-    try:
-        return int(metadata.version("cuda-bindings").partition(".")[0])
-    except metadata.PackageNotFoundError:
-        return 0

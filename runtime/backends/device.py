@@ -1,11 +1,9 @@
 """Run segments on a CUDA device: what TensorRT and ONNX Runtime's CUDA provider share.
 
-Each group's buffers have runners of their own, whose shapes and addresses never change. A segment
-of a small group can therefore be started with one launch: its first run warms up, the second run is
-captured as a CUDA graph, and later runs replay this graph. Segments run one after another, so all
-runners of an execution share scratch memory, and those of the same graph and shape share what they
-run on. Only the outputs of exit heads are copied back, into pinned memory, with an
-event to wait for.
+Each group's buffers have runners of their own, whose shapes and addresses never change. Segments
+run one after another, so all runners of an execution share scratch memory, and those of the same
+graph and shape share what they run on. Only the outputs of exit heads are copied back, into pinned
+memory, with an event to wait for.
 
 Rows are regrouped by one kernel for each tensor, which comes as PTX. All of this runs in the stream
 of the segments, so buffers can be used again without waiting.
@@ -13,10 +11,8 @@ of the segments, so buffers can be used again without waiting.
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,25 +38,11 @@ from .base import (
 )
 from .cuda import GATHER, PinnedArray, check_not_forked, cuda
 
-logger = logging.getLogger(__name__)
-
-# Unused buffers keep up to this much device memory; each also keeps its CUDA graphs.
+# Unused buffers keep up to this much device memory.
 _FREE_BYTES = 256 * 2**20
-# Larger groups are not captured: their kernels take much longer than their launches, and a window
-# of many groups would need as many graphs for each segment.
-_CAPTURE_TOKENS = 1024
 
-
-class Runner(NamedTuple):
-    """One graph at one shape, with fixed addresses.
-
-    Attributes:
-        run: enqueues the graph in its stream.
-        can_capture: whether the next run can be part of a CUDA graph.
-    """
-
-    run: Callable[[], object]
-    can_capture: Callable[[], bool] = lambda: False
+Runner = Callable[[], object]
+"""Enqueues one graph at one shape, with fixed addresses, in its stream."""
 
 
 class _Memory(NamedTuple):
@@ -70,8 +52,7 @@ class _Memory(NamedTuple):
     pinned: PinnedArray | None
 
 
-@dataclass(slots=True, eq=False)
-class _Step:
+class _Step(NamedTuple):
     """A prepared segment.
 
     Attributes:
@@ -79,14 +60,12 @@ class _Step:
         runners: its graphs, in order.
         logits: where they are on the device.
         pinned: where they are copied to on the host.
-        executable: its captured CUDA graph; None before it is captured.
     """
 
     event: int
     runners: list[Runner]
     logits: int
     pinned: PinnedArray
-    executable: int | None = None
 
 
 class DeviceBackend(Backend):
@@ -94,13 +73,13 @@ class DeviceBackend(Backend):
 
     Attributes:
         most_executions: two keep the device busy: one runs while the other waits for the host.
-            Each has contexts, buffers and CUDA graphs of its own for every shape.
+            Each has contexts and buffers of its own for every shape.
         cuda: the driver.
         stream: the stream of all executions; None if each makes its own.
-        captures: whether segments of small groups are captured; false once a capture has failed.
     """
 
     most_executions = 2
+    in_flight = 2
     joins = True
     stream: int | None = None
 
@@ -109,7 +88,6 @@ class DeviceBackend(Backend):
     ) -> None:
         super().__init__(folder, manifest, name, threads)
         self.cuda = cuda()
-        self.captures = True
 
     def check_out(self) -> Execution:
         """An execution for one call, see `Backend`; refused in a forked process."""
@@ -145,8 +123,6 @@ class DeviceExecution(Execution):
         shared: what runners of the same shape and graph share.
     """
 
-    lookahead = True
-
     def __init__(self, backend: DeviceBackend) -> None:
         super().__init__(backend, _FREE_BYTES)
         self.backend = backend
@@ -160,19 +136,15 @@ class DeviceExecution(Execution):
     def enqueue(self, hidden: Hidden) -> Outputs:
         """Enqueue a segment without waiting for it."""
         step: _Step = self._step(hidden)
-        is_small = hidden.bucket.batch * hidden.bucket.sequence <= _CAPTURE_TOKENS
-        if step.executable is None and self.backend.captures and is_small:
-            self._capture(step)
-        if step.executable is None:
-            self._run(step)
-        else:
-            self._cuda.launch(step.executable, self.stream)
+        for run in step.runners:
+            run()
+        self._cuda.copy(step.pinned.pointer, step.logits, step.pinned.array.nbytes, self.stream)
         self._cuda.record(step.event, self.stream)
         hidden.segment += 1
-        event, logits = step.event, step.pinned.array[: hidden.rows]
+        logits = step.pinned.array[: hidden.rows]
 
         def outputs() -> NDArray[np.float32]:
-            self._cuda.wait(event)
+            self._cuda.wait(step.event)
             return logits
 
         return outputs
@@ -211,8 +183,6 @@ class DeviceExecution(Execution):
     def _free(self, hidden: Hidden) -> None:
         self._cuda.synchronize(self.stream)
         for step in hidden.steps.values():
-            if step.executable is not None:
-                self._cuda.destroy_graph(step.executable)
             self._cuda.destroy_event(step.event)
         for memory in hidden.buffers.values():
             self._cuda.free(memory.address)
@@ -225,13 +195,16 @@ class DeviceExecution(Execution):
         return _Memory(self.malloc(nbytes_of(spec, bucket)), pinned)
 
     def _prepare(self, hidden: Hidden) -> _Step:
-        stage, runners = self._stages[hidden.segment], []
+        stage = self._stages[hidden.segment]
+        runners = []
         for graph, buffers in stage.calls:
             addresses = {
                 name: self._buffer(hidden, buffer).address for name, buffer in buffers.items()
             }
             runners.append(self.backend.runner(graph, hidden.bucket, addresses, self))
-        return _Step(self._cuda.event(), runners, *self._buffer(hidden, stage.logits))
+        logits: _Memory = self._buffer(hidden, stage.logits)
+        assert logits.pinned is not None
+        return _Step(self._cuda.event(), runners, logits.address, logits.pinned)
 
     def _write(self, hidden: Hidden, encoded: Sequence[EncodedRow]) -> None:
         if 0 in hidden.steps:  # until it has run, the pinned memory may still be read
@@ -295,21 +268,3 @@ class DeviceExecution(Execution):
             plan["sources"][0, :count] = sources[first : first + count]
             plan["widths"][0, :count] = widths[first : first + count]
             self._cuda.gather(plan, count, self.stream)
-
-    def _run(self, step: _Step) -> None:
-        for runner in step.runners:
-            runner.run()
-        host = step.pinned
-        self._cuda.copy(host.pointer, step.logits, host.array.nbytes, self.stream)
-
-    def _capture(self, step: _Step) -> None:
-        """Capture a segment as a CUDA graph, if all of its graphs can be captured."""
-        if not all(runner.can_capture() for runner in step.runners):
-            return
-        try:
-            step.executable = self._cuda.capture(self.stream, partial(self._run, step))
-        except BackendError as error:
-            self.backend.captures = False
-            logger.warning(
-                "%s: segments run without CUDA graphs: %s", self.backend.name, error.message
-            )

@@ -134,8 +134,6 @@ class HostExecution(Execution):
     A buffer is an array, and the tensor of the library over its memory.
     """
 
-    lookahead = False
-
     def __init__(self, backend: HostBackend) -> None:
         super().__init__(backend, backend.free_bytes)
         self._backend = backend

@@ -20,7 +20,7 @@ from ..artifact.folder import verified_graph
 from ..artifact.manifest import Manifest, Target
 from ..errors import ArtifactError, BackendError, first_line
 from .base import Bucket, Limits, is_out_of_memory, shape_of
-from .cuda import check_cuda, extra, required_gpu
+from .cuda import extra, required_gpu
 from .device import DeviceBackend, DeviceExecution, Runner
 from .onnxruntime import check_installed, new_session, ort_errors, session_options
 
@@ -56,7 +56,6 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
                 f"the installed onnxruntime {ort.__version__} has no CUDA provider",
                 f"pip uninstall -y onnxruntime && pip install 'fpabee[{extra('gpu')}]'",
             )
-        check_cuda(name, f"onnxruntime-gpu {ort.__version__}", _built_for(), "gpu")
 
     def limits(self) -> Limits:
         """Batches in powers of two, so that few shapes need memory; lengths in steps.
@@ -85,7 +84,6 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
                 bind(spec.name, "cuda", 0, np.dtype(spec.dtype), shape, addresses[spec.name])
         options = run_options()
 
-        # It allocates scratch memory and synchronises, so it cannot be captured.
         def run() -> None:
             try:
                 session.run_with_iobinding(binding, options)
@@ -97,7 +95,7 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
                     else "export the model again, or choose another `target`",
                 ) from error
 
-        return Runner(run)
+        return run
 
     def _load(self, name: str) -> Any:
         import onnxruntime as ort
@@ -162,13 +160,6 @@ def nodes_on_cpu(session: Any) -> list[str]:
         for node in part.get_nodes()
         if node.op_type not in _SHAPE_NODES
     ]
-
-
-def _built_for() -> int:
-    """The major version of CUDA that ONNX Runtime was built for; 0: unknown."""
-    from onnxruntime.capi import build_and_package_info as info
-
-    return int(getattr(info, "cuda_version", "0").partition(".")[0])
 
 
 @functools.cache

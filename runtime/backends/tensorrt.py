@@ -1,6 +1,6 @@
 """TensorRT and TensorRT for RTX: whether plans can run on this machine, and how they run.
 
-Buffers, regrouping and CUDA graphs are in `device.py`.
+Buffers and regrouping are in `device.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import hashlib
 import importlib
 import json
 import logging
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from ..errors import ArtifactError, BackendError, MissingExtraError
 from ..machine import cuda_device
 from . import compiled_cache
 from .base import Bucket, Execution, Limits, shape_of
-from .cuda import check_cuda, extra, required_gpu
+from .cuda import extra, required_gpu
 from .device import DeviceBackend, DeviceExecution, Runner
 
 logger = logging.getLogger(__name__)
@@ -42,13 +41,11 @@ class PlanContext:
         context: the object of the library.
         stream: the stream that it runs in.
         addresses: the addresses that are set, by the name of the input or output.
-        is_warm: whether it has run. A first run may allocate memory, which cannot be captured.
     """
 
     context: Any
     stream: int
     addresses: Mapping[str, int] = field(default_factory=dict)
-    is_warm: bool = False
 
     def run(self, addresses: Mapping[str, int]) -> None:
         """Enqueue the plan in the stream, at the addresses of inputs and outputs by name."""
@@ -59,12 +56,6 @@ class PlanContext:
             self.addresses = addresses
         done = self.context.execute_async_v3(self.stream)
         _must(done, "TensorRT could not start a segment")
-        self.is_warm = True
-
-    def can_capture(self) -> bool:
-        """Whether its next run can be captured: TensorRT for RTX may still compile for it."""
-        ask = getattr(self.context, "is_stream_capturable", None)
-        return self.is_warm and (ask is None or bool(ask(self.stream)))
 
 
 class RuntimeCache:
@@ -90,8 +81,7 @@ class RuntimeCache:
         runtime_config = engine.create_runtime_config()
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         runtime_config.set_execution_context_allocation_strategy(strategy)
-        # By default, kernels for a shape are compiled in the background, and a CUDA graph that is
-        # captured before that keeps the slow ones.
+        # By default, kernels for a shape are compiled in the background while slow ones run.
         eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
         if self._cache is None:
@@ -144,7 +134,6 @@ class TensorRtBackend(DeviceBackend):
                 f"pip install 'fpabee[{extra(target.backend)}]', or choose another `target`",
             )
         gpu = required_gpu(name)
-        check_cuda(name, module, _built_for(module), target.backend)
         if gpu.compute_capability not in target.compute_capabilities:
             raise BackendError(
                 f"target {name} is for compute capability "
@@ -186,7 +175,7 @@ class TensorRtBackend(DeviceBackend):
         shared = execution.shared.get((bucket, graph))
         if shared is None:
             shared = execution.shared[bucket, graph] = self._context(graph, bucket, execution)
-        return Runner(partial(shared.run, addresses), shared.can_capture)
+        return partial(shared.run, addresses)
 
     def _profile(self, bucket: Bucket) -> int:
         """The narrowest optimization profile for a shape.
@@ -299,19 +288,9 @@ def library_version(module: str) -> str:
     Args:
         module: name of the module.
     """
-    for name in _packages(module):
+    for name in metadata.packages_distributions().get(module, []):
         return metadata.version(name)
     return str(getattr(importlib.import_module(module), "__version__", "unknown"))
-
-
-def _packages(module: str) -> list[str]:
-    return list(metadata.packages_distributions().get(module, []))
-
-
-def _built_for(module: str) -> int:
-    """The major version of CUDA that a library was built for; 0: unknown, as on JetPack."""
-    found = [re.search(r"[-_]cu(\d+)", name) for name in _packages(module)]
-    return next((int(match[1]) for match in found if match), 0)
 
 
 def error_logger(trt: Any) -> Any:

@@ -296,7 +296,7 @@ class Scheduler:
         """Take new rows, and let one group take a step of the chain."""
         self._admit(chain)
         self._clear(chain)
-        group = self._choose(chain) or chain.ahead()
+        group = self._choose(chain)
         if group is not None and self._metrics is not None:
             self._metrics.ran(len(group))
             if group.hidden is None:
@@ -329,7 +329,7 @@ class Scheduler:
                     row.future.cancel()
             if some_cancelled:
                 chain.keep(group, np.array([not row.future.done() for row in group.rows]))
-            if len(group) and not group.started:
+            if len(group) and group.running is None:
                 for decision in chain.stop_late(group):
                     self._answer(decision)
         self._waiting = [group for group in self._waiting if len(group)]
@@ -366,7 +366,7 @@ class Scheduler:
 
     def _joined(self, chain: Chain) -> list[Group]:
         """The groups that wait for a segment, joined as far as they fit."""
-        ready = [group for group in self._groups if not group.started]
+        ready = [group for group in self._groups if group.running is None]
         ready.sort(key=lambda group: int(group.lengths.max()))
         for number, group in enumerate(ready):
             others = [

@@ -28,19 +28,9 @@ _GAP = 1 << 20
 Work = Callable[[], None]
 
 
-@dataclass(frozen=True)
-class _Queued:
-    """Work in a stream; `when_queued` invalidates its result until it has run."""
-
-    work: Work
-    when_queued: Work | None = None
-
-
 @dataclass
 class _Stream:
-    queue: list[_Queued | int] = field(default_factory=list)  # an int is an event
-    capture: list[_Queued] | None = None
-    capturing: int = 0  # the thread that captures
+    queue: list[Work | int] = field(default_factory=list)  # an int is an event
 
 
 def one_at_a_time(kind: type[Any]) -> type[Any]:
@@ -80,9 +70,6 @@ class FakeCuda(Cuda):
         self.pinned_of = weakref.WeakValueDictionary()
         self.streams: dict[int, _Stream] = {}
         self.events: dict[int, bool] = {}
-        self.graphs: dict[int, tuple[int, list[_Queued]]] = {}
-        self.launches = 0
-        self.captures = 0
         self.frees = 0
         self.idle = 0
         self.fails_at: dict[str, int] = {}
@@ -94,7 +81,6 @@ class FakeCuda(Cuda):
     # -- memory
 
     def malloc(self, size: int) -> int:
-        self._refuse_in_capture()
         used = sum(memory.nbytes for memory in self.memory_of.values())
         if used + size > self.room or self.fails("malloc"):
             raise self.no_room(size)
@@ -103,7 +89,6 @@ class FakeCuda(Cuda):
         return pointer
 
     def free(self, pointer: int) -> None:
-        self._refuse_in_capture()
         self.frees += 1
         for stream in self.streams.values():
             while stream.queue:
@@ -161,17 +146,10 @@ class FakeCuda(Cuda):
     # -- order
 
     def put(self, stream: int, work: Work, when_queued: Work | None = None) -> None:
-        """Queue work, or record it while a graph is captured."""
-        self._put(stream, _Queued(work, when_queued))
-
-    def _put(self, stream: int, queued: _Queued) -> None:
-        state = self.streams[stream]
-        if state.capture is not None:
-            state.capture.append(queued)
-            return
-        state.queue.append(queued)
-        if queued.when_queued is not None:
-            queued.when_queued()
+        """Queue work; `when_queued` runs at once."""
+        self.streams[stream].queue.append(work)
+        if when_queued is not None:
+            when_queued()
 
     def stream(self) -> int:
         self._may_fail("stream")
@@ -181,7 +159,6 @@ class FakeCuda(Cuda):
 
     def synchronize(self, stream: int) -> None:
         state = self.streams[stream]
-        assert state.capture is None, "nobody may wait while a graph is captured"
         while state.queue:
             self._step(state)
 
@@ -196,7 +173,6 @@ class FakeCuda(Cuda):
         return handle
 
     def record(self, event: int, stream: int) -> None:
-        assert self.streams[stream].capture is None
         self.events[event] = False
         self.streams[stream].queue.append(event)
 
@@ -210,37 +186,10 @@ class FakeCuda(Cuda):
     def destroy_event(self, event: int) -> None:
         del self.events[event]
 
-    def capture(self, stream: int, work: Work) -> int:
-        state = self.streams[stream]
-        assert state.capture is None, "a capture within a capture"
-        captured = state.capture = []
-        state.capturing = threading.get_ident()
-        try:
-            work()
-        finally:
-            state.capture = None
-        self._may_fail("capture")
-        assert captured, "a captured graph is empty"
-        self.captures += 1
-        handle = next(self._handles)
-        self.graphs[handle] = stream, captured
-        return handle
-
-    def launch(self, executable: int, stream: int) -> None:
-        self.launches += 1
-        captured_in, work = self.graphs[executable]
-        assert stream == captured_in
-        for queued in work:
-            self._put(stream, queued)
-
-    def destroy_graph(self, executable: int) -> None:
-        stream, _ = self.graphs.pop(executable)
-        assert not self.streams[stream].queue, "a graph is destroyed while it may run"
-
     def _step(self, stream: _Stream) -> None:
         first = stream.queue.pop(0)
-        if isinstance(first, _Queued):
-            first.work()
+        if not isinstance(first, int):
+            first()
         elif first not in stream.queue:
             self.events[first] = True
 
@@ -252,8 +201,3 @@ class FakeCuda(Cuda):
     def _may_fail(self, call: str) -> None:
         if self.fails(call):
             raise BackendError(f"CUDA: {call} failed (error 2)", "")
-
-    def _refuse_in_capture(self) -> None:
-        for stream in self.streams.values():
-            captures = stream.capture is not None and stream.capturing == threading.get_ident()
-            assert not captures, "memory may not change during a capture"

@@ -1,7 +1,7 @@
 """A double of TensorRT's runtime, over the double of the driver.
 
 Contexts run ONNX graphs with ONNX Runtime at the given addresses. They refuse what TensorRT
-refuses: shapes outside the profile, a capture before a first run, too little scratch memory,
+refuses: shapes outside the profile, too little scratch memory,
 and the default stream.
 """
 
@@ -68,11 +68,8 @@ class FakeContext:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.scratch = (0, 0)
-        self.runs = 0
         self.config: Callable[[], Any] = lambda: self
         self.is_eager = True
-        if trt.__name__ == "tensorrt_rtx":  # TensorRT 10.3 does not have it
-            self.is_stream_capturable = lambda stream: self._can_be_captured()
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self.profile = self.plan.profiles[index]
@@ -82,7 +79,6 @@ class FakeContext:
         spec = next(spec for spec in self.plan.graph.inputs if spec.name == name)
         assert self.profile is not None
         self.shapes[name] = tuple(shape)
-        self.runs = 0
         low, _, high = profile_of(spec, self.profile)
         inside = (a <= size <= b for a, size, b in zip(low, shape, high, strict=True))
         return all(inside)
@@ -102,22 +98,14 @@ class FakeContext:
         assert address % 256 == 0
         assert size >= self.update_device_memory_size_for_shapes()
         self.scratch = (address, size)
-        self.runs = 0
-
-    def _can_be_captured(self) -> bool:
-        """TensorRT for RTX compiles during the first runs."""
-        return self.runs >= self.trt.runs_before_capture
 
     def execute_async_v3(self, stream: int) -> bool:
         cuda = self.trt.cuda
         assert stream != 0, "the default stream"
         assert self.config() is not None, "the configuration was freed"
-        if cuda.streams[stream].capture is not None:
-            assert self._can_be_captured(), "a first run was captured"
-            assert self.is_eager, "slow kernels would be captured"
-            if cuda.fails("run in a capture"):
-                return False
-        self.runs += 1
+        assert self.is_eager, "slow kernels would run until better ones are compiled"
+        if cuda.fails("run"):
+            return False
         need = self.update_device_memory_size_for_shapes()
         address, size = self.scratch
         assert size >= need, "too little scratch memory"
@@ -188,7 +176,6 @@ class FakeTensorRt(types.ModuleType):
         self.cuda = cuda
         self.plans = plans
         self.contexts: list[FakeContext] = []
-        self.runs_before_capture = 2 if name == "tensorrt_rtx" else 1
         self.contexts_left = sys.maxsize
 
     def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802

@@ -152,7 +152,7 @@ def chain(
         if chain.double is not None:
             cuda = chain.double.cuda
             assert cuda.memory_of == {}, "device memory was not given back"
-            for handles in (cuda.streams, cuda.events, cuda.graphs):
+            for handles in (cuda.streams, cuda.events):
                 assert len(handles) == 0
 
 

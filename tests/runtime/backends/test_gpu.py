@@ -124,7 +124,7 @@ def test_answers_are_those_of_fp32_on_the_cpu(built: Built) -> None:
     ):
         for texts in (TEXTS, TEXTS[:1], TEXTS * 5):
             expected = usual.trace(texts).logits
-            for _ in range(3):  # warm-up, capture, replay
+            for _ in range(3):
                 found = engine.trace(texts).logits
                 np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
                 assert np.nanmax(np.abs(found - expected)) < DIFFERENCE

@@ -1,4 +1,4 @@
-"""Where plans run, what happens when device memory is full, and when a graph is captured."""
+"""Where plans run, and what happens when device memory is full."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 from fpabee.exporter.targets.plans import PlanOptions
 from fpabee.runtime import BackendError, Engine, MissingExtraError, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
-from fpabee.runtime.backends import device
 from fpabee.runtime.backends.base import Bucket
 from fpabee.runtime.targets import open_backend
 
@@ -60,50 +59,10 @@ def test_a_context_that_does_not_fit_into_device_memory(
     assert made.cuda.memory_of == {}
 
 
-@pytest.mark.parametrize(
-    ("backend", "runs_before_capture", "graphs"),
-    [
-        ("tensorrt", 1, [0, 3, 3, 3]),
-        ("tensorrt-rtx", 2, [0, 0, 3, 3]),  # it may compile first, so it is asked
-        ("tensorrt-rtx", 9, [0, 0, 0, 0]),
-    ],
-)
-def test_segments_are_captured_once_they_can_be(
-    backend: str, runs_before_capture: int, graphs: list[int], double: Callable[..., Double]
-) -> None:
-    made = double(backend=backend)
-    made.trt.runs_before_capture = runs_before_capture
-    with made.load() as engine:
-        for expected in graphs:
-            engine.trace(["rain"])
-            assert len(made.cuda.graphs) == expected
-    assert made.cuda.graphs == {}
-
-
-@pytest.mark.parametrize("failure", ["capture", "run in a capture"])
-def test_a_capture_that_fails(
-    failure: str, double: Callable[..., Double], caplog: pytest.LogCaptureFixture
-) -> None:
-    """The step runs without a graph, and no other one is captured from then on."""
-    made = double()
-    with made.load() as engine, Engine.load(made.folder) as usual:
-        expected = usual.trace(["rain"]).logits
-        made.cuda.fails_at[failure] = 2
-        for graphs in (0, 1, 1):
-            np.testing.assert_allclose(engine.trace(["rain"]).logits, expected, atol=1e-5)
-            assert len(made.cuda.graphs) == graphs
-        made.cuda.fails_at[failure] = 1
-        engine.trace(["turn the lights on"])
-        engine.trace(["turn the lights on"])
-    assert caplog.text.count("run without CUDA graphs") == 1
-    assert made.cuda.memory_of == made.cuda.graphs == {}
-
-
 def test_one_context_serves_all_groups_of_a_shape(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+    double: Callable[..., Double],
 ) -> None:
-    """A window has many groups of the same shape. Only small groups are captured."""
-    monkeypatch.setattr(device, "_CAPTURE_TOKENS", 4 * 8)
+    """A window has many groups of the same shape."""
     made = double(batch=(1, 4, 4), batch_sizes=(1, 4), sequence_lengths=(8, 64))
     texts = ["rain"] * 17 + ["rain " * 40] * 4
     with made.load() as engine, Engine.load(made.folder) as usual:
@@ -113,8 +72,6 @@ def test_one_context_serves_all_groups_of_a_shape(
     shapes = [tuple(context.shapes["attention_bias"]) for context in made.trt.contexts]
     assert len(shapes) == 3 * len(set(shapes)), "one for each segment and shape"
     assert len(set(shapes)) == 3
-    # Four groups of 4 rows and one of a single row are small; the other four are not.
-    assert made.cuda.captures == 3 * 5
 
 
 @pytest.mark.parametrize("batch", [(1, 8, 32), (2, 4, 8)])

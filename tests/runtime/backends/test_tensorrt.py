@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -36,8 +35,8 @@ SOME_STOP_FIRST = Entropy(threshold=0.3)
 """Some of the texts, but not all, stop at exit 1 of BERT."""
 
 
-@pytest.mark.parametrize(("stay", "regroups"), [(4, 0), (3, 0), (2, 1)])
-def test_a_group_shrinks_if_this_halves_its_tokens(
+@pytest.mark.parametrize(("stay", "regroups"), [(5, 0), (4, 1), (2, 1)])
+def test_a_group_shrinks_before_its_next_segment(
     stay: int, regroups: int, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, calls = double(), []
@@ -138,18 +137,18 @@ def test_contexts_are_freed_at_once(double: Callable[..., Double]) -> None:
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_warming_up_captures_what_it_is_asked_for(
+def test_warming_up_makes_what_it_is_asked_for(
     rows: int, backend: str, double: Callable[..., Double]
 ) -> None:
     shapes = {"batch_sizes": (1, 2, 8, 64), "sequence_lengths": (8, 16, 24, 64)}
     made = double(backend=backend, **shapes)
     with made.load() as engine:
         engine.warm_up(rows, tokens=16)
+        contexts = len(made.trt.contexts)
+        assert contexts > 0
         for text in ("rain", "rain " * 10):
-            before = made.cuda.captures, len(made.trt.contexts), made.cuda.launches
             engine.predict([text] * rows, rule=Budget(exit=3))
-            after = made.cuda.captures, len(made.trt.contexts), made.cuda.launches
-            assert after == (*before[:2], before[2] + 3)
+        assert len(made.trt.contexts) == contexts
 
 
 @pytest.mark.parametrize(
@@ -215,34 +214,3 @@ def test_cuda_errors_say_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(runtime, "cudaStreamSynchronize", lambda stream, error=error: (error,))
         with pytest.raises(BackendError, match=says):
             driver.synchronize(1)
-
-
-@pytest.mark.parametrize("fails", ["work", "cudaStreamEndCapture", "cudaGraphInstantiate", ""])
-def test_a_capture_always_ends(fails: str) -> None:
-    """The stream leaves the capture, and no graph is left."""
-    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
-
-    def work() -> None:
-        assert not gc.isenabled(), "it may free device memory during the capture"
-        if fails == "work":
-            raise BackendError("a segment failed", "")
-
-    driver = cuda_module.Cuda.__new__(cuda_module.Cuda)
-    driver._runtime = called = Mock(cudaStreamCaptureMode=runtime.cudaStreamCaptureMode)
-    called.cudaGetErrorString.return_value = 0, b"capture invalidated"
-    called.cudaStreamBeginCapture.return_value = (0,)
-    called.cudaStreamEndCapture.return_value = 0, 7
-    called.cudaGraphInstantiate.return_value = 0, 8
-    if fails.startswith("cuda"):
-        getattr(called, fails).return_value = 901, None
-    if not fails:
-        assert driver.capture(3, work) == 8
-    else:
-        with pytest.raises(BackendError, match=r"segment failed|invalidated"):
-            driver.capture(3, work)
-    assert gc.isenabled()
-    mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
-    called.cudaStreamBeginCapture.assert_called_once_with(3, mode)
-    called.cudaStreamEndCapture.assert_called_once_with(3)
-    assert called.cudaGraphDestroy.called == (fails != "cudaStreamEndCapture")
-    assert called.cudaGetLastError.called == bool(fails)

@@ -57,7 +57,7 @@ def test_every_cuda_name_exists() -> None:
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
     source = Path(cuda.__file__).read_text(encoding="utf-8")
     names = set(re.findall(r"\b_?runtime\.(cuda(?:\w+\.)*\w+)", source))
-    assert len(names) > 25
+    assert "cudaMalloc" in names
     for name in names:
         resolve(runtime, name)
     driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
