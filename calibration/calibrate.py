@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..runtime.artifact.folder import read_manifest, write_manifest
+from ..runtime.artifact.folder import EnginesFolder
 from ..runtime.artifact.manifest import Task
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.encoding import EncodedRow
@@ -82,11 +82,12 @@ def calibrate(
             print(engine.predict(["turn on the lights"]))
         ```
     """
-    path, options = Path(folder), options or CalibrationOptions()
+    path = Path(folder)
+    options = options or CalibrationOptions()
     rows = list(read_rows(data, options.reading) if isinstance(data, str | Path) else data)
     test = list(read_rows(options.test, options.reading)) if options.test else None
     # Rows run to full depth, so the target needs no operating point, not even a valid one.
-    rule = ExitRule.from_dict(read_manifest(path).default_rule)
+    rule = ExitRule.from_dict(EnginesFolder.read(path).manifest.default_rule)
     with Engine.load(path, options.target, threads=options.threads, rule=rule) as engine:
         task = engine.manifest.task
         without_drop = [bound for bound in options.bounds if bound.drop is None]
@@ -133,7 +134,7 @@ def calibrate(
             hardware=hardware(engine.manifest.targets[engine.target].on_gpu, options.threads),
             warnings=tuple(warnings),
         )
-    write_manifest(path, with_points(read_manifest(path), result, data_sha256(rows)))
+    with_points(EnginesFolder.read(path), result, data_sha256(rows)).write()
     return result
 
 

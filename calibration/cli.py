@@ -13,7 +13,7 @@ import msgspec
 import rich_click as click
 from rich.cells import set_cell_size
 
-from ..runtime.artifact.folder import check_outside
+from ..runtime.artifact.folder import EnginesFolder, check_outside
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.cli import options
 from ..runtime.cli.command import READING, command
@@ -121,7 +121,7 @@ def main(
     if report is not None:
         require("plot")
         check_outside(report)
-    names = runnable_targets(engines) if all_targets else [wanted.target]
+    names = runnable_targets(EnginesFolder.read(engines)) if all_targets else [wanted.target]
     results = []
     for name in names:
         with step_progress(quiet) as progress:

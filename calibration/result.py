@@ -10,12 +10,12 @@ import msgspec
 import numpy as np
 
 from .. import __version__
-from ..runtime.artifact.folder import read_manifest, write_manifest
-from ..runtime.artifact.manifest import Manifest, Target, with_operating_points, with_target
+from ..runtime.artifact.folder import EnginesFolder
+from ..runtime.artifact.manifest import Target, with_operating_points
 from ..runtime.artifact.operating_point import Certificate, Goal, OperatingPoint
 from ..runtime.rules.measures import Array, Integers
 from ..runtime.rules.rules import ExitRule
-from ..runtime.targets import rest_precision, rule_of, target_of
+from ..runtime.targets import rule_of, target_of
 from .choose import Search
 from .goals import Bound
 from .scoring import AGREEMENT, LabelledLogits, Scorer
@@ -195,7 +195,8 @@ def make_default(folder: Path, name: str, target: str | None = None) -> str:
     Args:
         folder: the engines folder.
         name: the operating point.
-        target: the target; None means the default target of the manifest.
+        target: the target, which then becomes the default target of the folder and stays it; None
+            means the default target.
 
     Returns:
         The name of the target.
@@ -205,30 +206,31 @@ def make_default(folder: Path, name: str, target: str | None = None) -> str:
         BackendError: the target does not exist.
         RuleError: the target has no such operating point.
     """
-    manifest = read_manifest(folder)
-    target = target_of(folder, manifest, target or manifest.default_target)
-    rule_of(folder, manifest, target, name)
-    changed = msgspec.structs.replace(manifest.targets[target], default_operating_point=name)
-    write_manifest(folder, with_target(manifest, target, changed))
-    return target
+    engines = EnginesFolder.read(folder)
+    manifest = engines.manifest
+    chosen = target_of(engines, target or manifest.default_target)
+    rule_of(manifest, chosen, name)
+    changed = msgspec.structs.replace(manifest.targets[chosen], default_operating_point=name)
+    engines = engines.with_target(chosen, changed)
+    if target is not None:
+        engines = engines.with_manifest(default_target=chosen, default_is_fixed=True)
+    engines.write()
+    return chosen
 
 
-def with_points(manifest: Manifest, result: Calibration, data_sha256: str) -> Manifest:
-    """The manifest with the points of a calibration.
+def with_points(engines: EnginesFolder, result: Calibration, data_sha256: str) -> EnginesFolder:
+    """The folder with the points of a calibration, which is not written.
 
     Args:
-        manifest: the manifest.
+        engines: the folder.
         result: the calibration.
         data_sha256: hash of the rows that chose the points, see `trace.data_sha256`.
     """
-    target = manifest.targets[result.target]
+    target = engines.manifest.targets[result.target]
     points = {point.name: _record(point, result, target, data_sha256) for point in result.points}
-    here = rest_precision(target)
-    if here == target.rest_precision:
-        points = target.operating_points | points
+    points = target.operating_points | points
     changed = with_operating_points(target, points, result.default)
-    changed = msgspec.structs.replace(changed, rest_precision=here)
-    return with_target(manifest, result.target, changed)
+    return engines.with_target(result.target, changed)
 
 
 def _record(point: Point, result: Calibration, target: Target, data_sha256: str) -> OperatingPoint:

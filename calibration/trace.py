@@ -24,7 +24,6 @@ from ..runtime.errors import InputError
 from ..runtime.files import Row
 from ..runtime.files.labels import Labels, encode_labels
 from ..runtime.progress import Progress, silent
-from ..runtime.targets import rest_precision
 from .scoring import LabelledLogits
 
 _CHUNK = 256
@@ -51,7 +50,6 @@ def artifact_sha256(manifest: Manifest, target: str) -> str:
         [list(segment.calls) for segment in manifest.segments],
         [manifest.tokenizer.sha256, manifest.tokenizer.max_length],
         sorted(chosen.versions.items()),
-        rest_precision(chosen),
         manifest.exit_0 and manifest.exit_0.sha256,
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -82,6 +82,11 @@ def replacing(target: Path) -> Iterator[Path]:
             file.replace(target / file.name)
 
 
+def unique_name(name: str, sha256: str, ending: str) -> str:
+    """The name of a file that belongs to its content, so that it never replaces another one."""
+    return f"{name}-{sha256[:8]}{ending}"
+
+
 @contextmanager
 def _temporary(place: Path, name: str) -> Iterator[Path]:
     """A folder that is deleted at the end; first, those that killed processes left are deleted."""

@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 
 from .agreement import Agreement, compare, must_pass, requirements_of
-from .artifact.folder import read_manifest
-from .artifact.manifest import Manifest, ProblemType
+from .artifact.folder import EnginesFolder
+from .artifact.manifest import ProblemType
 from .artifact.reference import read_reference
 from .backends.base import Backend, row_bytes
 from .chain import Chain, Decision, not_finite
@@ -110,14 +110,14 @@ class Engine:
                 "give one of them: an operating point is a rule with its settings",
             )
         folder = engines_folder(path, target, revision)
-        manifest = read_manifest(folder)
-        name = target_of(folder, manifest, target)
+        engines = EnginesFolder.read(folder)
+        name = target_of(engines, target)
         point = None
         if rule is None:
-            point, rule = rule_here(folder, manifest, name, operating_point)
-        backend = open_backend(folder, manifest, name, threads)
+            point, rule = rule_here(engines, name, operating_point)
+        backend = open_backend(engines, name, threads)
         try:
-            engine = cls(folder, manifest, backend, rule, point, max_length)
+            engine = cls(engines, backend, rule, point, max_length)
             if check:
                 engine.check()
         except BaseException:
@@ -127,15 +127,15 @@ class Engine:
 
     def __init__(
         self,
-        folder: Path,
-        manifest: Manifest,
+        engines: EnginesFolder,
         backend: Backend,
         rule: ExitRule,
         operating_point: str | None = None,
         max_length: int | None = None,
     ) -> None:
         """Called by `Engine.load`, which opens the backend."""
-        self._folder = folder.absolute()
+        self._engines = engines.absolute()
+        manifest = engines.manifest
         self._backend, self.target, self.limits = backend, backend.name, backend.limits()
         self.manifest = manifest
         self.revision = hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()
@@ -143,7 +143,7 @@ class Engine:
         self.multi_label = manifest.task.problem_type is ProblemType.MULTI_LABEL
         self.window_bytes = _WINDOW_BYTES
         self._row_bytes = lru_cache(None)(partial(row_bytes, manifest, self.limits))
-        self._exit_0 = ExitZero.load(folder, manifest)
+        self._exit_0 = ExitZero.load(engines)
         self._exits = manifest.exits
         # One attribute, so that a thread never sees the rule of one point with another's name. A
         # rule that does not fit the model is refused now, not at the first text.
@@ -151,7 +151,7 @@ class Engine:
         self._full_depth = self._runner(Budget(exit=self._exits[-1]))
         most = min(manifest.tokenizer.max_length, self.limits.max_sequence)
         spec = msgspec.structs.replace(manifest.tokenizer, max_length=most)
-        self._encoder = TextEncoder(folder, spec, max_length)
+        self._encoder = TextEncoder(engines.path, spec, max_length)
         self.max_length = self._encoder.limit
         self._tally = Tally((0,) * len(self._exits))
         self._tally_lock = threading.Lock()
@@ -267,9 +267,9 @@ class Engine:
             VerificationError: the target is not the model that was exported.
         """
         manifest, required = self.manifest, requirements_of(self.target, self.manifest)
-        texts, expected = read_reference(self._folder, manifest)
+        texts, expected = read_reference(self._engines)
         # Not the engine's own encoder, which may truncate to fewer tokens than the reference.
-        rows = TextEncoder(self._folder, manifest.tokenizer).encode(texts)
+        rows = TextEncoder(self._engines.path, manifest.tokenizer).encode(texts)
         fits = [n for n, row in enumerate(rows) if len(row) <= self.limits.max_sequence]
         if not fits:
             raise ArtifactError(
@@ -318,7 +318,7 @@ class Engine:
         Raises:
             RuleError: the target has no such point.
         """
-        point, rule = rule_here(self._folder, self.manifest, self.target, operating_point)
+        point, rule = rule_here(self._engines, self.target, operating_point)
         self._in_use = (point, self._runner(rule))
 
     @property

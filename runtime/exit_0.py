@@ -17,14 +17,13 @@ int64 with less precision.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact.folder import verified
-from .artifact.manifest import ExitZeroSpec, Manifest
+from .artifact.folder import EnginesFolder
+from .artifact.manifest import ExitZeroSpec
 from .artifact.untrusted.arrays import read_arrays
 from .encoding import EncodedRow
 from .errors import EXPORT_AGAIN, ArtifactError
@@ -116,19 +115,19 @@ class ExitZero:
         self.table, self.weights, self.bias = table, weights, bias
 
     @classmethod
-    def load(cls, folder: Path, manifest: Manifest) -> ExitZero | None:
+    def load(cls, engines: EnginesFolder) -> ExitZero | None:
         """The exit 0 of an engines folder; None if the model has none.
 
         Raises:
             ArtifactError: its file is missing or damaged, or does not fit the model.
         """
-        spec: ExitZeroSpec | None = manifest.exit_0
+        spec: ExitZeroSpec | None = engines.manifest.exit_0
         if spec is None:
             return None
-        path = verified(folder, spec.file, spec.sha256)
+        path = engines.file(spec.file, spec.sha256)
         try:
             found = cls(spec.unigrams, **read_arrays(path, ARRAYS))
-            found.check_sizes(spec.buckets, len(manifest.task.labels))
+            found.check_sizes(spec.buckets, len(engines.manifest.task.labels))
         except (ValueError, TypeError) as error:
             raise ArtifactError(f"{path} does not fit the model: {error}", EXPORT_AGAIN) from error
         return found

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .artifact.folder import hashes, read_manifest
+from .artifact.folder import EnginesFolder
 from .artifact.manifest import MANIFEST_NAME
 from .errors import ArtifactError, FpabeeError, first_line
 from .machine import require
@@ -64,14 +64,14 @@ def engines_folder(
 
     with hub_errors(repository, revision, MANIFEST_NAME):
         folder = Path(hf_hub_download(repository, MANIFEST_NAME, revision=revision)).parent
-    manifest = read_manifest(folder)
-    name = None if every_target else target_of(folder, manifest, target)
-    if name and target is None and manifest.targets[name].backend.startswith("tensorrt"):
+    engines = EnginesFolder.read(folder)
+    name = None if every_target else target_of(engines, target)
+    if name and target is None and engines.manifest.targets[name].backend.startswith("tensorrt"):
         raise ArtifactError(
             f"{name} of {repository} would run here, but TensorRT plans are executable code",
             "choose this `target` if you trust its author, and otherwise another one",
         )
-    for file, _ in hashes(manifest, name):
+    for file, _ in engines.hashes(name):
         # The cache names the folder after the commit that has this manifest.
         with hub_errors(repository, revision, file):
             hf_hub_download(repository, file, revision=folder.name)

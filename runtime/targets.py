@@ -6,11 +6,11 @@ import logging
 from pathlib import Path
 
 from .. import __version__
-from .artifact.folder import read_manifest
+from .artifact.folder import EnginesFolder
 from .artifact.manifest import Manifest, Target
 from .backends.base import Backend
 from .errors import BackendError, RuleError, whole_number
-from .rules.rules import Budget, ExitRule
+from .rules.rules import ExitRule
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +20,11 @@ _MOST_THREADS = 1024
 _told: set[tuple[Path, str]] = set()
 
 
-def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
+def target_of(engines: EnginesFolder, name: str | None) -> str:
     """The name of the target to run.
 
     Args:
-        folder: the engines folder.
-        manifest: its manifest.
+        engines: the engines folder.
         name: a target; None: the default target, or if this machine cannot run it, the fastest
             target that it can run, if possible one with the same operating points. A warning says
             so, and another one that the default target leaves the GPU of this machine unused.
@@ -34,23 +33,22 @@ def target_of(folder: Path, manifest: Manifest, name: str | None) -> str:
         BackendError: the folder has no such target.
     """
     if name is None:
-        return _default_target(folder, manifest)
-    if name not in manifest.targets:
+        return _default_target(engines)
+    if name not in engines.manifest.targets:
         raise BackendError(
-            f"{folder} has no target {name!r}; it has {', '.join(manifest.targets)}",
+            f"{engines.path} has no target {name!r}; it has {', '.join(engines.manifest.targets)}",
             "choose a `target` that it has, or add one to the folder",
         )
     return name
 
 
-def runnable_targets(folder: Path) -> list[str]:
+def runnable_targets(engines: EnginesFolder) -> list[str]:
     """The names of a folder's targets that this machine can run.
 
     Raises:
-        ArtifactError: the folder is not an engines folder, or is damaged.
         BackendError: it can run none of them.
     """
-    manifest = read_manifest(folder)
+    manifest = engines.manifest
     errors = {name: why_not(manifest, name) for name in manifest.targets}
     names = [name for name, error in errors.items() if error is None]
     if not names:
@@ -68,8 +66,10 @@ def why_not(manifest: Manifest, name: str) -> BackendError | None:
     return None
 
 
-def _default_target(folder: Path, manifest: Manifest) -> str:
-    default, targets = manifest.default_target, manifest.targets
+def _default_target(engines: EnginesFolder) -> str:
+    manifest = engines.manifest
+    default = manifest.default_target
+    targets = manifest.targets
     error = why_not(manifest, default)
     if error is None and (manifest.default_is_fixed or targets[default].on_gpu):
         return default
@@ -85,7 +85,7 @@ def _default_target(folder: Path, manifest: Manifest) -> str:
             continue
         if error is None:
             _tell(
-                folder,
+                engines.path,
                 f"the default target {default} runs on the CPU, but {name} can run on the GPU of "
                 "this machine: choose that target, or make it the default target",
             )
@@ -93,7 +93,7 @@ def _default_target(folder: Path, manifest: Manifest) -> str:
         lost = sorted(points - targets[name].operating_points.keys())
         without = f", without the operating points {', '.join(lost)}" if lost else ""
         _tell(
-            folder,
+            engines.path,
             f"{name} runs instead of the default target {default}{without}: {error.message}",
         )
         return name
@@ -101,40 +101,22 @@ def _default_target(folder: Path, manifest: Manifest) -> str:
 
 
 def rule_here(
-    folder: Path, manifest: Manifest, name: str, point: str | None
+    engines: EnginesFolder, name: str, point: str | None
 ) -> tuple[str | None, ExitRule]:
     """The operating point to run on this machine, and its rule; the arguments as in `rule_of`.
 
-    A warning says if the operating points of the target do not apply on this CPU, so that texts run
-    at full depth, or if it has none, although others of the folder have some.
+    A warning says if the target has no operating point, although others of the folder have some.
     """
-    point, rule = rule_of(folder, manifest, name, point)
-    here, measured = rest_precision(manifest.targets[name]), manifest.targets[name].rest_precision
-    if point is not None and here != measured:
-        _tell(
-            folder,
-            f"the operating points of {name} were measured where what is not quantized runs in "
-            f"{measured}, but this CPU runs it in {here}: until the target is calibrated here, "
-            "texts run at full depth",
-        )
-        return None, Budget(exit=manifest.exits[-1])
+    manifest = engines.manifest
+    point, rule = rule_of(manifest, name, point)
     others = [other for other, target in manifest.targets.items() if target.operating_points]
     if others and name not in others:
         _tell(
-            folder,
+            engines.path,
             f"target {name} has no operating points, unlike {', '.join(others)}: until it is "
             "calibrated, it runs by the default rule of the folder",
         )
     return point, rule
-
-
-def rest_precision(target: Target) -> str:
-    """In which precision this CPU runs what a target does not quantize, see `Target`."""
-    if not target.rest_precision:
-        return ""
-    from .backends import openvino
-
-    return openvino.rest_precision()
 
 
 def _tell(folder: Path, warning: str) -> None:
@@ -144,13 +126,12 @@ def _tell(folder: Path, warning: str) -> None:
 
 
 def rule_of(
-    folder: Path, manifest: Manifest, target: str, point: str | None
+    manifest: Manifest, target: str, point: str | None
 ) -> tuple[str | None, ExitRule]:
     """The name of the operating point to run, and its rule.
 
     Args:
-        folder: the engines folder.
-        manifest: its manifest.
+        manifest: that of the engines folder.
         target: the target's name.
         point: an operating point; None: the target's default point. If the target has none, the
             returned name is None, and the rule is the folder's default rule.
@@ -201,12 +182,11 @@ def backend_class(target: Target) -> type[Backend]:
     )
 
 
-def open_backend(folder: Path, manifest: Manifest, name: str, threads: int | None) -> Backend:
+def open_backend(engines: EnginesFolder, name: str, threads: int | None) -> Backend:
     """The backend of a target.
 
     Args:
-        folder: the engines folder.
-        manifest: its manifest.
+        engines: the engines folder.
         name: the target's name.
         threads: CPU threads, at most 1024; default: the cores that this process may use.
 
@@ -217,4 +197,4 @@ def open_backend(folder: Path, manifest: Manifest, name: str, threads: int | Non
     """
     if threads is not None:
         threads = whole_number("threads", threads, BackendError, _MOST_THREADS)
-    return backend_class(manifest.targets[name])(folder, manifest, name, threads)
+    return backend_class(engines.manifest.targets[name])(engines, name, threads)

@@ -1,31 +1,25 @@
 """Does a target give what the model gives?
 
 Each target runs the texts of `reference.npz`, and perhaps more texts, whose logits are those of
-`onnxruntime-fp32`. Precisions are asked the same before their graphs are written, see `fp16`.
+`onnxruntime-fp32`. Graphs in fp16 are asked the same before they are written, see `fp16`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
 from ...runtime.agreement import REQUIREMENTS, Agreement, Logits, compare, must_pass
-from ...runtime.artifact.manifest import (
-    Manifest,
-    Target,
-    keep_targets,
-    with_operating_points,
-    with_target,
-)
+from ...runtime.artifact.folder import EnginesFolder
+from ...runtime.artifact.manifest import Manifest, Target
 from ...runtime.encoding import Text
 from ...runtime.engine import Engine
 from ...runtime.errors import FpabeeError
 from ...runtime.progress import Progress
 from ...runtime.rules.rules import ExitRule
-from ...runtime.targets import open_backend, rule_of
+from ...runtime.targets import open_backend, rule_of, why_not
 
 FP32_TARGET = "onnxruntime-fp32"
 
@@ -34,10 +28,10 @@ _MOST_TEXTS = 2000
 
 @dataclass(frozen=True)
 class Checked:
-    """What became of a target, or of a precision.
+    """What became of a target.
 
     Attributes:
-        name: the target, or the precision.
+        name: the target.
         agreement: with the PyTorch model; None if it was refused, or cannot run here.
         refused: why the folder does not have it; None if it does.
     """
@@ -47,94 +41,85 @@ class Checked:
     refused: FpabeeError | None = None
 
 
-def exact_logits(
-    folder: Path, manifest: Manifest, texts: Sequence[Text]
-) -> tuple[list[Text], Logits]:
+def exact_logits(engines: EnginesFolder, texts: Sequence[Text]) -> tuple[list[Text], Logits]:
     """The first 2,000 texts, and their logits in `onnxruntime-fp32`.
 
     Raises:
         BackendError: the folder does not have that target.
     """
-    texts, rule = list(texts[:_MOST_TEXTS]), ExitRule.from_dict(manifest.default_rule)
-    with Engine.load(folder, FP32_TARGET, rule=rule) as engine:
+    texts = list(texts[:_MOST_TEXTS])
+    rule = ExitRule.from_dict(engines.manifest.default_rule)
+    with engine_of(engines, FP32_TARGET, rule) as engine:
         return texts, engine.trace(texts).logits
 
 
 def judged(
-    found: Logits, expected: Logits, manifest: Manifest, rule: ExitRule, precision: str
+    logits: Logits, expected: Logits, manifest: Manifest, rule: ExitRule, precision: str
 ) -> Agreement:
     """How closely logits of a precision agree with those in fp32.
+
+    Args:
+        logits: `[exits, rows, labels]` of the precision, up to the last exit.
+        expected: the same in fp32.
+        manifest: says which exits and labels there are.
+        rule: the rule that decides the exits.
+        precision: a name of `REQUIREMENTS`.
 
     Raises:
         VerificationError: too many labels or exits differ.
     """
-    required, first = REQUIREMENTS[precision], manifest.exits.stop - len(found)
-    agreement = compare(found, expected, rule, manifest.task, required, first)
-    hint = f"use another target, such as {FP32_TARGET}, or for int8 give more `calibration_data`"
+    first_exit = manifest.exits.stop - len(logits)
+    required = REQUIREMENTS[precision]
+    agreement = compare(logits, expected, rule, manifest.task, required, first_exit)
+    hint = f"use another target, such as {FP32_TARGET}, or for int8 give more texts as `texts`"
     must_pass(agreement, f"{precision} changes answers", hint)
     return agreement
 
 
-def check_target(
-    folder: Path,
-    manifest: Manifest,
-    name: str,
+def checked_target(
+    engines: EnginesFolder,
     target: Target,
+    more: tuple[Sequence[Text], Logits] | None,
     progress: Progress,
-    more: tuple[Sequence[Text], Logits] | None = None,
-) -> tuple[Manifest, Checked]:
-    """Run the reference texts, and perhaps others, on a target of this machine.
+) -> tuple[EnginesFolder, Checked]:
+    """A folder with a new target, which is checked if this machine can run it.
 
     Args:
-        folder: the engines folder.
-        manifest: its manifest. The new one is returned, not written.
-        name: the target's name. An older target of this name is replaced.
-        target: its record, without what is measured.
+        engines: the folder.
+        target: the record of the target, without what is measured. It replaces an older one.
+        more: texts besides the reference texts, and their logits in fp32.
         progress: called with (what, done, total).
-        more: other texts, and their logits in fp32.
 
     Returns:
-        The manifest with the target if it passed, or without it, and what was found.
+        The folder with the target, which is not written yet, and how the target agrees.
+
+    Raises:
+        FpabeeError: it does not run, or does not give what the model gives.
     """
+    name = target.name
+    engines = engines.with_target(name, target)
+    if why_not(engines.manifest, name) is not None:
+        return engines, Checked(name)
     progress(f"verify {name}", 0, 1)
-    target = with_old_points(manifest, name, target)
-    try:
-        with engine_of(folder, with_target(manifest, name, target), name) as engine:
-            agreement = engine.check()
-            tolerance = agreement.max_logit_difference
-            if more is not None:
-                texts, expected = more
-                found = engine.trace(texts).logits
-                agreement = judged(found, expected, manifest, engine.rule, target.precision)
-                tolerance = max(tolerance, agreement.max_logit_difference)
-    except FpabeeError as error:
-        rest = keep_targets(manifest, lambda other, _: other != name)
-        return rest, Checked(name, refused=error)
-    passed = msgspec.structs.replace(target, tolerance=tolerance)
-    return with_target(manifest, name, passed), Checked(name, agreement)
+    with engine_of(engines, name) as engine:
+        agreement = engine.check()
+        tolerance = agreement.max_logit_difference
+        if more is not None:
+            texts, expected = more
+            logits = engine.trace(texts).logits
+            agreement = judged(logits, expected, engines.manifest, engine.rule, target.precision)
+            tolerance = max(tolerance, agreement.max_logit_difference)
+    measured = msgspec.structs.replace(target, tolerance=tolerance)
+    return engines.with_target(name, measured), Checked(name, agreement)
 
 
-def with_old_points(manifest: Manifest, name: str, target: Target) -> Target:
-    """A new target with the operating points of the old one, if it gives the same logits."""
-    old = manifest.targets.get(name)
-    if old is None or _origin(old) != _origin(target):
-        return target
-    return with_operating_points(target, old.operating_points, old.default_operating_point)
-
-
-def _origin(target: Target) -> tuple[object, ...]:
-    """What the operating points of a target depend on."""
-    files = [file.sha256 for file in target.files.values()]
-    return target.versions, files, target.rest_precision
-
-
-def engine_of(folder: Path, manifest: Manifest, name: str, rule: ExitRule | None = None) -> Engine:
-    """An engine of a manifest that may not be written yet, without any warning."""
+def engine_of(engines: EnginesFolder, name: str, rule: ExitRule | None = None) -> Engine:
+    """An engine of a folder whose manifest may not be written yet, without any warning."""
     if rule is None:
-        _, rule = rule_of(folder, manifest, name, None)
-    backend = open_backend(folder, manifest, name, None)
+        _, rule = rule_of(engines.manifest, name, None)
+    backend = open_backend(engines, name, None)
     try:
-        return Engine(folder, manifest, backend, rule)
+        return Engine(engines, backend, rule)
     except BaseException:
         backend.close()
         raise

@@ -1,66 +1,57 @@
-"""Write an engines folder's graphs in fp16, to `onnx/fp16/` or, with Q/DQ nodes, `onnx/int8/`.
+"""The graphs of an engines folder in fp16.
 
-Before, it is checked on real texts that the model still gives the same labels and exits. For this,
-the chain runs with every rounding in place, see `lowering.emulate`. This needs no GPU.
+Before they are written, it is checked on real texts that the model still gives the same labels and
+exits. For this, the chain runs with every rounding in place, see `lowering.emulate`. This needs no
+GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 import onnxruntime as ort
 
-from ...runtime.agreement import Agreement, Logits
-from ...runtime.artifact.manifest import LOGITS, Manifest
+from ...runtime.agreement import Logits
+from ...runtime.artifact.folder import EnginesFolder
+from ...runtime.artifact.manifest import LOGITS
 from ...runtime.artifact.reference import read_reference
 from ...runtime.backends.onnxruntime import cpu_session, session_options
 from ...runtime.encoding import Text, TextEncoder, padded_batches, padding_values
 from ...runtime.progress import Progress
 from ...runtime.rules.rules import ExitRule
-from ..onnx_file import graph_runs, write_graph
-from ..staging import replacing
-from .check import exact_logits, judged
+from ..onnx_file import graph_runs, load_graphs
+from .check import judged
 from .lowering import emulate, lower
 
 _BATCH = 16
 
 
-def add_lowered(
-    folder: Path,
-    manifest: Manifest,
-    precision: str,
-    protos: Mapping[str, Any],
-    texts: Sequence[Text],
-    progress: Progress,
-) -> tuple[Manifest, Agreement]:
-    """Check graphs in fp16 and write them. They replace earlier ones only when all are written.
+def lowered_graphs(
+    engines: EnginesFolder, more: tuple[Sequence[Text], Logits] | None, progress: Progress
+) -> dict[str, Any]:
+    """The graphs in fp16, after a check that they give the answers of the fp32 model.
 
     Args:
-        folder: the engines folder.
-        manifest: its manifest. The one with the new graphs is returned, not written.
-        precision: what the manifest calls them.
-        protos: the graphs by name, each an `onnx.ModelProto` in fp32 or with Q/DQ nodes.
-        texts: more texts to check with than those of `reference.npz`, of which 2,000 are used.
+        engines: the engines folder.
+        more: texts to check with besides the reference texts, and their logits in fp32.
         progress: called with (what, done, total).
 
     Returns:
-        The manifest with the new graphs, and how closely they agree with the fp32 model.
+        Each graph as an `onnx.ModelProto`, by its name.
 
     Raises:
         VerificationError: values overflow, or too many labels or exits change.
         ModelError: a weight does not fit into fp16.
     """
-    known, expected = read_reference(folder, manifest)
-    # The reference may hold the same texts already, from the export's own verification.
-    new = [text for text in dict.fromkeys(texts) if text not in known]
-    if new:
-        new, exact = exact_logits(folder, manifest, new)
-        expected = np.concatenate([expected, exact], axis=1)
-    rows = TextEncoder(folder, manifest.tokenizer).encode([*known, *new])
+    manifest = engines.manifest
+    protos = load_graphs(engines, manifest.graphs)
+    texts, expected = read_reference(engines)
+    if more is not None:
+        texts = [*texts, *more[0]]
+        expected = np.concatenate([expected, more[1]], axis=1)
+    rows = TextEncoder(engines.path, manifest.tokenizer).encode(texts)
 
     def open_session(name: str) -> Any:
         options = session_options()
@@ -75,16 +66,9 @@ def add_lowered(
             progress("emulate the chain", run.call, calls)
         if LOGITS in run.outputs:
             logits.setdefault(run.call, []).append(run.outputs[LOGITS])
-    found = np.stack([np.concatenate(part) for part in logits.values()])
-    rule = ExitRule.from_dict(manifest.default_rule)
+    emulated = np.stack([np.concatenate(part) for part in logits.values()])
     # Without exit 0, which no precision changes.
-    agreement = judged(found, expected[-len(found) :], manifest, rule, precision)
-    place = f"onnx/{precision}"
-    graphs = {}
-    with replacing(folder / place) as temporary:
-        for number, (name, proto) in enumerate(protos.items()):
-            progress(f"{precision} {name}", number, len(protos))
-            file = f"{name}.onnx"
-            graphs[name] = write_graph(temporary / file, f"{place}/{file}", lower(proto))
-    precisions = {**manifest.precisions, precision: graphs}
-    return msgspec.structs.replace(manifest, precisions=precisions), agreement
+    exact = expected[-len(emulated) :]
+    rule = ExitRule.from_dict(manifest.default_rule)
+    judged(emulated, exact, manifest, rule, "fp16")
+    return {name: lower(proto) for name, proto in protos.items()}

@@ -2,9 +2,8 @@
 
     python -m fpabee.exporter.targets.int8 < request.json
 
-For TensorRT, they are symmetric, and what is not quantized is in fp16. For CPUs, activations are
-unsigned, see `exporter.targets.cpu`. Graphs are quantized in a process of its own: the quantizers
-load PyTorch, print and log, and may need more memory than there is.
+Graphs are quantized in a process of its own: the quantizer loads PyTorch, prints and logs, and may
+need more memory than there is.
 """
 
 from __future__ import annotations
@@ -13,9 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -24,8 +21,7 @@ import onnx
 import onnxruntime as ort
 from onnx import numpy_helper
 
-from ...runtime.artifact.folder import read_manifest, verified_graph
-from ...runtime.artifact.manifest import Manifest
+from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.encoding import (
     Arrays,
     EncodedRow,
@@ -43,41 +39,52 @@ _LEAST_TEXTS = 32
 _MOST_TEXTS = 256
 
 
-def split_texts(texts: Sequence[Text]) -> tuple[Sequence[Text], Sequence[Text]]:
-    """Of the first 512 texts: those that give the ranges, and those that judge the result.
+def gives_ranges(place: int) -> bool:
+    """Whether the text at a place gives ranges: every other one of the first 512 texts.
+
+    The other texts judge the result.
+    """
+    return place < 2 * _MOST_TEXTS and place % 2 == 0
+
+
+def check_enough(texts: Sequence[Text]) -> None:
+    """Refuse to quantize with too few texts.
 
     Raises:
-        InputError: too few texts.
+        InputError: how many there are, and how many are needed.
     """
     if len(texts) < _LEAST_TEXTS:
         raise InputError(
-            f"int8 ranges need at least {_LEAST_TEXTS} texts, but there are {len(texts)}",
-            "give a few hundred texts like those to classify as `calibration_data`",
+            f"int8 needs at least {_LEAST_TEXTS} texts, but there are {len(texts)}",
+            "give a few hundred texts like those to classify as `texts`",
         )
-    used = texts[: 2 * _MOST_TEXTS]
-    return used[::2], used[1::2]
 
 
-def quantize(
-    folder: Path, manifest: Manifest, texts: Sequence[Text], form: str, progress: Progress
-) -> dict[str, Any]:
+def quantize(engines: EnginesFolder, texts: Sequence[Text], progress: Progress) -> dict[str, Any]:
     """The graphs with Q/DQ nodes, made in a separate process.
 
     Args:
-        folder: the engines folder.
-        manifest: its manifest, as it is written there.
-        texts: texts that give the ranges.
-        form: one of `FORMS`.
+        engines: the engines folder, as it is written.
+        texts: texts of which some give the ranges, see `gives_ranges`.
         progress: called with (what, done, total).
 
+    Returns:
+        Each graph as an `onnx.ModelProto`, by its name.
+
     Raises:
+        InputError: there are too few texts.
         VerificationError: a graph could not be quantized, or memory or space is lacking.
     """
+    check_enough(texts)
     progress("int8 graphs", 0, 1)
     with tempfile.TemporaryDirectory() as temporary:
-        request = Int8Request(folder=str(folder), texts=list(texts), form=form, output=temporary)
+        request = Int8Request(
+            folder=str(engines.path),
+            texts=[text for place, text in enumerate(texts) if gives_ranges(place)],
+            output=temporary,
+        )
         error = run_worker("int8", request)
-        paths = {name: Path(temporary) / f"{name}.onnx" for name in manifest.graphs}
+        paths = {name: Path(temporary) / f"{name}.onnx" for name in engines.manifest.graphs}
         if error:
             failed = next((name for name in paths if not paths[name].exists()), "a graph")
             raise VerificationError(
@@ -93,7 +100,6 @@ class Int8Request(msgspec.Struct, frozen=True, kw_only=True):
 
     folder: str
     texts: list[Text]
-    form: str
     output: str
 
 
@@ -101,35 +107,33 @@ def main() -> None:
     """Quantize what the request on standard input asks for."""
     os.environ["NNCF_CI"] = "1"  # NNCF reports its use to Intel otherwise
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=Int8Request)
-    folder = Path(request.folder)
-    manifest = read_manifest(folder)
-    rows = TextEncoder(folder, manifest.tokenizer).encode(request.texts)
-    for name, batches in graph_inputs(folder, manifest, rows):
-        proto = FORMS[request.form](folder / manifest.graphs[name].file, batches)
+    engines = EnginesFolder.read(request.folder)
+    rows = TextEncoder(engines.path, engines.manifest.tokenizer).encode(request.texts)
+    for name, batches in graph_inputs(engines, rows):
+        proto = quantized(engines.path / engines.manifest.graphs[name].file, batches)
         strip(proto)
         onnx.save(proto, Path(request.output) / f"{name}.onnx")
 
 
 def graph_inputs(
-    folder: Path, manifest: Manifest, rows: Sequence[EncodedRow], batch: int = 16
+    engines: EnginesFolder, rows: Sequence[EncodedRow], batch: int = 16
 ) -> Iterator[tuple[str, list[Arrays]]]:
     """The inputs of every graph on some rows, from which int8 ranges are taken.
 
     Runs the fp32 graphs through ONNX Runtime.
 
     Args:
-        folder: the engines folder.
-        manifest: its manifest.
+        engines: the engines folder.
         rows: tokenized rows.
         batch: rows in a batch.
 
     Yields:
         The name of a graph, and its inputs in each call on each batch.
     """
+    manifest = engines.manifest
 
     def open_session(name: str) -> Any:
-        graph = manifest.graphs[name]
-        path = verified_graph(folder, graph.file, graph.sha256)
+        path = engines.graph(manifest.graphs[name])
         return ort.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     calls = [name for segment in manifest.segments for name in segment.calls]
@@ -141,34 +145,7 @@ def graph_inputs(
             yield run.graph, inputs.pop(run.graph)
 
 
-def symmetric(source: Path, batches: list[Arrays]) -> Any:
-    """A graph with symmetric Q/DQ around every product with a weight, except in heads."""
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-
-    reader = SimpleNamespace(get_next=partial(next, iter(batches), None))
-    with tempfile.TemporaryDirectory() as temporary:
-        quantized = Path(temporary) / "quantized.onnx"
-        quantize_static(
-            source,
-            quantized,
-            reader,
-            quant_format=QuantFormat.QDQ,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-            op_types_to_quantize=["MatMul"],
-            nodes_to_exclude=_heads(onnx.load(source)),
-            extra_options={
-                "ActivationSymmetric": True,
-                "WeightSymmetric": True,
-                "MatMulConstBOnly": True,
-            },
-        )
-        # The types of the new values say which nodes are lowered to fp16.
-        return onnx.shape_inference.infer_shapes(onnx.load(quantized))
-
-
-def smooth(source: Path, batches: list[Arrays]) -> Any:
+def quantized(source: Path, batches: list[Arrays]) -> Any:
     """A graph with Q/DQ by SmoothQuant and bias correction of NNCF, except in heads.
 
     Products within attention are left out, too: OpenVINO would run quantized products of two
@@ -213,9 +190,6 @@ def _products_of_activations(proto: Any) -> list[str]:
     products = [node for node in proto.graph.node if node.op_type == "MatMul"]
     return [node.name for node in products if not weights & set(node.input)]
 
-
-FORMS = {"symmetric": symmetric, "smooth": smooth}
-"""The forms of int8: `symmetric` for TensorRT, and `smooth` for CPUs."""
 
 if __name__ == "__main__":
     main()

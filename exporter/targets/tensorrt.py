@@ -6,14 +6,16 @@ will run the plans.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
-from ...runtime.artifact.folder import sha256_of, verified_graph
-from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
+from ...runtime.artifact.folder import EnginesFolder, sha256_of
+from ...runtime.artifact.manifest import BuiltFile, Target
 from ...runtime.backends.tensorrt import MODULES, library_version
 from ...runtime.errors import BackendError
 from ...runtime.machine import cuda_device
-from ...runtime.progress import Progress, silent
+from ...runtime.progress import Progress
+from ..staging import replacing, unique_name
 from .backends import RTX
 from .plan_worker import PlanRequest
 from .plans import PlanOptions, profile_of
@@ -23,84 +25,82 @@ TIMING_CACHE = "timing.cache"
 """Timings of kernels, in the folder of a target; those with the same layers can begin with them."""
 
 
-def _device(backend: str) -> str:
-    """The class of GPUs that plans are bound to, such as `sm86`; empty with `tensorrt-rtx`."""
-    return "" if backend == RTX else "sm" + cuda_device().compute_capability.replace(".", "")
-
-
-def target_name(backend: str, precision: str) -> str:
-    """The name of a target that is built on this machine."""
-    return "-".join(filter(None, (backend, precision, _device(backend))))
-
-
-def build_target(
-    folder: Path,
-    manifest: Manifest,
-    backend: str,
-    precision: str,
-    options: PlanOptions,
-    progress: Progress = silent,
+def plans_record(
+    engines: EnginesFolder, backend: str, precision: str, options: PlanOptions
 ) -> Target:
-    """Build the plans of a target into `targets/<name>/`.
+    """The record of a target of plans that is built on this machine, without its files.
 
     Args:
-        folder: the engines folder.
-        manifest: its manifest.
+        engines: the engines folder.
         backend: `tensorrt-rtx` or `tensorrt`.
         precision: of the graphs to build.
-        options: shapes, GPUs and limits.
-        progress: called with (what, done, total).
-
-    Returns:
-        The record of the target, without what is measured.
-
-    Raises:
-        BackendError: a build failed.
+        options: shapes and GPUs.
     """
-    options = options.fitted(manifest, backend)
-    graphs = manifest.graphs_in(precision)
-    name = target_name(backend, precision)
-    home = folder / "targets" / name
-    home.mkdir(parents=True, exist_ok=True)
-    files: dict[str, BuiltFile] = {}
-    progress(name, 0, len(graphs))
-
-    for graph_name, graph in graphs.items():
-        onnx = verified_graph(folder, graph.file, graph.sha256)
-        plan = home / f"{graph_name}.plan"
-        request = PlanRequest(
-            onnx=str(onnx),
-            plan=str(plan),
-            timing_cache=str(home / TIMING_CACHE),
-            profiles=[
-                {spec.name: profile_of(spec, shapes) for spec in graph.inputs}
-                for shapes in options.profiles()
-            ],
-            options=options,
-        )
-        is_rtx = str(int(backend == RTX))
-        error = run_worker("plan_worker", request, POLYGRAPHY_USE_TENSORRT_RTX=is_rtx)
-        if error:
-            raise BackendError(
-                f"{name}: {graph_name}: {error}",
-                "if memory is lacking, free some, or build for smaller shapes; else run the graphs "
-                "without plans, on onnxruntime-fp32, and please report this",
-            )
-        files[graph_name] = BuiltFile(
-            file=plan.relative_to(folder).as_posix(),
-            sha256=sha256_of(plan),
-            onnx_sha256=graph.sha256,
-        )
-        progress(f"{name} {graph_name}", len(files), len(graphs))
+    options = options.fitted(engines.manifest, backend)
+    module = MODULES[backend]
+    here = cuda_device().compute_capability
     return Target(
         backend=backend,
         precision=precision,
-        device=_device(backend),
-        versions={MODULES[backend]: library_version(MODULES[backend])},
-        files=files,
+        device="" if backend == RTX else "sm" + here.replace(".", ""),
+        versions={module: library_version(module)},
         tolerance=None,
-        compute_capabilities=options.compute_capabilities or (cuda_device().compute_capability,),
+        compute_capabilities=options.compute_capabilities or (here,),
         profiles=options.profiles(),
         batch_sizes=options.batch_sizes,
         sequence_lengths=options.sequence_lengths,
     )
+
+
+def build_plans(
+    engines: EnginesFolder, target: Target, options: PlanOptions, home: Path, progress: Progress
+) -> dict[str, BuiltFile]:
+    """Build the plans of a target.
+
+    Args:
+        engines: the engines folder.
+        target: the record of the target.
+        options: shapes and GPUs.
+        home: the folder to write the plans to; it must exist.
+        progress: called with (what, done, total).
+
+    Returns:
+        The record of each plan, by the name of its graph.
+
+    Raises:
+        BackendError: a build failed.
+    """
+    options = options.fitted(engines.manifest, target.backend)
+    graphs = engines.manifest.graphs_of(target)
+    files: dict[str, BuiltFile] = {}
+    progress(target.name, 0, len(graphs))
+    with replacing(home) as new:
+        if (home / TIMING_CACHE).is_file():
+            shutil.copy(home / TIMING_CACHE, new)
+        for graph_name, graph in graphs.items():
+            plan = new / graph_name
+            request = PlanRequest(
+                onnx=str(engines.graph(graph)),
+                plan=str(plan),
+                timing_cache=str(new / TIMING_CACHE),
+                profiles=[
+                    {spec.name: profile_of(spec, shapes) for spec in graph.inputs}
+                    for shapes in target.profiles
+                ],
+                options=options,
+            )
+            is_rtx = str(int(target.backend == RTX))
+            error = run_worker("plan_worker", request, POLYGRAPHY_USE_TENSORRT_RTX=is_rtx)
+            if error:
+                raise BackendError(
+                    f"{target.name}: {graph_name}: {error}",
+                    "if memory is lacking, free some, or build for smaller shapes; else run the "
+                    "graphs without plans, on onnxruntime-fp32, and please report this",
+                )
+            sha256 = sha256_of(plan)
+            file = unique_name(graph_name, sha256, ".plan")
+            plan.rename(new / file)
+            path = (home / file).relative_to(engines.path).as_posix()
+            files[graph_name] = BuiltFile(file=path, sha256=sha256, onnx_sha256=graph.sha256)
+            progress(f"{target.name} {graph_name}", len(files), len(graphs))
+    return files

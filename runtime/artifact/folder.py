@@ -15,12 +15,14 @@ import os
 import stat
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import msgspec
 
 from ..errors import COPY_AGAIN, EXPORT_AGAIN, ArtifactError, InputError
-from .manifest import MANIFEST_NAME, SCHEMA_VERSION, BuiltFile, Graph, Manifest
+from .manifest import MANIFEST_NAME, SCHEMA_VERSION, BuiltFile, Graph, Manifest, Target
 from .untrusted.consistency import problems
 from .untrusted.graph_content import check_graph
 
@@ -51,6 +53,98 @@ def _read_regular(path: Path) -> bytes:
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return path.read_bytes()
+
+
+@dataclass(frozen=True)
+class EnginesFolder:
+    """An engines folder: where it is, and what its manifest says.
+
+    Attributes:
+        path: the folder.
+        manifest: its manifest, which may have changes that are not written yet.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def read(cls, path: str | Path) -> EnginesFolder:
+        """The folder as it is on disk; see `read_manifest` for the errors."""
+        return cls(Path(path), read_manifest(path))
+
+    def absolute(self) -> EnginesFolder:
+        """The same folder, also after the process has changed its directory."""
+        return replace(self, path=self.path.absolute())
+
+    def write(self) -> None:
+        """Write the manifest atomically.
+
+        A manifest that is a link is replaced; the file behind the link is not changed.
+
+        Raises:
+            ArtifactError: the folder cannot be written. The old manifest is then unchanged.
+        """
+        text = msgspec.json.format(msgspec.json.encode(self.manifest), indent=2) + b"\n"
+        write_whole(self.path / MANIFEST_NAME, text)
+
+    def with_manifest(self, **changes: Any) -> EnginesFolder:
+        """The folder with other values of some fields of the manifest, which is not written."""
+        return replace(self, manifest=msgspec.structs.replace(self.manifest, **changes))
+
+    def with_target(self, name: str, target: Target) -> EnginesFolder:
+        """The folder with one target more, or with one target replaced."""
+        return self.with_manifest(targets={**self.manifest.targets, name: target})
+
+    def file(self, relative: str, sha256: str) -> Path:
+        """The path of a file of the folder, after checking its hash; see `verified`."""
+        return verified(self.path, relative, sha256)
+
+    def graph(self, record: Graph | BuiltFile) -> Path:
+        """The path of an ONNX graph, after checking its hash and its content.
+
+        Raises:
+            ArtifactError: as in `file`, or the graph holds something that the exporter does not
+                write, see `graph_content`.
+        """
+        path = self.file(record.file, record.sha256)
+        check_graph(path)
+        return path
+
+    def hashes(self, target: str | None = None) -> list[tuple[str, str]]:
+        """The path and SHA-256 of each file that the manifest names.
+
+        Args:
+            target: leave out the graphs and built files that this target does not run.
+
+        Raises:
+            ArtifactError: the folder does not have the graphs that the target runs.
+        """
+        manifest = self.manifest
+        parts: list[Mapping[str, Graph | BuiltFile]]
+        if target is None:
+            built = (each.files for each in manifest.targets.values())
+            parts = [manifest.graphs, *manifest.precisions.values(), *built]
+        else:
+            chosen = manifest.targets[target]
+            parts = [chosen.files or manifest.graphs_of(chosen)]
+        files = [(manifest.tokenizer.file, manifest.tokenizer.sha256), *manifest.files.items()]
+        if manifest.exit_0 is not None:
+            files.append((manifest.exit_0.file, manifest.exit_0.sha256))
+        files += [(each.file, each.sha256) for part in parts for each in part.values()]
+        return list(dict.fromkeys(files))
+
+    def damage(self) -> list[str]:
+        """What is wrong with each file that the manifest names; empty for an intact file."""
+        problems = []
+        for file, sha256 in self.hashes():
+            try:
+                path = self.file(file, sha256)
+                if path.suffix == ".onnx":
+                    check_graph(path)
+                problems.append("")
+            except ArtifactError as error:
+                problems.append(error.message)
+        return problems
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -118,18 +212,6 @@ def _is_model_dir(folder: Path) -> bool:
         return is_configured and any(any(folder.glob(pattern)) for pattern in weights)
     except OSError:
         return False
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest atomically.
-
-    A manifest that is a link is replaced; the file behind the link is not changed.
-
-    Raises:
-        ArtifactError: the folder cannot be written. The old manifest is then unchanged.
-    """
-    text = msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
-    write_whole(folder / MANIFEST_NAME, text)
 
 
 def write_whole(path: Path, *parts: bytes) -> None:
@@ -202,65 +284,17 @@ def verified(folder: Path, relative: str, sha256: str) -> Path:
     """
     path = resolve(folder, relative)
     try:
-        found = sha256_of(path)
+        actual = sha256_of(path)
     except OSError as error:
         raise ArtifactError(
             f"{path} cannot be read: {error.strerror}", "check the permissions, or copy it again"
         ) from error
-    if found != sha256:
+    if actual != sha256:
         raise ArtifactError(
-            f"{path} is damaged: sha256 {found[:12]}..., expected {sha256[:12]}...",
+            f"{path} is damaged: sha256 {actual[:12]}..., expected {sha256[:12]}...",
             COPY_AGAIN,
         )
     return path
-
-
-def verified_graph(folder: Path, relative: str, sha256: str) -> Path:
-    """The path of an ONNX graph, after checking its hash and its content.
-
-    Raises:
-        ArtifactError: as in `verified`, or the graph holds something that the exporter does not
-            write, see `graph_content`.
-    """
-    path = verified(folder, relative, sha256)
-    check_graph(path)
-    return path
-
-
-def hashes(manifest: Manifest, target: str | None = None) -> list[tuple[str, str]]:
-    """The path and SHA-256 of each file that a manifest names.
-
-    Args:
-        manifest: the manifest.
-        target: leave out the graphs and built files that this target does not run.
-
-    Raises:
-        ArtifactError: the folder does not have the graphs that the target runs.
-    """
-    parts: list[Mapping[str, Graph | BuiltFile]]
-    if target is None:
-        built = (each.files for each in manifest.targets.values())
-        parts = [manifest.graphs, *manifest.precisions.values(), *built]
-    else:
-        chosen = manifest.targets[target]
-        parts = [chosen.files or manifest.graphs_of(chosen)]
-    found = [(manifest.tokenizer.file, manifest.tokenizer.sha256), *manifest.files.items()]
-    if manifest.exit_0 is not None:
-        found.append((manifest.exit_0.file, manifest.exit_0.sha256))
-    found += [(each.file, each.sha256) for part in parts for each in part.values()]
-    return list(dict.fromkeys(found))
-
-
-def damage(folder: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with each file that a manifest names; empty for a file that is intact."""
-    found = []
-    for file, sha256 in hashes(manifest):
-        try:
-            (verified_graph if file.endswith(".onnx") else verified)(folder, file, sha256)
-            found.append("")
-        except ArtifactError as error:
-            found.append(error.message)
-    return found
 
 
 class _Written(msgspec.Struct):

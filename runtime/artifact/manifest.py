@@ -210,12 +210,10 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         backend: inference library, such as `onnxruntime` or `tensorrt`.
-        precision: numeric format of the weights and activations, such as `fp32`.
+        precision: numeric format of the weights and activations, such as `fp32`. In `int8`, what is
+            not quantized is in fp32, and in `int8-bf16` in bf16.
         graph_precision: that of the ONNX graphs which are run, or from which the files were built;
             empty: the target's own. OpenVINO rounds fp32 graphs to bf16.
-        rest_precision: with OpenVINO in int8: `bf16` or `fp32`, in which what is not quantized ran
-            where the target was verified or calibrated. The operating points do not apply on CPUs
-            that run it in the other one.
         device: device class that the files are bound to; empty: any.
         versions: version of each library that built or verified it.
         files: built file of each graph, by the graph's name; empty if the ONNX graphs are run.
@@ -235,7 +233,6 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     precision: str
     graph_precision: str = ""
-    rest_precision: str = ""
     device: str = ""
     versions: dict[str, str] = {}
     files: dict[str, BuiltFile] = {}
@@ -247,6 +244,11 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     sequence_lengths: tuple[Count, ...] = ()
     operating_points: dict[str, OperatingPoint] = {}
     default_operating_point: str = ""
+
+    @property
+    def name(self) -> str:
+        """What a folder calls it, such as `tensorrt-fp16-sm87`."""
+        return "-".join(filter(None, (self.backend, self.precision, self.device)))
 
     @property
     def on_gpu(self) -> bool:
@@ -361,8 +363,3 @@ def keep_targets(manifest: Manifest, keep: Callable[[str, Target], bool]) -> Man
         default = next(iter(targets))
         manifest = msgspec.structs.replace(manifest, default_target=default, default_is_fixed=False)
     return msgspec.structs.replace(manifest, targets=targets)
-
-
-def with_target(manifest: Manifest, name: str, target: Target) -> Manifest:
-    """A manifest with one target more, or with one target replaced."""
-    return msgspec.structs.replace(manifest, targets={**manifest.targets, name: target})

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import COPY_AGAIN, EXPORT_AGAIN, ArtifactError
-from .folder import verified
-from .manifest import REFERENCE_NAME, Manifest
+from .folder import EnginesFolder
+from .manifest import REFERENCE_NAME
 from .untrusted.arrays import read_arrays
 
 Text = str | tuple[str, str]
@@ -31,15 +31,16 @@ def write_reference(folder: Path, texts: Sequence[Text], logits: NDArray[np.floa
     )
 
 
-def read_reference(folder: Path, manifest: Manifest) -> tuple[list[Text], NDArray[np.float32]]:
+def read_reference(engines: EnginesFolder) -> tuple[list[Text], NDArray[np.float32]]:
     """Texts, and the fp32 logits `[exits, rows, labels]` of the PyTorch model.
 
     Raises:
         ArtifactError: the file is missing, damaged, or of another model.
     """
+    manifest = engines.manifest
     if REFERENCE_NAME not in manifest.files:
-        raise ArtifactError(f"{folder} has no {REFERENCE_NAME} to check it with", EXPORT_AGAIN)
-    path = verified(folder, REFERENCE_NAME, manifest.files[REFERENCE_NAME])
+        raise ArtifactError(f"{engines.path} has no {REFERENCE_NAME} to check it with", EXPORT_AGAIN)
+    path = engines.file(REFERENCE_NAME, manifest.files[REFERENCE_NAME])
     try:
         content = read_arrays(path, ("texts", "logits"))
         texts = json.loads(content["texts"].tobytes())

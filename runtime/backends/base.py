@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact.folder import resolve
+from ..artifact.folder import EnginesFolder, resolve
 from ..artifact.manifest import LOGITS, NEXT, BuiltFile, Graph, Manifest, Target, TensorSpec
 from ..encoding import EncodedRow, padding_values
 from ..errors import BackendError
@@ -413,9 +413,8 @@ class Backend(ABC):
     in_flight: ClassVar[int] = 1
     joins: ClassVar[bool] = False
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, name: str, threads: int | None = None
-    ) -> None:
+    def __init__(self, engines: EnginesFolder, name: str, threads: int | None = None) -> None:
+        manifest = engines.manifest
         self.name = name
         self.target = manifest.targets[name]
         self.check(self.target, name)
@@ -425,7 +424,7 @@ class Backend(ABC):
         self.specs = carried_specs(self.graphs)
         self.padding = padding_values(manifest.tokenizer)
         # Segments are loaded when needed, and until then the process may change its directory.
-        self._folder = folder.absolute()
+        self._engines = engines.absolute()
         self._shapes = manifest.shapes
         self._threads = threads
         self._lock = threading.Lock()
@@ -438,7 +437,7 @@ class Backend(ABC):
         self._closed = False
         # Hashing waits until a file is loaded, but a missing one is reported now.
         for graph in self.graphs:
-            resolve(folder, self._file(graph).file)
+            resolve(engines.path, self._file(graph).file)
 
     @staticmethod
     @abstractmethod

@@ -83,10 +83,8 @@ class DeviceBackend(Backend):
     joins = True
     stream: int | None = None
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, name: str, threads: int | None = None
-    ) -> None:
-        super().__init__(folder, manifest, name, threads)
+    def __init__(self, engines: EnginesFolder, name: str, threads: int | None = None) -> None:
+        super().__init__(engines, name, threads)
         self.cuda = cuda()
 
     def check_out(self) -> Execution:

@@ -82,14 +82,12 @@ class OnnxRuntimeBackend(HostBackend):
     def read(self, name: str) -> Any:
         """The session, which also serves all other graphs."""
         files = {graph: self._file(graph) for graph in self.graphs}
-        paths = {
-            graph: verified_graph(self._folder, f.file, f.sha256) for graph, f in files.items()
-        }
+        paths = {graph: self._engines.graph(file) for graph, file in files.items()}
         try:
             joined = one_graph(paths)
         except ValueError as error:
             raise ArtifactError(
-                f"the ONNX graphs in {self._folder} cannot run together: {error}", EXPORT_AGAIN
+                f"the ONNX graphs in {self._engines.path} cannot run together: {error}", EXPORT_AGAIN
             ) from error
         options = session_options(self._threads)
         where = "session.model_external_initializers_file_folder_path"

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..artifact.folder import verified_graph
-from ..artifact.manifest import Manifest, Target
+from ..artifact.folder import EnginesFolder
+from ..artifact.manifest import Target
 from ..errors import ArtifactError, BackendError, first_line
 from .base import Bucket, Limits, is_out_of_memory, shape_of
 from .cuda import extra, required_gpu
@@ -38,10 +38,8 @@ _SHAPE_NODES = {"Shape", "Squeeze", "Unsqueeze", "Concat", "Range"}
 class OnnxRuntimeCudaBackend(DeviceBackend):
     """Graphs as sessions of the CUDA provider; see `Backend`."""
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, name: str, threads: int | None = None
-    ) -> None:
-        super().__init__(folder, manifest, name, threads)
+    def __init__(self, engines: EnginesFolder, name: str, threads: int | None = None) -> None:
+        super().__init__(engines, name, threads)
         self.stream: int = self.cuda.stream()
 
     @staticmethod
@@ -101,7 +99,7 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
         import onnxruntime as ort
 
         file = self._file(name)
-        path = verified_graph(self._folder, file.file, file.sha256)
+        path = self._engines.graph(file)
         problems = _preload()
         try:
             session = create_session(path, self.stream)

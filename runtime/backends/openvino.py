@@ -23,8 +23,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact.folder import verified_graph
-from ..artifact.manifest import HIDDEN_STATES, NEXT, BuiltFile, Graph, Manifest, Target, TensorSpec
+from ..artifact.folder import EnginesFolder
+from ..artifact.manifest import HIDDEN_STATES, NEXT, BuiltFile, Graph, Target, TensorSpec
 from ..errors import BackendError, MissingExtraError, first_line
 from ..machine import cpu_info, usable_cores
 from . import compiled_cache
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 _OLDEST = (2026, 0)
 _INSTALL = "pip install -U 'fpabee[openvino]'"
 _DEVICE = "CPU"
+BF16 = "bf16"
+"""The end of the precisions in which what is not quantized runs in bf16."""
 # OpenVINO prepares its kernels again for each new shape, so rows and lengths are rounded up to few
 # values. Batches of up to 16 rows are not padded, lengths of up to 512 tokens are multiples of 8,
 # and beyond that a step is a sixteenth to an eighth of the size. Without the steps of rows, the
@@ -87,18 +89,15 @@ class OpenVinoBackend(HostBackend):
     # took 6 to 9 % less time over a file than with the default. Smaller models need less memory.
     free_bytes = 256 * 2**20
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, name: str, threads: int | None = None
-    ) -> None:
-        super().__init__(folder, manifest, name, threads)
-        precision = self.target.precision
-        self._is_bf16 = (rest_precision() if precision == "int8" else precision) == "bf16"
+    def __init__(self, engines: EnginesFolder, name: str, threads: int | None = None) -> None:
+        super().__init__(engines, name, threads)
+        self._is_bf16 = self.target.precision.endswith(BF16)
         if self._is_bf16 and HIDDEN_STATES in self.specs:
             spec = self.specs[HIDDEN_STATES]
             self.specs[HIDDEN_STATES] = msgspec.structs.replace(spec, dtype="bfloat16")
         self._settings = {
             # int8 graphs name the operations that run in int8; this is for the others.
-            "INFERENCE_PRECISION_HINT": "bf16" if self._is_bf16 else "f32",
+            "INFERENCE_PRECISION_HINT": BF16 if self._is_bf16 else "f32",
             "INFERENCE_NUM_THREADS": threads or usable_cores(),
             "NUM_STREAMS": "1",
             # Several processes must not be pinned to the same cores.
@@ -112,7 +111,7 @@ class OpenVinoBackend(HostBackend):
         Raises:
             BackendError: the CPU lacks the instructions for it.
         """
-        if target.precision == "bf16" and not has_bf16():
+        if target.precision.endswith(BF16) and not has_bf16():
             raise BackendError(
                 f"target {name} needs a CPU with bf16 instructions, and this one has none",
                 "choose another `target`, such as openvino-fp32",
@@ -171,7 +170,7 @@ class OpenVinoBackend(HostBackend):
     def _compile(self, file: BuiltFile | Graph) -> Any:
         import openvino as ov
 
-        model = _core().read_model(str(verified_graph(self._folder, file.file, file.sha256)))
+        model = _core().read_model(str(self._engines.graph(file)))
         prepared = ov.preprocess.PrePostProcessor(model)
         names = {port.any_name for port in (*model.inputs, *model.outputs)}
         if self._is_bf16 and HIDDEN_STATES in names:
@@ -221,14 +220,6 @@ def has_bf16() -> bool:
     flags = cpu_info().get("flags", "").split()
     # OpenVINO also emulates bf16, which is slower than fp32.
     return "BF16" in capabilities and (not flags or "avx512_bf16" in flags or "amx_bf16" in flags)
-
-
-def rest_precision() -> str:
-    """The precision in which targets in int8 run what is not quantized, on this CPU.
-
-    See `has_bf16` for the errors.
-    """
-    return "bf16" if has_bf16() else "fp32"
 
 
 def openvino_version() -> str:

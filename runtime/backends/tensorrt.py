@@ -17,8 +17,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from ..artifact.folder import verified
-from ..artifact.manifest import Manifest, Target
+from ..artifact.folder import EnginesFolder
+from ..artifact.manifest import Target
 from ..errors import ArtifactError, BackendError, MissingExtraError
 from ..machine import cuda_device
 from . import compiled_cache
@@ -107,10 +107,8 @@ class TensorRtBackend(DeviceBackend):
         ArtifactError: a plan was built from another graph than the one in the folder.
     """
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, name: str, threads: int | None = None
-    ) -> None:
-        super().__init__(folder, manifest, name, threads)
+    def __init__(self, engines: EnginesFolder, name: str, threads: int | None = None) -> None:
+        super().__init__(engines, name, threads)
         self.trt: Any = importlib.import_module(MODULES[self.target.backend])
         self._log = error_logger(self.trt)
         self._runtime = self.trt.Runtime(self._log)
@@ -120,7 +118,7 @@ class TensorRtBackend(DeviceBackend):
         for graph, file in self.target.files.items():
             if file.onnx_sha256 != self.graphs[graph].sha256:
                 raise ArtifactError(
-                    f"{folder / file.file} was built from another graph than the one in the folder",
+                    f"{engines.path / file.file} was built from another graph than the one in the folder",
                     rebuild(self.target),
                 )
 
@@ -237,7 +235,7 @@ class TensorRtBackend(DeviceBackend):
 
     def _load(self, name: str) -> Any:
         file = self._file(name)
-        path = verified(self._folder, file.file, file.sha256)
+        path = self._engines.file(file.file, file.sha256)
         plan = path.read_bytes()
         if self._compiled is not None:
             validity, _ = self._runtime.get_engine_validity(plan[:_HEADER_BYTES])

@@ -11,7 +11,7 @@ import rich_click as click
 from rich import box
 from rich.table import Table
 
-from ..artifact.folder import damage, read_manifest, resolve
+from ..artifact.folder import EnginesFolder, resolve
 from ..artifact.manifest import Manifest
 from ..artifact.operating_point import OperatingPoint
 from ..engine import Engine
@@ -50,14 +50,13 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
         if not as_json:
             _print_values(content["environment"])
     if engines is not None:
-        engines = engines_folder(engines, every_target=True)
-        manifest = read_manifest(engines)
-        states = [_state_of(engines, manifest, name) for name in manifest.targets]
-        content |= _summary(manifest) | {"targets": states}
+        folder = EnginesFolder.read(engines_folder(engines, every_target=True))
+        states = [_state_of(folder, name) for name in folder.manifest.targets]
+        content |= _summary(folder.manifest) | {"targets": states}
         if not as_json:
-            _print(engines, manifest, states)
+            _print(folder, states)
         if check:
-            content["check"] = found = _check(engines, manifest, states)
+            content["check"] = found = _check(folder, states)
             if not as_json:
                 _print_check(found)
     if as_json:
@@ -70,27 +69,27 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
         )
 
 
-def _state_of(folder: Path, manifest: Manifest, name: str) -> dict[str, Any]:
+def _state_of(engines: EnginesFolder, name: str) -> dict[str, Any]:
     """The bytes of a target's files, or of the graphs that it runs, and why it cannot run here."""
-    target = manifest.targets[name]
+    target = engines.manifest.targets[name]
     state: dict[str, Any] = {"name": name, "size": 0, "unavailable_reason": ""}
     try:
-        for graph in (target.files or manifest.graphs_of(target)).values():
-            state["size"] += resolve(folder, graph.file).stat().st_size
+        for graph in (target.files or engines.manifest.graphs_of(target)).values():
+            state["size"] += resolve(engines.path, graph.file).stat().st_size
         backend_class(target).check(target, name)
     except FpabeeError as error:
         state["unavailable_reason"] = in_terms_of_options(error)
     return state
 
 
-def _check(folder: Path, manifest: Manifest, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _check(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Compare every hash, and run the reference texts on every target that can run here."""
-    files = damage(folder, manifest)
+    files = engines.damage()
     agreement, refused = dict[str, str](), dict[str, str]()
     for name in (state["name"] for state in states if not state["unavailable_reason"]):
         try:
-            _, rule = rule_of(folder, manifest, name, None)
-            with Engine.load(folder, name, rule=rule) as engine:
+            _, rule = rule_of(engines.manifest, name, None)
+            with Engine.load(engines.path, name, rule=rule) as engine:
                 agreement[name] = str(engine.check())
         except FpabeeError as error:
             refused[name] = error.message
@@ -125,7 +124,8 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _print(folder: Path, manifest: Manifest, states: Sequence[dict[str, Any]]) -> None:
+def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
+    manifest = engines.manifest
     shown = _summary(manifest)
     default, rule = shown.pop("default_target"), shown.pop("default_rule")
     del shown["operating_points"]
@@ -156,7 +156,7 @@ def _print(folder: Path, manifest: Manifest, states: Sequence[dict[str, Any]]) -
         echo(line)
     runs = [state["name"] for state in states if not state["unavailable_reason"]]
     if runs and default not in runs:
-        instead = target_of(folder, manifest, None)
+        instead = target_of(engines, None)
         echo(f"the default target {default} cannot run here; {instead} runs instead")
 
 
