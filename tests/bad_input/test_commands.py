@@ -167,6 +167,9 @@ SERVING = [
     Case("an empty host", serve("--host", ""), "empty", "0.0.0.0", "--host"),
     Case("a URL as a host", serve("--allowed-host", "http://a.example"), "'http://a.example'",
          "--allowed-host"),
+    Case("a pattern as a host", serve("--allowed-host", "*.example.com"), "'*.example.com'",
+         "--allowed-host"),
+    Case("an empty name of a host", serve("--allowed-host", ""), "''", "--allowed-host"),
 ]  # fmt: skip
 
 SETTINGS = [
