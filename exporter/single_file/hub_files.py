@@ -9,7 +9,6 @@ README.md              the model card
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from tokenizers import Tokenizer
 
 from ... import __version__
 from ...calibration.scoring import AGREEMENT
-from ...runtime.artifact.folder import verified
+from ...runtime.artifact.folder import BAD_JSON, verified
 from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest, TokenizerSpec
 from ...runtime.artifact.operating_point import OperatingPoint
-from ...runtime.errors import printable
+from ...runtime.errors import EXPORT_AGAIN, ArtifactError, printable
 from ...runtime.rules.rules import ExitRule
 from ...runtime.rules.words import rule_in_words
 from ..targets.backends import INT8
@@ -86,17 +85,25 @@ def write_files(
         packed: what was packed.
         model: the graph, an `onnx_ir.Model`.
         is_large: whether its weights lie beside it.
+
+    Raises:
+        ArtifactError: the configuration of the classifier is damaged.
     """
     spec, target = manifest.tokenizer, manifest.targets[packed.target]
     point = target.operating_points.get(packed.operating_point or "")
     tokenizer = load_tokenizer(source, spec)
     tokenizer.save(str(folder / "tokenizer.json"))
-    classifier = verified(source, CLASSIFIER_NAME, manifest.files[CLASSIFIER_NAME])
+    path = verified(source, CLASSIFIER_NAME, manifest.files[CLASSIFIER_NAME])
+    try:
+        classifier = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except BAD_JSON as error:
+        problem = str(error) or type(error).__name__
+        raise ArtifactError(f"{path} is not a configuration: {problem}", EXPORT_AGAIN) from error
     # transformers.js looks for the graph of this precision.
     dtype = "q8" if target.precision == INT8 else "fp32"
     for_js = {"dtype": dtype, "use_external_data_format": is_large}
     contents = {
-        "config.json": {**json.loads(classifier.read_bytes()), "transformers.js_config": for_js},
+        "config.json": {**classifier, "transformers.js_config": for_js},
         "tokenizer_config.json": {
             # The class that takes tokenizer.json as it is.
             "tokenizer_class": "PreTrainedTokenizerFast",

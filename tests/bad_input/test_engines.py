@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fpabee.runtime.artifact.folder import read_manifest
-from fpabee.runtime.artifact.manifest import MANIFEST_NAME, TOKENIZER_NAME
+from fpabee.runtime.artifact.manifest import CLASSIFIER_NAME, MANIFEST_NAME, TOKENIZER_NAME
 from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.errors import ArtifactError
 
@@ -87,6 +89,27 @@ def other_weights(folder: Path) -> None:
     changed_heads(folder, SECOND, lambda values: values[::-1].copy())
 
 
+def reference(texts: Sequence[str], value: float) -> Make:
+    """A server that checks a folder with other reference texts, whose logits are this value or 0."""
+
+    def write(path: Path) -> None:
+        logits = np.zeros((3, len(texts), 4), np.float32)
+        logits[..., 0] = value
+        np.savez(path, texts=np.frombuffer(json.dumps(texts).encode(), np.uint8), logits=logits)
+
+    return served(corrected(REFERENCE, write))
+
+
+def packed(classifier: bytes) -> Make:
+    """One file of a folder with another configuration of the plain classifier."""
+
+    def make(place: Place) -> Arguments:
+        change = corrected(CLASSIFIER_NAME, lambda path: path.write_bytes(classifier))
+        return ["pack", place.engines(change), "-o", place.root / "packed", "--quiet"]
+
+    return make
+
+
 def swap_calls(m: Any) -> None:
     first, second = m["segments"][:2]
     first["calls"], second["calls"] = second["calls"], first["calls"]
@@ -127,6 +150,16 @@ FILES = [
     Case("a segment of another family", of_mpnet, "segment_02"),
     Case("a segment of another model", served(other_weights),
          "onnxruntime-fp32"),
+    Case("a reference of infinity", reference(["rain"], np.inf), REFERENCE, "infinite"),
+    Case("a reference of large numbers", reference(["rain"], -3e38), REFERENCE, "1e+15"),
+    Case("a reference of 10,000 texts", reference(["rain"] * 10_000, 0.0), "10,000", "256"),
+    *(
+        Case(f"a classifier.json of {what}", packed(content), CLASSIFIER_NAME)
+        for what, content in {
+            "a list": b"[1]", "a number": b"1", "half an object": b'{"a": ', "NaN": b'{"a": NaN}',
+            "no text": b"\xff", "a deep list": b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
+        }.items()
+    ),
     Case("a segment of NaN where no row stops",
          folder(with_nan, "--rule", "budget exit=3"), "exit 2"),
 ]  # fmt: skip
