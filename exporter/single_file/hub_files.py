@@ -21,6 +21,7 @@ from ...calibration.scoring import AGREEMENT
 from ...runtime.artifact.folder import BAD_JSON, verified
 from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest, TokenizerSpec
 from ...runtime.artifact.operating_point import OperatingPoint
+from ...runtime.encoding import read_tokenizer
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError, printable
 from ...runtime.rules.rules import ExitRule
 from ...runtime.rules.words import rule_in_words
@@ -66,8 +67,11 @@ def load_tokenizer(source: Path, spec: TokenizerSpec) -> Tokenizer:
     """The tokenizer of an engines folder, which cuts texts at the limit and does not pad them.
 
     Its file may pad every text to one length, and cut it earlier.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
     """
-    tokenizer = Tokenizer.from_file(str(verified(source, spec.file, spec.sha256)))
+    tokenizer = read_tokenizer(verified(source, spec.file, spec.sha256))
     tokenizer.no_padding()
     tokenizer.enable_truncation(spec.max_length)
     return tokenizer

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -90,7 +92,7 @@ def other_weights(folder: Path) -> None:
 
 
 def reference(texts: Sequence[str], value: float) -> Make:
-    """A server that checks a folder with other reference texts, whose logits are this value or 0."""
+    """A server that checks a folder with other reference texts, whose logits are a value or 0."""
 
     def write(path: Path) -> None:
         logits = np.zeros((3, len(texts), 4), np.float32)
@@ -121,6 +123,31 @@ ENDLESS |= dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
 REPEATS = {"Sequence": {"id": "A", "type_id": 0}}
 SPECIAL = {"SpecialToken": {"id": "[SEP]", "type_id": 0}}
 
+
+def with_table(table: bytes | str) -> Callable[[Any], object]:
+    """A tokenizer that replaces characters as SentencePiece does."""
+    encoded = table if isinstance(table, str) else base64.b64encode(table).decode()
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": encoded}
+    return lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [normalizer]})
+
+
+def table(*units: int) -> bytes:
+    """A table that maps nothing, but for its first units."""
+    return struct.pack("<257I", 1024, *units, *[0] * (256 - len(units))) + b"text\0"
+
+
+# The library would print a panic, while it reads the table, or in a text.
+TABLES: dict[str, bytes | str] = {
+    "is empty": b"",
+    "is not in base64": "!",
+    "has no trie": struct.pack("<I", 0),
+    "is cut short": table()[:1000],
+    "holds no text": table() + b"\xff",
+    "leads out of its trie": table(1 << 30),
+    # The root is unit 0. Its child for "f" has a value, whose unit is next to it.
+    "leads out of its texts": table(*[0] * ord("f"), 1 << 10 | 1 << 8 | ord("f"), 1 << 31 | 9),
+}
+
 MANIFESTS = [
     Case("no folder", lambda p: p.run_texts(folder=p.root / "none"), "none", "export"),
     Case("a newer schema", says(lambda m: m.update(schema_version="2.3")), "2.3", "export"),
@@ -144,6 +171,10 @@ FILES = [
          tokenizer(lambda t: t["post_processor"]["single"].extend([SPECIAL] * 2000)), "no room"),
     Case("a tokenizer of a larger vocabulary",
          tokenizer(lambda t: t["model"]["vocab"].update(film=10**6)), "segment_01"),
+    *(
+        Case(f"a tokenizer whose table {what}", tokenizer(with_table(table)), TOKENIZER_NAME)
+        for what, table in TABLES.items()
+    ),
     Case("graphs that take less than the manifest says", long_text, "segment_01", "--max-length"),
     Case("a segment that is no ONNX", rewritten(SECOND, b"hello"), SECOND),
     Case("a segment with a loop", folder(corrected(SECOND, with_loop)), SECOND),

@@ -222,6 +222,8 @@ PARTS = [
     Case("no tokenizer", removed(TOKENIZER, "tokenizer_config.json"), TOKENIZER, "vocab.txt"),
     Case("an empty tokenizer", file(TOKENIZER, "{}"), TOKENIZER),
     Case("a tokenizer without a fast version", model(slow_tokenizer), "EsmTokenizer"),
+    Case("a tokenizer with a damaged table", tokenizer(lambda t: t.update(
+         normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})), "charsmap"),
     Case("tokenizer.json cut short", cut_short(TOKENIZER), "model"),
     Case("a tokenizer of a larger vocabulary",
          tokenizer(lambda t: t["model"]["vocab"].update(film=10**6)), "1000000", "173"),
