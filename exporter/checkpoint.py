@@ -21,7 +21,7 @@ from torch import Tensor
 from ..runtime.artifact.folder import BAD_JSON
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import ModelError, first_line
-from ..runtime.hub import hub_errors, repository_of
+from ..runtime.hub import answers, hub_errors, repository_of
 from .backbones import build_encoder, family_of
 from .exit_0 import CONFIG_BLOCK, EXIT_0_FILE
 from .exits import MultiExitConfig, Pooling
@@ -83,7 +83,10 @@ def resolve_model_dir(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     with hub_errors(repository, error=ModelError):
-        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
+        only_here = not answers(repository)
+        return Path(
+            snapshot_download(repository, allow_patterns=_HUB_FILES, local_files_only=only_here)
+        )
 
 
 def load_checkpoint(
