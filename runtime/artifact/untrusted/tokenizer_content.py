@@ -12,16 +12,20 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from tokenizers.models import Unigram
 
-MAX_WORD = 1024
-"""Longest word in characters that a model may split into tokens; real ones have 100."""
+# Longest word in characters that a WordPiece model may split into tokens. Real ones have 100, or
+# 200. The time for a word grows with the third power of its length.
+_MAX_WORD = 256
+# Longest token in characters of a Unigram model; SentencePiece makes none above 16. For each
+# character of a text, all tokens that begin there are tried.
+_MAX_TOKEN = 64
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse long words, damaged tables, and added tokens that normalize to nothing.
+    """Refuse long words, long tokens, damaged tables, and added tokens that normalize to nothing.
 
-    The time for a word grows with the square of its length, and the library finds such a token
-    without end.
+    The library finds an added token that normalizes to nothing without end.
 
     Args:
         tokenizer: of the library.
@@ -30,8 +34,13 @@ def check_tokenizer(tokenizer: Any) -> None:
         ValueError: what is wrong with it.
     """
     longest = getattr(tokenizer.model, "max_input_chars_per_word", 0)
-    if longest > MAX_WORD:
-        raise ValueError(f"its max_input_chars_per_word is {longest}; expected at most {MAX_WORD}")
+    if longest > _MAX_WORD:
+        raise ValueError(f"its max_input_chars_per_word is {longest}; expected at most {_MAX_WORD}")
+    if isinstance(tokenizer.model, Unigram):
+        token = max(tokenizer.get_vocab(with_added_tokens=False), key=len, default="")
+        if len(token) > _MAX_TOKEN:
+            problem = f"its longest token has {len(token)} characters"
+            raise ValueError(f"{problem}; expected at most {_MAX_TOKEN}")
     normalizer = tokenizer.normalizer
     if normalizer:
         _check_tables(msgspec.json.decode(normalizer.__getstate__()))

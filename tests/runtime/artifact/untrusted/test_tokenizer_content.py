@@ -47,9 +47,21 @@ def test_endless_words_are_refused() -> None:
         "continuing_subword_prefix": "##",
         "vocab": {"a": 0},
     }
-    check_tokenizer(made(model=model | {"max_input_chars_per_word": 1024}))
+    check_tokenizer(made(model=model | {"max_input_chars_per_word": 200}))
     with pytest.raises(ValueError, match="max_input_chars_per_word is 1000000000; expected at"):
         check_tokenizer(made(model=model | {"max_input_chars_per_word": 10**9}))
+    with pytest.raises(ValueError, match="max_input_chars_per_word is 1024; expected at most 256"):
+        check_tokenizer(made(model=model | {"max_input_chars_per_word": 1024}))
+
+
+def test_a_word_of_which_each_part_is_a_token_is_refused() -> None:
+    """A long text of one letter took half a minute."""
+    vocabulary = [[letter * length, -1.0] for letter in "ab" for length in range(1, 65)]
+    model = {"type": "Unigram", "unk_id": 0, "vocab": vocabulary}
+    check_tokenizer(made(model=model))
+    vocabulary.append(["a" * 65, -1.0])
+    with pytest.raises(ValueError, match="longest token has 65 characters; expected at most 64"):
+        check_tokenizer(made(model=model))
 
 
 def test_an_added_token_that_normalizes_to_nothing_is_refused() -> None:
