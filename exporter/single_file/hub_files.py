@@ -22,9 +22,10 @@ from ...runtime.artifact.folder import BAD_JSON, verified
 from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest, TokenizerSpec
 from ...runtime.artifact.operating_point import OperatingPoint
 from ...runtime.encoding import read_tokenizer
-from ...runtime.errors import EXPORT_AGAIN, ArtifactError, printable
+from ...runtime.errors import EXPORT_AGAIN, ArtifactError
 from ...runtime.rules.rules import ExitRule
 from ...runtime.rules.words import rule_in_words
+from ..markdown import MarkdownFormatter
 from ..targets.backends import INT8
 
 CARD_NAME = "README.md"
@@ -127,9 +128,11 @@ def write_files(
     for name, content in contents.items():
         text = msgspec.json.format(msgspec.json.encode(content), indent=2)
         (folder / name).write_bytes(text + b"\n")
+    texts = MarkdownFormatter()
     measured = "Nothing is promised: the rule was not calibrated for this file.\n"
     if point is not None:
-        measured = template("measured").format(
+        measured = texts.format(
+            template("measured"),
             manifest=manifest,
             packed=packed,
             point=point,
@@ -143,11 +146,12 @@ def write_files(
             versions=", ".join(map(" ".join, point.versions.items())),
         )
     layers = zip(packed.exits, manifest.exit_layers, strict=True)
-    card = template("card").format(
+    card = texts.format(
+        template("card"),
         manifest=manifest,
         packed=packed,
         target=target,
-        labels=printable(", ".join(manifest.task.labels)),
+        labels=", ".join(manifest.task.labels),
         exits=", ".join(f"{n} after layer {layer}" for n, layer in layers),
         rule=rule_in_words(packed.rule),
         exit_0=packed.no_exit_0 or ("inside" if packed.exits[0] == 0 else "the model has none"),
