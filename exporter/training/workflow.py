@@ -23,7 +23,7 @@ from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
 from ...runtime.files.labels import Labels, encode_labels
 from ...runtime.progress import Progress, silent
-from ..checkpoint import load_config, resolve_model_dir, save_checkpoint
+from ..checkpoint import load_config, load_pretrained, resolve_model_dir, save_checkpoint
 from ..exit_0 import save_exit_0
 from ..exits import MultiExitConfig, Pooling
 from ..model import MultiExitModel, by_row, predict
@@ -165,8 +165,8 @@ def build_model(options: TrainOptions, rows: Sequence[Row]) -> tuple[MultiExitMo
         ModelError: the encoder or its tokenizer cannot be used, or the exits do not fit it.
     """
     folder = resolve_model_dir(options.backbone)
-    load_config(folder)  # which refuses families that are not supported
-    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    # Published encoders may lack a pooler, which no exit uses.
+    encoder, _ = load_pretrained(AutoModel, folder, load_config(folder))
     exits = options.exits or tuple(range(1, encoder.config.num_hidden_layers + 1))
     labels = label_names(rows, options.train)
     problem_type = options.problem_type or ProblemType.SINGLE_LABEL

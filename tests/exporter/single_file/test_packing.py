@@ -224,6 +224,18 @@ def test_the_folder_is_that_of_a_plain_classifier(
     assert not any(each.op_type == "If" for each in inner), "the chain is flat"
 
 
+def test_texts_of_a_folder_are_no_markup_in_the_card(
+    exit_0_engines: Mapping[str, Path], tmp_path: Path, set_points: Callable[..., None]
+) -> None:
+    folder = Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
+    name = "[fast](https://x.y)\n# <b>"
+    set_points(folder, FP32, name, **{name: RULES["bert"]})
+    pack(folder, tmp_path / "packed", FP32)
+    card = (tmp_path / "packed" / "README.md").read_text()
+    assert r"Operating point \[fast\](https:\//x.y)\\n# &lt;b&gt; of" in card
+    assert "model.onnx stops each text" in card
+
+
 def test_a_shared_block_is_stored_once(
     packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
 ) -> None:

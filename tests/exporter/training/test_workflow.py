@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from fpabee.exporter.checkpoint import load_checkpoint, load_config
 from fpabee.exporter.exit_0 import EXIT_0_FILE
 from fpabee.exporter.exits import MultiExitConfig, Pooling
 from fpabee.exporter.training import TrainOptions, train
+from fpabee.exporter.training.report import model_card
 from fpabee.exporter.training.workflow import has_fast_bf16
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
@@ -95,6 +97,8 @@ def test_a_training_writes_a_model_its_scores_and_a_model_card(
     ):
         assert part in card
     assert str(tmp_path) not in card, "folders exist only on this machine"
+    odd = dataclasses.replace(report, labels=("[a](b)", "<c>"))
+    assert r"Labels: \[a\](b), &lt;c&gt;." in str(model_card(odd)), "labels are no markup"
 
 
 def test_a_multi_label_training_can_start_from_another_model_dir(
