@@ -98,12 +98,13 @@ def answers(repository: str, revision: str | None = None) -> bool:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    # The bases of its error are those of the library for HTTP.
+    failures: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
     try:
         HfApi().model_info(repository, revision=revision, timeout=_PATIENCE)
     except HfHubHTTPError:
         return True
-    # The bases of its error are those of the library for HTTP.
-    except (OSError, *HfHubHTTPError.__bases__):
+    except failures:
         return False
     return True
 

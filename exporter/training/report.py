@@ -86,7 +86,12 @@ def model_card(report: TrainReport) -> Any:
         metrics=list(report.scores["dev"][0]),
     )
     template = str(Path(__file__).with_name("model_card.md"))
-    functions = {"printable": printable, "text": in_markdown, "place": _place, "zip": zip}
+    functions: dict[str, Any] = {
+        "printable": printable,
+        "text": in_markdown,
+        "place": _place,
+        "zip": zip,
+    }
     return ModelCard.from_template(metadata, template, report=report, **functions)
 
 

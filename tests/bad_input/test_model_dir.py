@@ -120,6 +120,11 @@ def index_of(*names: str) -> Change:
     return apply
 
 
+def nested_index(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / f"{PICKLE}.index.json").write_text("[" * 10**5)
+
+
 def cut_short(name: str) -> Make:
     return model(lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:300]))
 
@@ -213,10 +218,7 @@ PARTS = [
     Case("an index of any file", converted(index_of("/etc/passwd")), "'/etc/passwd'", "*.bin"),
     Case("an index of nothing", trained(index_of()), f"{PICKLE}.index.json"),
     Case("an index of a name that no file has", model(index_of("a\0.bin")), r"'a\x00.bin'"),
-    Case("an index that is a list",
-         converted(lambda f: [pickled([])(f), (f / PICKLE).unlink(),
-                              (f / f"{PICKLE}.index.json").write_text("[" * 10**5)]),
-         f"{PICKLE}.index.json"),
+    Case("an index that is a list", converted(nested_index), f"{PICKLE}.index.json"),
     Case("a classifier of an unknown task",
          converted(lambda f: change_config(f, problem_type="odd")), "'odd'", "multi_label"),
     Case("no tokenizer", removed(TOKENIZER, "tokenizer_config.json"), TOKENIZER, "vocab.txt"),
