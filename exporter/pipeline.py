@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from .. import __version__
-from ..runtime.agreement import Agreement
+from ..runtime.agreement import BATCH_LIMIT, Agreement
 from ..runtime.artifact.folder import sha256_of, write_manifest
 from ..runtime.artifact.manifest import (
     CLASSIFIER_NAME,
@@ -50,8 +50,6 @@ from .verify import BUILT_IN_TEXTS, check_chain
 DEFAULT_RULE = FPabee(measure=Measure.JSKD, threshold=0.1, patience=1)
 
 _MAX_BATCH = 256
-# The smallest tolerance that is recorded: in fp32, logits differ by up to 1e-5 between batches.
-_LEAST_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -100,9 +98,10 @@ def export(
     """Compile a trained multi-exit model into an engines folder.
 
     The model is cut into one ONNX segment for each exit, in fp32. The chain, in the runtime that
-    users run, is compared with the whole model: logits within 1e-4, the same labels and exits. The
-    folder appears completely or not at all. Its target is `onnxruntime-fp32`; `add_targets` adds
-    other precisions and targets.
+    users run, is compared with the whole model: the same labels and exits, and logits within 1e-4
+    of their size, which is the largest logit of the row, or 1 if that is more. The folder appears
+    completely or not at all. Its target is `onnxruntime-fp32`; `add_targets` adds other precisions
+    and targets.
 
     Args:
         model_dir: a folder that `fpabee.exporter.training.train` wrote, or one in the layout of the
@@ -213,7 +212,7 @@ def _write(
                 backend=ONNXRUNTIME,
                 precision="fp32",
                 versions={ONNXRUNTIME: version_of(ONNXRUNTIME)},
-                tolerance=_LEAST_TOLERANCE,
+                tolerance=BATCH_LIMIT,
             )
         },
         default_target=FP32_TARGET,
@@ -227,7 +226,7 @@ def _write(
     _write_config(folder / CLASSIFIER_NAME, source, model)
     written = (REFERENCE_NAME, VERIFICATION_NAME, CLASSIFIER_NAME)
     files = {name: sha256_of(folder / name) for name in written}
-    tolerance = max(_LEAST_TOLERANCE, agreement.max_logit_difference)
+    tolerance = max(BATCH_LIMIT, agreement.max_logit_difference)
     target = msgspec.structs.replace(manifest.targets[FP32_TARGET], tolerance=tolerance)
     manifest = with_target(msgspec.structs.replace(manifest, files=files), FP32_TARGET, target)
     write_manifest(folder, manifest)

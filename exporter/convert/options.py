@@ -105,7 +105,8 @@ class Converted:
         exits: how many of these texts stop at each exit, exit 0 first.
         speedup_single: time at full depth over time with the rule, for texts one by one.
         speedup_file: the same for windows of texts, as in files.
-        max_logit_difference: from the classifier, at full depth.
+        max_logit_difference: from the classifier, at full depth, divided by the largest logit of
+            the row if that is more than 1.
         accuracy: share of texts of the report with exactly the right answer; None: no labels.
         lost_label: of the texts that certify, see `Scorer.lost_label`.
     """

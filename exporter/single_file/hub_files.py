@@ -43,7 +43,8 @@ class Packed:
         rows: how many texts verified it, with the rule and with other thresholds.
         near_ties: the most texts of one threshold whose exits were not compared, because a score
             is so close to the threshold that rounding decides.
-        max_logit_difference: from the segments, on these texts.
+        max_logit_difference: from the segments, on these texts, divided by the largest logit of
+            the row if that is more than 1.
     """
 
     file: Path

@@ -17,6 +17,7 @@ from statistics import geometric_mean
 
 import msgspec
 
+from ...runtime.agreement import EXPORT_LIMIT
 from ...runtime.artifact.manifest import BuiltFile, Manifest, Target
 from ...runtime.backends.openvino import has_bf16, rest_precision
 from ...runtime.encoding import Text
@@ -207,8 +208,8 @@ def with_fastest_default(
     points = {name: target.operating_points.keys() for name, target in targets.items()}
     before = manifest.default_target
     near = [name for name, speed in speeds.items() if speed * _LEAST_GAIN >= max(speeds.values())]
-    # Of targets that are about as fast, the most exact; tolerances below 1e-4 count as equal.
-    fastest = min(near, key=lambda name: max(manifest.targets[name].tolerance or 0.0, 1e-4))
+    # Of targets that are about as fast, the most exact; all within the limit count as equal.
+    fastest = min(near, key=lambda name: max(manifest.targets[name].tolerance or 0.0, EXPORT_LIMIT))
     other = before if before in speeds else names[0]
     faster = speeds[fastest] / speeds[other]
     why = f"{faster:.2f} times as fast as {other} here, at full depth"

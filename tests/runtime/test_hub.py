@@ -23,6 +23,7 @@ from fpabee.runtime.cli.inspect import main as inspect
 from fpabee.runtime.hub import engines_folder
 
 from ..doubles.hub import Hub, Repository
+from ..doubles.hub import serve as double_of_the_hub
 from .running import Run, check_refused
 
 NAME = "owner/name"
@@ -96,6 +97,16 @@ def test_a_folder_that_is_here_is_taken(
         assert engine.manifest.model.model_type == "albert"
     refused("owner/name is a path here, which has no revision 'v1' -> leave out the revision", "v1")
     assert hub.requests == []
+
+
+def test_the_double_is_there_when_the_hub_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engines: Mapping[str, Path]
+) -> None:
+    """The tests pass where the environment forbids the network."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with double_of_the_hub(tmp_path) as hub:
+        hub.add(NAME, engines["bert"])
+        assert engines_folder(NAME).is_dir()
 
 
 def test_what_was_downloaded_needs_no_network(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import ModelError
 
 from ...bad_input.cases import change_config, change_json
+from ...closeness import assert_exported
 from ...doubles.hub import Hub
 from .conftest import KINDS, LABELS
 
@@ -49,7 +51,20 @@ def test_the_last_exit_gives_the_logits_of_the_classifier(
     expected = classifier.model(ids, attention_mask=mask).logits
     assert expected.std() > 1e-2
     for each in (model.eval(), again):
-        torch.testing.assert_close(each(ids, mask)[-1], expected, rtol=0, atol=1e-5)
+        assert_exported(each(ids, mask)[-1], expected)
+
+
+@pytest.mark.parametrize(("share", "refused"), [(1e-5, False), (1e-3, True)])
+def test_a_head_may_round_in_proportion_to_its_logits(
+    share: float, refused: bool, make: Make
+) -> None:
+    classifier = Classifier(make("bert"))
+    last, (ids, mask) = classifier.model.classifier, batch()
+    with torch.no_grad():
+        last.weight *= 500 / classifier.model(ids, attention_mask=mask).logits.abs().max()
+    last.register_forward_hook(lambda _, __, logits: logits * (1 + share))
+    with pytest.raises(ModelError, match="usual head") if refused else nullcontext():
+        classifier.multi_exit(classifier.exit_config(()))
 
 
 def test_a_classifier_on_the_hub_is_downloaded(hub: Hub, make: Make) -> None:
@@ -206,7 +221,7 @@ def test_an_adapter_is_merged_exactly_and_one_for_another_base_is_refused(
             change(folder)
             merged = Classifier(folder, adapter=tmp_path / "lora")
             found = merged.multi_exit(merged.exit_config(()))(ids, mask)[-1]
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            assert_exported(found, expected)
     assert not torch.allclose(plain, expected, atol=1e-2)
     damaged: dict[str, tuple[Callable[[Path], object], str]] = {
         "pickle": (pickled({"a": Path()}, "adapter_model"), "it holds more than weights"),

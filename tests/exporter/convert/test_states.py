@@ -20,6 +20,7 @@ from fpabee.exporter.training.examples import encoded_rows
 from fpabee.runtime.files import Row
 from fpabee.runtime.progress import silent
 
+from ...closeness import assert_exported
 from .conftest import KINDS, TEXTS
 
 PADDING = {"input_ids": 0}
@@ -35,7 +36,7 @@ def test_heads_see_in_training_what_they_see_in_the_model(
     taught = np.array([3, 39, 0, 17])
     logits, states = run_classifier(classifier, rows, PADDING, taught, tmp_path, silent)
     expected = predict(classifier.model, rows, PADDING, lambda output: output.logits)
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+    assert_exported(logits, expected)
     assert states.shape == (4, 2, 2, 32)
     for pooling, taken in _TAKEN.items():
         config = replace(classifier.exit_config((1, 2), pooling), hidden_layers=2, hidden_width=5)
@@ -44,8 +45,8 @@ def test_heads_see_in_training_what_they_see_in_the_model(
         inputs = torch.from_numpy(states)[:, :, taken].flatten(2)
         with torch.no_grad():
             found = [head.classify(inputs[:, n]) for n, head in enumerate(model.parts[2][:2])]
-        np.testing.assert_allclose(torch.stack(found, 1), every[:, :2], rtol=0, atol=1e-5)
-        np.testing.assert_allclose(every[:, 2], logits[taught], rtol=0, atol=1e-5)
+        assert_exported(torch.stack(found, 1), every[:, :2])
+        assert_exported(every[:, 2], logits[taught])
     assert pooling is Pooling.BOTH
 
 

@@ -25,10 +25,12 @@ from fpabee.exporter.model import predict
 from fpabee.exporter.tokenizer import load_tokenizer
 from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.runtime import Engine
+from fpabee.runtime.agreement import EXPORT_LIMIT
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.errors import ArtifactError, BackendError, InputError
 from fpabee.runtime.files import Row, read_rows
 
+from ...closeness import assert_exported
 from .conftest import MULTI, OPTIONS, SINGLE, TEXTS, Converted
 
 
@@ -51,7 +53,7 @@ def test_what_certifies_has_neither_trained_nor_chosen(
     logits = predict(model, rows, {"input_ids": 0}, lambda output: output[-1])
     for name in ("choose_form", "train_heads"):
         states, given = calls[name][-2:] if name == "train_heads" else calls[name][1:3]
-        np.testing.assert_allclose(given, logits, rtol=0, atol=1e-5)
+        assert_exported(given, logits)
         assert states.shape == (train + choose, 2, 2, 32)
     assert calls["choose_form"][3] == train
 
@@ -67,7 +69,7 @@ def test_the_result_is_what_the_engine_does(converted: Converted) -> None:
     (promise,) = target.certificate.promises
     assert calibrate - 10 < promise.rows <= calibrate
     assert target.full_depth_changed == 0
-    assert target.max_logit_difference < 1e-5
+    assert target.max_logit_difference <= EXPORT_LIMIT
     assert target.layers < 3
     texts, answers = [row.content for row in reported.rows], reported.logits.argmax(axis=1)
     with Engine.load(converted.folder) as engine:
@@ -82,7 +84,7 @@ def test_the_result_is_what_the_engine_does(converted: Converted) -> None:
     assert changed.mean() == pytest.approx(target.changed)
     traffic = np.average(changed, weights=reported.weights)
     assert traffic == pytest.approx(target.changed_traffic)
-    np.testing.assert_allclose(full, reported.logits, rtol=0, atol=1e-5)
+    assert_exported(full, reported.logits)
     assert (result.exit_layers[0], result.exit_layers[-1]) == (0, 3)
     assert point.hardware.endswith(" threads")
     assert np.mean(answers == 2) == pytest.approx(result.accuracy)

@@ -32,7 +32,6 @@ from fpabee.runtime import (
     RuleError,
 )
 from fpabee.runtime import chain as chain_module
-from fpabee.runtime.agreement import exits_near_ties
 from fpabee.runtime.backends.host import HostBackend, HostExecution
 from fpabee.runtime.chain import Chain
 from fpabee.runtime.encoding import Text
@@ -40,7 +39,8 @@ from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving import scheduler as scheduler_module
 from fpabee.runtime.serving.metrics import Metrics
 
-from ..test_engine import LOGIT_TOLERANCE, TEXTS
+from ...closeness import assert_probabilities, exits_may_differ
+from ..test_engine import TEXTS
 
 NEVER = FPabee(threshold=-1.0)
 RULES: tuple[ExitRule, ...] = (
@@ -131,7 +131,7 @@ def check_same(
     """Answers are those of `predict`, unless a score is within tolerance of its threshold."""
     logits = np.concatenate([engine.trace([text]).logits for text in texts], axis=1)
     first = engine.manifest.exits[0]
-    near = exits_near_ties(logits, rule, engine.manifest.task, LOGIT_TOLERANCE, first)
+    near = exits_may_differ(logits, rule, engine.manifest.task, first)
     assert near.mean() < 0.1
     for text, answer, is_near in zip(texts, found, near, strict=True):
         (expected,) = engine.predict([text])
@@ -141,7 +141,7 @@ def check_same(
                 expected.labels,
                 expected.truncated,
             )
-            np.testing.assert_allclose(answer.probabilities, expected.probabilities, atol=1e-4)
+            assert_probabilities(answer.probabilities, expected)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
