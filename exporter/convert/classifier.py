@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.errors import ModelError, first_line
-from ...runtime.machine import require
 from ..backbones import build_encoder, family_of
 from ..checkpoint import agreed_problem_type, label_names, load_config, resolve_model_dir
 from ..exits import LastHead, MultiExitConfig, Pooling
 from ..model import MultiExitModel
+from .places import check_adapter
 
 _TOLERANCE = 1e-4
 
@@ -157,12 +157,10 @@ def _merged(model: Any, adapter: Path) -> tuple[Any, set[str]]:
         ModelError: the adapter is damaged, of another base, or depends on the input.
         MissingExtraError: `peft` is not installed.
     """
-    require("peft")
+    check_adapter(adapter)
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    if not (adapter / "adapter_config.json").is_file():
-        raise ModelError(f"{adapter} has no adapter_config.json", "give the folder of an adapter")
     try:
         wrapped = PeftModel.from_pretrained(model, str(adapter))
         given = set(wrapped.active_peft_config.modules_to_save or ())
