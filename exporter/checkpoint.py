@@ -26,11 +26,12 @@ from .backbones import build_encoder, family_of
 from .exit_0 import CONFIG_BLOCK, EXIT_0_FILE
 from .exits import MultiExitConfig, Pooling
 from .model import MultiExitModel
+from .paths import TRAINED, check_model_dir
+from .staging import system_errors
 
 logger = logging.getLogger(__name__)
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-TRAINED = "give the folder of a trained model"
 COPY_WEIGHTS = "copy the weights again, or train again"
 _SAVE_AGAIN = "copy the file again, or save the state dict with safetensors"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -73,13 +74,10 @@ def resolve_model_dir(source: str | Path) -> Path:
     Raises:
         ModelError: there is no such folder, and the hub has no such model.
     """
-    path, repository = Path(source), repository_of(source)
+    check_model_dir(source)
+    repository = repository_of(source)
     if repository is None:
-        if path.is_dir():
-            return path
-        raise ModelError(
-            f"model folder {source} does not exist", f"{TRAINED}, or its id on the hub"
-        )
+        return Path(source)
     from huggingface_hub import snapshot_download
 
     with hub_errors(repository, error=ModelError):
@@ -331,6 +329,9 @@ def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
     Args:
         model: the model.
         folder: the folder to write to; it is made if it does not exist.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -346,7 +347,8 @@ def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
     setattr(config, CONFIG_BLOCK, {name: block[name] for name in block if name not in others})
     config.save_pretrained(folder)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / _WEIGHTS[0], metadata={"format": "pt"})
+    with system_errors(folder / _WEIGHTS[0]):
+        save_file(weights, folder / _WEIGHTS[0], metadata={"format": "pt"})
     (folder / EXIT_0_FILE).unlink(missing_ok=True)  # that of a model which is replaced
 
 

@@ -30,7 +30,7 @@ from ..runtime.artifact.manifest import (
 )
 from ..runtime.artifact.reference import write_reference
 from ..runtime.encoding import Text, TextEncoder, padding_values
-from ..runtime.errors import ArtifactError, ModelError
+from ..runtime.errors import ModelError
 from ..runtime.exit_0 import ExitZero
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.measures import Measure
@@ -39,7 +39,8 @@ from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
 from .exit_0 import CONFIG_BLOCK, export_exit_0, load_exit_0
 from .model import MultiExitModel, by_row, predict
-from .staging import check_output, resolved, staging
+from .paths import check_output, resolved
+from .staging import staging
 from .targets.backends import ONNXRUNTIME, version_of
 from .targets.check import FP32_TARGET, engine_of
 from .tokenizer import save_tokenizer
@@ -117,7 +118,8 @@ def export(
 
     Raises:
         ModelError: model_dir is missing or damaged, or cannot be compiled with these options.
-        InputError: an item of `verify_data` is not a text, or `output` is inside of a model.
+        InputError: an item of `verify_data` is not a text, or `output` is inside of a model or
+            contains `model_dir`.
         ArtifactError: the output folder exists, or cannot be written.
         MissingExtraError: torch or another package of `fpabee[export,cpu]` is not installed.
         VerificationError: the segments differ too much from the model; nothing is written.
@@ -132,14 +134,9 @@ def export(
     """
     options = options or ExportOptions()
     target = resolved(output)
-    check_output(target, options.force)
+    check_output(target, options.force, [model_dir])
     version_of(ONNXRUNTIME)  # verification needs it, so refuse before any slow step begins
     source = resolve_model_dir(model_dir)
-    if source.resolve().is_relative_to(target):
-        raise ArtifactError(
-            f"{target} contains the model itself, which would be replaced",
-            "give another folder as `output`",
-        )
     model = load_checkpoint(source, options.problem_type)
     exit_0 = load_exit_0(source, model.backbone.config, len(model.exit_config.labels))
     texts = [*BUILT_IN_TEXTS, *options.verify_data]
@@ -147,7 +144,8 @@ def export(
         manifest, agreement = _write(
             folder, source, model, exit_0, texts, options, progress or silent
         )
-        check_output(target, options.force)  # again, because it may have appeared meanwhile
+        # Again, because it may have appeared meanwhile.
+        check_output(target, options.force, [source])
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return ExportResult(Path(output), manifest, agreement, size)
 

@@ -42,7 +42,8 @@ def save_tokenizer(
     path.parent.mkdir(parents=True, exist_ok=True)
     with _model_errors(source):
         check_tokenizer(tokenizer.backend_tokenizer)
-        tokenizer.backend_tokenizer.save(str(path), pretty=False)
+        content = tokenizer.backend_tokenizer.to_str()
+    path.write_bytes(content.encode())
     return TokenizerSpec(
         file=TOKENIZER_NAME,
         sha256=sha256_of(path),

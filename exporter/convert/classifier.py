@@ -8,15 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
 from ...runtime.agreement import EXPORT_LIMIT, logit_differences
-from ...runtime.artifact.folder import BAD_JSON
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.errors import ModelError, first_line
-from ...runtime.machine import require
 from ..backbones import build_encoder, family_of
 from ..checkpoint import (
     CONFIG_ERRORS,
@@ -30,9 +27,9 @@ from ..checkpoint import (
 )
 from ..exits import LastHead, MultiExitConfig, Pooling
 from ..model import MultiExitModel
+from .places import check_adapter
 
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_COPY_ADAPTER = "copy the adapter again from where it was trained"
 
 
 class Classifier:
@@ -161,17 +158,9 @@ def _merged(model: Any, adapter: Path) -> tuple[Any, set[str]]:
         ModelError: the adapter is damaged, of another base, or depends on the input.
         MissingExtraError: `peft` is not installed.
     """
-    require("peft")
+    check_adapter(adapter)
     from peft import PeftModel
 
-    path = adapter / "adapter_config.json"
-    if not path.is_file():
-        raise ModelError(f"{adapter} has no {path.name}", "give the folder of an adapter")
-    try:
-        msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except BAD_JSON as error:
-        problem = str(error) or type(error).__name__
-        raise ModelError(f"{path} cannot be read: {problem}", _COPY_ADAPTER) from error
     # Before the library reads them, for which they may be anything.
     for name, value in read_weights(adapter, _ADAPTER_WEIGHTS).items():
         check_weight(adapter, name, value, value.shape)

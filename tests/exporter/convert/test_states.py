@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from transformers import AutoTokenizer
 
 from fpabee.exporter.convert.classifier import Classifier
 from fpabee.exporter.convert.heads import _TAKEN
-from fpabee.exporter.convert.states import run_classifier
+from fpabee.exporter.convert.states import _new_file, run_classifier
 from fpabee.exporter.exits import Pooling
 from fpabee.exporter.model import by_row, predict
 from fpabee.exporter.training.examples import encoded_rows
@@ -50,18 +52,37 @@ def test_heads_see_in_training_what_they_see_in_the_model(
     assert pooling is Pooling.BOTH
 
 
-def test_a_finished_run_is_read_and_a_full_disk_is_an_error(
+def test_a_finished_run_is_read(
     make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     classifier = Classifier(make("bert"))
     tokenizer = AutoTokenizer.from_pretrained(classifier.folder)
     rows = encoded_rows([Row(text) for text in TEXTS[:10]], tokenizer, 32)
     given = classifier, rows, PADDING, np.arange(5), tmp_path, silent
-    with monkeypatch.context() as patch:
-        patch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
-        with pytest.raises(OSError, match="No space left"):
-            run_classifier(*given)
     logits, states = run_classifier(*given)
     monkeypatch.setattr(classifier, "model", None)
     for found, expected in zip(run_classifier(*given), (logits, states), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("reserves", [True, False])
+def test_a_disk_without_space_for_the_states_is_an_error_and_they_are_deleted(
+    reserves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if reserves:
+        monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    else:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+        monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    with pytest.raises(OSError, match="No space left"), _new_file(tmp_path / "states.npy", (5, 9)):
+        pytest.fail("nothing may be written to it")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve space")
+def test_the_space_of_states_is_reserved_before_they_are_written(tmp_path: Path) -> None:
+    with _new_file(tmp_path / "states.npy", (2**18,)):
+        assert (tmp_path / "states.npy").stat().st_blocks * 512 >= 2**20
