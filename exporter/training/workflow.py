@@ -18,7 +18,7 @@ from transformers import AutoModel, set_seed
 from ...calibration.trace import data_sha256
 from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import ProblemType
-from ...runtime.errors import InputError
+from ...runtime.errors import InputError, ModelError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
 from ...runtime.files.labels import Labels, encode_labels
@@ -151,8 +151,14 @@ def build_model(options: TrainOptions, rows: Sequence[Row]) -> tuple[MultiExitMo
         ModelError: the encoder or its tokenizer cannot be used, or the exits do not fit it.
     """
     folder = resolve_model_dir(options.backbone)
+    encoder, lacking = load_pretrained(AutoModel, folder, load_config(folder))
     # Published encoders may lack a pooler, which no exit uses.
-    encoder, _ = load_pretrained(AutoModel, folder, load_config(folder))
+    lacking = [name for name in lacking if not name.startswith("pooler.")]
+    if lacking:
+        raise ModelError(
+            f"{folder} lacks {len(lacking)} weights of its encoder, such as {lacking[0]}",
+            "copy the weights again, or give another `backbone`",
+        )
     exits = options.exits or tuple(range(1, encoder.config.num_hidden_layers + 1))
     labels = label_names(rows, options.train)
     problem_type = options.problem_type or ProblemType.SINGLE_LABEL

@@ -231,6 +231,12 @@ def test_an_adapter_is_merged_exactly_and_one_for_another_base_is_refused(
         ),
         "kind": (lambda f: change_json(f / "adapter_config.json", no_kind), "cannot be merged"),
         "number": (lambda f: change_json(f / "adapter_config.json", no_rank), "cannot be merged"),
+        "modules": (
+            lambda f: change_json(
+                f / "adapter_config.json", lambda c: c.update(megatron_config={"a": "b"})
+            ),
+            "names modules to import",
+        ),
         "deep": (deeper, r"4 weights .* no place for, first .*layer\.8"),
         "head": (headless, "cannot be merged"),
     }

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
@@ -159,7 +160,8 @@ def test_requests_that_are_sent_before_the_answers_wait_with_the_client(serving:
         sent = pool.submit(client.sendall, many)
         for _ in range(60):
             next(line for line in answers if b"HTTP/1.1 200 OK" in line)
-        unused = [len(each.conn.trailing_data[0]) for each in server.server_state.connections]
+        connections: Any = server.server_state.connections
+        unused = [len(each.conn.trailing_data[0]) for each in connections]
         assert 0 < max(unused) < 2**20
         client.shutdown(socket.SHUT_RDWR)
         assert isinstance(sent.exception(WAIT), OSError)
