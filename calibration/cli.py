@@ -13,11 +13,12 @@ import msgspec
 import rich_click as click
 from rich.cells import set_cell_size
 
-from ..runtime.artifact.folder import EnginesFolder, check_outside
+from ..runtime.artifact.folder import EnginesFolder
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.cli import options
 from ..runtime.cli.command import READING, command
 from ..runtime.cli.console import echo, step_progress
+from ..runtime.files.destination import check_output
 from ..runtime.machine import require
 from ..runtime.rules.rules import RULES
 from ..runtime.rules.words import rule_in_words
@@ -120,7 +121,7 @@ def main(
     wanted = _options(**settings)
     if report is not None:
         require("plot")
-        check_outside(report)
+        check_output(report, [str(path) for path in (data, wanted.test) if path is not None])
     names = runnable_targets(EnginesFolder.read(engines)) if all_targets else [wanted.target]
     results = []
     for name in names:

@@ -2,6 +2,10 @@
 
 A trace is kept in `calibration/trace-TARGET-DATA.npz` in the engines folder. It is used again as
 long as the texts and everything that determines the logits are the same, see `artifact_sha256`.
+
+An engines folder may come from a stranger, who can write a trace with these hashes and any logits.
+So some rows, which nobody can foretell, run again and must give the same logits. This finds a trace
+that is not of this target, or of which many rows were changed; it may miss a few changed rows.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.agreement import requirements_of
 from ..runtime.artifact.folder import write_whole
 from ..runtime.artifact.manifest import Manifest, Task
 from ..runtime.artifact.untrusted.arrays import read_arrays
@@ -27,6 +32,7 @@ from ..runtime.progress import Progress, silent
 from .scoring import LabelledLogits
 
 _CHUNK = 256
+_SAMPLE = 16  # rows of a kept trace that run again
 _Trace = tuple[NDArray[np.float32], NDArray[np.intp]]
 """Logits `[exits, rows, labels]`, and the number of tokens of each row."""
 
@@ -79,7 +85,7 @@ def trace_rows(
     labels: bool = True,
     progress: Progress = silent,
 ) -> LabelledLogits:
-    """Run rows to full depth, or use the logits that an earlier run kept.
+    """Run rows to full depth, or use the logits that an earlier run kept, see above.
 
     Args:
         engine: the engine.
@@ -99,7 +105,7 @@ def trace_rows(
     path = folder / f"trace-{engine.target}-{texts[:12]}.npz"
     shape = len(manifest.exits), len(rows), len(task.labels)
     kept = _read(path, artifact, texts, shape, manifest.tokenizer.max_length)
-    if kept is None:
+    if kept is None or not _is_true(kept, engine, rows):
         parts, file = [], io.BytesIO()
         for start in range(0, len(rows), _CHUNK):
             progress("trace", start, len(rows))
@@ -111,6 +117,22 @@ def trace_rows(
         write_whole(path, file.getvalue())
     thresholds, first = task.label_thresholds, manifest.exits[0]
     return LabelledLogits(*kept, expected, task.problem_type, thresholds, first)
+
+
+def _is_true(kept: _Trace, engine: Engine, rows: Sequence[Row]) -> bool:
+    """Whether rows that are drawn at random give the logits of a kept trace, except for rounding.
+
+    Raises:
+        BackendError: the target gives logits that are not finite numbers.
+    """
+    logits, lengths = kept
+    # Without a seed, or a forger could draw them, too.
+    drawn = np.random.default_rng().choice(len(rows), min(len(rows), _SAMPLE), replace=False)
+    fresh = engine.trace([rows[number].content for number in drawn])
+    rounding = requirements_of(engine.target, engine.manifest).tie
+    differences = np.abs(fresh.logits - logits[:, drawn])
+    same_lengths = np.array_equal(fresh.lengths, lengths[drawn])
+    return same_lengths and bool(differences.max(initial=0.0) <= rounding)
 
 
 def _read(

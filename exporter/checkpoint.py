@@ -9,32 +9,37 @@ from __future__ import annotations
 import logging
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, cast
 
 import msgspec
 import torch
 from torch import Tensor
 
+from ..runtime.artifact.folder import BAD_JSON
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import ModelError, first_line
-from ..runtime.hub import hub_errors, repository_of
+from ..runtime.hub import answers, hub_errors, repository_of
 from .backbones import build_encoder, family_of
 from .exit_0 import CONFIG_BLOCK, EXIT_0_FILE
 from .exits import MultiExitConfig, Pooling
 from .model import MultiExitModel
+from .paths import TRAINED, check_model_dir
+from .staging import system_errors
 
 logger = logging.getLogger(__name__)
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-TRAINED = "give the folder of a trained model"
 COPY_WEIGHTS = "copy the weights again, or train again"
+_SAVE_AGAIN = "copy the file again, or save the state dict with safetensors"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # These leave out the copies for other frameworks that many repositories hold.
 _HUB_FILES = ["*.json", "*.txt", "*.model", *_WEIGHTS, EXIT_0_FILE]
+# The parts of weights that are too large for one file.
+_HUB_FILES += ["model-*.safetensors", "pytorch_model-*.bin"]
 # Settings that ask for memory although no weight has a shape that could contradict them, and the
 # largest values that are accepted, which are beyond those of any encoder.
 _LARGEST = {
@@ -47,8 +52,7 @@ _LARGEST = {
 }
 _MOST = 1e38  # of all other settings
 _COPY_CONFIG = "copy config.json again from where the model was trained"
-# Which error a wrong configuration raises depends on the setting.
-_CONFIG_ERRORS = (
+CONFIG_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -58,6 +62,7 @@ _CONFIG_ERRORS = (
     TypeError,
     ValueError,
 )
+"""What a wrong configuration raises, depending on the setting."""
 
 
 def resolve_model_dir(source: str | Path) -> Path:
@@ -69,17 +74,17 @@ def resolve_model_dir(source: str | Path) -> Path:
     Raises:
         ModelError: there is no such folder, and the hub has no such model.
     """
-    path, repository = Path(source), repository_of(source)
+    check_model_dir(source)
+    repository = repository_of(source)
     if repository is None:
-        if path.is_dir():
-            return path
-        raise ModelError(
-            f"model folder {source} does not exist", f"{TRAINED}, or its id on the hub"
-        )
+        return Path(source)
     from huggingface_hub import snapshot_download
 
     with hub_errors(repository, error=ModelError):
-        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES))
+        only_here = not answers(repository)
+        return Path(
+            snapshot_download(repository, allow_patterns=_HUB_FILES, local_files_only=only_here)
+        )
 
 
 def load_checkpoint(
@@ -116,7 +121,7 @@ def _build(
 ) -> MultiExitModel:
     try:
         return MultiExitModel(build_encoder(config, attention), exit_config)
-    except _CONFIG_ERRORS as error:
+    except CONFIG_ERRORS as error:
         raise ModelError(
             f"no encoder can be built from {folder / 'config.json'}: "
             f"{type(error).__name__}: {first_line(error)}",
@@ -124,22 +129,125 @@ def _build(
         ) from error
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The state dict of a folder, in the dtypes of its file, on the CPU.
+def load_pretrained(kind: Any, folder: Path, config: Any) -> tuple[Any, list[str]]:
+    """A Hugging Face model with the weights of a folder, in eval mode, in float32, on the CPU.
+
+    Args:
+        kind: the class, such as `transformers.AutoModel`.
+        folder: a local folder.
+        config: its configuration.
+
+    Returns:
+        The model, and the names of its weights that the folder lacks, which are random.
+
+    Raises:
+        ModelError: the weights are missing or damaged, do not fit the configuration, or are not
+            finite.
+    """
+    weights = read_weights(folder)
+    try:
+        # First without memory, because the configuration may ask for far more than the weights
+        # fill, and what is lacking would be made.
+        with torch.device("meta"):
+            planned = kind.from_config(config)
+        _check_size(planned, weights, folder)
+        # The library reads no file: it would read those that the files of the folder name.
+        model, loaded = type(planned).from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(weights),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # it names them only in its log
+            output_loading_info=True,
+        )
+    except (*CONFIG_ERRORS, ImportError) as error:
+        raise ModelError(
+            f"no model can be made from {folder}: {type(error).__name__}: {first_line(error)}",
+            _COPY_CONFIG,
+        ) from error
+    for name, found, asked in sorted(loaded["mismatched_keys"]):
+        if asked[0] == config.num_labels and asked[1:] == found[1:]:
+            label_names(folder, config, found[0])
+        check_weight(folder, name, torch.empty(found, device="meta"), asked)
+    for name, value in model.state_dict().items():
+        check_weight(folder, name, weights.get(name, value), value.shape)
+    return model.eval(), sorted(loaded["missing_keys"])
+
+
+def _check_size(planned: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Check that a model has no more than twice the numbers of the weights that it is made from.
+
+    Raises:
+        ModelError: it has.
+    """
+    asked = sum(value.numel() for value in planned.state_dict().values())
+    held = sum(value.numel() for value in weights.values())
+    if asked > 2 * held:
+        raise ModelError(
+            f"{folder / 'config.json'} asks for {asked:,} numbers, but the weights have {held:,}",
+            "use the config.json and the weights of the same model",
+        )
+
+
+def read_weights(folder: Path, names: Sequence[str] = _WEIGHTS) -> dict[str, Tensor]:
+    """The state dict of a folder, in the dtypes of its files, on the CPU.
 
     Args:
         folder: a model_dir.
+        names: what the file of weights may be called; the first that is there is read. Instead of
+            it, there may be an index, `NAME.index.json`, of the files that hold parts of it.
 
     Raises:
-        ModelError: the file is missing or damaged, or holds more than tensors.
+        ModelError: a file is missing or damaged, is outside of the folder, or holds more than
+            tensors.
+    """
+    for name in names:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return _read_tensors(folder / name)
+        if index.is_file():
+            parts = (_read_tensors(path) for path in _parts(index))
+            return {name: value for part in parts for name, value in part.items()}
+    raise ModelError(f"{folder} has neither {' nor '.join(names)}", TRAINED)
+
+
+class _Index(msgspec.Struct):
+    """The file of each weight, by the name of the weight."""
+
+    weight_map: dict[str, str]
+
+
+def _parts(index: Path) -> list[Path]:
+    """The files that an index names; they are in its folder, and have the suffix of its weights."""
+    hint = "copy the folder again from where the model was trained"
+    try:
+        names = set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values())
+    except BAD_JSON as error:
+        problem = str(error) or type(error).__name__
+        raise ModelError(f"{index} is not an index of weights: {problem}", hint) from error
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    paths = [index.with_name(name) for name in sorted(names) if _is_file_name(name, suffix)]
+    missing = sorted(names - {path.name for path in paths if path.is_file()})
+    if missing or not names:
+        raise ModelError(
+            f"{index} names {(missing or [''])[0]!r}; expected files *{suffix} beside it", hint
+        )
+    return paths
+
+
+def _is_file_name(name: str, suffix: str) -> bool:
+    return PurePath(name).name == name and name.endswith(suffix) and "\0" not in name
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file.
+
+    Raises:
+        ModelError: it is damaged, or holds more than tensors.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
-    if path is None:
-        raise ModelError(f"{folder} has neither {' nor '.join(_WEIGHTS)}", TRAINED)
-    hint = "copy the file again, or save the state dict with safetensors"
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -147,15 +255,23 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # Torch's own message recommends loading the file without this protection.
-        raise ModelError(f"{path} cannot be read: it holds more than weights", hint) from error
+        problem = f"{path} cannot be read: it holds more than weights"
+        raise ModelError(problem, _SAVE_AGAIN) from error
     # Bytes that are not a pickle may raise almost any error.
     except (SafetensorError, RuntimeError, LookupError, ValueError, EOFError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {first_line(error)}", hint) from error
+        raise ModelError(f"{path} cannot be read: {first_line(error)}", _SAVE_AGAIN) from error
     is_state_dict = isinstance(weights, dict) and all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
     )
     if not is_state_dict:
-        raise ModelError(f"{path} is not a state dict of names and tensors", hint)
+        raise ModelError(f"{path} is not a state dict of names and tensors", _SAVE_AGAIN)
+    for name, value in weights.items():
+        # A pickle can describe a huge tensor by one number that is repeated.
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ModelError(
+                f"{path}: weight {name} has shape {tuple(value.shape)}, but fewer values",
+                "save the state dict again with safetensors",
+            )
     return cast(dict[str, Tensor], weights)
 
 
@@ -174,31 +290,37 @@ def _check_weights(model: MultiExitModel, weights: Mapping[str, Tensor], folder:
             COPY_WEIGHTS,
         )
     for name, value in expected.items():
-        problem, hint = _problem(weights[name], value.shape)
-        if problem:
-            raise ModelError(f"{folder}: weight {name} {problem}", hint)
+        check_weight(folder, name, weights[name], value.shape)
     unused = sorted(name for name in set(weights) - set(expected) if "position_ids" not in name)
     if unused:
         logger.warning("%s: ignored weights that no exit uses: %s", folder, ", ".join(unused))
 
 
-def _problem(found: Tensor, shape: torch.Size) -> tuple[str, str]:
-    """What is wrong with a weight, and what to do; empty: nothing."""
-    has_shape = f"has shape {tuple(found.shape)}, but"
-    if found.shape != shape:
+def check_weight(folder: Path, name: str, found: Tensor, shape: Sequence[int]) -> None:
+    """Check one weight.
+
+    Args:
+        folder: where it is from, for the message.
+        name: its name, for the message.
+        found: the weight.
+        shape: the shape that it should have.
+
+    Raises:
+        ModelError: it has another shape or an unknown dtype, or is not finite in float32.
+    """
+    problem = hint = ""
+    if found.shape != torch.Size(shape):
+        problem = f"has shape {tuple(found.shape)}, but config.json asks for {tuple(shape)}"
         hint = "use the config.json and the weights of the same model"
-        return f"{has_shape} config.json asks for {tuple(shape)}", hint
-    if found.dtype not in _DTYPES:
+    elif found.dtype not in _DTYPES:
         dtypes = [str(dtype).removeprefix("torch.") for dtype in (found.dtype, *_DTYPES)]
+        problem = f"is in {dtypes[0]}; expected {', '.join(dtypes[1:])}"
         hint = "give the weights as they were before quantization"
-        return f"is in {dtypes[0]}; expected {', '.join(dtypes[1:])}", hint
-    # A pickle can describe a huge tensor by one number that is repeated.
-    if found.numel() * found.element_size() > found.untyped_storage().nbytes():
-        return f"{has_shape} fewer values", "save the state dict again with safetensors"
-    if not torch.isfinite(found).all():
+    elif not torch.isfinite(found.float()).all():  # float64 has numbers that float32 has not
+        problem = "holds NaN or infinity"
         hint = "the training diverged: train again with a smaller learning rate"
-        return "holds NaN or infinity", hint
-    return "", ""
+    if problem:
+        raise ModelError(f"{folder}: weight {name} {problem}", hint)
 
 
 def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
@@ -207,6 +329,9 @@ def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
     Args:
         model: the model.
         folder: the folder to write to; it is made if it does not exist.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -222,7 +347,8 @@ def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
     setattr(config, CONFIG_BLOCK, {name: block[name] for name in block if name not in others})
     config.save_pretrained(folder)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / _WEIGHTS[0], metadata={"format": "pt"})
+    with system_errors(folder / _WEIGHTS[0]):
+        save_file(weights, folder / _WEIGHTS[0], metadata={"format": "pt"})
     (folder / EXIT_0_FILE).unlink(missing_ok=True)  # that of a model which is replaced
 
 
@@ -248,7 +374,7 @@ def load_config(folder: Path) -> Any:
             _check_number(name, value)
         family_of(str(content["model_type"]))
         return AutoConfig.from_pretrained(folder)
-    except (StrictDataclassError, *_CONFIG_ERRORS) as error:
+    except (StrictDataclassError, *CONFIG_ERRORS) as error:
         raise ModelError(
             f"{path} is not a valid configuration: {type(error).__name__}: "
             f"{' '.join(str(error).split())}",
@@ -274,8 +400,8 @@ def _exit_config(
             "if it is a classifier, convert it instead",
         )
     every = {"exits": (*range(1, int(config.num_hidden_layers) + 1),), "labels": ()}
+    task = agreed_problem_type(folder, config, problem_type)
     try:
-        task = agreed_problem_type(folder, config, problem_type)
         block = getattr(config, CONFIG_BLOCK, None) or {}
         found = msgspec.convert(every | block, MultiExitConfig)
         if found.last_head is not None:
@@ -284,10 +410,9 @@ def _exit_config(
                 raise ValueError(f"unknown activation {found.last_head.activation!r}")
     except (ValueError, TypeError, msgspec.ValidationError) as error:
         raise ModelError(
-            f"{folder / 'config.json'} has a wrong {CONFIG_BLOCK!r} block or problem_type: {error}",
-            "give exits as a list of layers, hidden_layers and hidden_width as numbers, pooling as "
-            f"{', '.join(kind.value for kind in Pooling)}, "
-            f"and problem_type as {' or '.join(kind.value for kind in ProblemType)}",
+            f"{folder / 'config.json'} has a wrong {CONFIG_BLOCK!r} block: {error}",
+            "give exits as a list of layers, hidden_layers and hidden_width as numbers, and "
+            f"pooling as {', '.join(kind.value for kind in Pooling)}",
         ) from error
     exits, thresholds = found.exits, found.label_thresholds
     if len(heads) != len(exits):  # one with another number is missed later
@@ -315,10 +440,16 @@ def agreed_problem_type(folder: Path, config: Any, asked: ProblemType | None) ->
         asked: the task that the caller asks for.
 
     Raises:
-        ModelError: they contradict each other.
-        ValueError: the configuration names a task that does not exist.
+        ModelError: they contradict each other, or the configuration names a task that does not
+            exist.
     """
-    named = ProblemType(config.problem_type) if config.problem_type else None
+    try:
+        named = ProblemType(config.problem_type) if config.problem_type else None
+    except ValueError as error:
+        raise ModelError(
+            f"{folder / 'config.json'} has the problem_type {config.problem_type!r}",
+            f"give problem_type as {' or '.join(kind.value for kind in ProblemType)}",
+        ) from error
     if named and asked and named is not asked:
         raise ModelError(
             f"{folder} was trained for {named.value}, not for {asked.value}",
@@ -342,7 +473,7 @@ def label_names(folder: Path, config: Any, outputs: int) -> tuple[str, ...]:
     if len(labels) != outputs:
         raise ModelError(
             f"{folder / 'config.json'} names {len(labels)} labels, but the heads give {outputs}",
-            "make id2label list every label of the heads in order",
+            "make id2label list every label of the heads in order; without it, there are two",
         )
     if len(set(labels)) != len(labels):
         raise ModelError(

@@ -15,6 +15,7 @@ from ..runtime.artifact.folder import sha256_of
 from ..runtime.artifact.manifest import EXIT_0_NAME, ExitZeroSpec
 from ..runtime.errors import ModelError, first_line
 from ..runtime.exit_0 import ARRAYS, ExitZero
+from .staging import system_errors
 
 EXIT_0_FILE = "exit_0.safetensors"
 CONFIG_BLOCK = "fpabee"
@@ -35,13 +36,17 @@ def save_exit_0(folder: Path, exit_0: ExitZero) -> None:
     Args:
         folder: the model_dir, which has a `config.json`.
         exit_0: the weights.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     from safetensors.numpy import save_file
 
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     block = {"unigrams": exit_0.unigrams, "buckets": exit_0.buckets}
     content[CONFIG_BLOCK] = (content.get(CONFIG_BLOCK) or {}) | {"exit_0": block}
-    save_file(exit_0.arrays, folder / EXIT_0_FILE)
+    with system_errors(folder / EXIT_0_FILE):
+        save_file(exit_0.arrays, folder / EXIT_0_FILE)
     text = json.dumps(content, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 

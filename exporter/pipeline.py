@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from .. import __version__
-from ..runtime.agreement import Agreement
+from ..runtime.agreement import BATCH_LIMIT, Agreement
 from ..runtime.artifact.folder import sha256_of, write_manifest
 from ..runtime.artifact.manifest import (
     CLASSIFIER_NAME,
@@ -30,7 +30,7 @@ from ..runtime.artifact.manifest import (
 )
 from ..runtime.artifact.reference import write_reference
 from ..runtime.encoding import Text, TextEncoder, padding_values
-from ..runtime.errors import ArtifactError, ModelError
+from ..runtime.errors import ModelError
 from ..runtime.exit_0 import ExitZero
 from ..runtime.progress import Progress, silent
 from ..runtime.rules.measures import Measure
@@ -39,7 +39,8 @@ from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
 from .exit_0 import CONFIG_BLOCK, export_exit_0, load_exit_0
 from .model import MultiExitModel, by_row, predict
-from .staging import check_output, resolved, staging
+from .paths import check_output, resolved
+from .staging import staging
 from .targets.backends import ONNXRUNTIME, version_of
 from .targets.check import FP32_TARGET, engine_of
 from .tokenizer import save_tokenizer
@@ -50,8 +51,6 @@ from .verify import BUILT_IN_TEXTS, check_chain
 DEFAULT_RULE = FPabee(measure=Measure.JSKD, threshold=0.1, patience=1)
 
 _MAX_BATCH = 256
-# The smallest tolerance that is recorded: in fp32, logits differ by up to 1e-5 between batches.
-_LEAST_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,10 @@ def export(
     """Compile a trained multi-exit model into an engines folder.
 
     The model is cut into one ONNX segment for each exit, in fp32. The chain, in the runtime that
-    users run, is compared with the whole model: logits within 1e-4, the same labels and exits. The
-    folder appears completely or not at all. Its target is `onnxruntime-fp32`; `add_targets` adds
-    other precisions and targets.
+    users run, is compared with the whole model: the same labels and exits, and logits within 1e-4
+    of their size, which is the largest logit of the row, or 1 if that is more. The folder appears
+    completely or not at all. Its target is `onnxruntime-fp32`; `add_targets` adds other precisions
+    and targets.
 
     Args:
         model_dir: a folder that `fpabee.exporter.training.train` wrote, or one in the layout of the
@@ -118,7 +118,8 @@ def export(
 
     Raises:
         ModelError: model_dir is missing or damaged, or cannot be compiled with these options.
-        InputError: an item of `verify_data` is not a text, or `output` is inside of a model.
+        InputError: an item of `verify_data` is not a text, or `output` is inside of a model or
+            contains `model_dir`.
         ArtifactError: the output folder exists, or cannot be written.
         MissingExtraError: torch or another package of `fpabee[export,cpu]` is not installed.
         VerificationError: the segments differ too much from the model; nothing is written.
@@ -133,14 +134,9 @@ def export(
     """
     options = options or ExportOptions()
     target = resolved(output)
-    check_output(target, options.force)
+    check_output(target, options.force, [model_dir])
     version_of(ONNXRUNTIME)  # verification needs it, so refuse before any slow step begins
     source = resolve_model_dir(model_dir)
-    if source.resolve().is_relative_to(target):
-        raise ArtifactError(
-            f"{target} contains the model itself, which would be replaced",
-            "give another folder as `output`",
-        )
     model = load_checkpoint(source, options.problem_type)
     exit_0 = load_exit_0(source, model.backbone.config, len(model.exit_config.labels))
     texts = [*BUILT_IN_TEXTS, *options.verify_data]
@@ -148,7 +144,8 @@ def export(
         manifest, agreement = _write(
             folder, source, model, exit_0, texts, options, progress or silent
         )
-        check_output(target, options.force)  # again, because it may have appeared meanwhile
+        # Again, because it may have appeared meanwhile.
+        check_output(target, options.force, [source])
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     return ExportResult(Path(output), manifest, agreement, size)
 
@@ -213,7 +210,7 @@ def _write(
                 backend=ONNXRUNTIME,
                 precision="fp32",
                 versions={ONNXRUNTIME: version_of(ONNXRUNTIME)},
-                tolerance=_LEAST_TOLERANCE,
+                tolerance=BATCH_LIMIT,
             )
         },
         default_target=FP32_TARGET,
@@ -227,7 +224,7 @@ def _write(
     _write_config(folder / CLASSIFIER_NAME, source, model)
     written = (REFERENCE_NAME, VERIFICATION_NAME, CLASSIFIER_NAME)
     files = {name: sha256_of(folder / name) for name in written}
-    tolerance = max(_LEAST_TOLERANCE, agreement.max_logit_difference)
+    tolerance = max(BATCH_LIMIT, agreement.max_logit_difference)
     target = msgspec.structs.replace(manifest.targets[FP32_TARGET], tolerance=tolerance)
     manifest = with_target(msgspec.structs.replace(manifest, files=files), FP32_TARGET, target)
     write_manifest(folder, manifest)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import glob
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -12,42 +14,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from ..runtime.artifact.folder import check_outside, is_engines_folder, lock
+from ..runtime.artifact.folder import lock
 from ..runtime.errors import ArtifactError
 
-
-def resolved(output: str | Path) -> Path:
-    """The real folder: a link stays, and the folder that it leads to is replaced."""
-    return Path(os.path.realpath(output))
-
-
-def check_output(target: Path, force: bool) -> None:
-    """Refuse a folder that must not be written.
-
-    Args:
-        target: the folder.
-        force: whether an engines folder may be replaced.
-
-    Raises:
-        ArtifactError: it holds something else, an engines folder that may not be replaced, or a
-            disk of its own.
-        InputError: it is inside an engines folder or a model_dir.
-    """
-    check_outside(target)
-    if os.path.ismount(target):  # found now, and not when all is done
-        raise ArtifactError(
-            f"{target} is a mounted disk, which cannot be replaced",
-            "give a folder in it as `output`",
-        )
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not is_engines_folder(target):
-        raise ArtifactError(
-            f"{target} exists and is not an engines folder; it will not be replaced",
-            "give another folder as `output`",
-        )
-    if not force:
-        raise ArtifactError(f"{target} already holds an engines folder", "replace it with `force`")
+_OLD = "-old"
 
 
 @contextmanager
@@ -58,7 +28,7 @@ def staging(target: Path) -> Iterator[Path]:
         ArtifactError: nothing can be written there.
     """
     try:
-        with _temporary(target.parent, target.name) as folder:
+        with temporary(target.parent, target.name) as folder:
             yield folder
             _publish(folder, target)
     except OSError as error:
@@ -75,7 +45,7 @@ def replacing(target: Path) -> Iterator[Path]:
         OSError: a file cannot be written; the target is unchanged.
     """
     # Inside of the target if it exists, which may be a disk of its own.
-    with _temporary(target if target.exists() else target.parent, target.name) as folder:
+    with temporary(target if target.exists() else target.parent, target.name) as folder:
         yield folder
         target.mkdir(exist_ok=True)
         for file in sorted(folder.iterdir()):
@@ -88,37 +58,66 @@ def unique_name(name: str, sha256: str, ending: str) -> str:
 
 
 @contextmanager
-def _temporary(place: Path, name: str) -> Iterator[Path]:
+def system_errors(path: Path) -> Iterator[None]:
+    """Raise the errors of the system that libraries in Rust give as text.
+
+    Args:
+        path: what is written.
+
+    Raises:
+        OSError: the system refused it.
+    """
+    try:
+        yield
+    except Exception as error:  # tokenizers raises Exception itself
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
+@contextmanager
+def temporary(place: Path, name: str) -> Iterator[Path]:
     """A folder that is deleted at the end; first, those that killed processes left are deleted."""
     for left in place.glob(f".{glob.escape(name)}-*.unfinished"):
         # One that another process is writing is locked.
-        with suppress(OSError), _locked(left):
+        with suppress(OSError), locked(left):
             shutil.rmtree(left)
-    folder = place / f".{name}-{secrets.token_hex(4)}.unfinished"
+    folder = place / _temporary_name(name)
     folder.mkdir(parents=True)  # with the usual permissions, unlike temporary folders
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         with suppress(OSError):
-            stack.enter_context(_locked(folder))
+            stack.enter_context(locked(folder))
         yield folder
 
 
-def discard(folder: Path) -> None:
-    """Delete a folder as a whole: no moment shows a part of it."""
-    with _temporary(folder.parent, folder.name) as place:
-        folder.replace(place / folder.name)
+def _temporary_name(name: str) -> str:
+    return f".{name}-{secrets.token_hex(4)}.unfinished"
+
+
+def longest_name(name: str) -> str:
+    """A name as long as the longest one that a folder of this name has while it is written."""
+    return _temporary_name(name) + _OLD
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, at most until this process ends.
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, at most until this process ends; does nothing on Windows.
 
     Raises:
-        OSError: another process holds it, or the system cannot lock folders.
+        BlockingIOError: another process holds it, or has just deleted the folder.
+        OSError: the system cannot lock folders.
     """
+    if sys.platform == "win32":  # cannot open folders
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         lock(handle)
+        if not (folder.exists() and os.path.samestat(os.fstat(handle), folder.stat())):
+            raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), str(folder))
         yield
     finally:
         os.close(handle)
@@ -131,7 +130,7 @@ def _publish(folder: Path, target: Path) -> None:
         return
     if _exchange(folder, target):
         return
-    old = folder.with_name(folder.name + "-old")
+    old = folder.with_name(folder.name + _OLD)
     target.replace(old)
     try:
         folder.replace(target)

@@ -8,15 +8,16 @@ from typing import Any
 
 from ..runtime.artifact.folder import sha256_of
 from ..runtime.artifact.manifest import TOKENIZER_NAME, TokenizerSpec
-from ..runtime.artifact.untrusted.tokenizer_content import check_tokenizer
+from ..runtime.artifact.untrusted.tokenizer_content import check_file, check_tokenizer
 from ..runtime.encoding import tokenizer_errors
 from ..runtime.errors import ModelError
 from .model import MultiExitModel
 
 # transformers gives 1e30 where a tokenizer has no limit.
 _NO_LIMIT = 10**6
+_FILE = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
-_HINT = f"copy tokenizer.json (or vocab.txt, spiece.model) and {_CONFIG} into it"
+_HINT = f"copy {_FILE} (or vocab.txt, spiece.model) and {_CONFIG} into it"
 
 
 def save_tokenizer(
@@ -41,7 +42,8 @@ def save_tokenizer(
     path.parent.mkdir(parents=True, exist_ok=True)
     with _model_errors(source):
         check_tokenizer(tokenizer.backend_tokenizer)
-        tokenizer.backend_tokenizer.save(str(path), pretty=False)
+        content = tokenizer.backend_tokenizer.to_str()
+    path.write_bytes(content.encode())
     return TokenizerSpec(
         file=TOKENIZER_NAME,
         sha256=sha256_of(path),
@@ -90,8 +92,10 @@ def load_tokenizer(source: Path, model: MultiExitModel) -> Any:
     from transformers import AutoTokenizer
 
     with _model_errors(source):
+        if (source / _FILE).is_file():
+            check_file((source / _FILE).read_bytes())
         tokenizer = AutoTokenizer.from_pretrained(source)
-    files = {"tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()}
+    files = {_FILE, *getattr(tokenizer, "vocab_files_names", {}).values()}
     # Without these files, transformers makes an empty tokenizer that knows no word.
     if not any((source / name).is_file() for name in files):
         raise ModelError(

@@ -1,12 +1,18 @@
 """How closely a target's logits, labels and exits agree with the fp32 PyTorch model.
 
 The one place where two sets of logits are compared: by the export, by the check of a precision,
-by the check of a built target, and by `Engine.check`. Needs only numpy.
+by the check of a built target, by the conversion of a classifier, by the check of a single file,
+and by `Engine.check`. Needs only numpy.
+
+A difference of logits is always measured against the size of their row: fp32 rounds in proportion
+to the numbers that it adds, so a model with logits of 70 is as exact as one with logits of 7 if
+its differences are ten times as large.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +21,23 @@ from numpy.typing import NDArray
 
 from .artifact.manifest import Manifest, ProblemType, Task
 from .errors import ArtifactError, VerificationError
-from .rules.measures import Integers, Mask, Outputs
+from .rules.measures import TINY, Array, Integers, Mask, Outputs
 from .rules.rules import ExitRule
 from .rules.runner import simulate
 
 Logits = NDArray[np.float32]
+# By how much logits or scores may move: all alike, or `[exits, rows]`.
+Tolerance = float | NDArray[np.floating[Any]]
+
+EXPORT_LIMIT = 1e-4
+"""How much the logits of an fp32 export may differ from those of the PyTorch model.
+
+So may those of a row in two batches of OpenVINO: a head that reads the first token, which hardly
+varies in early layers, subtracts large numbers that are almost equal.
+"""
+
+BATCH_LIMIT = 1e-5
+"""How much the logits of a row in ONNX Runtime may change with the other rows and the padding."""
 
 # If fewer are left, near ties are compared as well: a share of almost nothing proves nothing.
 _LEAST_COMPARED = 0.1
@@ -32,10 +50,12 @@ class Requirements:
     Attributes:
         labels: least share of equal labels.
         exits: least share of rows with the same exit.
-        tie: a difference of logits that is expected from rounding. Where it could change a label,
-            that label is a near tie and is not compared.
+        tie: an absolute difference of logits that is expected from rounding to the precision.
+            Where it could change a label, that label is a near tie and is not compared. Where
+            `EXPORT_LIMIT` is more, it counts instead, because fp32 rounds as well.
         score_tie: the same for the scores of the exit rule, and for the exits of rows.
-        logits: largest difference of a logit; infinity: any finite difference is accepted.
+        logits: largest difference of a logit, see `logit_differences`; infinity: any finite
+            difference is accepted.
     """
 
     labels: float
@@ -57,11 +77,39 @@ REQUIREMENTS = {
 }
 """What is required of a target, by its precision."""
 
-EXPORT_REQUIREMENTS = Requirements(1.0, 1.0, tie=1e-4, score_tie=1e-3, logits=1e-4)
+EXPORT_REQUIREMENTS = Requirements(1.0, 1.0, tie=0.0, score_tie=0.0, logits=EXPORT_LIMIT)
 """What is required of a fresh fp32 export, which runs where the PyTorch model ran."""
 
+# A score moves by at most a few times as much as the logits.
+_SCORE_PER_LOGIT = 10
 # Another CPU or driver rounds differently from the one on which the tolerance was measured.
 _SLACK = 10
+
+
+def logit_sizes(logits: Logits) -> NDArray[np.float32]:
+    """What differences of logits are measured against: the largest of a row, and at least 1.
+
+    Args:
+        logits: `[..., labels]`.
+
+    Returns:
+        `[...]` float32; 1 where a logit is not finite, so that any other logit differs.
+    """
+    sizes = np.abs(logits).max(axis=-1, initial=1.0)
+    return np.where(np.isfinite(sizes), sizes, 1.0).astype(np.float32)
+
+
+def logit_differences(found: Logits, expected: Logits) -> NDArray[np.float32]:
+    """The largest difference of a logit in each row, divided by the size of the row.
+
+    Args:
+        found: `[..., labels]`.
+        expected: the same of the model, which give the sizes, see `logit_sizes`.
+
+    Returns:
+        `[...]` float32; NaN where a logit is not a number.
+    """
+    return np.asarray(np.abs(found - expected).max(axis=-1, initial=0.0) / logit_sizes(expected))
 
 
 def requirements_of(name: str, manifest: Manifest) -> Requirements:
@@ -92,7 +140,8 @@ class Agreement:
 
     Attributes:
         rows: how many rows were compared.
-        max_logit_difference: largest absolute difference of a logit; NaN if one is not a number.
+        max_logit_difference: largest difference of a logit, divided by the largest logit of its
+            row if that is more than 1; NaN if one is not a number.
         label_agreement: share of (exit, row) pairs with the same labels, near ties left out.
         exit_agreement: share of rows with the same exit, near ties left out.
         near_ties: rows that were left out of either share. None are if hardly any would be left.
@@ -131,8 +180,8 @@ class Agreement:
         least = f" (at least {required.exits:.0%} required)" if required.exits else ""
         ties = f"; near ties in {self.near_ties} of {self.rows} texts are not compared"
         return (
-            f"logits differ by {self.max_logit_difference:.2e}{limit}, labels agree for "
-            f"{self.label_agreement:.2%} (at least {required.labels:.1%} required), exits for "
+            f"logits differ by {self.max_logit_difference:.2e} of their size{limit}, labels agree "
+            f"for {self.label_agreement:.2%} (at least {required.labels:.1%} required), exits for "
             f"{self.exit_agreement:.2%}{least}{ties if self.near_ties else ''}"
         )
 
@@ -175,18 +224,19 @@ def compare(
     """
     finite = np.isfinite(found).all(axis=-1)
     logits = np.where(np.isfinite(found), found, 0.0).astype(np.float32)
-    differences = np.abs(found - expected).max(axis=-1, initial=0.0)
+    differences = logit_differences(found, expected)
+    rounding = EXPORT_LIMIT * logit_sizes(expected)
+    tie = np.maximum(required.tie, rounding)
+    score_tie = np.maximum(required.score_tie, _SCORE_PER_LOGIT * rounding)
 
     same_labels = answers(logits, task) == answers(expected, task)
     same_labels = same_labels if same_labels.ndim == 2 else same_labels.all(axis=-1)
     same_labels &= finite
-    ties = _few_enough(near_ties(expected, task, required.tie) & finite)
+    ties = _few_enough(near_ties(expected, task, tie) & finite)
 
     exits, expected_exits = (_exits(z, rule, task, first_exit) for z in (logits, expected))
     same_exits = (exits == expected_exits) & finite.all(axis=0)
-    close_exits = _few_enough(
-        exits_near_ties(expected, rule, task, required.tie, first_exit, required.score_tie)
-    )
+    close_exits = _few_enough(exits_near_ties(expected, rule, task, tie, first_exit, score_tie))
     exit_agreement = _share(same_exits[~close_exits])
 
     bad = ~finite | (~same_labels & ~ties) | ~(differences <= required.logits)
@@ -210,24 +260,24 @@ def answers(logits: Logits, task: Task) -> Integers:
     return np.stack([Outputs(z, task.problem_type, task.label_thresholds).answers for z in logits])
 
 
-def near_ties(logits: Logits, task: Task, tolerance: float) -> Mask:
+def near_ties(logits: Logits, task: Task, tolerance: Tolerance) -> Mask:
     """Where the labels may change if each logit moves by the tolerance: `[exits, rows]`."""
     if task.problem_type is ProblemType.MULTI_LABEL:
-        margins = np.abs(logits - _threshold_logits(task))
-        return np.asarray((margins <= tolerance).any(axis=-1))
+        margins = np.abs(logits - _threshold_logits(task)).min(axis=-1)
+        return np.asarray(margins <= tolerance)
     if logits.shape[-1] == 1:
-        return np.asarray((np.abs(logits) <= tolerance).any(axis=-1))
+        return np.asarray(np.abs(logits[..., 0]) <= tolerance)
     top = np.sort(logits, axis=-1)
-    return np.asarray(top[..., -1] - top[..., -2] <= 2 * tolerance)
+    return np.asarray(top[..., -1] - top[..., -2] <= 2 * np.asarray(tolerance))
 
 
 def exits_near_ties(
     logits: Logits,
     rule: ExitRule,
     task: Task,
-    tolerance: float,
+    tolerance: Tolerance,
     first_exit: int = 1,
-    score_tolerance: float | None = None,
+    score_tolerance: Tolerance | None = None,
 ) -> Mask:
     """Which rows may leave at another exit if logits and scores move by a tolerance: `[rows]`.
 
@@ -235,14 +285,33 @@ def exits_near_ties(
     tolerance is by default ten times as large, times the root of thresholds below 1.
     """
     is_relative = score_tolerance is None
-    moved = 10 * tolerance if score_tolerance is None else score_tolerance
-    low, high = (
-        _exits(logits, rule.shifted(by, is_relative), task, first_exit) for by in (-moved, moved)
-    )
-    unsure = low != high
+    moved = _SCORE_PER_LOGIT * np.asarray(tolerance) if score_tolerance is None else score_tolerance
+    unsure = np.zeros(logits.shape[1], np.bool_)
+    for by, rows in _steps(np.broadcast_to(moved, logits.shape[:2]).max(axis=0, initial=0.0)):
+        low, high = (
+            _exits(logits[:, rows], rule.shifted(each, is_relative), task, first_exit)
+            for each in (-by, by)
+        )
+        unsure[rows] = low != high
     if rule.uses_labels:
         unsure |= near_ties(logits, task, tolerance).any(axis=0)
-    return np.asarray(unsure)
+    return unsure
+
+
+def _steps(moved: Array) -> Iterator[tuple[float, NDArray[np.intp]]]:
+    """Rows whose scores move about as much, because a rule is shifted for many rows at once.
+
+    Args:
+        moved: `[rows]` by how much the scores of each row move.
+
+    Yields:
+        The least movement times a power of two, and the rows that move by no more than that, but
+        by more than half of it.
+    """
+    least = max(float(moved.min(initial=np.inf)), TINY)
+    doublings = np.ceil(np.log2(np.maximum(moved, least) / least))
+    for doubling in np.unique(doublings):
+        yield least * 2.0 ** float(doubling), np.flatnonzero(doublings == doubling)
 
 
 def _exits(logits: Logits, rule: ExitRule, task: Task, first_exit: int) -> Integers:

@@ -25,7 +25,7 @@ from tokenizers.models import WordLevel
 from .artifact.folder import verified
 from .artifact.manifest import ATTENTION_BIAS, MASK_FILL, TokenizerSpec
 from .artifact.reference import Text as Text
-from .artifact.untrusted.tokenizer_content import MAX_WORD, check_tokenizer
+from .artifact.untrusted.tokenizer_content import check_file, check_tokenizer
 from .errors import EXPORT_AGAIN, ArtifactError, FpabeeError, InputError, first_line, whole_number
 
 # Texts that are tokenized in one call. The library needs a hundred bytes for each character.
@@ -36,7 +36,7 @@ _CHUNK_CHARACTERS = 2**17
 # behind a token can change it only within a word, which is shorter than the margin, or becomes an
 # unknown word. The only exception is an added token that takes all spaces before it.
 _PER_TOKEN = 8
-_MARGIN = 2 * MAX_WORD
+_MARGIN = 2048
 # A text that gives hardly more tokens than are wanted is read to so many times as much.
 _MOST_TIMES = 16
 # They stand for the tokens of the first and the second text; no vocabulary has such ids.
@@ -304,8 +304,7 @@ class TextEncoder:
         if max_length is not None:
             self.limit = min(self.limit, whole_number("max_length", max_length, InputError))
         with tokenizer_errors(f"{self._path} is not a tokenizer that can be used"):
-            tokenizer = Tokenizer.from_file(str(self._path))
-            check_tokenizer(tokenizer)
+            tokenizer = read_tokenizer(self._path)
             self._tokenizer = RowTokenizer(tokenizer, self.limit, "token_type_ids" in spec.inputs)
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
@@ -359,6 +358,20 @@ class TextEncoder:
                     "leave such texts out, or export with a tokenizer that adds special tokens",
                 )
         return rows
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a file, which may be from a stranger.
+
+    Raises:
+        ArtifactError: it is damaged, or could take time without bound.
+    """
+    with tokenizer_errors(f"{path} is not a tokenizer that can be used"):
+        content = path.read_bytes()
+        check_file(content)
+        tokenizer = Tokenizer.from_buffer(content)
+        check_tokenizer(tokenizer)
+        return tokenizer
 
 
 @contextmanager

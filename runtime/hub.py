@@ -15,6 +15,7 @@ from .machine import require
 from .targets import target_of
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_PATIENCE = 10.0  # seconds
 
 
 def repository_of(source: str | Path) -> str | None:
@@ -63,7 +64,11 @@ def engines_folder(
     from huggingface_hub import hf_hub_download
 
     with hub_errors(repository, revision, MANIFEST_NAME):
-        folder = Path(hf_hub_download(repository, MANIFEST_NAME, revision=revision)).parent
+        only_here = not answers(repository, revision)
+        path = hf_hub_download(
+            repository, MANIFEST_NAME, revision=revision, local_files_only=only_here
+        )
+        folder = Path(path).parent
     engines = EnginesFolder.read(folder)
     name = None if every_target else target_of(engines, target)
     if name and target is None and engines.manifest.targets[name].backend.startswith("tensorrt"):
@@ -76,6 +81,32 @@ def engines_folder(
         with hub_errors(repository, revision, file):
             hf_hub_download(repository, file, revision=folder.name)
     return folder
+
+
+def answers(repository: str, revision: str | None = None) -> bool:
+    """Whether the hub answers within ten seconds, even if with an error, and may be asked.
+
+    A download would try again for half a minute, and print each failure, or wait without end.
+
+    Args:
+        repository: the repository that is asked for.
+        revision: of it.
+
+    Raises:
+        ValueError: the repository cannot have this name.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The bases of its error are those of the library for HTTP.
+    failures: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
+    try:
+        HfApi().model_info(repository, revision=revision, timeout=_PATIENCE)
+    except HfHubHTTPError:
+        return True
+    except failures:
+        return False
+    return True
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from .rules.rules import ExitRule
 logger = logging.getLogger(__name__)
 
 # ONNX Runtime starts all of them, so an absurd number would exhaust the machine.
-_MOST_THREADS = 1024
+MOST_THREADS = 1024
 # Warnings about each folder: an application that loads it again is not told again.
 _told: set[tuple[Path, str]] = set()
 
@@ -196,5 +196,5 @@ def open_backend(engines: EnginesFolder, name: str, threads: int | None) -> Back
         MissingExtraError: the target's inference library is not installed.
     """
     if threads is not None:
-        threads = whole_number("threads", threads, BackendError, _MOST_THREADS)
+        threads = whole_number("threads", threads, BackendError, MOST_THREADS)
     return backend_class(engines.manifest.targets[name])(engines, name, threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import logging
 import os
 import re
 import shutil
@@ -136,6 +137,15 @@ def test_importing_loads_no_heavy_library() -> None:
     )
 
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_log_of_a_failed_test_has_no_tracing(caplog: pytest.LogCaptureFixture) -> None:
+    """PyTorch sets the level of this logger itself."""
+    tracing = logging.getLogger("torch.__trace")
+    tracing.setLevel(logging.DEBUG)
+    tracing.debug("a line for each step of an export")
+    tracing.warning("what a user would see")
+    assert caplog.messages == ["what a user would see"]
 
 
 def test_libraries_do_not_mention_options_or_commands() -> None:

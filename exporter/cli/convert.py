@@ -20,7 +20,9 @@ from ...runtime.cli.command import READING, command
 from ...runtime.cli.console import echo, hide_bars_of_hub, step_progress
 from ...runtime.machine import require
 from ..convert.options import Chosen, Conversion, Converted, ConvertOptions
+from ..convert.places import check_places
 from ..exits import Pooling
+from ..paths import check_apart, check_new, resolved
 
 _PROMISED = {
     "flips": "{0} of the decisions differ from the classifier's",
@@ -106,7 +108,12 @@ def main(
         **(shares or {"flips": 0.01}),
     )
     wanted = replace(msgspec.convert(settings | {"reading": reading}, ConvertOptions), bound=bound)
+    folder = output or Path("engines")
     require("export")
+    target = check_places(classifier, texts, folder, wanted)  # before the slow imports
+    if single_file is not None:
+        check_apart(target, [resolved(single_file)])
+        check_new(resolved(single_file), [target], "single_file")
     hide_bars_of_hub(quiet)
     if quiet:
         logging.getLogger("fpabee.exporter.convert").setLevel(logging.ERROR)
@@ -120,7 +127,7 @@ def main(
     of_transformers.set_verbosity_error()
     of_transformers.disable_progress_bar()
     with step_progress(quiet) as progress:
-        result = convert(classifier, texts, output or "engines", wanted, progress)
+        result = convert(classifier, texts, folder, wanted, progress)
     # Now, because the folder is there, even if it cannot be packed.
     if as_json:
         click.echo(msgspec.json.encode(result, enc_hook=str).decode())

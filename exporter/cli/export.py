@@ -21,6 +21,7 @@ from ...runtime.errors import InputError, VerificationError
 from ...runtime.files import read_rows
 from ...runtime.machine import require
 from ..add_targets import AddTargetsOptions, AddTargetsResult, add_targets, check_options
+from ..paths import check_model_dir, check_output, resolved
 from ..targets.backends import FP16, INT8, ONNXRUNTIME, OPENVINO, RTX, TENSORRT, unavailable_reason
 from ..targets.plans import PlanOptions
 
@@ -130,19 +131,16 @@ def main(
         raise click.UsageError("give either MODEL_DIR or --from ENGINES")
     _check_usage(source is None, settings)
     reading = options.read_options(settings)
+    folder = source or output or Path("engines")
+    if model_dir is not None:
+        _check_paths(model_dir, folder, settings)
     for name in ("calibration_data", "verify_data"):
         rows = read_rows(settings[name], reading) if settings[name] else ()
         settings[name] = [row.content for row in rows]
     say = (lambda line: None) if as_json else echo
-    folder = source or output or Path("engines")
     content: Content = {}
     targets = _target_options(settings)
     if model_dir is not None:
-        if Path(model_dir, MANIFEST_NAME).is_file():
-            raise InputError(
-                f"{model_dir} is an engines folder, not a model_dir",
-                f"to add targets: fpabee-export --from {model_dir}; to run: fpabee-run {model_dir}",
-            )
         check_options(targets)
         content = _export(model_dir, folder, settings, quiet, say)
         if not (targets.fp16 or targets.int8 or targets.backends):
@@ -184,6 +182,24 @@ def _check_usage(is_new: bool, settings: dict[str, Any]) -> None:
     )
     only_with("calibration_data", settings["int8"], "--int8")
     only_with("int8", data or not is_new, "--calibration-data")
+
+
+def _check_paths(model_dir: str, output: Path, settings: dict[str, Any]) -> None:
+    """Check the paths of a new export, before texts are read and PyTorch is loaded.
+
+    Raises:
+        ModelError: there is no such model.
+        InputError: it is an engines folder, or an input is inside of the output.
+        ArtifactError: the output must not be written.
+    """
+    if Path(model_dir, MANIFEST_NAME).is_file():
+        raise InputError(
+            f"{model_dir} is an engines folder, not a model_dir",
+            f"to add targets: fpabee-export --from {model_dir}; to run: fpabee-run {model_dir}",
+        )
+    inputs = model_dir, settings["calibration_data"], settings["verify_data"]
+    check_output(resolved(output), settings["force"], inputs)
+    check_model_dir(model_dir)
 
 
 def _target_options(settings: dict[str, Any]) -> AddTargetsOptions:

@@ -79,8 +79,8 @@ def main(
         echo(f"calibrate that target first, with your rows: {command_line} --data dev.jsonl")
     echo(
         f"verified on {packed.rows} texts: logits differ by at most "
-        f"{packed.max_logit_difference:.1e}, exits are equal; {packed.near_ties} texts were too "
-        "close to a threshold to compare"
+        f"{packed.max_logit_difference:.1e} of their size, exits are equal; {packed.near_ties} "
+        "texts were too close to a threshold to compare"
     )
     upload = shlex.join(["hf", "upload", "OWNER/NAME", str(output)])
     echo(f"to upload it to the Hugging Face hub: {upload}")

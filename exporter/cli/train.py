@@ -19,7 +19,7 @@ from ...runtime.cli.command import READING, command, in_terms_of_options
 from ...runtime.cli.console import echo, step_progress, table_console
 from ...runtime.errors import InputError
 from ...runtime.machine import require
-from ..training.options import TrainOptions
+from ..training.options import TrainOptions, check_training
 
 
 @command(
@@ -90,6 +90,7 @@ def main(
     except InputError as error:
         raise click.UsageError(in_terms_of_options(error)) from error
     require("train")
+    check_training(output, wanted)  # before the slow imports
     from transformers.utils import logging as transformers_logging
 
     from ..training.workflow import train

@@ -1,9 +1,9 @@
 """Conversion: a classifier and texts without labels become an engines folder with a guarantee.
 
-`classifier` loads the classifier, `texts` deals the texts into parts, `states` runs the classifier
-once, `heads` trains and chooses the heads of the exits, `promises` certifies every target, and
-`workflow` does all of it. Importing this package loads neither torch nor transformers; using
-`convert` does.
+`places` checks the paths, `classifier` loads the classifier, `texts` deals the texts into parts,
+`states` runs the classifier once, `heads` trains and chooses the heads of the exits, `promises`
+certifies every target, and `workflow` does all of it. Importing this package loads neither torch
+nor transformers; using `convert` does.
 """
 
 from __future__ import annotations

@@ -11,15 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...runtime.agreement import EXPORT_LIMIT, logit_differences
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.errors import ModelError, first_line
-from ...runtime.machine import require
 from ..backbones import build_encoder, family_of
-from ..checkpoint import agreed_problem_type, label_names, load_config, resolve_model_dir
+from ..checkpoint import (
+    CONFIG_ERRORS,
+    agreed_problem_type,
+    check_weight,
+    label_names,
+    load_config,
+    load_pretrained,
+    read_weights,
+    resolve_model_dir,
+)
 from ..exits import LastHead, MultiExitConfig, Pooling
 from ..model import MultiExitModel
+from .places import check_adapter
 
-_TOLERANCE = 1e-4
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 class Classifier:
@@ -59,7 +69,7 @@ class Classifier:
                 "give a classifier with at least two labels",
             )
         self.problem_type = agreed_problem_type(self.folder, config, problem_type)
-        self.model = _load(self.folder, adapter)
+        self.model = _load(self.folder, config, adapter)
         self.backbone = family_of(config.model_type)(self.model.base_model)
         self.layers = len(self.backbone.layers())
         if self.layers < 2:
@@ -115,29 +125,20 @@ class Classifier:
         ids = torch.arange(16).view(2, 8) % int(model.backbone.config.vocab_size)
         mask = torch.ones_like(ids)
         found = model.eval()(ids, mask)[-1]
-        difference = float((found - self.model(ids, attention_mask=mask).logits).abs().max())
-        if not difference <= _TOLERANCE:
+        expected = self.model(ids, attention_mask=mask).logits
+        difference = float(logit_differences(found.numpy(), expected.numpy()).max())
+        if not difference <= EXPORT_LIMIT:
             raise ModelError(
                 f"{self.folder} does not have the usual head of its family: the logits of the last "
-                f"exit differ from it by {difference:.2e}",
+                f"exit differ from it by {difference:.2e} of their size",
                 "train a model with new heads instead",
             )
 
 
-def _load(folder: Path, adapter: Path | None) -> Any:
-    from safetensors import SafetensorError
+def _load(folder: Path, config: Any, adapter: Path | None) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    load: Any = AutoModelForSequenceClassification.from_pretrained
-    try:
-        model, info = load(folder, dtype=torch.float32, output_loading_info=True)
-    # Which error is raised depends on why the weights do not fit.
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"{folder} does not hold a classifier that can be loaded: {first_line(error)}",
-            "copy config.json and the weights again from where the model was trained",
-        ) from error
-    missing = sorted(info["missing_keys"])
+    model, missing = load_pretrained(AutoModelForSequenceClassification, folder, config)
     if adapter is not None:
         model, given = _merged(model, adapter)
         missing = [name for name in missing if not given.intersection(name.split("."))]
@@ -157,24 +158,33 @@ def _merged(model: Any, adapter: Path) -> tuple[Any, set[str]]:
         ModelError: the adapter is damaged, of another base, or depends on the input.
         MissingExtraError: `peft` is not installed.
     """
-    require("peft")
+    check_adapter(adapter)
     from peft import PeftModel
-    from safetensors import SafetensorError
 
-    if not (adapter / "adapter_config.json").is_file():
-        raise ModelError(f"{adapter} has no adapter_config.json", "give the folder of an adapter")
+    # Before the library reads them, for which they may be anything.
+    for name, value in read_weights(adapter, _ADAPTER_WEIGHTS).items():
+        check_weight(adapter, name, value, value.shape)
     try:
         wrapped = PeftModel.from_pretrained(model, str(adapter))
-        given = set(wrapped.active_peft_config.modules_to_save or ())
-        return wrapped.merge_and_unload(safe_merge=True), given
-    # AttributeError: prompts and the like have nothing to merge. The others: the names or the
-    # shapes of weights do not fit, or a file is damaged.
-    except (AttributeError, OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        # It has loaded the adapter already, but only this says what the model has no place for.
+        unused = wrapped.load_adapter(str(adapter), wrapped.active_adapter).unexpected_keys
+        replaced = set(wrapped.active_peft_config.modules_to_save or ())
+        merged = wrapped.merge_and_unload(safe_merge=True)
+    # AttributeError: prompts and the like have nothing to merge. The others: a setting is wrong, or
+    # the names or the shapes of weights do not fit.
+    except (*CONFIG_ERRORS, ImportError) as error:
         raise ModelError(
             f"the adapter {adapter} cannot be merged into this classifier: {first_line(error)}",
             "give the classifier that it was trained for, with as many labels; adapters that "
             "depend on the input, such as prompts, cannot be merged",
         ) from error
+    if unused:
+        raise ModelError(
+            f"the adapter {adapter} has {len(unused)} weights that this classifier has no place "
+            f"for, first {min(unused)!r}",
+            "give the classifier that it was trained for",
+        )
+    return merged, replaced
 
 
 def _copy(source: nn.Module, target: nn.Module) -> None:

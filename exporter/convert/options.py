@@ -8,8 +8,9 @@ from pathlib import Path
 from ...calibration.goals import Bound
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.artifact.operating_point import Certificate, RuleSettings
-from ...runtime.errors import InputError
+from ...runtime.errors import BackendError, InputError, whole_number
 from ...runtime.files import ReadOptions
+from ...runtime.targets import MOST_THREADS
 from ..exits import Pooling
 
 
@@ -26,12 +27,13 @@ class ConvertOptions:
             tokenizer and classifier take.
         group_column: the field that names the group of a row, such as its dialogue. Groups stay
             together, and one text of each certifies.
-        threads: CPU threads; None: all cores.
+        threads: CPU threads, at most 1024; None: all cores.
         reading: how the texts are read.
         force: replace an existing engines folder.
 
     Raises:
         InputError: the drop of a metric is bounded, which needs labels.
+        BackendError: `threads` is out of range.
     """
 
     bound: Bound = field(default_factory=lambda: Bound(flips=0.01))
@@ -45,6 +47,8 @@ class ConvertOptions:
     force: bool = False
 
     def __post_init__(self) -> None:
+        if self.threads is not None:
+            whole_number("threads", self.threads, BackendError, MOST_THREADS)
         if self.bound.drop is not None:
             raise InputError("the drop of a metric needs labels", "bound `flips` instead")
 
@@ -105,7 +109,8 @@ class Converted:
         exits: how many of these texts stop at each exit, exit 0 first.
         speedup_single: time at full depth over time with the rule, for texts one by one.
         speedup_file: the same for windows of texts, as in files.
-        max_logit_difference: from the classifier, at full depth.
+        max_logit_difference: from the classifier, at full depth, divided by the largest logit of
+            the row if that is more than 1.
         accuracy: share of texts of the report with exactly the right answer; None: no labels.
         lost_label: of the texts that certify, see `Scorer.lost_label`.
     """

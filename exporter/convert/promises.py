@@ -22,6 +22,7 @@ from ...calibration.result import outcome
 from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, same_answers
 from ...calibration.search import exits_of
 from ...calibration.trace import data_sha256, trace_rows
+from ...runtime.agreement import logit_differences
 from ...runtime.artifact.folder import read_manifest, write_manifest
 from ...runtime.artifact.manifest import Task, with_operating_points, with_target
 from ...runtime.artifact.operating_point import OperatingPoint
@@ -174,7 +175,7 @@ def certify_target(
         exits=judged.exits,
         speedup_single=speedups[0],
         speedup_file=speedups[1],
-        max_logit_difference=float(np.abs(seen.logits[-1] - calibrate.logits).max()),
+        max_logit_difference=float(logit_differences(seen.logits[-1], calibrate.logits).max()),
         accuracy=accuracy,
         lost_label=stopping.scorer.lost_label(stops, task.labels),
     )

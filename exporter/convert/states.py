@@ -7,17 +7,20 @@ are those of the classifier itself.
 from __future__ import annotations
 
 import errno
-import math
+import io
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ...runtime.artifact.folder import write_whole
 from ...runtime.encoding import EncodedRow
 from ...runtime.progress import Progress
 from ..backbones.base import attention_bias
@@ -74,31 +77,57 @@ def run_classifier(
     Returns:
         The logits `[rows, labels]`, and the states `[taught, layers - 1, 2, hidden]`, in which the
         mean over tokens comes before the first token; the latter are mapped from a file.
+
+    Raises:
+        OSError: there is no space for the states.
+        ArtifactError: the logits cannot be written.
     """
     logits_file, states_file = folder / "logits.npy", folder / "states.npy"
     if not logits_file.is_file():
         model, labels = _WithStates(classifier), len(classifier.labels)
         hidden = int(classifier.model.config.hidden_size)
         shape = (len(taught), classifier.layers - 1, 2, hidden)
-        if 4 * math.prod(shape) > shutil.disk_usage(folder).free:  # else the process would crash
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(states_file))
-        states = np.lib.format.open_memmap(states_file, "w+", np.float32, shape)
         logits = np.empty((len(rows), labels), np.float32)
         place = np.full(len(rows), -1)
         place[taught] = np.arange(len(taught))
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         # Rows of similar length are in one block.
         order = np.argsort([len(row) for row in rows], kind="stable")
-        for start in range(0, len(rows), _BLOCK):
-            progress("classify the texts", start, len(rows))
-            numbers = order[start : start + _BLOCK]
-            some = [rows[number] for number in numbers]
-            # In small batches, because long texts need much memory.
-            found = predict(model, some, padding, lambda each: each, batch=32)
-            logits[numbers], kept = found[:, :labels], place[numbers] >= 0
-            states[place[numbers[kept]]] = found[kept, labels:].reshape(-1, *shape[1:])
-        states.flush()
-        del states
-        np.save(part := folder / "part.npy", logits)
-        part.replace(logits_file)  # last: it says that both are complete
+        with _new_file(states_file, shape) as states:
+            for start in range(0, len(rows), _BLOCK):
+                progress("classify the texts", start, len(rows))
+                numbers = order[start : start + _BLOCK]
+                some = [rows[number] for number in numbers]
+                # In small batches, because long texts need much memory.
+                found = predict(model, some, padding, lambda each: each, batch=32)
+                logits[numbers], kept = found[:, :labels], place[numbers] >= 0
+                states[place[numbers[kept]]] = found[kept, labels:].reshape(-1, *shape[1:])
+            states.flush()
+            content = io.BytesIO()
+            np.save(content, logits)
+            write_whole(logits_file, content.getvalue())  # last: it says that both are complete
     return np.load(logits_file), np.load(states_file, mmap_mode="c")
+
+
+@contextmanager
+def _new_file(path: Path, shape: tuple[int, ...]) -> Iterator[np.memmap[Any, np.dtype[np.float32]]]:
+    """Numbers that are mapped from a new file, which is deleted if an error comes before the end.
+
+    Its space is reserved first: the system ends a process for which there is no space when it
+    writes to what it has mapped.
+
+    Raises:
+        OSError: there is not enough space.
+    """
+    try:
+        values = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+        if hasattr(os, "posix_fallocate"):
+            with path.open("rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        elif values.nbytes > shutil.disk_usage(path.parent).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        yield values
+    except BaseException:
+        with suppress(OSError):  # Windows keeps a file that is mapped
+            path.unlink()
+        raise

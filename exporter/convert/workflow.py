@@ -1,7 +1,7 @@
 """Convert: run the classifier, train exits on its predictions, export, certify, publish.
 
 Everything is made in a folder beside the output, OUTPUT.partial. It stays if the conversion is
-interrupted, and the same call goes on from the steps that are complete.
+interrupted or the disk is full, and the same call goes on from the steps that are complete.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import util
 from pathlib import Path
@@ -25,10 +24,10 @@ from ...calibration.guarantee import decision_thresholds, needs_in_words
 from ...calibration.scoring import same_answers
 from ...calibration.trace import data_sha256
 from ...runtime.artifact.folder import read_manifest, sha256_of, write_manifest, write_whole
-from ...runtime.artifact.manifest import MANIFEST_NAME, ProblemType, Task
+from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.encoding import EncodedRow
-from ...runtime.errors import ArtifactError, BackendError, InputError, RowError
+from ...runtime.errors import RowError
 from ...runtime.files import read_rows
 from ...runtime.files.labels import Labels, encode_labels
 from ...runtime.machine import multiplies_int8
@@ -40,8 +39,9 @@ from ..add_targets import AddTargetsOptions, add_targets
 from ..checkpoint import save_checkpoint
 from ..exit_0 import save_exit_0
 from ..model import MultiExitModel
+from ..paths import check_output
 from ..pipeline import ExportOptions, export
-from ..staging import check_output, discard, resolved, staging
+from ..staging import staging, system_errors
 from ..targets.backends import OPENVINO, unavailable_reason
 from ..targets.check import FP32_TARGET
 from ..tokenizer import load_tokenizer, pad_id, row_limit
@@ -51,6 +51,7 @@ from ..training.trainer import probabilities
 from .classifier import Classifier
 from .heads import choose_form, store, train_heads
 from .options import Chosen, Conversion, ConvertOptions
+from .places import check_places, unfinished
 from .promises import Part, certify_target, check_promises
 from .states import run_classifier
 from .texts import CALIBRATED, Numbers, Texts, split
@@ -103,8 +104,8 @@ def convert(
         ```
     """
     started = time.perf_counter()
-    options, target = options or ConvertOptions(), resolved(output)
-    check_output(target, options.force)
+    options = options or ConvertOptions()
+    target = check_places(classifier, texts, output, options)
     check_installed()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -114,49 +115,16 @@ def convert(
     for line in (certify, *needs_in_words(options.bound, has_exit_0=True)):
         logger.warning(line)
     work = _Work(teacher, given, options, progress)
-    try:
-        with _partial(target, work.fingerprint) as folder:
-            found = work.run(folder)
-            for left in folder.glob("engines/.manifest-*"):  # by a process that was killed
-                left.unlink()
-            with staging(target) as new:
-                check_output(target, options.force)  # again, because it may have appeared meanwhile
-                new.rmdir()
-                (folder / "engines").replace(new)
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write {target}: {error.strerror}", "check the free space and permissions"
-        ) from error
+    with unfinished(target, work.fingerprint) as folder:
+        found = work.run(folder)
+        for left in folder.glob("engines/.manifest-*"):  # by a process that was killed
+            left.unlink()
+        with staging(target) as new:
+            # Again, because it may have appeared meanwhile.
+            check_output(target, options.force, (teacher.folder, texts, options.adapter))
+            new.rmdir()
+            (folder / "engines").replace(new)
     return replace(found, folder=Path(output), seconds=round(time.perf_counter() - started, 1))
-
-
-@contextmanager
-def _partial(target: Path, fingerprint: str) -> Iterator[Path]:
-    """The folder of an unfinished conversion, which the same call goes on with.
-
-    An interruption leaves it behind, and so does a library or a device that fails.
-    """
-    folder = target.with_name(f"{target.name}.partial")
-    mark = folder / "conversion"
-    if mark.is_file():
-        if mark.read_text() != fingerprint:
-            discard(folder)
-    elif folder.exists() and any(folder.iterdir()):
-        raise ArtifactError(f"{folder} is in the way", "give another `output`")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        if not mark.is_file():
-            mark.write_text(fingerprint)
-        yield folder
-    except BackendError:
-        raise
-    except KeyboardInterrupt as error:
-        kept = f"{folder} keeps the finished steps"
-        raise KeyboardInterrupt(InputError(kept, "do the same again to continue")) from error
-    except Exception:
-        discard(folder)
-        raise
-    discard(folder)
 
 
 class _Work:
@@ -211,15 +179,17 @@ class _Work:
         given = self.teacher, rows, self.padding, texts.taught, folder
         logits, states = run_classifier(*given, self.progress)
         check_promises(bound, self.task, logits[texts.calibrate], CALIBRATED)
-        model_dir, engines, mark = folder / "model", folder / "engines", folder / "chosen.json"
+        model_dir, mark = folder / "model", folder / "chosen.json"
         if not mark.is_file():
             write_whole(mark, msgspec.json.encode(self._train(model_dir, rows, logits, states)))
         chosen = msgspec.json.decode(mark.read_bytes(), type=Chosen)
-        if not (engines / MANIFEST_NAME).is_file():
-            export(model_dir, engines, ExportOptions(max_length=self.max_length), self.progress)
-        if not (folder / "targets").is_file():
-            self._add_targets(engines)
-            (folder / "targets").touch()
+        exported, engines = folder / "exported", folder / "engines"
+        if not engines.is_dir():
+            if not exported.is_dir():
+                wanted = ExportOptions(max_length=self.max_length)
+                export(model_dir, exported, wanted, self.progress)
+            self._add_targets(exported)
+            exported.replace(engines)  # this name says that it has its targets
         return self._certify(engines, logits, chosen)
 
     def _train(
@@ -239,7 +209,8 @@ class _Work:
         model, chosen = self._model(states, logits[texts.taught])
         exit_0 = learn(train, choose, self.plain, _SEED, self.progress)
         save_checkpoint(model, model_dir)
-        self.tokenizer.save_pretrained(model_dir)
+        with system_errors(model_dir):
+            self.tokenizer.save_pretrained(model_dir)
         save_exit_0(model_dir, exit_0)
         return chosen
 

@@ -9,7 +9,6 @@ README.md              the model card
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,14 @@ from tokenizers import Tokenizer
 
 from ... import __version__
 from ...calibration.scoring import AGREEMENT
-from ...runtime.artifact.folder import verified
+from ...runtime.artifact.folder import BAD_JSON, verified
 from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest, TokenizerSpec
 from ...runtime.artifact.operating_point import OperatingPoint
-from ...runtime.errors import printable
+from ...runtime.encoding import read_tokenizer
+from ...runtime.errors import EXPORT_AGAIN, ArtifactError
 from ...runtime.rules.rules import ExitRule
 from ...runtime.rules.words import rule_in_words
+from ..markdown import MarkdownFormatter
 from ..targets.backends import INT8
 
 
@@ -42,7 +43,8 @@ class Packed:
         rows: how many texts verified it, with the rule and with other thresholds.
         near_ties: the most texts of one threshold whose exits were not compared, because a score
             is so close to the threshold that rounding decides.
-        max_logit_difference: from the segments, on these texts.
+        max_logit_difference: from the segments, on these texts, divided by the largest logit of
+            the row if that is more than 1.
     """
 
     file: Path
@@ -65,8 +67,11 @@ def load_tokenizer(source: Path, spec: TokenizerSpec) -> Tokenizer:
     """The tokenizer of an engines folder, which cuts texts at the limit and does not pad them.
 
     Its file may pad every text to one length, and cut it earlier.
+
+    Raises:
+        ArtifactError: it is missing or damaged.
     """
-    tokenizer = Tokenizer.from_file(str(verified(source, spec.file, spec.sha256)))
+    tokenizer = read_tokenizer(verified(source, spec.file, spec.sha256))
     tokenizer.no_padding()
     tokenizer.enable_truncation(spec.max_length)
     return tokenizer
@@ -84,17 +89,25 @@ def write_files(
         packed: what was packed.
         model: the graph, an `onnx_ir.Model`.
         is_large: whether its weights lie beside it.
+
+    Raises:
+        ArtifactError: the configuration of the classifier is damaged.
     """
     spec, target = manifest.tokenizer, manifest.targets[packed.target]
     point = target.operating_points.get(packed.operating_point or "")
     tokenizer = load_tokenizer(source, spec)
     tokenizer.save(str(folder / "tokenizer.json"))
-    classifier = verified(source, CLASSIFIER_NAME, manifest.files[CLASSIFIER_NAME])
+    path = verified(source, CLASSIFIER_NAME, manifest.files[CLASSIFIER_NAME])
+    try:
+        classifier = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except BAD_JSON as error:
+        problem = str(error) or type(error).__name__
+        raise ArtifactError(f"{path} is not a configuration: {problem}", EXPORT_AGAIN) from error
     # transformers.js looks for the graph of this precision.
     dtype = "q8" if target.precision == INT8 else "fp32"
     for_js = {"dtype": dtype, "use_external_data_format": is_large}
     contents = {
-        "config.json": {**json.loads(classifier.read_bytes()), "transformers.js_config": for_js},
+        "config.json": {**classifier, "transformers.js_config": for_js},
         "tokenizer_config.json": {
             # The class that takes tokenizer.json as it is.
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -114,9 +127,11 @@ def write_files(
     for name, content in contents.items():
         text = msgspec.json.format(msgspec.json.encode(content), indent=2)
         (folder / name).write_bytes(text + b"\n")
+    texts = MarkdownFormatter()
     measured = "Nothing is promised: the rule was not calibrated for this file.\n"
     if point is not None:
-        measured = _template("measured").format(
+        measured = texts.format(
+            _template("measured"),
             manifest=manifest,
             packed=packed,
             point=point,
@@ -130,11 +145,12 @@ def write_files(
             versions=", ".join(map(" ".join, point.versions.items())),
         )
     layers = zip(packed.exits, manifest.exit_layers, strict=True)
-    card = _template("card").format(
+    card = texts.format(
+        _template("card"),
         manifest=manifest,
         packed=packed,
         target=target,
-        labels=printable(", ".join(manifest.task.labels)),
+        labels=", ".join(manifest.task.labels),
         exits=", ".join(f"{n} after layer {layer}" for n, layer in layers),
         rule=rule_in_words(packed.rule),
         exit_0=packed.no_exit_0 or ("inside" if packed.exits[0] == 0 else "the model has none"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import onnx
 
-from ...runtime.artifact.folder import check_outside, read_manifest
+from ...runtime.artifact.folder import read_manifest
 from ...runtime.artifact.manifest import CLASSIFIER_NAME
 from ...runtime.artifact.reference import read_reference
 from ...runtime.encoding import Text
@@ -17,7 +17,8 @@ from ...runtime.exit_0 import ExitZero
 from ...runtime.progress import Progress, silent
 from ...runtime.targets import rule_of, target_of
 from ..onnx_file import graphs_of, load_graphs
-from ..staging import resolved, staging
+from ..paths import check_new, resolved
+from ..staging import staging
 from ..targets.backends import INT8
 from ..targets.check import FP32_TARGET
 from .exit_0 import PairMarks
@@ -73,9 +74,7 @@ def pack(
         ```
     """
     source, place = Path(engines), resolved(output)
-    check_outside(place)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise ArtifactError(f"{output} exists already", "give another folder as `output`")
+    check_new(place, [source])
     manifest = read_manifest(source)
     packable = [
         name

@@ -9,7 +9,14 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from ...runtime.agreement import EXPORT_REQUIREMENTS, REQUIREMENTS, Logits, exits_near_ties
+from ...runtime.agreement import (
+    EXPORT_LIMIT,
+    REQUIREMENTS,
+    Logits,
+    exits_near_ties,
+    logit_differences,
+    logit_sizes,
+)
 from ...runtime.artifact.manifest import (
     ATTENTION_BIAS,
     LOGITS,
@@ -62,7 +69,8 @@ def verify(
 
     Returns:
         How many texts were run. For how many of them, at most, a score is so close to a threshold
-        that rounding decides; their exits are not compared. The largest difference of a logit.
+        that rounding decides; their exits are not compared. The largest difference of a logit,
+        see `logit_differences`.
 
     Raises:
         VerificationError: logits or exits differ, or too many exits cannot be compared.
@@ -72,7 +80,7 @@ def verify(
     here = with_target(manifest, target, msgspec.structs.replace(built, backend=ONNXRUNTIME))
     with engine_of(source, here, target, rule) as engine:
         rows, trace = engine.encode(texts), engine.trace(texts)
-    required = REQUIREMENTS[INT8].tie if built.precision == INT8 else EXPORT_REQUIREMENTS.logits
+    required = REQUIREMENTS[INT8].tie if built.precision == INT8 else EXPORT_LIMIT
     first, task = trace.first_exit, manifest.task
     setting = task.problem_type, task.label_thresholds, first
     rules = [rule]  # the last, so that the file keeps it
@@ -91,16 +99,20 @@ def verify(
         logits, exits = _run(file, rows, manifest.tokenizer)
         expected = simulate(trace.logits, each, *setting).exits
         same = trace.logits[exits - first, np.arange(len(rows))]
-        difference = float(np.maximum(difference, np.abs(logits - same).max()))  # NaN stays NaN
-        close = exits_near_ties(trace.logits, each, task, difference, first)
+        difference = float(
+            np.maximum(difference, logit_differences(logits, same).max())
+        )  # NaN stays NaN
+        close = exits_near_ties(
+            trace.logits, each, task, difference * logit_sizes(trace.logits), first
+        )
         ties = max(ties, int(close.sum()))
         wrong = int(((exits != expected) & ~close).sum())
         if wrong or not difference <= required or ties > max(1, _MOST_TIES * len(rows)):
             raise VerificationError(
                 f"the graph does not agree with the segments of {target}, with "
                 f"{rule_in_words(each)}, on {len(rows)} texts: logits differ by {difference:.1e} "
-                f"(at most {required:.0e} allowed), {wrong} exits differ, and {ties} are too close "
-                f"to a threshold to compare (at most {_MOST_TIES:.0%} allowed)",
+                f"of their size (at most {required:.0e} allowed), {wrong} exits differ, and {ties} "
+                f"are too close to a threshold to compare (at most {_MOST_TIES:.0%} allowed)",
                 "pack another target; if it is the exits that are too close, give more texts as "
                 "`verify_data`",
             )

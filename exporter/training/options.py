@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from ...runtime.artifact.folder import check_outside
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.errors import InputError
-from ...runtime.files import ReadOptions
+from ...runtime.files import Inputs, ReadOptions
+from ..paths import check_apart, check_model_dir, resolved
 
 # A pair has three special tokens, and needs at least one token of text.
 _ABOVE = {"epochs": 0, "lr": 0, "batch_size": 0, "max_length": 3}
@@ -84,3 +87,29 @@ class TrainOptions:
             return self.epochs
         steps = -(-rows // self.batch_size)
         return max(_EPOCHS, min(_MOST_EPOCHS, float(-(-_FEWEST_STEPS // steps))))
+
+
+def check_training(output: Path, options: TrainOptions) -> None:
+    """Check the paths of a training, before PyTorch is loaded.
+
+    Args:
+        output: the folder to write.
+        options: the settings.
+
+    Raises:
+        InputError: there is already a model and no `force`, or it holds what is read; the folder is
+            an engines folder or inside of the folder of a model; or there are no such rows.
+        ModelError: there is no such encoder.
+    """
+    sources = [source for source in (options.train, options.dev, options.test) if source]
+    holds_model = (output / "config.json").is_file()
+    check_outside(output if holds_model else output / "config.json")
+    if holds_model:
+        check_apart(resolved(output), [options.backbone, *sources])
+        if not options.force:
+            raise InputError(
+                f"{output} already holds a model",
+                "give `force` to replace it, or another `output`",
+            )
+    Inputs(sources, options.reading)
+    check_model_dir(options.backbone)

@@ -10,6 +10,7 @@ import msgspec
 
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.errors import printable
+from ..markdown import in_markdown
 from .options import TrainOptions
 
 REPORT_NAME = "training.json"
@@ -85,11 +86,15 @@ def model_card(report: TrainReport) -> Any:
         metrics=list(report.scores["dev"][0]),
     )
     template = str(Path(__file__).with_name("model_card.md"))
-    return ModelCard.from_template(
-        metadata, template, report=report, printable=printable, place=_place, zip=zip
-    )
+    functions: dict[str, Any] = {
+        "printable": printable,
+        "text": in_markdown,
+        "place": _place,
+        "zip": zip,
+    }
+    return ModelCard.from_template(metadata, template, report=report, **functions)
 
 
 def _place(source: str) -> str:
     """A file without its folder, which exists only on one machine."""
-    return printable(Path(source).name)
+    return Path(source).name

@@ -16,21 +16,22 @@ import torch
 from transformers import AutoModel, set_seed
 
 from ...calibration.trace import data_sha256
-from ...runtime.artifact.folder import check_outside, sha256_of
+from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import ProblemType
-from ...runtime.errors import InputError
+from ...runtime.errors import InputError, ModelError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
 from ...runtime.files.labels import Labels, encode_labels
 from ...runtime.progress import Progress, silent
-from ..checkpoint import load_config, resolve_model_dir, save_checkpoint
+from ..checkpoint import load_config, load_pretrained, resolve_model_dir, save_checkpoint
 from ..exit_0 import save_exit_0
 from ..exits import MultiExitConfig, Pooling
 from ..model import MultiExitModel, by_row, predict
+from ..staging import system_errors
 from ..tokenizer import load_tokenizer, pad_id
 from .examples import Examples, encoded_rows, label_names, load_rows
 from .exit_0 import train_exit_0
-from .options import TrainOptions
+from .options import TrainOptions, check_training
 from .report import REPORT_NAME, DataSource, TrainReport, model_card
 from .trainer import exit_scores, train_exits
 
@@ -75,7 +76,7 @@ def train(
         ```
     """
     output = Path(output)
-    _check_output(output, options)
+    check_training(output, options)
     if options.bf16 and not has_fast_bf16():
         raise InputError(
             "PyTorch computes many times slower in bfloat16 than in float32 on this CPU",
@@ -122,7 +123,8 @@ def train(
         | {package: version(package) for package in _PACKAGES},
     )
     save_checkpoint(model, output)
-    tokenizer.save_pretrained(output)
+    with system_errors(output):
+        tokenizer.save_pretrained(output)
     if exit_0:
         save_exit_0(output, exit_0)
     model_card(report).save(output / "README.md")
@@ -130,22 +132,6 @@ def train(
     text = json.dumps(report.to_dict(), indent=2)
     (output / REPORT_NAME).write_text(text, encoding="utf-8")
     return report
-
-
-def _check_output(output: Path, options: TrainOptions) -> None:
-    """Check that no model is replaced without `force`.
-
-    Raises:
-        InputError: there is already a model, or the folder is an engines folder or inside of the
-            folder of a model.
-    """
-    holds_model = (output / "config.json").is_file()
-    check_outside(output if holds_model else output / "config.json")
-    if holds_model and not options.force:
-        raise InputError(
-            f"{output} already holds a model",
-            "give `force` to replace it, or another `output`",
-        )
 
 
 def has_fast_bf16() -> bool:
@@ -165,8 +151,14 @@ def build_model(options: TrainOptions, rows: Sequence[Row]) -> tuple[MultiExitMo
         ModelError: the encoder or its tokenizer cannot be used, or the exits do not fit it.
     """
     folder = resolve_model_dir(options.backbone)
-    load_config(folder)  # which refuses families that are not supported
-    encoder = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    encoder, lacking = load_pretrained(AutoModel, folder, load_config(folder))
+    # Published encoders may lack a pooler, which no exit uses.
+    lacking = [name for name in lacking if not name.startswith("pooler.")]
+    if lacking:
+        raise ModelError(
+            f"{folder} lacks {len(lacking)} weights of its encoder, such as {lacking[0]}",
+            "copy the weights again, or give another `backbone`",
+        )
     exits = options.exits or tuple(range(1, encoder.config.num_hidden_layers + 1))
     labels = label_names(rows, options.train)
     problem_type = options.problem_type or ProblemType.SINGLE_LABEL

@@ -217,8 +217,9 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         device: device class that the files are bound to; empty: any.
         versions: version of each library that built or verified it.
         files: built file of each graph, by the graph's name; empty if the ONNX graphs are run.
-        tolerance: largest measured difference in logits from the PyTorch model in fp32;
-            None: it was built where it cannot run.
+        tolerance: largest measured difference of logits from the PyTorch model in fp32, divided by
+            the largest logit of the row if that is more than 1; None: it was built where it cannot
+            run.
         relative_speed: how many times as fast as the first target for CPUs it was at full depth, on
             the machine that chose the default target; None: not measured.
         compute_capabilities: of the GPUs that run the files, such as `8.6`.

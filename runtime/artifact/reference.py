@@ -18,6 +18,8 @@ Text = str | tuple[str, str]
 """A text to classify, or a text and its pair."""
 
 _MAX_ROWS = 256
+# Far beyond the logits of any model; the scores of rules square them in float32.
+_LARGEST = 1e15
 
 
 def write_reference(folder: Path, texts: Sequence[Text], logits: NDArray[np.float32]) -> None:
@@ -32,10 +34,11 @@ def write_reference(folder: Path, texts: Sequence[Text], logits: NDArray[np.floa
 
 
 def read_reference(engines: EnginesFolder) -> tuple[list[Text], NDArray[np.float32]]:
-    """Texts, and the fp32 logits `[exits, rows, labels]` of the PyTorch model.
+    """At most 256 texts, and the fp32 logits `[exits, rows, labels]` of the PyTorch model.
 
     Raises:
-        ArtifactError: the file is missing, damaged, or of another model.
+        ArtifactError: the file is missing, damaged, of another model, or larger than an export
+            writes it.
     """
     manifest = engines.manifest
     if REFERENCE_NAME not in manifest.files:
@@ -49,11 +52,19 @@ def read_reference(engines: EnginesFolder) -> tuple[list[Text], NDArray[np.float
     except (AttributeError, ValueError, TypeError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise ArtifactError(f"{path} cannot be read: {reason}", COPY_AGAIN) from error
+    if len(rows) > _MAX_ROWS:
+        raise ArtifactError(
+            f"{path} holds {len(rows):,} texts; expected at most {_MAX_ROWS}", EXPORT_AGAIN
+        )
     expected = (len(manifest.exits), len(rows), len(manifest.task.labels))
     if logits.dtype != np.float32 or logits.shape != expected:
         raise ArtifactError(
             f"{path} holds {logits.dtype} logits of shape {list(logits.shape)}; expected "
             f"float32 of shape {list(expected)}",
             EXPORT_AGAIN,
+        )
+    if not np.abs(logits).max(initial=0.0) <= _LARGEST:  # as NaN is not, either
+        raise ArtifactError(
+            f"{path} holds logits that are NaN, infinite or beyond {_LARGEST:g}", EXPORT_AGAIN
         )
     return rows, logits

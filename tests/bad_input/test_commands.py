@@ -98,6 +98,11 @@ def onto_its_input(place: Place) -> Arguments:
     return place.run(source, "--output", place.root / "link.jsonl")
 
 
+def report_onto_its_rows(place: Place) -> Arguments:
+    rows = place.file("rows.jsonl", '{"text": "rain", "label": "music"}\n')
+    return ["calibrate", place.shared["bert"], "--data", rows, "--report", rows, *QUIET]
+
+
 def into(holder: str, name: str, *options: object, link: bool = False) -> Make:
     """A command whose output is in an engines folder, or in the folder of a model."""
 
@@ -143,6 +148,7 @@ OUTPUTS = [
     Case("an unknown suffix", out("out.xls"), ".xls", ".parquet"),
     Case("Parquet in gzip", out("out.parquet.gz"), "out.parquet.gz", ".parquet"),
     Case("a link to its input", onto_its_input, "link.jsonl", "--output"),
+    Case("a report onto its rows", report_onto_its_rows, "rows.jsonl"),
 ]  # fmt: skip
 
 PACKAGES = [
@@ -167,6 +173,9 @@ SERVING = [
     Case("an empty host", serve("--host", ""), "empty", "0.0.0.0", "--host"),
     Case("a URL as a host", serve("--allowed-host", "http://a.example"), "'http://a.example'",
          "--allowed-host"),
+    Case("a pattern as a host", serve("--allowed-host", "*.example.com"), "'*.example.com'",
+         "--allowed-host"),
+    Case("an empty name of a host", serve("--allowed-host", ""), "''", "--allowed-host"),
 ]  # fmt: skip
 
 SETTINGS = [

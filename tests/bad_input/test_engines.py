@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import shutil
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fpabee.runtime.artifact.folder import read_manifest
-from fpabee.runtime.artifact.manifest import MANIFEST_NAME, TOKENIZER_NAME
+from fpabee.runtime.artifact.manifest import CLASSIFIER_NAME, MANIFEST_NAME, TOKENIZER_NAME
 from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.errors import ArtifactError
 
@@ -87,6 +91,27 @@ def other_weights(folder: Path) -> None:
     changed_heads(folder, SECOND, lambda values: values[::-1].copy())
 
 
+def reference(texts: Sequence[str], value: float) -> Make:
+    """A server that checks a folder with other reference texts, whose logits are a value or 0."""
+
+    def write(path: Path) -> None:
+        logits = np.zeros((3, len(texts), 4), np.float32)
+        logits[..., 0] = value
+        np.savez(path, texts=np.frombuffer(json.dumps(texts).encode(), np.uint8), logits=logits)
+
+    return served(corrected(REFERENCE, write))
+
+
+def packed(classifier: bytes) -> Make:
+    """One file of a folder with another configuration of the plain classifier."""
+
+    def make(place: Place) -> Arguments:
+        change = corrected(CLASSIFIER_NAME, lambda path: path.write_bytes(classifier))
+        return ["pack", place.engines(change), "-o", place.root / "packed", "--quiet"]
+
+    return make
+
+
 def swap_calls(m: Any) -> None:
     first, second = m["segments"][:2]
     first["calls"], second["calls"] = second["calls"], first["calls"]
@@ -97,6 +122,31 @@ ENDLESS = {"id": 0, "content": "\u0301", "normalized": True}
 ENDLESS |= dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
 REPEATS = {"Sequence": {"id": "A", "type_id": 0}}
 SPECIAL = {"SpecialToken": {"id": "[SEP]", "type_id": 0}}
+
+
+def with_table(table: bytes | str) -> Callable[[Any], object]:
+    """A tokenizer that replaces characters as SentencePiece does."""
+    encoded = table if isinstance(table, str) else base64.b64encode(table).decode()
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": encoded}
+    return lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [normalizer]})
+
+
+def table(*units: int) -> bytes:
+    """A table that maps nothing, but for its first units."""
+    return struct.pack("<257I", 1024, *units, *[0] * (256 - len(units))) + b"text\0"
+
+
+# The library would print a panic, while it reads the table, or in a text.
+TABLES: dict[str, bytes | str] = {
+    "is empty": b"",
+    "is not in base64": "!",
+    "has no trie": struct.pack("<I", 0),
+    "is cut short": table()[:1000],
+    "holds no text": table() + b"\xff",
+    "leads out of its trie": table(1 << 30),
+    # The root is unit 0. Its child for "f" has a value, whose unit is next to it.
+    "leads out of its texts": table(*[0] * ord("f"), 1 << 10 | 1 << 8 | ord("f"), 1 << 31 | 9),
+}
 
 MANIFESTS = [
     Case("no folder", lambda p: p.run_texts(folder=p.root / "none"), "none", "export"),
@@ -121,12 +171,26 @@ FILES = [
          tokenizer(lambda t: t["post_processor"]["single"].extend([SPECIAL] * 2000)), "no room"),
     Case("a tokenizer of a larger vocabulary",
          tokenizer(lambda t: t["model"]["vocab"].update(film=10**6)), "segment_01"),
+    *(
+        Case(f"a tokenizer whose table {what}", tokenizer(with_table(table)), TOKENIZER_NAME)
+        for what, table in TABLES.items()
+    ),
     Case("graphs that take less than the manifest says", long_text, "segment_01", "--max-length"),
     Case("a segment that is no ONNX", rewritten(SECOND, b"hello"), SECOND),
     Case("a segment with a loop", folder(corrected(SECOND, with_loop)), SECOND),
     Case("a segment of another family", of_mpnet, "segment_02"),
     Case("a segment of another model", served(other_weights),
          "onnxruntime-fp32"),
+    Case("a reference of infinity", reference(["rain"], np.inf), REFERENCE, "infinite"),
+    Case("a reference of large numbers", reference(["rain"], -3e38), REFERENCE, "1e+15"),
+    Case("a reference of 10,000 texts", reference(["rain"] * 10_000, 0.0), "10,000", "256"),
+    *(
+        Case(f"a classifier.json of {what}", packed(content), CLASSIFIER_NAME)
+        for what, content in {
+            "a list": b"[1]", "a number": b"1", "half an object": b'{"a": ', "NaN": b'{"a": NaN}',
+            "no text": b"\xff", "a deep list": b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}",
+        }.items()
+    ),
     Case("a segment of NaN where no row stops",
          folder(with_nan, "--rule", "budget exit=3"), "exit 2"),
 ]  # fmt: skip

@@ -88,6 +88,43 @@ def harmful(save: Callable[..., object]) -> Make:
     return make
 
 
+def converted(change: Change) -> Make:
+    """A conversion of a changed model, of which one file cannot be read."""
+
+    def make(place: Place) -> Arguments:
+        texts = place.file("texts.txt", "rain\n")
+        return ["convert", place.model(change), texts, "-o", place.root / "out", "--quiet"]
+
+    return make
+
+
+def trained(change: Change) -> Make:
+    """A training of a changed encoder."""
+
+    def make(place: Place) -> Arguments:
+        rows = place.file("rows.jsonl", '{"text": "rain", "label": "a"}\n')
+        encoder = ["--backbone", place.model(change), "-o", place.root / "out", "--quiet"]
+        return ["train", "--train", rows, "--dev", rows, *encoder]
+
+    return make
+
+
+def index_of(*names: str) -> Change:
+    """An index of files with weights, instead of weights."""
+
+    def apply(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()
+        content = {"metadata": {}, "weight_map": {f"w{name}": name for name in names}}
+        (folder / f"{PICKLE}.index.json").write_text(json.dumps(content))
+
+    return apply
+
+
+def nested_index(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / f"{PICKLE}.index.json").write_text("[" * 10**5)
+
+
 def cut_short(name: str) -> Make:
     return model(lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:300]))
 
@@ -175,9 +212,20 @@ PARTS = [
     Case("a pickle cut short", model(pickle_cut_short), PICKLE),
     Case("a pickle with code in it", harmful(torch.save), PICKLE),
     Case("a pickle of a list", model(pickled([1, 2])), PICKLE),
+    Case("a classifier in a pickle with code in it", converted(pickled(Harmful())), PICKLE),
+    Case("an encoder in a pickle with code in it", trained(pickled(Harmful())), PICKLE),
+    Case("an index of a file elsewhere", model(index_of("../outside.bin")), "'../outside.bin'"),
+    Case("an index of any file", converted(index_of("/etc/passwd")), "'/etc/passwd'", "*.bin"),
+    Case("an index of nothing", trained(index_of()), f"{PICKLE}.index.json"),
+    Case("an index of a name that no file has", model(index_of("a\0.bin")), r"'a\x00.bin'"),
+    Case("an index that is a list", converted(nested_index), f"{PICKLE}.index.json"),
+    Case("a classifier of an unknown task",
+         converted(lambda f: change_config(f, problem_type="odd")), "'odd'", "multi_label"),
     Case("no tokenizer", removed(TOKENIZER, "tokenizer_config.json"), TOKENIZER, "vocab.txt"),
     Case("an empty tokenizer", file(TOKENIZER, "{}"), TOKENIZER),
     Case("a tokenizer without a fast version", model(slow_tokenizer), "EsmTokenizer"),
+    Case("a tokenizer with a damaged table", tokenizer(lambda t: t.update(
+         normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})), "charsmap"),
     Case("tokenizer.json cut short", cut_short(TOKENIZER), "model"),
     Case("a tokenizer of a larger vocabulary",
          tokenizer(lambda t: t["model"]["vocab"].update(film=10**6)), "1000000", "173"),

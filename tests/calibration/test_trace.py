@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from fpabee.calibration.trace import trace_rows
-from fpabee.runtime import Engine
+from fpabee.runtime import Engine, Trace
+from fpabee.runtime.encoding import Text
 from fpabee.runtime.files import Row
+
+from ..closeness import assert_close
 
 ROWS = [Row(text, None, ("music",)) for text in ("rain", "the film", "turn on the light")]
 
@@ -50,6 +53,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "NaN": changed(logits=lambda logits: logits * np.float32("nan")),
     "words": changed(logits=lambda logits: logits.astype(str)),
     "a pickle": changed(lengths=lambda lengths: lengths.astype(object)),
+    "of other logits": changed(logits=np.negative),
+    "of logits that differ by less": changed(logits=lambda logits: logits + np.float32(0.01)),
+    "of other lengths": changed(lengths=lambda lengths: lengths + 1),
     "another artifact": changed(artifact=lambda artifact: "another", logits=np.negative),
     "other texts": changed(texts=lambda texts: "others", logits=np.negative),
 }
@@ -63,7 +69,7 @@ def test_a_trace_that_does_not_fit_is_made_anew(
     (path,) = tmp_path.iterdir()
     damage(path)
     found = trace_rows(engine, ROWS, tmp_path)
-    np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
+    assert_close(found.logits, expected.logits)
     np.testing.assert_array_equal(found.lengths, expected.lengths)
     with np.load(path, allow_pickle=False) as content:
         np.testing.assert_array_equal(content["logits"], found.logits)
@@ -72,9 +78,18 @@ def test_a_trace_that_does_not_fit_is_made_anew(
 def test_a_trace_that_fits_is_used(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = trace_rows(engine, ROWS, tmp_path)
-    monkeypatch.delattr(Engine, "trace")
-    again = trace_rows(engine, ROWS, tmp_path)
+    many = [Row(f"{row.text} {number}", None, row.labels) for number in range(20) for row in ROWS]
+    first = trace_rows(engine, many, tmp_path)
+    ran: list[Text] = []
+    trace = Engine.trace
+
+    def noting(self: Engine, texts: Sequence[Text]) -> Trace:
+        ran.extend(texts)
+        return trace(self, texts)
+
+    monkeypatch.setattr(Engine, "trace", noting)
+    again = trace_rows(engine, many, tmp_path)
+    assert len({*ran}) == len(ran) == 16, "some of its rows run again"
     np.testing.assert_array_equal(again.logits, first.logits)
     np.testing.assert_array_equal(again.lengths, first.lengths)
 

@@ -76,6 +76,7 @@ def serve(cache: Path) -> Iterator[Hub]:
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)  # the environment may set it
         yield hub
     huggingface_hub.close_session()
     server.shutdown()

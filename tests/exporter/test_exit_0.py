@@ -29,6 +29,7 @@ from fpabee.runtime.errors import ModelError
 from fpabee.runtime.exit_0 import ExitZero
 
 from ..bad_input.cases import change_config
+from ..closeness import assert_close
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEXTS: list[Text] = ["a good film", "turn on the light", ("rain", "the sun"), ("the sun", "rain")]
@@ -160,7 +161,7 @@ def test_an_export_has_exit_0_and_one_graph_leaves_it_out(
     np.testing.assert_array_equal(exit_0(rows), given(rows))
     texts, logits = read_reference(folder, manifest)
     expected_logits = exit_0(TextEncoder(folder, manifest.tokenizer).encode(texts))
-    np.testing.assert_allclose(logits[0], expected_logits, rtol=0, atol=1e-5)
+    assert_close(logits[0], expected_logits)
     assert len(logits) == len(manifest.exit_layers)
 
     (tmp_path / "one").mkdir()

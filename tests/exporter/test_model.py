@@ -33,6 +33,8 @@ from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ModelError
 
+from ..closeness import assert_close, assert_exits, assert_exported
+
 LENGTHS = (33, 40, 1, 12)
 SMALL: dict[str, Any] = {
     "vocab_size": 60,
@@ -138,13 +140,13 @@ def test_logits_are_those_of_a_plain_forward_pass(
     inputs = batch(model)
     if pooling is model.exit_config.pooling:
         fast = load_checkpoint(tiny_models[family], attention=None)
-        torch.testing.assert_close(fast(**inputs), model(**inputs), rtol=0, atol=1e-5)
+        assert_exported(fast(**inputs), model(**inputs))
     config = replace(model.exit_config, pooling=pooling, hidden_layers=hidden_layers)
     torch.manual_seed(3)  # for the heads
     model = MultiExitModel(model.backbone.encoder, config).eval()
     logits = model(**inputs)
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, by_hand(model, inputs), rtol=0, atol=1e-5)
+    assert_exported(logits, by_hand(model, inputs))
     assert logits.std(dim=(1, 2)).min() > 1e-3, "logits that hardly vary prove nothing"
 
 
@@ -156,7 +158,7 @@ def test_variants_give_the_same_and_computing_ahead_changes_nothing(variant: str
     model = small_model(config, exits)
     inputs = batch(model)
     expected, mask = model(**inputs), inputs["attention_mask"]
-    torch.testing.assert_close(expected, by_hand(model, inputs), rtol=0, atol=1e-5)
+    assert_exported(expected, by_hand(model, inputs))
     assert expected.std(dim=(1, 2)).min() > 1e-2
     cut = segments.cut(model, exits)
     for length in (40, 17):
@@ -168,7 +170,7 @@ def test_variants_give_the_same_and_computing_ahead_changes_nothing(variant: str
             logits += [outputs["logits"]] if "logits" in outputs else []
             state |= {key.removeprefix("next_"): value for key, value in outputs.items()}
         rows = mask.sum(dim=1) <= length
-        assert (torch.stack(logits) - expected)[:, rows].abs().max() <= 1e-5
+        assert_exported(torch.stack(logits)[:, rows], expected[:, rows])
 
 
 TEXTS: tuple[Text, ...] = (
@@ -204,20 +206,18 @@ def test_the_engine_gives_the_models_logits(
     with Engine.load(engines[family]) as engine:
         together = engine.trace(TEXTS)
         alone = np.concatenate([engine.trace([text]).logits for text in TEXTS], axis=1)
-        problem_type = engine.manifest.task.problem_type
-        scores = simulate(together.logits, Entropy(threshold=1), problem_type).scores
+        task = engine.manifest.task
+        scores = simulate(together.logits, Entropy(threshold=1), task.problem_type).scores
         rule = Entropy(threshold=float(np.median(scores[0])))
         live = engine.trace(TEXTS * 3, rule=rule)
         whole = engine.trace(TEXTS * 3)
     assert together.lengths.tolist() == lengths
-    np.testing.assert_allclose(together.logits, np.stack(expected, axis=1), rtol=0, atol=1e-4)
-    np.testing.assert_allclose(together.logits, alone, rtol=0, atol=1e-5)
+    assert_exported(together.logits, np.stack(expected, axis=1))
+    assert_close(together.logits, alone)
     # The carried tensors of rows that stop must leave with them, and those of others must stay.
-    simulated = simulate(whole.logits, rule, problem_type)
-    assert live.exits.tolist() == simulated.exits.tolist()
+    assert_exits(live.exits, whole.logits, rule, task)
     assert len(set(live.exits.tolist())) > 1
-    ran = ~np.isnan(live.logits)
-    np.testing.assert_allclose(live.logits[ran], whole.logits[ran], rtol=0, atol=1e-5)
+    assert_close(live.logits, np.where(np.isnan(live.logits), np.nan, whole.logits))
 
 
 def test_the_first_two_exits_of_new_models_have_a_hidden_layer() -> None:

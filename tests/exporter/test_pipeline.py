@@ -17,13 +17,14 @@ from fpabee.exporter import ExportOptions, export, pipeline, staging
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.verify import BUILT_IN_TEXTS, check_chain
 from fpabee.runtime import Engine, Trace
-from fpabee.runtime.agreement import Agreement
+from fpabee.runtime.agreement import BATCH_LIMIT, EXPORT_LIMIT, Agreement
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ArtifactError, VerificationError
 
 from ..bad_input.cases import change_json
+from ..closeness import assert_exported
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = ("bert", "albert", "mpnet")
@@ -58,8 +59,8 @@ def test_published_checkpoint_gives_its_logits_in_pytorch_and_from_the_engine(
         inputs = tokenizer(row["text"], row.get("text_pair"), return_tensors="pt")
         with torch.no_grad():
             every = model(**{name: inputs[name] for name in tokenizer.model_input_names})[:, 0]
-        np.testing.assert_allclose(every, row["logits"], rtol=0, atol=1e-4)
-        np.testing.assert_allclose(found, np.array(row["logits"])[[1, 3]], rtol=0, atol=1e-4)
+        assert_exported(every, row["logits"])
+        assert_exported(found, np.array(row["logits"])[[1, 3]])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,7 +83,7 @@ def test_the_folder_describes_the_model_and_itself(
     assert manifest.default_target == "onnxruntime-fp32"
     assert (target.backend, target.precision) == ("onnxruntime", "fp32")
     assert target.tolerance is not None
-    assert 1e-5 <= target.tolerance <= 1e-4
+    assert BATCH_LIMIT <= target.tolerance <= EXPORT_LIMIT
     named = {graph.file: graph.sha256 for graph in manifest.graphs.values()}
     named |= manifest.files | {manifest.tokenizer.file: manifest.tokenizer.sha256}
     found = contents(folder).keys() - {"manifest.json"}
@@ -106,7 +107,7 @@ def test_the_result_describes_a_folder_that_is_always_the_same(
     assert record == json.loads((folder / "verification.json").read_text())
     assert (record["passed"], record["rows"]) == (True, len(BUILT_IN_TEXTS))
     assert (record["label_agreement"], record["exit_agreement"]) == (1.0, 1.0)
-    assert 0 < record["max_logit_difference"] < 1e-4
+    assert record["max_logit_difference"] <= EXPORT_LIMIT
     assert calls == [
         ("segment_01", 0, 3), ("segment_02", 1, 3), ("segment_03", 2, 3), ("verify", 3, 3)
     ]  # fmt: skip

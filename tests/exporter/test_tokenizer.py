@@ -144,3 +144,11 @@ def test_a_panic_of_the_library_is_refused(
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", Mock(side_effect=panic))
     with pytest.raises(ModelError, match=r"no tokenizer that can be read: index out of bounds"):
         save_tokenizer(source, model, tmp_path / "out", None)
+
+
+def test_a_tokenizer_that_cannot_be_written_is_not_called_damaged(
+    source: Path, model: MultiExitModel, tmp_path: Path
+) -> None:
+    (tmp_path / "engines" / "tokenizer" / "tokenizer.json").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        save_tokenizer(source, model, tmp_path / "engines", None)

@@ -15,6 +15,8 @@ from fpabee.runtime.backends.host import HostBackend
 from fpabee.runtime.groups import Group
 from fpabee.runtime.rules.measures import Outputs
 
+from ..closeness import assert_close
+
 
 def test_joined_rows_keep_what_belongs_to_them(
     engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -46,5 +48,5 @@ def test_joined_rows_keep_what_belongs_to_them(
         assert joined.state.earlier is not None
         np.testing.assert_array_equal(joined.state.earlier.logits, logits[going])
         chain.enqueue(joined)
-        np.testing.assert_allclose(chain.finish().logits, depth[1, going], atol=1e-4)
+        assert_close(chain.finish().logits, depth[1, going])
         assert len(chain.execution._taken) == 1, "the hidden states of both groups were released"

@@ -29,7 +29,7 @@ def swap_logits(folder: Path, logits: np.ndarray[Any, Any]) -> None:
     corrected(REFERENCE_NAME, lambda _: write_reference(folder, texts, logits))(folder)
 
 
-@pytest.mark.parametrize("how", [lambda z: z + 2e-3, lambda z: -z, lambda z: z * np.nan])
+@pytest.mark.parametrize("how", [lambda z: z + 2e-3, lambda z: -z])
 def test_other_logits_are_refused(
     engine_copy: Callable[..., Path], how: Callable[[Any], Any]
 ) -> None:
@@ -61,6 +61,7 @@ def test_a_damaged_reference_is_refused(engine_copy: Callable[..., Path]) -> Non
         ({"texts": text, "logits": some}, r"\[3, 2, 4\]; expected float32 of shape \[3, 1, 4\]"),
         ({"texts": text, "logits": many}, r"cannot be read: it unpacks to \d+ bytes"),
         ({"texts": text, "logits": some[:, :1].astype(np.float64)}, "float64 logits"),
+        ({"texts": text, "logits": some[:, :1] * np.float32("nan")}, "NaN"),
     ]
     for content, says in archives:
         save = np.savez_compressed if content["logits"] is many else np.savez

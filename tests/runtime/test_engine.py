@@ -45,11 +45,12 @@ from fpabee.runtime import (
     read_manifest,
     simulate,
 )
-from fpabee.runtime.agreement import exits_near_ties, near_ties
 from fpabee.runtime.artifact.folder import write_manifest
 from fpabee.runtime.backends import base, host
 from fpabee.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fpabee.runtime.encoding import Text
+
+from ..closeness import assert_close, assert_probabilities, exits_may_differ, labels_may_differ
 
 FAMILIES = ("bert", "albert", "mpnet")
 RULES: tuple[ExitRule, ...] = (
@@ -73,8 +74,6 @@ RULES_WITH_EXIT_0: tuple[ExitRule, ...] = (
     Budget(exit=0),
     Entropy(threshold=1.1, max_exit=0),
 )
-# The project's promise for fp32 logits.
-LOGIT_TOLERANCE = 1e-5
 
 Rows = list[Text]
 
@@ -105,8 +104,8 @@ class Case:
         return simulate(logits, rule, self.task.problem_type, first_exit=self.first_exit)
 
     def near(self, rule: ExitRule) -> NDArray[np.bool_]:
-        """Texts whose exit may differ: a score or margin within tolerance of its threshold."""
-        return exits_near_ties(self.alone, rule, self.task, LOGIT_TOLERANCE, self.first_exit)
+        """Texts whose exit may differ."""
+        return exits_may_differ(self.alone, rule, self.task, self.first_exit)
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, "bert with exit 0", "mpnet with exit 0"])
@@ -157,14 +156,12 @@ def reached(trace: Trace) -> NDArray[np.bool_]:
 def check(case: Case, trace: Trace, numbers: list[int], rule: ExitRule) -> int:
     """Compare a live run with each row alone; returns how many exits differ, all near ties."""
     ran = reached(trace)
-    assert (np.isnan(trace.logits).all(axis=-1) == ~ran).all()
-    difference = np.abs(trace.logits - case.alone[:, numbers])[ran]
-    assert difference.max(initial=0.0) <= LOGIT_TOLERANCE
+    assert_close(trace.logits, np.where(ran[..., None], case.alone[:, numbers], np.nan))
     expected = case.simulate(case.alone, rule)
     near = case.near(rule)[numbers]
     differ = trace.exits != expected.exits[numbers]
     assert not (differ & ~near).any()
-    ties = near_ties(case.alone, case.task, LOGIT_TOLERANCE)
+    ties = labels_may_differ(case.alone, case.task)
     ties = ties[expected.exits - case.first_exit, range(len(TEXTS))]
     alike = ~differ & ~ties[numbers]
     np.testing.assert_array_equal(trace.predictions[alike], expected.predictions[numbers][alike])
@@ -204,7 +201,7 @@ def test_the_rules_of_these_tests_use_every_exit(case: Case) -> None:
 def test_full_depth_runs_every_layer(case: Case) -> None:
     trace = case.engine.trace(TEXTS)
     assert trace.logits.dtype == np.float32
-    np.testing.assert_allclose(trace.logits, case.alone, atol=LOGIT_TOLERANCE)
+    assert_close(trace.logits, case.alone)
     assert (trace.exits == 3).all()
     assert trace.lengths.tolist() == [len(row) for row in case.engine.encode(TEXTS)]
     full = case.engine.predict(TEXTS, full_depth=True)
@@ -261,7 +258,7 @@ def test_four_threads_agree_with_one(case: Case) -> None:
         for text, one, other in zip(texts * 3, alone * 3, found, strict=True):
             if text not in near:
                 assert (other.labels, other.exit) == (one.labels, one.exit)
-                assert other.probabilities == pytest.approx(one.probabilities, abs=1e-5)
+                assert_probabilities(other.probabilities, one)
 
 
 @pytest.mark.parametrize("joins", [False, True])
@@ -351,7 +348,7 @@ def test_memory_of_free_buffers_is_bounded(engines: Mapping[str, Path]) -> None:
             assert unused[oldest], "it was used more recently than others"
     with Engine.load(engines["bert"]) as engine:
         usual = engine.trace(texts).logits
-    np.testing.assert_allclose(np.concatenate(found, axis=1), usual, atol=1e-5)
+    assert_close(np.concatenate(found, axis=1), usual)
 
 
 def test_segments_are_loaded_when_the_first_row_runs(engine_copy: Callable[..., Path]) -> None:

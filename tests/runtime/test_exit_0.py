@@ -29,6 +29,7 @@ from fpabee.runtime.artifact.manifest import EXIT_0_NAME
 from fpabee.runtime.encoding import EncodedRow
 from fpabee.runtime.exit_0 import ExitZero, ngrams
 
+from ..closeness import assert_close
 from ..conftest import WORDS, add_exit_0, correct_reference, set_exit_0
 
 TEXTS = [" ".join(WORDS[start : start + 6]) for start in range(24)]
@@ -105,7 +106,7 @@ def test_logits_are_the_mean_of_vectors_then_a_linear_layer() -> None:
     assert logits.dtype == np.float32
     for one, result in zip(rows, logits, strict=True):
         mean = table[found(one, 50, 64)].astype(np.float64).mean(axis=0)
-        np.testing.assert_allclose(result, mean @ weights + bias, atol=1e-5)
+        assert_close(result, mean @ weights + bias)
 
 
 def test_rows_that_stop_at_exit_0_reach_no_device(

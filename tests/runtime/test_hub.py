@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import re
+import socket
+import time
 from collections.abc import Callable, Mapping
 from importlib import util
 from pathlib import Path
+from unittest.mock import Mock
 
 import msgspec
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants
 
-from fpabee.runtime import ArtifactError, Engine, MissingExtraError, read_manifest
+from fpabee.exporter.checkpoint import resolve_model_dir
+from fpabee.runtime import ArtifactError, Engine, MissingExtraError, ModelError, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of, write_manifest
 from fpabee.runtime.artifact.manifest import with_target
 from fpabee.runtime.cli.inspect import main as inspect
 from fpabee.runtime.hub import engines_folder
 
 from ..doubles.hub import Hub, Repository
+from ..doubles.hub import serve as double_of_the_hub
 from .running import Run, check_refused
 
 NAME = "owner/name"
@@ -94,6 +99,16 @@ def test_a_folder_that_is_here_is_taken(
     assert hub.requests == []
 
 
+def test_the_double_is_there_when_the_hub_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engines: Mapping[str, Path]
+) -> None:
+    """The tests pass where the environment forbids the network."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with double_of_the_hub(tmp_path) as hub:
+        hub.add(NAME, engines["bert"])
+        assert engines_folder(NAME).is_dir()
+
+
 def test_what_was_downloaded_needs_no_network(
     hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +121,33 @@ def test_what_was_downloaded_needs_no_network(
     with Engine.load(NAME) as engine:
         assert len(engine.predict(TEXTS)) == 2
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_a_hub_that_does_not_answer_is_asked_once(
+    is_silent: bool,
+    hub: Hub,
+    repository: Repository,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The client prints a line, and sleeps, before it tries again."""
+    monkeypatch.setattr("fpabee.runtime.hub._PATIENCE", 0.2)
+    engines_folder(NAME)
+    monkeypatch.setattr(time, "sleep", Mock(side_effect=AssertionError))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        if is_silent:
+            listening.listen()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        with Engine.load(NAME) as engine:  # which is in the cache
+            assert len(engine.predict(TEXTS)) == 2
+        with pytest.raises(ArtifactError, match=r"owner/other .* the hub cannot be reached"):
+            engines_folder("owner/other")
+        with pytest.raises(ModelError, match=r"owner/other .* the hub cannot be reached"):
+            resolve_model_dir("owner/other")
 
 
 def test_a_repository_that_cannot_be_used_is_refused(

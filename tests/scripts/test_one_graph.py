@@ -15,6 +15,8 @@ from fpabee.runtime import Engine, FPabee, read_manifest
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text
 
+from ..closeness import assert_close
+
 TEXTS: list[Text] = ["turn on the light", "", "book a table " * 5, ("a", "the plot")]
 
 
@@ -34,7 +36,7 @@ def test_one_graph_gives_the_logits_of_the_last_exit(
     assert manifest.exit_layers == old.exit_layers[-1:]
     with Engine.load(source) as before, Engine.load(tmp_path) as after:
         expected, found = before.trace(TEXTS).logits[-1:], after.trace(TEXTS).logits
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert_close(found, expected)
     stored, logits = read_reference(tmp_path, manifest)
     texts, expected = read_reference(source, old)
     assert stored == texts

@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 
 from fpabee.runtime import EncodedRow, Engine, FPabee, OverloadedError
-from fpabee.runtime.agreement import exits_near_ties
 from fpabee.runtime.backends.host import HostExecution
 from fpabee.runtime.exit_0 import ExitZero
 from fpabee.runtime.serving import Scheduler
 
 from ..child_process import MIB, memory_of
+from ..closeness import exits_may_differ
 from ..conftest import WORDS
 from ..runtime.serving.test_serve import ask, served
 
@@ -68,7 +68,7 @@ def test_no_answer_is_lost_or_wrong(
     with Engine.load(exit_0_engines["bert"], rule=rule, threads=1) as engine:
         expected = [engine.predict([text])[0] for text in texts]
         logits = np.concatenate([engine.trace([text]).logits for text in texts], axis=1)
-        near = exits_near_ties(logits, rule, engine.manifest.task, 1e-5, first_exit=0)
+        near = exits_may_differ(logits, rule, engine.manifest.task, first_exit=0)
         # The rows that fail at exit 0, and at segment 1.
         bad = [[answer.exit == 0 for answer in expected].index(stops) for stops in (True, False)]
         good = [number for number in range(len(texts)) if number not in bad]
@@ -158,7 +158,7 @@ def test_a_server_loses_no_answer(
     texts += [(choose.choice(texts), choose.choice(texts)) for _ in range(50)]
     with Engine.load(folder, threads=1) as engine:
         expected, logits = engine.predict(texts), engine.trace(texts).logits
-        near = exits_near_ties(logits, engine.rule, engine.manifest.task, 1e-5, first_exit=0)
+        near = exits_may_differ(logits, engine.rule, engine.manifest.task, first_exit=0)
     bad = [{"input": 5}, {"input": ["a"] * 300}, {"input": texts[100], "truncate": False}]
 
     def client(seed: int) -> int:

@@ -24,9 +24,13 @@ def run(*arguments: str) -> Result:
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, TrainOptions]]:
+def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Path, TrainOptions]]:
     """Replaces the training by one that only reports; collects what it was called with."""
     calls = []
+    monkeypatch.chdir(tmp_path)
+    Path("encoder").mkdir()
+    for file in ("train.jsonl", "dev.jsonl", "test.csv"):
+        Path(file).touch()
 
     def train(output: Path, options: TrainOptions, progress: Progress, command: str) -> TrainReport:
         calls.append((output, options))

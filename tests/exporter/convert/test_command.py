@@ -6,22 +6,24 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import util
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from safetensors import SafetensorError
 
 from fpabee.calibration import Bound
 from fpabee.exporter import single_file
 from fpabee.exporter.cli.convert import main
-from fpabee.exporter.convert import Conversion, ConvertOptions, workflow
+from fpabee.exporter.convert import Conversion, ConvertOptions, places, workflow
 from fpabee.exporter.convert.options import Chosen, Converted, Form
 from fpabee.exporter.exits import Pooling
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.artifact.operating_point import Certificate, Promise
+from fpabee.runtime.errors import ArtifactError
 from fpabee.runtime.files import ReadOptions
 
 from .conftest import SINGLE
@@ -60,9 +62,15 @@ def converted(target: str, certificate: Certificate | None, layers: float) -> Co
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Conversions that are not made; each gives the same result."""
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """Conversions that are not made; each gives the same result. All paths exist."""
     noted: list[Any] = []
+    monkeypatch.chdir(tmp_path)
+    for folder in ("model", "m", "lora"):
+        Path(folder).mkdir()
+    for file in ("a.csv", "b.csv", "texts.jsonl", "lora/adapter_config.json"):
+        Path(file).touch()
+    monkeypatch.setattr(places, "require", lambda _: None)  # as if peft were installed
 
     def convert(*given: Any) -> Conversion:
         noted.append(given[:4])
@@ -92,7 +100,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_every_option_reaches_the_conversion(calls: list[Any]) -> None:
     result = run("model", "a.csv")
     assert result.exit_code == 0, result.output
-    assert calls == [("model", Path("a.csv"), "engines", ConvertOptions())]
+    assert calls == [("model", Path("a.csv"), Path("engines"), ConvertOptions())]
     settings = "--flips 2 --missed 3 --false-alarms 4 --threshold bad=0.7 --confidence 90"
     others = "--all-targets --group-column id --max-length 64 --threads 2 --force"
     reading = "--column text=body --column label=kind --adapter lora"
@@ -148,12 +156,16 @@ def test_the_summary_says_what_is_guaranteed_and_what_is_not(
     assert found["chosen"]["form"]["pooling"] == "both"
 
 
-def test_what_cannot_be_packed_is_converted_all_the_same(calls: list[Any], tmp_path: Path) -> None:
-    (tmp_path / "mine").touch()
-    result = run("model", "texts.jsonl", "--single-file", tmp_path)
+@pytest.mark.parametrize("place", ["full", "engines", "engines/one", "."])
+def test_where_the_file_cannot_be_is_known_before_the_conversion(
+    place: str, calls: list[Any]
+) -> None:
+    Path("full").mkdir()
+    Path("full", "mine").touch()
+    result = run("model", "texts.jsonl", "--single-file", place)
     assert result.exit_code == 1
-    assert "exists already" in result.stderr
-    assert "next: fpabee-run engines texts.txt" in result.stdout
+    assert " -> " in result.stderr
+    assert not calls
 
 
 @pytest.mark.parametrize(
@@ -197,19 +209,51 @@ def test_an_adapter_needs_a_package(
     assert "pip install 'fpabee[peft]'" in result.stderr
 
 
-@pytest.mark.parametrize("write", ["pathlib.Path.write_text", "numpy.save"])
-def test_a_full_disk_leaves_nothing(
+NO_SPACE = "No space left on device (os error 28)"
+
+
+def full(error: Exception) -> Callable[..., None]:
+    """A function that fails as on a full disk."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("write", "error"),
+    [
+        ("numpy.save", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+        ("safetensors.torch.save_file", SafetensorError(f"I/O error: {NO_SPACE}")),
+        ("safetensors.numpy.save_file", SafetensorError(f"I/O error: {NO_SPACE}")),
+        ("fpabee.exporter.convert.workflow.write_whole", ArtifactError("", "")),
+        ("transformers.PreTrainedTokenizerBase.save_pretrained", Exception(NO_SPACE)),
+        ("numpy.savez", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+    ],
+)
+def test_a_full_disk_keeps_the_finished_steps(
     write: str,
+    error: Exception,
     telling: Mapping[str, Path],
     texts: Path,
+    quick: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(write, full)
-    result = run(telling[SINGLE.value], texts, "-o", tmp_path / "out", "--flips", "10", "--quiet")
-    assert result.exit_code == 1
-    assert "No space left on device -> check the free space" in result.stderr
-    assert not [*tmp_path.iterdir()]
+    error.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    given = telling[SINGLE.value], texts, "-o", tmp_path / "out", "--flips", "10"
+    with monkeypatch.context() as patch:
+        patch.setattr(write, full(error))
+        result = run(*given, "--quiet")
+    assert result.exit_code == 1, result.output
+    assert "No space left on device" in result.stderr
+    assert result.stderr.count("\n") == 1
+    if write == "numpy.save":  # of the first step
+        assert not [*tmp_path.iterdir()]
+        return
+    assert "out.partial keeps the finished steps -> " in result.stderr
+    result = run(*given)
+    assert result.exit_code == 0, result.output
+    assert "classify the texts" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

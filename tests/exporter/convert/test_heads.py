@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,6 +14,8 @@ from fpabee.exporter.convert.heads import choose_form, logits_of, store, train_h
 from fpabee.exporter.convert.options import Form
 from fpabee.exporter.exits import Pooling
 from fpabee.runtime.progress import silent
+
+from ...closeness import assert_exported
 
 Make = Callable[..., Path]
 
@@ -66,7 +67,7 @@ def test_stored_heads_give_the_same_logits(form: Form, make: Make, quick: None) 
             taken = states[:, layer - 1]
             inputs = taken.flatten(1) if form.pooling is Pooling.BOTH else taken[:, 0]
             found = model.parts[2][number].classify(inputs)
-            np.testing.assert_allclose(found, expected[layer - 1], rtol=0, atol=1e-4)
+            assert_exported(found, expected[layer - 1])
 
 
 @pytest.mark.parametrize("width", [0, 8])
@@ -78,7 +79,7 @@ def test_a_state_that_hardly_varies_costs_no_precision(width: int, make: Make, q
     heads = train_heads(Form(Pooling.FIRST, width), classifier, states, logits)
     found = logits_of(heads, states)
     exact = logits_of([head.double() for head in heads], states.double())
-    np.testing.assert_allclose(found, exact, rtol=0, atol=5e-5)
+    assert_exported(found, exact)
 
 
 def test_exits_are_counted_from_the_last_layer() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +15,14 @@ from transformers import AutoTokenizer
 
 from fpabee.exporter.convert.classifier import Classifier
 from fpabee.exporter.convert.heads import _TAKEN
-from fpabee.exporter.convert.states import run_classifier
+from fpabee.exporter.convert.states import _new_file, run_classifier
 from fpabee.exporter.exits import Pooling
 from fpabee.exporter.model import by_row, predict
 from fpabee.exporter.training.examples import encoded_rows
 from fpabee.runtime.files import Row
 from fpabee.runtime.progress import silent
 
+from ...closeness import assert_exported
 from .conftest import KINDS, TEXTS
 
 PADDING = {"input_ids": 0}
@@ -35,7 +38,7 @@ def test_heads_see_in_training_what_they_see_in_the_model(
     taught = np.array([3, 39, 0, 17])
     logits, states = run_classifier(classifier, rows, PADDING, taught, tmp_path, silent)
     expected = predict(classifier.model, rows, PADDING, lambda output: output.logits)
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
+    assert_exported(logits, expected)
     assert states.shape == (4, 2, 2, 32)
     for pooling, taken in _TAKEN.items():
         config = replace(classifier.exit_config((1, 2), pooling), hidden_layers=2, hidden_width=5)
@@ -44,23 +47,42 @@ def test_heads_see_in_training_what_they_see_in_the_model(
         inputs = torch.from_numpy(states)[:, :, taken].flatten(2)
         with torch.no_grad():
             found = [head.classify(inputs[:, n]) for n, head in enumerate(model.parts[2][:2])]
-        np.testing.assert_allclose(torch.stack(found, 1), every[:, :2], rtol=0, atol=1e-5)
-        np.testing.assert_allclose(every[:, 2], logits[taught], rtol=0, atol=1e-5)
+        assert_exported(torch.stack(found, 1), every[:, :2])
+        assert_exported(every[:, 2], logits[taught])
     assert pooling is Pooling.BOTH
 
 
-def test_a_finished_run_is_read_and_a_full_disk_is_an_error(
+def test_a_finished_run_is_read(
     make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     classifier = Classifier(make("bert"))
     tokenizer = AutoTokenizer.from_pretrained(classifier.folder)
     rows = encoded_rows([Row(text) for text in TEXTS[:10]], tokenizer, 32)
     given = classifier, rows, PADDING, np.arange(5), tmp_path, silent
-    with monkeypatch.context() as patch:
-        patch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
-        with pytest.raises(OSError, match="No space left"):
-            run_classifier(*given)
     logits, states = run_classifier(*given)
     monkeypatch.setattr(classifier, "model", None)
     for found, expected in zip(run_classifier(*given), (logits, states), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("reserves", [True, False])
+def test_a_disk_without_space_for_the_states_is_an_error_and_they_are_deleted(
+    reserves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if reserves:
+        monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    else:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+        monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
+    with pytest.raises(OSError, match="No space left"), _new_file(tmp_path / "states.npy", (5, 9)):
+        pytest.fail("nothing may be written to it")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve space")
+def test_the_space_of_states_is_reserved_before_they_are_written(tmp_path: Path) -> None:
+    with _new_file(tmp_path / "states.npy", (2**18,)):
+        assert (tmp_path / "states.npy").stat().st_blocks * 512 >= 2**20

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import util
 from pathlib import Path
@@ -22,13 +23,16 @@ from fpabee.exporter.convert.promises import certify_target
 from fpabee.exporter.convert.texts import split
 from fpabee.exporter.convert.workflow import _Work
 from fpabee.exporter.model import predict
+from fpabee.exporter.staging import staging
 from fpabee.exporter.tokenizer import load_tokenizer
 from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.runtime import Engine
+from fpabee.runtime.agreement import EXPORT_LIMIT
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.errors import ArtifactError, BackendError, InputError
 from fpabee.runtime.files import Row, read_rows
 
+from ...closeness import assert_exported
 from .conftest import MULTI, OPTIONS, SINGLE, TEXTS, Converted
 
 
@@ -51,7 +55,7 @@ def test_what_certifies_has_neither_trained_nor_chosen(
     logits = predict(model, rows, {"input_ids": 0}, lambda output: output[-1])
     for name in ("choose_form", "train_heads"):
         states, given = calls[name][-2:] if name == "train_heads" else calls[name][1:3]
-        np.testing.assert_allclose(given, logits, rtol=0, atol=1e-5)
+        assert_exported(given, logits)
         assert states.shape == (train + choose, 2, 2, 32)
     assert calls["choose_form"][3] == train
 
@@ -67,7 +71,7 @@ def test_the_result_is_what_the_engine_does(converted: Converted) -> None:
     (promise,) = target.certificate.promises
     assert calibrate - 10 < promise.rows <= calibrate
     assert target.full_depth_changed == 0
-    assert target.max_logit_difference < 1e-5
+    assert target.max_logit_difference <= EXPORT_LIMIT
     assert target.layers < 3
     texts, answers = [row.content for row in reported.rows], reported.logits.argmax(axis=1)
     with Engine.load(converted.folder) as engine:
@@ -82,7 +86,7 @@ def test_the_result_is_what_the_engine_does(converted: Converted) -> None:
     assert changed.mean() == pytest.approx(target.changed)
     traffic = np.average(changed, weights=reported.weights)
     assert traffic == pytest.approx(target.changed_traffic)
-    np.testing.assert_allclose(full, reported.logits, rtol=0, atol=1e-5)
+    assert_exported(full, reported.logits)
     assert (result.exit_layers[0], result.exit_layers[-1]) == (0, 3)
     assert point.hardware.endswith(" threads")
     assert np.mean(answers == 2) == pytest.approx(result.accuracy)
@@ -135,14 +139,15 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     for stop, error in (("segment", KeyboardInterrupt()), ("time", broken)):
         with pytest.raises(type(error)) as caught:
             convert(*given, options, until(stop, error))
-        assert (tmp_path / "engines.partial" / "model").is_dir()
+        (steps,) = (tmp_path / "engines.partial").iterdir()
+        assert (steps / "model").is_dir()
         if stop == "segment":
             assert "engines.partial keeps the finished steps" in str(caught.value)
     assert seen.count("segment_01") == 2
     assert sum(what == "train heads" for what in seen) == 1
     del seen[:]
-    left = Path("engines", ".manifest-0123")  # as a kill leaves it while the manifest is written
-    (tmp_path / "engines.partial" / left).touch()
+    left = "engines/.manifest-0123"  # as a kill leaves it while the manifest is written
+    (steps / left).touch()
     monkeypatch.setattr(Scorer, "lost_label", lambda *_: "'yes' is lost")
     result = convert(*given, replace(options, threads=1), until("nothing", broken))
     assert not (tmp_path / left).exists()
@@ -221,6 +226,52 @@ def test_a_conversion_with_other_groups_starts_anew(
     assert seen.count("train heads") == 2
 
 
+@pytest.mark.parametrize("other", [OPTIONS, ConvertOptions(Bound(flips=0.2))])
+def test_a_second_conversion_into_one_folder_is_refused_and_touches_nothing(
+    other: ConvertOptions, telling: Mapping[str, Path], texts: Path, quick: None, tmp_path: Path
+) -> None:
+    given = telling[SINGLE.value], texts, tmp_path / "engines"
+
+    def progress(what: str, *_: int) -> None:
+        if what == "segment_01":
+            before = sorted(tmp_path.rglob("*"))
+            with pytest.raises(ArtifactError, match=r"partial is being written by another conv"):
+                convert(*given, other)
+            assert sorted(tmp_path.rglob("*")) == before
+            refused.append(what)
+
+    refused: list[str] = []
+    convert(*given, OPTIONS, progress)
+    assert refused
+    assert [path.name for path in tmp_path.iterdir()] == ["engines"]
+
+
+def test_a_conversion_that_ends_when_its_folder_has_moved_adds_the_targets_again(
+    telling: Mapping[str, Path],
+    texts: Path,
+    quick: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @contextmanager
+    def moves_and_ends(target: Path) -> Iterator[Path]:
+        with staging(target) as new:
+            yield new
+        raise KeyboardInterrupt
+
+    given = telling[SINGLE.value], texts, tmp_path / "engines", replace(OPTIONS, force=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, "staging", moves_and_ends)
+        with pytest.raises(KeyboardInterrupt):
+            convert(*given)
+    first = read_manifest(tmp_path / "engines")
+    convert(*given)
+    again = read_manifest(tmp_path / "engines")
+    assert again.default_rule == first.default_rule
+    assert again.default_rule["name"] == "budget"
+    assert [path.name for path in tmp_path.iterdir()] == ["engines"]
+
+
 BAD: dict[str, tuple[Bound, str]] = {
     "unknown label": (Bound(flips=0.1, thresholds={"x": 0.5}), "no label 'x'"),
     "too few texts": (Bound(flips=0.001), "flips needs at least 2,995 texts .* there are 2"),
@@ -249,10 +300,12 @@ def test_what_is_in_the_way_stays(
         ConvertOptions(Bound(drop=0.1))
     with pytest.raises(ArtifactError, match=r"already holds an engines folder .* `force`"):
         convert(telling[SINGLE.value], texts, converted.folder, OPTIONS)
-    (tmp_path / "engines.partial" / "mine").mkdir(parents=True)
-    with pytest.raises(ArtifactError, match=r"engines\.partial is in the way"):
+    partial = tmp_path / "engines.partial"
+    partial.mkdir()
+    (partial / "conversion").write_bytes(b"\xff of somebody else")
+    with pytest.raises(ArtifactError, match=r"engines\.partial is in the way: it holds conversion"):
         convert(telling[SINGLE.value], texts, tmp_path / "engines", OPTIONS)
-    assert [path.name for path in tmp_path.iterdir()] == ["engines.partial"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["engines.partial", "conversion"]
 
 
 def test_labels_of_some_texts_are_not_ignored_in_silence() -> None:

@@ -21,6 +21,7 @@ from fpabee.exporter.single_file import pack
 from fpabee.runtime import Confidence, Engine
 from fpabee.runtime.encoding import Text
 
+from ...closeness import assert_exported
 from .consumer import Consumer
 from .test_packing import FP32, PAIRS, SINGLE
 
@@ -106,7 +107,7 @@ def test_node(case: Case, node: Path) -> None:
     logits, exits = case.answers(texts)
     assert [each["exit"] for each in found] == exits
     assert len(set(exits)) > 2
-    np.testing.assert_allclose([each["logits"] for each in found], logits, atol=1e-5)
+    assert_exported([each["logits"] for each in found], logits)
     best = [case.labels[label] for label in logits.argmax(axis=-1)[: len(singles)]]
     assert [each["label"] for each in found[: len(singles)]] == best
 

@@ -51,6 +51,8 @@ from fpabee.runtime.backends.onnxruntime import cpu_session
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.progress import Progress
 
+from ...closeness import assert_close
+
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
 
@@ -364,7 +366,7 @@ def test_the_last_graph_on_its_inputs_gives_the_last_exit(engines: Mapping[str, 
     name = manifest.segments[-1].calls[-1]
     session = cpu_session(folder / manifest.graphs[name].file)
     logits = np.concatenate([session.run(["logits"], feed)[0] for feed in found[name]])
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    assert_close(logits, expected)
     calls = [call for segment in manifest.segments for call in segment.calls]
     assert found.keys() == set(calls)
     for graph, feeds in found.items():

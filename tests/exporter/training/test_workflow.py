@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from fpabee.exporter.checkpoint import load_checkpoint, load_config
 from fpabee.exporter.exit_0 import EXIT_0_FILE
 from fpabee.exporter.exits import MultiExitConfig, Pooling
 from fpabee.exporter.training import TrainOptions, train
+from fpabee.exporter.training.report import model_card
 from fpabee.exporter.training.workflow import has_fast_bf16
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import ProblemType
@@ -95,6 +98,8 @@ def test_a_training_writes_a_model_its_scores_and_a_model_card(
     ):
         assert part in card
     assert str(tmp_path) not in card, "folders exist only on this machine"
+    odd = dataclasses.replace(report, labels=("[a](b)", "<c>"))
+    assert r"Labels: \[a\](b), &lt;c&gt;." in str(model_card(odd)), "labels are no markup"
 
 
 def test_a_multi_label_training_can_start_from_another_model_dir(
@@ -164,6 +169,7 @@ def test_a_model_is_replaced_only_on_request_with_its_exit_0(
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no file": ({"train": "missing.jsonl"}, InputError, "missing.jsonl does not exist"),
     "no encoder": ({"backbone": "missing"}, ModelError, "missing does not exist"),
+    "half an encoder": ({"backbone": "half"}, ModelError, "lacks 16 weights of its encoder"),
     "tokenizer": ({"backbone": "small"}, ModelError, "gives token ids up to 199, but .* 150"),
     "labels": ({"train": "two.jsonl"}, InputError, "has 2 labels"),
     "no label": ({"train": "none.jsonl"}, InputError, "row 1 has no label"),
@@ -185,6 +191,10 @@ def test_nothing_is_written_when_the_input_is_bad(
     config = BertConfig.from_pretrained("small")
     config.vocab_size = 150
     BertModel(config).save_pretrained("small")
+    shutil.copytree(backbone, "half")
+    weights = load_file("half/model.safetensors")
+    half = {name: value for name, value in weights.items() if "layer.1." not in name}
+    save_file(half, "half/model.safetensors")
     write_rows("two.jsonl", [{"text": "x", "labels": ["a", "b"]}])
     write_rows("none.jsonl", [{"text": "x"}])
     write_rows("other.jsonl", [{"text": "x", "label": "other"}])

@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fpabee.runtime import read_manifest
+from fpabee.runtime.agreement import BATCH_LIMIT, EXPORT_LIMIT, REQUIREMENTS, logit_differences
 from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
+from fpabee.runtime.backends import openvino
 from fpabee.runtime.backends.base import Bucket, shape_of
 from fpabee.runtime.backends.openvino import has_bf16
 from fpabee.runtime.encoding import EncodedRow, TextEncoder
 from fpabee.runtime.targets import open_backend
 
+from ...closeness import assert_close
 from ...doubles.device import Double, install, install_cuda_provider
 from ...doubles.openvino import add_openvino
 
@@ -49,8 +52,9 @@ class Chain:
         manifest = read_manifest(folder)
         self.double = double
         target = target or (double.target if double else manifest.default_target)
-        # In bf16, other padding and another batch may round differently.
-        self.tolerance = 0.05 if target == "openvino-bf16" else 1e-5
+        # In bf16, other padding and another batch round as differently as another precision.
+        limits = {"openvino-bf16": REQUIREMENTS["bf16"].tie, "openvino-fp32": EXPORT_LIMIT}
+        self.limit = limits.get(target, BATCH_LIMIT)
         self.backend: Any = open_backend(folder, manifest, target, None)
         self.execution: Any = self.backend.check_out()
         self.segments = len(manifest.segments)
@@ -104,9 +108,7 @@ class Chain:
                 if self.batched[name]:
                     found, expected = found[position], expected[0]
                 inside = tuple(slice(size) for size in expected.shape)
-                np.testing.assert_allclose(
-                    found[inside], expected, atol=self.tolerance, err_msg=name
-                )
+                assert_close(found[inside], expected, self.limit)
             if ATTENTION_BIAS in tensors:
                 padding = tensors[ATTENTION_BIAS][position, ..., length:]
                 assert (padding == np.float32(MASK_FILL)).all()
@@ -192,7 +194,7 @@ def test_regrouping_neither_loses_nor_mixes_up_rows(
         logits = outputs()
         assert logits.shape[0] == len(numbers)
         alone = np.concatenate([chain.alone[number][segment][0] for number in numbers])
-        np.testing.assert_allclose(logits, alone, atol=chain.tolerance)
+        assert_close(logits, alone, chain.limit)
     for hidden in (*hiddens, joined):
         chain.execution.release(hidden)
 
@@ -206,15 +208,15 @@ def test_padding_changes_nothing(chain: Chain, group: list[int], rows: int, toke
         logits = outputs()
         assert logits.dtype == np.float32
         alone = np.concatenate([chain.alone[number][segment][0] for number in group])
-        np.testing.assert_allclose(logits, alone, atol=chain.tolerance)
+        assert_close(logits, alone, chain.limit)
     chain.execution.release(hidden)
 
 
 def test_rows_differ_enough_to_notice_a_mix_up(chain: Chain) -> None:
     for segment in range(chain.segments):
         logits = np.concatenate([alone[segment][0] for alone in chain.alone])
-        apart = np.abs(logits[:, None] - logits[None]).max(axis=-1)
-        assert apart[~np.eye(len(TEXTS), dtype=bool)].min() > 1e-3
+        apart = logit_differences(logits[:, None], logits[None])
+        assert apart[~np.eye(len(TEXTS), dtype=bool)].min() > 10 * BATCH_LIMIT
 
 
 def test_results_stay_valid_while_the_next_segment_runs(chain: Chain) -> None:
@@ -238,7 +240,7 @@ def test_reused_buffers_hold_nothing_of_earlier_rows(chain: Chain) -> None:
             for segment in range(chain.segments):
                 outputs = execution.enqueue(hidden)
                 alone = np.concatenate([chain.alone[number][segment][0] for number in numbers])
-                np.testing.assert_allclose(outputs(), alone, atol=chain.tolerance)
+                assert_close(outputs(), alone, chain.limit)
             execution.release(hidden)
     chain.backend.give_back(fresh)
 
@@ -252,7 +254,8 @@ def test_buffers_in_host_memory_start_at_a_cache_line(chain: Chain) -> None:
     chain.execution.release(hidden)
 
 
-def test_limits_are_those_of_the_model(chain: Chain) -> None:
+def test_limits_are_those_of_the_model(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": "avx2"})  # no AMX
     limits = chain.backend.limits()
     assert limits.max_sequence == 64
     padded = {"OnnxRuntimeCudaBackend": Bucket(4, 32), "OpenVinoBackend": Bucket(3, 20)}

@@ -1,0 +1,77 @@
+"""What is wrong with a command line is known before PyTorch is loaded, which takes seconds."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import sys
+from importlib import import_module
+module, *arguments = sys.argv[1:]
+try:
+    import_module(f"fpabee.exporter.cli.{module}").main(arguments)
+finally:
+    print(*{"torch", "transformers"} & {*sys.modules})
+"""
+STEPS = "engines.partial/conversion-0123456789abcdef"
+# A command line, and a fact of its error. There are a model, rows, and engines with `rows.csv`.
+MISTAKES = {
+    "convert none rows.csv -o new": "model folder none does not exist",
+    "convert model none.csv -o new": "none.csv does not exist",
+    "convert model rows.csv -o engines": "already holds an engines folder",
+    "convert model engines/rows.csv -o engines --force": "engines/rows.csv is inside",
+    "convert engines/model rows.csv -o engines --force": "engines/model is inside",
+    f"convert model {STEPS}/rows.csv -o engines --force": "rows.csv is inside",
+    "convert model rows.csv -o new --single-file full": "full exists already",
+    "convert model rows.csv -o new --single-file new/one": "one is inside",
+    "convert model rows.csv -o new --threads 99999": "1024",
+    "convert model rows.csv -o out": "it holds conversion",
+    "convert model rows.csv --missed 1": "--threshold",
+    "export none -o new": "model folder none does not exist",
+    "export model -o engines": "already holds an engines folder",
+    "export model -o engines --force --verify-data engines/rows.csv": "engines/rows.csv is inside",
+    "export engines/model -o engines --force": "engines/model is inside",
+    "export model -o new --verify-data none.csv": "none.csv does not exist",
+    "export model --int8": "--calibration-data",
+    "train --backbone none --train rows.csv --dev rows.csv -o new": "none does not exist",
+    "train --backbone model --train rows.csv --dev none.csv -o new": "none.csv does not exist",
+    "train --backbone b --train rows.csv --dev rows.csv -o model": "already holds a model",
+    "train --backbone model --train rows.csv --dev rows.csv -o model --force": "model is inside",
+    "train --backbone model --train rows.csv --dev rows.csv -o new --lr 0": "--lr",
+    "pack engines -o full": "full exists already",
+    "pack none -o new": "none does not exist",
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a model, rows and engines, as far as they are looked at."""
+    for folder in ("model", "engines/model"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
+    for folder in ("", "engines", STEPS, "full"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "rows.csv").write_text("text,label\nrain,a\n")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "conversion").touch()
+    manifest = '{"schema_version": "1.0", "fpabee_version": "1.0.0"}'
+    (tmp_path / "engines" / "manifest.json").write_text(manifest)
+    return tmp_path
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_found_without_pytorch(line: str, place: Path) -> None:
+    before = sorted(place.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *shlex.split(line)],
+        cwd=place, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode in (1, 2), done.stderr
+    assert MISTAKES[line] in done.stderr
+    assert done.stdout.strip() == "", "these were imported"
+    assert sorted(place.rglob("*")) == before
