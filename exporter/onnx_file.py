@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from ..runtime.artifact.folder import sha256_of, verified_graph
+from ..runtime.artifact.folder import EnginesFolder, sha256_of
 from ..runtime.artifact.manifest import NEXT, Graph, Manifest, Target, TensorSpec
 from ..runtime.encoding import Arrays
 from ..runtime.errors import ModelError
@@ -17,11 +17,11 @@ from ..runtime.errors import ModelError
 OPSET = 20
 
 
-def load_graphs(folder: Path, graphs: Mapping[str, Graph]) -> dict[str, Any]:
+def load_graphs(engines: EnginesFolder, graphs: Mapping[str, Graph]) -> dict[str, Any]:
     """The graphs by name, each an `onnx.ModelProto`.
 
     Args:
-        folder: the engines folder.
+        engines: the engines folder.
         graphs: their records.
 
     Raises:
@@ -29,10 +29,7 @@ def load_graphs(folder: Path, graphs: Mapping[str, Graph]) -> dict[str, Any]:
     """
     import onnx
 
-    return {
-        name: onnx.load(verified_graph(folder, graph.file, graph.sha256))
-        for name, graph in graphs.items()
-    }
+    return {name: onnx.load(engines.graph(graph)) for name, graph in graphs.items()}
 
 
 def graphs_of(manifest: Manifest, target: Target) -> dict[str, Graph]:

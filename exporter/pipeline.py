@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import __version__
 from ..runtime.agreement import BATCH_LIMIT, Agreement
-from ..runtime.artifact.folder import sha256_of, write_manifest
+from ..runtime.artifact.folder import EnginesFolder, sha256_of
 from ..runtime.artifact.manifest import (
     CLASSIFIER_NAME,
     REFERENCE_NAME,
@@ -26,7 +26,6 @@ from ..runtime.artifact.manifest import (
     Shapes,
     Target,
     Task,
-    with_target,
 )
 from ..runtime.artifact.reference import write_reference
 from ..runtime.encoding import Text, TextEncoder, padding_values
@@ -101,8 +100,8 @@ def export(
     The model is cut into one ONNX segment for each exit, in fp32. The chain, in the runtime that
     users run, is compared with the whole model: the same labels and exits, and logits within 1e-4
     of their size, which is the largest logit of the row, or 1 if that is more. The folder appears
-    completely or not at all. Its target is `onnxruntime-fp32`; `add_targets` adds other precisions
-    and targets.
+    completely or not at all. Its target is `onnxruntime-fp32`; `build_targets` adds
+    others.
 
     Args:
         model_dir: a folder that `fpabee.exporter.training.train` wrote, or one in the layout of the
@@ -217,7 +216,7 @@ def _write(
         default_rule=DEFAULT_RULE.to_dict(),
         exit_0=export_exit_0(folder, exit_0) if exit_0 else None,
     )
-    with engine_of(folder, manifest, FP32_TARGET) as engine:
+    with engine_of(EnginesFolder(folder, manifest), FP32_TARGET) as engine:
         agreement = check_chain(engine, texts, logits)
     record = folder / VERIFICATION_NAME
     record.write_text(json.dumps(agreement.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -226,9 +225,10 @@ def _write(
     files = {name: sha256_of(folder / name) for name in written}
     tolerance = max(BATCH_LIMIT, agreement.max_logit_difference)
     target = msgspec.structs.replace(manifest.targets[FP32_TARGET], tolerance=tolerance)
-    manifest = with_target(msgspec.structs.replace(manifest, files=files), FP32_TARGET, target)
-    write_manifest(folder, manifest)
-    return manifest, agreement
+    engines = EnginesFolder(folder, manifest).with_manifest(files=files)
+    engines = engines.with_target(FP32_TARGET, target)
+    engines.write()
+    return engines.manifest, agreement
 
 
 def _write_config(path: Path, source: Path, model: MultiExitModel) -> None:

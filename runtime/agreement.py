@@ -65,8 +65,8 @@ class Requirements:
     logits: float = np.inf
 
 
-# int8 is a different model rather than a different rounding: thresholds should be calibrated for it.
-# So changed exits are only reported.
+# int8 is a different model rather than a different rounding: thresholds should be calibrated for
+# it. So changed exits are only reported.
 _INT8 = Requirements(labels=0.995, exits=0.0, tie=0.25, score_tie=0.0)
 REQUIREMENTS = {
     "fp32": Requirements(labels=0.999, exits=0.99, tie=1e-3, score_tie=0.01),

@@ -100,9 +100,7 @@ def _default_target(engines: EnginesFolder) -> str:
     return default  # which runs, or whose error is the one to report
 
 
-def rule_here(
-    engines: EnginesFolder, name: str, point: str | None
-) -> tuple[str | None, ExitRule]:
+def rule_here(engines: EnginesFolder, name: str, point: str | None) -> tuple[str | None, ExitRule]:
     """The operating point to run on this machine, and its rule; the arguments as in `rule_of`.
 
     A warning says if the target has no operating point, although others of the folder have some.
@@ -125,9 +123,7 @@ def _tell(folder: Path, warning: str) -> None:
         logger.warning("%s", warning)
 
 
-def rule_of(
-    manifest: Manifest, target: str, point: str | None
-) -> tuple[str | None, ExitRule]:
+def rule_of(manifest: Manifest, target: str, point: str | None) -> tuple[str | None, ExitRule]:
     """The name of the operating point to run, and its rule.
 
     Args:

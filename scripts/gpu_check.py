@@ -36,10 +36,11 @@ import numpy as np
 from one_graph import write_one_graph
 
 from fpabee.calibration import threshold_for_depth
-from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.onnx_file import graph_runs
 from fpabee.exporter.staging import staging
-from fpabee.exporter.targets.backends import INT8, RTX, TENSORRT, unavailable_reason
+from fpabee.exporter.targets.backends import RTX, TENSORRT
+from fpabee.exporter.targets.build import build_targets
+from fpabee.exporter.targets.builders import BUILDERS
 from fpabee.exporter.targets.plans import PlanOptions
 from fpabee.exporter.targets.tensorrt import TIMING_CACHE
 from fpabee.runtime import Bucket, Budget, Engine, Entropy, ExitRule, read_manifest
@@ -131,7 +132,7 @@ def tests(root: Path, emit: Emit) -> None:
 def make_models(folder: Path, emit: Emit) -> None:
     """The engines folder `chain`, and `one` with all layers in one segment."""
     chain, one = folder / "chain", folder / "one"
-    if is_engines_folder(one) and INT8 in read_manifest(one).precisions:
+    if is_engines_folder(one) and "fp16" in read_manifest(one).precisions:
         raise Skipped("the model was made before")
     sys.path.insert(0, str(ROOT))
     from tests.conftest import WORDS, make_model
@@ -145,32 +146,28 @@ def make_models(folder: Path, emit: Emit) -> None:
     sizes = SIZES[folder.name]
     make_model("bert", folder / "model", max_position_embeddings=LONGEST, **sizes)
     export(folder / "model", chain, ExportOptions(force=True))
-    add_targets(chain, AddTargetsOptions(fp16=True, backends=()))
-    ranges = tuple(texts[:INT8_TEXTS])
-    add_targets(chain, AddTargetsOptions(int8=True, calibration_data=ranges, backends=()))
+    build_targets(chain, ["onnxruntime-fp16-cuda"])
     with staging(one) as new:
         write_one_graph(chain, new)
 
 
 def plans(folder: Path, precision: str, emit: Emit) -> None:
     """Build plans of TensorRT, or of TensorRT for RTX, and compare and measure them."""
-    backend = next((each for each in (TENSORRT, RTX) if unavailable_reason(each) is None), None)
-    if backend is None:
-        raise Skipped(str(unavailable_reason(TENSORRT)))
+    names = [f"{backend}-{precision}" for backend in (TENSORRT, RTX)]
+    target = next((name for name in names if BUILDERS[name].why_not() is None), None)
+    if target is None:
+        raise Skipped(str(BUILDERS[names[0]].why_not()))
     if precision not in read_manifest(folder / "chain").precisions:
         raise Skipped(f"the model has no {precision} graphs")
-    options = AddTargetsOptions(
-        fp16=precision == "fp16",
-        int8=precision == INT8,
-        backends=(backend,),
-        plans=replace(PLANS, compute_capabilities=(cuda_device().compute_capability,)),
-    )
+    options = replace(PLANS, compute_capabilities=(cuda_device().compute_capability,))
     targets: list[str] = []
     # Each plan of the chain is kept with its timings if the part is stopped. The one large plan is
     # kept only if it is done, so it comes last, and begins with the timings of the same layers.
     for name in ("chain", "one"):
         started = time.perf_counter()
-        targets += [one.name for one in add_targets(folder / name, options).checked]
+        targets += [
+            one.name for one in build_targets(folder / name, [target], plans=options).checked
+        ]
         emit(NOTE, f"{name} was built in {time.perf_counter() - started:.0f} s")
         cache = folder / "chain" / "targets" / targets[0] / TIMING_CACHE
         if name == "chain" and cache.is_file():

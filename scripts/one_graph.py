@@ -16,17 +16,16 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from fpabee.exporter.onnx_file import graphs_of, load_graphs, write_graph
 from fpabee.exporter.single_file.graph import append
-from fpabee.exporter.targets.backends import is_cpu_int8
+from fpabee.exporter.targets.builders import INT8_FOLDER
 from fpabee.exporter.targets.check import FP32_TARGET
-from fpabee.exporter.targets.cpu import INT8_FOLDER
-from fpabee.runtime.artifact.folder import read_manifest, sha256_of, verified, write_manifest
+from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
 from fpabee.runtime.artifact.manifest import (
     LOGITS,
     REFERENCE_NAME,
     BuiltFile,
     Graph,
     Manifest,
-    keep_targets,
+    Target,
     with_operating_points,
 )
 from fpabee.runtime.artifact.reference import read_reference, write_reference
@@ -82,7 +81,8 @@ def write_one_graph(source: Path, folder: Path) -> Manifest:
         ArtifactError: the source is damaged.
         VerificationError: the graph does not reproduce the PyTorch model.
     """
-    manifest = read_manifest(source)
+    engines = EnginesFolder.read(source)
+    manifest = engines.manifest
     last = manifest.segments[-1]
 
     def is_needed(name: str) -> bool:
@@ -94,7 +94,7 @@ def write_one_graph(source: Path, folder: Path) -> Manifest:
     def copy(relative: str, sha256: str) -> None:
         path = folder / relative
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(verified(source, relative, sha256), path)
+        shutil.copyfile(engines.file(relative, sha256), path)
 
     def write(old: dict[str, Graph], place: str) -> dict[str, Graph]:
         if manifest.model.shared_layers:
@@ -102,12 +102,12 @@ def write_one_graph(source: Path, folder: Path) -> Manifest:
             for graph in graphs.values():
                 copy(graph.file, graph.sha256)
             return graphs
-        protos = load_graphs(source, old)
+        protos = load_graphs(engines, old)
         proto = merge_graphs([(name, protos[name]) for name in calls])
         file = f"{place}/segment_01.onnx"
         return {"segment_01": write_graph(folder / file, file, proto)}
 
-    int8 = next((target for target in manifest.targets.values() if is_cpu_int8(target)), None)
+    int8 = next((target for target in manifest.targets.values() if _is_int8(target)), None)
     # Targets for CPUs in int8 run graphs of their own, which are merged like all others.
     graphs = write(manifest.graphs, "onnx/fp32")
     precisions = {name: write(old, f"onnx/{name}") for name, old in manifest.precisions.items()}
@@ -120,16 +120,16 @@ def write_one_graph(source: Path, folder: Path) -> Manifest:
             with_operating_points(target, {}, ""), files=files if target.files else {}
         )
         for name, target in manifest.targets.items()
-        if not target.files or is_cpu_int8(target)
+        if not target.files or _is_int8(target)
     }
     segment = msgspec.structs.replace(
         last, calls=tuple(calls if manifest.model.shared_layers else graphs)
     )
     copy(manifest.tokenizer.file, manifest.tokenizer.sha256)
-    texts, logits = read_reference(source, manifest)
+    texts, logits = read_reference(engines)
     write_reference(folder, texts, logits[-1:])
-    whole = msgspec.structs.replace(
-        keep_targets(manifest, lambda name, _: name in targets),
+    kept = engines.keep_targets(lambda name, _: name in targets)
+    whole = EnginesFolder(folder, kept.manifest).with_manifest(
         graphs=graphs,
         precisions=precisions,
         segments=(segment,),
@@ -138,7 +138,11 @@ def write_one_graph(source: Path, folder: Path) -> Manifest:
         exit_0=None,
         files={REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)},
     )
-    write_manifest(folder, whole)
+    whole.write()
     with Engine.load(folder, FP32_TARGET) as engine:
         engine.check()
-    return whole
+    return whole.manifest
+
+
+def _is_int8(target: Target) -> bool:
+    return target.precision.startswith("int8")

@@ -39,7 +39,7 @@ from systems import ENVIRONMENTS, OTHERS, System, measure, read
 
 from fpabee.calibration import DEFAULT_GOALS, Bound, CalibrationOptions, Goal, calibrate
 from fpabee.calibration.search import CASCADE
-from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
+from fpabee.exporter.targets.build import build_targets, buildable
 from fpabee.exporter.targets.check import FP32_TARGET
 from fpabee.runtime import Budget, ExitRule, InputError, read_manifest
 from fpabee.runtime.cli.command import exits_with_one_line
@@ -116,7 +116,7 @@ def systems(
     yield packed("fpabee-single-file", engines, "onnxruntime", 1, "balanced", FP32_TARGET)
     if converted is not None and converted.is_dir():
         manifest = read_manifest(converted)
-        _, rule = rule_of(converted, manifest, manifest.default_target, None)
+        _, rule = rule_of(manifest, manifest.default_target, None)
         settings = {"engines": str(converted), "target": manifest.default_target}
         yield System("fpabee-converted", "fpabee", settings=settings | {"rule": rule.to_dict()})
     rows, layers = reproduce.trace(engines, dev)
@@ -137,13 +137,8 @@ def systems(
 def add_all_targets(engines: Path, data: Path) -> None:
     """Build the targets for CPUs in all precisions, unless that is done."""
     if not any("int8" in name for name in read_manifest(engines).targets):
-        options = AddTargetsOptions(
-            int8=True,
-            calibration_data=read(str(data), "train")[0],
-            verify_data=read(str(data), "dev")[0],
-            backends=("openvino", "onnxruntime"),
-        )
-        add_targets(engines, options)
+        texts = read(str(data), "train")[0]
+        build_targets(engines, buildable(("fp32", "bf16", "int8")), texts)
 
 
 def rules_of(

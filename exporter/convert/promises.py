@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,8 +22,8 @@ from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, same_answe
 from ...calibration.search import exits_of
 from ...calibration.trace import data_sha256, trace_rows
 from ...runtime.agreement import logit_differences
-from ...runtime.artifact.folder import read_manifest, write_manifest
-from ...runtime.artifact.manifest import Task, with_operating_points, with_target
+from ...runtime.artifact.folder import EnginesFolder
+from ...runtime.artifact.manifest import Task, with_operating_points
 from ...runtime.artifact.operating_point import OperatingPoint
 from ...runtime.engine import Engine
 from ...runtime.errors import InputError
@@ -33,7 +32,6 @@ from ...runtime.files.labels import Labels
 from ...runtime.machine import hardware
 from ...runtime.progress import Progress
 from ...runtime.rules.rules import Budget
-from ...runtime.targets import rest_precision
 from .options import Converted
 
 _BATCH = 32
@@ -110,7 +108,7 @@ def certify_target(
         threads: CPU threads; None: all cores.
         progress: called with (what, done, total).
     """
-    full_depth = Budget(exit=read_manifest(folder).exits[-1])
+    full_depth = Budget(exit=EnginesFolder.read(folder).manifest.exits[-1])
     with Engine.load(folder, name, threads=threads, rule=full_depth) as engine:
         task, layers = engine.manifest.task, engine.manifest.exit_layers
         thresholds = decision_thresholds(task, bound.thresholds)
@@ -152,10 +150,9 @@ def certify_target(
             hardware=hardware(engine.manifest.targets[name].on_gpu, threads),
             certificate=found.certificate,
         )
-        manifest = read_manifest(folder)
-        target = with_operating_points(manifest.targets[name], {point: record}, point)
-        target = msgspec.structs.replace(target, rest_precision=rest_precision(target))
-        write_manifest(folder, with_target(manifest, name, target))
+        engines = EnginesFolder.read(folder)
+        target = with_operating_points(engines.manifest.targets[name], {point: record}, point)
+        engines.with_target(name, target).write()
     places = held.at(exits)
     changed = scorer.changed[places]
     accuracy = None

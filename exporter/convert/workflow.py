@@ -23,26 +23,25 @@ from ... import __version__
 from ...calibration.guarantee import decision_thresholds, needs_in_words
 from ...calibration.scoring import same_answers
 from ...calibration.trace import data_sha256
-from ...runtime.artifact.folder import read_manifest, sha256_of, write_manifest, write_whole
+from ...runtime.artifact.folder import EnginesFolder, sha256_of, write_whole
 from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.backends.onnxruntime import check_installed
-from ...runtime.encoding import EncodedRow
+from ...runtime.encoding import EncodedRow, Text
 from ...runtime.errors import RowError
 from ...runtime.files import read_rows
 from ...runtime.files.labels import Labels, encode_labels
-from ...runtime.machine import multiplies_int8
 from ...runtime.progress import Progress, silent
 from ...runtime.rules.measures import Outputs
 from ...runtime.rules.rules import Budget
 from ...runtime.targets import runnable_targets
-from ..add_targets import AddTargetsOptions, add_targets
 from ..checkpoint import save_checkpoint
 from ..exit_0 import save_exit_0
 from ..model import MultiExitModel
 from ..paths import check_output
 from ..pipeline import ExportOptions, export
 from ..staging import staging, system_errors
-from ..targets.backends import OPENVINO, unavailable_reason
+from ..targets.backends import OPENVINO
+from ..targets.build import build_targets, buildable
 from ..targets.check import FP32_TARGET
 from ..tokenizer import load_tokenizer, pad_id, row_limit
 from ..training.examples import Examples, encoded_rows
@@ -239,16 +238,17 @@ class _Work:
 
     def _add_targets(self, engines: Path) -> None:
         """Build the targets, and let every text run to full depth where there is no point."""
-        manifest = read_manifest(engines)
-        full_depth = Budget(exit=manifest.exits[-1]).to_dict()
-        write_manifest(engines, msgspec.structs.replace(manifest, default_rule=full_depth))
-        wanted = AddTargetsOptions(backends=() if unavailable_reason(OPENVINO) else (OPENVINO,))
+        folder = EnginesFolder.read(engines)
+        full_depth = Budget(exit=folder.manifest.exits[-1])
+        folder.with_manifest(default_rule=full_depth.to_dict()).write()
+        names = [name for name in buildable(("fp32", "bf16")) if name.startswith(OPENVINO)]
+        texts: list[Text] = []
         if self.options.all_targets:
+            int8 = buildable(("int8",)) if util.find_spec("nncf") is not None else []
+            names = [*buildable(("fp32", "bf16")), *int8]
             # Ranges come from texts that do not certify.
-            data = [self.texts.rows[number].content for number in self.texts.taught]
-            int8 = util.find_spec("nncf") is not None and multiplies_int8()
-            wanted = AddTargetsOptions(int8=int8, calibration_data=data if int8 else ())
-        add_targets(engines, wanted, self.progress)
+            texts = [self.texts.rows[number].content for number in self.texts.taught if int8]
+        build_targets(engines, names, texts, progress=self.progress)
 
     def _certify(self, engines: Path, logits: NDArray[np.float32], chosen: Chosen) -> Conversion:
         """Certify the targets; the default is the fastest at full depth, if it has a point."""
@@ -261,8 +261,9 @@ class _Work:
             rows = [texts.rows[number] for number in numbers]
             return Part(rows, logits[numbers], texts.weights[numbers], known)
 
-        fastest = read_manifest(engines).default_target
-        names = runnable_targets(engines) if options.all_targets else [fastest]
+        folder = EnginesFolder.read(engines)
+        fastest = folder.manifest.default_target
+        names = runnable_targets(folder) if options.all_targets else [fastest]
         given = options.bound, part(texts.calibrate), part(texts.report), options.threads
         targets = tuple(
             certify_target(engines, name, *given, self.progress)
@@ -275,8 +276,8 @@ class _Work:
             for each in targets
             if each.target == fastest and each.lost_label
         ]
-        manifest = msgspec.structs.replace(read_manifest(engines), default_target=fastest)
-        write_manifest(engines, manifest)
+        folder = EnginesFolder.read(engines).with_manifest(default_target=fastest)
+        folder.write()
         accuracy = None
         if expected is not None:
             task = self.task
@@ -292,7 +293,7 @@ class _Work:
             folder=engines,
             default_target=fastest,
             targets=targets,
-            exit_layers=manifest.exit_layers,
+            exit_layers=folder.manifest.exit_layers,
             chosen=chosen,
             rows=int(texts.weights.sum()),
             texts=len(texts.rows),

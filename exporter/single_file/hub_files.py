@@ -18,15 +18,14 @@ from tokenizers import Tokenizer
 
 from ... import __version__
 from ...calibration.scoring import AGREEMENT
-from ...runtime.artifact.folder import BAD_JSON, verified
-from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest, TokenizerSpec
+from ...runtime.artifact.folder import BAD_JSON, EnginesFolder
+from ...runtime.artifact.manifest import CLASSIFIER_NAME
 from ...runtime.artifact.operating_point import OperatingPoint
 from ...runtime.encoding import read_tokenizer
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError
 from ...runtime.rules.rules import ExitRule
 from ...runtime.rules.words import rule_in_words
 from ..markdown import MarkdownFormatter
-from ..targets.backends import INT8
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Packed:
         return content | {"exits": list(self.exits)}
 
 
-def load_tokenizer(source: Path, spec: TokenizerSpec) -> Tokenizer:
+def load_tokenizer(engines: EnginesFolder) -> Tokenizer:
     """The tokenizer of an engines folder, which cuts texts at the limit and does not pad them.
 
     Its file may pad every text to one length, and cut it earlier.
@@ -71,21 +70,21 @@ def load_tokenizer(source: Path, spec: TokenizerSpec) -> Tokenizer:
     Raises:
         ArtifactError: it is missing or damaged.
     """
-    tokenizer = read_tokenizer(verified(source, spec.file, spec.sha256))
+    spec = engines.manifest.tokenizer
+    tokenizer = read_tokenizer(engines.file(spec.file, spec.sha256))
     tokenizer.no_padding()
     tokenizer.enable_truncation(spec.max_length)
     return tokenizer
 
 
 def write_files(
-    source: Path, folder: Path, manifest: Manifest, packed: Packed, model: Any, is_large: bool
+    engines: EnginesFolder, folder: Path, packed: Packed, model: Any, is_large: bool
 ) -> None:
     """Write the files.
 
     Args:
-        source: the engines folder.
+        engines: the engines folder, without exit 0 if it was left out.
         folder: where to write them.
-        manifest: of the engines folder, without exit 0 if it was left out.
         packed: what was packed.
         model: the graph, an `onnx_ir.Model`.
         is_large: whether its weights lie beside it.
@@ -93,18 +92,20 @@ def write_files(
     Raises:
         ArtifactError: the configuration of the classifier is damaged.
     """
-    spec, target = manifest.tokenizer, manifest.targets[packed.target]
+    manifest = engines.manifest
+    spec = manifest.tokenizer
+    target = manifest.targets[packed.target]
     point = target.operating_points.get(packed.operating_point or "")
-    tokenizer = load_tokenizer(source, spec)
+    tokenizer = load_tokenizer(engines)
     tokenizer.save(str(folder / "tokenizer.json"))
-    path = verified(source, CLASSIFIER_NAME, manifest.files[CLASSIFIER_NAME])
+    path = engines.file(CLASSIFIER_NAME, manifest.files[CLASSIFIER_NAME])
     try:
         classifier = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except BAD_JSON as error:
         problem = str(error) or type(error).__name__
         raise ArtifactError(f"{path} is not a configuration: {problem}", EXPORT_AGAIN) from error
     # transformers.js looks for the graph of this precision.
-    dtype = "q8" if target.precision == INT8 else "fp32"
+    dtype = "q8" if target.precision == "int8" else "fp32"
     for_js = {"dtype": dtype, "use_external_data_format": is_large}
     contents = {
         "config.json": {**classifier, "transformers.js_config": for_js},

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import onnx
 
-from ...runtime.artifact.folder import read_manifest
+from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import CLASSIFIER_NAME
 from ...runtime.artifact.reference import read_reference
 from ...runtime.encoding import Text
@@ -19,7 +19,6 @@ from ...runtime.targets import rule_of, target_of
 from ..onnx_file import graphs_of, load_graphs
 from ..paths import check_new, resolved
 from ..staging import staging
-from ..targets.backends import INT8
 from ..targets.check import FP32_TARGET
 from .exit_0 import PairMarks
 from .graph import TYPES, single_graph
@@ -73,42 +72,42 @@ def pack(
         print(packed.file, packed.rule, packed.max_logit_difference)
         ```
     """
-    source, place = Path(engines), resolved(output)
-    check_new(place, [source])
-    manifest = read_manifest(source)
+    place = resolved(output)
+    check_new(place, [engines])
+    source = EnginesFolder.read(engines)
+    targets = source.manifest.targets
     packable = [
         name
-        for name, each in manifest.targets.items()
-        if each.precision in ("fp32", INT8) and not each.on_gpu
+        for name, each in targets.items()
+        if each.precision in ("fp32", "int8") and not each.on_gpu
     ]
-    default = manifest.default_target
+    default = source.manifest.default_target
     default = default if default in packable else FP32_TARGET
-    name = target_of(source, manifest, target or default)
+    name = target_of(source, target or default)
     if name not in packable:
         raise BackendError(
             f"target {name} does not run ONNX graphs in fp32 or int8, so they cannot be packed",
             f"choose a `target` from {', '.join(packable)}" if packable else EXPORT_AGAIN,
         )
-    built = manifest.targets[name]
-    if CLASSIFIER_NAME not in manifest.files:
-        raise ArtifactError(f"{source} has no {CLASSIFIER_NAME}", EXPORT_AGAIN)
-    point, rule = rule_of(source, manifest, name, operating_point)
-    if built.rest_precision not in ("", "fp32"):
-        point = None  # what was measured holds for other logits than those of the file
-    reference, _ = read_reference(source, manifest)
-    graphs = graphs_of(manifest, built)
-    marks, no_exit_0 = None, ""
-    exit_0 = ExitZero.load(source, manifest)
+    if CLASSIFIER_NAME not in source.manifest.files:
+        raise ArtifactError(f"{engines} has no {CLASSIFIER_NAME}", EXPORT_AGAIN)
+    point, rule = rule_of(source.manifest, name, operating_point)
+    reference, _ = read_reference(source)
+    graphs = graphs_of(source.manifest, targets[name])
+    marks = None
+    no_exit_0 = ""
+    exit_0 = ExitZero.load(source)
     if exit_0 is not None:
         has_types = any(value.name == TYPES for graph in graphs.values() for value in graph.inputs)
-        marks = PairMarks.of(load_tokenizer(source, manifest.tokenizer), has_types)
+        marks = PairMarks.of(load_tokenizer(source), has_types)
         if marks is None:
             no_exit_0 = "no token types or separators say where the second text of a pair begins"
-            manifest, point = msgspec.structs.replace(manifest, exit_0=None), None
+            source = source.with_manifest(exit_0=None)
+            point = None
             rule = msgspec.structs.replace(rule, exit_0_threshold=None)
     progress("pack", 0, 2)
     inside = (exit_0, marks) if exit_0 is not None and marks is not None else None
-    model = single_graph(load_graphs(source, graphs), manifest, rule, inside)
+    model = single_graph(load_graphs(source, graphs), source.manifest, rule, inside)
     weights = [value.const_value for part in model.graphs() for value in part.initializers.values()]
     is_large = sum(weight.nbytes for weight in weights if weight is not None) > _MOST_BYTES
     # Exit 0 of the graph takes a text with separators in its midst for a pair.
@@ -118,14 +117,27 @@ def pack(
         for text in (*reference, *verify_data)
         if not any(token in "".join(text) for token in separators)
     ]
+    is_int8 = targets[name].precision == "int8"
     with staging(place) as folder:
         file = Path("model.onnx")
         if for_transformers_js:
-            file = Path("onnx", "model_quantized.onnx" if built.precision == INT8 else file)
+            file = Path("onnx", "model_quantized.onnx" if is_int8 else file)
         (folder / file).parent.mkdir(exist_ok=True)
         progress("verify", 1, 2)
-        found = verify(source, manifest, name, rule, model, folder / file, texts, is_large)
+        rows, near_ties, difference = verify(
+            source, name, rule, model, folder / file, texts, is_large
+        )
         onnx.checker.check_model(folder / file)
-        packed = Packed(place / file, name, point, rule, manifest.exits, no_exit_0, *found)
-        write_files(source, folder, manifest, packed, model, is_large)
+        packed = Packed(
+            file=place / file,
+            target=name,
+            operating_point=point,
+            rule=rule,
+            exits=source.manifest.exits,
+            no_exit_0=no_exit_0,
+            rows=rows,
+            near_ties=near_ties,
+            max_logit_difference=difference,
+        )
+        write_files(source, folder, packed, model, is_large)
     return packed

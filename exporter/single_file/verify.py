@@ -17,12 +17,11 @@ from ...runtime.agreement import (
     logit_differences,
     logit_sizes,
 )
+from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import (
     ATTENTION_BIAS,
     LOGITS,
-    Manifest,
     TokenizerSpec,
-    with_target,
 )
 from ...runtime.backends.onnxruntime import session_options
 from ...runtime.encoding import EncodedRow, Text, padded_batches, padding_values
@@ -31,7 +30,7 @@ from ...runtime.rules.measures import Integers
 from ...runtime.rules.rules import ExitRule, ThresholdRule
 from ...runtime.rules.runner import simulate
 from ...runtime.rules.words import rule_in_words
-from ..targets.backends import INT8, ONNXRUNTIME
+from ..targets.backends import ONNXRUNTIME
 from ..targets.check import engine_of
 from .graph import EXIT, MASK
 from .rules import settings_of
@@ -46,8 +45,7 @@ _QUANTILES = (0.3, 0.7)
 
 
 def verify(
-    source: Path,
-    manifest: Manifest,
+    engines: EnginesFolder,
     target: str,
     rule: ExitRule,
     model: ir.Model,
@@ -58,8 +56,7 @@ def verify(
     """Run the graph with the rule and with two other thresholds, and write it with the rule.
 
     Args:
-        source: the engines folder.
-        manifest: its manifest, without exit 0 if the graph has none.
+        engines: the engines folder, without exit 0 if the graph has none.
         target: the target whose graphs it was made from.
         rule: the rule.
         model: the graph.
@@ -75,12 +72,13 @@ def verify(
     Raises:
         VerificationError: logits or exits differ, or too many exits cannot be compared.
     """
+    manifest = engines.manifest
     built = manifest.targets[target]
     # Those of OpenVINO, too, run in ONNX Runtime here.
-    here = with_target(manifest, target, msgspec.structs.replace(built, backend=ONNXRUNTIME))
-    with engine_of(source, here, target, rule) as engine:
+    here = msgspec.structs.replace(built, backend=ONNXRUNTIME)
+    with engine_of(engines.with_target(target, here), target, rule) as engine:
         rows, trace = engine.encode(texts), engine.trace(texts)
-    required = REQUIREMENTS[INT8].tie if built.precision == INT8 else EXPORT_LIMIT
+    required = REQUIREMENTS["int8"].tie if built.precision == "int8" else EXPORT_LIMIT
     first, task = trace.first_exit, manifest.task
     setting = task.problem_type, task.label_thresholds, first
     rules = [rule]  # the last, so that the file keeps it

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...runtime.artifact.folder import EnginesFolder, hashes
+from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import Target, with_operating_points
 from ...runtime.encoding import Text
-from ...runtime.errors import ArtifactError, FpabeeError, InputError
+from ...runtime.errors import ArtifactError, BackendError, FpabeeError, InputError
 from ...runtime.progress import Progress, silent
 from .builders import BUILDERS, Builder, Workbench
 from .check import Checked, checked_target
@@ -38,6 +38,23 @@ class BuildResult:
     checked: list[Checked] = field(default_factory=list)
     default: str = ""
     lost_points: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def must_have(self, precision: str) -> None:
+        """Raise the first refusal if all targets in a precision were refused, or none was built.
+
+        Raises:
+            FpabeeError: why the first of them was refused.
+            BackendError: this machine can build none.
+        """
+        asked = [one for one in self.checked if precision in one.name]
+        if not asked:
+            raise BackendError(
+                f"this machine can build no target in {precision}",
+                "fpabee-build names the targets and what each of them needs",
+            )
+        if all(one.refused is not None for one in asked):
+            assert asked[0].refused is not None
+            raise asked[0].refused
 
     @property
     def refused(self) -> list[Checked]:
@@ -174,7 +191,7 @@ def _origin(target: Target) -> tuple[object, ...]:
 
 def _drop_unused_files(bench: Workbench) -> None:
     """Delete the files that a build has left, and that the manifest does not name."""
-    named = {bench.engines.path / file for file, _ in hashes(bench.engines.manifest)}
+    named = {bench.engines.path / file for file, _ in bench.engines.hashes()}
     for place in bench.places:
         for path in (*place.glob("*.onnx"), *place.glob("*.plan")):
             if path not in named:

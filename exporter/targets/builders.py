@@ -15,8 +15,8 @@ import msgspec
 from ...runtime.agreement import Logits
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import BuiltFile, Graph, Target
-from ...runtime.backends.tensorrt import MODULES
 from ...runtime.backends.cuda import extra
+from ...runtime.backends.tensorrt import MODULES
 from ...runtime.encoding import Text
 from ...runtime.errors import BackendError, FpabeeError, MissingExtraError
 from ...runtime.machine import cuda_device, require
@@ -109,7 +109,16 @@ class Workbench:
 
         protos = lowered_graphs(self.engines, self.exact, self.progress)
         graphs = self.write_graphs(f"onnx/{FP16}", protos)
-        self.engines = self.engines.with_graphs(FP16, graphs)
+        precisions = {**self.engines.manifest.precisions, FP16: graphs}
+        changed = self.engines.with_manifest(precisions=precisions)
+
+        def is_current(_: str, target: Target) -> bool:
+            sources = changed.manifest.graphs_of(target)
+            files = target.files.items()
+            return all(file.onnx_sha256 == sources[name].sha256 for name, file in files)
+
+        # Older plans were built from other graphs.
+        self.engines = changed.keep_targets(is_current)
 
     def write_graphs(self, place: str, protos: Mapping[str, Any]) -> dict[str, Graph]:
         """Write graphs under names of their own, so that what the manifest names stays true.

@@ -14,7 +14,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -94,6 +94,17 @@ class EnginesFolder:
     def with_target(self, name: str, target: Target) -> EnginesFolder:
         """The folder with one target more, or with one target replaced."""
         return self.with_manifest(targets={**self.manifest.targets, name: target})
+
+    def keep_targets(self, keep: Callable[[str, Target], bool]) -> EnginesFolder:
+        """The folder with those of its targets that are kept; unchanged if none would remain."""
+        manifest = self.manifest
+        targets = {name: target for name, target in manifest.targets.items() if keep(name, target)}
+        if not targets:
+            return self
+        kept = self.with_manifest(targets=targets)
+        if manifest.default_target in targets:
+            return kept
+        return kept.with_manifest(default_target=next(iter(targets)), default_is_fixed=False)
 
     def file(self, relative: str, sha256: str) -> Path:
         """The path of a file of the folder, after checking its hash; see `verified`."""

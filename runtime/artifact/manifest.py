@@ -14,7 +14,6 @@ Nothing in the folder is ever unpickled. The module `folder` reads and writes th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import Enum
 from typing import Annotated, Literal
 
@@ -353,14 +352,3 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         """The layer of each exit, in the order of `exits`: how many layers ran; 0 for exit 0."""
         layers = tuple(segment.layer for segment in self.segments)
         return layers if self.exit_0 is None else (0, *layers)
-
-
-def keep_targets(manifest: Manifest, keep: Callable[[str, Target], bool]) -> Manifest:
-    """The manifest with some of its targets; unchanged if none would remain."""
-    targets = {name: target for name, target in manifest.targets.items() if keep(name, target)}
-    if not targets:
-        return manifest
-    if manifest.default_target not in targets:
-        default = next(iter(targets))
-        manifest = msgspec.structs.replace(manifest, default_target=default, default_is_fixed=False)
-    return msgspec.structs.replace(manifest, targets=targets)

@@ -42,7 +42,9 @@ def read_reference(engines: EnginesFolder) -> tuple[list[Text], NDArray[np.float
     """
     manifest = engines.manifest
     if REFERENCE_NAME not in manifest.files:
-        raise ArtifactError(f"{engines.path} has no {REFERENCE_NAME} to check it with", EXPORT_AGAIN)
+        raise ArtifactError(
+            f"{engines.path} has no {REFERENCE_NAME} to check it with", EXPORT_AGAIN
+        )
     path = engines.file(REFERENCE_NAME, manifest.files[REFERENCE_NAME])
     try:
         content = read_arrays(path, ("texts", "logits"))

@@ -14,14 +14,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact.manifest import ATTENTION_BIAS, LOGITS, MASK_FILL, Manifest, TensorSpec
+from ..artifact.folder import EnginesFolder
+from ..artifact.manifest import ATTENTION_BIAS, LOGITS, MASK_FILL, TensorSpec
 from ..encoding import EncodedRow, write_rows
 from ..errors import BackendError
 from .base import (

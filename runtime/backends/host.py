@@ -121,7 +121,8 @@ class HostBackend(Backend):
             return self.read(name)
         except self.failures() as error:
             raise ArtifactError(
-                f"{self.library} cannot load {self.name} of {self._engines.path}: {first_line(error)}",
+                f"{self.library} cannot load {self.name} of {self._engines.path}: "
+                f"{first_line(error)}",
                 "close other programs: there is not enough free memory"
                 if is_out_of_memory(error)
                 else f"update {self.library}: {self.update}; or export the model again",

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact.folder import verified_graph
 from ..artifact.manifest import Target, TensorSpec
 from ..errors import EXPORT_AGAIN, ArtifactError, MissingExtraError, first_line
 from ..machine import usable_cores
@@ -87,7 +86,8 @@ class OnnxRuntimeBackend(HostBackend):
             joined = one_graph(paths)
         except ValueError as error:
             raise ArtifactError(
-                f"the ONNX graphs in {self._engines.path} cannot run together: {error}", EXPORT_AGAIN
+                f"the ONNX graphs in {self._engines.path} cannot run together: {error}",
+                EXPORT_AGAIN,
             ) from error
         options = session_options(self._threads)
         where = "session.model_external_initializers_file_folder_path"

@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib import util
-from pathlib import Path
 from typing import Any
 
 import msgspec

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata, util
-from pathlib import Path
 from typing import Any
 
 from ..artifact.folder import EnginesFolder
@@ -118,7 +117,8 @@ class TensorRtBackend(DeviceBackend):
         for graph, file in self.target.files.items():
             if file.onnx_sha256 != self.graphs[graph].sha256:
                 raise ArtifactError(
-                    f"{engines.path / file.file} was built from another graph than the one in the folder",
+                    f"{engines.path / file.file} was built from another graph than the one in the "
+                    "folder",
                     rebuild(self.target),
                 )
 
