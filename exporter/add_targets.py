@@ -50,7 +50,7 @@ class AddTargetsOptions:
             int8 graphs that the folder has are built.
         backends: backends whose targets must be built; None: those that this machine can build.
         default_target: the target to make the default; if nothing else is asked for, no other
-            target is built. None: the fastest target for CPUs, if targets for CPUs are added.
+            target is built. None: a fast target for CPUs, if targets for CPUs are added.
         verify_data: texts to check fp16 and targets of OpenVINO with.
         plans: how TensorRT plans are built.
     """

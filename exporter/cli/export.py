@@ -113,7 +113,7 @@ fpabee-export --from engines/ --backend tensorrt --fp16
 @options.option(
     "--target",
     "NAME",
-    "Target to make the default. Default: the fastest one on this machine.",
+    "Target to make the default. Default: a fast one on this machine.",
 )
 def main(
     model_dir: str | None,
