@@ -7,7 +7,6 @@ standardised, which becomes part of the first linear layer.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -29,9 +28,13 @@ from .options import Chosen, Form
 _WIDTHS = (0, 64, 192, 384)
 _LR, _WEIGHT_DECAY, _DROPOUT, _BATCH = 2e-3, 0.02, 0.2, 128
 _EPOCHS, _MOST_STEPS = 25, 2000
-# All heads together may take this share of the time of the classifier for one text of 32 tokens.
-_MOST_TIME = 0.05
-_TOKENS, _REPEATS = 32, 20
+# All heads together may cost this share of what the layers of the classifier cost, for one text.
+_MOST_COST = 0.05
+# What a head costs, in weights of a layer. Each of these is multiplied by all tokens, so a weight
+# of a head costs less; but each head is called. Fitted to times of a MiniLM with one thread and 32
+# tokens: a hidden layer of 384 on the mean and the first token takes 7 %, a linear layer 1 to 3 %.
+_COST_OF_CALL = 50_000
+_COST_OF_WEIGHT = 1 / 3
 # Forms are compared at these multiples of the share of decisions that may change.
 _AT = (0.5, 1.0, 2.0)
 # A mean divided by its deviation counts as at most so much. Where it is thousands, as for the first
@@ -127,8 +130,8 @@ def choose_form(
     """
     pairs = [(pooling, width) for pooling in _TAKEN for width in _WIDTHS]
     forms = [Form(*pair) for pair in pairs]
-    times = dict(zip(forms, _relative_times(classifier, forms), strict=True))
-    fit = [form for form in forms if times[form] <= _MOST_TIME or form == forms[0]]
+    shares = {form: cost_of_heads(form, classifier) for form in forms}
+    fit = [form for form in forms if shares[form] <= _MOST_COST or form == forms[0]]
     every_state, every_logit = torch.from_numpy(states), torch.from_numpy(logits)
     found = []
     for number, form in enumerate(fit):
@@ -147,11 +150,11 @@ def choose_form(
             )
             # A text pays for the heads that it meets.
             heads_met = np.arange(1, len(layers) + 1).clip(max=len(layers) - 1)
-            costs = layers / classifier.layers + heads_met * times[form] / (classifier.layers - 1)
+            costs = layers / classifier.layers + heads_met * shares[form] / (classifier.layers - 1)
             scorer = Scorer(rows, AGREEMENT)
             agreement = tuple(float(share) for share in 1 - scorer.changed[:-1].mean(axis=1))
             saved = _saved(scorer, costs, share)
-            found.append(Chosen(agreement, own, times[form], saved))
+            found.append(Chosen(agreement, own, shares[form], saved))
     return max(found, key=lambda each: each.saved)
 
 
@@ -163,26 +166,24 @@ def _saved(scorer: Scorer, costs: NDArray[np.float64], share: float) -> float:
     return float(np.mean([saved[changed <= at * share].max(initial=0.0) for at in _AT]))
 
 
-@torch.inference_mode()
-def _relative_times(classifier: Classifier, forms: Sequence[Form]) -> list[float]:
-    """The time of all heads of each form as a share of that of the classifier, in turns."""
-    hidden = int(classifier.model.config.hidden_size)
-    ids = torch.arange(_TOKENS)[None] % int(classifier.model.config.vocab_size)
-    mask, weights = torch.ones_like(ids), torch.full((1, 1, _TOKENS), 1 / _TOKENS)
-    state = torch.randn(1, _TOKENS, hidden)
-    every = [make_heads(form, classifier) for form in forms]
-    model, moments = classifier.model.cpu(), []
-    for _ in range(_REPEATS):
-        moments.append([time.perf_counter()])
-        model(ids, attention_mask=mask)
-        moments[-1].append(time.perf_counter())
-        for heads in every:
-            for head in heads:
-                head(state, weights)
-            moments[-1].append(time.perf_counter())
-    whole, *times = np.median(np.diff(moments, axis=1), axis=0)
-    # Rounded, so that the same texts give the same heads: the noise is some tenths of a percent.
-    return [round(float(each / whole), 2) for each in times]
+def cost_of_heads(form: Form, classifier: Classifier) -> float:
+    """What all heads of a form cost, as a share of what the layers of the classifier cost.
+
+    It is counted and not timed, so that the same texts give the same heads.
+
+    Args:
+        form: their form.
+        classifier: the classifier.
+    """
+    # A layer that is shared counts each time.
+    layers = sum(_weights(layer) for layer in classifier.backbone.layers())
+    heads = make_heads(form, classifier)
+    weights = sum(_weights(head.pooler) + _weights(head.classifier) for head in heads)
+    return (len(heads) * _COST_OF_CALL + weights * _COST_OF_WEIGHT) / layers
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
 
 
 def store(heads: Sequence[Head], form: Form, model: MultiExitModel) -> None:

@@ -79,15 +79,15 @@ class Chosen:
     Attributes:
         agreement: by exit from exit 1, the share of texts with the decision of the classifier.
         form: the form that saves most.
-        heads_time: the time of all heads as a share of that of the classifier, for one text of 32
-            tokens.
+        heads_cost: what all heads cost as a share of what the layers of the classifier cost, see
+            `cost_of_heads`.
         saved: the share of the layers that is saved without exit 0 where about as many decisions
             change as may; heads count as parts of layers.
     """
 
     agreement: tuple[float, ...]
     form: Form
-    heads_time: float
+    heads_cost: float
     saved: float
 
 

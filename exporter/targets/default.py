@@ -1,14 +1,14 @@
-"""The default target of an engines folder: the fastest one on this machine."""
+"""The default target: the most exact one, or another one that is clearly faster on this machine."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from statistics import geometric_mean
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from ...runtime.agreement import EXPORT_LIMIT
 from ...runtime.artifact.folder import EnginesFolder
@@ -16,23 +16,29 @@ from ...runtime.progress import Progress
 from ...runtime.targets import why_not
 from .check import engine_of
 
+Times = NDArray[np.float64]
+
 # Rows and tokens of the batches that are timed: a single text, and many.
 _SHAPES = ((1, 32), (32, 32))
 # Each target is timed in several turns, with several runs in each. In use, a target runs alone, so
 # its data are in the caches of the CPU. In the first run of a turn, the caches still hold the data
-# of other targets, so the best run counts.
-_TURNS, _RUNS = 4, 3
-# Speeds that differ by less count as equal.
-_LEAST_GAIN = 1.05
+# of other targets, so the best run of a turn counts.
+_TURNS = 6
+_RUNS = 2
+# A target is clearly faster if it is so many times as fast in the middle turn, and faster in all
+# turns but so many. Else, two equal exports on a busy machine would get different default targets.
+_LEAST_GAIN = 1.1
+_MOST_LOST_TURNS = 1
 # How long idle threads of the libraries may keep a core busy.
 _SPIN_SECONDS = 0.01
 
 
 def with_fastest_default(engines: EnginesFolder, progress: Progress) -> tuple[EnginesFolder, str]:
-    """Measure all targets for CPUs, and make the fastest one the default target.
+    """Measure all targets for CPUs, and make the most exact of the fast ones the default target.
 
-    The default target stays if it was chosen by hand, if it has operating points that the fastest
-    target does not have, or if it is for a GPU.
+    Another target takes the place of a more exact one only if it is clearly faster. The default
+    target stays if it was chosen by hand, if it has operating points that the fast target does not
+    have, or if it is for a GPU.
 
     Args:
         engines: the folder. It is not written.
@@ -52,21 +58,25 @@ def with_fastest_default(engines: EnginesFolder, progress: Progress) -> tuple[En
         return engines, ""
     progress("measure the targets", 0, 1)
     seconds = _seconds(engines, names)
-    first = seconds[names[0]]
-    speeds = {
-        name: geometric_mean(a / b for a, b in zip(first, own, strict=True))
-        for name, own in seconds.items()
-    }
+    speeds = {name: float(np.median(_gains(seconds, name, names[0]))) for name in names}
     targets = dict(manifest.targets)
     for name, speed in speeds.items():
         targets[name] = msgspec.structs.replace(targets[name], relative_speed=round(speed, 3))
     points = {name: target.operating_points.keys() for name, target in targets.items()}
     before = manifest.default_target
-    near = [name for name, speed in speeds.items() if speed * _LEAST_GAIN >= max(speeds.values())]
-    # Of targets that are about as fast, the most exact; all within the limit count as equal.
-    fastest = min(near, key=lambda name: max(manifest.targets[name].tolerance or 0.0, EXPORT_LIMIT))
+
+    def inexactness(name: str) -> tuple[float, bool]:
+        """All within the limit are as exact; of these, the default target comes first."""
+        return max(manifest.targets[name].tolerance or 0.0, EXPORT_LIMIT), name != before
+
+    order = sorted(names, key=inexactness)
+    fastest = next(
+        name
+        for place, name in enumerate(order)
+        if not any(_is_clearly_faster(_gains(seconds, each, name)) for each in order[place + 1 :])
+    )
     other = before if before in speeds else names[0]
-    faster = speeds[fastest] / speeds[other]
+    faster = float(np.median(_gains(seconds, fastest, other)))
     why = f"{faster:.2f} times as fast as {other} here, at full depth"
     if manifest.default_is_fixed:
         chosen, why = before, "as chosen by hand"
@@ -74,21 +84,31 @@ def with_fastest_default(engines: EnginesFolder, progress: Progress) -> tuple[En
         chosen, why = before, f"because it has operating points; {fastest} is {why}"
     elif before not in speeds:
         chosen, why = before, "which does not run on this CPU"
-    elif fastest == before or max(speeds.values()) < _LEAST_GAIN * speeds[before]:
-        chosen, why = before, "because no other target for CPUs is faster here"
+    elif fastest == before:
+        chosen, why = before, "because no other target for CPUs is clearly faster here"
     else:
         chosen = fastest
     changed = engines.with_manifest(targets=targets, default_target=chosen)
     return changed, f"default target: {chosen}, {why}"
 
 
-def _seconds(engines: EnginesFolder, names: Sequence[str]) -> dict[str, list[float]]:
-    """For each target, seconds of all segments at each shape; the best of several runs."""
-    best = {name: [math.inf] * len(_SHAPES) for name in names}
+def _gains(seconds: Mapping[str, Times], name: str, other: str) -> Times:
+    """How many times as fast a target is as another one, in each turn `[turns]`."""
+    return np.asarray(np.exp(np.log(seconds[other] / seconds[name]).mean(axis=1)))
+
+
+def _is_clearly_faster(gains: Times) -> bool:
+    lost = np.count_nonzero(gains <= 1)
+    return bool(np.median(gains) >= _LEAST_GAIN and lost <= _MOST_LOST_TURNS)
+
+
+def _seconds(engines: EnginesFolder, names: Sequence[str]) -> dict[str, Times]:
+    """For each target, seconds of all segments `[turns, shapes]`; the best run of each turn."""
+    best = {name: np.full((_TURNS, len(_SHAPES)), np.inf) for name in names}
     with ExitStack() as stack:
         loaded = [stack.enter_context(engine_of(engines, name)) for name in names]
         # In turns, so that a machine whose speed drifts treats all targets alike.
-        for _ in range(_TURNS):
+        for turn in range(_TURNS):
             for engine, own in zip(loaded, best.values(), strict=True):
                 for number, (rows, tokens) in enumerate(_SHAPES):
                     tokens = min(tokens, engine.limits.max_sequence)
@@ -97,5 +117,5 @@ def _seconds(engines: EnginesFolder, names: Sequence[str]) -> dict[str, list[flo
                         seconds = sum(
                             engine.time_exits(rows, tokens)[-len(engines.manifest.segments) :]
                         )
-                        own[number] = min(own[number], seconds)
+                        own[turn, number] = min(own[turn, number], seconds)
     return best

@@ -135,7 +135,7 @@ def quickly(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(heads, "_WIDTHS", (0, 8))
     patch.setattr(heads, "_MOST_STEPS", 60)
     patch.setattr(heads, "_LR", 0.03)
-    patch.setattr(heads, "_relative_times", lambda _, forms: [0.01] * len(forms))
+    patch.setattr(heads, "cost_of_heads", lambda *_: 0.01)
     patch.setattr(exit_0, "_MOST_EPOCHS", 4)
     missing = BackendError("it is not here")
     patch.setattr(workflow, "unavailable_reason", lambda _: missing)

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from fpabee.exporter.convert.classifier import Classifier
-from fpabee.exporter.convert.heads import choose_form, logits_of, store, train_heads
+from fpabee.exporter.convert.heads import (
+    choose_form,
+    cost_of_heads,
+    logits_of,
+    store,
+    train_heads,
+)
 from fpabee.exporter.convert.options import Form
 from fpabee.exporter.exits import Pooling
 from fpabee.runtime.progress import silent
@@ -40,10 +46,22 @@ def test_the_form_whose_exits_agree_is_chosen(make: Make, quick: None) -> None:
     assert 0 < chosen.saved < 2 / 3
 
 
-def test_heads_that_take_too_long_are_not_chosen(
+def test_what_heads_cost_is_counted_and_not_timed(make: Make) -> None:
+    classifier = Classifier(make("bert"))
+    costs = [cost_of_heads(Form(Pooling.BOTH, width), classifier) for width in (0, 8, 64)]
+    assert costs == [cost_of_heads(Form(Pooling.BOTH, width), classifier) for width in (0, 8, 64)]
+    layer = 4 * (32 * 32 + 32) + 2 * 32 * 64 + 32 + 64 + 4 * 32
+    linear = 2 * (50_000 + (64 * 3 + 3) / 3)
+    assert costs[0] == pytest.approx(linear / (3 * layer))
+    assert costs == sorted(costs)
+    shared = Classifier(make("albert"))  # it runs one layer three times
+    assert cost_of_heads(Form(Pooling.MEAN), shared) == pytest.approx(costs[0], rel=0.01)
+
+
+def test_heads_that_cost_too_much_are_not_chosen(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fpabee.exporter.convert.heads._MOST_TIME", 0.0)
+    monkeypatch.setattr("fpabee.exporter.convert.heads._MOST_COST", 0.0)
     states, logits = made_up(60)
     given = states.numpy(), logits.numpy(), 40, 0.01, ()
     chosen = choose_form(Classifier(make("bert")), *given, silent)
