@@ -61,14 +61,14 @@ class ExportOptions:
         problem_type: the task, for checkpoints that do not name it.
         max_length: longest sequence in tokens, including special tokens; None: the longest that
             the tokenizer and the model take.
-        verify_data: more texts to verify with.
+        texts: more texts to verify with.
         force: whether to replace an existing engines folder.
     """
 
     exits: tuple[int, ...] | None = None
     problem_type: ProblemType | None = None
     max_length: int | None = None
-    verify_data: Sequence[Text] = ()
+    texts: Sequence[Text] = ()
     force: bool = False
 
 
@@ -100,8 +100,8 @@ def export(
     The model is cut into one ONNX segment for each exit, in fp32. The chain, in the runtime that
     users run, is compared with the whole model: the same labels and exits, and logits within 1e-4
     of their size, which is the largest logit of the row, or 1 if that is more. The folder appears
-    completely or not at all. Its target is `onnxruntime-fp32`; `build_targets` adds
-    others.
+    completely or not at all. Its target is `onnxruntime-fp32`; `build_targets` of
+    `fpabee.exporter.targets` adds others.
 
     Args:
         model_dir: a folder that `fpabee.exporter.training.train` wrote, or one in the layout of the
@@ -117,7 +117,7 @@ def export(
 
     Raises:
         ModelError: model_dir is missing or damaged, or cannot be compiled with these options.
-        InputError: an item of `verify_data` is not a text, or `output` is inside of a model or
+        InputError: an item of `texts` is not a text, or `output` is inside of a model or
             contains `model_dir`.
         ArtifactError: the output folder exists, or cannot be written.
         MissingExtraError: torch or another package of `fpabee[export,cpu]` is not installed.
@@ -138,7 +138,7 @@ def export(
     source = resolve_model_dir(model_dir)
     model = load_checkpoint(source, options.problem_type)
     exit_0 = load_exit_0(source, model.backbone.config, len(model.exit_config.labels))
-    texts = [*BUILT_IN_TEXTS, *options.verify_data]
+    texts = [*BUILT_IN_TEXTS, *options.texts]
     with staging(target) as folder:
         manifest, agreement = _write(
             folder, source, model, exit_0, texts, options, progress or silent

@@ -275,7 +275,7 @@ class Engine:
             raise ArtifactError(
                 f"no text of the reference fits the {self.limits.max_sequence} tokens of "
                 f"{self.target}",
-                "export the model again with shorter texts as `verify_data`",
+                "export the model again with shorter `texts`",
             )
         found = self.run_encoded([rows[n] for n in fits], self._full_depth.rule).logits
         agreement = compare(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import rich_click as click
 from ...runtime.cli import options
 from ...runtime.cli.command import READING, command, in_terms_of_options
 from ...runtime.cli.console import echo, step_progress
-from ...runtime.errors import InputError
+from ...runtime.errors import FpabeeError, InputError
 from ...runtime.files import read_rows
 from ..targets.build import BuildResult, build_targets
 from ..targets.builders import BUILDERS
@@ -82,56 +82,66 @@ def main(
     except InputError as error:
         raise click.UsageError(in_terms_of_options(error)) from error
     rows = read_rows(texts, options.read_options(settings)) if texts is not None else ()
-    contents = [row.content for row in rows]
     with step_progress(quiet) as progress:
-        result = build_targets(engines, names, contents, plans, progress)
-    content = show_built(result, (lambda line: None) if as_json else echo)
+        result = build_targets(engines, names, [row.content for row in rows], plans, progress)
     if as_json:
-        click.echo(json.dumps({"folder": str(engines), **content}))
-    else:
-        for line in next_steps(result):
+        click.echo(json.dumps({"folder": str(engines), **to_dict(result)}))
+    elif result.added:
+        show(result)
+        for line in next_steps(engines, result, [*result.lost_points, *result.added]):
             echo(f"next: {line}")
-    for one in result.refused:
-        assert one.refused is not None
-        raise one.refused
+    refusals = [refusal(result, name) for name in result.refused]
+    for each in refusals[:-1]:
+        echo(f"error: {in_terms_of_options(each)}", err=True)
+    if refusals:
+        raise refusals[-1]
 
 
-def show_built(result: BuildResult, say: Callable[[str], None]) -> dict[str, Any]:
-    """Say what was built, and return the same for JSON."""
-    for one in result.checked:
-        if one.refused:
-            say(f"not added: {one.name}: {in_terms_of_options(one.refused)}")
-        else:
-            texts = f"verified on {one.agreement.rows} texts" if one.agreement else "not run here"
-            say(f"added {one.name}: {texts}")
-    manifest = result.engines.manifest
-    say(result.default or f"default target: {manifest.default_target}")
+def refusal(result: BuildResult, name: str) -> FpabeeError:
+    """Why a target was not added, with its name."""
+    error = result.refused[name]
+    return FpabeeError(f"{name} was not added: {error.message}", error.hint)
+
+
+def show(result: BuildResult) -> None:
+    """Say what was added, and what that changes."""
+    for name, agreement in result.added.items():
+        texts = f"verified on {agreement.rows} texts" if agreement else "not run here"
+        echo(f"added {name}: {texts}")
+    echo(result.default or f"default target: {result.manifest.default_target}")
     for name, points in result.lost_points.items():
-        say(f"no longer valid: {', '.join(points)} of {name}, whose files have changed")
+        echo(f"no longer valid: {', '.join(points)} of {name}, whose files have changed")
+
+
+def to_dict(result: BuildResult) -> dict[str, Any]:
+    """The result for JSON."""
     return {
-        "targets": list(manifest.targets),
-        "checked": [
-            {
-                "name": one.name,
-                "refused": one.refused and str(one.refused),
-                "agreement": one.agreement and one.agreement.to_dict(),
-            }
-            for one in result.checked
-        ],
-        "default_target": manifest.default_target,
-        "not_valid_any_more": result.lost_points,
+        "targets": list(result.manifest.targets),
+        "added": {
+            name: agreement and agreement.to_dict() for name, agreement in result.added.items()
+        },
+        "refused": {name: str(error) for name, error in result.refused.items()},
+        "default_target": result.manifest.default_target,
+        "lost_points": result.lost_points,
     }
 
 
-def next_steps(result: BuildResult) -> list[str]:
-    """The commands that come next: calibrate what was built and has no operating points."""
-    folder = shlex.quote(str(result.engines.path))
-    targets = result.engines.manifest.targets
-    built = [one.name for one in result.checked if one.refused is None]
-    names = dict.fromkeys([*result.lost_points, *built])
+def next_steps(folder: Path, result: BuildResult, names: Sequence[str]) -> list[str]:
+    """The commands that come next: calibrate what has no operating points, or else run.
+
+    Args:
+        folder: the engines folder.
+        result: what was built into it.
+        names: the targets to calibrate; none: the default target.
+    """
+    manifest = result.manifest
+    calibrate = f"fpabee-calibrate {shlex.quote(str(folder))} --data DATA"
+    lacking = [name for name, target in manifest.targets.items() if not target.operating_points]
     steps = [
-        f"fpabee-calibrate {folder} --data DATA --target {shlex.quote(name)}"
-        for name in names
-        if name in targets and not targets[name].operating_points
+        f"{calibrate} --target {shlex.quote(name)}"
+        for name in dict.fromkeys(names)
+        if name in lacking
     ]
-    return steps or [f"fpabee-run {folder} texts.txt"]
+    if not names and manifest.default_target in lacking:
+        steps = [calibrate]
+    return steps or [f"fpabee-run {shlex.quote(str(folder))} texts.txt"]

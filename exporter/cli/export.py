@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,23 @@ import rich_click as click
 
 from ...runtime.artifact.manifest import MANIFEST_NAME, ProblemType
 from ...runtime.cli import options
-from ...runtime.cli.command import READING, command
+from ...runtime.cli.command import READING, command, in_terms_of_options
 from ...runtime.cli.console import echo, step_progress
 from ...runtime.cli.options import only_with
 from ...runtime.errors import InputError
 from ...runtime.files import read_rows
 from ...runtime.machine import require
 from ..paths import check_model_dir, check_output, resolved
-from ..targets.backends import OPENVINO
-from ..targets.build import build_targets, buildable
-from .build import next_steps, show_built
+from ..targets.build import build_targets
+from ..targets.builders import (
+    BUILDERS,
+    FP16_TARGETS,
+    INT8_TARGETS,
+    OPENVINO_TARGETS,
+    buildable,
+    check_enough,
+)
+from .build import next_steps, refusal, show, to_dict
 
 
 @command(
@@ -88,10 +96,11 @@ def main(
     _check_paths(model_dir, folder, texts, force)
     rows = read_rows(texts, reading) if texts is not None else ()
     contents = [row.content for row in rows]
+    asked = [_buildable(FP16_TARGETS)] if fp16 else []
     if int8:
-        from ..targets.int8 import check_enough
-
         check_enough(contents)
+        require("quantize")
+        asked.append(_buildable(INT8_TARGETS))
     require("export")
     from ..pipeline import ExportOptions, export
 
@@ -99,36 +108,50 @@ def main(
         exits=exits,
         problem_type=problem_type,
         max_length=max_length,
-        verify_data=contents,
+        texts=contents,
         force=force,
     )
-    say = (lambda line: None) if as_json else echo
     with step_progress(quiet) as progress:
         exported = export(model_dir, folder, wanted, progress)
     manifest, agreement = exported.manifest, exported.agreement
-    say(f"{exported.folder}: {len(manifest.segments)} segments, {exported.size / 2**20:.0f} MiB")
-    say(f"added {manifest.default_target}: verified on {agreement.rows} texts")
+    if not as_json:
+        size = exported.size / 2**20
+        echo(f"{exported.folder}: {len(manifest.segments)} segments, {size:.0f} MiB")
+        echo(f"added {manifest.default_target}: verified on {agreement.rows} texts")
+    names = [*buildable(OPENVINO_TARGETS), *chain.from_iterable(asked)]
     with step_progress(quiet) as progress:
-        built = build_targets(folder, _names(fp16, int8), contents, None, progress)
-    content = {
-        "segments": len(manifest.segments),
-        "bytes": exported.size,
-        "verification": agreement.to_dict(),
-        **show_built(built, say),
-    }
+        built = build_targets(folder, names, contents, progress=progress)
     if as_json:
-        click.echo(json.dumps({"folder": str(folder), **content}))
+        content = {
+            "folder": str(folder),
+            "segments": len(manifest.segments),
+            "bytes": exported.size,
+            "verification": agreement.to_dict(),
+            **to_dict(built),
+        }
+        click.echo(json.dumps(content))
     else:
-        for line in next_steps(built):
+        for name, error in built.refused.items():
+            echo(f"not added: {name}: {in_terms_of_options(error)}")
+        show(built)
+        to_calibrate = [name for name in built.added if name not in OPENVINO_TARGETS]
+        for line in next_steps(folder, built, to_calibrate):
             echo(f"next: {line}")
-    for precision in ["fp16"] * fp16 + ["int8"] * int8:
-        built.must_have(precision)
+    for targets in asked:
+        if built.refused.keys() >= set(targets):
+            raise refusal(built, targets[0])
 
 
-def _names(fp16: bool, int8: bool) -> list[str]:
-    """The targets that an export builds: those of OpenVINO, and those that are asked for."""
-    names = [name for name in buildable(("fp32", "bf16")) if name.startswith(OPENVINO)]
-    return names + buildable(["fp16"] * fp16 + ["int8"] * int8)
+def _buildable(names: tuple[str, ...]) -> list[str]:
+    """Those of some targets that this machine can build.
+
+    Raises:
+        FpabeeError: it can build none of them.
+    """
+    here = buildable(names)
+    if problem := BUILDERS[here[0]].why_not():
+        raise problem
+    return here
 
 
 def _check_paths(model_dir: str, output: Path, texts: Path | None, force: bool) -> None:

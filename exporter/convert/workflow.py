@@ -40,8 +40,8 @@ from ..model import MultiExitModel
 from ..paths import check_output
 from ..pipeline import ExportOptions, export
 from ..staging import staging, system_errors
-from ..targets.backends import OPENVINO
-from ..targets.build import build_targets, buildable
+from ..targets.build import build_targets
+from ..targets.builders import INT8_TARGETS, OPENVINO_TARGETS, buildable
 from ..targets.check import FP32_TARGET
 from ..tokenizer import load_tokenizer, pad_id, row_limit
 from ..training.examples import Examples, encoded_rows
@@ -241,13 +241,12 @@ class _Work:
         folder = EnginesFolder.read(engines)
         full_depth = Budget(exit=folder.manifest.exits[-1])
         folder.with_manifest(default_rule=full_depth.to_dict()).write()
-        names = [name for name in buildable(("fp32", "bf16")) if name.startswith(OPENVINO)]
+        names = buildable(OPENVINO_TARGETS)
         texts: list[Text] = []
-        if self.options.all_targets:
-            int8 = buildable(("int8",)) if util.find_spec("nncf") is not None else []
-            names = [*buildable(("fp32", "bf16")), *int8]
+        if self.options.all_targets and util.find_spec("nncf") is not None:
+            names += buildable(INT8_TARGETS)
             # Ranges come from texts that do not certify.
-            texts = [self.texts.rows[number].content for number in self.texts.taught if int8]
+            texts = [self.texts.rows[number].content for number in self.texts.taught]
         build_targets(engines, names, texts, progress=self.progress)
 
     def _certify(self, engines: Path, logits: NDArray[np.float32], chosen: Chosen) -> Conversion:

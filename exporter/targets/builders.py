@@ -18,7 +18,7 @@ from ...runtime.artifact.manifest import BuiltFile, Graph, Target
 from ...runtime.backends.cuda import extra
 from ...runtime.backends.tensorrt import MODULES
 from ...runtime.encoding import Text
-from ...runtime.errors import BackendError, FpabeeError, MissingExtraError
+from ...runtime.errors import BackendError, FpabeeError, InputError, MissingExtraError
 from ...runtime.machine import cuda_device, require
 from ...runtime.progress import Progress
 from ...runtime.targets import backend_class
@@ -28,9 +28,13 @@ from .check import exact_logits
 from .plans import PlanOptions
 from .tensorrt import build_plans, plans_record
 
-FP16 = "fp16"
-INT8_FOLDER = "targets/int8"
+FP16, INT8 = "fp16", "int8"
+INT8_FOLDER = f"targets/{INT8}"
 """The place in an engines folder of the int8 graphs, which several targets run."""
+
+# Every other one of the first texts gives int8 ranges, up to so many.
+_LEAST_TEXTS = 32
+_MOST_RANGES = 256
 
 
 class Workbench:
@@ -41,9 +45,6 @@ class Workbench:
         texts: texts like those to classify; may be empty.
         plans: how TensorRT plans are built.
         progress: called with (what, done, total).
-
-    Attributes:
-        places: folders in which files were written.
     """
 
     def __init__(
@@ -57,79 +58,51 @@ class Workbench:
         self.texts = texts
         self.plans = plans
         self.progress = progress
-        self.places: set[Path] = set()
-        self._int8_files: dict[str, BuiltFile] | None = None
+        self._graphs: dict[str, dict[str, Graph] | FpabeeError] = {}
+        self._places: set[Path] = set()
 
     @cached_property
     def exact(self) -> tuple[list[Text], Logits] | None:
         """The first 2,000 texts and their logits in fp32; None without texts."""
         return exact_logits(self.engines, self.texts) if self.texts else None
 
-    def int8_files(self) -> dict[str, BuiltFile]:
-        """The int8 graphs: made from the texts, once for all targets; without texts, those there.
+    def graphs(self, precision: str) -> dict[str, Graph]:
+        """New graphs in a precision, which are made once for all targets.
+
+        Args:
+            precision: `fp16` or `int8`.
+
+        Returns:
+            The records of the graphs, by name.
 
         Raises:
-            InputError: there are too few texts, and the folder has no int8 graphs.
-            VerificationError: a graph could not be quantized.
+            FpabeeError: they cannot be made, or change too many answers. This, too, is found once.
         """
-        if self._int8_files is None:
-            self._int8_files = self._make_int8_files()
-        return self._int8_files
+        if precision not in self._graphs:
+            try:
+                self._graphs[precision] = self._make_graphs(precision)
+            except FpabeeError as error:
+                self._graphs[precision] = error
+        graphs = self._graphs[precision]
+        if isinstance(graphs, FpabeeError):
+            raise graphs
+        return graphs
 
-    def _make_int8_files(self) -> dict[str, BuiltFile]:
-        if not self.texts:
-            for target in self.engines.manifest.targets.values():
-                if target.precision.startswith("int8") and target.files:
-                    return target.files
-        require("quantize")
-        from .int8 import quantize
+    def _make_graphs(self, precision: str) -> dict[str, Graph]:
+        if precision == INT8:
+            require("quantize")
+            from .int8 import quantize
 
-        protos = quantize(self.engines, self.texts, self.progress)
-        graphs = self.write_graphs(INT8_FOLDER, protos)
-        return {
-            name: BuiltFile(
-                file=graph.file,
-                sha256=graph.sha256,
-                onnx_sha256=self.engines.manifest.graphs[name].sha256,
-            )
-            for name, graph in graphs.items()
-        }
-
-    def fp16_graphs(self) -> None:
-        """Let the folder have graphs in fp16, which are checked before they are written.
-
-        Raises:
-            VerificationError: values overflow, or too many labels or exits change.
-            ModelError: a weight does not fit into fp16.
-        """
-        if FP16 in self.engines.manifest.precisions and not self.texts:
-            return
+            ranges = [text for place, text in enumerate(self.texts) if gives_ranges(place)]
+            return self._write(INT8_FOLDER, quantize(self.engines, ranges, self.progress))
         require("graphs")
         from .fp16 import lowered_graphs
 
         protos = lowered_graphs(self.engines, self.exact, self.progress)
-        graphs = self.write_graphs(f"onnx/{FP16}", protos)
-        precisions = {**self.engines.manifest.precisions, FP16: graphs}
-        changed = self.engines.with_manifest(precisions=precisions)
+        return self._write(f"onnx/{precision}", protos)
 
-        def is_current(_: str, target: Target) -> bool:
-            sources = changed.manifest.graphs_of(target)
-            files = target.files.items()
-            return all(file.onnx_sha256 == sources[name].sha256 for name, file in files)
-
-        # Older plans were built from other graphs.
-        self.engines = changed.keep_targets(is_current)
-
-    def write_graphs(self, place: str, protos: Mapping[str, Any]) -> dict[str, Graph]:
-        """Write graphs under names of their own, so that what the manifest names stays true.
-
-        Args:
-            place: a folder in the engines folder.
-            protos: each an `onnx.ModelProto`, by the names of the graphs.
-
-        Returns:
-            Their records, by the same names.
-        """
+    def _write(self, place: str, protos: Mapping[str, Any]) -> dict[str, Graph]:
+        """Write graphs under names of their own, so that what the manifest names stays true."""
         from ..onnx_file import write_graph
 
         graphs = {}
@@ -145,8 +118,36 @@ class Workbench:
         """A folder of the engines folder to write files to, which exists from now on."""
         folder = self.engines.path / relative
         folder.mkdir(parents=True, exist_ok=True)
-        self.places.add(folder)
+        self._places.add(folder)
         return folder
+
+    def drop_unused_files(self) -> None:
+        """Delete graphs and plans that the manifest does not name, where files were written."""
+        named = {self.engines.path / file for file, _ in self.engines.hashes()}
+        for place in self._places:
+            for path in (*place.glob("*.onnx"), *place.glob("*.plan")):
+                if path not in named:
+                    path.unlink()
+            if not any(place.iterdir()):
+                place.rmdir()
+
+
+def check_enough(texts: Sequence[Text]) -> None:
+    """Refuse to quantize with too few texts.
+
+    Raises:
+        InputError: how many there are, and how many are needed.
+    """
+    if len(texts) < _LEAST_TEXTS:
+        raise InputError(
+            f"int8 needs at least {_LEAST_TEXTS} texts, but there are {len(texts)}",
+            "give a few hundred texts like those to classify as `texts`",
+        )
+
+
+def gives_ranges(place: int) -> bool:
+    """Whether the text at a place gives int8 ranges; the others judge the result."""
+    return place < 2 * _MOST_RANGES and place % 2 == 0
 
 
 @dataclass(frozen=True)
@@ -157,40 +158,47 @@ class Builder(ABC):
         backend: the library that runs it.
         precision: the precision in which it runs.
         needs: what it needs, for the list of targets.
+        device: what it is for, if that is part of its name.
     """
 
     backend: str
     precision: str
     needs: str
+    device: str = ""
 
     @property
     def name(self) -> str:
         """What one types to build it. Plans of TensorRT then also have the name of their GPU."""
-        return f"{self.backend}-{self.precision}"
+        return "-".join(filter(None, (self.backend, self.precision, self.device)))
 
     @abstractmethod
     def why_not(self) -> FpabeeError | None:
         """Why this machine cannot build it; None: it can."""
 
+    def quantizes(self, engines: EnginesFolder, texts: Sequence[Text]) -> bool:
+        """Whether graphs of a folder are quantized with some texts to build it."""
+        return False
+
     @abstractmethod
-    def build(self, bench: Workbench) -> Target:
+    def build(self, bench: Workbench) -> tuple[EnginesFolder, Target]:
         """Build it.
 
         Returns:
-            The record of the target, without what is measured.
+            The folder with the graphs that it runs, which is not written, and without targets that
+            other graphs were built into; and the record of the target, without what is measured.
 
         Raises:
             FpabeeError: it cannot be built from this folder.
         """
 
-    def judged(self, bench: Workbench) -> tuple[Sequence[Text], Logits] | None:
+    def more_texts(self, bench: Workbench) -> tuple[Sequence[Text], Logits] | None:
         """The texts to check it on besides the reference texts, and their logits in fp32."""
         return bench.exact
 
 
 @dataclass(frozen=True)
 class _Cpu(Builder):
-    """Runs the fp32 graphs, or those in int8, on a CPU of this kind."""
+    """Runs the fp32 graphs on the CPU, perhaps in a lower precision."""
 
     def why_not(self) -> FpabeeError | None:
         try:
@@ -200,8 +208,8 @@ class _Cpu(Builder):
             return error
         return None
 
-    def build(self, bench: Workbench) -> Target:
-        return self._record({})
+    def build(self, bench: Workbench) -> tuple[EnginesFolder, Target]:
+        return bench.engines, self._record({})
 
     def _record(self, files: dict[str, BuiltFile]) -> Target:
         return Target(
@@ -216,15 +224,30 @@ class _Cpu(Builder):
 
 @dataclass(frozen=True)
 class _Int8(_Cpu):
-    """Graphs that NNCF quantized; heads, and what is not quantized, stay in floating point."""
+    """Runs graphs that NNCF quantized; heads, and what is not quantized, stay in floating point.
 
-    def build(self, bench: Workbench) -> Target:
-        return self._record(bench.int8_files())
+    The graphs are made from texts. Without texts, they are those of another target of the folder.
+    """
 
-    def judged(self, bench: Workbench) -> tuple[Sequence[Text], Logits] | None:
+    def quantizes(self, engines: EnginesFolder, texts: Sequence[Text]) -> bool:
+        return bool(texts) or not _int8_files(engines)
+
+    def build(self, bench: Workbench) -> tuple[EnginesFolder, Target]:
+        engines = bench.engines
+        if not self.quantizes(engines, bench.texts):
+            return engines, self._record(_int8_files(engines))
+        files = {
+            name: BuiltFile(
+                file=graph.file,
+                sha256=graph.sha256,
+                onnx_sha256=engines.manifest.graphs[name].sha256,
+            )
+            for name, graph in bench.graphs(INT8).items()
+        }
+        return engines, self._record(files)
+
+    def more_texts(self, bench: Workbench) -> tuple[Sequence[Text], Logits] | None:
         """Texts that gave the ranges do not judge the result."""
-        from .int8 import gives_ranges
-
         if bench.exact is None:
             return None
         texts, logits = bench.exact
@@ -232,20 +255,27 @@ class _Int8(_Cpu):
         return [texts[place] for place in places], logits[:, places]
 
 
+def _int8_files(engines: EnginesFolder) -> dict[str, BuiltFile]:
+    """The int8 graphs of a folder; empty if it has none."""
+    for target in engines.manifest.targets.values():
+        if target.precision.startswith(INT8) and target.files:
+            return target.files
+    return {}
+
+
 @dataclass(frozen=True)
 class _CudaProvider(Builder):
     """ONNX Runtime runs the fp16 graphs on a CUDA device, for which no plan is needed."""
 
-    @property
-    def name(self) -> str:
-        return f"{super().name}-cuda"
-
     def why_not(self) -> FpabeeError | None:
         return None
 
-    def build(self, bench: Workbench) -> Target:
-        bench.fp16_graphs()
-        return Target(backend=ONNXRUNTIME, precision=FP16, device="cuda", tolerance=None)
+    def build(self, bench: Workbench) -> tuple[EnginesFolder, Target]:
+        engines = _with_fp16_graphs(bench)
+        target = Target(
+            backend=self.backend, precision=self.precision, device=self.device, tolerance=None
+        )
+        return engines, target
 
 
 @dataclass(frozen=True)
@@ -267,16 +297,31 @@ class _Plans(Builder):
             )
         return None
 
-    def build(self, bench: Workbench) -> Target:
-        if self.precision == FP16:
-            bench.fp16_graphs()
-        target = plans_record(bench.engines, self.backend, self.precision, bench.plans)
+    def build(self, bench: Workbench) -> tuple[EnginesFolder, Target]:
+        engines = _with_fp16_graphs(bench) if self.precision == FP16 else bench.engines
+        target = plans_record(engines, self.backend, self.precision, bench.plans)
         home = bench.place(f"targets/{target.name}")
-        files = build_plans(bench.engines, target, bench.plans, home, bench.progress)
-        return msgspec.structs.replace(target, files=files)
+        files = build_plans(engines, target, bench.plans, home, bench.progress)
+        return engines, msgspec.structs.replace(target, files=files)
 
 
-_RTX_NEEDS = "TensorRT for RTX; no GPU"
+def _with_fp16_graphs(bench: Workbench) -> EnginesFolder:
+    """The folder with graphs in fp16; those that it has are made again to check more texts."""
+    engines = bench.engines
+    if FP16 in engines.manifest.precisions and not bench.texts:
+        return engines
+    precisions = {**engines.manifest.precisions, FP16: bench.graphs(FP16)}
+    changed = engines.with_manifest(precisions=precisions)
+
+    def is_current(_: str, target: Target) -> bool:
+        sources = changed.manifest.graphs_of(target)
+        files = target.files.items()
+        return all(file.onnx_sha256 == sources[name].sha256 for name, file in files)
+
+    return changed.keep_targets(is_current)
+
+
+_RTX_NEEDS = "TensorRT for RTX, but no GPU"
 _TENSORRT_NEEDS = "TensorRT and the GPU that will run it"
 
 BUILDERS: dict[str, Builder] = {
@@ -284,10 +329,10 @@ BUILDERS: dict[str, Builder] = {
     for builder in (
         _Cpu(OPENVINO, "fp32", "OpenVINO"),
         _Cpu(OPENVINO, "bf16", "OpenVINO and a CPU with bf16 instructions"),
-        _Int8(ONNXRUNTIME, "int8", "texts, NNCF and a CPU with VNNI instructions"),
-        _Int8(OPENVINO, "int8", "the same, and OpenVINO"),
-        _Int8(OPENVINO, "int8-bf16", "the same, and bf16 instructions for the rest"),
-        _CudaProvider(ONNXRUNTIME, FP16, "nothing; it runs on a GPU, without plans"),
+        _Int8(ONNXRUNTIME, INT8, "texts, NNCF and a CPU with VNNI instructions"),
+        _Int8(OPENVINO, INT8, "what onnxruntime-int8 needs, and OpenVINO"),
+        _Int8(OPENVINO, f"{INT8}-bf16", "what openvino-int8 needs, and bf16 instructions"),
+        _CudaProvider(ONNXRUNTIME, FP16, "nothing; a GPU runs it without plans", "cuda"),
         _Plans(RTX, FP16, _RTX_NEEDS),
         _Plans(RTX, "fp32", _RTX_NEEDS),
         _Plans(TENSORRT, FP16, _TENSORRT_NEEDS),
@@ -295,3 +340,31 @@ BUILDERS: dict[str, Builder] = {
     )
 }
 """What builds each target, by what one types. `onnxruntime-fp32` comes with every export."""
+
+OPENVINO_TARGETS = ("openvino-fp32", "openvino-bf16")
+"""The targets that need no files of their own."""
+
+INT8_TARGETS = ("onnxruntime-int8", "openvino-int8", "openvino-int8-bf16")
+
+FP16_TARGETS = ("onnxruntime-fp16-cuda", "tensorrt-rtx-fp16", "tensorrt-fp16")
+
+
+def builder_of(name: str) -> Builder:
+    """What builds a target.
+
+    Raises:
+        InputError: nothing builds a target of this name.
+    """
+    if name not in BUILDERS:
+        known = "; ".join(f"{each} ({builder.needs})" for each, builder in BUILDERS.items())
+        raise InputError(f"there is no target {name!r} to build", f"choose from {known}")
+    return BUILDERS[name]
+
+
+def buildable(names: Sequence[str]) -> list[str]:
+    """Those of some targets that this machine can build.
+
+    If it can build none, the first one is returned, so that its refusal says why.
+    """
+    here = [name for name in names if BUILDERS[name].why_not() is None]
+    return here or [names[0]]

@@ -7,38 +7,21 @@ Each target runs the texts of `reference.npz`, and perhaps more texts, whose log
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 
 from ...runtime.agreement import REQUIREMENTS, Agreement, Logits, compare, must_pass
 from ...runtime.artifact.folder import EnginesFolder
-from ...runtime.artifact.manifest import Manifest, Target
+from ...runtime.artifact.manifest import Manifest
 from ...runtime.encoding import Text
 from ...runtime.engine import Engine
-from ...runtime.errors import FpabeeError
 from ...runtime.progress import Progress
 from ...runtime.rules.rules import ExitRule
-from ...runtime.targets import open_backend, rule_of, why_not
+from ...runtime.targets import open_backend, rule_of, target_of
 
 FP32_TARGET = "onnxruntime-fp32"
 
 _MOST_TEXTS = 2000
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What became of a target.
-
-    Attributes:
-        name: the target.
-        agreement: with the PyTorch model; None if it was refused, or cannot run here.
-        refused: why the folder does not have it; None if it does.
-    """
-
-    name: str
-    agreement: Agreement | None = None
-    refused: FpabeeError | None = None
 
 
 def exact_logits(engines: EnginesFolder, texts: Sequence[Text]) -> tuple[list[Text], Logits]:
@@ -49,7 +32,7 @@ def exact_logits(engines: EnginesFolder, texts: Sequence[Text]) -> tuple[list[Te
     """
     texts = list(texts[:_MOST_TEXTS])
     rule = ExitRule.from_dict(engines.manifest.default_rule)
-    with engine_of(engines, FP32_TARGET, rule) as engine:
+    with engine_of(engines, target_of(engines, FP32_TARGET), rule) as engine:
         return texts, engine.trace(texts).logits
 
 
@@ -76,30 +59,28 @@ def judged(
     return agreement
 
 
-def checked_target(
+def verified_target(
     engines: EnginesFolder,
-    target: Target,
+    name: str,
     more: tuple[Sequence[Text], Logits] | None,
     progress: Progress,
-) -> tuple[EnginesFolder, Checked]:
-    """A folder with a new target, which is checked if this machine can run it.
+) -> tuple[EnginesFolder, Agreement]:
+    """Check that a target of a folder gives what the model gives, and measure how closely.
 
     Args:
-        engines: the folder.
-        target: the record of the target, without what is measured. It replaces an older one.
+        engines: the folder, which need not be written.
+        name: the target, which must run on this machine.
         more: texts besides the reference texts, and their logits in fp32.
         progress: called with (what, done, total).
 
     Returns:
-        The folder with the target, which is not written yet, and how the target agrees.
+        The folder with what was measured, which is not written; and how the target agrees, on the
+        other texts if there are any.
 
     Raises:
         FpabeeError: it does not run, or does not give what the model gives.
     """
-    name = target.name
-    engines = engines.with_target(name, target)
-    if why_not(engines.manifest, name) is not None:
-        return engines, Checked(name)
+    target = engines.manifest.targets[name]
     progress(f"verify {name}", 0, 1)
     with engine_of(engines, name) as engine:
         agreement = engine.check()
@@ -110,7 +91,7 @@ def checked_target(
             agreement = judged(logits, expected, engines.manifest, engine.rule, target.precision)
             tolerance = max(tolerance, agreement.max_logit_difference)
     measured = msgspec.structs.replace(target, tolerance=tolerance)
-    return engines.with_target(name, measured), Checked(name, agreement)
+    return engines.with_target(name, measured), agreement
 
 
 def engine_of(engines: EnginesFolder, name: str, rule: ExitRule | None = None) -> Engine:

@@ -30,34 +30,10 @@ from ...runtime.encoding import (
     padded_batches,
     padding_values,
 )
-from ...runtime.errors import InputError, VerificationError
+from ...runtime.errors import VerificationError
 from ...runtime.progress import Progress
 from ..onnx_file import graph_runs, in_head, strip
 from .worker import run_worker
-
-_LEAST_TEXTS = 32
-_MOST_TEXTS = 256
-
-
-def gives_ranges(place: int) -> bool:
-    """Whether the text at a place gives ranges: every other one of the first 512 texts.
-
-    The other texts judge the result.
-    """
-    return place < 2 * _MOST_TEXTS and place % 2 == 0
-
-
-def check_enough(texts: Sequence[Text]) -> None:
-    """Refuse to quantize with too few texts.
-
-    Raises:
-        InputError: how many there are, and how many are needed.
-    """
-    if len(texts) < _LEAST_TEXTS:
-        raise InputError(
-            f"int8 needs at least {_LEAST_TEXTS} texts, but there are {len(texts)}",
-            "give a few hundred texts like those to classify as `texts`",
-        )
 
 
 def quantize(engines: EnginesFolder, texts: Sequence[Text], progress: Progress) -> dict[str, Any]:
@@ -65,22 +41,20 @@ def quantize(engines: EnginesFolder, texts: Sequence[Text], progress: Progress) 
 
     Args:
         engines: the engines folder, as it is written.
-        texts: texts of which some give the ranges, see `gives_ranges`.
+        texts: texts that give the ranges.
         progress: called with (what, done, total).
 
     Returns:
         Each graph as an `onnx.ModelProto`, by its name.
 
     Raises:
-        InputError: there are too few texts.
         VerificationError: a graph could not be quantized, or memory or space is lacking.
     """
-    check_enough(texts)
     progress("int8 graphs", 0, 1)
     with tempfile.TemporaryDirectory() as temporary:
         request = Int8Request(
             folder=str(engines.path),
-            texts=[text for place, text in enumerate(texts) if gives_ranges(place)],
+            texts=list(texts),
             output=temporary,
         )
         error = run_worker("int8", request)

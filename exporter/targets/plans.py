@@ -52,7 +52,7 @@ class PlanOptions:
                 raise InputError(
                     f"TensorRT for RTX supports compute capabilities {', '.join(RTX_CAPABILITIES)},"
                     f" not {capability}",
-                    f"for other GPUs build on the device, with `backend` {TENSORRT}",
+                    f"for other GPUs build targets of {TENSORRT}, on the device",
                 )
 
     def fitted(self, manifest: Manifest, backend: str) -> PlanOptions:

@@ -327,7 +327,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
             raise ArtifactError(
                 f"the engines folder has no {precision} graphs; it has "
                 f"{', '.join(['fp32', *self.precisions])}",
-                f"add the {precision} graphs to it with `{precision}`",
+                f"build a target in {precision}",
             )
         return self.precisions[precision]
 

@@ -275,8 +275,7 @@ def rebuild(target: Target, otherwise: str = "") -> str:
     """
     if target.backend not in MODULES:
         return "pip install -U fpabee"
-    precision = "" if target.precision == "fp32" else f" and `{target.precision}`"
-    here = f"build it here, with `backend` {target.backend}{precision}"
+    here = f"build target {target.backend}-{target.precision} here"
     return f"{here}; or {otherwise}" if otherwise else here
 
 

@@ -18,6 +18,7 @@ _COMMANDS = {
     ),
     "train": ("fpabee.exporter.cli.train", "Train a multi-exit classifier."),
     "export": ("fpabee.exporter.cli.export", "Compile a trained model into an engines folder."),
+    "build": ("fpabee.exporter.cli.build", "Add targets to an engines folder, by their names."),
     "calibrate": ("fpabee.calibration.cli", "Choose operating points on labelled rows."),
     "run": ("fpabee.runtime.cli.run", "Classify the texts of files."),
     "serve": ("fpabee.runtime.cli.serve", "Answer texts over HTTP."),

@@ -19,7 +19,7 @@ import pytest
 
 from fpabee import __main__ as fpabee
 from fpabee.calibration import cli as calibrate
-from fpabee.exporter.cli import convert, export, pack, train
+from fpabee.exporter.cli import build, convert, export, pack, train
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import MANIFEST_NAME
 from fpabee.runtime.cli import inspect, run, serve
@@ -33,6 +33,7 @@ COMMANDS: dict[str, click.Command] = {
     "serve": serve.main,
     "calibrate": calibrate.main,
     "export": export.main,
+    "build": build.main,
     "convert": convert.main,
     "train": train.main,
     "pack": pack.main,

@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": "fpabee.exporter.cli.convert",
     "train": "fpabee.exporter.cli.train",
     "export": "fpabee.exporter.cli.export",
+    "build": "fpabee.exporter.cli.build",
     "pack": "fpabee.exporter.cli.pack",
     "calibrate": "fpabee.calibration.cli",
     "run": "fpabee.runtime.cli.run",
