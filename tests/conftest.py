@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-import msgspec
 import numpy as np
 import pytest
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manifest
+from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
 from fpabee.runtime.artifact.manifest import (
     EXIT_0_NAME,
     REFERENCE_NAME,
     ExitZeroSpec,
     ProblemType,
     with_operating_points,
-    with_target,
 )
 from fpabee.runtime.artifact.operating_point import Goal, OperatingPoint
 from fpabee.runtime.artifact.reference import read_reference, write_reference
@@ -259,7 +257,7 @@ def add_exit_0(folder: Path, seed: int = 0) -> None:
         "bias": np.linspace(-0.1, 0.1, labels, dtype=np.float32),
     }
     set_exit_0(folder, unigrams, **arrays)
-    texts_of_reference, reference = read_reference(folder, manifest)
+    texts_of_reference, reference = read_reference(EnginesFolder(folder, manifest))
     exit_0 = ExitZero(unigrams, **arrays)
     encoder = TextEncoder(folder, manifest.tokenizer)
     first = exit_0(encoder.encode(texts_of_reference))
@@ -271,7 +269,7 @@ def correct_reference(folder: Path) -> None:
     """Let the manifest of an engines folder name the reference answers as they are."""
     manifest = read_manifest(folder)
     files = {**manifest.files, REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)}
-    write_manifest(folder, msgspec.structs.replace(manifest, files=files))
+    EnginesFolder(folder, manifest).with_manifest(files=files).write()
 
 
 def set_exit_0(folder: Path, unigrams: int, **arrays: NDArray[Any]) -> None:
@@ -283,7 +281,7 @@ def set_exit_0(folder: Path, unigrams: int, **arrays: NDArray[Any]) -> None:
         unigrams=unigrams,
         buckets=len(arrays["table"]) - unigrams,
     )
-    write_manifest(folder, msgspec.structs.replace(read_manifest(folder), exit_0=spec))
+    EnginesFolder.read(folder).with_manifest(exit_0=spec).write()
 
 
 @pytest.fixture
@@ -333,7 +331,7 @@ def set_points() -> Callable[..., None]:
         points = {point: _point(rule, len(manifest.exits)) for point, rule in rules.items()}
         built = manifest.targets.get(name, manifest.targets[manifest.default_target])
         changed = with_operating_points(built, points, default)
-        write_manifest(folder, with_target(manifest, name, changed))
+        EnginesFolder(folder, manifest).with_target(name, changed).write()
 
     return write
 

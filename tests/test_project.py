@@ -25,7 +25,9 @@ from .runtime.cli.test_command import COMMANDS
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("exporter", "runtime", "calibration")
 
-_FLAG = re.compile(r"(?<![\w-])--[a-z]|\bfpabee[ -](build|calibrate|export|inspect|pack|run|serve|train)\b")
+_FLAG = re.compile(
+    r"(?<![\w-])--[a-z]|\bfpabee[ -](build|calibrate|export|inspect|pack|run|serve|train)\b"
+)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

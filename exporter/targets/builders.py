@@ -157,7 +157,7 @@ class Builder(ABC):
     Attributes:
         backend: the library that runs it.
         precision: the precision in which it runs.
-        needs: what it needs, for the list of targets.
+        needs: what it needs to be built and run, briefly, for the list of targets.
         device: what it is for, if that is part of its name.
     """
 
@@ -321,18 +321,18 @@ def _with_fp16_graphs(bench: Workbench) -> EnginesFolder:
     return changed.keep_targets(is_current)
 
 
-_RTX_NEEDS = "TensorRT for RTX, but no GPU"
-_TENSORRT_NEEDS = "TensorRT and the GPU that will run it"
+_RTX_NEEDS = "TensorRT for RTX"
+_TENSORRT_NEEDS = "TensorRT and its GPU"
 
 BUILDERS: dict[str, Builder] = {
     builder.name: builder
     for builder in (
         _Cpu(OPENVINO, "fp32", "OpenVINO"),
-        _Cpu(OPENVINO, "bf16", "OpenVINO and a CPU with bf16 instructions"),
-        _Int8(ONNXRUNTIME, INT8, "texts, NNCF and a CPU with VNNI instructions"),
-        _Int8(OPENVINO, INT8, "what onnxruntime-int8 needs, and OpenVINO"),
-        _Int8(OPENVINO, f"{INT8}-bf16", "what openvino-int8 needs, and bf16 instructions"),
-        _CudaProvider(ONNXRUNTIME, FP16, "nothing; a GPU runs it without plans", "cuda"),
+        _Cpu(OPENVINO, "bf16", "OpenVINO, a CPU with bf16"),
+        _Int8(ONNXRUNTIME, INT8, "texts, NNCF, a CPU with VNNI"),
+        _Int8(OPENVINO, INT8, "texts, NNCF, VNNI, OpenVINO"),
+        _Int8(OPENVINO, f"{INT8}-bf16", "texts, NNCF, VNNI, OpenVINO, bf16"),
+        _CudaProvider(ONNXRUNTIME, FP16, "nothing; it runs on a GPU", "cuda"),
         _Plans(RTX, FP16, _RTX_NEEDS),
         _Plans(RTX, "fp32", _RTX_NEEDS),
         _Plans(TENSORRT, FP16, _TENSORRT_NEEDS),

@@ -6,7 +6,6 @@ will run the plans.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from ...runtime.artifact.folder import EnginesFolder, sha256_of
@@ -75,14 +74,13 @@ def build_plans(
     files: dict[str, BuiltFile] = {}
     progress(target.name, 0, len(graphs))
     with replacing(home) as new:
-        if (home / TIMING_CACHE).is_file():
-            shutil.copy(home / TIMING_CACHE, new)
         for graph_name, graph in graphs.items():
             plan = new / graph_name
             request = PlanRequest(
                 onnx=str(engines.graph(graph)),
                 plan=str(plan),
-                timing_cache=str(new / TIMING_CACHE),
+                # Timings stay also if the build is stopped, so that the next one is faster.
+                timing_cache=str(home / TIMING_CACHE),
                 profiles=[
                     {spec.name: profile_of(spec, shapes) for spec in graph.inputs}
                     for shapes in target.profiles

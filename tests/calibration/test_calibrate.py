@@ -24,7 +24,7 @@ from fpabee.calibration.report import plots
 from fpabee.calibration.report.words import promise_in_words
 from fpabee.calibration.scoring import Scorer
 from fpabee.runtime import Budget, Confidence, Engine, Entropy, read_manifest, simulate
-from fpabee.runtime.artifact.folder import write_manifest
+from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.rules.rules import ExitRule
 
 from ..doubles.openvino import add_openvino
@@ -296,7 +296,7 @@ def test_all_targets_are_calibrated_in_one_run(folder: Path, data: Path) -> None
     # A target of another machine is left out.
     targets = dict(read_manifest(folder).targets)
     targets["cuda"] = msgspec.structs.replace(targets[TARGET], device="cuda")
-    write_manifest(folder, msgspec.structs.replace(read_manifest(folder), targets=targets))
+    EnginesFolder.read(folder).with_manifest(targets=targets).write()
     found = json.loads(said(folder, "--data", data, "--all-targets", "--json"))
     assert [result["target"] for result in found] == [TARGET, "openvino-fp32"]
     targets = read_manifest(folder).targets

@@ -16,11 +16,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from fpabee.exporter.targets import backends, check
+from fpabee.exporter.targets import builders, check
 from fpabee.exporter.targets import tensorrt as targets
 from fpabee.exporter.targets.plan_worker import PlanRequest
 from fpabee.runtime import Engine, machine
-from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manifest
+from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
 from fpabee.runtime.artifact.manifest import BuiltFile, Manifest, Range, Shapes, Target
 from fpabee.runtime.backends import cuda, device, onnxruntime_cuda, tensorrt
 from fpabee.runtime.chain import Chain
@@ -54,8 +54,9 @@ class Double:
     unwritten: list[Manifest] = field(default_factory=list)
 
     def build(self, module: str, request: PlanRequest, **environment: str) -> str:
-        """Write a plan that the double can run, as the worker of `build_target` does."""
-        name, cache = Path(request.onnx).stem, Path(request.timing_cache)
+        """Write a plan that the double can run, as the worker of `build_plans` does."""
+        name = Path(request.plan).name
+        cache = Path(request.timing_cache)
         timed = json.loads(cache.read_text("utf-8")) if cache.is_file() else []
         self.builds.append((request, timed))
         cache.write_text(json.dumps([*timed, name]), "utf-8")
@@ -81,7 +82,7 @@ class Double:
 
 def set_gpu(patch: pytest.MonkeyPatch, gpu: CudaDevice = GPU) -> None:
     """Let the code find this GPU."""
-    for module in (machine, cuda, tensorrt, targets, backends):
+    for module in (machine, cuda, tensorrt, targets, builders):
         patch.setattr(module, "cuda_device", lambda: gpu)
 
 
@@ -95,9 +96,9 @@ def serve(patch: pytest.MonkeyPatch, folder: Path, backend: str = "tensorrt") ->
     set_gpu(patch)
     engine_of = check.engine_of
 
-    def noted(path: Path, manifest: Manifest, target: str) -> Engine:
-        unwritten[:] = [manifest]
-        return engine_of(path, manifest, target)
+    def noted(engines: EnginesFolder, *others: Any) -> Engine:
+        unwritten[:] = [engines.manifest]
+        return engine_of(engines, *others)
 
     patch.setattr(check, "engine_of", noted)
     double = Double(folder, "", cuda, trt, unwritten=unwritten)
@@ -186,7 +187,7 @@ def serve_cuda_provider(patch: pytest.MonkeyPatch) -> FakeCuda:
 def _add_target(folder: Path, name: str, target: Target) -> None:
     manifest = read_manifest(folder)
     targets = {**manifest.targets, name: target}
-    write_manifest(folder, msgspec.structs.replace(manifest, targets=targets))
+    EnginesFolder(folder, manifest).with_manifest(targets=targets).write()
 
 
 def run_through(engine: Engine, chain: Chain, texts: Sequence[Text]) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
-from fpabee.runtime.artifact.folder import read_manifest, write_manifest
+from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
 from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.backends.openvino import has_bf16
 
@@ -34,6 +33,4 @@ def add_openvino(folder: Path, *precisions: str, **changes: Any) -> None:
         )
         for precision in precisions
     }
-    write_manifest(
-        folder, msgspec.structs.replace(manifest, targets={**manifest.targets, **targets})
-    )
+    EnginesFolder(folder, manifest).with_manifest(targets={**manifest.targets, **targets}).write()

@@ -21,7 +21,7 @@ from fpabee.exporter.exit_0 import (
     save_exit_0,
     unigrams_of,
 )
-from fpabee.runtime.artifact.folder import read_manifest, sha256_of
+from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
 from fpabee.runtime.artifact.manifest import ExitZeroSpec
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text, TextEncoder
@@ -155,11 +155,11 @@ def test_an_export_has_exit_0_and_one_graph_leaves_it_out(
     expected = ExitZeroSpec(file="exit_0.npz", sha256=digest, unigrams=given.unigrams, buckets=64)
     assert manifest.exit_0 == expected
     assert manifest.exit_layers == (0, 1, 2, 3)
-    exit_0 = ExitZero.load(folder, manifest)
+    exit_0 = ExitZero.load(EnginesFolder(folder, manifest))
     assert exit_0 is not None
     rows = TextEncoder(folder, manifest.tokenizer).encode(TEXTS)
     np.testing.assert_array_equal(exit_0(rows), given(rows))
-    texts, logits = read_reference(folder, manifest)
+    texts, logits = read_reference(EnginesFolder(folder, manifest))
     expected_logits = exit_0(TextEncoder(folder, manifest.tokenizer).encode(texts))
     assert_close(logits[0], expected_logits)
     assert len(logits) == len(manifest.exit_layers)
@@ -167,4 +167,5 @@ def test_an_export_has_exit_0_and_one_graph_leaves_it_out(
     (tmp_path / "one").mkdir()
     one = write_one_graph(folder, tmp_path / "one")
     assert (one.exit_0, one.exit_layers) == (None, (3,))
-    np.testing.assert_array_equal(read_reference(tmp_path / "one", one)[1], logits[-1:])
+    _, logits_of_one = read_reference(EnginesFolder(tmp_path / "one", one))
+    np.testing.assert_array_equal(logits_of_one, logits[-1:])

@@ -18,7 +18,7 @@ from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.verify import BUILT_IN_TEXTS, check_chain
 from fpabee.runtime import Engine, Trace
 from fpabee.runtime.agreement import BATCH_LIMIT, EXPORT_LIMIT, Agreement
-from fpabee.runtime.artifact.folder import read_manifest, sha256_of
+from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ArtifactError, VerificationError
@@ -89,7 +89,7 @@ def test_the_folder_describes_the_model_and_itself(
     found = contents(folder).keys() - {"manifest.json"}
     assert {name: sha256_of(folder / name) for name in found} == named
     assert {"reference.npz", "verification.json", "tokenizer/tokenizer.json"} <= found
-    texts, logits = read_reference(folder, manifest)
+    texts, logits = read_reference(EnginesFolder(folder, manifest))
     assert texts == list(BUILT_IN_TEXTS)
     assert logits.dtype == np.float32
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 
 from fpabee.runtime.artifact.folder import (
+    EnginesFolder,
     is_engines_folder,
     read_manifest,
     resolve,
     sha256_of,
-    write_manifest,
 )
 from fpabee.runtime.artifact.manifest import MANIFEST_NAME, REFERENCE_NAME, Manifest
 from fpabee.runtime.artifact.reference import read_reference
@@ -84,15 +84,16 @@ def _manifest(engines: Path, folder: Path) -> Target:
     def read() -> None:
         is_engines_folder(folder)  # before an export replaces it
         # As Engine.load does before it loads graphs, and then as calibration writes.
-        manifest = read_manifest(folder)
+        engines = EnginesFolder.read(folder)
+        manifest = engines.manifest
         for name in (None, *manifest.targets):
-            target = target_of(folder, manifest, name)
+            target = target_of(engines, name)
             points = manifest.targets[target].operating_points
             for point in (None, *points):
-                rule_of(folder, manifest, target, point)
+                rule_of(manifest, target, point)
         for graph in manifest.graphs.values():
             resolve(folder, graph.file)
-        write_manifest(folder, manifest)
+        engines.write()
 
     return Target(path.read_bytes(), mutate_json, path, read)
 
@@ -117,7 +118,7 @@ def _reference(engines: Path, manifest: Manifest, folder: Path) -> Target:
 
     def read() -> None:
         files = {**manifest.files, REFERENCE_NAME: sha256_of(path)}
-        read_reference(folder, msgspec.structs.replace(manifest, files=files))
+        read_reference(EnginesFolder(folder, msgspec.structs.replace(manifest, files=files)))
 
     return Target((engines / REFERENCE_NAME).read_bytes(), mutate_archive, path, read)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from fpabee.runtime.artifact.folder import read_manifest, sha256_of, write_manifest
+from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
 from fpabee.runtime.backends.base import Limits
 from fpabee.runtime.backends.host import HostBackend
 from fpabee.runtime.cli import run as run_command
@@ -66,5 +66,5 @@ def without_special_tokens(engine_copy: Callable[..., Path]) -> Path:
     content["post_processor"] = None
     path.write_bytes(msgspec.json.encode(content))
     spec = msgspec.structs.replace(manifest.tokenizer, sha256=sha256_of(path))
-    write_manifest(folder, msgspec.structs.replace(manifest, tokenizer=spec))
+    EnginesFolder(folder, manifest).with_manifest(tokenizer=spec).write()
     return folder

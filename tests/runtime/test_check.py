@@ -11,9 +11,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from fpabee.runtime import ArtifactError, Engine, VerificationError, read_manifest
+from fpabee.runtime import ArtifactError, Engine, VerificationError
 from fpabee.runtime.agreement import requirements_of
-from fpabee.runtime.artifact.manifest import REFERENCE_NAME, with_target
+from fpabee.runtime.artifact.folder import EnginesFolder
+from fpabee.runtime.artifact.manifest import REFERENCE_NAME
 from fpabee.runtime.artifact.reference import read_reference, write_reference
 
 from ..bad_input.cases import corrected, manifest
@@ -25,7 +26,7 @@ def test_the_engines_max_length_does_not_matter(engines: Mapping[str, Path]) -> 
 
 
 def swap_logits(folder: Path, logits: np.ndarray[Any, Any]) -> None:
-    texts, _ = read_reference(folder, read_manifest(folder))
+    texts, _ = read_reference(EnginesFolder.read(folder))
     corrected(REFERENCE_NAME, lambda _: write_reference(folder, texts, logits))(folder)
 
 
@@ -34,7 +35,7 @@ def test_other_logits_are_refused(
     engine_copy: Callable[..., Path], how: Callable[[Any], Any]
 ) -> None:
     folder = engine_copy()
-    _, logits = read_reference(folder, read_manifest(folder))
+    _, logits = read_reference(EnginesFolder.read(folder))
     swap_logits(folder, how(logits).astype(np.float32))
     with pytest.raises(VerificationError, match="not the model that was exported"):
         Engine.load(folder, threads=1, check=True)
@@ -44,10 +45,10 @@ def test_other_logits_are_refused(
 
 
 def test_another_machine_may_differ_ten_times_as_much(engines: Mapping[str, Path]) -> None:
-    usual = read_manifest(engines["bert"])
-    target = msgspec.structs.replace(usual.targets["onnxruntime-fp32"], tolerance=2e-3)
-    changed = with_target(usual, "onnxruntime-fp32", target)
-    assert requirements_of("onnxruntime-fp32", changed).logits == 0.02
+    usual = EnginesFolder.read(engines["bert"])
+    target = msgspec.structs.replace(usual.manifest.targets["onnxruntime-fp32"], tolerance=2e-3)
+    changed = usual.with_target("onnxruntime-fp32", target)
+    assert requirements_of("onnxruntime-fp32", changed.manifest).logits == 0.02
 
 
 def test_a_damaged_reference_is_refused(engine_copy: Callable[..., Path]) -> None:
@@ -67,10 +68,10 @@ def test_a_damaged_reference_is_refused(engine_copy: Callable[..., Path]) -> Non
         save = np.savez_compressed if content["logits"] is many else np.savez
         corrected(REFERENCE_NAME, partial(save, **content))(folder)
         with pytest.raises(ArtifactError, match=says):
-            read_reference(folder, read_manifest(folder))
+            read_reference(EnginesFolder.read(folder))
     corrected(REFERENCE_NAME, lambda at: at.write_bytes(at.read_bytes()[:-9]))(folder)
     with pytest.raises(ArtifactError, match="cannot be read"):
-        read_reference(folder, read_manifest(folder))
+        read_reference(EnginesFolder.read(folder))
 
 
 def test_a_folder_without_a_reference_is_refused(engine_copy: Callable[..., Path]) -> None:

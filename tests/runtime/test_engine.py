@@ -45,7 +45,7 @@ from fpabee.runtime import (
     read_manifest,
     simulate,
 )
-from fpabee.runtime.artifact.folder import write_manifest
+from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.backends import base, host
 from fpabee.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fpabee.runtime.encoding import Text
@@ -443,7 +443,7 @@ def test_label_thresholds_of_the_manifest_are_applied(engine_copy: Callable[...,
     manifest = read_manifest(folder)
     label_thresholds = (0.0, 1.0, 0.5, 0.2, 0.8)
     task = msgspec.structs.replace(manifest.task, label_thresholds=label_thresholds)
-    write_manifest(folder, msgspec.structs.replace(manifest, task=task))
+    EnginesFolder(folder, manifest).with_manifest(task=task).write()
     rule = Pabee(patience=1)
     with Engine.load(folder, rule=rule) as engine:
         predictions = engine.predict(TEXTS)

@@ -24,7 +24,7 @@ from fpabee.runtime import (
     VerificationError,
     read_manifest,
 )
-from fpabee.runtime.artifact.folder import damage, write_manifest
+from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import EXIT_0_NAME
 from fpabee.runtime.encoding import EncodedRow
 from fpabee.runtime.exit_0 import ExitZero, ngrams
@@ -213,7 +213,7 @@ def test_another_number_of_ngrams_is_refused(folder: Path) -> None:
     manifest = read_manifest(folder)
     assert manifest.exit_0 is not None
     spec = msgspec.structs.replace(manifest.exit_0, buckets=32)
-    write_manifest(folder, msgspec.structs.replace(manifest, exit_0=spec))
+    EnginesFolder(folder, manifest).with_manifest(exit_0=spec).write()
     with pytest.raises(ArtifactError, match="it has 16 buckets, expected 32"):
         Engine.load(folder)
 
@@ -225,7 +225,7 @@ def test_a_missing_or_damaged_file_is_named(folder: Path) -> None:
     with pytest.raises(ArtifactError, match=r"exit_0\.npz is damaged"):
         Engine.load(folder)
     manifest = read_manifest(folder)
-    (damaged,) = filter(None, damage(folder, manifest))
+    (damaged,) = filter(None, EnginesFolder(folder, manifest).damage())
     assert "exit_0.npz" in damaged
     path.unlink()
     with pytest.raises(ArtifactError, match=r"exit_0\.npz is missing"):
@@ -241,7 +241,7 @@ def test_the_check_finds_the_exit_0_of_another_model(folder: Path) -> None:
     with np.load(reference) as content:
         parts = dict(content)
     np.savez(reference, texts=parts["texts"], logits=parts["logits"][1:])
-    write_manifest(folder, manifest)
+    EnginesFolder(folder, manifest).write()
     correct_reference(folder)
     add_exit_0(folder, seed=5)
     reference.write_bytes(kept)

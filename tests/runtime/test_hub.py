@@ -17,8 +17,7 @@ from huggingface_hub import constants
 
 from fpabee.exporter.checkpoint import resolve_model_dir
 from fpabee.runtime import ArtifactError, Engine, MissingExtraError, ModelError, read_manifest
-from fpabee.runtime.artifact.folder import sha256_of, write_manifest
-from fpabee.runtime.artifact.manifest import with_target
+from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
 from fpabee.runtime.cli.inspect import main as inspect
 from fpabee.runtime.hub import engines_folder
 
@@ -56,7 +55,7 @@ def test_only_what_the_target_runs_is_downloaded(
         manifest.graphs["segment_01"], file="int8.onnx", sha256=sha256_of(folder / "int8.onnx")
     )
     precisions = {"int8": manifest.graphs | {"segment_01": graph}}
-    write_manifest(folder, msgspec.structs.replace(manifest, precisions=precisions))
+    EnginesFolder(folder, manifest).with_manifest(precisions=precisions).write()
     hub.add(NAME, folder)
     with Engine.load(NAME, check=True) as held, Engine.load(engines["bert"]) as plain:
         assert held.predict(TEXTS) == plain.predict(TEXTS)
@@ -184,14 +183,14 @@ def test_plans_of_strangers_do_not_run_unasked(
     folder = engine_copy()
     manifest = read_manifest(folder)
     plan = msgspec.structs.replace(manifest.targets["onnxruntime-fp32"], backend="tensorrt")
-    manifest = with_target(manifest, "tensorrt-fp32-sm90", plan)
-    changed = msgspec.structs.replace(manifest, default_target="tensorrt-fp32-sm90")
-    write_manifest(folder, changed)
+    engines = EnginesFolder(folder, manifest).with_target("tensorrt-fp32-sm90", plan)
+    engines = engines.with_manifest(default_target="tensorrt-fp32-sm90")
+    engines.write()
     hub.add(NAME, folder)
     monkeypatch.setattr("fpabee.runtime.targets.why_not", lambda *_: None)  # as with a GPU
     refused("tensorrt-fp32-sm90 of owner/name would run here, .* -> choose this `target`")
     for target in manifest.targets:
-        assert read_manifest(engines_folder(NAME, target)) == changed
+        assert read_manifest(engines_folder(NAME, target)) == engines.manifest
 
 
 def test_commands_take_the_name(

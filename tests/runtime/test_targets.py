@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from fpabee.calibration import CalibrationOptions, calibrate
-from fpabee.runtime import BackendError, Budget, Engine, FPabee, Goal, read_manifest
-from fpabee.runtime.artifact.folder import write_manifest
-from fpabee.runtime.artifact.manifest import with_target
+from fpabee.calibration import calibrate
+from fpabee.runtime import BackendError, Engine, FPabee, read_manifest
+from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.machine import CudaDevice
+from fpabee.runtime.targets import why_not
 
 from ..calibration.conftest import label_rows
 from ..doubles.device import GPU, install, install_cuda_provider, set_gpu
@@ -44,7 +44,7 @@ def test_a_gpu_that_the_default_target_does_not_use_is_named_once(
         default_is_fixed=case == "chosen by hand",
         default_target=PLAN if case == "the default" else FP32,
     )
-    write_manifest(folder, manifest)
+    EnginesFolder(folder, manifest).write()
     for _ in range(2):
         with Engine.load(folder, target=FP32 if case == "named" else None) as engine:
             assert engine.target == (PLAN if case == "the default" else FP32)
@@ -68,7 +68,7 @@ def test_of_targets_for_the_gpu_the_one_that_was_built_for_it_or_has_the_same_po
     Engine.load(folder).close()
     assert f"but {PLAN} can run on the GPU" in caplog.text
     manifest = read_manifest(folder)
-    write_manifest(folder, with_target(manifest, "other", manifest.targets[PLAN]))
+    EnginesFolder(folder, manifest).with_target("other", manifest.targets[PLAN]).write()
     for name in (FP32, "other"):
         set_points(folder, name, default="fast", fast=FPabee(threshold=0.3))
     Engine.load(folder).close()
@@ -103,57 +103,37 @@ def test_a_folder_that_this_machine_cannot_run_gives_the_error_of_its_default_ta
     install(monkeypatch, folder)
     manifest = read_manifest(folder)
     targets = {PLAN: manifest.targets[PLAN]}
-    write_manifest(folder, msgspec.structs.replace(manifest, targets=targets, default_target=PLAN))
+    EnginesFolder(folder, manifest).with_manifest(targets=targets, default_target=PLAN).write()
     set_gpu(monkeypatch, CudaDevice(error="there is no GPU in this test"))
     with pytest.raises(BackendError, match="there is no GPU in this test"):
         Engine.load(folder)
 
 
 @pytest.mark.parametrize(
-    ("flags", "capabilities", "measured", "here"),
+    ("flags", "capabilities", "runs"),
     [
-        ("avx2 avx_vnni", [], "bf16", "fp32"),
-        ("avx512_vnni", ["BF16"], "bf16", "fp32"),  # it would be emulated
-        ("avx512_vnni avx512_bf16", ["BF16"], "fp32", "bf16"),
-        ("avx512_vnni amx_bf16", ["BF16"], "bf16", "bf16"),
-        ("avx2 avx_vnni", [], "fp32", "fp32"),
+        ("avx2 avx_vnni", [], False),
+        ("avx512_vnni", ["BF16"], False),  # it would be emulated
+        ("avx512_vnni avx512_bf16", ["BF16"], True),
+        ("avx512_vnni amx_bf16", ["BF16"], True),
     ],
 )
-def test_points_apply_on_cpus_that_compute_as_the_one_that_calibrated(
+def test_what_runs_in_bf16_is_refused_on_cpus_that_lack_it(
     flags: str,
     capabilities: list[str],
-    measured: str,
-    here: str,
+    runs: bool,
     engine_copy: Callable[..., Path],
-    set_points: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Points hold for one precision only, so the rest of int8 never runs in another one."""
     folder = engine_copy()
-    add_openvino(folder, "int8", rest_precision=measured)
-    set_points(folder, "openvino-int8", fast=FPabee(threshold=0.3), default="fast")
+    add_openvino(folder, "int8", "int8-bf16", "bf16")
     core = SimpleNamespace(get_property=lambda device, name: capabilities)
     monkeypatch.setattr(openvino, "_core", lambda: core)
     monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": flags})
-    expected = ("fast", FPabee(threshold=0.3)) if here == measured else (None, Budget(exit=3))
-    for point in (None, "fast"):
-        with Engine.load(folder, "openvino-int8", point) as engine:
-            assert (engine.operating_point, engine.rule) == expected
-    said = (
-        f"runs in {measured}, but this CPU runs it in {here}: until the target is calibrated here"
-    )
-    assert [said in line for line in told(caplog)] == [True] * (here != measured)
-
-
-def test_a_calibration_makes_points_apply_here(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
-) -> None:
-    folder, name, here = engine_copy(), "openvino-int8", openvino.rest_precision()
-    add_openvino(folder, "int8", rest_precision={"fp32": "bf16", "bf16": "fp32"}[here])
-    set_points(folder, name, fast=FPabee(threshold=0.3), default="fast")
-    options = CalibrationOptions(goals={"new": Goal(max_drop=1.0)}, target=name)
-    calibrate(folder, label_rows(folder, count=60), options)
-    found = read_manifest(folder).targets[name]
-    assert (found.rest_precision, list(found.operating_points)) == (here, ["new"])
-    with Engine.load(folder, name) as engine:
-        assert engine.operating_point == "new"
+    manifest = read_manifest(folder)
+    assert why_not(manifest, "openvino-int8") is None
+    for name in ("openvino-bf16", "openvino-int8-bf16"):
+        refused = why_not(manifest, name)
+        assert (refused is None) == runs
+        assert runs or f"{name} needs a CPU with bf16 instructions" in str(refused)

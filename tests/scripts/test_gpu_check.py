@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from one_graph import write_one_graph
 
-from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.runtime import MissingExtraError, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.machine import CudaDevice

@@ -10,8 +10,9 @@ import onnx
 import pytest
 from one_graph import write_one_graph
 
-from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
+from fpabee.exporter.targets import build_targets
 from fpabee.runtime import Engine, FPabee, read_manifest
+from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text
 
@@ -37,8 +38,8 @@ def test_one_graph_gives_the_logits_of_the_last_exit(
     with Engine.load(source) as before, Engine.load(tmp_path) as after:
         expected, found = before.trace(TEXTS).logits[-1:], after.trace(TEXTS).logits
     assert_close(found, expected)
-    stored, logits = read_reference(tmp_path, manifest)
-    texts, expected = read_reference(source, old)
+    stored, logits = read_reference(EnginesFolder(tmp_path, manifest))
+    texts, expected = read_reference(EnginesFolder(source, old))
     assert stored == texts
     np.testing.assert_array_equal(logits, expected[-1:])
 
@@ -72,7 +73,7 @@ def test_every_precision_is_merged_and_no_operating_point_is_copied(
 ) -> None:
     source, folder = engine_copy("mpnet"), tmp_path / "new"
     set_points(source, default="fast", fast=FPabee(threshold=(0.1, 0.1, 0.1)))
-    add_targets(source, AddTargetsOptions(fp16=True, backends=()))
+    build_targets(source, ["onnxruntime-fp16-cuda"])
     folder.mkdir()
     manifest = write_one_graph(source, folder)
     for graph in manifest.graphs_in("fp16").values():

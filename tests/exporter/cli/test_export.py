@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-
 from fpabee.exporter.add_targets import AddTargetsResult
+
 from fpabee.exporter.cli.export import main
 from fpabee.exporter.targets.check import Checked
 from fpabee.runtime import FPabee
-from fpabee.runtime.artifact.folder import read_manifest
+from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
 from fpabee.runtime.artifact.reference import read_reference
 
 from ...bad_input.cases import change_config, change_json
@@ -70,7 +70,7 @@ def test_options_reach_the_export_and_quiet_json_is_one_object(bert: Path, tmp_p
     assert manifest.tokenizer.max_length == 12
     assert manifest.task.problem_type.value == "multi_label_classification"
     assert manifest.task.label_thresholds == (0, 0.5, 1, 1)
-    known, _ = read_reference(tmp_path / "out", manifest)
+    known, _ = read_reference(EnginesFolder(tmp_path / "out", manifest))
     assert known[-2:] == ["good film", ("rain", "sun")]
 
 

@@ -17,18 +17,19 @@ import pytest
 
 from fpabee.calibration import Bound
 from fpabee.calibration.scoring import Scorer
-from fpabee.exporter.add_targets import AddTargetsOptions
 from fpabee.exporter.convert import ConvertOptions, convert, workflow
 from fpabee.exporter.convert.promises import certify_target
 from fpabee.exporter.convert.texts import split
 from fpabee.exporter.convert.workflow import _Work
 from fpabee.exporter.model import predict
 from fpabee.exporter.staging import staging
+from fpabee.exporter.targets.builders import INT8_TARGETS, OPENVINO_TARGETS
 from fpabee.exporter.tokenizer import load_tokenizer
 from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.runtime import Engine
 from fpabee.runtime.agreement import EXPORT_LIMIT
 from fpabee.runtime.artifact.folder import read_manifest
+from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ArtifactError, BackendError, InputError
 from fpabee.runtime.files import Row, read_rows
 
@@ -187,24 +188,30 @@ def test_all_targets_are_those_that_this_machine_can_build(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[AddTargetsOptions] = []
+    asked: list[tuple[list[str], list[Text]]] = []
 
-    def add_targets(_: Path, options: AddTargetsOptions, *__: Any) -> None:
-        asked.append(options)
+    def build_targets(_: Path, names: list[str], texts: list[Text], **__: Any) -> None:
+        asked.append((names, texts))
         raise KeyboardInterrupt
 
     find = util.find_spec
-    monkeypatch.setattr(util, "find_spec", lambda name: find("numpy" if name == "nncf" else name))
-    monkeypatch.setattr(workflow, "add_targets", add_targets)
+    monkeypatch.setattr(workflow, "build_targets", build_targets)
+    monkeypatch.setattr(workflow, "buildable", list)
     options = replace(OPTIONS, all_targets=True)
-    for can in (False, True):
-        monkeypatch.setattr(workflow, "multiplies_int8", lambda can=can: can)
+    for stand_in in ("no_such_package", "numpy"):
+
+        def find_nncf(name: str, stand_in: str = stand_in) -> object:
+            return find(stand_in if name == "nncf" else name)
+
+        monkeypatch.setattr(util, "find_spec", find_nncf)
         with pytest.raises(KeyboardInterrupt):
             convert(telling[SINGLE.value], texts, tmp_path / "engines", options)
-    assert [each.int8 for each in asked] == [False, True]
     given = split(read_rows(texts))
     taught = [given.rows[number].content for number in given.taught]
-    assert [each.calibration_data for each in asked] == [(), taught]
+    assert asked == [
+        ([*OPENVINO_TARGETS], []),
+        ([*OPENVINO_TARGETS, *INT8_TARGETS], taught),
+    ]
 
 
 def test_a_conversion_with_other_groups_starts_anew(

@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 
 from fpabee.exporter.single_file import pack
 from fpabee.runtime import Certificate, Confidence, Promise, read_manifest
-from fpabee.runtime.artifact.folder import write_manifest
-from fpabee.runtime.artifact.manifest import with_operating_points, with_target
+from fpabee.runtime.artifact.folder import EnginesFolder
+from fpabee.runtime.artifact.manifest import with_operating_points
 
 from .test_packing import FP32
 
@@ -47,7 +47,7 @@ def folder(
         certificate=CERTIFICATE,
     )
     target = with_operating_points(target, {"flips": point}, "flips")
-    write_manifest(folder, with_target(manifest, FP32, target))
+    EnginesFolder(folder, manifest).with_target(FP32, target).write()
     return folder
 
 

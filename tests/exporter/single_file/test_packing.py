@@ -24,11 +24,11 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig
 
 from fpabee.exporter import export
-from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.cli.pack import main
 from fpabee.exporter.onnx_file import graph_runs
 from fpabee.exporter.single_file import Packed, graph, pack, packing
+from fpabee.exporter.targets import build_targets
 from fpabee.runtime import (
     ArtifactError,
     BackendError,
@@ -46,8 +46,8 @@ from fpabee.runtime import (
     read_manifest,
 )
 from fpabee.runtime.agreement import BATCH_LIMIT, EXPORT_LIMIT, REQUIREMENTS, logit_differences
-from fpabee.runtime.artifact.folder import sha256_of, write_manifest
-from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL, with_target
+from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
+from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
 from fpabee.runtime.backends.onnxruntime import cpu_session
 from fpabee.runtime.encoding import Text
 
@@ -111,11 +111,7 @@ def add_int8(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A tiny random model has no robust answers.
     required = dataclasses.replace(REQUIREMENTS["int8"], labels=0.0)
     monkeypatch.setitem(REQUIREMENTS, "int8", required)
-    options = AddTargetsOptions(
-        int8=True, calibration_data=SINGLE[7:107], backends=("onnxruntime",)
-    )
-    (checked,) = add_targets(folder, options).checked
-    assert checked.refused is None
+    assert build_targets(folder, ["onnxruntime-int8"], SINGLE[7:107]).refused == {}
     shutil.rmtree(folder / "onnx")
 
 
@@ -123,7 +119,7 @@ def renew_hash_of_tokenizer(folder: Path) -> None:
     manifest = read_manifest(folder)
     sha256 = sha256_of(folder / "tokenizer" / "tokenizer.json")
     spec = msgspec.structs.replace(manifest.tokenizer, sha256=sha256)
-    write_manifest(folder, msgspec.structs.replace(manifest, tokenizer=spec))
+    EnginesFolder(folder, manifest).with_manifest(tokenizer=spec).write()
 
 
 def assert_equal(engine: Engine, given: list[Text], found: Answers) -> None:
@@ -293,7 +289,7 @@ def test_what_cannot_be_packed_is_refused(
     set_points(folder, FP32, fast=RULES["bert"])
     manifest = read_manifest(folder)
     bf16 = msgspec.structs.replace(manifest.targets[FP32], precision="bf16", graph_precision="fp32")
-    write_manifest(folder, with_target(manifest, "openvino-bf16", bf16))
+    EnginesFolder(folder, manifest).with_target("openvino-bf16", bf16).write()
     with pytest.raises(
         BackendError, match=r"openvino-bf16 .* choose a `target` from onnxruntime-f"
     ):
@@ -312,7 +308,7 @@ def test_what_cannot_be_packed_is_refused(
         pack(tmp_path / "none", tmp_path / "packed")
     manifest = read_manifest(folder)
     files = {name: value for name, value in manifest.files.items() if name != "classifier.json"}
-    write_manifest(folder, msgspec.structs.replace(manifest, files=files))
+    EnginesFolder(folder, manifest).with_manifest(files=files).write()
     with pytest.raises(ArtifactError, match=r"no classifier\.json.* -> export the model again"):
         pack(folder, tmp_path / "packed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engines", "full"]
@@ -418,8 +414,8 @@ def test_the_command_says_what_it_packed(
     folder, made = packed("bert")
     manifest = read_manifest(folder)
     bf16 = msgspec.structs.replace(manifest.targets[FP32], precision="bf16", graph_precision="fp32")
-    manifest = with_target(manifest, "openvino-bf16", bf16)
-    write_manifest(folder, msgspec.structs.replace(manifest, default_target="openvino-bf16"))
+    changed = EnginesFolder(folder, manifest).with_target("openvino-bf16", bf16)
+    changed.with_manifest(default_target="openvino-bf16").write()
     more = tmp_path / "more.txt"
     more.write_text("rain\n" * 20)
     output = tmp_path / "again"

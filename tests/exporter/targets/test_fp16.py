@@ -18,7 +18,7 @@ from fpabee.exporter.targets.fp16 import add_lowered
 from fpabee.exporter.targets.lowering import emulate, lower
 from fpabee.runtime import Manifest, ModelError, VerificationError, read_manifest
 from fpabee.runtime.agreement import BATCH_LIMIT, Agreement
-from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.artifact.untrusted.graph_content import check_graph
 from fpabee.runtime.backends.onnxruntime import session_options
@@ -60,7 +60,7 @@ def test_more_texts_are_also_checked_with_exit_0(
 ) -> None:
     folder = Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
     manifest = read_manifest(folder)
-    known, _ = read_reference(folder, manifest)
+    known, _ = read_reference(EnginesFolder(folder, manifest))
     _, agreement = add_fp16(folder, [*known, "the film", "the film", ("a", "b")])
     assert agreement.passed
     assert agreement.rows == len(known) + 2, "texts that are new run too, once"
@@ -71,7 +71,7 @@ def test_answers_that_change_are_refused(
 ) -> None:
     folder = engine_copy()
     manifest = read_manifest(folder)
-    texts, logits = read_reference(folder, manifest)
+    texts, logits = read_reference(EnginesFolder(folder, manifest))
     turned = (texts, np.ascontiguousarray(logits[..., ::-1]))
     monkeypatch.setattr("fpabee.exporter.targets.fp16.read_reference", lambda *_: turned)
     message = r"changes answers from exit 1 on.*at least 99\.9% required"

@@ -14,16 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from fpabee.exporter.add_targets import AddTargetsOptions, AddTargetsResult, add_targets
 from one_graph import write_one_graph
 from onnx import numpy_helper
 
 from fpabee.exporter import add_targets as additions
-from fpabee.exporter.add_targets import AddTargetsOptions, AddTargetsResult, add_targets
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.cli.export import main
 from fpabee.exporter.onnx_file import in_head
@@ -43,7 +42,7 @@ from fpabee.runtime import (
     read_manifest,
 )
 from fpabee.runtime.agreement import REQUIREMENTS
-from fpabee.runtime.artifact.folder import damage, sha256_of, write_manifest
+from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
 from fpabee.runtime.artifact.manifest import Target, with_target
 from fpabee.runtime.artifact.untrusted.graph_content import check_graph
 from fpabee.runtime.backends import openvino
@@ -157,7 +156,7 @@ def test_both_libraries_run_the_same_graphs(
     assert sum(map(check_content, protos)) >= 2
     for file in first.files.values():
         check_graph(folder / file.file)
-    assert not any(damage(folder, manifest))
+    assert not any(EnginesFolder(folder, manifest).damage())
     one.mkdir()
     write_one_graph(folder, one)
     logits = []
@@ -198,7 +197,7 @@ def test_earlier_int8_stays_until_the_new_one_has_passed(
     def interrupt(path: Path, manifest: Manifest) -> None:
         if manifest.targets[NAMES[0]].files != before.targets[NAMES[0]].files:
             raise ZeroDivisionError
-        write_manifest(path, manifest)
+        EnginesFolder(path, manifest).write()
 
     if interrupted:
         if interrupted == "at the check":
@@ -255,7 +254,7 @@ def test_int8_needs_a_cpu_with_vnni(
     for name in NAMES:
         target = Target(backend=name.removesuffix("-int8"), **like_int8)
         manifest = with_target(manifest, name, target)
-    write_manifest(folder, msgspec.structs.replace(manifest, default_target=NAMES[1]))
+    EnginesFolder(folder, manifest).with_manifest(default_target=NAMES[1]).write()
     monkeypatch.setattr(machine, "cpu_info", lambda: {"flags": "avx2 avx512f"})
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     for name in NAMES:
@@ -300,7 +299,7 @@ def test_cpus_need_texts(engine_copy: Callable[..., Path], tmp_path: Path) -> No
             add_targets(folder, replace(BOTH, calibration_data=()))
         manifest = read_manifest(folder)  # graphs for plans do not help
         precisions = {"int8": manifest.graphs}
-        write_manifest(folder, msgspec.structs.replace(manifest, precisions=precisions))
+        EnginesFolder(folder, manifest).with_manifest(precisions=precisions).write()
     with pytest.raises(InputError, match="at least 32 texts, but there are 10"):
         add_targets(folder, replace(BOTH, calibration_data=TEXTS[:10]))
     (tmp_path / "few.txt").write_text("\n".join(TEXTS[:10]))

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from fpabee.runtime.artifact.folder import is_engines_folder, read_manifest, write_manifest
+from fpabee.runtime.artifact.folder import EnginesFolder, is_engines_folder, read_manifest
 from fpabee.runtime.artifact.manifest import MANIFEST_NAME, Manifest
 from fpabee.runtime.errors import ArtifactError
 
@@ -33,7 +33,7 @@ def manifest() -> Manifest:
 @pytest.fixture
 def folder(tmp_path: Path, manifest: Manifest) -> Path:
     """A folder that holds the manifest."""
-    write_manifest(tmp_path, manifest)
+    EnginesFolder(tmp_path, manifest).write()
     return tmp_path
 
 
@@ -58,7 +58,7 @@ def test_a_manifest_is_written_as_it_was_read(folder: Path, manifest: Manifest) 
     assert (folder / MANIFEST_NAME).read_bytes() == GOLDEN.read_bytes()
     assert read_manifest(folder) == manifest
     assert manifest.exit_layers == (1, 2)
-    write_manifest(folder, manifest)
+    EnginesFolder(folder, manifest).write()
     assert (folder / MANIFEST_NAME).read_bytes() == GOLDEN.read_bytes()
     assert [path.name for path in folder.iterdir()] == [MANIFEST_NAME]
 
@@ -71,7 +71,7 @@ def test_a_manifest_that_is_a_link_is_read_and_then_replaced(
     (folder / MANIFEST_NAME).symlink_to("blob")
     assert read_manifest(folder) == manifest
     changed = msgspec.structs.replace(manifest, fpabee_version="0.9.9")
-    write_manifest(folder, changed)
+    EnginesFolder(folder, changed).write()
     assert blob.read_bytes() == GOLDEN.read_bytes()
     assert not (folder / MANIFEST_NAME).is_symlink()
     assert read_manifest(folder) == changed

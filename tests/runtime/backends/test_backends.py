@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fpabee.runtime import read_manifest
 from fpabee.runtime.agreement import BATCH_LIMIT, EXPORT_LIMIT, REQUIREMENTS, logit_differences
+from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.backends.base import Bucket, shape_of
@@ -55,7 +56,7 @@ class Chain:
         # In bf16, other padding and another batch round as differently as another precision.
         limits = {"openvino-bf16": REQUIREMENTS["bf16"].tie, "openvino-fp32": EXPORT_LIMIT}
         self.limit = limits.get(target, BATCH_LIMIT)
-        self.backend: Any = open_backend(folder, manifest, target, None)
+        self.backend: Any = open_backend(EnginesFolder(folder, manifest), target, None)
         self.execution: Any = self.backend.check_out()
         self.segments = len(manifest.segments)
         self.rows = TextEncoder(folder, manifest.tokenizer).encode(TEXTS)

@@ -22,7 +22,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from fpabee.runtime import BackendError, Engine, read_manifest
+from fpabee.runtime import BackendError, Engine
+from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.backends.base import Backend, Bucket
 from fpabee.runtime.backends.cuda import required_gpu
 from fpabee.runtime.encoding import TextEncoder
@@ -194,9 +195,10 @@ class Calls(RuleBasedStateMachine):
     def __init__(self, double: Double, expected: Any) -> None:
         super().__init__()
         self.double, self.expected = double, expected
-        manifest = read_manifest(double.folder)
+        engines = EnginesFolder.read(double.folder)
+        manifest = engines.manifest
         self.segments = len(manifest.segments)
-        self.backend: Any = open_backend(double.folder, manifest, double.target, None)
+        self.backend: Any = open_backend(engines, double.target, None)
         self.rows = TextEncoder(double.folder, manifest.tokenizer).encode(TEXTS)
         self.lent: list[Any] = []
         self.groups: list[Group] = []

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
+from fpabee.exporter.targets import build_targets
 from fpabee.exporter.targets.plans import RTX_CAPABILITIES, PlanOptions
 from fpabee.runtime import Engine, FPabee
 from fpabee.runtime.artifact.manifest import Manifest
@@ -55,9 +55,9 @@ def _build(folder: Path, backend: str, compute_capability: str) -> Built:
         sequence=(2, 16, 64),
         compute_capabilities=(compute_capability,),
     )
-    backends = (backend,) if backend in MODULES else ()
-    result = add_targets(folder, AddTargetsOptions(fp16=True, backends=backends, plans=plans))
-    target = result.checked[-1].name if backends else "onnxruntime-fp16-cuda"
+    name = f"{backend}-fp16" if backend in MODULES else "onnxruntime-fp16-cuda"
+    result = build_targets(folder, [name], plans=plans)
+    (target,) = result.added
     return Built(folder, result.manifest, target, compute_capability)
 
 

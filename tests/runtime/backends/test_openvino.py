@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from fpabee.runtime import read_manifest
+from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.backends import compiled_cache, openvino
 from fpabee.runtime.backends.base import Bucket
 from fpabee.runtime.engine import Engine
@@ -198,7 +199,7 @@ def test_another_instruction_set_or_version_is_another_key(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key() -> str:
-        backend: Any = open_backend(folder, read_manifest(folder), TARGET, None)
+        backend: Any = open_backend(EnginesFolder.read(folder), TARGET, None)
         return str(backend._key("0" * 64))
 
     first = key()
@@ -219,7 +220,7 @@ def test_an_openvino_without_its_package_has_a_version(monkeypatch: pytest.Monke
 @pytest.mark.skipif(not openvino.has_bf16(), reason="this CPU has no bf16")
 def test_hidden_states_are_handed_on_in_bf16(folder: Path) -> None:
     add_openvino(folder, "bf16")
-    backend: Any = open_backend(folder, read_manifest(folder), "openvino-bf16", None)
+    backend: Any = open_backend(EnginesFolder.read(folder), "openvino-bf16", None)
     model = backend.graph("segment_02").model
     assert model.input("hidden_states").element_type.get_type_name() == "bf16"
     assert model.output("next_hidden_states").element_type.get_type_name() == "bf16"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fpabee.exporter.targets.plans import PlanOptions
-from fpabee.runtime import BackendError, Engine, MissingExtraError, read_manifest
-from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime import BackendError, Engine, MissingExtraError
+from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
 from fpabee.runtime.backends.base import Bucket
 from fpabee.runtime.targets import open_backend
 
@@ -82,7 +82,7 @@ def test_one_row_runs_in_the_profile_of_its_length(
     options = PlanOptions(batch=batch, compute_capabilities=())
     profiles = options.profiles()
     made = double(profiles=profiles, batch_sizes=options.batch_sizes)
-    backend: Any = open_backend(made.folder, read_manifest(made.folder), made.target, None)
+    backend: Any = open_backend(EnginesFolder.read(made.folder), made.target, None)
     limits = backend.limits()
     assert (limits.max_batch, limits.max_sequence) == (options.batch[2], 128)
     assert limits.group_tokens == options.batch[2] * 64

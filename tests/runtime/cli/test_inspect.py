@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from fpabee import __version__
 from fpabee.runtime import Budget
-from fpabee.runtime.artifact.folder import damage, read_manifest
+from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
 from fpabee.runtime.artifact.manifest import REFERENCE_NAME
 from fpabee.runtime.artifact.reference import read_reference, write_reference
 from fpabee.runtime.cli.inspect import main
@@ -73,7 +73,7 @@ def test_a_whole_folder_passes_the_check(engines: Mapping[str, Path]) -> None:
 def test_the_check_says_what_is_wrong(engine_copy: Callable[..., Path]) -> None:
     folder = engine_copy()
     manifest = read_manifest(folder)
-    texts, logits = read_reference(folder, manifest)
+    texts, logits = read_reference(EnginesFolder(folder, manifest))
     corrected(REFERENCE_NAME, lambda _: write_reference(folder, texts, -logits))(folder)
     result = run(folder, "--check", "--json")
     assert result.exit_code == 1
@@ -101,7 +101,7 @@ def test_graphs_of_all_precisions_and_plans_are_checked(
     other = {n: msgspec.structs.replace(g, sha256="0" * 64) for n, g in manifest.graphs.items()}
     (folder / "targets" / made.target / "segment_01.plan").unlink()
     manifest = msgspec.structs.replace(manifest, precisions={"bf16": other})
-    assert sum(map(bool, damage(folder, manifest))) == 1 + len(other)
+    assert sum(map(bool, EnginesFolder(folder, manifest).damage())) == 1 + len(other)
 
 
 def test_the_environment_and_sizes_need_no_onnxruntime(

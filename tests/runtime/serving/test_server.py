@@ -18,8 +18,8 @@ from openapi_spec_validator import validate
 from starlette.testclient import TestClient
 
 from fpabee.runtime import BackendError, Budget, Confidence, Engine, read_manifest
-from fpabee.runtime.artifact.folder import sha256_of, write_manifest
-from fpabee.runtime.artifact.manifest import MANIFEST_NAME, with_operating_points, with_target
+from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
+from fpabee.runtime.artifact.manifest import MANIFEST_NAME, with_operating_points
 from fpabee.runtime.artifact.operating_point import Certificate
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.serving import Scheduler
@@ -178,7 +178,7 @@ def test_full_depth_is_certified_for_its_thresholds(
     certificate = Certificate(confidence=95, promises=(), thresholds={label: 0.7})
     points = {"a": replace(built.operating_points["a"], certificate=certificate)}
     changed = with_operating_points(built, points, "a")
-    write_manifest(folder, with_target(manifest, name, changed))
+    EnginesFolder(folder, manifest).with_target(name, changed).write()
     with Engine.load(folder) as engine:
         assert engine.thresholds == {label: 0.7}
     with Engine.load(folder, rule=Budget(exit=3)) as engine:
