@@ -13,6 +13,7 @@ from functools import partial
 from importlib import resources
 from typing import Any
 
+import h11
 import msgspec
 import uvicorn
 from starlette.applications import Starlette
@@ -21,6 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ... import __version__
@@ -58,6 +60,8 @@ STATUSES = {
 """What each status of an error means."""
 
 _CLIENT_LEFT = 499
+# Clients that send a body as they make it need fewer than ten for each of 256 texts.
+_MOST_CHUNKS = 4096
 _JSON = msgspec.json.Encoder()
 _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
 _PAGE_POLICY += "connect-src 'self'; frame-ancestors 'none'"
@@ -122,17 +126,66 @@ def serve(app: ASGIApp, listener: socket.socket, limits: ServerLimits) -> None:
     uvicorn.Server(config).run(sockets=[listener])
 
 
+class _Parser(h11.Connection):
+    """Refuses bodies in very many chunks, each of which takes time in the thread of all clients."""
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER)
+        self._chunks = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """The next part of a request."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = 0
+        elif isinstance(event, h11.Data):
+            self._chunks += event.chunk_start
+            if self._chunks > _MOST_CHUNKS:
+                raise h11.RemoteProtocolError("the body has too many chunks")
+        return event
+
+
+class _Flow(FlowControl):
+    """Waits with reading while a client has sent many requests beyond the one that is in work.
+
+    uvicorn reads on whenever the application waits for its client to leave, and keeps what comes.
+
+    Args:
+        transport: the connection.
+        parser: has what was read and is not used yet.
+    """
+
+    def __init__(self, transport: asyncio.Transport, parser: h11.Connection) -> None:
+        super().__init__(transport)
+        self._parser = parser
+
+    def resume_reading(self) -> None:
+        """Read on, unless too much is unused."""
+        unused, _ = self._parser.trailing_data
+        if len(unused) <= HIGH_WATER_LIMIT:
+            super().resume_reading()
+
+
 def _connections(seconds: float) -> type[H11Protocol]:
-    """Connections that limit the time a client may take, for which uvicorn has no setting."""
+    """Connections that limit what a client may do, for which uvicorn has no settings."""
 
     class Connection(H11Protocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            self.conn = _Parser()
+            self.flow = _Flow(transport, self.conn)
             self._timer = self.loop.call_later(seconds, self._check, None)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._timer.cancel()
             super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            """Answer a broken request, unless its head was fine and it has been answered."""
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                super().send_400_response(msg)
+            else:
+                self.transport.abort()
 
         def _check(self, before: Any) -> None:
             """Cut off a client that the server has waited for since the last check."""

@@ -10,12 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fpabee.runtime import Engine
 from fpabee.runtime.encoding import Text
@@ -82,6 +83,12 @@ def connected(port: int, sent: bytes = b"") -> socket.socket:
     return client
 
 
+def request(content: object) -> bytes:
+    """A request to classify, as a client sends it."""
+    body = json.dumps(content).encode()
+    return HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
 def until(condition: Callable[[], object]) -> None:
     ends = time.monotonic() + WAIT
     while not condition():
@@ -133,13 +140,85 @@ def test_a_client_that_does_not_read(serving: Serving, monkeypatch: pytest.Monke
         return [answer] * len(texts)
 
     monkeypatch.setattr(Scheduler, "classify", same)
-    body = json.dumps({"input": ["a"] * 20_000}).encode()
     with serving() as (port, server, _), socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", port))
-        client.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        client.sendall(request({"input": ["a"] * 20_000}))
         until(lambda: server.server_state.connections)
         until(lambda: not server.server_state.connections)
+
+
+def test_requests_that_are_sent_before_the_answers_wait_with_the_client(serving: Serving) -> None:
+    """Otherwise the server would read 256 KiB more of them for each one that it answers."""
+    many = request({"input": "rain"}) * 2**17  # 17 MB
+    with (
+        serving() as (port, server, _),
+        connected(port) as client,
+        ThreadPoolExecutor(1) as pool,
+        client.makefile("rb") as answers,
+    ):
+        sent = pool.submit(client.sendall, many)
+        for _ in range(60):
+            next(line for line in answers if b"HTTP/1.1 200 OK" in line)
+        (connection,) = server.server_state.connections
+        assert isinstance(connection, H11Protocol)
+        assert 0 < len(connection.conn.trailing_data[0]) < 2**20
+        client.shutdown(socket.SHUT_RDWR)
+        assert isinstance(sent.exception(WAIT), OSError)
+
+
+@pytest.mark.parametrize("later", [b"", request({"input": "sun"})], ids=["alone", "with another"])
+def test_a_client_that_leaves_is_noticed(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, later: bytes
+) -> None:
+    """Even if it has sent another request."""
+    classify = Scheduler.classify
+    runs = threading.Event()
+    is_cancelled = threading.Event()
+
+    async def waits(scheduler: Scheduler, texts: Sequence[Text], *rest: object) -> object:
+        if "rain fell" in texts:
+            runs.set()
+            try:
+                await asyncio.sleep(4 * WAIT)
+            except asyncio.CancelledError:
+                is_cancelled.set()
+                raise
+        return await classify(scheduler, texts, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Scheduler, "classify", waits)
+    with serving() as (port, _, _):
+        with connected(port, request({"input": "rain fell"}) + later):
+            assert runs.wait(WAIT)
+        assert is_cancelled.wait(WAIT)
+
+
+def test_small_chunks(serving: Serving) -> None:
+    """Each takes time in the thread of all clients, so a body may only have 4096."""
+    body = json.dumps({"input": "rain " * 500}).encode()
+    ends = b"0\r\n\r\n"
+    with serving() as (port, _, _):
+        with connected(port, CHUNKED + b"".join(b"1\r\n%c\r\n" % x for x in body) + ends) as client:
+            assert client.recv(100).startswith(b"HTTP/1.1 200 ")
+        with connected(port, CHUNKED + b"1\r\n \r\n" * 4097) as client:
+            assert client.recv(100).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("rest", [b"1\r\nx\r\n" * 10_000, b"nonsense\r\n"])
+def test_nonsense_after_the_answer(
+    serving: Serving, rest: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client gets an answer before it sends the end of its request."""
+    head = CHUNKED.replace(b"classify", b"nothing")
+    with serving() as (port, _, _), connected(port, head) as client:
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        assert answer.status == 404
+        assert answer.read().endswith(b"}")
+        with suppress(ConnectionError):
+            client.sendall(rest)
+            assert client.recv(100) == b""
+    assert "Traceback" not in caplog.text
 
 
 def test_slow_clients_do_not_keep_the_server_from_stopping(serving: Serving) -> None:
