@@ -81,7 +81,7 @@ class MissingExtraError(BackendError):
 
 
 class OverloadedError(FpabeeError):
-    """A scheduler has as many unanswered rows as its queue takes."""
+    """The unanswered rows of a scheduler, or their tokens, are as many as its queue takes."""
 
 
 class VerificationError(FpabeeError):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ _MOST_ROWS = 1000
 # Longer texts of a request are tokenized in another thread than that of the event loop. It is one
 # thread for all requests, so that the memory which this takes does not grow with their number.
 _SHORT_CHARACTERS = 20_000
+# Tokens that may be unanswered for each of `max_rows`. Most rows have fewer.
+_TOKENS_OF_A_ROW = 128
 # Rows with at most this many tokens may share a group, whatever their lengths: a segment takes
 # about as long for shorter rows.
 _SHORT_TOKENS = 16
@@ -44,12 +47,15 @@ class _Row:
         future: its answer.
         arrived: when it was submitted, in seconds of `perf_counter`.
         deadline: when it should be answered, in the same seconds.
+        turn: the round that it belongs to, see `Scheduler`. Rows of a round are in the order of
+            their arrival.
     """
 
     encoded: EncodedRow
     future: Future[Prediction]
     arrived: float
     deadline: float
+    turn: int
 
 
 class Scheduler:
@@ -60,9 +66,13 @@ class Scheduler:
     tolerance. One thread runs the segments. If a group fails, all of its rows get the error; a row
     whose logits are not finite numbers gets an error alone.
 
+    Calls take turns: in each round, a call starts rows of about as many tokens as fit into a group.
+    So a text does not wait for all texts of a long list that was submitted before it.
+
     Args:
         engine: the engine, which the scheduler does not close.
         max_rows: most rows that are unanswered at a time, tokenization included; more are refused.
+            None are taken while the unanswered rows have 128 times as many tokens.
         metrics: count what happens.
 
     Raises:
@@ -88,10 +98,12 @@ class Scheduler:
         self._changed = threading.Condition()
         self._arrived: list[Group] = []
         self._unanswered = 0
+        self._tokens: dict[Future[Prediction], int] = {}  # of the rows that were queued
         self._closed = self._cancels = self._some_cancelled = False
         self._tokenizer = ThreadPoolExecutor(1, "fpabee tokenizer")
         # What follows belongs to the worker thread.
-        self._waiting: list[Group] = []  # before segment 1; one for each rule, oldest rows first
+        self._waiting: list[Group] = []  # before segment 1; one for each rule, in order of turns
+        self._round = 0
         self._groups: list[Group] = []
         self._thread = threading.Thread(target=self._work, name="fpabee scheduler", daemon=True)
         self._thread.start()
@@ -203,13 +215,8 @@ class Scheduler:
         self._check_open()  # before the lock, which a fork may have copied while it was held
         with self._changed:
             if self._unanswered + rows > self._most:
-                if self._metrics is not None:
-                    self._metrics.refused(rows)
-                raise OverloadedError(
-                    f"{self._unanswered} of at most {self._most} rows are unanswered, and "
-                    f"{rows} more were submitted",
-                    "try again later, submit fewer rows at a time, or raise `max_rows`",
-                )
+                state = f"{self._unanswered} of at most {self._most} rows are unanswered"
+                raise self._full(state, rows)
             self._unanswered += rows
         futures: list[Future[Prediction]] = [Future() for _ in range(rows)]
         for future in futures:
@@ -220,6 +227,15 @@ class Scheduler:
             for future in futures:
                 future.cancel()
             raise
+
+    def _full(self, state: str, rows: int) -> OverloadedError:
+        """The error for rows that a queue in this state refuses, which are counted."""
+        if self._metrics is not None:
+            self._metrics.refused(rows)
+        return OverloadedError(
+            f"{state}, and {rows} more were submitted",
+            "try again later, submit fewer rows at a time, or raise `max_rows`",
+        )
 
     async def _encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         if sum(map(characters, texts)) <= _SHORT_CHARACTERS:
@@ -241,13 +257,24 @@ class Scheduler:
         ends = math.inf if deadline_ms is None else arrived + seconds_of("deadline_ms", deadline_ms)
         self._engine.chain()  # raises if the engine is closed
         runner = self._engine.runner(max_exit=max_exit)
+        limits = self._engine.limits
+        lengths = [len(row) for row in encoded]
+        # Not this round, which might never end if rows could join it.
+        turns = [self._round + 1 + (n - 1) // limits.group_tokens for n in accumulate(lengths)]
         rows = [
-            _Row(row, future, arrived, ends) for row, future in zip(encoded, futures, strict=True)
+            _Row(row, future, arrived, ends, turn)
+            for row, future, turn in zip(encoded, futures, turns, strict=True)
         ]
         named = np.fromiter(rows, np.object_, len(rows))
-        group = Group.of(named, encoded, runner, ends, self._engine.limits)
+        group = Group.of(named, encoded, runner, ends, limits)
         with self._changed:
             self._check_open()
+            tokens = sum(self._tokens.values())
+            most = self._most * _TOKENS_OF_A_ROW
+            if rows and tokens >= most:
+                state = f"the unanswered rows have {tokens} tokens, expected fewer than {most}"
+                raise self._full(state, len(rows))
+            self._tokens.update(zip(futures, lengths, strict=True))
             self._arrived += [group] if rows else []
             self._changed.notify()
 
@@ -257,6 +284,7 @@ class Scheduler:
         with self._changed:
             self._some_cancelled |= future.cancelled()
             self._unanswered -= 1
+            self._tokens.pop(future, None)
 
     def _work(self) -> None:
         while self._wait():
@@ -318,6 +346,8 @@ class Scheduler:
         chain.current = None
         if arrived:
             self._waiting = _one_for_each_rule(self._waiting)
+            for group in self._waiting:
+                group.keep(np.argsort([row.turn for row in group.rows], kind="stable"))
 
     def _clear(self, chain: Chain) -> None:
         """Drop the rows that are cancelled, and answer those that would miss their deadline."""
@@ -354,7 +384,8 @@ class Scheduler:
         if not is_urgent:
             if best is not None and not chain.backend.joins:
                 return best
-            waiting, first = min(self._waiting, key=lambda group: group.rows[0].arrived), 0
+            waiting = min(self._waiting, key=_turn)
+            first = 0
         places = _similar(waiting.lengths, first, chain.limits)
         group = waiting.take(places)
         if best is not None and not is_urgent and gain(group) <= gain(best):
@@ -362,6 +393,8 @@ class Scheduler:
         chain.keep(waiting, ~np.isin(np.arange(len(waiting)), places))
         self._waiting = [each for each in self._waiting if len(each)]
         self._groups.append(group)
+        if not is_urgent:
+            self._round = group.rows[0].turn
         return group
 
     def _joined(self, chain: Chain) -> list[Group]:
@@ -436,6 +469,12 @@ def _worth(group: Group, left: int, now: float) -> float:
     return age * int(group.lengths.sum()) / left
 
 
+def _turn(group: Group) -> tuple[int, float]:
+    """What orders groups of rows that wait, as their first rows are ordered."""
+    first: _Row = group.rows[0]
+    return first.turn, first.arrived
+
+
 def _one_for_each_rule(groups: Sequence[Group]) -> list[Group]:
     """Groups that have seen the same exits, joined if they have the same rule."""
     joined: list[Group] = []
@@ -451,10 +490,10 @@ def _one_for_each_rule(groups: Sequence[Group]) -> list[Group]:
 
 
 def _similar(lengths: NDArray[np.intp], first: int, limits: Limits) -> RowNumbers:
-    """A row and others of similar length, the oldest ones, as many as fit into a group.
+    """A row and others of similar length, the first ones, as many as fit into a group.
 
     Args:
-        lengths: `[rows]` tokens of the rows, oldest first.
+        lengths: `[rows]` tokens of the rows, in the order in which they start.
         first: the row.
         limits: the shapes that the backend runs.
     """

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, wait
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,32 @@ def test_texts_of_other_lengths_run_in_other_groups(engine: Engine, gate: Gate) 
     assert sorted(rows for segment, rows in gate.begun if segment == 0) == [1, 4, 16, 19]
 
 
+def test_requests_take_turns(engine: Engine, gate: Gate) -> None:
+    """They start 1024 tokens in a round, which are 16 of the long texts."""
+    answered: list[str] = []
+    futures: list[Future[Prediction]] = []
+
+    def submit(name: str, texts: list[Text]) -> None:
+        for future in scheduler.submit_all(texts):
+            future.add_done_callback(lambda _: answered.append(name))
+            futures.append(future)
+
+    with Scheduler(engine) as scheduler:
+        submit("first", ["sun"])
+        assert gate.at() == (0, 1)
+        submit("a", ["the film " * 31] * 40)
+        submit("b", ["the plot " * 31] * 40)
+        submit("short", ["rain"])
+        gate.step()
+        while gate.at() != (0, 1):
+            gate.step()
+        submit("late", ["rain"])
+        gate.open()
+        results(futures)
+    order = [name for name, _ in groupby(answered)]
+    assert order == ["first", "a", "b", "short", "a", "b", "late", "a", "b"]
+
+
 def test_cancelled_rows_leave(engine: Engine, gate: Gate) -> None:
     with Scheduler(engine) as scheduler:
         running = scheduler.submit_all(["the film", "the plot"])
@@ -282,6 +309,27 @@ def test_a_full_queue_refuses_and_recovers(engine: Engine, gate: Gate) -> None:
         gate.open()
         results(futures)
         assert scheduler.submit("d").result(WAIT).exit == 3
+
+
+def test_many_tokens_also_fill_the_queue(
+    engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_module, "_TOKENS_OF_A_ROW", 4)
+    metrics = Metrics(engine)
+    with Scheduler(engine, 20, metrics) as scheduler:
+        futures = scheduler.submit_all(["the film " * 30, "the plot " * 20])
+        with pytest.raises(OverloadedError, match="have 104 tokens, expected fewer than 80"):
+            scheduler.submit_all(["a", "b"])
+        with pytest.raises(OverloadedError):
+            asyncio.run(scheduler.classify(["a", "b"]))
+        assert counted(metrics, "refused_rows_total") == 4
+        assert scheduler._unanswered == 2
+        assert futures[0].cancel()
+        futures[0] = scheduler.submit("a")
+        gate.open()
+        results(futures)
+        assert scheduler._tokens == {}
+    assert engine.tally.rows == 2, "those that were refused ran"
 
 
 def test_texts_count_while_they_are_tokenized(
