@@ -8,7 +8,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -254,6 +254,24 @@ def test_texts_of_other_lengths_run_in_other_groups(engine: Engine, gate: Gate) 
     assert sorted(rows for segment, rows in gate.begun if segment == 0) == [1, 4, 16, 19]
 
 
+@pytest.mark.usefixtures("joins")
+def test_rows_of_different_rules_are_not_joined(
+    engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_clock(monkeypatch, lambda: 0.0)
+    with Scheduler(engine) as scheduler:
+        deep = scheduler.submit("rain")
+        assert gate.at() == (0, 1)
+        # It is urgent, so it runs although the other row is nearer to its end.
+        two = scheduler.submit("rain", deadline_ms=1.5, max_exit=2)
+        gate.step()
+        assert gate.at() == (0, 1)
+        gate.step()  # now both are before segment 2
+        assert gate.at() == (1, 1)
+        gate.open()
+        assert [answer.exit for answer in results([two, deep])] == [2, 3]
+
+
 def test_requests_take_turns(engine: Engine, gate: Gate) -> None:
     """They start 1024 tokens in a round, which are 16 of the long texts."""
     answered: list[str] = []
@@ -330,6 +348,26 @@ def test_many_tokens_also_fill_the_queue(
         results(futures)
         assert scheduler._tokens == {}
     assert engine.tally.rows == 2, "those that were refused ran"
+
+
+def test_callers_at_the_same_time_do_not_take_the_same_room(engine: Engine, gate: Gate) -> None:
+    class Most(int):
+        """Lets another caller in while a caller looks how many rows there may be."""
+
+        def __lt__(self, other: int) -> bool:
+            if not others:
+                others.append(pool.submit(scheduler.submit, "b"))
+                wait(others, timeout=0.5)  # in vain, since it has to wait itself
+            return super().__lt__(other)
+
+    others: list[Future[Future[Prediction]]] = []
+    with Scheduler(engine) as scheduler, ThreadPoolExecutor(1) as pool:
+        scheduler._most = Most(1)
+        first = scheduler.submit("a")
+        with pytest.raises(OverloadedError):
+            others[0].result(WAIT)
+        gate.open()
+        results([first])
 
 
 def test_texts_count_while_they_are_tokenized(
