@@ -65,3 +65,9 @@ def _target_problems(manifest: Manifest) -> Iterator[str]:
             yield f"{name!r} cannot be the name of a target"
         if target.files and target.files.keys() != manifest.graphs.keys():
             yield f"target {name} does not have one file for each graph"
+        for title, point in target.operating_points.items():
+            if len(point.exits) != len(manifest.exits) or not any(point.exits):
+                yield (
+                    f"operating point {title!r} of target {name} counts rows at its exits as "
+                    f"{list(point.exits)}, expected {len(manifest.exits)} counts that are not all 0"
+                )

@@ -192,6 +192,8 @@ FAST = ("targets", TARGET, "operating_points", "fast")
         (updated("targets", TARGET, "files", one=None), "does not have one file for each graph"),
         (updated("targets", TARGET, tolerance=-1), "tolerance"),
         (updated(*FAST, exits=[-1, 2]), "exits"),
+        (updated(*FAST, exits=[1, 2, 3]), "'fast' of target"),
+        (updated(*FAST, exits=[0, 0]), "not all 0"),
     ],
 )
 def test_the_wrong_field_is_named(folder: Path, how: Change, says: str) -> None:
