@@ -8,6 +8,7 @@ accepted. Starlette's `TrustedHostMiddleware` cannot be told so.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from ipaddress import ip_address
 from urllib.parse import urlsplit
@@ -20,6 +21,8 @@ from ..errors import InputError
 ANY_HOST = "*"
 HEALTH = "/health"
 """The path at which all hosts are accepted: load balancers ask for it under names of their own."""
+
+_NAME = re.compile(r"[\w.-]+", re.ASCII)  # with underscores, which names of containers may have
 
 
 class HostCheck:
@@ -37,7 +40,7 @@ class HostCheck:
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], refusal: ASGIApp) -> None:
         for host in hosts:
-            if not (host == ANY_HOST or _is_address(host) or _host_of(host) == host.lower()):
+            if not (host == ANY_HOST or _is_address(host) or _NAME.fullmatch(host)):
                 raise InputError(
                     f"{host!r} is not the name of a host",
                     "give `allowed_hosts` a name such as texts.example.com, or * for all names",
