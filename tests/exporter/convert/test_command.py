@@ -68,8 +68,9 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     monkeypatch.chdir(tmp_path)
     for folder in ("model", "m", "lora"):
         Path(folder).mkdir()
-    for file in ("a.csv", "b.csv", "texts.jsonl", "lora/adapter_config.json"):
+    for file in ("a.csv", "b.csv", "texts.jsonl"):
         Path(file).touch()
+    Path("lora/adapter_config.json").write_text("{}")
     monkeypatch.setattr(places, "require", lambda _: None)  # as if peft were installed
 
     def convert(*given: Any) -> Conversion:
