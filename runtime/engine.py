@@ -39,6 +39,9 @@ _WINDOW_BYTES = 256 * 2**20
 class Engine:
     """A loaded engines folder. Thread-safe; use `Engine.load`, and close it or use `with`.
 
+    Only the process that loaded it can use it. In a process that is forked from it later, calls
+    raise `BackendError`.
+
     Attributes:
         manifest: the manifest of the folder, as it was when the engine was loaded.
         revision: its SHA-256 in hexadecimal digits; it holds the hashes of all files.
@@ -330,7 +333,12 @@ class Engine:
         return self._tally
 
     def reset_tally(self) -> Tally:
-        """Start the tally again from zero; returns it as it was."""
+        """Start the tally again from zero; returns it as it was.
+
+        Raises:
+            BackendError: this process was forked after the engine was loaded.
+        """
+        self._backend.origin.check()
         with self._tally_lock:
             before, self._tally = self._tally, Tally((0,) * len(self._exits))
         return before
@@ -369,7 +377,9 @@ class Engine:
 
         Raises:
             InputError: a text is neither a string nor a pair of strings, or is not Unicode.
+            BackendError: this process was forked after the engine was loaded.
         """
+        self._backend.origin.check()
         return self._encoder.encode(texts)
 
     def windows(self, texts: Iterable[Text]) -> Iterator[list[EncodedRow]]:
@@ -383,10 +393,14 @@ class Engine:
             reach `window_bytes`.
 
         Raises:
-            InputError: as in `encode`.
+            FpabeeError: as in `encode`.
         """
+        self._backend.origin.check()
         encoded = self._encoder.stream(texts)
-        return blocks(encoded, lambda row: self._row_bytes(len(row)), self.window_bytes)
+        for window in blocks(encoded, lambda row: self._row_bytes(len(row)), self.window_bytes):
+            yield window
+            # The thread that tokenizes the next texts does not exist in a forked process.
+            self._backend.origin.check()
 
     def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Trace:
         """Run tokenized rows as one window, with the hidden states of all rows in memory.
@@ -488,7 +502,7 @@ class Engine:
         """A chain of the segments, for code that chains segments itself, as `Scheduler` does.
 
         Raises:
-            BackendError: the engine is closed.
+            BackendError: the engine is closed, or this process was forked after it was loaded.
         """
         self._backend.check_open()
         return Chain(self._backend, self.limits, self._exit_0)
@@ -497,7 +511,8 @@ class Engine:
         """Free the segments; the engine cannot be used afterwards.
 
         Segments that other threads run are finished, and the last of these threads frees them. A
-        call that needs another window of rows afterwards gets a `BackendError`.
+        call that needs another window of rows afterwards gets a `BackendError`. In a process that
+        was forked after the engine was loaded, this does nothing.
         """
         self._backend.close()
 

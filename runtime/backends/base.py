@@ -26,6 +26,7 @@ from ..artifact.folder import resolve
 from ..artifact.manifest import LOGITS, NEXT, BuiltFile, Graph, Manifest, Target, TensorSpec
 from ..encoding import EncodedRow, padding_values
 from ..errors import BackendError
+from ..forks import Origin
 
 Rows = NDArray[np.intp]
 """Row numbers within a group, from 0."""
@@ -400,6 +401,7 @@ class Backend(ABC):
         joins: whether the undecided rows of several groups are joined, as long as they fit into
             one. Devices need full groups; on a CPU this gains almost nothing.
         name: the target's name.
+        origin: the process that made the backend, the only one that can use it.
         target: the target's record in the manifest.
         graphs: the ONNX graphs behind the target, by name.
         stages: for each segment, which buffers its graphs read and write.
@@ -420,6 +422,7 @@ class Backend(ABC):
         self, folder: Path, manifest: Manifest, name: str, threads: int | None = None
     ) -> None:
         self.name = name
+        self.origin = Origin(self, "this engine")
         self.target = manifest.targets[name]
         self.check(self.target, name)
         self.graphs = manifest.graphs_of(self.target)
@@ -462,7 +465,8 @@ class Backend(ABC):
         """The shapes that this target runs."""
 
     def check_open(self) -> None:
-        """Raise `BackendError` if the backend is closed."""
+        """Raise `BackendError` if the backend is closed, or was made in another process."""
+        self.origin.check()
         if self._closed:
             raise _closed()
 
@@ -473,8 +477,10 @@ class Backend(ABC):
         closed still gets one.
 
         Raises:
-            BackendError: the backend is closed, or there is no memory for another execution.
+            BackendError: the backend is closed, there is no memory for another execution, or this
+                process was forked after the backend was made.
         """
+        self.origin.check()  # before the lock, which a fork may have copied while it was held
         with self._pool_lock:
             self.check_open()
             if self._lent >= self.most_executions:
@@ -499,6 +505,9 @@ class Backend(ABC):
             execution: the execution, which nobody uses any more.
             failed: whether an error interrupted its call.
         """
+        if self.origin.is_elsewhere:
+            self._idle.append(execution)  # so that it is not freed
+            return
         if failed:
             try:
                 execution.recover()
@@ -540,7 +549,12 @@ class Backend(ABC):
         return loaded
 
     def close(self) -> None:
-        """Free what is loaded, as soon as the calls that have begun are done."""
+        """Free what is loaded, as soon as the calls that have begun are done.
+
+        Does nothing in a process that was forked after the backend was made.
+        """
+        if self.origin.is_elsewhere:
+            return
         with self._pool_lock:
             self._closed = True
         self._free_if_done()

@@ -40,7 +40,7 @@ from .base import (
     nbytes_of,
     shape_of,
 )
-from .cuda import GATHER, PinnedArray, check_not_forked, cuda
+from .cuda import GATHER, PinnedArray, cuda
 
 logger = logging.getLogger(__name__)
 
@@ -110,11 +110,6 @@ class DeviceBackend(Backend):
         super().__init__(folder, manifest, name, threads)
         self.cuda = cuda()
         self.captures = True
-
-    def check_out(self) -> Execution:
-        """An execution for one call, see `Backend`; refused in a forked process."""
-        check_not_forked(self.name)
-        return super().check_out()
 
     def open(self) -> DeviceExecution:
         """A new execution."""

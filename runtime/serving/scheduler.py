@@ -20,6 +20,7 @@ from ..chain import Chain, Decision, not_finite
 from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
 from ..errors import BackendError, InputError, OverloadedError, seconds_of, whole_number
+from ..forks import Origin
 from ..groups import Group, RowNumbers, fits
 from ..predictions import Prediction, Stopped
 
@@ -82,6 +83,7 @@ class Scheduler:
     def __init__(
         self, engine: Engine, max_rows: int = _MOST_ROWS, metrics: Metrics | None = None
     ) -> None:
+        self._origin = Origin(self, "this scheduler")
         self._engine = engine
         self._most = whole_number("max_rows", max_rows, InputError)
         self._metrics = metrics
@@ -172,9 +174,13 @@ class Scheduler:
     def close(self, cancel: bool = False) -> None:
         """Refuse new rows, and return when the others are answered.
 
+        Does nothing in a process that was forked after the scheduler was made.
+
         Args:
             cancel: cancel them instead; only the segment that runs is waited for.
         """
+        if self._origin.is_elsewhere:
+            return
         with self._changed:
             self._closed = True
             self._cancels |= cancel
@@ -189,13 +195,9 @@ class Scheduler:
         self.close()
 
     def _check_open(self) -> None:
+        self._origin.check()
         if self._closed:
             raise BackendError("this scheduler is closed", "make another one")
-        if not self._thread.is_alive():  # a fork copies no threads
-            raise BackendError(
-                "this scheduler was made before this process was forked, and does not run in it",
-                "load an engine and make a scheduler after the fork",
-            )
 
     @contextmanager
     def _accepted(self, rows: int) -> Iterator[list[Future[Prediction]]]:
