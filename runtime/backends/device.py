@@ -14,6 +14,7 @@ of the segments, so buffers can be used again without waiting.
 from __future__ import annotations
 
 import logging
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ class DeviceExecution(Execution):
 
     def __init__(self, backend: DeviceBackend) -> None:
         super().__init__(backend, _FREE_BYTES)
-        self.backend = backend
+        self.backend: DeviceBackend = weakref.proxy(backend)  # no cycle, as in `HostExecution`
         self.stream = backend.cuda.stream() if backend.stream is None else backend.stream
         self._cuda = backend.cuda
         self._scratch = [(0, 0)]  # sizes and addresses

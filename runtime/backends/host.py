@@ -7,6 +7,7 @@ what `HostBackend.bind` returned, without copies.
 from __future__ import annotations
 
 import math
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -138,7 +139,9 @@ class HostExecution(Execution):
 
     def __init__(self, backend: HostBackend) -> None:
         super().__init__(backend, backend.free_bytes)
-        self._backend = backend
+        # The pool of the backend holds this, and no cycle may delay until the garbage collector
+        # runs that an engine is freed which nobody has closed.
+        self._backend: HostBackend = weakref.proxy(backend)
 
     def enqueue(self, hidden: Hidden) -> Outputs:
         """Run a segment; its outputs are ready when this returns."""

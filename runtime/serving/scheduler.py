@@ -213,15 +213,18 @@ class Scheduler:
                     "try again later, submit fewer rows at a time, or raise `max_rows`",
                 )
             self._unanswered += rows
-        futures: list[Future[Prediction]] = [Future() for _ in range(rows)]
-        for future in futures:
-            future.add_done_callback(self._forget)
+        futures = [self._future() for _ in range(rows)]
         try:
             yield futures
         except BaseException:
-            for future in futures:
-                future.cancel()
+            while futures:  # they may hold the error, whose traceback holds the list
+                futures.pop().cancel()
             raise
+
+    def _future(self) -> Future[Prediction]:
+        future: Future[Prediction] = Future()
+        future.add_done_callback(self._forget)
+        return future
 
     async def _encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         if sum(map(characters, texts)) <= _SHORT_CHARACTERS:
@@ -267,11 +270,18 @@ class Scheduler:
                     while self._arrived or self._waiting or self._groups:
                         self._try_step(chain)
             except Exception as error:  # noqa: BLE001 - it belongs to all rows
-                with self._changed:
-                    groups = [*self._arrived, *self._waiting, *self._groups]
-                    self._arrived, self._waiting, self._groups = [], [], []
-                for group in groups:
-                    self._fail(group.rows, error)
+                self._fail_all(error)
+
+    def _fail_all(self, error: Exception) -> None:
+        # Not in the function that catches the error: the futures hold it, and its traceback that
+        # function's variables, so these must not hold the futures.
+        with self._changed:
+            groups = [*self._arrived, *self._waiting, *self._groups]
+            self._arrived = []
+            self._waiting = []
+            self._groups = []
+        for group in groups:
+            self._fail(group.rows, error)
 
     def _wait(self) -> bool:
         """Wait for rows; False when the scheduler is closed and has answered all."""
