@@ -232,7 +232,9 @@ class Execution(ABC):
     lookahead: ClassVar[bool]
 
     def __init__(self, backend: Backend, most_bytes: int) -> None:
-        self._stages, self._specs, self._padding = backend.stages, backend.specs, backend.padding
+        self._stages = backend.stages
+        self._specs = backend.specs
+        self._padding = backend.padding
         self._most_bytes = most_bytes
         self._unused: OrderedDict[Bucket, list[Hidden]] = OrderedDict()  # last used last
         self._unused_bytes = 0
@@ -325,7 +327,8 @@ class Execution(ABC):
         else:
             hidden = Hidden(bucket)
         self._taken.add(hidden)
-        hidden.rows, hidden.segment = rows, segment
+        hidden.rows = rows
+        hidden.segment = segment
         return hidden
 
     def _shrink(self, most_bytes: int) -> None:
@@ -440,7 +443,8 @@ class Backend(ABC):
         self._pool_lock = threading.Lock()  # nothing else is locked while it is held
         self._given_back = threading.Condition(self._pool_lock)
         self._idle: list[Execution] = []
-        self._lent = self._waiting = 0
+        self._lent = 0
+        self._waiting = 0
         self._closed = False
         # Hashing waits until a file is loaded, but a missing one is reported now.
         for graph in self.graphs:
@@ -519,7 +523,8 @@ class Backend(ABC):
     def drop_idle(self) -> None:
         """Close the executions that no call uses."""
         with self._pool_lock:
-            idle, self._idle = self._idle, []
+            idle = self._idle
+            self._idle = []
         for execution in idle:
             with suppress(BackendError):  # the device has failed, so nothing can be freed
                 execution.close()
