@@ -174,7 +174,8 @@ class HostExecution(Execution):
         return array, self._backend.tensor(array, spec)
 
     def _prepare(self, hidden: Hidden) -> _Step:
-        stage, runs = self._stages[hidden.segment], []
+        stage = self._stages[hidden.segment]
+        runs = []
         for graph, buffers in stage.calls:
             tensors = {name: self._buffer(hidden, place)[1] for name, place in buffers.items()}
             runs.append((graph, self._backend.bind(graph, tensors)))
