@@ -38,7 +38,7 @@ class Origin:
         if self.is_elsewhere:
             raise BackendError(
                 f"{self._called} was made before this process was forked, and does not run in it",
-                "load an engine after the fork, or start processes with the method spawn",
+                "start processes with the method spawn, and load an engine in each of them",
             )
 
 
