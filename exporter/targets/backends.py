@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import util
 
 from ...runtime.artifact.manifest import Target
-from ...runtime.backends.cuda import extra
+from ...runtime.backends.cuda import packages
 from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.backends.openvino import openvino_version
 from ...runtime.backends.tensorrt import MODULES
@@ -29,7 +29,7 @@ def unavailable_reason(backend: str) -> FpabeeError | None:
         return None
     if util.find_spec(MODULES[backend]) is None:
         return MissingExtraError(
-            f"{MODULES[backend]} is not installed", f"pip install 'fpabee[{extra(backend)}]'"
+            f"{MODULES[backend]} is not installed", f"pip install {packages(backend)}"
         )
     if util.find_spec("polygraphy") is None:  # on a Jetson, TensorRT comes without the extra
         return MissingExtraError("polygraphy is not installed", "pip install polygraphy")
