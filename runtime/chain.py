@@ -82,7 +82,8 @@ class Chain:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        lent, self._lent = self._lent, None
+        lent = self._lent
+        self._lent = None
         if lent is not None:
             self.backend.give_back(lent, failed=error is not None)
 
@@ -122,7 +123,8 @@ class Chain:
         first = waiting[0]
         if self.backend.joins and first.hidden is not None:
             same = [group for group in waiting if group.segment == first.segment]
-            rows, longest = sum(map(len, same)), max(int(group.lengths.max()) for group in same)
+            rows = sum(map(len, same))
+            longest = max(int(group.lengths.max()) for group in same)
             others_come = any(group.segment == first.segment for group in self.running)
             if others_come and fits(rows + 1, longest, self.limits):
                 return None
@@ -166,12 +168,20 @@ class Chain:
         """
         self.current = group
         earlier = group.state.earlier
-        if earlier is None or group.earliest >= (soon := self.soon()):
+        if earlier is None:
+            return []
+        soon = self.soon()
+        if group.earliest >= soon:
             return []
         late = np.flatnonzero(group.deadlines < soon)
-        logits, rows = earlier.logits[late].astype(np.float32), group.rows[late]
-        places = np.arange(len(rows))
-        stopped = Decision(group, group.exit, rows, logits, places, limited=True)
+        stopped = Decision(
+            group=group,
+            exit=group.exit,
+            rows=group.rows[late],
+            logits=earlier.logits[late].astype(np.float32),
+            stopped=np.arange(len(late)),
+            limited=True,
+        )
         self.keep(group, group.deadlines >= soon)
         return [stopped]
 
@@ -189,12 +199,16 @@ class Chain:
         self.current = group
         if not self.backend.joins:
             return
-        taken, rows, longest = [], len(group), int(group.lengths.max())
+        taken = []
+        rows = len(group)
+        longest = int(group.lengths.max())
         for other in others:
-            more, most = rows + len(other), max(longest, int(other.lengths.max()))
-            if fits(more, most, self.limits):
+            rows_of_both = rows + len(other)
+            longest_of_both = max(longest, int(other.lengths.max()))
+            if fits(rows_of_both, longest_of_both, self.limits):
                 taken.append(other)
-                rows, longest = more, most
+                rows = rows_of_both
+                longest = longest_of_both
         if taken:
             self._gather([group, *taken])
             group.add(taken)
@@ -216,8 +230,9 @@ class Chain:
         if group.hidden is not None:
             self.execution.release(group.hidden)
         group.rows = group.rows[:0].copy()  # not a view, which would hold the rows
-        group.lengths, group.hidden = group.lengths[:0], None
+        group.lengths = group.lengths[:0]
         group.deadlines = group.deadlines[:0]
+        group.hidden = None
 
     def enqueue(self, group: Group) -> None:
         """Start the next segment of a group, without the rows that have stopped."""
@@ -225,7 +240,8 @@ class Chain:
         if group.hidden is None:
             bucket = self._bucket([group], alone=len(group) == 1)
             group.hidden = self.execution.begin(group.encoded.tolist(), bucket)
-            group.places, group.encoded = np.arange(len(group)), group.encoded[:0]
+            group.places = np.arange(len(group))
+            group.encoded = group.encoded[:0]
         elif len(group) < group.hidden.rows:
             self._gather([group])
         started = perf_counter()
@@ -247,11 +263,13 @@ class Chain:
         return self._decide(group, logits)
 
     def _decide(self, group: Group, logits: NDArray[np.float32]) -> Decision:
-        finite, failed = np.isfinite(logits), _NONE
+        failed = _NONE
+        finite = np.isfinite(logits)
         if not np.logical_and.reduce(finite, axis=None):
             failed = np.flatnonzero(~finite.all(axis=1))
             logits = np.where(finite, logits, np.float32(0))
-        exit_number, rows = group.exit, group.rows
+        exit_number = group.exit
+        rows = group.rows
         stops, _ = group.runner.decide(exit_number, group.state, logits)
         if stops is None and not len(failed):
             return Decision(group, exit_number, rows, logits)

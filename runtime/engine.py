@@ -37,6 +37,9 @@ _WINDOW_BYTES = 256 * 2**20
 class Engine:
     """A loaded engines folder. Thread-safe; use `Engine.load`, and close it or use `with`.
 
+    Only the process that loaded it can use it. In a process that is forked from it later, calls
+    raise `BackendError`.
+
     Attributes:
         manifest: the manifest of the folder, as it was when the engine was loaded.
         revision: its SHA-256 in hexadecimal digits; it holds the hashes of all files.
@@ -136,7 +139,9 @@ class Engine:
         """Called by `Engine.load`, which opens the backend."""
         self._engines = engines.absolute()
         manifest = engines.manifest
-        self._backend, self.target, self.limits = backend, backend.name, backend.limits()
+        self._backend = backend
+        self.target = backend.name
+        self.limits = backend.limits()
         self.manifest = manifest
         self.revision = hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()
         self.labels = manifest.task.labels
@@ -266,7 +271,8 @@ class Engine:
             ArtifactError: the reference is missing or damaged, or no text of it fits the target.
             VerificationError: the target is not the model that was exported.
         """
-        manifest, required = self.manifest, requirements_of(self.target, self.manifest)
+        manifest = self.manifest
+        required = requirements_of(self.target, manifest)
         texts, expected = read_reference(self._engines)
         # Not the engine's own encoder, which may truncate to fewer tokens than the reference.
         rows = TextEncoder(self._engines.path, manifest.tokenizer).encode(texts)
@@ -277,9 +283,9 @@ class Engine:
                 f"{self.target}",
                 "export the model again with shorter `texts`",
             )
-        found = self.run_encoded([rows[n] for n in fits], self._full_depth.rule).logits
+        logits = self.run_encoded([rows[n] for n in fits], self._full_depth.rule).logits
         agreement = compare(
-            found, expected[:, fits], self.rule, manifest.task, required, manifest.exits[0]
+            logits, expected[:, fits], self.rule, manifest.task, required, manifest.exits[0]
         )
         what = f"target {self.target} is not the model that was exported,"
         must_pass(agreement, what, COPY_AGAIN)
@@ -327,9 +333,15 @@ class Engine:
         return self._tally
 
     def reset_tally(self) -> Tally:
-        """Start the tally again from zero; returns it as it was."""
+        """Start the tally again from zero; returns it as it was.
+
+        Raises:
+            BackendError: this process was forked after the engine was loaded.
+        """
+        self._backend.origin.check()
         with self._tally_lock:
-            before, self._tally = self._tally, Tally((0,) * len(self._exits))
+            before = self._tally
+            self._tally = Tally((0,) * len(self._exits))
         return before
 
     @property
@@ -349,14 +361,15 @@ class Engine:
         Those that were calibrated for the operating point in use, or those of the task; empty if
         the answer is the most probable label.
         """
-        (point, runner), task = self._in_use, self.manifest.task
+        point, runner = self._in_use
+        task = self.manifest.task
         usual = (0.5,) * len(self.labels) if self.multi_label else ()
         decides = getattr(runner.rule, "decision_thresholds", ()) or task.label_thresholds or usual
-        found = {label: p for label, p in zip(self.labels, decides, strict=False) if p < 1}
+        thresholds = {label: p for label, p in zip(self.labels, decides, strict=False) if p < 1}
         points = self.manifest.targets[self.target].operating_points
         certificate = None if point is None else points[point].certificate
         # A certified rule may be full depth, which knows no thresholds.
-        return found if certificate is None else found | certificate.thresholds
+        return thresholds if certificate is None else thresholds | certificate.thresholds
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts as the engine does.
@@ -366,7 +379,9 @@ class Engine:
 
         Raises:
             InputError: a text is neither a string nor a pair of strings, or is not Unicode.
+            BackendError: this process was forked after the engine was loaded.
         """
+        self._backend.origin.check()
         return self._encoder.encode(texts)
 
     def windows(self, texts: Iterable[Text]) -> Iterator[list[EncodedRow]]:
@@ -380,10 +395,14 @@ class Engine:
             reach `window_bytes`.
 
         Raises:
-            InputError: as in `encode`.
+            FpabeeError: as in `encode`.
         """
+        self._backend.origin.check()
         encoded = self._encoder.stream(texts)
-        return blocks(encoded, lambda row: self._row_bytes(len(row)), self.window_bytes)
+        for window in blocks(encoded, lambda row: self._row_bytes(len(row)), self.window_bytes):
+            yield window
+            # The thread that tokenizes the next texts does not exist in a forked process.
+            self._backend.origin.check()
 
     def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Trace:
         """Run tokenized rows as one window, with the hidden states of all rows in memory.
@@ -401,8 +420,10 @@ class Engine:
                 target's logits are not finite at an exit that a row reached.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
-        shape, first = (len(self._exits), len(rows), len(self.labels)), self._exits[0]
-        logits, exits = np.full(shape, np.nan, np.float32), np.full(len(rows), first, np.int64)
+        first = self._exits[0]
+        shape = (len(self._exits), len(rows), len(self.labels))
+        logits = np.full(shape, np.nan, np.float32)
+        exits = np.full(len(rows), first, np.int64)
         for decision in self._decisions(rows, self.runner(rule)):
             logits[decision.exit - first, decision.rows] = decision.logits
             exits[decision.rows[decision.stopped]] = decision.exit
@@ -445,9 +466,10 @@ class Engine:
         """
         rows = whole_number("rows", rows, InputError)
         tokens = whole_number("tokens", tokens, InputError)
-        ids, seconds = np.zeros(tokens, np.int64), []
+        ids = np.zeros(tokens, np.int64)
         made_up = [EncodedRow(ids, ids, truncated=False)] * rows
         group = Group.of(np.arange(rows), made_up, self._full_depth, math.inf, self.limits)
+        seconds = []
         with self.chain() as chain:
             for exit_number in self._exits:
                 started = perf_counter()
@@ -485,7 +507,7 @@ class Engine:
         """A chain of the segments, for code that chains segments itself, as `Scheduler` does.
 
         Raises:
-            BackendError: the engine is closed.
+            BackendError: the engine is closed, or this process was forked after it was loaded.
         """
         self._backend.check_open()
         return Chain(self._backend, self.limits, self._exit_0)
@@ -494,7 +516,8 @@ class Engine:
         """Free the segments; the engine cannot be used afterwards.
 
         Segments that other threads run are finished, and the last of these threads frees them. A
-        call that needs another window of rows afterwards gets a `BackendError`.
+        call that needs another window of rows afterwards gets a `BackendError`. In a process that
+        was forked after the engine was loaded, this does nothing.
         """
         self._backend.close()
 
@@ -523,12 +546,14 @@ class Engine:
         self, rows: Sequence[EncodedRow], runner: RuleRunner, deadline: float = math.inf
     ) -> Stopped:
         """Run a window of rows, and keep the logits of their exits only."""
-        exits, limited = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.bool_)
+        exits = np.zeros(len(rows), np.int64)
+        limited = np.zeros(len(rows), np.bool_)
         logits = np.zeros((len(rows), len(self.labels)), np.float32)
         for decision in self._decisions(rows, runner, deadline):
             if len(decision.stopped):
                 stopped = decision.rows[decision.stopped]
-                exits[stopped], limited[stopped] = decision.exit, decision.limited
+                exits[stopped] = decision.exit
+                limited[stopped] = decision.limited
                 logits[stopped] = decision.logits[decision.stopped]
         return Stopped(rows, exits, logits, limited)
 

@@ -124,8 +124,10 @@ class Group:
 
     def keep(self, rows: RowNumbers) -> None:
         """Drop all rows but those at the given places."""
-        self.rows, self.lengths = self.rows[rows], self.lengths[rows]
-        self.deadlines, self.state = self.deadlines[rows], self.state.take(rows)
+        self.rows = self.rows[rows]
+        self.lengths = self.lengths[rows]
+        self.deadlines = self.deadlines[rows]
+        self.state = self.state.take(rows)
         if self.hidden is None:
             self.encoded = self.encoded[rows]
         else:

@@ -23,18 +23,21 @@ _CPU_FEATURES = "avx2 avx512f avx512_vnni avx512_bf16 amx_tile asimddp i8mm bf16
 _VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
 _OLDEST_CUDA = (12, 4)  # our kernel is made for it
 _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-# For each feature: the packages that it needs, and the extra of fpabee that installs them.
+# For each feature: the packages that it needs, and what installs them.
 _FEATURES = {
-    "export": ("torch transformers onnx onnxscript safetensors huggingface_hub", "export,cpu"),
-    "graphs": ("onnx onnx_ir onnxscript onnxruntime", "export,cpu"),
-    "quantize": ("nncf onnx onnxruntime", "export,cpu,quantize"),
-    "train": ("torch transformers safetensors huggingface_hub jinja2", "train"),
+    "export": (
+        "torch transformers onnx onnxscript safetensors huggingface_hub",
+        "'fpabee[export,cpu]'",
+    ),
+    "graphs": ("onnx onnx_ir onnxscript onnxruntime", "'fpabee[export,cpu]'"),
+    "quantize": ("nncf onnx onnxruntime", "'fpabee[export,cpu,quantize]'"),
+    "train": ("torch transformers safetensors huggingface_hub jinja2", "'fpabee[train]'"),
     "peft": ("peft", "peft"),
-    "parquet": ("pyarrow", "parquet"),
-    "ray": ("ray pyarrow", "ray"),
-    "hub": ("huggingface_hub", "hub"),
-    "serve": ("prometheus_client starlette uvicorn", "serve"),
-    "plot": ("matplotlib jinja2", "plot"),
+    "parquet": ("pyarrow", "'fpabee[parquet]'"),
+    "ray": ("ray pyarrow", "'fpabee[ray]'"),
+    "hub": ("huggingface_hub", "huggingface-hub"),
+    "serve": ("prometheus_client starlette uvicorn", "'fpabee[serve]'"),
+    "plot": ("matplotlib jinja2", "matplotlib jinja2"),
 }
 
 
@@ -174,10 +177,10 @@ def require(feature: str, what: str = "this") -> None:
     Raises:
         MissingExtraError: names the missing packages and the command that installs them.
     """
-    packages, extra = _FEATURES[feature]
+    packages, install = _FEATURES[feature]
     missing = [name for name in packages.split() if util.find_spec(name) is None]
     if missing:
         raise MissingExtraError(
             f"{what} needs {', '.join(missing)}, not installed here",
-            f"pip install 'fpabee[{extra}]'",
+            f"pip install {install}",
         )

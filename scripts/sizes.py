@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from fpabee.__main__ import main
+from fpabee.commands import main
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("runtime", "exporter", "calibration")

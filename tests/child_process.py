@@ -11,8 +11,10 @@ import importlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +74,30 @@ class Child:
             telling = [line for line in err.splitlines() if any(word in line for word in _TELLING)]
             failure = " ".join([f"exit code {self._process.returncode}:", *telling[-2:]])
         return Ended([json.loads(line) for line in out.splitlines()], failure)
+
+
+def forked(function: Callable[[Report], object], seconds: int) -> Ended:
+    """Run a function in a fork of this process, which is killed if that takes too long."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        signal.alarm(seconds)  # ends the process even where it waits in a library
+        code = 1
+        try:
+            with os.fdopen(writing, "w", buffering=1) as reports:
+                function(lambda report: print(json.dumps(report), file=reports))
+            code = 0
+        finally:
+            if code:
+                traceback.print_exc()
+            os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading) as reports:
+        out = reports.read()
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    failure = f"did not end within {seconds} s" if code == -signal.SIGALRM else f"exit code {code}"
+    return Ended([json.loads(line) for line in out.splitlines()], failure if code else "")
 
 
 def limit_memory(more: float) -> None:

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from fpabee.__main__ import main
+from fpabee.commands import main
 
 from .runtime.cli.test_command import COMMANDS
 
@@ -37,7 +38,7 @@ def test_the_module_lists_the_commands() -> None:
 def test_nothing_is_loaded_that_a_command_does_not_need(arguments: list[str]) -> None:
     code = (
         "import sys\n"
-        "from fpabee.__main__ import main\n"
+        "from fpabee.commands import main\n"
         f"main({arguments}, standalone_mode=False)\n"
         "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -91,3 +92,31 @@ def test_commands_and_their_options_are_completed(words: str, expected: set[str]
     result = CliRunner().invoke(main, prog_name="fpabee", env=environment)
     found = {line.split(",")[1] for line in result.stdout.splitlines()}
     assert found == expected
+
+
+def test_commands_say_what_they_need(tmp_path: Path) -> None:
+    """Someone who embeds the runtime installs no click, but has the names of the commands."""
+    (tmp_path / "fpabee-run").write_text("from fpabee.__main__ import main; main()")
+    code = (
+        "import runpy, sys\n"
+        "from importlib import util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name: None if name == 'rich_click' else find(name)\n"
+        "sys.modules['rich_click'] = sys.modules['click'] = sys.modules['rich'] = None\n"
+        "runpy.run_path(sys.argv[0])"
+    )
+    without = [sys.executable, "-c", f"import sys; sys.argv[0] = {str(tmp_path / 'fpabee-run')!r}"]
+    without[-1] += f"\n{code}"
+    done = subprocess.run(without, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "pip install 'fpabee[cpu]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_command_starts_under_its_own_name(tmp_path: Path) -> None:
+    script = tmp_path / "fpabee-inspect"
+    script.write_text("from fpabee.__main__ import main; main()")
+    done = subprocess.run(
+        [sys.executable, script, "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--check" in done.stdout

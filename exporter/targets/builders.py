@@ -15,7 +15,7 @@ import msgspec
 from ...runtime.agreement import Logits
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import BuiltFile, Graph, Target
-from ...runtime.backends.cuda import extra
+from ...runtime.backends.cuda import packages
 from ...runtime.backends.tensorrt import MODULES
 from ...runtime.encoding import Text
 from ...runtime.errors import BackendError, FpabeeError, InputError, MissingExtraError
@@ -286,7 +286,7 @@ class _Plans(Builder):
         module = MODULES[self.backend]
         if util.find_spec(module) is None:
             return MissingExtraError(
-                f"{module} is not installed", f"pip install 'fpabee[{extra(self.backend)}]'"
+                f"{module} is not installed", f"pip install {packages(self.backend)}"
             )
         if util.find_spec("polygraphy") is None:  # on a Jetson, TensorRT comes without the extra
             return MissingExtraError("polygraphy is not installed", "pip install polygraphy")

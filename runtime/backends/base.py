@@ -25,6 +25,7 @@ from ..artifact.folder import EnginesFolder, resolve
 from ..artifact.manifest import LOGITS, NEXT, BuiltFile, Graph, Manifest, Target, TensorSpec
 from ..encoding import EncodedRow, padding_values
 from ..errors import BackendError
+from ..forks import Origin
 
 Rows = NDArray[np.intp]
 """Row numbers within a group, from 0."""
@@ -224,7 +225,9 @@ class Execution(ABC):
     """
 
     def __init__(self, backend: Backend, most_bytes: int) -> None:
-        self._stages, self._specs, self._padding = backend.stages, backend.specs, backend.padding
+        self._stages = backend.stages
+        self._specs = backend.specs
+        self._padding = backend.padding
         self._most_bytes = most_bytes
         self._unused: OrderedDict[Bucket, list[Hidden]] = OrderedDict()  # last used last
         self._unused_bytes = 0
@@ -317,7 +320,8 @@ class Execution(ABC):
         else:
             hidden = Hidden(bucket)
         self._taken.add(hidden)
-        hidden.rows, hidden.segment = rows, segment
+        hidden.rows = rows
+        hidden.segment = segment
         return hidden
 
     def _shrink(self, most_bytes: int) -> None:
@@ -395,6 +399,7 @@ class Backend(ABC):
         joins: whether the undecided rows of several groups are joined, as long as they fit into
             one. Devices need full groups; on a CPU this gains almost nothing.
         name: the target's name.
+        origin: the process that made the backend, the only one that can use it.
         target: the target's record in the manifest.
         graphs: the ONNX graphs behind the target, by name.
         stages: for each segment, which buffers its graphs read and write.
@@ -415,6 +420,7 @@ class Backend(ABC):
     def __init__(self, engines: EnginesFolder, name: str, threads: int | None = None) -> None:
         manifest = engines.manifest
         self.name = name
+        self.origin = Origin(self, "this engine")
         self.target = manifest.targets[name]
         self.check(self.target, name)
         self.graphs = manifest.graphs_of(self.target)
@@ -432,7 +438,8 @@ class Backend(ABC):
         self._pool_lock = threading.Lock()  # nothing else is locked while it is held
         self._given_back = threading.Condition(self._pool_lock)
         self._idle: list[Execution] = []
-        self._lent = self._waiting = 0
+        self._lent = 0
+        self._waiting = 0
         self._closed = False
         # Hashing waits until a file is loaded, but a missing one is reported now.
         for graph in self.graphs:
@@ -457,7 +464,8 @@ class Backend(ABC):
         """The shapes that this target runs."""
 
     def check_open(self) -> None:
-        """Raise `BackendError` if the backend is closed."""
+        """Raise `BackendError` if the backend is closed, or was made in another process."""
+        self.origin.check()
         if self._closed:
             raise _closed()
 
@@ -468,8 +476,10 @@ class Backend(ABC):
         closed still gets one.
 
         Raises:
-            BackendError: the backend is closed, or there is no memory for another execution.
+            BackendError: the backend is closed, there is no memory for another execution, or this
+                process was forked after the backend was made.
         """
+        self.origin.check()  # before the lock, which a fork may have copied while it was held
         with self._pool_lock:
             self.check_open()
             if self._lent >= self.most_executions:
@@ -494,6 +504,9 @@ class Backend(ABC):
             execution: the execution, which nobody uses any more.
             failed: whether an error interrupted its call.
         """
+        if self.origin.is_elsewhere:
+            self._idle.append(execution)  # so that it is not freed
+            return
         if failed:
             try:
                 execution.recover()
@@ -505,7 +518,8 @@ class Backend(ABC):
     def drop_idle(self) -> None:
         """Close the executions that no call uses."""
         with self._pool_lock:
-            idle, self._idle = self._idle, []
+            idle = self._idle
+            self._idle = []
         for execution in idle:
             with suppress(BackendError):  # the device has failed, so nothing can be freed
                 execution.close()
@@ -535,7 +549,12 @@ class Backend(ABC):
         return loaded
 
     def close(self) -> None:
-        """Free what is loaded, as soon as the calls that have begun are done."""
+        """Free what is loaded, as soon as the calls that have begun are done.
+
+        Does nothing in a process that was forked after the backend was made.
+        """
+        if self.origin.is_elsewhere:
+            return
         with self._pool_lock:
             self._closed = True
         self._free_if_done()

@@ -198,9 +198,16 @@ def cuda() -> Cuda:
     return Cuda()
 
 
-def extra(name: str) -> str:
-    """The extra of `fpabee` with this machine's CUDA version, such as `gpu-cu12`."""
-    return f"{name}-cu{12 if cuda_device().cuda[0] == 12 else 13}"
+def packages(extra: str) -> str:
+    """What `pip install` needs for this machine's version of CUDA.
+
+    Args:
+        extra: an extra of fpabee without the version of CUDA: `gpu`, `tensorrt` or `tensorrt-rtx`.
+    """
+    if cuda_device().cuda[0] != 12:
+        return f"'fpabee[{extra}-cu13]'"
+    library = "'onnxruntime-gpu[cuda,cudnn]<1.27'" if extra == "gpu" else f"{extra}-cu12"
+    return f"'cuda-bindings>=12.9.1,<13' {library} polygraphy"
 
 
 def required_gpu(target: str) -> CudaDevice:

@@ -11,6 +11,7 @@ of the segments, so buffers can be used again without waiting.
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -36,7 +37,7 @@ from .base import (
     nbytes_of,
     shape_of,
 )
-from .cuda import GATHER, PinnedArray, check_not_forked, cuda
+from .cuda import GATHER, PinnedArray, cuda
 
 # Unused buffers keep up to this much device memory.
 _FREE_BYTES = 256 * 2**20
@@ -87,11 +88,6 @@ class DeviceBackend(Backend):
         super().__init__(engines, name, threads)
         self.cuda = cuda()
 
-    def check_out(self) -> Execution:
-        """An execution for one call, see `Backend`; refused in a forked process."""
-        check_not_forked(self.name)
-        return super().check_out()
-
     def open(self) -> DeviceExecution:
         """A new execution."""
         return DeviceExecution(self)
@@ -123,7 +119,7 @@ class DeviceExecution(Execution):
 
     def __init__(self, backend: DeviceBackend) -> None:
         super().__init__(backend, _FREE_BYTES)
-        self.backend = backend
+        self.backend: DeviceBackend = weakref.proxy(backend)  # no cycle, as in `HostExecution`
         self.stream = backend.cuda.stream() if backend.stream is None else backend.stream
         self._cuda = backend.cuda
         self._scratch = [(0, 0)]  # sizes and addresses

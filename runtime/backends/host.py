@@ -7,6 +7,7 @@ what `HostBackend.bind` returned, without copies.
 from __future__ import annotations
 
 import math
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -137,7 +138,9 @@ class HostExecution(Execution):
 
     def __init__(self, backend: HostBackend) -> None:
         super().__init__(backend, backend.free_bytes)
-        self._backend = backend
+        # The pool of the backend holds this, and no cycle may delay until the garbage collector
+        # runs that an engine is freed which nobody has closed.
+        self._backend: HostBackend = weakref.proxy(backend)
 
     def enqueue(self, hidden: Hidden) -> Outputs:
         """Run a segment; its outputs are ready when this returns."""
@@ -170,7 +173,8 @@ class HostExecution(Execution):
         return array, self._backend.tensor(array, spec)
 
     def _prepare(self, hidden: Hidden) -> _Step:
-        stage, runs = self._stages[hidden.segment], []
+        stage = self._stages[hidden.segment]
+        runs = []
         for graph, buffers in stage.calls:
             tensors = {name: self._buffer(hidden, place)[1] for name, place in buffers.items()}
             runs.append((graph, self._backend.bind(graph, tensors)))

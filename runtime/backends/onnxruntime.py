@@ -44,8 +44,8 @@ def ort_errors() -> tuple[type[Exception], ...]:
     """The exceptions that ONNX Runtime raises; its own have no common base class."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    found = (value for value in vars(state).values() if isinstance(value, type))
-    own = (value for value in found if issubclass(value, Exception))
+    classes = (value for value in vars(state).values() if isinstance(value, type))
+    own = (each for each in classes if issubclass(each, Exception))
     return (*own, RuntimeError, MemoryError)
 
 
@@ -178,13 +178,13 @@ def check_installed() -> None:
     """
     from importlib import metadata
 
-    found = []
+    installed = []
     for name in ("onnxruntime", "onnxruntime-gpu"):
         with suppress(metadata.PackageNotFoundError):
-            found.append(metadata.distribution(name))
-    if not found:
+            installed.append(metadata.distribution(name))
+    if not installed:
         raise MissingExtraError("ONNX Runtime is not installed", "pip install 'fpabee[cpu]'")
-    if len(found) > 1:
+    if len(installed) > 1:
         raise MissingExtraError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other",
             f"keep one: {_REINSTALL}",

@@ -20,7 +20,7 @@ from ..artifact.folder import EnginesFolder
 from ..artifact.manifest import Target
 from ..errors import ArtifactError, BackendError, first_line
 from .base import Bucket, Limits, is_out_of_memory, shape_of
-from .cuda import extra, required_gpu
+from .cuda import packages, required_gpu
 from .device import DeviceBackend, DeviceExecution, Runner
 from .onnxruntime import check_installed, new_session, ort_errors, session_options
 
@@ -52,7 +52,7 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
         if PROVIDER not in ort.get_available_providers():
             raise BackendError(
                 f"the installed onnxruntime {ort.__version__} has no CUDA provider",
-                f"pip uninstall -y onnxruntime && pip install 'fpabee[{extra('gpu')}]'",
+                f"pip uninstall -y onnxruntime && pip install {packages('gpu')}",
             )
 
     def limits(self) -> Limits:
@@ -106,14 +106,14 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
         except ort_errors() as error:
             raise ArtifactError(
                 f"ONNX Runtime cannot load {path} on the GPU: {first_line(error)}",
-                f"pip install -U 'fpabee[{extra('gpu')}]', or choose another `target`",
+                f"pip install -U {packages('gpu')}, or choose another `target`",
             ) from error
         if session.get_providers()[0] != PROVIDER:
             raise BackendError(
                 f"ONNX Runtime put {name} on {session.get_providers()[0]}, not on the GPU"
                 + (f": {problems}" if problems else ""),
                 f"onnxruntime-gpu {ort.__version__} needs other CUDA or cuDNN libraries: "
-                f"pip install -U 'fpabee[{extra('gpu')}]'",
+                f"pip install -U {packages('gpu')}",
             )
         on_cpu = nodes_on_cpu(session)
         if on_cpu:

@@ -42,13 +42,16 @@ BF16 = "bf16"
 # and beyond that a step is a sixteenth to an eighth of the size. Without the steps of rows, the
 # first run over a file took 12 to 21 % longer, and later runs took as long (MPNet and MiniLM on a
 # CPU with AMX).
-_LENGTH_STEP, _FINE_LENGTHS = 8, 512
-_ROW_STEP, _FINE_ROWS = 1, 16
+_LENGTH_STEP = 8
+_FINE_LENGTHS = 512
+_ROW_STEP = 1
+_FINE_ROWS = 16
 # Short texts are padded most, so in groups, their lengths are multiples of 4. Without AMX, the
 # first run over a file took 0.89 times as long (MiniLM on TREC) and 1.02 (MPNet on SST-2), later
 # runs 0.94 and 0.97, and for the long pairs of MRPC 0.98 and 1.00. There, multiples of 4 at every
 # length took 1.05 times as long in the first run.
-_SHORT_STEP, _SHORT = 4, 32
+_SHORT_STEP = 4
+_SHORT = 32
 # If texts run one at a time, their lengths differ, and after each change of the length, every
 # segment takes longer. With AMX, 16 tokens take as long as 8, so steps of 16 saved 2 to 5 % of the
 # time (MPNet) and 9 % (MiniLM).
@@ -157,14 +160,14 @@ class OpenVinoBackend(HostBackend):
         """A compiled model, from the cache if possible."""
         file = self._file(name)
         key = self._key(file.sha256)
-        found = self._imported(key)
-        if found is None:
-            model = self._compile(file)
-            with suppress(RuntimeError):  # then nothing is kept
-                compiled_cache.write(key, model.export_model().getvalue())
-            # What is read from the cache takes less memory than what was compiled.
-            found = self._imported(key) or Compiled(model)
-        return found
+        cached = self._imported(key)
+        if cached is not None:
+            return cached
+        model = self._compile(file)
+        with suppress(RuntimeError):  # then nothing is kept
+            compiled_cache.write(key, model.export_model().getvalue())
+        # What is read from the cache takes less memory than what was compiled.
+        return self._imported(key) or Compiled(model)
 
     def _compile(self, file: BuiltFile | Graph) -> Any:
         import openvino as ov

@@ -22,7 +22,7 @@ from ..errors import ArtifactError, BackendError, MissingExtraError
 from ..machine import cuda_device
 from . import compiled_cache
 from .base import Bucket, Execution, Limits, shape_of
-from .cuda import extra, required_gpu
+from .cuda import packages, required_gpu
 from .device import DeviceBackend, DeviceExecution, Runner
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class TensorRtBackend(DeviceBackend):
         if util.find_spec(module) is None:
             raise MissingExtraError(
                 f"target {name} needs {module}, which is not installed",
-                f"pip install 'fpabee[{extra(target.backend)}]', or choose another `target`",
+                f"pip install {packages(target.backend)}, or choose another `target`",
             )
         gpu = required_gpu(name)
         if gpu.compute_capability not in target.compute_capabilities:

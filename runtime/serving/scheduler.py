@@ -21,6 +21,7 @@ from ..chain import Chain, Decision, not_finite
 from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
 from ..errors import BackendError, InputError, OverloadedError, seconds_of, whole_number
+from ..forks import Origin
 from ..groups import Group, RowNumbers, fits
 from ..predictions import Prediction, Stopped
 
@@ -92,6 +93,7 @@ class Scheduler:
     def __init__(
         self, engine: Engine, max_rows: int = _MOST_ROWS, metrics: Metrics | None = None
     ) -> None:
+        self._origin = Origin(self, "this scheduler")
         self._engine = engine
         self._most = whole_number("max_rows", max_rows, InputError)
         self._metrics = metrics
@@ -184,9 +186,13 @@ class Scheduler:
     def close(self, cancel: bool = False) -> None:
         """Refuse new rows, and return when the others are answered.
 
+        Does nothing in a process that was forked after the scheduler was made.
+
         Args:
             cancel: cancel them instead; only the segment that runs is waited for.
         """
+        if self._origin.is_elsewhere:
+            return
         with self._changed:
             self._closed = True
             self._cancels |= cancel
@@ -201,13 +207,9 @@ class Scheduler:
         self.close()
 
     def _check_open(self) -> None:
+        self._origin.check()
         if self._closed:
             raise BackendError("this scheduler is closed", "make another one")
-        if not self._thread.is_alive():  # a fork copies no threads
-            raise BackendError(
-                "this scheduler was made before this process was forked, and does not run in it",
-                "load an engine and make a scheduler after the fork",
-            )
 
     @contextmanager
     def _accepted(self, rows: int) -> Iterator[list[Future[Prediction]]]:
@@ -218,14 +220,12 @@ class Scheduler:
                 state = f"{self._unanswered} of at most {self._most} rows are unanswered"
                 raise self._full(state, rows)
             self._unanswered += rows
-        futures: list[Future[Prediction]] = [Future() for _ in range(rows)]
-        for future in futures:
-            future.add_done_callback(self._forget)
+        futures = [self._future() for _ in range(rows)]
         try:
             yield futures
         except BaseException:
-            for future in futures:
-                future.cancel()
+            while futures:  # they may hold the error, whose traceback holds the list
+                futures.pop().cancel()
             raise
 
     def _full(self, state: str, rows: int) -> OverloadedError:
@@ -236,6 +236,11 @@ class Scheduler:
             f"{state}, and {rows} more were submitted",
             "try again later, submit fewer rows at a time, or raise `max_rows`",
         )
+
+    def _future(self) -> Future[Prediction]:
+        future: Future[Prediction] = Future()
+        future.add_done_callback(self._forget)
+        return future
 
     async def _encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         if sum(map(characters, texts)) <= _SHORT_CHARACTERS:
@@ -293,11 +298,18 @@ class Scheduler:
                     while self._arrived or self._waiting or self._groups:
                         self._try_step(chain)
             except Exception as error:  # noqa: BLE001 - it belongs to all rows
-                with self._changed:
-                    groups = [*self._arrived, *self._waiting, *self._groups]
-                    self._arrived, self._waiting, self._groups = [], [], []
-                for group in groups:
-                    self._fail(group.rows, error)
+                self._fail_all(error)
+
+    def _fail_all(self, error: Exception) -> None:
+        # Not in the function that catches the error: the futures hold it, and its traceback that
+        # function's variables, so these must not hold the futures.
+        with self._changed:
+            groups = [*self._arrived, *self._waiting, *self._groups]
+            self._arrived = []
+            self._waiting = []
+            self._groups = []
+        for group in groups:
+            self._fail(group.rows, error)
 
     def _wait(self) -> bool:
         """Wait for rows; False when the scheduler is closed and has answered all."""

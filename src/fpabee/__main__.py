@@ -1,67 +1,26 @@
-"""`fpabee COMMAND`, also `python -m fpabee COMMAND`: all commands under one name."""
+"""What `fpabee`, `fpabee-run` and the like start, and `python -m fpabee`.
+
+Applications that embed the runtime install neither click nor rich, so nothing is imported here that
+needs them.
+"""
 
 from __future__ import annotations
 
-from importlib import import_module
-
-import rich_click as click
-from rich.text import Text
-
-from . import __version__
-from .help_pages import LOOK, Command, Group
-
-# The module of each command, which is loaded when the command is used, and its line in the list.
-_COMMANDS = {
-    "convert": (
-        "fpabee.exporter.cli.convert",
-        "Make a classifier faster, without labels and with a guarantee.",
-    ),
-    "train": ("fpabee.exporter.cli.train", "Train a multi-exit classifier."),
-    "export": ("fpabee.exporter.cli.export", "Compile a trained model into an engines folder."),
-    "build": ("fpabee.exporter.cli.build", "Add targets to an engines folder, by their names."),
-    "calibrate": ("fpabee.calibration.cli", "Choose operating points on labelled rows."),
-    "run": ("fpabee.runtime.cli.run", "Classify the texts of files."),
-    "serve": ("fpabee.runtime.cli.serve", "Answer texts over HTTP."),
-    "pack": ("fpabee.exporter.cli.pack", "Write one ONNX file with the exits and the rule inside."),
-    "inspect": (
-        "fpabee.runtime.cli.inspect",
-        "Show what an engines folder contains and which targets run here.",
-    ),
-}
-
-_EPILOG = """\
-Shell completion of commands and options: add one of these lines to your shell's start file.
-  bash:  eval "$(_FPABEE_COMPLETE=bash_source fpabee)"
-  zsh:   eval "$(_FPABEE_COMPLETE=zsh_source fpabee)"
-  fish:  _FPABEE_COMPLETE=fish_source fpabee | source"""
+import sys
+from importlib import util
+from pathlib import Path
 
 
-class _Commands(Group):
-    """Lists the commands without importing them; imports the one that is used."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command that the arguments name, and its own arguments."""
-        name, command, rest = super().resolve_command(ctx, args)
-        if name in _COMMANDS:
-            command = import_module(_COMMANDS[name][0]).main
-        return name, command, rest
-
-
-@click.group(
-    cls=_Commands,
-    commands=[Command(name=name, short_help=line) for name, (_, line) in _COMMANDS.items()],
-    context_settings={"rich_help_config": LOOK},
-    epilog=Text(_EPILOG),
-)
-@click.version_option(__version__, package_name="fpabee", prog_name="fpabee")
 def main() -> None:
-    """Compile, calibrate and run early-exit text classifiers.
+    """Start the command that this process is named after, or the list of all commands."""
+    if util.find_spec("rich_click") is None:
+        sys.exit("error: commands need rich-click, not installed here -> pip install 'fpabee[cpu]'")
+    from .commands import COMMANDS, load
+    from .commands import main as every_command
 
-    Each command also exists under its own name, such as fpabee-run. Type fpabee COMMAND --help
-    for its options.
-    """
+    name = Path(sys.argv[0]).stem.removeprefix("fpabee-")
+    command = load(name) if name in COMMANDS else every_command
+    command()
 
 
 if __name__ == "__main__":

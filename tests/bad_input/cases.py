@@ -17,7 +17,7 @@ import click
 import numpy as np
 import pytest
 
-from fpabee import __main__ as fpabee
+from fpabee import commands as fpabee
 from fpabee.calibration import cli as calibrate
 from fpabee.exporter.cli import build, convert, export, pack, train
 from fpabee.runtime.artifact.folder import sha256_of

@@ -11,7 +11,7 @@ import pytest
 
 from .cases import QUIET, Arguments, Case, Make, Place, check, check_message, each
 
-PROGRAM = "from fpabee.__main__ import main; main(prog_name='fpabee')"
+PROGRAM = "from fpabee.commands import main; main(prog_name='fpabee')"
 
 
 def run(*options: object) -> Make:
@@ -163,7 +163,7 @@ PACKAGES = [
     Case("no uvicorn", without("uvicorn", lambda p: ["serve", p.shared["bert"]]),
          "uvicorn", "'fpabee[serve]'"),
     Case("no matplotlib", without("matplotlib", command("calibrate", "--report", "out")),
-         "matplotlib", "'fpabee[plot]'"),
+         "pip install matplotlib jinja2"),
     Case("no TensorRT", without("tensorrt", command("from", "--backend", "tensorrt")),
          "tensorrt", "'fpabee[tensorrt-cu13]'"),
 ]  # fmt: skip

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from fpabee.runtime.backends import cuda
 from fpabee.runtime.machine import CudaDevice
 
-from ..doubles.device import GPU, Double, install, set_gpu
+from ..doubles.device import Double, install, set_gpu
 from .cases import Arguments, Case, Make, Place, check, each
 
 
@@ -29,22 +28,6 @@ def on_gpu(
     return make
 
 
-def versions(driver: tuple[int, int], bindings: int) -> Callable[[Place, Double], None]:
-    """The CUDA versions of the driver and of `cuda-bindings`."""
-
-    def change(place: Place, _: Double) -> None:
-        set_gpu(place.patch, CudaDevice("Orin", GPU.compute_capability, driver))
-        place.patch.setattr(cuda, "bindings_cuda", lambda: bindings)
-
-    return change
-
-
-def other_library(place: Place, double: Double) -> None:
-    """TensorRT for CUDA 12, and `cuda-bindings` for CUDA 13."""
-    versions((13, 0), 13)(place, double)
-    place.patch.setattr("fpabee.runtime.backends.tensorrt._built_for", lambda _: 12)
-
-
 def other_gpu(place: Place, _: Double) -> None:
     set_gpu(place.patch, CudaDevice("Thor", "11.0", (13, 0)))
 
@@ -59,10 +42,6 @@ def rebuilt_graph(_: Place, double: Double) -> None:
 
 REBUILD = "build it here"
 CASES = [
-    Case("a driver that is too old", on_gpu(versions((12, 6), 13)),
-         "CUDA 13", "CUDA 12.6", "580 or later", "'fpabee[tensorrt-cu12]'"),
-    Case("CUDA 12 libraries with bindings for 13", on_gpu(other_library),
-         "tensorrt", "CUDA 12", "CUDA 13", "'fpabee[tensorrt-cu13]'"),
     Case("plans for another GPU", on_gpu(other_gpu), "8.6", "11.0", "Thor", REBUILD),
     Case("plans of another release", on_gpu(versions={"tensorrt": "10.3.0"}),
          "tensorrt 10.3.0", REBUILD),

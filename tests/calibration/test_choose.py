@@ -9,11 +9,11 @@ import pytest
 
 from fpabee.calibration.choose import Search, deal
 from fpabee.calibration.scoring import LabelledLogits, Scorer
-from fpabee.calibration.search import exits_of
-from fpabee.runtime import ExitRule, InputError, ProblemType
+from fpabee.calibration.search import Family, exits_of
+from fpabee.runtime import Confidence, ExitRule, InputError, ProblemType
 from fpabee.runtime.artifact.operating_point import Goal
 
-from .conftest import make_rows, with_costs
+from .conftest import make_rows, two_exits, with_costs
 
 
 def exits_under(chosen: ExitRule | None, rows: LabelledLogits) -> np.ndarray:
@@ -68,6 +68,24 @@ def test_a_speedup_is_reached_with_the_least_drop() -> None:
     assert (search.held_out(lambda some: some.choose(almost)) == 1).mean() > 0.9
     found = search.held_out(lambda some: some.choose(Goal(speedup=20.0)))
     assert (found == rows.exits[-1]).all()
+
+
+def test_a_drop_that_falls_where_more_rows_stop_is_taken_for_luck() -> None:
+    """A bolder setting is not estimated to lose less than a more cautious one of its family."""
+    number = np.arange(100)
+    lost = number < 10  # rows that exit 1 gets wrong
+    won = (number >= 10) & (number < 20)  # rows that only exit 1 gets right
+    rows = two_exits(lost)
+    rows.logits[1, won] = rows.logits[1, won, ::-1]
+    cautious = np.where(lost, 1, 2)
+    bold = np.where(lost | won, 1, 2)
+    rules = [Confidence(threshold=0.9), Confidence(threshold=0.8)]
+    family = Family("confidence", np.stack([cautious, bold]).astype(np.int16), rules)
+    search = Search(with_costs(rows), lambda costs: [family])
+    cautious_drop, bold_drop = search.stopping_costs.drops(family.exits)
+    assert bold_drop < 0.02 < 0.05 < cautious_drop
+    assert search.choose(Goal(max_drop=5.0)) is None
+    assert search.choose(Goal(max_drop=15.0)) == rules[1]
 
 
 def test_held_out_exits_are_by_settings_that_other_rows_chose() -> None:

@@ -303,7 +303,8 @@ def test_cpus_need_texts(engine_copy: Callable[..., Path], tmp_path: Path) -> No
     with pytest.raises(InputError, match="at least 32 texts, but there are 10"):
         add_targets(folder, replace(BOTH, calibration_data=TEXTS[:10]))
     (tmp_path / "few.txt").write_text("\n".join(TEXTS[:10]))
-    command = ["model_dir", "--int8", "--calibration-data", str(tmp_path / "few.txt")]
+    (tmp_path / "model").mkdir()
+    command = [str(tmp_path / "model"), "--int8", "--calibration-data", str(tmp_path / "few.txt")]
     result = CliRunner().invoke(main, command)
     assert "there are 10" in result.stderr, "before the export begins"
 

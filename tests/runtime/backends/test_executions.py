@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from fpabee.runtime.backends.cuda import required_gpu
 from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.targets import open_backend
 
+from ...child_process import Ended, Report, forked
 from ...doubles.device import Double, run_through, set_gpu
 from ...doubles.tensorrt import FakeContext, FakeEngine
 
@@ -161,23 +161,25 @@ def test_idle_executions_make_room(
     assert nothing_is_left(made)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_forked_process_is_refused_before_a_library_is_called(
     backend: str, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = double(backend=backend)
     set_gpu(monkeypatch)
+
+    def child(report: Report) -> None:
+        made.cuda.calls.clear()
+        with pytest.raises(BackendError, match=r"was forked.* -> .*spawn"):
+            engine.predict(TEXTS)
+        with pytest.raises(BackendError, match=r"was forked from one .* -> .*spawn"):
+            required_gpu(made.target)
+        report(made.cuda.calls)
+
     with made.load() as engine:
         engine.predict(TEXTS)
-        made.cuda.calls.clear()
-        another = os.getpid() + 1
-        with monkeypatch.context() as child:
-            child.setattr("os.getpid", lambda: another)
-            with pytest.raises(BackendError, match=r"was forked from one .* -> .*spawn"):
-                engine.predict(TEXTS)
-            with pytest.raises(BackendError, match="was forked"):
-                required_gpu(made.target)
-        assert not made.cuda.calls
+        assert forked(child, 60) == Ended([{}], "")
         assert len(engine.predict(TEXTS)) == len(TEXTS)
 
 

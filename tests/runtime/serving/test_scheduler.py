@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +38,7 @@ from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving import scheduler as scheduler_module
 from fpabee.runtime.serving.metrics import Metrics
 
+from ...child_process import Ended, Report, forked
 from ...closeness import assert_probabilities, exits_may_differ
 from ..test_engine import TEXTS
 
@@ -425,21 +425,21 @@ def test_a_scheduler_that_closes_while_texts_are_tokenized(
 # Python 3.12 and later warn of forks, since what this test is about can happen.
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_gets_an_error(engine: Engine) -> None:
-    with Scheduler(engine) as scheduler:
-        told, tells = os.pipe()
-        child = os.fork()
-        if not child:
-            try:
-                scheduler.submit("rain")
-            except BackendError as error:
-                os.write(tells, str(error).encode())
-            finally:
-                os._exit(0)
-        os.close(tells)
-        message = os.read(told, 1000)
-        os.close(told)
-        os.waitpid(child, 0)
-        assert b"make a scheduler after the fork" in message
+    """At once, also if another thread held the lock at the time of the fork."""
+
+    def child(report: Report) -> None:
+        with pytest.raises(BackendError, match=r"this scheduler .* forked.* -> .*load an engine"):
+            scheduler.submit("rain")
+        with pytest.raises(BackendError, match="forked"):
+            asyncio.run(scheduler.classify(["rain"]))
+        scheduler.close()
+        report("closed")
+
+    with Scheduler(engine) as scheduler, ThreadPoolExecutor(1) as another_thread:
+        another_thread.submit(scheduler._changed.acquire).result()
+        ended = forked(child, WAIT)
+        another_thread.submit(scheduler._changed.release).result()
+        assert ended == Ended(["closed"], "")
         assert scheduler.submit("rain").result(WAIT).exit == 3
 
 

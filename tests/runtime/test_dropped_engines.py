@@ -1,0 +1,114 @@
+"""An engine that is dropped without `close` is freed at once, not when the collector runs."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fpabee.runtime import BackendError, Budget, Engine
+from fpabee.runtime.backends.host import HostExecution
+from fpabee.runtime.serving import Scheduler
+
+from ..doubles.openvino import add_openvino
+
+TEXTS = ["the plot is not good but the music is", "turn the lights on"]
+WAIT = 20
+
+
+def fails(*_: object) -> Any:
+    raise RuntimeError("made up")
+
+
+def predict(engine: Engine) -> None:
+    engine.predict(TEXTS)
+
+
+def predict_and_fail(engine: Engine) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HostExecution, "_prepare", fails)
+        with pytest.raises(BackendError, match="made up"):
+            engine.predict(["rain " * 30])
+
+
+def begin_a_stream(engine: Engine) -> None:
+    engine.window_bytes = 1
+    next(engine.stream(["rain"] * 1000))
+
+
+def begin_to_run(engine: Engine) -> None:
+    texts = engine.encode(TEXTS)
+    next(engine._decisions(texts, engine.runner()))
+
+
+def schedule(engine: Engine) -> None:
+    with Scheduler(engine) as scheduler:
+        assert scheduler.submit("rain").result(WAIT)
+
+
+def schedule_and_fail(engine: Engine) -> None:
+    async def classify(scheduler: Scheduler) -> None:
+        with pytest.raises(BackendError, match="made up"):
+            await scheduler.classify(["rain " * 30])
+
+    with pytest.MonkeyPatch.context() as patch, Scheduler(engine) as scheduler:
+        patch.setattr(HostExecution, "_prepare", fails)
+        assert scheduler.submit("rain " * 30).exception(WAIT)
+        asyncio.run(classify(scheduler))
+
+
+def schedule_and_fail_without_a_chain(engine: Engine) -> None:
+    chain = Engine.chain
+
+    def fails_in_the_worker(engine: Engine) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            fails()
+        return chain(engine)
+
+    with pytest.MonkeyPatch.context() as patch, Scheduler(engine) as scheduler:
+        patch.setattr(Engine, "chain", fails_in_the_worker)
+        assert scheduler.submit("rain").exception(WAIT)
+
+
+@pytest.fixture(autouse=True)
+def without_collector() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        predict,
+        predict_and_fail,
+        begin_a_stream,
+        begin_to_run,
+        schedule,
+        schedule_and_fail,
+        schedule_and_fail_without_a_chain,
+    ],
+)
+@pytest.mark.parametrize("target", ["onnxruntime-fp32", "openvino-fp32"])
+def test_nothing_holds_a_dropped_engine(
+    target: str, use: Callable[[Engine], None], engine_copy: Callable[..., Path]
+) -> None:
+    folder = engine_copy()
+    if "openvino" in target:
+        pytest.importorskip("openvino")
+        add_openvino(folder, "fp32")
+    engine = Engine.load(folder, target, rule=Budget(exit=3))
+    engine.predict(TEXTS)
+    use(engine)
+    backend: Any = engine._backend
+    held = [engine, backend, engine._encoder, backend.graph("segment_01"), *backend._idle]
+    assert backend._idle
+    left = [weakref.ref(each) for each in held]
+    del engine, backend, held
+    assert [each() for each in left] == [None] * len(left)
