@@ -114,7 +114,7 @@ def calibrate(
         every = tuple(dict.fromkeys([*names, *ALWAYS_SHOWN]))
         wide = Search(stopping_costs, partial(make_families, names=every))
         maker = _PointMaker(engine, options, progress, search, costs, held)
-        points = tuple(maker.points(engine.encode([row.content for row in rows])))
+        points = tuple(maker.points(engine.core.encode([row.content for row in rows])))
         default = options.default if options.default in options.goals else points[0].name
         chosen = next(point.rule for point in points if point.name == default)
         lost = stopping_costs.scorer.lost_label(exits_of(chosen, seen), engine.labels)

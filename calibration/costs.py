@@ -70,9 +70,10 @@ def measure_costs(engine: Engine, lengths: NDArray[np.intp], batch: int) -> Cost
     """
     sizes = sorted({max(1, int(size)) for size in np.quantile(lengths, _QUANTILES)})
     columns = []
+    limits = engine.core.limits
     for tokens in sizes:
-        rows = min(batch, engine.limits.max_batch, max(1, engine.limits.group_tokens // tokens))
-        runs = [engine.time_exits(rows, tokens) for _ in range(_REPEATS + 1)][1:]
+        rows = min(batch, limits.max_batch, max(1, limits.group_tokens // tokens))
+        runs = [engine.core.time_exits(rows, tokens) for _ in range(_REPEATS + 1)][1:]
         columns.append(np.median(np.array(runs), axis=0) / rows)
     return CostModel(tuple(sizes), tuple(zip(*columns, strict=True)))
 

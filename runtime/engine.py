@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache, partial
 from pathlib import Path
 from time import perf_counter
 
@@ -17,21 +15,16 @@ from .agreement import Agreement, compare, must_pass, requirements_of
 from .artifact.folder import EnginesFolder
 from .artifact.manifest import ProblemType
 from .artifact.reference import read_reference
-from .backends.base import Backend, row_bytes
-from .chain import Chain, Decision, not_finite
-from .encoding import EncodedRow, Text, TextEncoder, blocks
+from .backends.base import Backend
+from .core import Core
+from .encoding import EncodedRow, Text, TextEncoder
 from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of, whole_number
-from .exit_0 import ExitZero
-from .groups import Group
 from .hub import engines_folder
-from .predictions import Prediction, Stopped, Tally, Trace, make_predictions, outputs_of
-from .rules.measures import Mask
-from .rules.rules import Budget, ExitRule
-from .rules.runner import RuleRunner
+from .predictions import Prediction, Tally, Trace
+from .rules.rules import ExitRule
 from .targets import open_backend, rule_here, target_of
 
 _LEAST_TOKENS = 8
-_WINDOW_BYTES = 256 * 2**20
 
 
 class Engine:
@@ -46,9 +39,8 @@ class Engine:
         target: the target in use.
         labels: label names in the order of the logits.
         multi_label: whether a row may have any number of labels.
-        limits: the shapes that the target runs.
         max_length: tokens to which texts are truncated, special tokens included.
-        window_bytes: memory of the rows that run at the same time, in bytes, see `windows`.
+        core: what the other rooms of this package use; it may change at any time.
 
     Example:
         ```python
@@ -137,29 +129,13 @@ class Engine:
         max_length: int | None = None,
     ) -> None:
         """Called by `Engine.load`, which opens the backend."""
-        self._engines = engines.absolute()
-        manifest = engines.manifest
-        self._backend = backend
+        self.core = Core(engines, backend, rule, operating_point, max_length)
         self.target = backend.name
-        self.limits = backend.limits()
-        self.manifest = manifest
-        self.revision = hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()
-        self.labels = manifest.task.labels
-        self.multi_label = manifest.task.problem_type is ProblemType.MULTI_LABEL
-        self.window_bytes = _WINDOW_BYTES
-        self._row_bytes = lru_cache(None)(partial(row_bytes, manifest, self.limits))
-        self._exit_0 = ExitZero.load(engines)
-        self._exits = manifest.exits
-        # One attribute, so that a thread never sees the rule of one point with another's name. A
-        # rule that does not fit the model is refused now, not at the first text.
-        self._in_use = (operating_point, self._runner(rule))
-        self._full_depth = self._runner(Budget(exit=self._exits[-1]))
-        most = min(manifest.tokenizer.max_length, self.limits.max_sequence)
-        spec = msgspec.structs.replace(manifest.tokenizer, max_length=most)
-        self._encoder = TextEncoder(engines.path, spec, max_length)
-        self.max_length = self._encoder.limit
-        self._tally = Tally((0,) * len(self._exits))
-        self._tally_lock = threading.Lock()
+        self.manifest = engines.manifest
+        self.revision = hashlib.sha256(msgspec.json.encode(self.manifest)).hexdigest()
+        self.labels = self.manifest.task.labels
+        self.multi_label = self.manifest.task.problem_type is ProblemType.MULTI_LABEL
+        self.max_length = self.core.max_length
 
     def predict(
         self,
@@ -199,10 +175,10 @@ class Engine:
         deadline = math.inf
         if deadline_ms is not None:
             deadline = perf_counter() + seconds_of("deadline_ms", deadline_ms)
-        runner = self.runner(rule, full_depth=full_depth, max_exit=max_exit)
-        windows = [self._run(rows, runner, deadline) for rows in self.windows(texts)]
+        runner = self.core.runner(rule, full_depth=full_depth, max_exit=max_exit)
+        windows = [self.core.run(rows, runner, deadline) for rows in self.core.windows(texts)]
         missed = perf_counter() > deadline
-        answers = [self.answers(each, np.full(len(each.rows), missed)) for each in windows]
+        answers = [self.core.answers(each, np.full(len(each.rows), missed)) for each in windows]
         return [answer for part in answers for answer in part]
 
     def stream(
@@ -228,9 +204,9 @@ class Engine:
         Raises:
             FpabeeError: as in `predict`, when the predictions are taken.
         """
-        runner = self.runner(rule, full_depth=full_depth, max_exit=max_exit)
-        for rows in self.windows(texts):
-            yield from self.answers(self._run(rows, runner), np.zeros(len(rows), np.bool_))
+        runner = self.core.runner(rule, full_depth=full_depth, max_exit=max_exit)
+        for rows in self.core.windows(texts):
+            yield from self.core.answers(self.core.run(rows, runner), np.zeros(len(rows), np.bool_))
 
     def trace(self, texts: Sequence[Text], *, rule: ExitRule | None = None) -> Trace:
         """Compute the logits of every exit.
@@ -246,15 +222,15 @@ class Engine:
         Raises:
             FpabeeError: as in `predict`.
         """
-        rule = self.runner(rule, full_depth=rule is None).rule
-        parts = [self.run_encoded(rows, rule) for rows in self.windows(texts)]
+        rule = self.core.runner(rule, full_depth=rule is None).rule
+        parts = [self.run_encoded(rows, rule) for rows in self.core.windows(texts)]
         parts = parts or [self.run_encoded([], rule)]
         return Trace(
             logits=np.concatenate([part.logits for part in parts], axis=1),
             exits=np.concatenate([part.exits for part in parts]),
             predictions=np.concatenate([part.predictions for part in parts]),
             lengths=np.concatenate([part.lengths for part in parts]),
-            first_exit=self._exits[0],
+            first_exit=self.manifest.exits[0],
         )
 
     def check(self) -> Agreement:
@@ -273,17 +249,17 @@ class Engine:
         """
         manifest = self.manifest
         required = requirements_of(self.target, manifest)
-        texts, expected = read_reference(self._engines)
+        texts, expected = read_reference(self.core.engines)
         # Not the engine's own encoder, which may truncate to fewer tokens than the reference.
-        rows = TextEncoder(self._engines.path, manifest.tokenizer).encode(texts)
-        fits = [n for n, row in enumerate(rows) if len(row) <= self.limits.max_sequence]
+        limits = self.core.limits
+        rows = TextEncoder(self.core.engines.path, manifest.tokenizer).encode(texts)
+        fits = [n for n, row in enumerate(rows) if len(row) <= limits.max_sequence]
         if not fits:
             raise ArtifactError(
-                f"no text of the reference fits the {self.limits.max_sequence} tokens of "
-                f"{self.target}",
+                f"no text of the reference fits the {limits.max_sequence} tokens of {self.target}",
                 "export the model again with shorter `texts`",
             )
-        logits = self.run_encoded([rows[n] for n in fits], self._full_depth.rule).logits
+        logits = self.run_encoded([rows[n] for n in fits], self.core.full_depth.rule).logits
         agreement = compare(
             logits, expected[:, fits], self.rule, manifest.task, required, manifest.exits[0]
         )
@@ -307,11 +283,12 @@ class Engine:
             ArtifactError: a segment is missing or damaged.
         """
         rows = whole_number("rows", rows, InputError)
-        longest = self.limits.max_sequence
+        limits = self.core.limits
+        longest = limits.max_sequence
         most = longest if tokens is None else whole_number("tokens", tokens, InputError)
-        for length in self.limits.sequence_lengths or _powers_of_two(longest):
-            full = max(1, min(self.limits.max_batch, self.limits.group_tokens // length))
-            self.time_exits(min(rows, full), length)
+        for length in limits.sequence_lengths or _powers_of_two(longest):
+            full = max(1, min(limits.max_batch, limits.group_tokens // length))
+            self.core.time_exits(min(rows, full), length)
             if length >= most:
                 break
 
@@ -324,13 +301,13 @@ class Engine:
         Raises:
             RuleError: the target has no such point.
         """
-        point, rule = rule_here(self._engines, self.target, operating_point)
-        self._in_use = (point, self._runner(rule))
+        point, rule = rule_here(self.core.engines, self.target, operating_point)
+        self.core.in_use = (point, self.core.runner(rule))
 
     @property
     def tally(self) -> Tally:
         """Counts of what `predict` and `stream` answered since the load or `reset_tally`."""
-        return self._tally
+        return self.core.tally
 
     def reset_tally(self) -> Tally:
         """Start the tally again from zero; returns it as it was.
@@ -338,21 +315,17 @@ class Engine:
         Raises:
             BackendError: this process was forked after the engine was loaded.
         """
-        self._backend.origin.check()
-        with self._tally_lock:
-            before = self._tally
-            self._tally = Tally((0,) * len(self._exits))
-        return before
+        return self.core.reset_tally()
 
     @property
     def rule(self) -> ExitRule:
         """The rule of calls that do not give one."""
-        return self._in_use[1].rule
+        return self.core.in_use[1].rule
 
     @property
     def operating_point(self) -> str | None:
         """The operating point in use; None with a rule of your own, or without calibration."""
-        return self._in_use[0]
+        return self.core.in_use[0]
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -361,7 +334,7 @@ class Engine:
         Those that were calibrated for the operating point in use, or those of the task; empty if
         the answer is the most probable label.
         """
-        point, runner = self._in_use
+        point, runner = self.core.in_use
         task = self.manifest.task
         usual = (0.5,) * len(self.labels) if self.multi_label else ()
         decides = getattr(runner.rule, "decision_thresholds", ()) or task.label_thresholds or usual
@@ -370,39 +343,6 @@ class Engine:
         certificate = None if point is None else points[point].certificate
         # A certified rule may be full depth, which knows no thresholds.
         return thresholds if certificate is None else thresholds | certificate.thresholds
-
-    def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
-        """Tokenize texts as the engine does.
-
-        Args:
-            texts: strings, or (text, text_pair) tuples.
-
-        Raises:
-            InputError: a text is neither a string nor a pair of strings, or is not Unicode.
-            BackendError: this process was forked after the engine was loaded.
-        """
-        self._backend.origin.check()
-        return self._encoder.encode(texts)
-
-    def windows(self, texts: Iterable[Text]) -> Iterator[list[EncodedRow]]:
-        """Tokenize texts, and divide them into windows: rows that run at the same time.
-
-        Args:
-            texts: strings, or (text, text_pair) tuples; some are read before they are needed.
-
-        Yields:
-            Rows in the order of the texts. A window ends with the row at which its hidden states
-            reach `window_bytes`.
-
-        Raises:
-            FpabeeError: as in `encode`.
-        """
-        self._backend.origin.check()
-        encoded = self._encoder.stream(texts)
-        for window in blocks(encoded, lambda row: self._row_bytes(len(row)), self.window_bytes):
-            yield window
-            # The thread that tokenizes the next texts does not exist in a forked process.
-            self._backend.origin.check()
 
     def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Trace:
         """Run tokenized rows as one window, with the hidden states of all rows in memory.
@@ -420,97 +360,7 @@ class Engine:
                 target's logits are not finite at an exit that a row reached.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
-        first = self._exits[0]
-        shape = (len(self._exits), len(rows), len(self.labels))
-        logits = np.full(shape, np.nan, np.float32)
-        exits = np.full(len(rows), first, np.int64)
-        for decision in self._decisions(rows, self.runner(rule)):
-            logits[decision.exit - first, decision.rows] = decision.logits
-            exits[decision.rows[decision.stopped]] = decision.exit
-        at_exit = logits[exits - first, np.arange(len(rows))]
-        lengths = np.array([len(row) for row in rows], np.intp)
-        return Trace(logits, exits, outputs_of(self.manifest, at_exit).answers, lengths, first)
-
-    def answers(self, stopped: Stopped, missed: Mask) -> list[Prediction]:
-        """Count rows in the tally, and make their predictions.
-
-        Args:
-            stopped: the rows.
-            missed: `[rows]` whether the deadline was missed.
-        """
-        numbers = stopped.exits - self._exits[0]
-        counts = Tally(
-            exits=tuple(np.bincount(numbers, minlength=len(self._exits)).tolist()),
-            truncated=sum(row.truncated for row in stopped.rows),
-            deadline_limited=int(np.count_nonzero(stopped.limited)),
-            deadline_missed=int(np.count_nonzero(missed)),
-        )
-        with self._tally_lock:
-            self._tally += counts
-        return make_predictions(self.manifest, stopped, missed)
-
-    def time_exits(self, rows: int, tokens: int) -> list[float]:
-        """Time the way from each exit to the next once, on a group of made-up rows.
-
-        Args:
-            rows: rows of the group.
-            tokens: tokens in a row.
-
-        Returns:
-            Seconds for each exit, in the order of `Manifest.exits`. For exits from 1 this is the
-            time of a segment, including the time to read the logits.
-
-        Raises:
-            InputError: `rows` or `tokens` is not a whole number from 1.
-            BackendError: the engine is closed, or rows of that length are too long for it.
-        """
-        rows = whole_number("rows", rows, InputError)
-        tokens = whole_number("tokens", tokens, InputError)
-        ids = np.zeros(tokens, np.int64)
-        made_up = [EncodedRow(ids, ids, truncated=False)] * rows
-        group = Group.of(np.arange(rows), made_up, self._full_depth, math.inf, self.limits)
-        seconds = []
-        with self.chain() as chain:
-            for exit_number in self._exits:
-                started = perf_counter()
-                if exit_number == 0:
-                    chain.ask_exit_0(group)
-                else:
-                    chain.enqueue(group)
-                    chain.finish()
-                seconds.append(perf_counter() - started)
-        return seconds
-
-    def runner(
-        self,
-        rule: ExitRule | None = None,
-        *,
-        full_depth: bool = False,
-        max_exit: int | None = None,
-    ) -> RuleRunner:
-        """What applies a rule to rows of this model, for code that chains segments itself.
-
-        Args:
-            rule: the rule; default: the engine's.
-            full_depth: as in `predict`.
-            max_exit: as in `predict`.
-
-        Raises:
-            RuleError: the rule or `max_exit` does not fit the model.
-        """
-        runner = self._in_use[1] if rule is None else self._runner(rule)
-        if full_depth:
-            runner = self._full_depth
-        return runner if max_exit is None else self._runner(runner.rule.capped(max_exit))
-
-    def chain(self) -> Chain:
-        """A chain of the segments, for code that chains segments itself, as `Scheduler` does.
-
-        Raises:
-            BackendError: the engine is closed, or this process was forked after it was loaded.
-        """
-        self._backend.check_open()
-        return Chain(self._backend, self.limits, self._exit_0)
+        return self.core.run_encoded(rows, rule)
 
     def close(self) -> None:
         """Free the segments; the engine cannot be used afterwards.
@@ -519,43 +369,13 @@ class Engine:
         call that needs another window of rows afterwards gets a `BackendError`. In a process that
         was forked after the engine was loaded, this does nothing.
         """
-        self._backend.close()
+        self.core.backend.close()
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _runner(self, rule: ExitRule) -> RuleRunner:
-        task = self.manifest.task
-        return RuleRunner(rule, task.problem_type, self._exits, task.label_thresholds)
-
-    def _decisions(
-        self, rows: Sequence[EncodedRow], runner: RuleRunner, deadline: float = math.inf
-    ) -> Iterator[Decision]:
-        """Run a window of rows until the rule or the deadline has stopped all of them."""
-        window = Group.of(np.arange(len(rows)), rows, runner, deadline, self.limits)
-        with self.chain() as chain:
-            for decision in chain.run(window):
-                if len(decision.failed):
-                    raise not_finite(self.target, decision.exit)
-                yield decision
-
-    def _run(
-        self, rows: Sequence[EncodedRow], runner: RuleRunner, deadline: float = math.inf
-    ) -> Stopped:
-        """Run a window of rows, and keep the logits of their exits only."""
-        exits = np.zeros(len(rows), np.int64)
-        limited = np.zeros(len(rows), np.bool_)
-        logits = np.zeros((len(rows), len(self.labels)), np.float32)
-        for decision in self._decisions(rows, runner, deadline):
-            if len(decision.stopped):
-                stopped = decision.rows[decision.stopped]
-                exits[stopped] = decision.exit
-                limited[stopped] = decision.limited
-                logits[stopped] = decision.logits[decision.stopped]
-        return Stopped(rows, exits, logits, limited)
 
 
 def _powers_of_two(longest: int) -> tuple[int, ...]:

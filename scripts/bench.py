@@ -107,14 +107,14 @@ def run_bench(
         ONNX Runtime in fp32; and the workloads.
     """
     progress("load", 0, 1)
-    windows = list(engine.windows(texts))
+    windows = list(engine.core.windows(texts))
     rows = [row for window in windows for row in window]
     single = [[row] for row in rows[:: -(-len(rows) // MOST_SINGLE)]]
     last = Budget(exit=engine.manifest.exits[-1])
     with TemporaryDirectory() as one:
         targets = write_one_graph(folder, Path(one)).targets
         target = engine.target if engine.target in targets else FP32_TARGET
-        with Engine.load(one, target) as full, full.chain() as graph:
+        with Engine.load(one, target) as full, full.core.chain() as graph:
             variants: dict[str, Run] = {
                 FULL_GRAPH: partial(run_graph, graph),
                 FULL_DEPTH: partial(engine.run_encoded, rule=last),

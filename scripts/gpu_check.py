@@ -191,7 +191,7 @@ class PlanSession:
         from polygraphy.backend.common import BytesFromPath
         from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
-        backend: Any = engine._backend
+        backend: Any = engine.core.backend
         self._graph: Graph = backend.graphs[graph]
         plan = folder / backend.target.files[graph].file
         # Plans of TensorRT for RTX have no scratch memory of their own, so the runner allocates it.
@@ -291,7 +291,7 @@ def _texts(folder: Path) -> list[str]:
 
 def exact_rows(engine: Engine, folder: Path, tokens: int) -> list[list[EncodedRow]]:
     """Batches of one row of exactly `tokens` tokens, which is repeated or cut."""
-    rows = engine.encode(_texts(folder)[:ROWS])
+    rows = engine.core.encode(_texts(folder)[:ROWS])
     ids = [np.resize(row.input_ids, tokens) for row in rows]
     return [[EncodedRow(each, np.zeros_like(each), False)] for each in ids]
 

@@ -242,7 +242,7 @@ def add_exit_0(folder: Path, seed: int = 0) -> None:
     manifest = read_manifest(folder)
     texts = [" ".join(random.Random(n).choices(WORDS, k=n % 12 + 1)) for n in range(400)]
     with Engine.load(folder, threads=1) as engine:
-        rows, logits = engine.encode(texts), engine.trace(texts).logits[-1]
+        rows, logits = engine.core.encode(texts), engine.trace(texts).logits[-1]
     unigrams, buckets = 200, 256
     found, counts = ngrams(rows, unigrams, buckets)
     bags = np.zeros((len(rows), unigrams + buckets))

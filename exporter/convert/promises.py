@@ -128,7 +128,7 @@ def certify_target(
         runs = outcome(stopping.scorer, stops, stopping.costs, layers)
         scorer, exits = Scorer(held, AGREEMENT), exits_of(rule, held)
         judged = outcome(scorer, exits, costs.row_costs(held.lengths), layers)
-        encoded = engine.encode([row.content for row in report.rows])
+        encoded = engine.core.encode([row.content for row in report.rows])
         speedups = [measure_speedup(engine, encoded, rule, batch) for batch in (1, _BATCH)]
     kinds = [f"{kind}-{100 * share:g}" for kind, share in bound.shares.items()]
     point = "-".join(kinds).replace("_", "-") if found.certificate else None

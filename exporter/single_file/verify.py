@@ -77,7 +77,7 @@ def verify(
     # Those of OpenVINO, too, run in ONNX Runtime here.
     here = msgspec.structs.replace(built, backend=ONNXRUNTIME)
     with engine_of(engines.with_target(target, here), target, rule) as engine:
-        rows, trace = engine.encode(texts), engine.trace(texts)
+        rows, trace = engine.core.encode(texts), engine.trace(texts)
     required = REQUIREMENTS["int8"].tie if built.precision == "int8" else EXPORT_LIMIT
     first, task = trace.first_exit, manifest.task
     setting = task.problem_type, task.label_thresholds, first

@@ -111,11 +111,11 @@ def _seconds(engines: EnginesFolder, names: Sequence[str]) -> dict[str, Times]:
         for turn in range(_TURNS):
             for engine, own in zip(loaded, best.values(), strict=True):
                 for number, (rows, tokens) in enumerate(_SHAPES):
-                    tokens = min(tokens, engine.limits.max_sequence)
+                    tokens = min(tokens, engine.core.limits.max_sequence)
                     time.sleep(_SPIN_SECONDS)
                     for _ in range(_RUNS):
                         seconds = sum(
-                            engine.time_exits(rows, tokens)[-len(engines.manifest.segments) :]
+                            engine.core.time_exits(rows, tokens)[-len(engines.manifest.segments) :]
                         )
                         own[turn, number] = min(own[turn, number], seconds)
     return best

@@ -94,7 +94,7 @@ class Scheduler:
         self, engine: Engine, max_rows: int = _MOST_ROWS, metrics: Metrics | None = None
     ) -> None:
         self._origin = Origin(self, "this scheduler")
-        self._engine = engine
+        self._core = engine.core
         self._most = whole_number("max_rows", max_rows, InputError)
         self._metrics = metrics
         self._changed = threading.Condition()
@@ -146,7 +146,7 @@ class Scheduler:
         """Queue several texts, or none of them if one is refused; see `submit`."""
         arrived = perf_counter()
         with self._accepted(len(texts)) as futures:
-            self._queue(futures, self._engine.encode(texts), deadline_ms, max_exit, arrived)
+            self._queue(futures, self._core.encode(texts), deadline_ms, max_exit, arrived)
         return futures
 
     async def classify(
@@ -244,10 +244,10 @@ class Scheduler:
 
     async def _encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         if sum(map(characters, texts)) <= _SHORT_CHARACTERS:
-            return self._engine.encode(texts)
+            return self._core.encode(texts)
         with self._changed:
             self._check_open()  # a pool that is shut down takes nothing
-            tokenized = self._tokenizer.submit(self._engine.encode, texts)
+            tokenized = self._tokenizer.submit(self._core.encode, texts)
         return await asyncio.wrap_future(tokenized)
 
     def _queue(
@@ -260,9 +260,9 @@ class Scheduler:
     ) -> None:
         """Hand accepted rows to the worker."""
         ends = math.inf if deadline_ms is None else arrived + seconds_of("deadline_ms", deadline_ms)
-        self._engine.chain()  # raises if the engine is closed
-        runner = self._engine.runner(max_exit=max_exit)
-        limits = self._engine.limits
+        self._core.chain()  # raises if the engine is closed
+        runner = self._core.runner(max_exit=max_exit)
+        limits = self._core.limits
         lengths = [len(row) for row in encoded]
         # Not this round, which might never end if rows could join it.
         turns = [self._round + 1 + (n - 1) // limits.group_tokens for n in accumulate(lengths)]
@@ -294,7 +294,7 @@ class Scheduler:
     def _work(self) -> None:
         while self._wait():
             try:
-                with self._engine.chain() as chain:
+                with self._core.chain() as chain:
                     while self._arrived or self._waiting or self._groups:
                         self._try_step(chain)
             except Exception as error:  # noqa: BLE001 - it belongs to all rows
@@ -387,7 +387,7 @@ class Scheduler:
 
         best = max(ready, key=gain, default=None)
         under_way = sum(group.hidden.nbytes for group in self._groups if group.hidden)
-        if not self._waiting or under_way > self._engine.window_bytes:
+        if not self._waiting or under_way > self._core.window_bytes:
             return best
         waiting = min(self._waiting, key=lambda group: float(group.deadlines.min()))
         first = int(waiting.deadlines.argmin())
@@ -429,7 +429,7 @@ class Scheduler:
     def _answer(self, decision: Decision) -> None:
         """Answer the rows that stop."""
         if len(decision.failed):
-            error = not_finite(self._engine.target, decision.exit)
+            error = not_finite(self._core.backend.name, decision.exit)
             self._fail(decision.rows[decision.failed], error)
         numbers = [
             number
@@ -447,7 +447,7 @@ class Scheduler:
                 limited=np.full(len(rows), decision.limited),
             )
             missed = np.array([now > row.deadline for row in rows])
-            predictions = self._engine.answers(stopped, missed)
+            predictions = self._core.answers(stopped, missed)
         except Exception as error:
             self._fail(rows, error)  # they have left their group
             raise

@@ -37,7 +37,7 @@ def test_every_exit_is_timed_at_the_typical_lengths(engines: Mapping[str, Path])
         assert model.lengths == (3, 6, 9)
         assert np.shape(model.seconds) == (3, 3)
         assert np.min(model.seconds) > 0
-        rows = engine.encode(["the film", "rain"])
+        rows = engine.core.encode(["the film", "rain"])
         assert measure_speedup(engine, rows, Budget(exit=1), 1) > 0
         assert measure_speedup(engine, rows, Budget(exit=3), 1) == pytest.approx(1.0, abs=0)
 

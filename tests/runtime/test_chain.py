@@ -23,13 +23,13 @@ def test_joined_rows_keep_what_belongs_to_them(
 ) -> None:
     monkeypatch.setattr(HostBackend, "joins", True)
     texts = ["rain", "the film is good", "not the plot", "sun and rain", "bad"]
-    with Engine.load(engines["bert"], rule=Budget(exit=3)) as engine, engine.chain() as chain:
-        encoded, depth = engine.encode(texts), engine.trace(texts).logits
+    with Engine.load(engines["bert"], rule=Budget(exit=3)) as engine, engine.core.chain() as chain:
+        encoded, depth = engine.core.encode(texts), engine.trace(texts).logits
         logits = np.arange(20.0).reshape(5, 4)  # those of each row tell it apart
         groups = []
         for rows in (np.arange(3), np.arange(3, 5)):
             part = [encoded[row] for row in rows]
-            group = Group.of(rows, part, engine.runner(), math.inf, engine.limits)
+            group = Group.of(rows, part, engine.core.runner(), math.inf, engine.core.limits)
             chain.enqueue(group)
             chain.finish()
             group.state.streak = 10 + rows

@@ -107,7 +107,7 @@ def test_joined_groups_keep_the_deadline(engine: Engine, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(HostBackend, "joins", True)
     monkeypatch.setattr(RuleRunner, "decide", decide)
-    monkeypatch.setattr(engine, "limits", dataclasses.replace(engine.limits, max_batch=2))
+    monkeypatch.setattr(engine, "limits", dataclasses.replace(engine.core.limits, max_batch=2))
     # Three groups of two rows take 10 ms each for segment 1. The rest of two is joined and runs
     # segment 2 until 40 ms, and then nothing else would be in time.
     answers = engine.predict(["rain"] * 6, deadline_ms=45)

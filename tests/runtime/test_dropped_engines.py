@@ -14,6 +14,7 @@ import pytest
 
 from fpabee.runtime import BackendError, Budget, Engine
 from fpabee.runtime.backends.host import HostExecution
+from fpabee.runtime.core import Core
 from fpabee.runtime.serving import Scheduler
 
 from ..doubles.openvino import add_openvino
@@ -38,13 +39,13 @@ def predict_and_fail(engine: Engine) -> None:
 
 
 def begin_a_stream(engine: Engine) -> None:
-    engine.window_bytes = 1
+    engine.core.window_bytes = 1
     next(engine.stream(["rain"] * 1000))
 
 
 def begin_to_run(engine: Engine) -> None:
-    texts = engine.encode(TEXTS)
-    next(engine._decisions(texts, engine.runner()))
+    texts = engine.core.encode(TEXTS)
+    next(engine.core.decisions(texts, engine.core.runner()))
 
 
 def schedule(engine: Engine) -> None:
@@ -64,15 +65,15 @@ def schedule_and_fail(engine: Engine) -> None:
 
 
 def schedule_and_fail_without_a_chain(engine: Engine) -> None:
-    chain = Engine.chain
+    chain = Core.chain
 
-    def fails_in_the_worker(engine: Engine) -> Any:
+    def fails_in_the_worker(core: Core) -> Any:
         if threading.current_thread() is not threading.main_thread():
             fails()
-        return chain(engine)
+        return chain(core)
 
     with pytest.MonkeyPatch.context() as patch, Scheduler(engine) as scheduler:
-        patch.setattr(Engine, "chain", fails_in_the_worker)
+        patch.setattr(Core, "chain", fails_in_the_worker)
         assert scheduler.submit("rain").exception(WAIT)
 
 
@@ -106,8 +107,15 @@ def test_nothing_holds_a_dropped_engine(
     engine = Engine.load(folder, target, rule=Budget(exit=3))
     engine.predict(TEXTS)
     use(engine)
-    backend: Any = engine._backend
-    held = [engine, backend, engine._encoder, backend.graph("segment_01"), *backend._idle]
+    backend: Any = engine.core.backend
+    held = [
+        engine,
+        engine.core,
+        backend,
+        engine.core._encoder,
+        backend.graph("segment_01"),
+        *backend._idle,
+    ]
     assert backend._idle
     left = [weakref.ref(each) for each in held]
     del engine, backend, held

@@ -209,7 +209,7 @@ def test_full_depth_runs_every_layer(case: Case) -> None:
     assert trace.logits.dtype == np.float32
     assert_close(trace.logits, case.alone)
     assert (trace.exits == 3).all()
-    assert trace.lengths.tolist() == [len(row) for row in case.engine.encode(TEXTS)]
+    assert trace.lengths.tolist() == [len(row) for row in case.engine.core.encode(TEXTS)]
     full = case.engine.predict(TEXTS, full_depth=True)
     assert {(prediction.exit, prediction.layer) for prediction in full} == {(3, 3)}
     assert [prediction.truncated for prediction in full] == [False] * (len(TEXTS) - 1) + [True]
@@ -294,7 +294,7 @@ def test_rows_count_as_much_memory_as_they_take(engines: Mapping[str, Path]) -> 
     """All rows of a group share a position bias, which is small for short rows."""
     for family, heads in (("bert", 0), ("mpnet", 4)):
         with Engine.load(engines[family]) as engine:
-            manifest, limits = engine.manifest, engine.limits
+            manifest, limits = engine.manifest, engine.core.limits
         for tokens in (1, 8, 32):
             rows = limits.group_tokens // tokens
             # Both kept in fp32, and the weight of each token as well.
@@ -341,7 +341,7 @@ def test_memory_of_free_buffers_is_bounded(engines: Mapping[str, Path]) -> None:
         patch.setattr(host.HostBackend, "free_bytes", 100_000)
         with Engine.load(engines["bert"]) as engine:
             found = [engine.trace([text]).logits for text in texts]
-            with engine.chain() as chain:
+            with engine.core.chain() as chain:
                 execution: Any = chain.execution
             unused = execution._unused
             free = [each for part in unused.values() for each in part]
@@ -367,7 +367,7 @@ def test_segments_are_loaded_when_the_first_row_runs(engine_copy: Callable[..., 
             engine.predict(TEXTS, rule=Budget(exit=1))
         path.write_bytes(content)
         engine.predict(TEXTS)
-        session = weakref.ref(engine._backend.graph("segment_01"))
+        session = weakref.ref(engine.core.backend.graph("segment_01"))
     gc.collect()
     assert session() is None, "closing frees the session"
     path.write_bytes(b"damaged")

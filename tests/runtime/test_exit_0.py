@@ -117,7 +117,7 @@ def test_rows_that_stop_at_exit_0_reach_no_device(
         def refuse() -> None:
             raise AssertionError("an execution was opened")
 
-        monkeypatch.setattr(engine._backend, "open", refuse)
+        monkeypatch.setattr(engine.core.backend, "open", refuse)
         assert {p.exit for p in engine.predict(TEXTS, rule=Budget(exit=0))} == {0}
         assert {p.exit for p in engine.predict(TEXTS, max_exit=0)} == {0}
         with pytest.raises(AssertionError, match="opened"):

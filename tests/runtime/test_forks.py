@@ -28,9 +28,9 @@ USES: dict[str, Callable[[Engine], object]] = {
     "trace": lambda engine: engine.trace(TEXTS),
     "check": lambda engine: engine.check(),
     "warm_up": lambda engine: engine.warm_up(),
-    "encode": lambda engine: engine.encode(TEXTS),
+    "encode": lambda engine: engine.core.encode(TEXTS),
     "reset_tally": lambda engine: engine.reset_tally(),
-    "chain": lambda engine: engine.chain(),
+    "chain": lambda engine: engine.core.chain(),
 }
 
 
@@ -57,7 +57,7 @@ def engine(load: Callable[[], Engine]) -> Iterator[Engine]:
 
 
 def test_every_use_gets_an_error_although_other_threads_use_the_engine(engine: Engine) -> None:
-    backend = engine._backend
+    backend = engine.core.backend
 
     def child(report: Report) -> None:
         for name, use in USES.items():
@@ -70,7 +70,7 @@ def test_every_use_gets_an_error_although_other_threads_use_the_engine(engine: E
 
     with ExitStack() as others:
         for _ in range(backend.most_executions):
-            others.enter_context(engine.chain()).execution  # noqa: B018 - it is lent
+            others.enter_context(engine.core.chain()).execution  # noqa: B018 - it is lent
         # Nobody in the child will ever release what other threads held.
         for lock in (backend._pool_lock, backend._lock, engine._tally_lock):
             others.enter_context(lock)
@@ -82,7 +82,7 @@ def test_every_use_gets_an_error_although_other_threads_use_the_engine(engine: E
 def test_the_child_drops_what_it_cannot_use(load: Callable[[], Engine]) -> None:
     """Libraries join threads when they free a session, and the child does not have them."""
     engine = load()
-    chain = engine.chain()
+    chain = engine.core.chain()
     assert chain.execution
     kept: list[Any] = [engine, chain]
     del engine, chain
@@ -118,7 +118,7 @@ def test_a_stream_that_began_before_the_fork(
         report("refused")
 
     monkeypatch.setattr(RowTokenizer, "rows", waits)
-    engine.window_bytes = 1
+    engine.core.window_bytes = 1
     texts = ["rain"] * 1000
     stream = engine.stream(texts, rule=Budget(exit=1))
     next(stream)

@@ -72,7 +72,7 @@ def test_no_answer_is_lost_or_wrong(
         # The rows that fail at exit 0, and at segment 1.
         bad = [[answer.exit == 0 for answer in expected].index(stops) for stops in (True, False)]
         good = [number for number in range(len(texts)) if number not in bad]
-        ids = [engine.encode([texts[number]])[0].input_ids for number in bad]
+        ids = [engine.core.encode([texts[number]])[0].input_ids for number in bad]
         engine.reset_tally()
 
         def check(rows: Sequence[EncodedRow], number: int) -> None:

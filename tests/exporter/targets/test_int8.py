@@ -362,7 +362,7 @@ def test_the_last_graph_on_its_inputs_gives_the_last_exit(engines: Mapping[str, 
     manifest = read_manifest(folder)
     with Engine.load(folder) as engine:
         expected = engine.trace(FOUR).logits[-1]
-        found = dict(graph_inputs(folder, manifest, engine.encode(FOUR), batch=2))
+        found = dict(graph_inputs(folder, manifest, engine.core.encode(FOUR), batch=2))
     name = manifest.segments[-1].calls[-1]
     session = cpu_session(folder / manifest.graphs[name].file)
     logits = np.concatenate([session.run(["logits"], feed)[0] for feed in found[name]])

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import onnx
 import pytest
+from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from onnx import helper
 
-from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from fpabee.exporter.targets import backends, tensorrt
 from fpabee.exporter.targets.backends import RTX, TENSORRT, unavailable_reason
 from fpabee.exporter.targets.plan_worker import PlanRequest

@@ -103,7 +103,7 @@ def test_a_call_waits_for_one_of_two_executions(double: Callable[..., Double]) -
     """Even if the engine is closed meanwhile; more executions would need more device memory."""
     made = double()
     engine = made.load()
-    backend = engine._backend
+    backend = engine.core.backend
     lent = [backend.check_out() for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(engine.predict, TEXTS) for _ in range(2)]
@@ -148,7 +148,7 @@ def test_idle_executions_make_room(
         return create(engine, how) if len(made.cuda.streams) == 1 else None
 
     with made.load() as engine:
-        with engine.chain() as chain, engine.chain() as other:
+        with engine.core.chain() as chain, engine.core.chain() as other:
             for each in (chain, other):
                 run_through(engine, each, TEXTS)
         assert len(made.cuda.streams) == 2

@@ -69,9 +69,9 @@ def test_the_global_pool_of_the_process_is_used(engines: Mapping[str, Path]) -> 
 def test_each_engine_has_its_own_number_of_threads(engines: Mapping[str, Path]) -> None:
     for threads in (1, 3):
         with Engine.load(engines["bert"], threads=threads) as engine:
-            sessions = {id(engine._backend.graph(name)) for name in engine._backend.graphs}
+            sessions = {id(engine.core.backend.graph(name)) for name in engine.core.backend.graphs}
             assert len(sessions) == 1, "one pool and one arena"
-            options = engine._backend.graph("segment_01").get_session_options()
+            options = engine.core.backend.graph("segment_01").get_session_options()
             assert options.intra_op_num_threads == threads
 
 

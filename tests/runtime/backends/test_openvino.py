@@ -249,7 +249,7 @@ def test_a_shared_block_is_compiled_once_and_late_segments_when_needed(
     add_openvino(folder, "fp32")
     with Engine.load(folder, TARGET) as engine:
         engine.predict(TEXTS, max_exit=1)
-        first = set(engine._backend._loaded)
+        first = set(engine.core.backend._loaded)
         assert first < set(engine.manifest.graphs)
         engine.predict(TEXTS, full_depth=True)
         blocks = [name for name in engine.manifest.segments[1].calls if name in first]
@@ -264,7 +264,7 @@ def test_lengths_and_rows_are_padded_to_few_sizes(folder: Path) -> None:
     assert len(steps) < 100
     assert max(after / before for before, after in pairwise(steps[7:])) <= 1.125
     with Engine.load(folder, TARGET) as engine:
-        assert [engine.limits.bucket(rows, 8).batch for rows in (8, 17, 33)] == [8, 18, 36]
+        assert [engine.core.limits.bucket(rows, 8).batch for rows in (8, 17, 33)] == [8, 18, 36]
         alone = [engine.predict([text], full_depth=True)[0] for text in TEXTS]
         for number, answer in enumerate(engine.predict(TEXTS * 9 + TEXTS[:1], full_depth=True)):
             assert_exported(answer.logits, alone[number % 2].logits)
@@ -286,9 +286,9 @@ def test_short_rows_are_padded_as_the_cpu_runs_them_fastest(
     monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": flags})
     texts = ["the plot " * 8, "the music " * 8]
     with Engine.load(folder, "openvino-int8") as engine:
-        assert engine.limits.bucket(1, 18, alone=True) == Bucket(1, length)
-        assert engine.limits.bucket(1, 18) == Bucket(1, in_group)
-        assert engine.limits.bucket(1, 33) == Bucket(1, 40)
+        assert engine.core.limits.bucket(1, 18, alone=True) == Bucket(1, length)
+        assert engine.core.limits.bucket(1, 18) == Bucket(1, in_group)
+        assert engine.core.limits.bucket(1, 33) == Bucket(1, 40)
         expected = engine.trace(texts).logits
         for number, text in enumerate(texts):
             found = engine.trace([text])

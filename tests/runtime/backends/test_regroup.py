@@ -91,7 +91,7 @@ def test_the_device_is_busy_while_the_host_decides(
     """Several groups of at most 4 rows; the device has nothing to do after the last exit only."""
     made = double(batch=(1, 2, 4), batch_sizes=(1, 2, 4))
     with made.load() as engine, made.load() as usual:
-        rows = engine.encode(TEXTS * 4)
+        rows = engine.core.encode(TEXTS * 4)
         made.cuda.idle = 0
         found = engine.run_encoded(rows, rule)
         assert made.cuda.idle == 1

@@ -54,7 +54,7 @@ def test_a_group_shrinks_before_its_next_segment(
 
     monkeypatch.setattr(RuleRunner, "decide", decide)
     with made.load() as engine:
-        engine.run_encoded(engine.encode(["rain"] * 5), engine.rule)
+        engine.run_encoded(engine.core.encode(["rain"] * 5), engine.rule)
     assert len(calls) == regroups
 
 
@@ -123,13 +123,13 @@ def test_outputs_are_read_before_their_memory_is_freed(double: Callable[..., Dou
 def test_contexts_are_freed_at_once(double: Callable[..., Double]) -> None:
     """Not when the garbage collector runs next: what lacks memory needs theirs now."""
     with double().load() as engine:
-        with engine.chain() as chain:
+        with engine.core.chain() as chain:
             run_through(engine, chain, ["rain"])
             execution: Any = chain.execution
             assert len(execution.shared) == 3
         gc.disable()
         try:
-            engine._backend.drop_idle()
+            engine.core.backend.drop_idle()
             assert not execution.shared
         finally:
             gc.enable()

@@ -374,7 +374,7 @@ def test_texts_count_while_they_are_tokenized(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The long texts of several requests are tokenized one after another."""
-    encode, goes_on, calls = engine.encode, threading.Event(), list[str]()
+    encode, goes_on, calls = engine.core.encode, threading.Event(), list[str]()
 
     def slowly(texts: Sequence[Text]) -> Any:
         calls.append("begins")
@@ -409,7 +409,7 @@ def test_texts_count_while_they_are_tokenized(
 def test_a_scheduler_that_closes_while_texts_are_tokenized(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = engine.encode
+    encode = engine.core.encode
 
     def closes(texts: Sequence[Text]) -> Any:
         scheduler.close()
@@ -499,7 +499,7 @@ def test_deadlines(engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) 
 def test_tokenization_is_part_of_the_deadline(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, encode = 0.0, engine.encode
+    now, encode = 0.0, engine.core.encode
     set_clock(monkeypatch, lambda: now)
 
     def slowly(texts: Sequence[Text]) -> Any:
@@ -533,7 +533,7 @@ def counted(metrics: Metrics, name: str) -> float:
 def test_the_rows_of_a_failing_group_get_its_error_and_others_their_answers(
     engine: Engine, gate: Gate
 ) -> None:
-    bad = engine.encode(["rain " * 9])[0].input_ids
+    bad = engine.core.encode(["rain " * 9])[0].input_ids
 
     def fails(segment: int, hidden: Any) -> None:
         ids = hidden.buffers["input_ids", 0][0]
@@ -553,7 +553,7 @@ def test_the_rows_of_a_failing_group_get_its_error_and_others_their_answers(
         check_same(engine, ["sun"], results([first]), NEVER)
         check_same(engine, ["the film"], results([scheduler.submit("the film")]), NEVER)
     assert [rows for segment, rows in gate.begun if segment == 0] == [1, 3, 1]
-    assert not engine._backend.check_out()._taken
+    assert not engine.core.backend.check_out()._taken
     assert counted(metrics, "failed_rows_total") == 3
     assert counted(metrics, "queue_seconds_count") == 5
 
@@ -611,7 +611,7 @@ def test_an_engine_that_is_closed_fails_all_rows(engine: Engine, gate: Gate) -> 
         gate.at()
         futures += scheduler.submit_all(["c", "d"])
         gate.fails = _refuse
-        engine._backend._closed = True
+        engine.core.backend._closed = True
         gate.open()
         for future in futures:
             with pytest.raises(BackendError, match="closed"):

@@ -89,7 +89,7 @@ def test_classify(server: Server, sent: Any, path: str) -> None:
         assert_probabilities(answer["probs"], expected)
         assert answer["probs"][server.engine.labels.index(answer["label"])] == max(answer["probs"])
     assert (found["object"], found["model"]) == ("list", "tiny")
-    assert found["usage"]["prompt_tokens"] == sum(map(len, server.engine.encode(texts)))
+    assert found["usage"]["prompt_tokens"] == sum(map(len, server.engine.core.encode(texts)))
 
 
 @pytest.mark.parametrize(

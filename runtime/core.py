@@ -1,0 +1,290 @@
+"""The core of an engine: everything between texts and answers, for the rooms of this package.
+
+`Engine` is the face that applications see. The scheduler, calibration and benchmarks chain segments
+themselves and need more than that, which may change at any time.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache, partial
+from time import perf_counter
+
+import msgspec
+import numpy as np
+
+from .artifact.folder import EnginesFolder
+from .backends.base import Backend, row_bytes
+from .chain import Chain, Decision, not_finite
+from .encoding import EncodedRow, Text, TextEncoder, blocks
+from .errors import InputError, whole_number
+from .exit_0 import ExitZero
+from .groups import Group
+from .predictions import Prediction, Stopped, Tally, Trace, make_predictions, outputs_of
+from .rules.measures import Mask
+from .rules.rules import Budget, ExitRule
+from .rules.runner import RuleRunner
+
+_WINDOW_BYTES = 256 * 2**20
+
+
+class Core:
+    """Runs texts with one target of an engines folder. Thread-safe.
+
+    Args:
+        engines: the engines folder.
+        backend: runs the segments of the target.
+        rule: the rule of calls that give none.
+        operating_point: its name, if it is an operating point.
+        max_length: truncate texts to this many tokens, special tokens included; None: what the
+            model and the target take.
+
+    Attributes:
+        engines: the engines folder.
+        manifest: its manifest.
+        backend: what runs the segments.
+        limits: the shapes that the target runs.
+        max_length: tokens to which texts are truncated, special tokens included.
+        window_bytes: memory of the rows that run at the same time, in bytes, see `windows`.
+        full_depth: runs every layer for every row.
+        in_use: the name of the operating point in use, if it is one, and the rule of calls that
+            give none. One attribute, so that a thread never sees the rule of one point with the
+            name of another.
+        tally: counts of what was answered.
+
+    Raises:
+        ArtifactError: the tokenizer or exit 0 is missing or damaged.
+        InputError: `max_length` is not a whole number, or leaves no room for text.
+        RuleError: the rule does not fit the model.
+    """
+
+    def __init__(
+        self,
+        engines: EnginesFolder,
+        backend: Backend,
+        rule: ExitRule,
+        operating_point: str | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        self.engines = engines.absolute()
+        self.manifest = engines.manifest
+        self.backend = backend
+        self.limits = backend.limits()
+        self.window_bytes = _WINDOW_BYTES
+        self._row_bytes = lru_cache(None)(partial(row_bytes, self.manifest, self.limits))
+        self._exit_0 = ExitZero.load(engines)
+        self._exits = self.manifest.exits
+        self.in_use = (operating_point, self._runner(rule))
+        self.full_depth = self._runner(Budget(exit=self._exits[-1]))
+        tokenizer = self.manifest.tokenizer
+        most = min(tokenizer.max_length, self.limits.max_sequence)
+        spec = msgspec.structs.replace(tokenizer, max_length=most)
+        self._encoder = TextEncoder(engines.path, spec, max_length)
+        self.max_length = self._encoder.limit
+        self.tally = Tally((0,) * len(self._exits))
+        self._tally_lock = threading.Lock()
+
+    def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
+        """Tokenize texts.
+
+        Args:
+            texts: strings, or (text, text_pair) tuples.
+
+        Raises:
+            InputError: a text is neither a string nor a pair of strings, or is not Unicode.
+            BackendError: this process was forked after the engine was loaded.
+        """
+        self.backend.origin.check()
+        return self._encoder.encode(texts)
+
+    def windows(self, texts: Iterable[Text]) -> Iterator[list[EncodedRow]]:
+        """Tokenize texts, and divide them into windows: rows that run at the same time.
+
+        Args:
+            texts: strings, or (text, text_pair) tuples; some are read before they are needed.
+
+        Yields:
+            Rows in the order of the texts. A window ends with the row at which its hidden states
+            reach `window_bytes`.
+
+        Raises:
+            FpabeeError: as in `encode`.
+        """
+        self.backend.origin.check()
+        encoded = self._encoder.stream(texts)
+        for window in blocks(encoded, lambda row: self._row_bytes(len(row)), self.window_bytes):
+            yield window
+            # The thread that tokenizes the next texts does not exist in a forked process.
+            self.backend.origin.check()
+
+    def runner(
+        self,
+        rule: ExitRule | None = None,
+        *,
+        full_depth: bool = False,
+        max_exit: int | None = None,
+    ) -> RuleRunner:
+        """What applies a rule to rows of this model, for code that chains segments itself.
+
+        Args:
+            rule: the rule; default: the engine's.
+            full_depth: as in `predict`.
+            max_exit: as in `predict`.
+
+        Raises:
+            RuleError: the rule or `max_exit` does not fit the model.
+        """
+        runner = self.in_use[1] if rule is None else self._runner(rule)
+        if full_depth:
+            runner = self.full_depth
+        return runner if max_exit is None else self._runner(runner.rule.capped(max_exit))
+
+    def chain(self) -> Chain:
+        """A chain of the segments, for code that chains segments itself, as `Scheduler` does.
+
+        Raises:
+            BackendError: the engine is closed, or this process was forked after it was loaded.
+        """
+        self.backend.check_open()
+        return Chain(self.backend, self.limits, self._exit_0)
+
+    def run(
+        self, rows: Sequence[EncodedRow], runner: RuleRunner, deadline: float = math.inf
+    ) -> Stopped:
+        """Run a window of rows, and keep the logits of their exits only.
+
+        Args:
+            rows: the rows of the window.
+            runner: their rule.
+            deadline: when their answers should be there, in seconds of `perf_counter`.
+
+        Raises:
+            BackendError: as in `run_encoded`.
+            ArtifactError: a segment that is loaded now is missing or damaged.
+        """
+        exits = np.zeros(len(rows), np.int64)
+        limited = np.zeros(len(rows), np.bool_)
+        logits = np.zeros((len(rows), len(self.manifest.task.labels)), np.float32)
+        for decision in self.decisions(rows, runner, deadline):
+            if len(decision.stopped):
+                stopped = decision.rows[decision.stopped]
+                exits[stopped] = decision.exit
+                limited[stopped] = decision.limited
+                logits[stopped] = decision.logits[decision.stopped]
+        return Stopped(rows, exits, logits, limited)
+
+    def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Trace:
+        """Run tokenized rows as one window, with the hidden states of all rows in memory.
+
+        Args:
+            rows: the result of `encode`.
+            rule: the rule.
+
+        Returns:
+            The trace, as `trace` gives it.
+
+        Raises:
+            RuleError: the rule does not fit the model.
+            BackendError: the engine is closed, a row is longer than the target takes, or the
+                target's logits are not finite at an exit that a row reached.
+            ArtifactError: a segment that is loaded now is missing or damaged.
+        """
+        first = self._exits[0]
+        shape = (len(self._exits), len(rows), len(self.manifest.task.labels))
+        logits = np.full(shape, np.nan, np.float32)
+        exits = np.full(len(rows), first, np.int64)
+        for decision in self.decisions(rows, self.runner(rule)):
+            logits[decision.exit - first, decision.rows] = decision.logits
+            exits[decision.rows[decision.stopped]] = decision.exit
+        at_exit = logits[exits - first, np.arange(len(rows))]
+        lengths = np.array([len(row) for row in rows], np.intp)
+        return Trace(logits, exits, outputs_of(self.manifest, at_exit).answers, lengths, first)
+
+    def answers(self, stopped: Stopped, missed: Mask) -> list[Prediction]:
+        """Count rows in the tally, and make their predictions.
+
+        Args:
+            stopped: the rows.
+            missed: `[rows]` whether the deadline was missed.
+        """
+        numbers = stopped.exits - self._exits[0]
+        counts = Tally(
+            exits=tuple(np.bincount(numbers, minlength=len(self._exits)).tolist()),
+            truncated=sum(row.truncated for row in stopped.rows),
+            deadline_limited=int(np.count_nonzero(stopped.limited)),
+            deadline_missed=int(np.count_nonzero(missed)),
+        )
+        with self._tally_lock:
+            self.tally += counts
+        return make_predictions(self.manifest, stopped, missed)
+
+    def reset_tally(self) -> Tally:
+        """Start the tally again from zero; returns it as it was.
+
+        Raises:
+            BackendError: this process was forked after the engine was loaded.
+        """
+        self.backend.origin.check()
+        with self._tally_lock:
+            before = self.tally
+            self.tally = Tally((0,) * len(self._exits))
+        return before
+
+    def time_exits(self, rows: int, tokens: int) -> list[float]:
+        """Time the way from each exit to the next once, on a group of made-up rows.
+
+        Args:
+            rows: rows of the group.
+            tokens: tokens in a row.
+
+        Returns:
+            Seconds for each exit, in the order of `Manifest.exits`. For exits from 1 this is the
+            time of a segment, including the time to read the logits.
+
+        Raises:
+            InputError: `rows` or `tokens` is not a whole number from 1.
+            BackendError: the engine is closed, or rows of that length are too long for it.
+        """
+        rows = whole_number("rows", rows, InputError)
+        tokens = whole_number("tokens", tokens, InputError)
+        ids = np.zeros(tokens, np.int64)
+        made_up = [EncodedRow(ids, ids, truncated=False)] * rows
+        group = Group.of(np.arange(rows), made_up, self.full_depth, math.inf, self.limits)
+        seconds = []
+        with self.chain() as chain:
+            for exit_number in self._exits:
+                started = perf_counter()
+                if exit_number == 0:
+                    chain.ask_exit_0(group)
+                else:
+                    chain.enqueue(group)
+                    chain.finish()
+                seconds.append(perf_counter() - started)
+        return seconds
+
+    def _runner(self, rule: ExitRule) -> RuleRunner:
+        task = self.manifest.task
+        return RuleRunner(rule, task.problem_type, self._exits, task.label_thresholds)
+
+    def decisions(
+        self, rows: Sequence[EncodedRow], runner: RuleRunner, deadline: float = math.inf
+    ) -> Iterator[Decision]:
+        """Run a window of rows until the rule or the deadline has stopped all of them.
+
+        Args:
+            rows: the rows of the window.
+            runner: their rule.
+            deadline: when their answers should be there, in seconds of `perf_counter`.
+
+        Raises:
+            BackendError: as in `run_encoded`.
+            ArtifactError: a segment that is loaded now is missing or damaged.
+        """
+        window = Group.of(np.arange(len(rows)), rows, runner, deadline, self.limits)
+        with self.chain() as chain:
+            for decision in chain.run(window):
+                if len(decision.failed):
+                    raise not_finite(self.backend.name, decision.exit)
+                yield decision
