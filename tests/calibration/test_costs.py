@@ -50,7 +50,7 @@ def test_costs_are_those_of_one_row(batch: int) -> None:
         return [rows * seconds for seconds in (0.5, tokens)]
 
     limits = SimpleNamespace(max_batch=8, group_tokens=36)
-    engine: Any = SimpleNamespace(limits=limits, time_exits=time_exits)
+    engine: Any = SimpleNamespace(core=SimpleNamespace(limits=limits, time_exits=time_exits))
     found = measure_costs(engine, np.array([3, 9], np.intp), batch)
     assert found.seconds == ((0.5,) * len(found.lengths), found.lengths)
 

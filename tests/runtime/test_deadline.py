@@ -22,6 +22,7 @@ from fpabee.runtime import (
     RuleError,
 )
 from fpabee.runtime import chain as chain_module
+from fpabee.runtime import core as core_module
 from fpabee.runtime import engine as engine_module
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.backends.host import HostBackend, HostExecution
@@ -46,7 +47,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (engine_module, chain_module):
+    for module in (core_module, engine_module, chain_module):
         monkeypatch.setattr(module, "perf_counter", clock)
     enqueue = HostExecution.enqueue
 
@@ -178,12 +179,12 @@ def test_warming_up_runs_every_length_of_a_call(
 ) -> None:
     shapes = []
     with Engine.load(engines["bert"], threads=1) as engine:
-        time_exits = engine.time_exits
+        time_exits = engine.core.time_exits
 
         def noted(rows: int, tokens: int) -> list[float]:
             shapes.append((rows, tokens))
             return time_exits(rows, tokens)
 
-        monkeypatch.setattr(engine, "time_exits", noted)
+        monkeypatch.setattr(engine.core, "time_exits", noted)
         engine.warm_up(rows=2, tokens=10)
     assert set(shapes) == {(2, 8), (2, 16)}

@@ -147,7 +147,7 @@ def tuned(
         patch.setattr(host, "_GROUP_TOKENS", group_tokens)
         patch.setattr(host, "_MAX_BATCH", max_batch)
         width = 8 * read_manifest(folder).model.hidden_size
-        patch.setattr("fpabee.runtime.engine._WINDOW_BYTES", window_tokens * width)
+        patch.setattr("fpabee.runtime.core._WINDOW_BYTES", window_tokens * width)
         patch.setattr(encoding, "_CHUNK_TEXTS", chunk)
         patch.setattr(host.HostBackend, "joins", joins)
         with Engine.load(folder) as engine:

@@ -72,7 +72,7 @@ def test_every_use_gets_an_error_although_other_threads_use_the_engine(engine: E
         for _ in range(backend.most_executions):
             others.enter_context(engine.core.chain()).execution  # noqa: B018 - it is lent
         # Nobody in the child will ever release what other threads held.
-        for lock in (backend._pool_lock, backend._lock, engine._tally_lock):
+        for lock in (backend._pool_lock, backend._lock, engine.core._tally_lock):
             others.enter_context(lock)
         assert forked(child, SECONDS) == Ended([*USES], "")
         others.pop_all().close()

@@ -22,6 +22,7 @@ from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.cli.inspect import main as inspect
+from fpabee.runtime.core import Core
 from fpabee.runtime.progress import silent
 
 pytest.importorskip("openvino")
@@ -127,7 +128,7 @@ def test_a_gain_must_show_in_nearly_every_turn(
 
 def test_the_best_run_of_each_turn_counts(added: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1, 1000))
-    monkeypatch.setattr(Engine, "time_exits", lambda *_: [float(next(clock))] * 3)
+    monkeypatch.setattr(Core, "time_exits", lambda *_: [float(next(clock))] * 3)
     found = default._seconds(EnginesFolder.read(added), [ONNX, FP32])
     assert {name: times.shape for name, times in found.items()} == {ONNX: (6, 2), FP32: (6, 2)}
     assert found[ONNX][:2].tolist() == [[3.0, 9.0], [27.0, 33.0]]

@@ -33,7 +33,7 @@ WORDS = ["the", "a", "film", "rain", "sun", "lights", "alarm", "off", "good", "b
 # Small blocks of several windows each, so that a run stops within a block and a window.
 SMALL = {
     "fpabee.runtime.files.job.BLOCK_ROWS": 64,
-    "fpabee.runtime.engine._WINDOW_BYTES": 1,
+    "fpabee.runtime.core._WINDOW_BYTES": 1,
     "fpabee.runtime.backends.host._GROUP_TOKENS": 64,
 }
 START = f"""

@@ -400,7 +400,7 @@ def test_texts_count_while_they_are_tokenized(
             await bad
         assert scheduler._unanswered == 0
 
-    monkeypatch.setattr(engine, "encode", slowly)
+    monkeypatch.setattr(engine.core, "encode", slowly)
     with Scheduler(engine, max_rows=5) as scheduler:
         asyncio.run(several(scheduler))
     assert calls == ["begins", "ends"] * 2
@@ -416,7 +416,7 @@ def test_a_scheduler_that_closes_while_texts_are_tokenized(
         return encode(texts)
 
     scheduler = Scheduler(engine)
-    monkeypatch.setattr(engine, "encode", closes)
+    monkeypatch.setattr(engine.core, "encode", closes)
     with pytest.raises(BackendError, match="closed"):
         scheduler.submit("a")
     assert scheduler._unanswered == 0
@@ -507,7 +507,7 @@ def test_tokenization_is_part_of_the_deadline(
         now += 1.0
         return encode(texts)
 
-    monkeypatch.setattr(engine, "encode", slowly)
+    monkeypatch.setattr(engine.core, "encode", slowly)
     with Scheduler(engine) as scheduler:
         missed = [scheduler.submit("a", deadline_ms=500.0).result(WAIT)]
         missed += asyncio.run(scheduler.classify(["a"], deadline_ms=500.0))
@@ -584,7 +584,7 @@ def test_rows_whose_answers_cannot_be_made_get_the_error(
 
     with Scheduler(engine) as scheduler:
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "answers", fails)
+            patch.setattr(engine.core, "answers", fails)
             for future in scheduler.submit_all(["rain", "sun"], max_exit=1):
                 with pytest.raises(MemoryError, match="made up"):
                     future.result(WAIT)
