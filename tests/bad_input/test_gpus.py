@@ -57,7 +57,7 @@ def rebuilt_graph(_: Place, double: Double) -> None:
     double.change_plan("segment_02", onnx_sha256="0" * 64)
 
 
-REBUILD = "build it here"
+REBUILD = "build target tensorrt-fp32 here"
 CASES = [
     Case("a driver that is too old", on_gpu(versions((12, 6), 13)),
          "CUDA 13", "CUDA 12.6", "580 or later", "'fpabee[tensorrt-cu12]'"),
