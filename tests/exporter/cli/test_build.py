@@ -58,12 +58,12 @@ def test_what_was_lost_is_named_and_calibrated_next(
     engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = read_manifest(engines["bert"])
-    lost = {FP32: ("fast",), "gone": ("safe",)}
+    lost: dict[str, tuple[str, ...]] = {FP32: ("fast",), "gone": ("safe",)}
     result = BuildResult(manifest, {CUDA: None}, lost_points=lost)
     monkeypatch.setattr("fpabee.exporter.cli.build.build_targets", lambda *_: result)
     assert run(engines["bert"], CUDA).stdout.splitlines()[2:] == [
-        f"no longer valid: fast of {FP32}, whose files have changed",
-        "no longer valid: safe of gone, whose files have changed",
+        f"no longer valid: fast of {FP32}, whose files or library have changed",
+        "no longer valid: safe of gone, whose files or library have changed",
         f"next: fpabee-calibrate {engines['bert']} --data DATA --target {FP32}",
     ]
 
