@@ -70,7 +70,11 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 @thresholds
 @options.target
 @options.flag("--all-targets", "Calibrate every target that this machine can run.")
-@options.option("--set-default", "NAME", "Only make this operating point the default.")
+@options.option(
+    "--set-default",
+    "NAME",
+    "Only make this operating point, and a --target that is named, the default.",
+)
 @options.path("-o --report", "HTML page about the result to write.")
 @options.threads
 @options.quiet

@@ -38,10 +38,9 @@ from one_graph import write_one_graph
 from fpabee.calibration import threshold_for_depth
 from fpabee.exporter.onnx_file import graph_runs
 from fpabee.exporter.staging import staging
+from fpabee.exporter.targets import PlanOptions, build_targets
 from fpabee.exporter.targets.backends import RTX, TENSORRT
-from fpabee.exporter.targets.build import build_targets
 from fpabee.exporter.targets.builders import BUILDERS
-from fpabee.exporter.targets.plans import PlanOptions
 from fpabee.exporter.targets.tensorrt import TIMING_CACHE
 from fpabee.runtime import Bucket, Budget, Engine, Entropy, ExitRule, read_manifest
 from fpabee.runtime.agreement import REQUIREMENTS
@@ -66,8 +65,6 @@ PARTS = {
     "model base": 170.0,
     "plans base fp16": 220.0,
     "onnxruntime base fp16": 40.0,
-    "plans minilm int8": 140.0,
-    "plans base int8": 220.0,
 }
 LEAST_SECONDS = 5.0  # a part is not started if less time is left
 
@@ -77,7 +74,7 @@ SIZES = {
 }
 TOKENS = (16, 32, 128)  # lengths at which single texts are timed
 LONGEST = 128
-FILE_TEXTS, INT8_TEXTS = 2000, 64
+FILE_TEXTS = 2000
 TEST_PACKAGES = ("pytest", "hypothesis", "filelock", "onnx", "torch", "transformers")
 PLANS = PlanOptions(batch=(1, 8, 32), sequence=(16, 32, LONGEST))
 
@@ -161,13 +158,14 @@ def plans(folder: Path, precision: str, emit: Emit) -> None:
         raise Skipped(f"the model has no {precision} graphs")
     options = replace(PLANS, compute_capabilities=(cuda_device().compute_capability,))
     targets: list[str] = []
-    # Each plan of the chain is kept with its timings if the part is stopped. The one large plan is
-    # kept only if it is done, so it comes last, and begins with the timings of the same layers.
+    # Plans are kept if all of a folder are done, and timings in any case. The one large plan takes
+    # longest, so it comes last, and begins with the timings of the same layers.
     for name in ("chain", "one"):
         started = time.perf_counter()
-        targets += [
-            one.name for one in build_targets(folder / name, [target], plans=options).checked
-        ]
+        built = build_targets(folder / name, [target], plans=options)
+        if built.refused:
+            raise built.refused[target]
+        targets += built.added
         emit(NOTE, f"{name} was built in {time.perf_counter() - started:.0f} s")
         cache = folder / "chain" / "targets" / targets[0] / TIMING_CACHE
         if name == "chain" and cache.is_file():

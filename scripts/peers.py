@@ -39,7 +39,8 @@ from systems import ENVIRONMENTS, OTHERS, System, measure, read
 
 from fpabee.calibration import DEFAULT_GOALS, Bound, CalibrationOptions, Goal, calibrate
 from fpabee.calibration.search import CASCADE
-from fpabee.exporter.targets.build import build_targets, buildable
+from fpabee.exporter.targets import build_targets
+from fpabee.exporter.targets.builders import INT8_TARGETS, OPENVINO_TARGETS, buildable
 from fpabee.exporter.targets.check import FP32_TARGET
 from fpabee.runtime import Budget, ExitRule, InputError, read_manifest
 from fpabee.runtime.cli.command import exits_with_one_line
@@ -138,7 +139,7 @@ def add_all_targets(engines: Path, data: Path) -> None:
     """Build the targets for CPUs in all precisions, unless that is done."""
     if not any("int8" in name for name in read_manifest(engines).targets):
         texts = read(str(data), "train")[0]
-        build_targets(engines, buildable(("fp32", "bf16", "int8")), texts)
+        build_targets(engines, buildable((*OPENVINO_TARGETS, *INT8_TARGETS)), texts)
 
 
 def rules_of(

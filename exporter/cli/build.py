@@ -110,7 +110,7 @@ def show(result: BuildResult) -> None:
         echo(f"added {name}: {texts}")
     echo(result.default or f"default target: {result.manifest.default_target}")
     for name, points in result.lost_points.items():
-        echo(f"no longer valid: {', '.join(points)} of {name}, whose files have changed")
+        echo(f"no longer valid: {', '.join(points)} of {name}, whose files or library have changed")
 
 
 def to_dict(result: BuildResult) -> dict[str, Any]:

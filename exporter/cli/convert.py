@@ -61,7 +61,7 @@ fpabee-convert my-guard texts.txt --missed 2 --threshold attack=0.7
 @options.number("--false-alarms", "Of the others, at most X % are flagged.")
 @cli.thresholds
 @options.path("--adapter", "PEFT adapter to merge into the classifier.", "DIR")
-@options.flag("--all-targets", "Build and certify every target that this machine can.")
+@options.flag("--all-targets", "Build and certify every target for CPUs that this machine can.")
 @options.path("--single-file", "Also write one ONNX file with the exits and the rule.", "DIR")
 @options.flag("--force", "Replace an existing engines folder.")
 @options.quiet

@@ -80,7 +80,7 @@ def main(
     quiet: bool,
     as_json: bool,
     exits: tuple[int, ...] | None,
-    problem_type: ProblemType | None,
+    problem_type: str | None,
     max_length: int | None,
     **settings: Any,
 ) -> None:
@@ -106,7 +106,7 @@ def main(
 
     wanted = ExportOptions(
         exits=exits,
-        problem_type=problem_type,
+        problem_type=ProblemType(problem_type) if problem_type else None,
         max_length=max_length,
         texts=contents,
         force=force,

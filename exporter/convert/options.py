@@ -21,7 +21,7 @@ class ConvertOptions:
     Attributes:
         bound: what is promised on new texts, against the decisions of the classifier.
         adapter: the folder of a PEFT adapter, which is merged into the classifier.
-        all_targets: also build int8 and the targets of GPUs, where this machine can.
+        all_targets: also build and certify the targets in int8, where this machine can.
         problem_type: the task, if the classifier does not name it.
         max_length: longest sequence in tokens, special tokens included; None: the longest that
             tokenizer and classifier take.

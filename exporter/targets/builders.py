@@ -128,8 +128,9 @@ class Workbench:
             for path in (*place.glob("*.onnx"), *place.glob("*.plan")):
                 if path not in named:
                     path.unlink()
-            if not any(place.iterdir()):
-                place.rmdir()
+            for folder in (place, place.parent):
+                if not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 def check_enough(texts: Sequence[Text]) -> None:

@@ -40,11 +40,15 @@ def command(name: str, *options: object) -> Make:
             "pack": ["pack", folder, "-o", place.root / "packed"],
             "calibrate": ["calibrate", folder, "--data", "none.jsonl"],
             "export": place.export(place.models["bert"]),
-            "from": ["export", "--from", folder],
+            "build": ["build", folder],
         }[name]
         return [*arguments, *options, "--quiet"]
 
     return make
+
+
+def export_int8(place: Place) -> Arguments:
+    return command("export", "--int8", "--texts", place.file("texts.txt", "rain\n" * 32))(place)
 
 
 def serve(*options: object) -> Make:
@@ -164,8 +168,9 @@ PACKAGES = [
          "uvicorn", "'fpabee[serve]'"),
     Case("no matplotlib", without("matplotlib", command("calibrate", "--report", "out")),
          "pip install matplotlib jinja2"),
-    Case("no TensorRT", without("tensorrt", command("from", "--backend", "tensorrt")),
+    Case("no TensorRT", without("tensorrt", command("build", "tensorrt-fp32")),
          "tensorrt", "'fpabee[tensorrt-cu13]'"),
+    Case("no NNCF", without("nncf", export_int8), "nncf", "'fpabee[export,cpu,quantize]'"),
 ]  # fmt: skip
 
 SERVING = [
@@ -181,6 +186,8 @@ SERVING = [
 SETTINGS = [
     Case("10^9 threads", run("--threads", 10**9), "1000000000", "1024"),
     Case("an unknown target", run("--target", "a\x1b\n"), r"'a\x1b\n'", "onnxruntime-fp32"),
+    Case("a target that cannot be built", command("build", "openvino-fp32", "openvino-fp8"),
+         "'openvino-fp8'", "openvino-fp32 (OpenVINO)", "tensorrt-fp16 (TensorRT"),
     Case("an unknown rule", run("--rule", "fastbert"), "fastbert", "fpabee"),
     Case("a threshold that is no number", run("--rule", "exit_0_threshold=nan"), "nan"),
     Case("no room for a token", run("--max-length", 2), "2", "3"),
@@ -200,17 +207,15 @@ USAGE: list[tuple[Make, str]] = [
     (run("--unbuffered", "--output", "out.jsonl"), "--output FILE"),
     (lambda p: ["inspect"], "--env"),
     (lambda p: ["inspect", "--check", "--env"], "ENGINES"),
-    (lambda p: ["export"], "--from"),
+    (lambda p: ["export"], "MODEL_DIR"),
+    (command("build"), "NAME"),
     (command("export", "--exits", "1,,2"), "'1,,2'"),
-    (command("export", "--batch", "8,4,2"), "batch is 8,4,2"),
-    (command("export", "--int8"), "--calibration-data"),
-    (command("export", "--calibration-data", "a"), "--int8"),
-    (command("export", "--column", "text=body"), "--verify-data"),
-    (command("from", "--exits", "1,2"), "--exits"),
-    (command("from", "--force"), "--from"),
-    (command("from", "--backend", "tensorrt-rtx", "--verify-data", "a"), "--verify-data"),
-    (command("from", "--sm", "8"), "not 8"),
-    (command("from", "--fp16", "--sm", "86,90"), "9.0"),
+    (command("export", "--int8"), "--texts"),
+    (command("export", "--column", "text=body"), "--texts"),
+    (command("build", "tensorrt-fp32", "--batch", "8,4,2"), "batch is 8,4,2"),
+    (command("build", "openvino-fp32", "--column", "text=body"), "--texts"),
+    (command("build", "tensorrt-rtx-fp32", "--sm", "8"), "not 8"),
+    (command("build", "tensorrt-rtx-fp16", "--sm", "86,90"), "9.0"),
     (lambda p: ["fpabee", "none"], "'none'"),
 ]
 

@@ -1,30 +1,39 @@
-"""Precisions that change a model too much, plans that cannot be built: nothing is written."""
+"""Targets that cannot be built, or that change a model too much: nothing is written."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
+from fpabee.exporter import staging
+
 from .cases import Arguments, Case, Change, Make, Place, check, each, with_nan
 
 SECOND = "onnx/fp32/segment_02.onnx"
+FP16, INT8 = "onnxruntime-fp16-cuda", "onnxruntime-int8"
 
 
 def shared(*options: object) -> Make:
     """A good folder, which stays as it is."""
-    return lambda place: ["export", "--from", place.shared["bert"], "--quiet", *options]
+    return lambda place: ["build", place.shared["bert"], "--quiet", *options]
 
 
 def folder(change: Change, *options: object) -> Make:
     """A copy of the folder, changed."""
-    return lambda place: ["export", "--from", place.engines(change), "--quiet", *options]
+    return lambda place: ["build", place.engines(change), "--quiet", *options]
 
 
 def texts(content: str) -> Make:
     """Texts for the ranges of int8."""
-    return lambda p: shared("--int8", "--calibration-data", p.file("t.txt", content))(p)
+    return lambda p: shared(INT8, "--texts", p.file("t.txt", content))(p)
+
+
+def few_texts_of_an_export(place: Place) -> Arguments:
+    texts = place.file("t.txt", "rain\n" * 31)
+    return place.export(place.models["bert"], "--int8", "--texts", texts)
 
 
 def full_disk(place: Place) -> Arguments:
@@ -35,18 +44,19 @@ def full_disk(place: Place) -> Arguments:
             file.write(content[:1000])
         raise OSError(28, os.strerror(28))
 
-    arguments = folder(lambda _: None, "--fp16")(place)
+    arguments = folder(lambda _: None, FP16)(place)
     place.patch.setattr(Path, "write_bytes", full)
     return arguments
 
 
 CASES = [
-    Case("heads of NaN", folder(with_nan, "--fp16"), "fp16", "2", "fp32"),
-    Case("int8 without texts", shared("--int8"), "int8", "--calibration-data"),
-    Case("too few texts", texts("rain\n" * 31), "31", "32"),
-    Case("no graph", folder(lambda f: (f / SECOND).unlink(), "--fp16"), SECOND),
+    Case("heads of NaN", folder(with_nan, FP16), FP16, "2", "fp32"),
+    Case("int8 without texts", shared(INT8), "0", "32", "--texts"),
+    Case("too few texts", texts("rain\n" * 31), "31", "32", "--texts"),
+    Case("too few texts of an export", few_texts_of_an_export, "31", "32", "--texts"),
+    Case("no graph", folder(lambda f: (f / SECOND).unlink(), FP16), FP16, SECOND),
     Case("a file where graphs are to be",
-         folder(lambda f: (f / "onnx/fp16").write_text("mine"), "--fp16"), "onnx/fp16"),
+         folder(lambda f: (f / "onnx/fp16").write_text("mine"), FP16), "onnx/fp16"),
     Case("a full disk", full_disk, "No space left"),
 ]  # fmt: skip
 
@@ -56,8 +66,16 @@ def test_a_bad_precision(case: Case, place: Place, capfd: pytest.CaptureFixture[
     check(case, place, capfd)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot lock folders")
+def test_two_builds_at_the_same_time(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    make = folder(lambda _: None, FP16)
+    arguments = make(place)
+    with staging.locked(Path(str(arguments[1]))):
+        check(Case("two builds", lambda _: arguments, "another process"), place, capfd)
+
+
 def test_a_file_where_plans_are_to_be(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    options = ("--backend", "tensorrt-rtx", "--sm", "86")
+    options = ("tensorrt-rtx-fp32", "--sm", "86")
     make = folder(lambda f: (f / "targets").write_text("mine"), *options)
     check(Case("a file", make, "targets"), place, capfd)

@@ -229,7 +229,20 @@ def test_another_point_becomes_the_default(folder: Path, data: Path) -> None:
     )
     changed = msgspec.structs.replace(before.targets[TARGET], default_operating_point="fast")
     assert read_manifest(folder).targets[TARGET] == changed
+    assert not read_manifest(folder).default_is_fixed
     assert run(folder, "--set-default", "safe", "--metric", "macro_f1").exit_code == 2
+
+
+def test_a_target_that_is_made_the_default_stays_it(
+    folder: Path, set_points: Callable[..., None]
+) -> None:
+    set_points(folder, "copy", fast=Budget(exit=1))
+    said(folder, "--set-default", "fast", "--target", "copy")
+    manifest = read_manifest(folder)
+    assert (manifest.default_target, manifest.default_is_fixed) == ("copy", True)
+    assert manifest.targets["copy"].default_operating_point == "fast"
+    assert "no target 'none'" in run(folder, "--set-default", "fast", "--target", "none").stderr
+    assert read_manifest(folder) == manifest
 
 
 @pytest.mark.usefixtures("measured")

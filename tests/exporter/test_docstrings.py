@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,15 @@ def test_code_runs(
 
     assert run_code("fpabee.exporter") == ["export"]
     assert (tmp_path / "engines" / "manifest.json").is_file()
+
+
+def test_the_example_of_a_build_runs(
+    engine_copy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine_copy()
+    monkeypatch.chdir(tmp_path)
+
+    assert run_code("fpabee.exporter.targets") == ["build_targets"]
 
 
 def test_the_example_of_a_training_runs(

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from one_graph import write_one_graph
 
+from fpabee.exporter.targets import build_targets
+from fpabee.exporter.targets.builders import _Plans
 from fpabee.runtime import MissingExtraError, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.machine import CudaDevice
@@ -211,10 +212,10 @@ def test_the_runner_of_polygraphy_takes_these_arguments() -> None:
 def test_the_whole_model_is_built_last_with_the_timings_of_the_chain(
     script: ModuleType, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add_targets(models / "chain", AddTargetsOptions(fp16=True, backends=()))
+    build_targets(models / "chain", ["onnxruntime-fp16-cuda"])
     write_one_graph(models / "chain", models / "one")
     double = serve(monkeypatch, models / "chain")
-    monkeypatch.setattr(script, "unavailable_reason", lambda backend: None)
+    monkeypatch.setattr(_Plans, "why_not", lambda _: None)
     monkeypatch.setattr(script, "cuda_device", lambda: GPU)
     monkeypatch.setattr(script, "judge", lambda *arguments: False)
     monkeypatch.setattr(script, "measure", lambda *arguments: done.append(arguments))
@@ -233,15 +234,13 @@ def test_the_whole_model_is_built_last_with_the_timings_of_the_chain(
         *((False, number) for number in range(3)),
         (True, 3),
     ]
-    with pytest.raises(script.Skipped, match="the model has no int8 graphs"):
-        script.plans(models, "int8", emit)
 
 
 def test_a_part_that_lacks_something_is_skipped(
     script: ModuleType, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results, error = tmp_path / "results.jsonl", MissingExtraError("tensorrt is not installed", "")
-    monkeypatch.setattr(script, "unavailable_reason", lambda backend: error)
+    monkeypatch.setattr(_Plans, "why_not", lambda _: error)
     for name in ("plans minilm fp16", "plans tiny fp16", "tests"):
         monkeypatch.setattr(script, "TEST_PACKAGES", ("no_such_package",))
         script.run_here(name, models.parent, results)
@@ -278,7 +277,7 @@ def test_a_model_is_made(
     script.make_models(folder, print)
     manifests = [read_manifest(folder / name) for name in ("chain", "one")]
     assert [len(manifest.segments) for manifest in manifests] == [2, 1]
-    assert all(set(manifest.precisions) == {"fp16", "int8"} for manifest in manifests)
+    assert all(set(manifest.precisions) == {"fp16"} for manifest in manifests)
     assert len((folder / "texts.txt").read_text("utf-8").splitlines()) == script.FILE_TEXTS
     with pytest.raises(script.Skipped, match="the model was made before"):
         script.make_models(folder, print)

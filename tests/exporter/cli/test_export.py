@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from fpabee.exporter.add_targets import AddTargetsResult
 
+from fpabee.exporter.cli import export as cli
 from fpabee.exporter.cli.export import main
-from fpabee.exporter.targets.check import Checked
-from fpabee.runtime import FPabee
+from fpabee.exporter.targets import BuildResult, backends, builders
+from fpabee.runtime import BackendError, FpabeeError, VerificationError
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
 from fpabee.runtime.artifact.reference import read_reference
+from fpabee.runtime.encoding import Text
+from fpabee.runtime.progress import Progress
 
 from ...bad_input.cases import change_config, change_json
-from ...doubles.device import Double
 
 FP32 = "onnxruntime-fp32"
 
@@ -38,7 +40,7 @@ def test_success_says_what_was_made_and_how_to_go_on(bert: Path, tmp_path: Path)
     folder = tmp_path / "engines"
     result = run(bert, "-o", folder)
     assert result.exit_code == 0, result.output
-    # With OpenVINO, lines about its targets come between, see tests/exporter/targets/test_cpu.py.
+    # With OpenVINO, lines about its targets come between, see test_build.py.
     made, verified, *_, after = result.stdout.splitlines()
     assert made.startswith(f"{folder}: 3 segments, ")
     assert re.fullmatch(r"added onnxruntime-fp32: verified on \d+ texts", verified)
@@ -53,7 +55,7 @@ def test_options_reach_the_export_and_quiet_json_is_one_object(bert: Path, tmp_p
     texts = tmp_path / "rows.csv"
     texts.write_text("text_pair,body\n,good film\nsun,rain\n")
     result = run(
-        copy, "-o", tmp_path / "out", "--exits", "1,2,3", "--max-length", 12, "--verify-data",
+        copy, "-o", tmp_path / "out", "--exits", "1,2,3", "--max-length", 12, "--texts",
         texts, "--column", "text=body",
         "--problem-type", "multi_label_classification", "--json", "--quiet",
     )  # fmt: skip
@@ -74,63 +76,76 @@ def test_options_reach_the_export_and_quiet_json_is_one_object(bert: Path, tmp_p
     assert known[-2:] == ["good film", ("rain", "sun")]
 
 
-def test_from_adds_a_precision_and_its_plans(
-    engine_copy: Callable[..., Path], tmp_path: Path
+def test_openvino_that_cannot_be_used_is_named_and_the_rest_is_exported(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    folder = engine_copy("albert")
-    before = read_manifest(folder)
-    texts = tmp_path / "texts.csv"
-    texts.write_text("body\none\ntwo\n")
-    options = ("--from", folder, "--fp16", "--sm", "8.9,120", "--sequence", "8,16,32")
-    result = run(*options, "--verify-data", texts, "--column", "text=body")
+    def refuse() -> str:
+        raise BackendError("the installed OpenVINO has no CPU plugin")
+
+    monkeypatch.setattr(backends, "openvino_version", refuse)
+    result = run(bert, "-o", tmp_path / "engines")
     assert result.exit_code == 0, result.output
-    assert "added fp16: verified on 14 texts" in result.stdout
-    assert "added tensorrt-rtx-fp16: not run here" in result.stdout
-    assert "not added: tensorrt-fp16: tensorrt is not installed" in result.stdout
-    manifest = read_manifest(folder)
-    assert manifest.graphs == before.graphs
-    assert manifest.targets["tensorrt-rtx-fp16"].compute_capabilities == ("8.9", "12.0")
-    # The fastest target for CPUs is measured, and tiny models run as fast in both libraries.
-    assert manifest.default_target.startswith(("onnxruntime-", "openvino-"))
+    assert "not added: openvino-fp32: the installed OpenVINO has no CPU plugin" in result.stdout
+    assert list(read_manifest(tmp_path / "engines").targets) == [FP32]
 
 
-def test_a_new_target_is_calibrated_next_unless_its_points_are_kept(
-    double: Double, set_points: Callable[..., None]
+def test_fp16_is_built_as_one_types_it(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, name = double.folder, "tensorrt-fp32-sm86"
-    set_points(folder, usual=FPabee(threshold=0.3))
-    build = ("--from", folder, "--backend", "tensorrt", "--sequence", "8,16,32")
-    *_, default, after = run(*build).stdout.splitlines()
-    assert default == f"default target: {FP32}"
-    assert after == f"next: fpabee-calibrate {folder} --data DATA --target {name}"
-    set_points(folder, name, fast=FPabee(threshold=0.3))
-    *_, default, after = run(*build, "--target", name).stdout.splitlines()
-    assert default.startswith(f"default target: {name}")
-    assert after == f"next: fpabee-run {folder} texts.txt"
+    """On a machine that can build no plans, too."""
+    find = importlib.util.find_spec
+    hidden = ("tensorrt", "tensorrt_rtx")
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name in hidden else find(name)
+    )
+    monkeypatch.chdir(tmp_path)
+    result = run(bert, "--fp16")
+    assert result.exit_code == 0, result.output
+    assert "added onnxruntime-fp16-cuda: not run here" in result.stdout
+    assert "tensorrt" not in result.stdout
+    calibrate = "fpabee-calibrate engines --data DATA --target onnxruntime-fp16-cuda"
+    assert result.stdout.splitlines()[-1] == f"next: {calibrate}"
+    manifest = read_manifest(tmp_path / "engines")
+    assert manifest.precisions.keys() == {"fp16"}
+    assert not manifest.targets[manifest.default_target].on_gpu
 
 
-def test_what_was_lost_or_asked_for_is_calibrated_next(
-    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("left", [[], ["onnxruntime-int8"]])
+def test_it_fails_if_nothing_is_kept_of_what_was_asked_for(
+    left: list[str], bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = engines["bert"]
-    calibrate = f"next: fpabee-calibrate {folder} --data DATA"
-    added: list[AddTargetsResult] = []
-    monkeypatch.setattr("fpabee.exporter.cli.export.add_targets", lambda *_: added[-1])
-    for name, option in ((FP32, f" --target {FP32}"), ("gone", "")):
-        lost = AddTargetsResult(read_manifest(folder), lost_points={name: ("fast",)})
-        added.append(lost)
-        assert run("--from", folder).stdout.splitlines()[1:] == [
-            f"no longer valid: fast of {name}, whose graphs or plans have changed",
-            calibrate + option,
-        ]
-    added.append(AddTargetsResult(read_manifest(folder), checked=[Checked(FP32)]))
-    after = run("--from", folder, "--backend", "onnxruntime").stdout.splitlines()[-1]
-    assert after == f"{calibrate} --target {FP32}"
+    """The export stays, with its other targets."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("rain\n" * 32)
+    asked: list[str] = []
+
+    def build_targets(
+        folder: Path, names: Sequence[str], texts: Sequence[Text], progress: Progress
+    ) -> BuildResult:
+        assert len(texts) == 32
+        asked.extend(names)
+        refused: dict[str, FpabeeError] = {
+            name: VerificationError("it changes answers")
+            for name in names
+            if name.endswith("int8") and name not in left
+        }
+        return BuildResult(read_manifest(folder), dict.fromkeys(left), refused)
+
+    monkeypatch.setattr(cli, "require", lambda feature: None)
+    monkeypatch.setattr(cli, "build_targets", build_targets)
+    monkeypatch.setattr(cli, "buildable", list)
+    monkeypatch.setattr(cli, "INT8_TARGETS", ("onnxruntime-int8", "openvino-int8"))
+    monkeypatch.setattr(builders._Int8, "why_not", lambda _: None)
+    result = run(bert, "-o", tmp_path / "engines", "--int8", "--texts", texts)
+    assert asked[-2:] == ["onnxruntime-int8", "openvino-int8"]
+    assert "not added: openvino-int8: it changes answers" in result.stdout
+    assert result.exit_code == (not left)
+    assert ("onnxruntime-int8 was not added: it changes" in result.stderr) == (not left)
+    assert FP32 in read_manifest(tmp_path / "engines").targets
 
 
 def test_an_engines_folder_is_no_model(engines: Mapping[str, Path]) -> None:
     result = run(engines["bert"])
     assert result.exit_code == 1
-    adding = f"to add targets: fpabee-export --from {engines['bert']};"
+    adding = f"to add targets: fpabee-build {engines['bert']} NAME;"
     assert f"engines folder, not a model_dir -> {adding}" in result.stderr

@@ -16,7 +16,14 @@ import numpy as np
 import pytest
 
 from fpabee.exporter import staging
-from fpabee.exporter.targets import BuildResult, PlanOptions, build, build_targets, tensorrt
+from fpabee.exporter.targets import (
+    BuildResult,
+    PlanOptions,
+    build,
+    build_targets,
+    builders,
+    tensorrt,
+)
 from fpabee.exporter.targets.builders import BUILDERS, FP16_TARGETS, INT8_TARGETS, OPENVINO_TARGETS
 from fpabee.exporter.targets.check import exact_logits, verified_target
 from fpabee.exporter.targets.plan_worker import PlanRequest
@@ -165,7 +172,7 @@ def test_an_earlier_target_stays_until_the_new_one_has_passed(
         if how in ("interrupted", "killed"):
             patch.setattr(build, "verified_target", lambda *_: 1 / 0)
         if how == "killed":  # nothing is tidied up then
-            patch.setattr(build.Workbench, "drop_unused_files", lambda _: None)
+            patch.setattr(builders.Workbench, "drop_unused_files", lambda _: None)
         if how == "refused":
             no_labels_suffice(patch, "fp32")
         if how in ("refused", "failed"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,38 +14,51 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fpabee.exporter.onnx_file import load_graphs
-from fpabee.exporter.targets.fp16 import add_lowered
+from fpabee.exporter.targets import BuildResult, build_targets, check, fp16
 from fpabee.exporter.targets.lowering import emulate, lower
-from fpabee.runtime import Manifest, ModelError, VerificationError, read_manifest
+from fpabee.runtime import ModelError, VerificationError, read_manifest
 from fpabee.runtime.agreement import BATCH_LIMIT, Agreement
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.artifact.untrusted.graph_content import check_graph
 from fpabee.runtime.backends.onnxruntime import session_options
 from fpabee.runtime.encoding import Text
-from fpabee.runtime.progress import silent
+
+from ...bad_input.cases import contents
 
 
-def add_fp16(folder: Path, texts: Sequence[Text] = ()) -> tuple[Manifest, Agreement]:
-    manifest = read_manifest(folder)
-    protos = load_graphs(folder, manifest.graphs)
-    return add_lowered(folder, manifest, "fp16", protos, texts, silent)
+def add_fp16(folder: Path, texts: Sequence[Text] = ()) -> BuildResult:
+    return build_targets(folder, ["onnxruntime-fp16-cuda"], texts)
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[Agreement]:
+    """How the graphs in fp16 agree with those in fp32."""
+    found: list[Agreement] = []
+
+    def noted(*arguments: Any) -> Agreement:
+        found.append(check.judged(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(fp16, "judged", noted)
+    return found
 
 
 @pytest.mark.parametrize("family", ["albert", "mpnet"])
 def test_graphs_are_written_beside_those_of_fp32(
-    family: str, engine_copy: Callable[..., Path]
+    family: str, engine_copy: Callable[..., Path], compared: list[Agreement]
 ) -> None:
     folder = engine_copy(family)
     before = read_manifest(folder)
-    manifest, agreement = add_fp16(folder)
+    manifest = add_fp16(folder).manifest
+    (agreement,) = compared
     assert agreement.passed
     assert agreement.rows == 12
     assert BATCH_LIMIT < agreement.max_logit_difference < 0.5, "it is rounded"
     graphs = manifest.graphs_in("fp16")
+    assert manifest.graphs == before.graphs
     assert graphs.keys() == before.graphs.keys()
-    assert read_manifest(folder).precisions == {}, "the manifest is the caller's to write"
+    assert read_manifest(folder) == manifest
     kinds = {"float32": 1, "int64": 7, "float16": 10}
     for graph in graphs.values():
         proto = onnx.load(folder / graph.file)
@@ -56,27 +70,28 @@ def test_graphs_are_written_beside_those_of_fp32(
 
 
 def test_more_texts_are_also_checked_with_exit_0(
-    exit_0_engines: Mapping[str, Path], tmp_path: Path
+    exit_0_engines: Mapping[str, Path], tmp_path: Path, compared: list[Agreement]
 ) -> None:
     folder = Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
-    manifest = read_manifest(folder)
-    known, _ = read_reference(EnginesFolder(folder, manifest))
-    _, agreement = add_fp16(folder, [*known, "the film", "the film", ("a", "b")])
+    known, _ = read_reference(EnginesFolder.read(folder))
+    assert add_fp16(folder, ["the film", ("a", "b")]).refused == {}
+    (agreement,) = compared
     assert agreement.passed
-    assert agreement.rows == len(known) + 2, "texts that are new run too, once"
+    assert agreement.rows == len(known) + 2
 
 
 def test_answers_that_change_are_refused(
     engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = engine_copy()
-    manifest = read_manifest(folder)
-    texts, logits = read_reference(EnginesFolder(folder, manifest))
+    before = contents(folder)
+    texts, logits = read_reference(EnginesFolder.read(folder))
     turned = (texts, np.ascontiguousarray(logits[..., ::-1]))
-    monkeypatch.setattr("fpabee.exporter.targets.fp16.read_reference", lambda *_: turned)
-    message = r"changes answers from exit 1 on.*at least 99\.9% required"
-    with pytest.raises(VerificationError, match=message):
-        add_fp16(folder)
+    monkeypatch.setattr(fp16, "read_reference", lambda *_: turned)
+    (refused,) = add_fp16(folder).refused.values()
+    assert isinstance(refused, VerificationError)
+    assert re.search(r"changes answers from exit 1 on.*at least 99\.9% required", str(refused))
+    assert contents(folder) == before
 
 
 FAMILIES = ("bert", "albert", "deberta-v2")  # the last one has casts

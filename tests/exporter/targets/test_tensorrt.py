@@ -12,20 +12,18 @@ from pathlib import Path
 
 import onnx
 import pytest
-from fpabee.exporter.add_targets import AddTargetsOptions, add_targets
 from onnx import helper
 
-from fpabee.exporter.targets import backends, tensorrt
-from fpabee.exporter.targets.backends import RTX, TENSORRT, unavailable_reason
+from fpabee.exporter.targets import build_targets, builders, tensorrt
+from fpabee.exporter.targets.backends import RTX, TENSORRT
 from fpabee.exporter.targets.plan_worker import PlanRequest
 from fpabee.exporter.targets.plans import RTX_CAPABILITIES, PlanOptions
-from fpabee.exporter.targets.tensorrt import build_target
 from fpabee.exporter.targets.worker import run_worker
 from fpabee.runtime import ArtifactError, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.machine import CudaDevice
-from fpabee.runtime.progress import silent
+from fpabee.runtime.progress import Progress, silent
 
 from ...bad_input.cases import corrected, with_loop
 from ...doubles.device import Double
@@ -34,9 +32,17 @@ SMALL = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32), compute_capabilities=
 SEGMENTS = ["segment_01", "segment_02", "segment_03"]
 
 
-def build(double: Double) -> Target:
-    manifest = read_manifest(double.folder)
-    return build_target(double.folder, manifest, TENSORRT, "fp32", SMALL, silent)
+def build(
+    folder: Path,
+    name: str = "tensorrt-fp32",
+    plans: PlanOptions = SMALL,
+    progress: Progress = silent,
+) -> Target:
+    """Build a target, which must succeed."""
+    result = build_targets(folder, [name], plans=plans, progress=progress)
+    assert result.refused == {}
+    (added,) = result.added
+    return result.manifest.targets[added]
 
 
 def noted_builds(double: Double, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -44,8 +50,7 @@ def noted_builds(double: Double, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     built: list[str] = []
 
     def noted(module: str, request: PlanRequest, **environment: str) -> str:
-        name = Path(request.plan).stem
-        built.append(name)
+        built.append(Path(request.plan).name)
         return double.build(module, request, **environment)
 
     monkeypatch.setattr(tensorrt, "run_worker", noted)
@@ -72,14 +77,15 @@ def test_every_graph_becomes_one_rtx_plan(
 ) -> None:
     needs_rtx()
     folder = engine_copy(family)
-    added = add_targets(folder, AddTargetsOptions(fp16=precision == "fp16", backends=()))
-    manifest = added.manifest
     seen: list[tuple[int, int]] = []
+
+    def note(what: str, *state: int) -> None:
+        if what.startswith(RTX):
+            seen.append((state[0], state[1]))
+
     options = dataclasses.replace(SMALL, compute_capabilities=capabilities)
-    target = build_target(
-        folder, manifest, RTX, precision, options, lambda _, *state: seen.append(state)
-    )
-    graphs = manifest.graphs_in(precision)
+    target = build(folder, f"{RTX}-{precision}", options, note)
+    graphs = read_manifest(folder).graphs_in(precision)
     assert target.files.keys() == graphs.keys()
     for graph, file in target.files.items():
         assert (folder / file.file).stat().st_size > 1000
@@ -98,9 +104,11 @@ def test_a_graph_with_control_flow_reaches_no_builder(
 ) -> None:
     corrected("onnx/fp32/segment_01.onnx", with_loop)(double.folder)
     built = noted_builds(double, monkeypatch)
-    with pytest.raises(ArtifactError, match=r"segment_01\.onnx uses op_type 'Loop'"):
-        build(double)
-    assert "segment_01" not in built
+    result = build_targets(double.folder, ["tensorrt-fp32"], plans=SMALL)
+    refused = result.refused["tensorrt-fp32"]
+    assert isinstance(refused, ArtifactError)
+    assert re.search(r"segment_01\.onnx uses op_type 'Loop'", str(refused))
+    assert built == []
 
 
 def test_shapes_end_where_the_model_ends(engines: Mapping[str, Path]) -> None:
@@ -134,13 +142,13 @@ def test_few_profiles_are_tuned_for_a_single_row(
 def test_tensorrt_needs_packages_and_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[str, object] = {}
     monkeypatch.setattr("importlib.util.find_spec", found.get)
-    monkeypatch.setattr(backends, "cuda_device", lambda: CudaDevice(error="there is no GPU"))
+    monkeypatch.setattr(builders, "cuda_device", lambda: CudaDevice(error="there is no GPU"))
     for module, says in (
         ("tensorrt", r"pip install 'fpabee\[tensorrt-cu13\]'"),
         ("polygraphy", "pip install polygraphy"),
         ("", r"builds on the GPU.*there is no GPU.*on the device"),
     ):
-        assert re.search(says, str(unavailable_reason(TENSORRT)))
+        assert re.search(says, str(builders.BUILDERS["tensorrt-fp16"].why_not()))
         found[module] = object()
 
 
@@ -226,9 +234,7 @@ def test_the_settings_reach_the_builder(backend: str, found: str, tmp_path: Path
 
 def test_segments_share_what_was_timed(double: Double) -> None:
     options = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32))
-    target = build_target(
-        double.folder, read_manifest(double.folder), TENSORRT, "fp32", options, silent
-    )
+    target = build(double.folder, plans=options)
     assert [timed for _, timed in double.builds] == [[], SEGMENTS[:1], SEGMENTS[:2]]
     for wanted, _ in double.builds:
         assert wanted.options.compute_capabilities == ()

@@ -154,8 +154,14 @@ def test_warming_up_makes_what_it_is_asked_for(
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
-        ("tensorrt", r"segment_01\.plan .*: Version tag does not match -> build it here"),
-        ("tensorrt-rtx", r"segment_01\.plan was not built for this GPU .*build it here"),
+        (
+            "tensorrt",
+            r"segment_01\.plan .*: Version tag does not match -> build target tensorrt-fp32",
+        ),
+        (
+            "tensorrt-rtx",
+            r"segment_01\.plan was not built for this GPU .*target tensorrt-rtx-fp32 here",
+        ),
     ],
 )
 def test_a_plan_that_does_not_load_says_why(
