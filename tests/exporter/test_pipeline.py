@@ -111,7 +111,17 @@ def test_the_result_describes_a_folder_that_is_always_the_same(
     assert calls == [
         ("segment_01", 0, 3), ("segment_02", 1, 3), ("segment_03", 2, 3), ("verify", 3, 3)
     ]  # fmt: skip
-    assert contents(folder) == contents(engines["bert"])
+    # PyTorch may compute other last digits, for example with another number of threads.
+    measured = {"manifest.json", "reference.npz", "verification.json"}
+    found, expected = contents(folder), contents(engines["bert"])
+    assert found.keys() == expected.keys()
+    for name in found.keys() - measured:
+        assert found[name] == expected[name], name
+    (texts, logits), (same_texts, same_logits) = (
+        read_reference(place, read_manifest(place)) for place in (folder, engines["bert"])
+    )
+    assert texts == same_texts
+    assert_exported(logits, same_logits)
     assert [path.name for path in folder.parent.iterdir()] == ["engines"]
 
 
