@@ -100,7 +100,8 @@ def calibrate(
                 logger.warning(line)
 
         def traced(some: Sequence[Row]) -> LabelledLogits:
-            place, labels = path / "calibration", metric != AGREEMENT
+            place = path / "calibration"
+            labels = metric != AGREEMENT
             found = trace_rows(engine, some, place, labels, progress)
             return replace(found, decision_thresholds=thresholds)
 

@@ -19,7 +19,9 @@ from .search import Family, exits_of, make_families
 # The estimated drop must stay below the goal by `_RESERVE / rows ** _RESERVE_POWER`, which is 0.085
 # points at 1,000 rows, but by at most the share `_MOST_RESERVE` of it: the fastest of many settings
 # was lucky with the rows that chose it, the more so the fewer they are.
-_RESERVE, _RESERVE_POWER, _MOST_RESERVE = 6.75, 1.3, 0.9
+_RESERVE = 6.75
+_RESERVE_POWER = 1.3
+_MOST_RESERVE = 0.9
 PARTS = 5
 """How many parts rows are dealt into: each part is judged with what the others choose."""
 
@@ -58,7 +60,8 @@ class Search:
         An estimate that falls from a cautious setting to a bolder one of its family is taken for
         luck: for goals, the larger one counts for both.
         """
-        costs, families = self.stopping_costs, self.families
+        costs = self.stopping_costs
+        families = self.families
         drops = [costs.drops(family.exits) for family in families]
         means = [costs.mean_costs(family.exits) for family in families]
         full_depth = Budget(exit=costs.rows.exits[-1])
@@ -112,7 +115,8 @@ class Search:
     @cached_property
     def _folds(self) -> list[Search]:
         """The same on all rows but those of one part, for each part."""
-        parts, costs = deal(len(self.stopping_costs.rows)), self.stopping_costs
+        parts = deal(len(self.stopping_costs.rows))
+        costs = self.stopping_costs
         return [
             Search(costs.take(np.flatnonzero(parts != part)), self._make) for part in range(PARTS)
         ]

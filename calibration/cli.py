@@ -228,7 +228,8 @@ def to_dict(result: Calibration) -> dict[str, Any]:
 
 def _print(result: Calibration) -> None:
     """The table, which fits 80 columns also in a file, and a sentence for each point."""
-    first, layers = result.points[0], result.layers[-1]
+    first = result.points[0]
+    layers = result.layers[-1]
     # If this is all that was asked for, it is what a reader has to know first.
     if len(result.points) == 1 and first.refusal:
         echo(promise_in_words(first, result))

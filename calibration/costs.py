@@ -182,7 +182,8 @@ def expected_losses(scorer: Scorer) -> Array:
     differs = ~same_answers(scorer.answers, scorer.answers[-1], rows.problem_type)
     last = rows.logits[-1] / np.float32(fit_temperature(rows))
     likely = np.exp(_log_likelihood(rows, last, scorer.answers))
-    expected, observed = likely[-1] - likely, observed_losses(scorer)
+    expected = likely[-1] - likely
+    observed = observed_losses(scorer)
     if rows.first_exit == 1:
         return recalibrated([expected], observed, differs)
     both = np.exp(_log_likelihood(rows, rows.logits[0], scorer.answers[[-1, 0]]))
@@ -241,6 +242,7 @@ def estimated(observed: Array, expected: Array) -> Array:
         expected: `[..., rows]` expected losses.
     """
     errors = observed - expected
-    error, chance = errors.mean(axis=-1), errors.std(axis=-1) / np.sqrt(errors.shape[-1])
+    error = errors.mean(axis=-1)
+    chance = errors.std(axis=-1) / np.sqrt(errors.shape[-1])
     more = np.sign(error) * np.maximum(np.abs(error) - chance, 0.0)
     return np.asarray(expected.mean(axis=-1) + more)

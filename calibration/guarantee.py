@@ -101,26 +101,34 @@ def certify(
         labels: the labels of the model.
         rule: `confidence` or `entropy`.
     """
-    rows, level, starts = costs.rows, 1 - bound.confidence, [False]
+    rows = costs.rows
+    level = 1 - bound.confidence
+    starts = [False]
     tests = [_Test(costs.scorer, promise, labels, level) for promise in bound.promises]
     if rows.first_exit == 0:
         halves = [_Test(costs.scorer, promise, labels, level / 2) for promise in bound.promises]
         # With fewer rows, nothing could pass at half of the level.
         if all(test.most[0] >= 0 for test in halves):
-            tests, starts = halves, [False, True]
-    stop, full_depth, found = StopScores(rows), Budget(exit=rows.exits[-1]), []
+            tests = halves
+            starts = [False, True]
+    stop = StopScores(rows)
+    full_depth = Budget(exit=rows.exits[-1])
+    found = []
     for at_exit_0 in starts:
         settings = sequence(rows, rule, at_exit_0)
         exits = np.vstack([stop.exits([full_depth]), stop.exits(settings)])
         # A setting that stops all rows where the one before does passes or fails like it.
         changes = np.append(True, (exits[1:] != exits[:-1]).any(axis=1))
-        passed, failed, mean_cost = None, "", math.inf
+        passed = None
+        failed = ""
+        mean_cost = math.inf
         for number in np.flatnonzero(changes):
             now = exits[number]
             failed = next((test.in_words(now) for test in tests if not test.passes(now)), "")
             if failed:
                 break
-            passed, mean_cost = [full_depth, *settings][number], float(costs.mean_costs(now))
+            passed = [full_depth, *settings][number]
+            mean_cost = float(costs.mean_costs(now))
         found.append((mean_cost, passed, failed))
     _, best, failed = min(found, key=lambda each: each[0])
     if best is None or (best == full_depth and rows.reference is None):
@@ -142,11 +150,14 @@ def sequence(rows: LabelledLogits, rule: str, at_exit_0: bool) -> list[ExitRule]
         rule: `confidence` or `entropy`.
         at_exit_0: whether exit 0 may answer.
     """
-    single, labels = rows.problem_type is ProblemType.SINGLE_LABEL, rows.logits.shape[2]
+    single = rows.problem_type is ProblemType.SINGLE_LABEL
+    labels = rows.logits.shape[2]
     base: ExitRule = Confidence(threshold=0.0, decision_thresholds=rows.decision_thresholds)
-    largest, boldest = 1.0, 0.95 if single and not rows.decision_thresholds else 0.5
+    largest = 1.0
+    boldest = 0.95 if single and not rows.decision_thresholds else 0.5
     if rule == "entropy":
-        base, boldest = Entropy(threshold=0.0), 0.95
+        base = Entropy(threshold=0.0)
+        boldest = 0.95
         largest = math.log(labels) if single else labels * math.log(2)
     doubts = np.concatenate([_CAUTIOUS, np.geomspace(1e-4, boldest, _STEPS)])
     limits = stricter_early(largest * doubts, rows.exits[-1])
@@ -174,7 +185,8 @@ class _Test:
     def __init__(
         self, scorer: Scorer, promise: Promise, labels: Sequence[str], level: float
     ) -> None:
-        self._scorer, self._level = scorer, level
+        self._scorer = scorer
+        self._level = level
         numbers = shuffled(scorer.rows)
         if promise.of == "drop":
             losses = observed_losses(scorer)
@@ -215,7 +227,8 @@ class _Test:
 
     def in_words(self, exits: Integers) -> str:
         """What these rows show, for a setting that does not pass."""
-        lost, full_depth = self.lost(exits), (exits == self._scorer.rows.exits[-1]).all()
+        lost = self.lost(exits)
+        full_depth = (exits == self._scorer.rows.exits[-1]).all()
         setting = "full depth" if full_depth else "the next setting"
         what = "losses" if self.promise.of == "drop" else self.promise.of.replace("_", " ")
         return f"{setting} has {lost.sum():g} {what} in {len(lost)} texts"
@@ -274,7 +287,8 @@ def most_losses(
     chances = by_losses * _binomial(gains, rows - losses, rates / (1 - share - rates))
     # The last column stands for as many gains or more.
     chances[..., -1:] = by_losses - chances[..., :-1].sum(axis=-1, keepdims=True)
-    shape, chances = chances.shape[1:], chances.reshape(len(rates), -1)
+    shape = chances.shape[1:]
+    chances = chances.reshape(len(rates), -1)
     # The expected number of gains that fits best, for Poisson counts.
     more = 2 * allowed - losses - gains
     fitting = (np.sqrt(more**2 + 8 * gains * allowed) - more) / 4

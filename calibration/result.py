@@ -139,7 +139,8 @@ def outcome(scorer: Scorer, exits: Integers, costs: Array, layers: Sequence[int]
     """
     places = scorer.rows.at(exits)
     ran = np.asarray(layers)[places[0]]
-    score, full = scorer.score(exits), scorer.full_depth
+    score = scorer.score(exits)
+    full = scorer.full_depth
     return Outcome(
         metric=scorer.metric,
         score=score,
@@ -182,7 +183,8 @@ def drop_interval(
     if (exits < scorer.rows.exits[-1]).any():
         drop = scorer.full_depth - scorer.score(exits)
         unseen = 1 - ((1 - level) / 2) ** (1 / rows)
-        low, high = min(low, drop - unseen), max(high, drop + unseen)
+        low = min(low, drop - unseen)
+        high = max(high, drop + unseen)
         # No rule agrees with full depth more often than full depth itself.
         if scorer.metric == AGREEMENT and scorer.rows.reference is None:
             low = max(low, 0.0)
@@ -234,7 +236,8 @@ def with_points(engines: EnginesFolder, result: Calibration, data_sha256: str) -
 
 
 def _record(point: Point, result: Calibration, target: Target, data_sha256: str) -> OperatingPoint:
-    held_out, runs = point.held_out, point.chosen_on
+    held_out = point.held_out
+    runs = point.chosen_on
     return OperatingPoint(
         rule=point.rule.to_dict(),
         goal=point.goal if isinstance(point.goal, Goal) else None,

@@ -79,7 +79,8 @@ class LabelledLogits:
         """Some of the rows, by their numbers from 0."""
         expected = None if self.expected is None else self.expected[numbers]
         reference = None if self.reference is None else self.reference[numbers]
-        logits, lengths = self.logits[:, numbers], self.lengths[numbers]
+        logits = self.logits[:, numbers]
+        lengths = self.lengths[numbers]
         return replace(self, logits=logits, lengths=lengths, expected=expected, reference=reference)
 
     def answers(self) -> Integers:
@@ -198,8 +199,10 @@ class Scorer:
         decided = every[self.rows.at(exits)]
         if reference.ndim == 1:
             one = np.eye(len(labels), dtype=np.int64)
-            decided, reference = one[decided], one[reference]
-        given, kept = reference.sum(axis=0), (decided & reference).sum(axis=0)
+            decided = one[decided]
+            reference = one[reference]
+        given = reference.sum(axis=0)
+        kept = (decided & reference).sum(axis=0)
         shares = np.where(given < _FEWEST_GIVEN, 1, kept / np.maximum(given, 1))
         worst = int(shares.argmin())
         if shares[worst] >= 0.5:

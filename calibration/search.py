@@ -129,7 +129,9 @@ def families_of(
         rules: the rules; any threshold stands for all.
         per_exit: rules that also get a threshold for each exit, unless they have patience.
     """
-    rows, stop, found = costs.rows, StopScores(costs.rows), []
+    rows = costs.rows
+    stop = StopScores(costs.rows)
+    found = []
     for rule in (*rules, Budget(exit=rows.exits[-1])) if rows.first_exit == 0 else rules:
         scores = stop.stop_scores(rule)
         thresholds: list[Any] = threshold_grid(rule, scores[1 - rows.first_exit :])
@@ -238,7 +240,8 @@ class StopScores:
         """The scores `[exits, rows]` of a rule, see `Simulation.scores`."""
         if rule not in self._known:
             rows = self._rows
-            thresholds, first = rows.label_thresholds, rows.first_exit
+            thresholds = rows.label_thresholds
+            first = rows.first_exit
             result = simulate(rows.logits, rule, rows.problem_type, thresholds, first)
             self._known[rule] = result.scores
         return self._known[rule]
@@ -257,7 +260,8 @@ class StopScores:
 
         They are the same as those of `simulate`.
         """
-        last, first = self._rows.exits[-1], self._rows.first_exit
+        last = self._rows.exits[-1]
+        first = self._rows.first_exit
         limits = np.array([np.broadcast_to(rule.stop_thresholds, last) for rule in rules])
         if first == 0:
             thresholds = [rule.exit_0_threshold for rule in rules]
@@ -315,7 +319,8 @@ def threshold_for_depth(
     """
     if not isinstance(rule, ThresholdRule):
         raise RuleError(f"rule {rule.name} has no threshold", "choose a rule that has one")
-    floats, lengths = logits.astype(np.float32), np.ones(logits.shape[1], np.intp)
+    floats = logits.astype(np.float32)
+    lengths = np.ones(logits.shape[1], np.intp)
     thresholds = tuple(label_thresholds)
     rows = LabelledLogits(floats, lengths, None, problem_type, thresholds, first_exit)
     stop = StopScores(rows)
@@ -328,5 +333,6 @@ def threshold_for_depth(
 
 def exits_of(rule: ExitRule, rows: LabelledLogits) -> Integers:
     """The exits `[rows]` of a rule, the same as in a live run with these logits."""
-    thresholds, first = rows.label_thresholds, rows.first_exit
+    thresholds = rows.label_thresholds
+    first = rows.first_exit
     return simulate(rows.logits, rule, rows.problem_type, thresholds, first).exits

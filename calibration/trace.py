@@ -99,14 +99,17 @@ def trace_rows(
         BackendError: the target gives logits that are not finite numbers.
         ArtifactError: the folder cannot be written.
     """
-    manifest, task = engine.manifest, engine.manifest.task
+    manifest = engine.manifest
+    task = engine.manifest.task
     expected = expected_labels(rows, task) if labels else None
-    texts, artifact = data_sha256(rows, labels=False), artifact_sha256(manifest, engine.target)
+    texts = data_sha256(rows, labels=False)
+    artifact = artifact_sha256(manifest, engine.target)
     path = folder / f"trace-{engine.target}-{texts[:12]}.npz"
     shape = len(manifest.exits), len(rows), len(task.labels)
     kept = _read(path, artifact, texts, shape, manifest.tokenizer.max_length)
     if kept is None or not _is_true(kept, engine, rows):
-        parts, file = [], io.BytesIO()
+        parts = []
+        file = io.BytesIO()
         for start in range(0, len(rows), _CHUNK):
             progress("trace", start, len(rows))
             parts.append(engine.trace([row.content for row in rows[start : start + _CHUNK]]))
@@ -115,7 +118,8 @@ def trace_rows(
         kept = logits, np.concatenate([part.lengths for part in parts])
         np.savez(file, logits=logits, lengths=kept[1], texts=texts, artifact=artifact)
         write_whole(path, file.getvalue())
-    thresholds, first = task.label_thresholds, manifest.exits[0]
+    thresholds = task.label_thresholds
+    first = manifest.exits[0]
     return LabelledLogits(*kept, expected, task.problem_type, thresholds, first)
 
 
@@ -143,7 +147,8 @@ def _read(
         content = read_arrays(path, ("texts", "artifact", "logits", "lengths"))
     except ValueError:
         return None
-    logits, lengths = content["logits"], content["lengths"]
+    logits = content["logits"]
+    lengths = content["lengths"]
     fits = (
         str(content["artifact"]) == artifact
         and str(content["texts"]) == texts

@@ -414,7 +414,8 @@ def _exit_config(
             "give exits as a list of layers, hidden_layers and hidden_width as numbers, and "
             f"pooling as {', '.join(kind.value for kind in Pooling)}",
         ) from error
-    exits, thresholds = found.exits, found.label_thresholds
+    exits = found.exits
+    thresholds = found.label_thresholds
     if len(heads) != len(exits):  # one with another number is missed later
         raise ModelError(
             f"{folder}: there are {len(heads)} heads; expected one classifier for each of the "

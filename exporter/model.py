@@ -161,9 +161,12 @@ class MultiExitModel(nn.Module):
         )
 
     def _head(self, number: int) -> Head:
-        config, pooling, pooler = self.exit_config, self.exit_config.pooling, None
+        config = self.exit_config
+        pooling = self.exit_config.pooling
+        pooler = None
         if config.last_head is not None and number + 1 == len(self.classifiers):
-            pooling, pooler = config.last_head.pooling, self.last_head
+            pooling = config.last_head.pooling
+            pooler = self.last_head
         elif number < len(self.hidden):
             pooler = cast(Transform, self.hidden[number])
         elif pooling is Pooling.CLS:

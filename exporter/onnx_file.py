@@ -149,7 +149,8 @@ def graph_runs(
     for call, name in enumerate(calls):
         if name != loaded:
             session = None  # so that two graphs are never in memory together
-            session, loaded = open_session(name), name
+            session = open_session(name)
+            loaded = name
         input_names = [value.name for value in session.get_inputs()]
         output_names = [value.name for value in session.get_outputs()]
         for batch, state in enumerate(states):

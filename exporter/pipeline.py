@@ -180,7 +180,8 @@ def _write(
     if exit_0:
         logits = np.concatenate([exit_0(rows)[None], logits])
     write_reference(folder, texts, logits)
-    backbone, longest = model.backbone, tokenizer.max_length
+    backbone = model.backbone
+    longest = tokenizer.max_length
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         fpabee_version=__version__,

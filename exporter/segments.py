@@ -38,7 +38,8 @@ from .onnx_file import OPSET, strip, write_graph
 
 TOKEN_WEIGHTS = "token_weights"
 
-_TOKEN_IDS, _TOKEN_TYPES = "input_ids", "token_type_ids"
+_TOKEN_IDS = "input_ids"
+_TOKEN_TYPES = "token_type_ids"
 _EXAMPLE = {"batch": 3, "sequence": 7}
 # Where torch's exporter notes the modules that a node comes from, outermost first.
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -103,12 +104,14 @@ class GraphModule(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, see `TensorSpec` in the manifest."""
         values = dict(inputs)
-        bias, weights = values.pop(ATTENTION_BIAS, None), values.pop(TOKEN_WEIGHTS, None)
+        bias = values.pop(ATTENTION_BIAS, None)
+        weights = values.pop(TOKEN_WEIGHTS, None)
         if self.embeddings is not None:
             hidden_states, carried = self.embeddings(values[_TOKEN_IDS], values.get(_TOKEN_TYPES))
             weights = None if bias is None else token_weights(bias)
         else:
-            hidden_states, carried = values.pop(HIDDEN_STATES), values
+            hidden_states = values.pop(HIDDEN_STATES)
+            carried = values
         for block in self.blocks:
             hidden_states = block(hidden_states, bias, **carried)
         leaving = {**carried, TOKEN_WEIGHTS: weights, HIDDEN_STATES: hidden_states}
@@ -137,14 +140,17 @@ def cut(model: MultiExitModel, exits: Sequence[int], token_types: bool = True) -
     layers = [model.exit_config.exits[number - 1] for number in exits]
     heads = [model.parts[2][number - 1] for number in exits]
     positions = model.backbone.max_positions()
-    embeddings, blocks = model.parts[0].frozen(positions), model.parts[1]
+    embeddings = model.parts[0].frozen(positions)
+    blocks = model.parts[1]
     part = functools.partial(GraphModule, model, any(head.mean for head in heads), token_types)
     modules: dict[str, GraphModule] = {}
     names: dict[int, str] = {}
-    segments, start = [], 0
+    segments = []
+    start = 0
     for number, (layer, head) in enumerate(zip(layers, heads, strict=True), start=1):
         first = embeddings if number == 1 else None
-        own, start = blocks[start:layer], layer
+        own = blocks[start:layer]
+        start = layer
         # Names of graphs, and for each the arguments of `GraphModule` that differ.
         calls: list[tuple[str, tuple[Any, ...]]] = []
         if model.backbone.shared_layers:
@@ -195,7 +201,8 @@ def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: s
         "batch": torch.export.Dim("batch", min=2),
         "sequence": torch.export.Dim("sequence", min=2, max=longest),
     }
-    dynamic, example = {}, {}
+    dynamic = {}
+    example = {}
     for name in module.inputs:
         axes = dict(enumerate(shapes[name]))
         dynamic[name] = {axis: dims[d] for axis, d in axes.items() if isinstance(d, str)}

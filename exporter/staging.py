@@ -144,7 +144,9 @@ def _exchange(one: Path, other: Path) -> bool:
     """Swap two folders in one step, so that neither name is ever missing; False if that fails."""
     if sys.platform != "linux":
         return False
-    here, swap = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+    # AT_FDCWD and RENAME_EXCHANGE
+    here = -100
+    swap = 2
     paths = os.fsencode(one.absolute()), os.fsencode(other.absolute())
     # Older C libraries do not have it.
     exchange = getattr(ctypes.CDLL(None), "renameat2", None)

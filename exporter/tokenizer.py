@@ -61,7 +61,8 @@ def row_limit(source: Path, tokenizer: Any, model: MultiExitModel, max_length: i
         ModelError: the length is impossible.
     """
     special = tokenizer.num_special_tokens_to_add(pair=True)
-    longest, own = model.backbone.max_positions(), tokenizer.model_max_length
+    longest = model.backbone.max_positions()
+    own = tokenizer.model_max_length
     hint = f"give `max_length` between {special + 1} and {longest}"
     if max_length is not None:
         if not special < max_length <= longest:

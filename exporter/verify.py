@@ -48,7 +48,8 @@ def check_chain(engine: Engine, texts: Sequence[Text], expected: Logits) -> Agre
     alone = [engine.trace([text]).logits for text in texts[:_ALONE]]
     found = np.concatenate([engine.trace(texts).logits, *alone], axis=1)
     twice = np.concatenate([expected, expected[:, : len(alone)]], axis=1)
-    task, first_exit = engine.manifest.task, engine.manifest.exits[0]
+    task = engine.manifest.task
+    first_exit = engine.manifest.exits[0]
     agreement = compare(found, twice, engine.rule, task, EXPORT_REQUIREMENTS, first_exit)
     agreement = dataclasses.replace(agreement, rows=len(texts))
     must_pass(agreement, "the chain differs from the PyTorch model", _REPORT)

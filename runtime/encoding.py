@@ -40,7 +40,8 @@ _MARGIN = 2048
 # A text that gives hardly more tokens than are wanted is read to so many times as much.
 _MOST_TIMES = 16
 # They stand for the tokens of the first and the second text; no vocabulary has such ids.
-_FIRST, _SECOND = 2**32 - 1, 2**32 - 2
+_FIRST = 2**32 - 1
+_SECOND = 2**32 - 2
 
 T = TypeVar("T")
 Arrays = dict[str, NDArray[Any]]
@@ -101,7 +102,8 @@ def padded_inputs(rows: Sequence[EncodedRow], padding: Mapping[str, float]) -> A
         Arrays in the order of `padding`: token ids and types are `[rows, tokens]` int64, the
         attention bias is `[rows, 1, 1, tokens]` float32.
     """
-    batch, sequence = len(rows), max(len(row) for row in rows)
+    batch = len(rows)
+    sequence = max(len(row) for row in rows)
     arrays: Arrays = {}
     for name, value in padding.items():
         is_bias = name == ATTENTION_BIAS
@@ -174,7 +176,9 @@ class RowTokenizer:
                 f"give `max_length` of at least {special + 1}",
             )
         tokenizer.post_processor = None
-        self._tokenizer, self._limit, self._uses_types = tokenizer, limit, uses_types
+        self._tokenizer = tokenizer
+        self._limit = limit
+        self._uses_types = uses_types
 
     def rows(self, texts: Sequence[Text], first: int = 1) -> list[EncodedRow]:
         """Tokenize texts or pairs of texts; a row may be empty.
@@ -335,7 +339,8 @@ class TextEncoder:
         if isinstance(texts, str):
             raise InputError("the texts are one string", "give a list: [text]")
         parts = blocks(texts, characters, _CHUNK_CHARACTERS, _CHUNK_TEXTS)
-        part, following = next(parts, []), next(parts, None)
+        part = next(parts, [])
+        following = next(parts, None)
         if following is None:  # a thread would take longer than it saves
             yield from self._rows(part, 1)
             return
@@ -345,7 +350,8 @@ class TextEncoder:
             for part in chain([following], parts):
                 ahead = pool.submit(self._rows, part, first)
                 yield from rows()
-                rows, first = ahead.result, first + len(part)
+                rows = ahead.result
+                first = first + len(part)
             yield from rows()
 
     def _rows(self, texts: Sequence[Text], first: int) -> list[EncodedRow]:
@@ -441,6 +447,7 @@ def blocks(
         total += size(item)
         if total >= most or len(block) == most_items:
             yield block
-            block, total = [], 0
+            block = []
+            total = 0
     if block:
         yield block

@@ -102,7 +102,9 @@ class ExitZero:
         bias: NDArray[np.float32],
     ) -> None:
         found = [(array.dtype.name, array.shape) for array in (table, weights, bias)]
-        size, width, labels = len(table), table.shape[-1], len(bias)
+        size = len(table)
+        width = table.shape[-1]
+        labels = len(bias)
         expected = ("float16", (size, width)), ("float32", (width, labels)), ("float32", (labels,))
         if found != list(expected):
             raise ValueError(f"its table, weights and bias are {found}, expected {list(expected)}")
@@ -111,8 +113,11 @@ class ExitZero:
         most += np.abs(bias, dtype=np.float64)
         if not (np.isfinite(table).all() and (most <= np.finfo(np.float32).max).all()):
             raise ValueError("it holds numbers that are not finite, or give logits that are not")
-        self.unigrams, self.buckets = unigrams, size - unigrams
-        self.table, self.weights, self.bias = table, weights, bias
+        self.unigrams = unigrams
+        self.buckets = size - unigrams
+        self.table = table
+        self.weights = weights
+        self.bias = bias
 
     @classmethod
     def load(cls, engines: EnginesFolder) -> ExitZero | None:

@@ -162,7 +162,8 @@ def make_predictions(manifest: Manifest, stopped: Stopped, missed: Mask) -> list
         stopped: the rows.
         missed: `[rows]` whether the deadline was missed.
     """
-    outputs, labels = outputs_of(manifest, stopped.logits), manifest.task.labels
+    outputs = outputs_of(manifest, stopped.logits)
+    labels = manifest.task.labels
     chosen = outputs.answers.tolist()
     if manifest.task.problem_type is ProblemType.MULTI_LABEL:
         chosen = [[n for n, given in enumerate(row) if given] for row in chosen]

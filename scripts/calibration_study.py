@@ -50,7 +50,8 @@ LOGITS = Path(__file__).parent / "logits"
 REPEATS = 100
 SIZES = (600, 1000, 3000)
 _SYNTHETIC_ROWS = 20_000
-_SINGLE, _MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
+_SINGLE = ProblemType.SINGLE_LABEL
+_MULTI = ProblemType.MULTI_LABEL
 _LABELS = ("other", "attack")
 
 
@@ -75,7 +76,8 @@ class Synthetic:
         """The population."""
         generator = np.random.default_rng(0)
         count = _SYNTHETIC_ROWS if self.flagged is None else 5 * _SYNTHETIC_ROWS
-        shape, single = (count, self.labels), self.problem_type is _SINGLE
+        shape = (count, self.labels)
+        single = self.problem_type is _SINGLE
         expected: NDArray[np.int64]
         towards: NDArray[np.floating[Any]]
         prior = np.full(self.labels, 1 / self.labels)
@@ -89,7 +91,8 @@ class Synthetic:
             towards = 2.0 * expected - 1.0
         strength = generator.gamma(2.0, 2.4 if single else 4.8, (count, 1))
         steps = np.diff(np.linspace(0.4, 1.0, self.exits) ** 2, prepend=0.0)
-        logits, evidence = [], np.zeros(shape)
+        logits = []
+        evidence = np.zeros(shape)
         for number, step in enumerate(steps):
             gained = strength * step
             evidence = evidence + towards * gained
@@ -99,7 +102,8 @@ class Synthetic:
         if self.exit_0 is not None:
             logits.insert(0, logits[self.exit_0 - 1] if self.exit_0 else own)
         total = np.stack(logits) + (np.log(prior) if single else 0.0)
-        lengths, first = np.full(count, 20, np.intp), 1 if self.exit_0 is None else 0
+        lengths = np.full(count, 20, np.intp)
+        first = 1 if self.exit_0 is None else 0
         stacked = np.asarray(self.sharpness * total, np.float32)
         return LabelledLogits(stacked, lengths, expected, self.problem_type, (), first)
 
@@ -190,7 +194,8 @@ class Truth:
         """The loss, the same as a share of what is allowed, and the share of layers saved."""
         if metric not in self._scorers:
             self._scorers[metric] = Scorer(self.rows, metric)
-        scorer, exits = self._scorers[metric], self._stop.exits([rule])[0]
+        scorer = self._scorers[metric]
+        exits = self._stop.exits([rule])[0]
         drop = 100 * (scorer.full_depth - scorer.score(exits))
         saving = float(1 - exits.mean() / self.rows.exits[-1])
         if isinstance(goal, Goal):
@@ -231,7 +236,8 @@ def calibrate(
     full_depth = Budget(exit=population.exits[-1])
     averages: tuple[Search, Truth] | None = None
     for name, goal in goals.items():
-        metric, rule = metric_of(goal, population), None
+        metric = metric_of(goal, population)
+        rule = None
         judge = truth
         if isinstance(goal, Bound):
             rule = certify(with_layers(drawn, metric), goal, _LABELS).rule
@@ -326,7 +332,8 @@ def main(work: Path, names: tuple[str, ...], repeats: int) -> None:
     makers = populations()
     for name in names or makers:
         goals, counts = (PROMISES, (GUARDS[name][1],)) if name in GUARDS else (GOALS, SIZES)
-        truth, best = Truth(makers[name]()), work / f"{name}-best.json"
+        truth = Truth(makers[name]())
+        best = work / f"{name}-best.json"
         if not best.is_file():
             every = {
                 goal: truth.best(metric_of(wanted, truth.rows), wanted)

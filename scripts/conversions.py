@@ -61,8 +61,12 @@ from fpabee.runtime.files import read_rows
 from fpabee.runtime.machine import cpu_name, usable_cores
 
 FP32 = "onnxruntime-fp32"
-LINEAR, HALF = "linear heads", "half the layers"
-BATCH, SINGLE, MOST, ROUNDS = 32, 200, 1000, 5
+LINEAR = "linear heads"
+HALF = "half the layers"
+BATCH = 32
+SINGLE = 200
+MOST = 1000
+ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,8 @@ def halves(run: Run, seed: int, count: int) -> tuple[list[int], list[int]]:
 def texts_for(run: Run, seed: int, size: int | None, data: Path, work: Path) -> Path:
     """The texts of a conversion, without labels."""
     folder = str(data / run.data)
-    train, dev = read(folder, "train")[0], read(folder, "dev")[0]
+    train = read(folder, "train")[0]
+    dev = read(folder, "dev")[0]
     texts = [*(train[number] for number in halves(run, seed, len(train))[1]), *dev]
     if size is not None:
         texts = random.Random(seed).sample(texts, size)
@@ -214,7 +219,8 @@ def exit_0_alone(model: Path, texts: Path, engines: Path, data: Path) -> dict[st
     calibrate = [dealt.rows[number] for number in dealt.calibrate]
     found = []
     with Engine.load(engines, FP32) as engine:
-        labels, layers = engine.manifest.task.labels, engine.manifest.exit_layers
+        labels = engine.manifest.task.labels
+        layers = engine.manifest.exit_layers
         for some in (calibrate, list(read_rows(data / "test.jsonl.gz"))):
             traced = trace_rows(engine, some, engines / "calibration", False)
             logits, _ = logits_of(model, [row.content for row in some])
@@ -383,7 +389,8 @@ def study(run: Run, seed: int, data: Path, work: Path, timed: bool, results: Res
 
 def tables(every: dict[str, dict[str, Any]]) -> Iterator[str]:
     """The results of classifiers by name, as Markdown."""
-    heads_of, times_of = [], []
+    heads_of = []
+    times_of = []
     yield from _head(
         *("classifier", "conversion", "texts", "target", "certified", "saved, report"),
         *("saved, test", "flips on test", "accuracy", "classifier", "CPU time"),
@@ -426,7 +433,8 @@ def _row(*cells: str) -> str:
 
 def _tested(found: dict[str, Any], test: dict[str, Any]) -> tuple[str, ...]:
     """What is known from the test set."""
-    rows, teacher = found["classifier"]["rows"], found["classifier"]["accuracy"]
+    rows = found["classifier"]["rows"]
+    teacher = found["classifier"]["accuracy"]
     accuracy = f"{test['accuracy']:.1%}" if "accuracy" in test else ""
     return f"{test['saved']:.1%}", f"{test['flips']} of {rows:,}", accuracy, f"{teacher:.1%}"
 

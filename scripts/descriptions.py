@@ -31,8 +31,10 @@ from fpabee.runtime import InputError
 from fpabee.runtime.cli.command import exits_with_one_line
 
 ARCHIVE = "https://deb.debian.org/debian/dists/trixie/main"
-PACKAGES, DESCRIPTIONS = "binary-amd64/Packages.xz", "i18n/Translation-en.xz"
-WORDS, SECTIONS = 60, 10
+PACKAGES = "binary-amd64/Packages.xz"
+DESCRIPTIONS = "i18n/Translation-en.xz"
+WORDS = 60
+SECTIONS = 10
 _FIELD = re.compile(r"^([\w-]+): (.*(?:\n .*)*)", re.MULTILINE)
 
 

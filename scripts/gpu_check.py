@@ -78,7 +78,9 @@ FILE_TEXTS = 2000
 TEST_PACKAGES = ("pytest", "hypothesis", "filelock", "onnx", "torch", "transformers")
 PLANS = PlanOptions(batch=(1, 8, 32), sequence=(16, 32, LONGEST))
 
-ENGINE, CHAIN, WITH_RULE = "one engine", "chain", "chain with a rule at half depth"
+ENGINE = "one engine"
+CHAIN = "chain"
+WITH_RULE = "chain with a rule at half depth"
 TABLES = {
     "Times": (
         *("model", "runs on", "what"),
@@ -92,13 +94,17 @@ TABLES = {
 }
 TIMES, DIFFERENCES, STATES = TABLES
 RUNS = 3  # the first ones warm up
-ROWS, REPEATS, MEASURE_SECONDS = 32, 20, 4.0  # texts of each length, and how often each is timed
+# texts of each length, and how often each is timed
+ROWS = 32
+REPEATS = 20
+MEASURE_SECONDS = 4.0
 # Both run the same kernels on the same inputs, so only sums in another order may differ.
 MOST_DIFFERENCE = 0.01
 
 Emit = Callable[..., None]
 """Called with the name of a table and the cells of a row; a note is a row of the table NOTE."""
-NOTE, SKIPPED = "note", "skipped"
+NOTE = "note"
+SKIPPED = "skipped"
 Run = Callable[[Sequence[EncodedRow]], Any]
 
 
@@ -128,7 +134,8 @@ def tests(root: Path, emit: Emit) -> None:
 
 def make_models(folder: Path, emit: Emit) -> None:
     """The engines folder `chain`, and `one` with all layers in one segment."""
-    chain, one = folder / "chain", folder / "one"
+    chain = folder / "chain"
+    one = folder / "one"
     if is_engines_folder(one) and "fp16" in read_manifest(one).precisions:
         raise Skipped("the model was made before")
     sys.path.insert(0, str(ROOT))
@@ -306,8 +313,10 @@ def full_depth(engine: Engine) -> Run:
 
 def at_half_depth(engine: Engine, rows: Sequence[EncodedRow]) -> ExitRule:
     """The entropy rule that runs about half of the layers on these rows."""
-    layers, task = engine.manifest.exit_layers, engine.manifest.task.problem_type
-    logits, start = full_depth(engine)(rows).logits, Entropy(threshold=0.5)
+    layers = engine.manifest.exit_layers
+    task = engine.manifest.task.problem_type
+    logits = full_depth(engine)(rows).logits
+    start = Entropy(threshold=0.5)
     return threshold_for_depth(logits, start, task, layers, layers[-1] / 2)
 
 
@@ -390,7 +399,8 @@ def run_part(name: str, output: Path, limit: float) -> tuple[str, str, list[list
             code = process.wait(limit)
             state, reason = ("done", "") if code == 0 else ("failed", _reason(log, code))
         except subprocess.TimeoutExpired:
-            state, reason = "stopped", f"it took longer than {limit:.0f} seconds"
+            state = "stopped"
+            reason = f"it took longer than {limit:.0f} seconds"
         finally:
             # What it has started, such as a builder of plans, must not disturb the next part.
             with suppress(ProcessLookupError):
@@ -402,7 +412,8 @@ def run_part(name: str, output: Path, limit: float) -> tuple[str, str, list[list
         with suppress(json.JSONDecodeError):  # the last one may be incomplete
             rows.append(json.loads(line))
     if state == "done" and rows and rows[-1][0] == SKIPPED:
-        state, reason = SKIPPED, rows.pop()[1]
+        state = SKIPPED
+        reason = rows.pop()[1]
     return state, reason, rows
 
 
@@ -439,12 +450,16 @@ def check(output: Path, seconds: float, names: Sequence[str], no_gpu: str = "") 
     Returns:
         The state of each part.
     """
-    until, rows, states = time.monotonic() + seconds, list[list[str]](), dict[str, str]()
+    until = time.monotonic() + seconds
+    rows = list[list[str]]()
+    states = dict[str, str]()
     output.mkdir(parents=True, exist_ok=True)
     for name in names:
         started = time.monotonic()
         limit = min(PARTS[name] / SECONDS * seconds, until - started)
-        state, reason, found = SKIPPED, no_gpu or "no time was left", list[list[str]]()
+        state = SKIPPED
+        reason = no_gpu or "no time was left"
+        found = list[list[str]]()
         if not no_gpu and limit >= LEAST_SECONDS:
             state, reason, found = run_part(name, output, limit)
         remarks = "; ".join([reason] * bool(reason) + [row[1] for row in found if row[0] == NOTE])

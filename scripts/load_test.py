@@ -43,7 +43,8 @@ class Client:
 
     def __init__(self, address: str) -> None:
         parts = urlsplit(address)
-        self._host, self._port = parts.hostname or "", parts.port or 80
+        self._host = parts.hostname or ""
+        self._port = parts.port or 80
         self._head = HEAD.format(parts.netloc).encode()
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._answers: list[tuple[float, float]] = []
@@ -52,7 +53,8 @@ class Client:
         self, bodies: Sequence[bytes], rate: float, seconds: float
     ) -> tuple[int, list[tuple[float, float]]]:
         """How many requests were sent, and of each answer its seconds and its layer."""
-        choose, tasks = random.Random(rate), []
+        choose = random.Random(rate)
+        tasks = []
         try:
             await self._ask(bodies[0], time.perf_counter())
         except OSError as error:

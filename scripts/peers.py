@@ -77,10 +77,13 @@ def systems(
         target: the target of fpabee; None: the fastest one.
         converted: the engines folder of a conversion by `conversions.py`.
     """
-    last, dev = read_manifest(engines_of(model)).exits[-1], data / "dev.jsonl.gz"
+    last = read_manifest(engines_of(model)).exits[-1]
+    dev = data / "dev.jsonl.gz"
     without_exit_0 = reproduce.without_exit_0(model)
-    engines, plain = engines_of(model), engines_of(without_exit_0)
-    whole, short = engines_of(model, (last,)), engines_of(cut)
+    engines = engines_of(model)
+    plain = engines_of(without_exit_0)
+    whole = engines_of(model, (last,))
+    short = engines_of(cut)
     bare = engines_of(without_exit_0, (last,))
     if target is None:
         for folder in (engines, plain, whole, short, bare):
@@ -245,7 +248,8 @@ def main(
     hardware = f"{cpu_name()}, {usable_cores()} threads, {platform.system()}"
     stored = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     for name in only:
-        run, place = RUNS[name], work / "peers"
+        run = RUNS[name]
+        place = work / "peers"
         run = dataclasses.replace(run, options=run.options | {"epochs": None})
         backbone = reproduce.backbone_of(run, work)
         model = train_run(run, seed, data, backbone, place / f"{name}-{seed}")

@@ -44,7 +44,8 @@ from fpabee.runtime.rules.measures import Measure
 from fpabee.runtime.rules.rules import RULES, Entropy, FPabee
 
 RESULTS = Path(__file__).parent / "results"
-MINILM, MPNET = "all-MiniLM-L6-v2", "all-mpnet-base-v2"
+MINILM = "all-MiniLM-L6-v2"
+MPNET = "all-mpnet-base-v2"
 SAVINGS = (0.25, 0.5, 0.75)
 EXIT_0 = "-exit-0"
 """Suffix of the names of runs with exit 0 and self-distillation."""
@@ -157,7 +158,8 @@ def search_by_layers(
 
 def every_setting(costs: StoppingCosts) -> list[Family]:
     """All settings of all rules, with all measures of F-PABEE."""
-    exits, measures = costs.rows.exits, tuple(Measure)
+    exits = costs.rows.exits
+    measures = tuple(Measure)
     rules = [rule for name in RULES for rule in settings_of(name, exits, measures)]
     return families_of(costs, rules, (Entropy, FPabee))
 
@@ -182,7 +184,8 @@ def compare(dev: LabelledLogits, test: LabelledLogits, layers: Sequence[int]) ->
                 continue
             exits = exits_of(chosen, test)
             depth = np.asarray(layers)[test.at(exits)[0]].mean()
-            saved, score = float(1 - depth / layers[-1]), scorer.score(exits)
+            saved = float(1 - depth / layers[-1])
+            score = scorer.score(exits)
             found.append({"kind": kind, "wished": saving, "saving": saved, "score": score})
     full = scorer.full_depth
     return {"metric": scorer.metric, "rows": len(test), "full_depth": full, "settings": found}

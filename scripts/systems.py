@@ -88,7 +88,8 @@ def measure(system: System, given: dict[str, Any], work: Path) -> dict[str, Any]
     """
     place = work / "peers" / f"{Path(given['model']).name}-{system.name}"
     more = {"kind": system.kind, "place": str(place), "backend": system.environment}
-    python, done = environment(system.environment, work), place / ".prepared"
+    python = environment(system.environment, work)
+    done = place / ".prepared"
     given = given | more | system.settings
     if not done.is_file():
         shutil.rmtree(place, ignore_errors=True)
@@ -108,7 +109,8 @@ def environment(name: str, work: Path) -> str:
     if not name:
         return sys.executable
     place = work / "environments" / name
-    python, done = place / "bin" / "python", place / "installed"
+    python = place / "bin" / "python"
+    done = place / "installed"
     if not done.is_file():
         venv.create(place, with_pip=True, clear=True)
         _checked([str(python), "-m", "pip", "install", "-q", *ENVIRONMENTS[name]])
@@ -153,10 +155,12 @@ def prepare_torch(spec: Specification) -> None:
     from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 
     config = config_of(spec.model)
-    width, exits = config["hidden_size"], config["fpabee"]["exits"]
+    width = config["hidden_size"]
+    exits = config["fpabee"]["exits"]
     encoder = Transformer(spec.model, config_kwargs={"num_hidden_layers": exits[-1]})
     dense = Dense(width, len(config["id2label"]), activation_function=torch.nn.Identity())
-    weights, last = load_file(Path(spec.model) / "model.safetensors"), len(exits) - 1
+    weights = load_file(Path(spec.model) / "model.safetensors")
+    last = len(exits) - 1
     names = ("weight", "bias")
     dense.linear.load_state_dict({name: weights[f"classifiers.{last}.{name}"] for name in names})
     SentenceTransformer(modules=[encoder, Pooling(width), dense]).save_pretrained(spec.place)
@@ -289,7 +293,8 @@ def load_file(spec: Specification) -> Predict:
         import openvino as ov
 
         model = ov.compile_model(str(folder / "model.onnx"), "CPU")
-        run, wanted = model, [each.any_name for each in model.inputs]
+        run = model
+        wanted = [each.any_name for each in model.inputs]
     else:
         import onnxruntime
 
@@ -323,7 +328,8 @@ def load_pabee(spec: Specification) -> Predict:
     from fpabee.runtime import read_manifest
     from fpabee.runtime.encoding import TextEncoder, padded_inputs, padding_values
 
-    manifest, model = read_manifest(spec.engines), load_checkpoint(Path(spec.model), attention=None)
+    manifest = read_manifest(spec.engines)
+    model = load_checkpoint(Path(spec.model), attention=None)
     encoder = TextEncoder(Path(spec.engines), manifest.tokenizer)
     embeddings, blocks, heads = model.parts
 
@@ -331,7 +337,8 @@ def load_pabee(spec: Specification) -> Predict:
         arrays = padded_inputs(encoder.encode([text]), padding_values(manifest.tokenizer))
         ids, types, bias = (torch.from_numpy(value) for value in arrays.values())
         hidden, carried = embeddings(ids, types if model.backbone.token_types else None)
-        answer, same = -1, 0
+        answer = -1
+        same = 0
         for block, head in zip(blocks, heads, strict=True):
             hidden = block(hidden, bias, **carried)
             now = int(head(hidden, token_weights(bias)).argmax())

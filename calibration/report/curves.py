@@ -22,9 +22,11 @@ def curves(result: Calibration) -> dict[str, list[tuple[float, float]]]:
     with the smallest drop. Each is a mean depth in layers and a drop in points, on the rows of the
     calibration or on its test rows.
     """
-    search, costs = result.search, result.search.stopping_costs
+    search = result.search
+    costs = result.search.stopping_costs
     rows = result.rows if result.test is None else result.test
-    scorer, layers = Scorer(rows, costs.scorer.metric), np.asarray(result.layers)
+    scorer = Scorer(rows, costs.scorer.metric)
+    layers = np.asarray(result.layers)
     found: dict[str, list[tuple[float, float]]] = {}
     for kind in shown_kinds(search.kinds, result.points):
         families = [family for family in search.families if family.kind == kind]

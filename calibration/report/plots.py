@@ -57,7 +57,8 @@ def _depth(result: Calibration) -> Figure:
     """Score against depth: the curves, and the operating points with their intervals."""
     figure = Figure(figsize=(_WIDTH, 5.2), layout="constrained")
     metric = result.points[0].held_out.metric
-    axes, found = figure.subplots(), curves(result)
+    axes = figure.subplots()
+    found = curves(result)
     for number, (kind, settings) in enumerate(found.items()):
         axes.plot(
             [depth for depth, _ in settings],
@@ -96,7 +97,8 @@ def _depth(result: Calibration) -> Figure:
 
 def _exits(result: Calibration) -> Figure:
     """Where each operating point stops rows."""
-    points, layers = result.points, result.layers
+    points = result.points
+    layers = result.layers
     figure = Figure(figsize=(_WIDTH, 0.6 + 1.5 * len(points)), layout="constrained")
     panels = figure.subplots(len(points), 1, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, point in zip(panels, points, strict=True):

@@ -17,7 +17,8 @@ def exit_0_in_words(point: Point) -> str:
     The first share is that of the setting that will run. Rows that chose it would flatter the
     second one, so that is of the rows that `held_out` is about.
     """
-    runs, held = point.chosen_on, point.held_out
+    runs = point.chosen_on
+    held = point.held_out
     if not runs.exits[0]:
         return "no row"
     share = f"{100 * runs.exits[0] / runs.rows:.0f} % of rows"
@@ -36,7 +37,8 @@ def goal_in_words(goal: Goal | Bound) -> str:
 
 def promise_in_words(point: Point, result: Calibration) -> str:
     """What a point promises, or why it promises nothing, and how it did on other rows."""
-    held, goal = point.held_out, point.goal
+    held = point.held_out
+    goal = point.goal
     if point.refusal:
         return f"No guarantee: every text runs through all layers, since {point.refusal}"
     if point.rule == Budget(exit=result.rows.exits[-1]):
@@ -70,7 +72,8 @@ def promise_in_words(point: Point, result: Calibration) -> str:
 
 
 def _found(held: Outcome) -> str:
-    drop, (low, high) = held.drop, held.interval
+    drop = held.drop
+    (low, high) = held.interval
     if held.metric == AGREEMENT:
         return f"{drop:.2f} % of decisions changed (95 %: {low:.2f} to {high:.2f})"
     return f"{_lost(drop, ' points')} (95 %: {_lost(low).removesuffix(' lost')} to {_lost(high)})"

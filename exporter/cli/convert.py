@@ -172,7 +172,8 @@ def _guarantee(found: Converted, calibrated: str) -> str:
     if found.certificate is None:
         alone = f"alone changes {100 * found.full_depth_changed:.2f} % of the decisions"
         return f"{found.target} {alone}; no guarantee, so all layers run: {found.refusal}"
-    confidence, thresholds = found.certificate.confidence, found.certificate.thresholds
+    confidence = found.certificate.confidence
+    thresholds = found.certificate.thresholds
     words = []
     for promise in found.certificate.promises:
         flagged = f"{promise.label!r} (above {thresholds.get(promise.label or '', 0):g})"
@@ -184,7 +185,8 @@ def _guarantee(found: Converted, calibrated: str) -> str:
 
 def _heads(chosen: Chosen) -> str:
     """The heads of the exits, and how they agree with the classifier."""
-    form, agreement = chosen.form, ", ".join(f"{100 * share:.0f}" for share in chosen.agreement)
+    form = chosen.form
+    agreement = ", ".join(f"{100 * share:.0f}" for share in chosen.agreement)
     agrees = f"exits agree with the classifier on {agreement} %"
     layer = f"a hidden layer of {form.width}" if form.width else "linear"
     every = "" if form.every == 1 else f" after every {form.every} layers"

@@ -113,7 +113,8 @@ def main(
     )
     with step_progress(quiet) as progress:
         exported = export(model_dir, folder, wanted, progress)
-    manifest, agreement = exported.manifest, exported.agreement
+    manifest = exported.manifest
+    agreement = exported.agreement
     if not as_json:
         size = exported.size / 2**20
         echo(f"{exported.folder}: {len(manifest.segments)} segments, {size:.0f} MiB")

@@ -26,8 +26,12 @@ from .classifier import Classifier
 from .options import Chosen, Form
 
 _WIDTHS = (0, 64, 192, 384)
-_LR, _WEIGHT_DECAY, _DROPOUT, _BATCH = 2e-3, 0.02, 0.2, 128
-_EPOCHS, _MOST_STEPS = 25, 2000
+_LR = 2e-3
+_WEIGHT_DECAY = 0.02
+_DROPOUT = 0.2
+_BATCH = 128
+_EPOCHS = 25
+_MOST_STEPS = 2000
 # All heads together may cost this share of what the layers of the classifier cost, for one text.
 _MOST_COST = 0.05
 # What a head costs, in weights of a layer. Each of these is multiplied by all tokens, so a weight
@@ -132,7 +136,8 @@ def choose_form(
     forms = [Form(*pair) for pair in pairs]
     shares = {form: cost_of_heads(form, classifier) for form in forms}
     fit = [form for form in forms if shares[form] <= _MOST_COST or form == forms[0]]
-    every_state, every_logit = torch.from_numpy(states), torch.from_numpy(logits)
+    every_state = torch.from_numpy(states)
+    every_logit = torch.from_numpy(logits)
     found = []
     for number, form in enumerate(fit):
         progress("choose heads", number, len(fit))
@@ -162,7 +167,8 @@ def _saved(scorer: Scorer, costs: NDArray[np.float64], share: float) -> float:
     """How much less than full depth rows cost, where about that share of decisions changes."""
     rows = scorer.rows
     places = rows.at(StopScores(rows).exits(sequence(rows, "confidence", at_exit_0=False)))
-    changed, saved = scorer.changed[places].mean(axis=1), 1 - costs[places[0]].mean(axis=1)
+    changed = scorer.changed[places].mean(axis=1)
+    saved = 1 - costs[places[0]].mean(axis=1)
     return float(np.mean([saved[changed <= at * share].max(initial=0.0) for at in _AT]))
 
 

@@ -48,7 +48,8 @@ def check_places(
         ModelError: there is no such classifier or adapter.
         MissingExtraError: an adapter needs `peft`, or the texts pyarrow.
     """
-    target, inputs = resolved(output), (classifier, texts, options.adapter)
+    target = resolved(output)
+    inputs = (classifier, texts, options.adapter)
     check_output(target, options.force, inputs)
     partial = _partial(target)
     check_apart(partial, inputs)
@@ -133,7 +134,8 @@ def unfinished(target: Path, fingerprint: str) -> Iterator[Path]:
             message = f"cannot write {target}: {refused.strerror or refused}"
             hint = "check the free space and permissions"
             if _is_begun(steps):
-                message, hint = f"{message}; {kept}", f"{hint}, and do the same again to continue"
+                message = f"{message}; {kept}"
+                hint = f"{hint}, and do the same again to continue"
             raise ArtifactError(message, hint) from error
         else:
             _discard(partial)

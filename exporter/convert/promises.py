@@ -110,7 +110,8 @@ def certify_target(
     """
     full_depth = Budget(exit=EnginesFolder.read(folder).manifest.exits[-1])
     with Engine.load(folder, name, threads=threads, rule=full_depth) as engine:
-        task, layers = engine.manifest.task, engine.manifest.exit_layers
+        task = engine.manifest.task
+        layers = engine.manifest.exit_layers
         thresholds = decision_thresholds(task, bound.thresholds)
 
         def traced(part: Part) -> LabelledLogits:
@@ -118,7 +119,8 @@ def certify_target(
             found = trace_rows(engine, part.rows, place, False, progress)
             return replace(found, decision_thresholds=thresholds, reference=part.logits)
 
-        seen, held = traced(calibrate), traced(report)
+        seen = traced(calibrate)
+        held = traced(report)
         progress(f"time {name}", 0, 1)
         costs = measure_costs(engine, seen.lengths, _BATCH)
         stopping = StoppingCosts(seen, AGREEMENT, costs.row_costs(seen.lengths))
@@ -126,7 +128,8 @@ def certify_target(
         rule = found.rule or full_depth
         stops = exits_of(rule, seen)
         runs = outcome(stopping.scorer, stops, stopping.costs, layers)
-        scorer, exits = Scorer(held, AGREEMENT), exits_of(rule, held)
+        scorer = Scorer(held, AGREEMENT)
+        exits = exits_of(rule, held)
         judged = outcome(scorer, exits, costs.row_costs(held.lengths), layers)
         encoded = engine.core.encode([row.content for row in report.rows])
         speedups = [measure_speedup(engine, encoded, rule, batch) for batch in (1, _BATCH)]

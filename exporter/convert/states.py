@@ -82,9 +82,11 @@ def run_classifier(
         OSError: there is no space for the states.
         ArtifactError: the logits cannot be written.
     """
-    logits_file, states_file = folder / "logits.npy", folder / "states.npy"
+    logits_file = folder / "logits.npy"
+    states_file = folder / "states.npy"
     if not logits_file.is_file():
-        model, labels = _WithStates(classifier), len(classifier.labels)
+        model = _WithStates(classifier)
+        labels = len(classifier.labels)
         hidden = int(classifier.model.config.hidden_size)
         shape = (len(taught), classifier.layers - 1, 2, hidden)
         logits = np.empty((len(rows), labels), np.float32)

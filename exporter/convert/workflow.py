@@ -143,7 +143,10 @@ class _Work:
     def __init__(
         self, teacher: Classifier, texts: Texts, options: ConvertOptions, progress: Progress
     ) -> None:
-        self.teacher, self.texts, self.options, self.progress = teacher, texts, options, progress
+        self.teacher = teacher
+        self.texts = texts
+        self.options = options
+        self.progress = progress
         self.task = Task(problem_type=teacher.problem_type, labels=teacher.labels)
         thresholds = decision_thresholds(self.task, options.bound.thresholds)
         if self.task.problem_type is ProblemType.MULTI_LABEL:
@@ -173,16 +176,19 @@ class _Work:
 
     def run(self, folder: Path) -> Conversion:
         """Do all that is not done yet, and leave the engines folder in `engines`."""
-        texts, bound = self.texts, self.options.bound
+        texts = self.texts
+        bound = self.options.bound
         rows = encoded_rows(texts.rows, self.tokenizer, self.max_length)
         given = self.teacher, rows, self.padding, texts.taught, folder
         logits, states = run_classifier(*given, self.progress)
         check_promises(bound, self.task, logits[texts.calibrate], CALIBRATED)
-        model_dir, mark = folder / "model", folder / "chosen.json"
+        model_dir = folder / "model"
+        mark = folder / "chosen.json"
         if not mark.is_file():
             write_whole(mark, msgspec.json.encode(self._train(model_dir, rows, logits, states)))
         chosen = msgspec.json.decode(mark.read_bytes(), type=Chosen)
-        exported, engines = folder / "exported", folder / "engines"
+        exported = folder / "exported"
+        engines = folder / "engines"
         if not engines.is_dir():
             if not exported.is_dir():
                 wanted = ExportOptions(max_length=self.max_length)
@@ -217,7 +223,8 @@ class _Work:
         self, states: NDArray[np.float32], logits: NDArray[np.float32]
     ) -> tuple[MultiExitModel, Chosen]:
         """The weights of the classifier, and heads of the form that suits the texts."""
-        teacher, count = self.teacher, len(self.texts.train)
+        teacher = self.teacher
+        count = len(self.texts.train)
         thresholds = decision_thresholds(self.task, self.options.bound.thresholds)
         share = min(self.options.bound.shares.values())
         chosen = choose_form(teacher, states, logits, count, share, thresholds, self.progress)
@@ -251,7 +258,8 @@ class _Work:
 
     def _certify(self, engines: Path, logits: NDArray[np.float32], chosen: Chosen) -> Conversion:
         """Certify the targets; the default is the fastest at full depth, if it has a point."""
-        texts, options = self.texts, self.options
+        texts = self.texts
+        options = self.options
         warnings: list[str] = []
         expected = self._labels(warnings)
 

@@ -38,7 +38,8 @@ class PairMarks:
         """
         pair = tokenizer.encode("a", "a")
         places: Any = pair.sequence_ids
-        start, end = places.index(1), len(places) - places[::-1].index(1)
+        start = places.index(1)
+        end = len(places) - places[::-1].index(1)
         first_end = start - places[:start][::-1].index(0)
         types = pair.type_ids
         if uses_types and types[start] not in types[:start]:
@@ -78,8 +79,11 @@ def exit_0_logits(exit_0: ExitZero, marks: PairMarks, ids: Any, mask: Any, types
         mask: see there.
         types: see there.
     """
-    writer, second = ids.writer, marks.second(ids, mask, types)
-    unigrams, buckets, moved = exit_0.unigrams, exit_0.buckets, ids + SECOND
+    writer = ids.writer
+    second = marks.second(ids, mask, types)
+    unigrams = exit_0.unigrams
+    buckets = exit_0.buckets
+    moved = ids + SECOND
     # The runtime's own function, which adds nodes if it is given tensors of a graph.
     bucket: Any = bucket_of
     own = np.where(second, bucket(moved, ids, buckets) + unigrams, ids % unigrams)

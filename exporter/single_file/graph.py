@@ -30,7 +30,8 @@ from .exit_0 import PairMarks, exit_0_logits
 from .nodes import Tensor, Writer
 from .rules import RuleNodes, State
 
-MASK, TYPES = "attention_mask", "token_type_ids"
+MASK = "attention_mask"
+TYPES = "token_type_ids"
 EXIT = "exit"
 _IR_VERSION = 10
 _IDS = "input_ids"
@@ -134,7 +135,8 @@ def _guarded(writer: Writer, branch: ir.Graph, before: State, new: State, after:
     writer.graph.append(node)
     for output, (name, tensor) in zip(node.outputs, results.items(), strict=True):
         output.name = f"after_{branch.name}/{name}"
-        output.type, output.shape = tensor.value.type, tensor.value.shape
+        output.type = tensor.value.type
+        output.shape = tensor.value.shape
         if name in new:  # a skipped branch gives another batch and sequence
             fixed = [size if isinstance(size, int) else None for size in tensor.shape]
             output.shape = ir.Shape(fixed)

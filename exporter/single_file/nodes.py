@@ -79,7 +79,8 @@ class Tensor(NDArrayOperatorsMixin):
     """
 
     def __init__(self, writer: Writer, value: ir.Value) -> None:
-        self.writer, self.value = writer, value
+        self.writer = writer
+        self.value = value
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -127,7 +128,8 @@ class Tensor(NDArrayOperatorsMixin):
         """The result of a function of numpy, or of its method `reduce`."""
         if method != "reduce":
             return self.writer.node(_OPERATORS[ufunc], *inputs)
-        axes, keepdims = [options["axis"]], int(options.get("keepdims", False))
+        axes = [options["axis"]]
+        keepdims = int(options.get("keepdims", False))
         if ufunc is np.logical_and:  # runtimes do not reduce bool
             return self.astype(np.int32).then("ReduceMin", axes, keepdims=0).astype(np.bool_)
         return self.then(_REDUCTIONS[ufunc], axes, keepdims=keepdims)
@@ -153,7 +155,8 @@ def _stack(tensors: Sequence[Tensor], axis: int) -> Tensor:
 
 
 def _full_like(rows: Tensor, value: Any, dtype: Any = None) -> Tensor:
-    is_tensor, constant = isinstance(value, Tensor), rows.writer.constant
+    is_tensor = isinstance(value, Tensor)
+    constant = rows.writer.constant
     one = value if is_tensor else constant(np.asarray(value, dtype or rows.dtype))
     return rows.writer.node("Expand", one, rows.then("Shape"))
 

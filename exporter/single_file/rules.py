@@ -105,7 +105,8 @@ class RuleNodes:
             for name, value in settings_of(rule, task, exits).items()
         }
         self._task = task.problem_type, settings.get("label_thresholds", ())
-        self._settings, self._last = settings, exits[-1]
+        self._settings = settings
+        self._last = exits[-1]
         # The rule's own formulas add the nodes, because its settings are tensors.
         self._rule: Any = copy(rule)
         if isinstance(rule, Confidence):

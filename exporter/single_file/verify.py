@@ -77,9 +77,11 @@ def verify(
     # Those of OpenVINO, too, run in ONNX Runtime here.
     here = msgspec.structs.replace(built, backend=ONNXRUNTIME)
     with engine_of(engines.with_target(target, here), target, rule) as engine:
-        rows, trace = engine.core.encode(texts), engine.trace(texts)
+        rows = engine.core.encode(texts)
+        trace = engine.trace(texts)
     required = REQUIREMENTS["int8"].tie if built.precision == "int8" else EXPORT_LIMIT
-    first, task = trace.first_exit, manifest.task
+    first = trace.first_exit
+    task = manifest.task
     setting = task.problem_type, task.label_thresholds, first
     rules = [rule]  # the last, so that the file keeps it
     scores = simulate(trace.logits, rule, *setting).scores
@@ -87,7 +89,8 @@ def verify(
     if isinstance(rule, ThresholdRule) and len(scores):
         others = np.quantile(scores, _QUANTILES).tolist()
         rules = [*(msgspec.structs.replace(rule, threshold=other) for other in others), rule]
-    difference, ties = 0.0, 0
+    difference = 0.0
+    ties = 0
     for each in rules:
         for name, value in settings_of(each, task, manifest.exits).items():
             if name in model.graph.initializers:  # one segment decides nothing

@@ -5,8 +5,10 @@ from __future__ import annotations
 from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.backends.openvino import openvino_version
 
-ONNXRUNTIME, OPENVINO = "onnxruntime", "openvino"
-RTX, TENSORRT = "tensorrt-rtx", "tensorrt"
+ONNXRUNTIME = "onnxruntime"
+OPENVINO = "openvino"
+RTX = "tensorrt-rtx"
+TENSORRT = "tensorrt"
 
 
 def version_of(backend: str) -> str:

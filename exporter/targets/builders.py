@@ -28,7 +28,8 @@ from .check import exact_logits
 from .plans import PlanOptions
 from .tensorrt import build_plans, plans_record
 
-FP16, INT8 = "fp16", "int8"
+FP16 = "fp16"
+INT8 = "int8"
 INT8_FOLDER = f"targets/{INT8}"
 """The place in an engines folder of the int8 graphs, which several targets run."""
 

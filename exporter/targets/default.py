@@ -79,13 +79,17 @@ def with_fastest_default(engines: EnginesFolder, progress: Progress) -> tuple[En
     faster = float(np.median(_gains(seconds, fastest, other)))
     why = f"{faster:.2f} times as fast as {other} here, at full depth"
     if manifest.default_is_fixed:
-        chosen, why = before, "as chosen by hand"
+        chosen = before
+        why = "as chosen by hand"
     elif points[before] - points[fastest]:
-        chosen, why = before, f"because it has operating points; {fastest} is {why}"
+        chosen = before
+        why = f"because it has operating points; {fastest} is {why}"
     elif before not in speeds:
-        chosen, why = before, "which does not run on this CPU"
+        chosen = before
+        why = "which does not run on this CPU"
     elif fastest == before:
-        chosen, why = before, "because no other target for CPUs is clearly faster here"
+        chosen = before
+        why = "because no other target for CPUs is clearly faster here"
     else:
         chosen = fastest
     changed = engines.with_manifest(targets=targets, default_target=chosen)

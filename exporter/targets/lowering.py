@@ -47,7 +47,8 @@ def lower(proto: Any) -> Any:
     Raises:
         ModelError: a weight does not fit into fp16.
     """
-    nodes, floats = lowered_nodes(proto), _float_values(proto)
+    nodes = lowered_nodes(proto)
+    floats = _float_values(proto)
     # The inputs and outputs that become fp16.
     tensors = {value.name for value in (*proto.graph.input, *proto.graph.output)}
     tensors = (tensors & floats) - {*_FP32_TENSORS}
@@ -108,9 +109,11 @@ def emulate(proto: Any) -> Any:
     Raises:
         ModelError: a weight does not fit into fp16.
     """
-    low, floats = lowered_nodes(proto), _float_values(proto)
+    low = lowered_nodes(proto)
+    floats = _float_values(proto)
     result = lower(proto)
-    graph, nodes = result.graph, [*result.graph.node]
+    graph = result.graph
+    nodes = [*result.graph.node]
     for value in (*graph.input, *graph.output):
         if value.type.tensor_type.elem_type == TensorProto.FLOAT16:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
@@ -125,7 +128,8 @@ def emulate(proto: Any) -> Any:
         is_cast = any(a.name == "to" and a.i == TensorProto.FLOAT16 for a in node.attribute)
         for number, name in enumerate(node.output):
             if is_cast or (node.name in low and name.removesuffix("/fp16") in floats):
-                exact, rounded = f"{name}/exact", f"{name}/rounded"
+                exact = f"{name}/exact"
+                rounded = f"{name}/rounded"
                 computed.output[number] = rounded if is_cast else exact
                 if is_cast:
                     computed.name += "/exact"

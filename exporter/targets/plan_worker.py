@@ -48,7 +48,8 @@ def build_plan(request: PlanRequest) -> None:
     from polygraphy.backend.trt import CreateConfig, EngineBytesFromNetwork, NetworkFromOnnxPath
 
     network = NetworkFromOnnxPath(request.onnx, strongly_typed=True)
-    plan, cache = Path(request.plan), Path(request.timing_cache)
+    plan = Path(request.plan)
+    cache = Path(request.timing_cache)
     # Files are replaced, completely or not at all. Polygraphy follows links, and writes in place.
     with replacing(plan.parent) as new, tempfile.TemporaryFile() as timings:
         if request.options.compute_capabilities:

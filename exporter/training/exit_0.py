@@ -29,7 +29,8 @@ _LR = 2e-3
 _BATCH = 32
 # Few rows need many passes, and some thousand rows about ten. The second limit keeps large data to
 # a minute or two.
-_MOST_EPOCHS, _MOST_ROWS = 100, 1_000_000
+_MOST_EPOCHS = 100
+_MOST_ROWS = 1_000_000
 _PATIENCE = 3
 # Up to this many labels, the table holds logits instead of vectors, which makes it smaller.
 _MOST_FOLDED = 64
@@ -90,12 +91,15 @@ class BagOfNgrams(nn.Module):
     @torch.no_grad()
     def weights(self) -> ExitZero:
         """The weights as they are stored; raises ValueError if they are not finite."""
-        table, weights = self.vectors.weight[:-1], self.classifier.weight.T
+        table = self.vectors.weight[:-1]
+        weights = self.classifier.weight.T
         labels = self.classifier.out_features
         if labels <= _MOST_FOLDED:
             # The mean of products is the product of the mean.
-            table, weights = table @ weights, torch.eye(labels)
-        known, unigrams = self.vocabulary.known, self.vocabulary.unigrams
+            table = table @ weights
+            weights = torch.eye(labels)
+        known = self.vocabulary.known
+        unigrams = self.vocabulary.unigrams
         full = np.zeros((unigrams + _BUCKETS, table.shape[1]), np.float16)
         full[known] = table.numpy()
         bias = self.classifier.bias.numpy().copy()

@@ -15,7 +15,9 @@ from ..paths import check_apart, check_model_dir, resolved
 # A pair has three special tokens, and needs at least one token of text.
 _ABOVE = {"epochs": 0, "lr": 0, "batch_size": 0, "max_length": 3}
 # Small data needs more than the usual passes: with 500 rows, 3 of them are 48 steps.
-_EPOCHS, _FEWEST_STEPS, _MOST_EPOCHS = 3.0, 1000, 20.0
+_EPOCHS = 3.0
+_FEWEST_STEPS = 1000
+_MOST_EPOCHS = 20.0
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ def train_exits(
         options: of the training.
         progress: called with (loss and scores, steps done, steps in total).
     """
-    device, problem_type = next(model.parameters()).device, model.exit_config.problem_type
+    device = next(model.parameters()).device
+    problem_type = model.exit_config.problem_type
     starts = range(0, len(train.rows), options.batch_size)
     steps = math.ceil(len(starts) * options.epochs_for(len(train.rows)))
     warmup = math.ceil(_WARMUP * steps)
@@ -53,7 +54,8 @@ def train_exits(
         optimizer,
         lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup)),
     )
-    done, dev_text = 0, ""
+    done = 0
+    dev_text = ""
     progress("train", done, steps)
     while done < steps:
         model.train()

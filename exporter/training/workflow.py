@@ -87,7 +87,8 @@ def train(
     rows = {name: load_rows(source, options.reading) for name, source in sources.items() if source}
     model, tokenizer = build_model(options, rows["train"])
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    config, length = model.exit_config, min(options.max_length, model.backbone.max_positions())
+    config = model.exit_config
+    length = min(options.max_length, model.backbone.max_positions())
     padding = {"input_ids": pad_id(tokenizer, model)}
     if "token_type_ids" in tokenizer.model_input_names:
         padding["token_type_ids"] = tokenizer.pad_token_type_id
@@ -173,7 +174,8 @@ def _labels(rows: Sequence[Row], config: MultiExitConfig) -> Labels:
     Raises:
         InputError: a label that the model does not have, or not exactly one in single-label rows.
     """
-    given, places = [row.labels or () for row in rows], [row.where for row in rows]
+    given = [row.labels or () for row in rows]
+    places = [row.where for row in rows]
     return encode_labels(given, config.labels, config.problem_type, places)
 
 

@@ -206,7 +206,8 @@ def check_outside(output: Path) -> None:
     Raises:
         InputError: it is inside such a folder, as it is named or where its links lead.
     """
-    as_named, behind_links = os.path.normpath(output.absolute()), os.path.realpath(output)
+    as_named = os.path.normpath(output.absolute())
+    behind_links = os.path.realpath(output)
     for folder in dict.fromkeys((*Path(as_named).parents, *Path(behind_links).parents)):
         if is_engines_folder(folder) or _is_model_dir(folder):
             raise InputError(

@@ -147,7 +147,8 @@ class Cuda:
         """
         values = np.array([plan.ctypes.data], np.uint64)
         blocks = -(-int(plan["pitch"][0]) // _GATHERED_BYTES)
-        launch, shape = self._driver.cuLaunchKernel, (rows, blocks, 1, 256, 1, 1)
+        launch = self._driver.cuLaunchKernel
+        shape = (rows, blocks, 1, 256, 1, 1)
         self._check_driver(launch(self._gather_rows, *shape, 0, stream, values.ctypes.data, 0))
 
     @functools.cached_property

@@ -225,7 +225,8 @@ class DeviceExecution(Execution):
         self._copy_rows(self._buffer(target, buffer).address, pitch, addresses, widths, fill)
 
     def _crop(self, spec: TensorSpec, buffer: BufferName, source: Hidden, target: Hidden) -> None:
-        wide, narrow = shape_of(spec, source.bucket), shape_of(spec, target.bucket)
+        wide = shape_of(spec, source.bucket)
+        narrow = shape_of(spec, target.bucket)
         # The last two axes are a matrix, of which the first rows and columns are copied.
         matrices, rows = np.ogrid[: np.prod(narrow[:-2]), : narrow[-2]]
         itemsize = dtype_of(spec).itemsize

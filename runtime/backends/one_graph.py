@@ -25,7 +25,8 @@ from ..artifact.untrusted.protobuf import fields, values_at
 # Field numbers in onnx.proto.
 _IR_VERSION, _GRAPH, _OPSET_IMPORT = (MODEL[n] for n in ("ir_version", "graph", "opset_import"))
 _NODES, _GRAPH_NAME, _INITIALIZERS = (GRAPH[n] for n in ("node", "name", "initializer"))
-_INPUTS, _OUTPUTS = GRAPH["input"], GRAPH["output"]
+_INPUTS = GRAPH["input"]
+_OUTPUTS = GRAPH["output"]
 _NODE_INPUT, _NODE_OUTPUT, _OPERATOR, _ATTRIBUTES = (
     NODE[n] for n in ("input", "output", "op_type", "attribute")
 )
@@ -36,9 +37,16 @@ _DIMS, _DATA_TYPE, _TENSOR_NAME, _RAW_DATA, _EXTERNAL_DATA, _LOCATION = (
     TENSOR[n] for n in ("dims", "data_type", "name", "raw_data", "external_data", "data_location")
 )
 # Those of an input or output, and of its type.
-_VALUE_NAME, _VALUE_TYPE, _TENSOR_TYPE, _ELEMENT, _SHAPE = 1, 2, 1, 1, 2
+_VALUE_NAME = 1
+_VALUE_TYPE = 2
+_TENSOR_TYPE = 1
+_ELEMENT = 1
+_SHAPE = 2
 # Values of such fields.
-_TENSOR_KIND, _GRAPH_KIND, _EXTERNAL, _BOOL = 4, 5, 1, 9
+_TENSOR_KIND = 4
+_GRAPH_KIND = 5
+_EXTERNAL = 1
+_BOOL = 9
 
 # Smaller tensors are copied: ONNX Runtime needs shapes when it loads the graph.
 _LEAST_BYTES = 1024
@@ -121,7 +129,8 @@ def _read(path: Path, folder: Path, number: int) -> _Graph:
     with path.open("rb") as file:
         content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     (graph,) = values_at(content, (_GRAPH,))  # more or none: ValueError
-    body, names = [], dict[bytes, bytes]()
+    body = []
+    names = dict[bytes, bytes]()
     for tensor in values_at(graph, (_INITIALIZERS,)):
         raw = next(values_at(tensor, (_RAW_DATA,)), None)
         if raw is None or len(raw) < _LEAST_BYTES:

@@ -139,7 +139,8 @@ class TensorRtBackend(DeviceBackend):
                 f"{gpu.compute_capability}",
                 rebuild(target),
             )
-        built, here = target.versions.get(module, "unknown"), library_version(module)
+        built = target.versions.get(module, "unknown")
+        here = library_version(module)
         if built != here:
             raise BackendError(
                 f"target {name} was built by {module} {built}, but {module} {here} is installed, "

@@ -87,7 +87,8 @@ def _display(quiet: bool, text: str = "loading") -> Iterator[_Show]:
         disable=not is_bar,
     )
     task = bar.add_task(text, total=None)
-    started, ended = perf_counter(), Event()
+    started = perf_counter()
+    ended = Event()
 
     def show(new: str, share: float | None, at_once: bool) -> None:
         nonlocal text

@@ -85,7 +85,8 @@ def _state_of(engines: EnginesFolder, name: str) -> dict[str, Any]:
 def _check(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Compare every hash, and run the reference texts on every target that can run here."""
     files = engines.damage()
-    agreement, refused = dict[str, str](), dict[str, str]()
+    agreement = dict[str, str]()
+    refused = dict[str, str]()
     for name in (state["name"] for state in states if not state["unavailable_reason"]):
         try:
             _, rule = rule_of(engines.manifest, name, None)
@@ -127,7 +128,8 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
 def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
     manifest = engines.manifest
     shown = _summary(manifest)
-    default, rule = shown.pop("default_target"), shown.pop("default_rule")
+    default = shown.pop("default_target")
+    rule = shown.pop("default_rule")
     del shown["operating_points"]
     _print_values(shown)
     echo(f"rule without an operating point: {settings_in_words(rule)}")

@@ -76,7 +76,8 @@ def open_output(
         InputError: the output cannot be written, or an earlier run left rows that do not fit.
         KeyboardInterrupt: Ctrl-C; if rows are done, with an error that says where they are kept.
     """
-    partial, is_file = None, is_plain_file(output)
+    partial = None
+    is_file = is_plain_file(output)
     shared = settings | inputs.identity(resume) if is_file else {}
     try:
         if output is None or not is_file:
@@ -91,7 +92,8 @@ def open_output(
     except BrokenPipeError:
         raise
     except BaseException as error:
-        done, hint = partial.leave() if partial else "", "use `resume` to continue"
+        done = partial.leave() if partial else ""
+        hint = "use `resume` to continue"
         if isinstance(error, OSError):
             if not done:
                 elsewhere = "set another `output`"
@@ -231,7 +233,8 @@ class Partial:
                 f"{self._settings_path}, which says what was run, is missing or damaged", hint
             ) from error
         for name, value in settings.items():
-            before, now = to_json(earlier.get(name)), to_json(value)
+            before = to_json(earlier.get(name))
+            now = to_json(value)
             if before != now:
                 raise InputError(
                     f"{self.path} is from another run: {name} was {before} and is {now}",
@@ -245,7 +248,8 @@ def _whole_lines(path: Path) -> tuple[int, int]:
     with path.open("rb") as stream:
         for line in stream:
             if line.endswith(b"\n"):
-                count, size = count + 1, size + len(line)
+                count = count + 1
+                size = size + len(line)
     return count, size
 
 

@@ -56,7 +56,9 @@ class Job:
     def __init__(
         self, engine: Engine, rule: ExitRule | None, schema: RecordSchema, metrics: bool = False
     ) -> None:
-        self.engine, self.rule, self.metrics = engine, rule, metrics
+        self.engine = engine
+        self.rule = rule
+        self.metrics = metrics
         self.rows = self.rows_before = self.errors = self.truncated = self.empty = 0
         self.first_error: RowError | None = None
         self.exits: Counter[int] = Counter()
@@ -163,7 +165,8 @@ class Job:
             operating_point: the name of the calibrated rule that was run, if it was one.
         """
         manifest = self.engine.manifest
-        layers, answered = manifest.model.layers, self.exits.total()
+        layers = manifest.model.layers
+        answered = self.exits.total()
         exits = [
             {"exit": number, "layer": layer, "rows": self.exits[number]}
             for number, layer in zip(manifest.exits, manifest.exit_layers, strict=True)

@@ -62,7 +62,8 @@ def row_at(batch: Any, at: int, options: ReadOptions, where: str) -> Row | RowEr
     content = {}
     try:
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            value, is_text = column[at].as_py(), name in (options.text_column, options.pair_column)
+            value = column[at].as_py()
+            is_text = name in (options.text_column, options.pair_column)
             content[name] = value if is_text else _plain(value)
         return options.row(content, where, table=True)
     except RowError as error:

@@ -226,7 +226,8 @@ class ExitRule(msgspec.Struct, frozen=True, kw_only=True, tag_field="name"):
         plain = {**_LEFT_OUT, "patience": 1, "threshold": 0.0}
         plain = {name: plain[name] for name in plain.keys() & self.__struct_fields__}
         scores = scores_of(msgspec.structs.replace(self, **plain))
-        patience, largest = self.signals_needed, np.full_like(scores, np.nan)
+        patience = self.signals_needed
+        largest = np.full_like(scores, np.nan)
         if patience <= len(scores):
             windows = np.lib.stride_tricks.sliding_window_view(scores, patience, axis=0)
             largest[patience - 1 :] = windows.max(axis=-1)

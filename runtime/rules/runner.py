@@ -93,13 +93,16 @@ class RuleRunner:
             if the rule has no score here.
         """
         now = Outputs(logits, self.problem_type, self.label_thresholds)
-        earlier, state.earlier = state.earlier, now
-        stops, scores = None, None
+        earlier = state.earlier
+        state.earlier = now
+        stops = None
+        scores = None
         if exit_number == 0:
             stops = self.rule.stops_at_exit_0(now)
         elif earlier is not None or not self.rule.compares_exits:
             signal = self.rule.signal(exit_number, earlier, now)
-            stops, scores = signal.agrees, signal.scores
+            stops = signal.agrees
+            scores = signal.scores
             if self._signals_needed > 1:
                 state.streak = (state.streak + 1) * signal.agrees
                 stops = state.streak >= self._signals_needed
@@ -170,7 +173,8 @@ def simulate(
     if logits.ndim != 3 or logits.shape[0] == 0:
         raise RuleError(f"logits have shape {list(logits.shape)}", "expected [exits, rows, labels]")
     count, rows, labels = logits.shape
-    task, exits = ProblemType(problem_type), range(first_exit, first_exit + len(logits))
+    task = ProblemType(problem_type)
+    exits = range(first_exit, first_exit + len(logits))
     runner = RuleRunner(rule, task, exits, label_thresholds)
     state = runner.start(rows)
     chosen = np.full(rows, -1, np.int64)

@@ -45,7 +45,8 @@ class HostCheck:
                     f"{host!r} is not the name of a host",
                     "give `allowed_hosts` a name such as texts.example.com, or * for all names",
                 )
-        self._app, self._refusal = app, refusal
+        self._app = app
+        self._refusal = refusal
         self._names = {"localhost", *map(str.lower, hosts)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

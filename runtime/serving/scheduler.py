@@ -349,7 +349,8 @@ class Scheduler:
     def _admit(self, chain: Chain) -> None:
         """Let the rows that have arrived wait, and ask exit 0, which answers some of them."""
         with self._changed:
-            arrived, self._arrived = _one_for_each_rule(self._arrived), []
+            arrived = _one_for_each_rule(self._arrived)
+            self._arrived = []
             self._waiting += arrived  # before anything can fail
         for group in arrived:
             chain.current = group
@@ -364,7 +365,8 @@ class Scheduler:
     def _clear(self, chain: Chain) -> None:
         """Drop the rows that are cancelled, and answer those that would miss their deadline."""
         with self._changed:
-            some_cancelled, self._some_cancelled = self._some_cancelled or self._cancels, False
+            some_cancelled = self._some_cancelled or self._cancels
+            self._some_cancelled = False
         for group in (*self._waiting, *self._groups):
             if self._cancels:
                 for row in group.rows:
@@ -379,7 +381,8 @@ class Scheduler:
 
     def _choose(self, chain: Chain) -> Group | None:
         """The group that runs next, which may be a new one."""
-        ready, now = self._joined(chain), perf_counter()
+        ready = self._joined(chain)
+        now = perf_counter()
 
         def gain(group: Group) -> tuple[float, int]:
             left = chain.backend.segments - group.segment
@@ -438,7 +441,8 @@ class Scheduler:
         ]
         if not numbers:
             return
-        now, rows = perf_counter(), decision.rows[numbers].tolist()
+        now = perf_counter()
+        rows = decision.rows[numbers].tolist()
         try:
             stopped = Stopped(
                 rows=[row.encoded for row in rows],
@@ -492,7 +496,8 @@ def _one_for_each_rule(groups: Sequence[Group]) -> list[Group]:
     joined: list[Group] = []
     rest = [group for group in groups if len(group)]
     while rest:
-        first, rule = rest[0], rest[0].runner.rule
+        first = rest[0]
+        rule = rest[0].runner.rule
         same = [group for group in rest[1:] if group.runner.rule == rule]
         if same:
             first.add(same)

@@ -266,7 +266,8 @@ class Service:
                     "shorten it, or set `truncate` to true",
                 )
 
-        engine, found = self.engine, await self._answers(request, asked, check)
+        engine = self.engine
+        found = await self._answers(request, asked, check)
         source = Source(
             model=self.name,
             revision=engine.revision,
@@ -367,7 +368,8 @@ class Service:
             return _error(500, STATUSES[500], FpabeeError.__name__)
         headers = None
         if isinstance(error, OverloadedError):
-            status, headers = 429, {"Retry-After": "1"}
+            status = 429
+            headers = {"Retry-After": "1"}
         elif isinstance(error, (InputError, RuleError)):
             status = 400
         elif self.scheduler.is_closed:

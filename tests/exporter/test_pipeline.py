@@ -118,7 +118,7 @@ def test_the_result_describes_a_folder_that_is_always_the_same(
     for name in found.keys() - measured:
         assert found[name] == expected[name], name
     (texts, logits), (same_texts, same_logits) = (
-        read_reference(place, read_manifest(place)) for place in (folder, engines["bert"])
+        read_reference(EnginesFolder.read(place)) for place in (folder, engines["bert"])
     )
     assert texts == same_texts
     assert_exported(logits, same_logits)

@@ -130,13 +130,13 @@ def test_the_deadline_is_for_the_whole_call(
 def test_tokenization_counts_towards_the_deadline(
     engine: Engine, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    windows = engine.windows
+    windows = engine.core.windows
 
     def slow(texts: Any) -> Any:
         clock.now += 0.015
         return windows(texts)
 
-    monkeypatch.setattr(engine, "windows", slow)
+    monkeypatch.setattr(engine.core, "windows", slow)
     assert engine.predict(["rain"], rule=NEVER, deadline_ms=34)[0].exit == 1
     assert engine.predict(["rain"], rule=NEVER, deadline_ms=36)[0].exit == 2
 

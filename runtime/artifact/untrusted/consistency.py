@@ -16,7 +16,8 @@ def problems(manifest: Manifest) -> Iterator[str]:
     yield from _tensor_problems(manifest)
     yield from _chain_problems(manifest)
     yield from _target_problems(manifest)
-    labels, thresholds = manifest.task.labels, manifest.task.label_thresholds
+    labels = manifest.task.labels
+    thresholds = manifest.task.label_thresholds
     if thresholds and len(thresholds) != len(labels):
         yield f"it has {len(thresholds)} label thresholds for {len(labels)} labels"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-_VARINT, _LENGTH = 0, 2
+_VARINT = 0
+_LENGTH = 2
 # Sizes of the numbers of fixed size.
 _FIXED = {1: 8, 5: 4}
 _MAX_VARINT_BYTES = 10
@@ -28,7 +29,8 @@ def fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
-        number, wire = tag >> 3, tag & 7
+        number = tag >> 3
+        wire = tag & 7
         if not 0 < number < 2**29:
             raise ValueError(f"field number {number} is impossible")
         if wire == _VARINT:

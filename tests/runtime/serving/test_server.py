@@ -288,7 +288,7 @@ def test_a_full_queue(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPat
     with Engine.load(engines["bert"]) as engine:
         server = Server(engine, max_rows=1)
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "encode", None)  # is in vain for a request that is refused
+            patch.setattr(engine.core, "encode", None)  # is in vain for a request that is refused
             response = server.post("/classify", {"input": ["a", "b"]})
         assert response.status_code == 429
         assert response.headers["Retry-After"] == "1"
