@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..runtime.artifact.folder import check_outside, is_engines_folder
+from ..runtime.artifact.manifest import ENGINES_CONTENT
 from ..runtime.errors import ArtifactError, InputError, ModelError
 from ..runtime.hub import repository_of
 from .staging import longest_name
@@ -54,6 +55,12 @@ def check_output(target: Path, force: bool, inputs: Iterable[str | Path | None] 
         )
     if not force:
         raise ArtifactError(f"{target} already holds an engines folder", "replace it with `force`")
+    others = sorted(path.name for path in target.iterdir() if path.name not in ENGINES_CONTENT)
+    if others:
+        raise ArtifactError(
+            f"{target} also holds {others[0]}, which no export wrote, and is replaced as a whole",
+            "move it elsewhere, or give another folder as `output`",
+        )
 
 
 def check_new(

@@ -18,6 +18,7 @@ contain line endings, escape codes, or megabytes.
 
 from __future__ import annotations
 
+import math
 import re
 from numbers import Integral, Real
 from typing import Any
@@ -140,11 +141,16 @@ def seconds_of(name: str, milliseconds: Any) -> float:
         InputError: it is not a number.
     """
     is_number = isinstance(milliseconds, Real) and not isinstance(milliseconds, bool)
-    if not is_number or milliseconds != milliseconds:  # NaN
+    try:
+        seconds = float(milliseconds) / 1000 if is_number else math.nan
+    except OverflowError:  # an integer that no float can hold
+        seconds = math.nan
+    if math.isnan(seconds):
         raise InputError(
-            f"{name} is {milliseconds!r}", "give milliseconds as a number, or leave it out"
+            f"{name} is {_without_middle(repr(milliseconds))}",
+            "give milliseconds as a number, or leave it out",
         )
-    return float(milliseconds) / 1000
+    return seconds
 
 
 def _without_middle(text: str) -> str:

@@ -8,9 +8,11 @@ from pathlib import Path
 from .. import __version__
 from .artifact.folder import EnginesFolder
 from .artifact.manifest import Manifest, Target
+from .artifact.operating_point import RuleSettings
 from .backends.base import Backend
 from .errors import BackendError, RuleError, whole_number
 from .rules.rules import ExitRule
+from .rules.runner import RuleRunner
 
 logger = logging.getLogger(__name__)
 
@@ -136,11 +138,13 @@ def rule_of(manifest: Manifest, target: str, point: str | None) -> tuple[str | N
         RuleError: the target has no such point, or its rule does not exist.
     """
     points = manifest.targets[target].operating_points
-    point = point or manifest.targets[target].default_operating_point
-    if not point:
-        return None, ExitRule.from_dict(manifest.default_rule)
+    if point is None:
+        point = manifest.targets[target].default_operating_point or None
+    if point is None:
+        return None, _stored_rule(manifest, manifest.default_rule, "the default rule")
     if point in points:
-        return point, ExitRule.from_dict(points[point].rule)
+        where = f"operating point {point!r} of target {target}"
+        return point, _stored_rule(manifest, points[point].rule, where)
     elsewhere = [other for other, t in manifest.targets.items() if point in t.operating_points]
     measured = f", but {', '.join(elsewhere)} has" if elsewhere else ""
     raise RuleError(
@@ -148,6 +152,24 @@ def rule_of(manifest: Manifest, target: str, point: str | None) -> tuple[str | N
         f"{', '.join(points) or 'none yet'}",
         "name one that it has, give another `target`, or calibrate this target",
     )
+
+
+def _stored_rule(manifest: Manifest, settings: RuleSettings, where: str) -> ExitRule:
+    """A rule of the manifest, which fits the model.
+
+    Raises:
+        RuleError: it does not, or this fpabee does not have it.
+    """
+    try:
+        rule = ExitRule.from_dict(settings)
+        task = manifest.task
+        RuleRunner(rule, task.problem_type, manifest.exits, task.label_thresholds)
+    except RuleError as error:
+        raise RuleError(
+            f"{where} in the manifest cannot be used: {error.message}",
+            "calibrate the target again, or give another `operating_point` or `rule`",
+        ) from error
+    return rule
 
 
 def backend_class(target: Target) -> type[Backend]:

@@ -34,7 +34,7 @@ from fpabee.calibration.search import Family, exits_of, families_of, make_famili
 from fpabee.calibration.trace import trace_rows
 from fpabee.exporter import ExportOptions, export
 from fpabee.exporter.training import TrainOptions, train
-from fpabee.exporter.training.report import REPORT_NAME
+from fpabee.exporter.training.options import REPORT_NAME
 from fpabee.exporter.training.workflow import has_fast_bf16
 from fpabee.runtime import Engine, ExitRule, Goal, InputError, ProblemType
 from fpabee.runtime.cli.command import exits_with_one_line

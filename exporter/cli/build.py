@@ -15,6 +15,7 @@ from ...runtime.cli.command import READING, command, in_terms_of_options
 from ...runtime.cli.console import echo, step_progress
 from ...runtime.errors import FpabeeError, InputError
 from ...runtime.files import read_rows
+from ...runtime.targets import why_not
 from ..targets.build import BuildResult, build_targets
 from ..targets.builders import BUILDERS
 from ..targets.plans import PlanOptions
@@ -140,7 +141,7 @@ def next_steps(folder: Path, result: BuildResult, names: Sequence[str]) -> list[
     steps = [
         f"{calibrate} --target {shlex.quote(name)}"
         for name in dict.fromkeys(names)
-        if name in lacking
+        if name in lacking and why_not(manifest, name) is None
     ]
     if not names and manifest.default_target in lacking:
         steps = [calibrate]

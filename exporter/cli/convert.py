@@ -20,7 +20,7 @@ from ...runtime.cli.command import READING, command
 from ...runtime.cli.console import echo, hide_bars_of_hub, step_progress
 from ...runtime.machine import require
 from ..convert.options import Chosen, Conversion, Converted, ConvertOptions
-from ..convert.places import check_places
+from ..convert.places import check_places, partial_of
 from ..exits import Pooling
 from ..paths import check_apart, check_new, resolved
 
@@ -112,7 +112,8 @@ def main(
     require("export")
     target = check_places(classifier, texts, folder, wanted)  # before the slow imports
     if single_file is not None:
-        check_apart(target, [resolved(single_file)])
+        for place in (target, partial_of(target)):
+            check_apart(place, [resolved(single_file)], "single_file")
         check_new(resolved(single_file), [target], "single_file")
     hide_bars_of_hub(quiet)
     if quiet:

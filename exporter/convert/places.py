@@ -51,7 +51,7 @@ def check_places(
     target = resolved(output)
     inputs = (classifier, texts, options.adapter)
     check_output(target, options.force, inputs)
-    partial = _partial(target)
+    partial = partial_of(target)
     check_apart(partial, inputs)
     if partial.exists():
         with _held(partial):
@@ -111,7 +111,7 @@ def unfinished(target: Path, fingerprint: str) -> Iterator[Path]:
             or a file cannot be written.
         KeyboardInterrupt: Ctrl-C; if steps are finished, with an error that says where they are.
     """
-    partial = _partial(target)
+    partial = partial_of(target)
     steps = partial / f"{_STEPS}-{fingerprint[:16]}"
     kept = f"{partial} keeps the finished steps"
     with _held(partial):
@@ -144,7 +144,8 @@ def unfinished(target: Path, fingerprint: str) -> Iterator[Path]:
                 steps.rmdir()
 
 
-def _partial(target: Path) -> Path:
+def partial_of(target: Path) -> Path:
+    """The folder in which a conversion into a target works."""
     return target.with_name(f"{target.name}.partial")
 
 

@@ -12,6 +12,9 @@ from ...runtime.errors import InputError
 from ...runtime.files import Inputs, ReadOptions
 from ..paths import check_apart, check_model_dir, resolved
 
+REPORT_NAME = "training.json"
+"""Settings and scores, which every training writes beside its model."""
+
 # A pair has three special tokens, and needs at least one token of text.
 _ABOVE = {"epochs": 0, "lr": 0, "batch_size": 0, "max_length": 3}
 # Small data needs more than the usual passes: with 500 rows, 3 of them are 48 steps.
@@ -112,6 +115,11 @@ def check_training(output: Path, options: TrainOptions) -> None:
             raise InputError(
                 f"{output} already holds a model",
                 "give `force` to replace it, or another `output`",
+            )
+        if not (output / REPORT_NAME).is_file():
+            raise InputError(
+                f"{output} holds a model that fpabee did not train; it will not be replaced",
+                "give another `output`",
             )
     Inputs(sources, options.reading)
     check_model_dir(options.backbone)

@@ -13,8 +13,6 @@ from ...runtime.errors import printable
 from ..markdown import in_markdown
 from .options import TrainOptions
 
-REPORT_NAME = "training.json"
-
 
 @dataclass(frozen=True)
 class DataSource:

@@ -23,7 +23,13 @@ from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
 from ...runtime.files.labels import Labels, encode_labels
 from ...runtime.progress import Progress, silent
-from ..checkpoint import load_config, load_pretrained, resolve_model_dir, save_checkpoint
+from ..checkpoint import (
+    check_weight,
+    load_config,
+    load_pretrained,
+    resolve_model_dir,
+    save_checkpoint,
+)
 from ..exit_0 import save_exit_0
 from ..exits import MultiExitConfig, Pooling
 from ..model import MultiExitModel, by_row, predict
@@ -31,8 +37,8 @@ from ..staging import system_errors
 from ..tokenizer import load_tokenizer, pad_id
 from .examples import Examples, encoded_rows, label_names, load_rows
 from .exit_0 import train_exit_0
-from .options import TrainOptions, check_training
-from .report import REPORT_NAME, DataSource, TrainReport, model_card
+from .options import REPORT_NAME, TrainOptions, check_training
+from .report import DataSource, TrainReport, model_card
 from .trainer import exit_scores, train_exits
 
 _PACKAGES = ("fpabee", "torch", "transformers")
@@ -101,6 +107,8 @@ def train(
     options = replace(options, epochs=options.epochs_for(len(rows["train"])))
     output.mkdir(parents=True, exist_ok=True)
     train_exits(model, *parts, padding, options, progress)
+    for name, value in model.state_dict().items():  # before hours of exit 0, and not at the export
+        check_weight(output, name, value, value.shape)
     exit_0 = None
     if options.exit_0:
         exit_0 = train_exit_0(model, *parts, padding, options.seed, progress)

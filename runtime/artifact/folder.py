@@ -170,10 +170,10 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST_NAME
     hint = "give the folder that an export or a conversion wrote"
-    if not path.parent.is_dir():
-        problem = "is not a folder" if path.parent.exists() else "does not exist"
-        raise ArtifactError(f"engines folder {folder} {problem}", hint)
     try:
+        if not path.parent.is_dir():
+            problem = "is not a folder" if path.parent.exists() else "does not exist"
+            raise ArtifactError(f"engines folder {folder} {problem}", hint)
         content = _read_regular(path)
     except FileNotFoundError as error:
         raise ArtifactError(

@@ -29,6 +29,11 @@ EXIT_0_NAME = "exit_0.npz"
 VERIFICATION_NAME = "verification.json"
 CLASSIFIER_NAME = "classifier.json"
 TOKENIZER_NAME = "tokenizer/tokenizer.json"
+ENGINES_CONTENT = frozenset(
+    {MANIFEST_NAME, REFERENCE_NAME, EXIT_0_NAME, VERIFICATION_NAME, CLASSIFIER_NAME}
+    | {"tokenizer", "onnx", "targets", "calibration"}
+)
+"""The names of what fpabee writes into an engines folder."""
 
 # A graph output with this prefix replaces the carried tensor with the rest of its name.
 NEXT = "next_"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "of logits that differ by less": changed(logits=lambda logits: logits + np.float32(0.01)),
     "of other lengths": changed(lengths=lambda lengths: lengths + 1),
     "another artifact": changed(artifact=lambda artifact: "another", logits=np.negative),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "other texts": changed(texts=lambda texts: "others", logits=np.negative),
 }
 

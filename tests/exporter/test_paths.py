@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,16 @@ def test_an_input_inside_of_the_output_is_refused(output: str, other: str, place
 @pytest.mark.parametrize(("output", "other"), APART)
 def test_an_input_elsewhere_is_none_of_its_business(output: str, other: str, places: None) -> None:
     check_apart(resolved(output), [other, None])
+
+
+def test_a_folder_with_files_of_somebody_else_is_not_replaced(
+    engine_copy: Callable[..., Path],
+) -> None:
+    folder = engine_copy()
+    check_output(folder, force=True)
+    (folder / "notes.txt").touch()
+    with pytest.raises(ArtifactError, match=r"also holds notes\.txt"):
+        check_output(folder, force=True)
 
 
 def test_a_repository_on_the_hub_is_no_path(places: None) -> None:

@@ -162,6 +162,7 @@ def test_max_exit(engine: Engine, rule: ExitRule) -> None:
         ({"max_exit": 4}, RuleError, "the exits of the model are 1 to 3"),
         ({"max_exit": "3"}, RuleError, "max_exit is '3'"),
         ({"deadline_ms": math.nan}, InputError, "deadline_ms is nan"),
+        ({"deadline_ms": 10**400}, InputError, "give milliseconds as a number"),
         ({"deadline_ms": True}, InputError, "is True -> give milliseconds as a number"),
     ],
 )

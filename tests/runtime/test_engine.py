@@ -423,9 +423,20 @@ def test_operating_points(
         assert [p.exit for p in engine.predict(["the"])] == [1]
         with pytest.raises(RuleError, match=r"'slow'; it has: fast, safe -> name one"):
             engine.use("slow")
+        with pytest.raises(RuleError, match="has no operating point ''"):
+            engine.use("")
         assert engine.operating_point == "fast"
     with Engine.load(folder, rule=Budget(exit=2)) as engine:
         assert (engine.operating_point, engine.rule) == (None, Budget(exit=2))
+
+
+def test_a_stored_rule_that_cannot_be_used_is_named(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+) -> None:
+    folder = engine_copy("bert")
+    set_points(folder, fast=Budget(exit=99))
+    with pytest.raises(RuleError, match=r"point 'fast' of target onnxruntime-fp32 .* exit is 99"):
+        Engine.load(folder, operating_point="fast")
 
 
 def test_a_point_of_another_target_is_refused(

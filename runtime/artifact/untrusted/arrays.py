@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ def read_arrays(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         ValueError: the file cannot be read, lacks an array, or unpacks to more than its size.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block
+            raise ValueError("it is not a regular file")
         with zipfile.ZipFile(path) as archive:
             size = sum(item.file_size for item in archive.infolist())
             # `savez` does not compress, so a file that unpacks to more than its own size is

@@ -18,6 +18,8 @@ def problems(manifest: Manifest) -> Iterator[str]:
     yield from _target_problems(manifest)
     labels = manifest.task.labels
     thresholds = manifest.task.label_thresholds
+    if len(set(labels)) < len(labels):
+        yield "two of its labels have the same name"
     if thresholds and len(thresholds) != len(labels):
         yield f"it has {len(thresholds)} label thresholds for {len(labels)} labels"
 
@@ -36,6 +38,10 @@ def _tensor_problems(manifest: Manifest) -> Iterator[str]:
 def _chain_problems(manifest: Manifest) -> Iterator[str]:
     """Segments that cannot be run one after another."""
     available = set(_FIRST_INPUTS)
+    layers = [segment.layer for segment in manifest.segments]
+    if layers != sorted(set(layers)) or layers[-1] != manifest.model.layers:
+        last = manifest.model.layers
+        yield f"its exits are after layers {layers}, expected ascending ones up to {last}"
     for number, segment in enumerate(manifest.segments, start=1):
         given: dict[str, TensorSpec] = {}
         for call in segment.calls:
@@ -64,6 +70,9 @@ def _target_problems(manifest: Manifest) -> Iterator[str]:
     for name, target in manifest.targets.items():
         if not re.fullmatch(r"\w[\w.+-]*", name):  # it is part of the names of files
             yield f"{name!r} cannot be the name of a target"
+        source = target.graph_precision or target.precision
+        if source != "fp32" and source not in manifest.precisions:
+            yield f"target {name} runs graphs in {source!r}, which are not listed"
         if target.files and target.files.keys() != manifest.graphs.keys():
             yield f"target {name} does not have one file for each graph"
         for title, point in target.operating_points.items():

@@ -47,6 +47,8 @@ MISTAKES = {
     "train --backbone model --train rows.csv --dev none.csv -o new": "none.csv does not exist",
     "train --backbone b --train rows.csv --dev rows.csv -o model": "already holds a model",
     "train --backbone model --train rows.csv --dev rows.csv -o model --force": "model is inside",
+    "train --backbone b/c --train rows.csv --dev rows.csv -o model --force": "did not train",
+    "convert model rows.csv -o out2 --single-file out2.partial": "out2.partial is inside",
     "train --backbone model --train rows.csv --dev rows.csv -o new --lr 0": "--lr",
     "pack engines -o full": "full exists already",
     "pack none -o new": "none does not exist",

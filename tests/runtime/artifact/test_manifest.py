@@ -194,6 +194,10 @@ FAST = ("targets", TARGET, "operating_points", "fast")
         (updated(*FAST, exits=[-1, 2]), "exits"),
         (updated(*FAST, exits=[1, 2, 3]), "'fast' of target"),
         (updated(*FAST, exits=[0, 0]), "not all 0"),
+        (updated("task", labels=["a", "a"]), "the same name"),
+        (updated("segments", 1, layer=1), "after layers"),
+        (updated("model", layers=9), "up to 9"),
+        (updated("targets", TARGET, precision="x", graph_precision=""), "graphs in 'x'"),
     ],
 )
 def test_the_wrong_field_is_named(folder: Path, how: Change, says: str) -> None:
