@@ -50,9 +50,9 @@ def check_places(
     """
     target = resolved(output)
     inputs = (classifier, texts, options.adapter)
-    check_output(target, options.force, inputs)
     partial = partial_of(target)
     check_apart(partial, inputs)
+    check_output(target, options.force, inputs)
     if partial.exists():
         with _held(partial):
             pass

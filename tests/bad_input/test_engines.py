@@ -153,10 +153,10 @@ MANIFESTS = [
     Case("a newer schema", says(lambda m: m.update(schema_version="2.3")), "2.3", "export"),
     # Other wrong fields are in tests/runtime/artifact/test_manifest.py.
     Case("a million calls", says(lambda m: m["segments"][2].update(calls=["x"] * 10**6)), "calls"),
-    Case("segments in another order", says(lambda m: m["segments"].reverse()), "segment 1"),
+    Case("segments in another order", says(lambda m: m["segments"].reverse()), "layers [3, 2, 1]"),
     Case("segments that call each other's graphs", says(swap_calls), "hidden_states"),
     Case("an unknown rule", says(lambda m: m.update(default_rule={"name": "newer"})), "'newer'",
-         "pabee"),
+         "--rule"),
     Case("an unknown backend", says(lambda m: m["targets"]["onnxruntime-fp32"].update(backend="x")),
          "'x'", "pip install -U fpabee"),
 ]  # fmt: skip

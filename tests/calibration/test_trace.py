@@ -44,6 +44,11 @@ def bomb(path: Path) -> None:
     np.savez_compressed(path, **kept)
 
 
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "not an archive": lambda path: path.write_bytes(b"damaged"),
     "a bomb": bomb,
@@ -58,7 +63,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "of logits that differ by less": changed(logits=lambda logits: logits + np.float32(0.01)),
     "of other lengths": changed(lengths=lambda lengths: lengths + 1),
     "another artifact": changed(artifact=lambda artifact: "another", logits=np.negative),
-    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a pipe": pipe,
     "other texts": changed(texts=lambda texts: "others", logits=np.negative),
 }
 

@@ -108,7 +108,7 @@ def test_joined_groups_keep_the_deadline(engine: Engine, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(HostBackend, "joins", True)
     monkeypatch.setattr(RuleRunner, "decide", decide)
-    monkeypatch.setattr(engine, "limits", dataclasses.replace(engine.core.limits, max_batch=2))
+    monkeypatch.setattr(engine.core, "limits", dataclasses.replace(engine.core.limits, max_batch=2))
     # Three groups of two rows take 10 ms each for segment 1. The rest of two is joined and runs
     # segment 2 until 40 ms, and then nothing else would be in time.
     answers = engine.predict(["rain"] * 6, deadline_ms=45)
@@ -120,7 +120,7 @@ def test_the_deadline_is_for_the_whole_call(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Each text has its own window, so each of its segments takes 10 ms.
-    monkeypatch.setattr(engine, "window_bytes", 1)
+    monkeypatch.setattr(engine.core, "window_bytes", 1)
     answers = engine.predict(TEXTS, rule=NEVER, deadline_ms=85)
     assert [a.exit for a in answers] == [3, 3, 2, 1, 1]
     assert [a.deadline_limited for a in answers] == [False, False, True, True, True]
