@@ -179,8 +179,9 @@ class _Work:
         texts = self.texts
         bound = self.options.bound
         rows = encoded_rows(texts.rows, self.tokenizer, self.max_length)
-        given = self.teacher, rows, self.padding, texts.taught, folder
-        logits, states = run_classifier(*given, self.progress)
+        logits, states = run_classifier(
+            self.teacher, rows, self.padding, texts.taught, folder, self.progress
+        )
         check_promises(bound, self.task, logits[texts.calibrate], CALIBRATED)
         model_dir = folder / "model"
         mark = folder / "chosen.json"
@@ -271,9 +272,12 @@ class _Work:
         folder = EnginesFolder.read(engines)
         fastest = folder.manifest.default_target
         names = runnable_targets(folder) if options.all_targets else [fastest]
-        given = options.bound, part(texts.calibrate), part(texts.report), options.threads
+        calibrate = part(texts.calibrate)
+        report = part(texts.report)
         targets = tuple(
-            certify_target(engines, name, *given, self.progress)
+            certify_target(
+                engines, name, options.bound, calibrate, report, options.threads, self.progress
+            )
             for name in dict.fromkeys([FP32_TARGET, *names])
         )
         if not any(each.target == fastest and each.certificate for each in targets):

@@ -28,7 +28,7 @@ from ...runtime.encoding import EncodedRow, Text, padded_batches, padding_values
 from ...runtime.errors import VerificationError
 from ...runtime.rules.measures import Integers
 from ...runtime.rules.rules import ExitRule, ThresholdRule
-from ...runtime.rules.runner import simulate
+from ...runtime.rules.runner import Simulation, simulate
 from ...runtime.rules.words import rule_in_words
 from ..targets.backends import ONNXRUNTIME
 from ..targets.check import engine_of
@@ -82,9 +82,13 @@ def verify(
     required = REQUIREMENTS["int8"].tie if built.precision == "int8" else EXPORT_LIMIT
     first = trace.first_exit
     task = manifest.task
-    setting = task.problem_type, task.label_thresholds, first
+
+    def simulated(rule: ExitRule) -> Simulation:
+        thresholds = task.label_thresholds
+        return simulate(trace.logits, rule, task.problem_type, thresholds, first)
+
     rules = [rule]  # the last, so that the file keeps it
-    scores = simulate(trace.logits, rule, *setting).scores
+    scores = simulated(rule).scores
     scores = scores[np.isfinite(scores)]
     if isinstance(rule, ThresholdRule) and len(scores):
         others = np.quantile(scores, _QUANTILES).tolist()
@@ -98,7 +102,7 @@ def verify(
         beside = f"{file.name}_data" if is_large else None
         ir.save(model, file, external_data=beside, size_threshold_bytes=_LEAST_BESIDE)
         logits, exits = _run(file, rows, manifest.tokenizer)
-        expected = simulate(trace.logits, each, *setting).exits
+        expected = simulated(each).exits
         same = trace.logits[exits - first, np.arange(len(rows))]
         difference = float(
             np.maximum(difference, logit_differences(logits, same).max())
