@@ -19,6 +19,7 @@ from fpabee.exporter.verify import BUILT_IN_TEXTS, check_chain
 from fpabee.runtime import Engine, Trace
 from fpabee.runtime.agreement import BATCH_LIMIT, EXPORT_LIMIT, Agreement
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
+from fpabee.runtime.artifact.manifest import SCHEMA_VERSION
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ArtifactError, VerificationError
@@ -69,7 +70,7 @@ def test_the_folder_describes_the_model_and_itself(
 ) -> None:
     folder, source = engines[family], tiny_models[family]
     manifest, config = read_manifest(folder), load_checkpoint(source).exit_config
-    assert manifest.schema_version == "1.0"
+    assert manifest.schema_version == SCHEMA_VERSION
     assert manifest.model.model_type == family
     assert (manifest.model.layers, manifest.model.hidden_size) == (3, 32)
     assert manifest.model.shared_layers is (family == "albert")
@@ -141,14 +142,14 @@ def test_an_engines_folder_of_any_version_is_replaced_by_force_alone(
 ) -> None:
     old = engine_copy("albert")
     change_json(old / "manifest.json", lambda m: m.update(schema_version="2.0"))
-    (old / "note.txt").write_text("in the old folder")
+    (old / "onnx" / "older.onnx").write_text("of the old model")
     before = contents(old)
     with pytest.raises(ArtifactError, match=r"already holds an engines folder .*force"):
         export(bert, old)
     assert contents(old) == before
     export(bert, old, ExportOptions(force=True))
     assert read_manifest(old).model.model_type == "bert"
-    assert not (old / "note.txt").exists()
+    assert not (old / "onnx" / "older.onnx").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["engines"]
 
 

@@ -172,7 +172,9 @@ def test_a_repository_that_cannot_be_used_is_refused(
     refused("owner/name is not a folder here, and the hub has no such repository")
     find = util.find_spec
     monkeypatch.setattr(util, "find_spec", lambda n: None if n == "huggingface_hub" else find(n))
-    missing = r"owner/name is not a folder .* needs huggingface_hub.* -> pip install huggingface-hub"
+    missing = (
+        r"owner/name is not a folder .* needs huggingface_hub.* -> pip install huggingface-hub"
+    )
     with pytest.raises(MissingExtraError, match=missing):
         Engine.load(NAME)
 

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from fpabee.runtime.artifact.folder import EnginesFolder, is_engines_folder, read_manifest
-from fpabee.runtime.artifact.manifest import MANIFEST_NAME, Manifest
+from fpabee.runtime.artifact.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
 from fpabee.runtime.errors import ArtifactError
 
 Json = dict[str, Any]
@@ -118,6 +118,7 @@ def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
             {"schema_version": "2.0", "fpabee_version": "3.4.5"},
             "3.4.5 and has schema 2.0",
         ),
+        ({"schema_version": "1.0", "fpabee_version": "1.0.0"}, "1.0.0 and has schema 1.0"),
         ({"schema_version": "2.0"}, "of another version and has schema 2.0"),
     ],
 )
@@ -125,7 +126,7 @@ def test_other_schemas_are_refused(folder: Path, written: Json, says: str) -> No
     """What another version wrote may have any other content."""
     (folder / MANIFEST_NAME).write_text(json.dumps({**written, "graphs": 7}))
     message = refusal(folder)
-    assert f"was written by fpabee {says}; this fpabee reads schema 1.0" in message
+    assert f"was written by fpabee {says}; this fpabee reads schema {SCHEMA_VERSION}" in message
     assert message.endswith(" -> update fpabee, or export the model again")
 
 
@@ -135,10 +136,10 @@ def test_other_schemas_are_refused(folder: Path, written: Json, says: str) -> No
         b"",
         b"[]",
         b'{"schema_version": 1.0}',
-        b'{"schema_version": "1.0"}',
-        b'{"schema_version": "1.0", "x": NaN}',
-        b'{"schema_version": "1.0", "x": "\xff"}',
-        b'{"schema_version": "1.0", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"schema_version": "1.0-draft.2"}',
+        b'{"schema_version": "1.0-draft.2", "x": NaN}',
+        b'{"schema_version": "1.0-draft.2", "x": "\xff"}',
+        b'{"schema_version": "1.0-draft.2", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     ],
     ids=lambda raw: repr(raw[:40]),
 )
