@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ STATUSES = {
 _CLIENT_LEFT = 499
 # Clients that send a body as they make it need fewer than ten for each of 256 texts.
 _MOST_CHUNKS = 4096
+# Descriptors that connections leave to the rest of the process.
+_OTHER_FILES = 64
 _JSON = msgspec.json.Encoder()
 _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
 _PAGE_POLICY += "connect-src 'self'; frame-ancestors 'none'"
@@ -86,6 +89,40 @@ class ServerLimits:
     stop_seconds: float = 30.0
 
 
+def _most_files() -> float:
+    """How many files the process may have open: their numbers are below this."""
+    if sys.platform == "win32":
+        return math.inf
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+class _Listener(socket.socket):
+    """Closes connections for which the process has too few file descriptors.
+
+    Otherwise asyncio would fail to accept them, and log each of its many tries.
+    """
+
+    _refuses = False
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Accept a connection.
+
+        Raises:
+            ConnectionAbortedError: it was closed, which asyncio takes for what the client did.
+        """
+        connection, address = super().accept()
+        refused = connection.fileno() >= _most_files() - _OTHER_FILES
+        if refused and not self._refuses:
+            logger.warning("connections are refused: too many are open; raise `ulimit -n`")
+        self._refuses = refused
+        if refused:
+            connection.close()
+            raise ConnectionAbortedError
+        return connection, address
+
+
 def listen(host: str, port: int) -> socket.socket:
     """Open a port.
 
@@ -99,7 +136,8 @@ def listen(host: str, port: int) -> socket.socket:
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        opened = socket.create_server((host, port), family=family, backlog=2048)
+        listener = _Listener(fileno=opened.detach())
         # Connections inherit this. Otherwise clients that delay acknowledgements, as on Linux, wait
         # 40 ms for the second packet of an answer; asyncio sets it only where it opens the port.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
