@@ -155,6 +155,7 @@ def serve(app: ASGIApp, listener: socket.socket, limits: ServerLimits) -> None:
     config = uvicorn.Config(
         app,
         http=_connections(limits.body_seconds),
+        lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,

@@ -231,6 +231,15 @@ def test_slow_clients_do_not_keep_the_server_from_stopping(serving: Serving) -> 
         assert not thread.is_alive()
 
 
+def test_a_second_signal_to_stop(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    with serving() as (port, server, thread), connected(port, HEAD):
+        server.should_exit = True
+        server.force_exit = True
+        thread.join(WAIT)
+        assert not thread.is_alive()
+    assert "Traceback" not in caplog.text
+
+
 def test_a_slow_answer_is_no_slow_client(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request may run for longer than a client may take to send it."""
     classify = Scheduler.classify
