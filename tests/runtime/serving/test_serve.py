@@ -120,7 +120,7 @@ def test_a_server_under_load_stops_gracefully(bert: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit and /proc")
 def test_more_connections_than_files_may_be_open(bert: Path) -> None:
     with served(bert) as (process, port):
-        files = len(os.listdir(f"/proc/{process.pid}/fd"))
+        files = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
         resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (files + 70, files + 200))
         with ExitStack() as clients:
             for _ in range(100):
