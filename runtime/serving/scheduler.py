@@ -186,7 +186,8 @@ class Scheduler:
     def close(self, cancel: bool = False) -> None:
         """Refuse new rows, and return when the others are answered.
 
-        Does nothing in a process that was forked after the scheduler was made.
+        Does nothing in a process that was forked after the scheduler was made. In a callback of a
+        future, which the thread that answers the others runs, it does not wait for them.
 
         Args:
             cancel: cancel them instead; only the segment that runs is waited for.
@@ -197,7 +198,8 @@ class Scheduler:
             self._closed = True
             self._cancels |= cancel
             self._changed.notify()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
         self._tokenizer.shutdown(wait=False, cancel_futures=cancel)
 
     def __enter__(self) -> Scheduler:

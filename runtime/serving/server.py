@@ -6,12 +6,13 @@ import asyncio
 import logging
 import math
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
-from typing import Any
+from typing import Any, TypeAlias
 
 import h11
 import msgspec
@@ -23,7 +24,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from ... import __version__
 from ..encoding import EncodedRow
@@ -61,10 +62,13 @@ STATUSES = {
 _CLIENT_LEFT = 499
 # Clients that send a body as they make it need fewer than ten for each of 256 texts.
 _MOST_CHUNKS = 4096
+# Descriptors that connections leave to the rest of the process.
+_OTHER_FILES = 64
 _JSON = msgspec.json.Encoder()
 _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
 _PAGE_POLICY += "connect-src 'self'; frame-ancestors 'none'"
 
+_Event: TypeAlias = h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]
 _Respond = Callable[[Request], Awaitable[Response]]
 
 
@@ -86,6 +90,40 @@ class ServerLimits:
     stop_seconds: float = 30.0
 
 
+def _most_files() -> float:
+    """How many files the process may have open: their numbers are below this."""
+    if sys.platform == "win32":
+        return math.inf
+    import resource
+
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+class _Listener(socket.socket):
+    """Closes connections for which the process has too few file descriptors.
+
+    Otherwise asyncio would fail to accept them, and log each of its many tries.
+    """
+
+    _refuses = False
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Accept a connection.
+
+        Raises:
+            ConnectionAbortedError: it was closed, which asyncio takes for what the client did.
+        """
+        connection, address = super().accept()
+        refused = connection.fileno() >= _most_files() - _OTHER_FILES
+        if refused and not self._refuses:
+            logger.warning("connections are refused: too many are open; raise `ulimit -n`")
+        self._refuses = refused
+        if refused:
+            connection.close()
+            raise ConnectionAbortedError
+        return connection, address
+
+
 def listen(host: str, port: int) -> socket.socket:
     """Open a port.
 
@@ -99,7 +137,8 @@ def listen(host: str, port: int) -> socket.socket:
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        opened = socket.create_server((host, port), family=family, backlog=2048)
+        listener = _Listener(fileno=opened.detach())
         # Connections inherit this. Otherwise clients that delay acknowledgements, as on Linux, wait
         # 40 ms for the second packet of an answer; asyncio sets it only where it opens the port.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -117,6 +156,7 @@ def serve(app: ASGIApp, listener: socket.socket, limits: ServerLimits) -> None:
     config = uvicorn.Config(
         app,
         http=_connections(limits.body_seconds),
+        lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -126,21 +166,32 @@ def serve(app: ASGIApp, listener: socket.socket, limits: ServerLimits) -> None:
 
 
 class _Parser(h11.Connection):
-    """Refuses bodies in very many chunks, each of which takes time in the thread of all clients."""
+    """Refuses bodies in very many chunks, each of which takes time in the thread of all clients.
+
+    Attributes:
+        broken: what is wrong with the request, if it is not HTTP or has too many chunks.
+    """
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER)
+        self.broken = ""
         self._chunks = 0
 
-    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+    def next_event(self) -> _Event:
         """The next part of a request."""
-        event = super().next_event()
+        try:
+            return self._checked(super().next_event())
+        except h11.RemoteProtocolError as error:
+            self.broken = str(error)
+            raise
+
+    def _checked(self, event: _Event) -> _Event:
         if isinstance(event, h11.Request):
             self._chunks = 0
         elif isinstance(event, h11.Data):
             self._chunks += event.chunk_start
             if self._chunks > _MOST_CHUNKS:
-                raise h11.RemoteProtocolError("the body has too many chunks")
+                raise h11.RemoteProtocolError(f"the body has more than {_MOST_CHUNKS} chunks")
         return event
 
 
@@ -169,6 +220,8 @@ def _connections(seconds: float) -> type[H11Protocol]:
     """Connections that limit what a client may do, for which uvicorn has no settings."""
 
     class Connection(H11Protocol):
+        conn: _Parser
+
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self.conn = _Parser()
@@ -181,10 +234,20 @@ def _connections(seconds: float) -> type[H11Protocol]:
 
         def send_400_response(self, msg: str) -> None:
             """Answer a broken request, unless its head was fine and it has been answered."""
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                super().send_400_response(msg)
-            else:
+            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
                 self.transport.abort()
+                return
+            if self.cycle is not None:
+                self.cycle.disconnected = True  # so that the application answers nothing
+            wrong = f"the server cannot read the request: {self.conn.broken}"
+            response = _error(400, wrong, "InvalidRequest", {"Connection": "close"})
+            headers = [*self.server_state.default_headers, *response.raw_headers]
+            head = h11.Response(status_code=400, headers=headers, reason=STATUS_PHRASES[400])
+            is_to_head = self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD"
+            body = h11.Data(data=b"" if is_to_head else bytes(response.body))
+            for event in (head, body, h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
+            self.transport.close()
 
         def _check(self, before: Any) -> None:
             """Cut off a client that the server has waited for since the last check."""

@@ -454,6 +454,25 @@ def test_closing_answers_what_was_submitted(engine: Engine) -> None:
     scheduler.close()
 
 
+def test_a_callback_of_an_answer_can_close(engine: Engine, gate: Gate) -> None:
+    """It runs in the thread that answers the other rows."""
+    scheduler = Scheduler(engine)
+    is_closed = threading.Event()
+
+    def close(_: Future[Prediction]) -> None:
+        scheduler.close()
+        is_closed.set()
+
+    first = scheduler.submit("rain", max_exit=1)
+    other = scheduler.submit("sun")
+    gate.at()
+    first.add_done_callback(close)
+    gate.open()
+    assert is_closed.wait(WAIT)
+    assert other.result(WAIT).exit == 3
+    scheduler.close()
+
+
 def test_closing_can_cancel(engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = Scheduler(engine)
     futures = scheduler.submit_all(["a", "b"])

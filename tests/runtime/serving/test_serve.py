@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,27 @@ def test_a_server_under_load_stops_gracefully(bert: Path) -> None:
         assert process.stderr is not None
         assert process.stderr.read() == "Invalid HTTP request received.\n"
         assert process.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit and /proc")
+def test_more_connections_than_files_may_be_open(bert: Path) -> None:
+    with served(bert) as (process, port):
+        files = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (files + 70, files + 200))
+        with ExitStack() as clients:
+            for _ in range(100):
+                client = clients.enter_context(socket.create_connection(("127.0.0.1", port), WAIT))
+            with suppress(ConnectionError):
+                assert client.recv(1) == b""
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (files + 200, files + 200))
+        assert ask(port, "/classify", {"input": "rain"})[0] == 200
+        process.send_signal(signal.SIGTERM)
+        process.wait(WAIT)
+        assert process.stderr is not None
+        log = process.stderr.read()
+        assert "connections are refused" in log
+        assert "Traceback" not in log
 
 
 def test_a_port_in_use(bert: Path, serve: Run) -> None:

@@ -89,6 +89,17 @@ def request(content: object) -> bytes:
     return HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
+def refusal(client: socket.socket) -> str:
+    """The error of a response with status 400, after which the connection is closed."""
+    response = http.client.HTTPResponse(client)
+    response.begin()
+    content = json.loads(response.read())
+    assert (response.status, response.headers["Connection"]) == (400, "close")
+    assert content["error_type"] == "InvalidRequest"
+    error: str = content["error"]
+    return error
+
+
 def until(condition: Callable[[], object]) -> None:
     ends = time.monotonic() + WAIT
     while not condition():
@@ -201,7 +212,35 @@ def test_small_chunks(serving: Serving) -> None:
         with connected(port, CHUNKED + b"".join(b"1\r\n%c\r\n" % x for x in body) + ends) as client:
             assert client.recv(100).startswith(b"HTTP/1.1 200 ")
         with connected(port, CHUNKED + b"1\r\n \r\n" * 4097) as client:
-            assert client.recv(100).startswith(b"HTTP/1.1 400 ")
+            assert "4096 chunks" in refusal(client)
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (b"\x00\xff nonsense\r\n\r\n", "request line"),
+        (b"GET / HTTP/1.1\r\n\r\n", "Host"),
+        (HEAD + b"Content-Length: many\r\n\r\n", "Content-Length"),
+        (CHUNKED + b"nonsense\r\n", "chunk"),
+        (CHUNKED.replace(b"classify", b"nothing") + b"nonsense\r\n", "chunk"),
+    ],
+)
+def test_what_is_not_http(
+    serving: Serving, sent: bytes, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving() as (port, _, _), connected(port, sent) as client:
+        assert reason in refusal(client)
+    assert "Traceback" not in caplog.text
+
+
+def test_the_head_of_what_is_not_http(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    """An answer to HEAD has no body."""
+    sent = CHUNKED.replace(b"POST", b"HEAD") + b"nonsense\r\n"
+    with serving() as (port, _, _), connected(port, sent) as client:
+        head, _, body = client.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert body == b""
+    assert "Traceback" not in caplog.text
 
 
 @pytest.mark.parametrize("rest", [b"1\r\nx\r\n" * 10_000, b"nonsense\r\n"])
@@ -229,6 +268,15 @@ def test_slow_clients_do_not_keep_the_server_from_stopping(serving: Serving) -> 
         server.should_exit = True
         thread.join(WAIT)
         assert not thread.is_alive()
+
+
+def test_a_second_signal_to_stop(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    with serving() as (port, server, thread), connected(port, HEAD):
+        server.should_exit = True
+        server.force_exit = True
+        thread.join(WAIT)
+        assert not thread.is_alive()
+    assert "Traceback" not in caplog.text
 
 
 def test_a_slow_answer_is_no_slow_client(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
