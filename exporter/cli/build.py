@@ -133,16 +133,17 @@ def next_steps(folder: Path, result: BuildResult, names: Sequence[str]) -> list[
     Args:
         folder: the engines folder.
         result: what was built into it.
-        names: the targets to calibrate; none: the default target.
+        names: the targets to calibrate; if none of them runs here, the default target.
     """
     manifest = result.manifest
     calibrate = f"fpabee-calibrate {shlex.quote(str(folder))} --data DATA"
     lacking = [name for name, target in manifest.targets.items() if not target.operating_points]
-    steps = [
-        f"{calibrate} --target {shlex.quote(name)}"
+    here = [
+        name
         for name in dict.fromkeys(names)
-        if name in lacking and why_not(manifest, name) is None
+        if name in manifest.targets and why_not(manifest, name) is None
     ]
-    if not names and manifest.default_target in lacking:
+    steps = [f"{calibrate} --target {shlex.quote(name)}" for name in here if name in lacking]
+    if not here and manifest.default_target in lacking:
         steps = [calibrate]
     return steps or [f"fpabee-run {shlex.quote(str(folder))} texts.txt"]
