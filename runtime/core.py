@@ -161,7 +161,7 @@ class Core:
             deadline: when their answers should be there, in seconds of `perf_counter`.
 
         Raises:
-            BackendError: as in `run_encoded`.
+            BackendError: as in `Engine.run_encoded`.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
         exits = np.zeros(len(rows), np.int64)
@@ -176,21 +176,7 @@ class Core:
         return Stopped(rows, exits, logits, limited)
 
     def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Trace:
-        """Run tokenized rows as one window, with the hidden states of all rows in memory.
-
-        Args:
-            rows: the result of `encode`.
-            rule: the rule.
-
-        Returns:
-            The trace, as `trace` gives it.
-
-        Raises:
-            RuleError: the rule does not fit the model.
-            BackendError: the engine is closed, a row is longer than the target takes, or the
-                target's logits are not finite at an exit that a row reached.
-            ArtifactError: a segment that is loaded now is missing or damaged.
-        """
+        """Run tokenized rows as one window, see `Engine.run_encoded`."""
         first = self._exits[0]
         shape = (len(self._exits), len(rows), len(self.manifest.task.labels))
         logits = np.full(shape, np.nan, np.float32)
@@ -279,7 +265,7 @@ class Core:
             deadline: when their answers should be there, in seconds of `perf_counter`.
 
         Raises:
-            BackendError: as in `run_encoded`.
+            BackendError: as in `Engine.run_encoded`.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
         window = Group.of(np.arange(len(rows)), rows, runner, deadline, self.limits)

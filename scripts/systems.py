@@ -342,7 +342,8 @@ def load_pabee(spec: Specification) -> Predict:
         for block, head in zip(blocks, heads, strict=True):
             hidden = block(hidden, bias, **carried)
             now = int(head(hidden, token_weights(bias)).argmax())
-            answer, same = now, same + 1 if now == answer else 0
+            same = same + 1 if now == answer else 0
+            answer = now
             if same == spec.patience:
                 break
         return [manifest.task.labels[answer]], None

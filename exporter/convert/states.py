@@ -102,7 +102,8 @@ def run_classifier(
                 some = [rows[number] for number in numbers]
                 # In small batches, because long texts need much memory.
                 found = predict(model, some, padding, lambda each: each, batch=32)
-                logits[numbers], kept = found[:, :labels], place[numbers] >= 0
+                logits[numbers] = found[:, :labels]
+                kept = place[numbers] >= 0
                 states[place[numbers[kept]]] = found[kept, labels:].reshape(-1, *shape[1:])
             states.flush()
             content = io.BytesIO()

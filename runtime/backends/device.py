@@ -255,7 +255,8 @@ class DeviceExecution(Execution):
             fill: is repeated in the rest of each row; its first 8 bytes count.
         """
         plan = np.zeros(1, GATHER)
-        plan["fill"], plan["pitch"] = fill.view(np.uint64)[0], pitch
+        plan["fill"] = fill.view(np.uint64)[0]
+        plan["pitch"] = pitch
         most = plan["sources"].shape[1]
         for first in range(0, len(sources), most):
             count = min(most, len(sources) - first)
