@@ -153,7 +153,14 @@ def convert(partial: Path, target: Path, chosen: TextFormat, schema: RecordSchem
         writer = csv.DictWriter(stream, ("index", *kinds, *schema.results))
         writer.writeheader()
         for record in records_of(partial):
-            writer.writerow({name: _cell(value) for name, value in schema.flat(record).items()})
+            cells = {name: _cell(value) for name, value in schema.flat(record).items()}
+            try:
+                writer.writerow(cells)
+            except csv.Error as error:
+                raise InputError(
+                    f"row {record['index']} cannot be written as CSV with this Python: {error}",
+                    "write .jsonl or .parquet, or use Python 3.11 or later, which writes NUL",
+                ) from error
 
 
 def _cell(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 
 import pytest
 
@@ -81,6 +82,10 @@ def test_odd_values_are_passed_through(
     source = place.file("in.jsonl", f'{{"text": "rain"{fields}}}\n')
     output = place.root / name
     outcome = execute(place.run(source, "--output", output), place, capfd)
+    if name == "out.csv" and sys.version_info < (3, 11):  # whose csv does not write NUL
+        assert outcome.code == 1
+        assert ".jsonl or .parquet" in outcome.err
+        return
     assert (outcome.code, outcome.err) == (0, "")
     if name == "out.jsonl":
         record = json.loads(output.read_text())
