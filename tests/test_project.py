@@ -59,7 +59,8 @@ def _public_names(module: types.ModuleType) -> Iterator[str]:
     """Each name with its parameters, which are also the fields of records, or with its members."""
     for name in module.__all__:
         value = getattr(module, name)
-        inside = vars(value) if isinstance(value, type) else {}
+        # In Python 3.10, `dict[str, Any]` is an instance of `type`, too.
+        inside = vars(value) if isinstance(value, type) and not get_args(value) else {}
         members = [*getattr(value, "__members__", ())]
         fields = members or _parameters(value)
         yield f"{module.__name__}.{name}: {', '.join(fields)}"
