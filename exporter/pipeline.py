@@ -36,7 +36,7 @@ from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import FPabee
 from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
-from .exit_0 import CONFIG_BLOCK, export_exit_0, load_exit_0
+from .exit_0_files import CONFIG_BLOCK, export_exit_0, load_exit_0
 from .model import MultiExitModel, by_row, predict
 from .paths import check_output, resolved
 from .staging import staging

@@ -18,7 +18,7 @@ from ..onnx_file import graphs_of, load_graphs
 from ..paths import check_new, resolved
 from ..staging import staging
 from ..targets.check import FP32_TARGET
-from .exit_0 import PairMarks
+from .exit_0_nodes import PairMarks
 from .graph import TYPES, single_graph
 from .hub_files import Packed, load_tokenizer, write_files
 from .verify import verify

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fpabee.exporter.exits import MultiExitConfig
 from fpabee.exporter.training import TrainOptions, exit_0
+from fpabee.exporter.training.bag_of_ngrams import BagOfNgrams, Vocabulary, train_exit_0
 from fpabee.exporter.training.examples import Examples, encoded_rows
-from fpabee.exporter.training.exit_0 import BagOfNgrams, Vocabulary, train_exit_0
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError, ModelError
 from fpabee.runtime.exit_0 import ExitZero
