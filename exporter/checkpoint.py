@@ -24,7 +24,7 @@ from ..runtime.errors import ModelError, first_line
 from ..runtime.hub import answers, hub_errors, repository_of
 from .backbones import build_encoder, family_of
 from .exit_0_files import CONFIG_BLOCK, EXIT_0_FILE
-from .exits import MultiExitConfig, Pooling
+from .exit_config import MultiExitConfig, Pooling
 from .model import MultiExitModel
 from .paths import TRAINED, check_model_dir
 from .staging import system_errors

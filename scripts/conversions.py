@@ -54,7 +54,7 @@ from fpabee.calibration.trace import trace_rows
 from fpabee.commands.command import exits_with_one_line
 from fpabee.exporter.convert import convert, heads
 from fpabee.exporter.convert.texts import split
-from fpabee.exporter.exits import Pooling
+from fpabee.exporter.exit_config import Pooling
 from fpabee.exporter.training.workflow import has_fast_bf16
 from fpabee.runtime import Budget, Engine
 from fpabee.runtime.files import read_rows

@@ -25,7 +25,7 @@ from ..checkpoint import (
     read_weights,
     resolve_model_dir,
 )
-from ..exits import LastHead, MultiExitConfig, Pooling
+from ..exit_config import LastHead, MultiExitConfig, Pooling
 from ..model import MultiExitModel
 from .places import check_adapter
 

@@ -19,7 +19,7 @@ from ...calibration.guarantee import sequence
 from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer
 from ...calibration.search import StopScores
 from ...runtime.progress import Progress
-from ..exits import Pooling
+from ..exit_config import Pooling
 from ..model import Head, MultiExitModel, Transform
 from ..training.trainer import label_loss, probabilities
 from .classifier import Classifier

@@ -31,7 +31,7 @@ from ..checkpoint import (
     save_checkpoint,
 )
 from ..exit_0_files import save_exit_0
-from ..exits import MultiExitConfig, Pooling
+from ..exit_config import MultiExitConfig, Pooling
 from ..model import MultiExitModel, by_row, predict
 from ..staging import system_errors
 from ..tokenizer import load_tokenizer, pad_id

@@ -14,7 +14,7 @@ from rich.cells import set_cell_size
 
 from ..exporter.convert.options import Chosen, Conversion, Converted, ConvertOptions
 from ..exporter.convert.places import check_places, partial_of
-from ..exporter.exits import Pooling
+from ..exporter.exit_config import Pooling
 from ..exporter.paths import check_apart, check_new, resolved
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.machine import require

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fpabee.exporter.exits import MultiExitConfig
+from fpabee.exporter.exit_config import MultiExitConfig
 from fpabee.exporter.training import TrainOptions, exit_0
 from fpabee.exporter.training.bag_of_ngrams import BagOfNgrams, Vocabulary, train_exit_0
 from fpabee.exporter.training.examples import Examples, encoded_rows
