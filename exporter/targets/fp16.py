@@ -22,7 +22,7 @@ from ...runtime.encoding import Text, TextEncoder, padded_batches, padding_value
 from ...runtime.progress import Progress
 from ...runtime.rules.rules import ExitRule
 from ..onnx_file import graph_runs, load_graphs
-from .check import judged
+from .check import check_logits
 from .lowering import emulate, lower
 
 _BATCH = 16
@@ -70,5 +70,5 @@ def lowered_graphs(
     # Without exit 0, which no precision changes.
     exact = expected[-len(emulated) :]
     rule = ExitRule.from_dict(manifest.default_rule)
-    judged(emulated, exact, manifest, rule, "fp16")
+    check_logits(emulated, exact, manifest, rule, "fp16")
     return {name: lower(proto) for name, proto in protos.items()}

@@ -37,10 +37,10 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[Agreement]:
     found: list[Agreement] = []
 
     def noted(*arguments: Any) -> Agreement:
-        found.append(check.judged(*arguments))
+        found.append(check.check_logits(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(fp16, "judged", noted)
+    monkeypatch.setattr(fp16, "check_logits", noted)
     return found
 
 
