@@ -44,7 +44,7 @@ _MOST_TIES = 0.02
 _QUANTILES = (0.3, 0.7)
 
 
-def check_graph(
+def check_single_graph(
     engines: EnginesFolder,
     target: str,
     rule: ExitRule,

@@ -18,7 +18,7 @@ from ..onnx_file import graphs_of, load_graphs
 from ..paths import check_new, resolved
 from ..staging import staging
 from ..targets.check import FP32_TARGET
-from .check import check_graph
+from .check import check_single_graph
 from .exit_0_nodes import PairMarks
 from .graph import TYPES, single_graph
 from .hub_files import Packed, load_tokenizer, write_files
@@ -116,7 +116,7 @@ def pack(
             file = Path("onnx", "model_quantized.onnx" if is_int8 else file)
         (folder / file).parent.mkdir(exist_ok=True)
         progress("check", 1, 2)
-        rows, near_ties, difference = check_graph(
+        rows, near_ties, difference = check_single_graph(
             source, name, rule, model, folder / file, texts, is_large
         )
         onnx.checker.check_model(folder / file)

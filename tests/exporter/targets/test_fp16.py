@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fpabee.exporter.targets import BuildResult, build_targets, check, fp16
-from fpabee.exporter.targets.lowering import emulate, lower
+from fpabee.exporter.targets.fp16 import emulate, lower
 from fpabee.runtime import ModelError, VerificationError, read_manifest
 from fpabee.runtime.agreement import BATCH_LIMIT, Agreement
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
