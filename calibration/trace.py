@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.agreement import requirements_of
 from ..runtime.artifact.folder import write_whole
 from ..runtime.artifact.manifest import Manifest, Task
 from ..runtime.artifact.untrusted.arrays import read_arrays
+from ..runtime.check import requirements_of
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError
 from ..runtime.files import Row

@@ -12,7 +12,6 @@ import msgspec
 import numpy as np
 
 from .. import __version__
-from ..runtime.agreement import BATCH_LIMIT, Agreement
 from ..runtime.artifact.folder import EnginesFolder, sha256_of
 from ..runtime.artifact.manifest import (
     CLASSIFIER_NAME,
@@ -28,6 +27,7 @@ from ..runtime.artifact.manifest import (
     Task,
 )
 from ..runtime.artifact.reference import write_reference
+from ..runtime.check import BATCH_LIMIT, Agreement
 from ..runtime.encoding import Text, TextEncoder, padding_values
 from ..runtime.errors import ModelError
 from ..runtime.exit_0 import ExitZero

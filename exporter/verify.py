@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..runtime.agreement import EXPORT_REQUIREMENTS, Agreement, Logits, compare, must_pass
+from ..runtime.check import EXPORT_REQUIREMENTS, Agreement, Logits, compare, must_pass
 from ..runtime.encoding import Text
 from ..runtime.engine import Engine
 

@@ -19,7 +19,6 @@ Every error that a user can fix is a `FpabeeError`. Its message says what was fo
 expected, and its hint says what to do.
 """
 
-from .agreement import Agreement, Requirements
 from .artifact.folder import read_manifest
 from .artifact.manifest import (
     BuiltFile,
@@ -38,6 +37,7 @@ from .artifact.manifest import (
 )
 from .artifact.operating_point import Certificate, Goal, OperatingPoint, Promise, RuleSettings
 from .backends.base import Bucket, Limits
+from .check import Agreement, Requirements
 from .encoding import EncodedRow, Text
 from .engine import Engine
 from .errors import (

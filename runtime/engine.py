@@ -11,11 +11,11 @@ from time import perf_counter
 import msgspec
 import numpy as np
 
-from .agreement import Agreement, compare, must_pass, requirements_of
 from .artifact.folder import EnginesFolder
 from .artifact.manifest import ProblemType
 from .artifact.reference import read_reference
 from .backends.base import Backend
+from .check import Agreement, compare, must_pass, requirements_of
 from .core import Core
 from .encoding import EncodedRow, Text, TextEncoder
 from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of, whole_number

@@ -21,10 +21,10 @@ from ...calibration.result import outcome
 from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, same_answers
 from ...calibration.search import exits_of
 from ...calibration.trace import data_sha256, trace_rows
-from ...runtime.agreement import logit_differences
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import Task, with_operating_points
 from ...runtime.artifact.operating_point import OperatingPoint
+from ...runtime.check import logit_differences
 from ...runtime.engine import Engine
 from ...runtime.errors import InputError
 from ...runtime.files import Row

@@ -9,14 +9,6 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from ...runtime.agreement import (
-    EXPORT_LIMIT,
-    REQUIREMENTS,
-    Logits,
-    exits_near_ties,
-    logit_differences,
-    logit_sizes,
-)
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import (
     ATTENTION_BIAS,
@@ -24,6 +16,14 @@ from ...runtime.artifact.manifest import (
     TokenizerSpec,
 )
 from ...runtime.backends.onnxruntime import session_options
+from ...runtime.check import (
+    EXPORT_LIMIT,
+    REQUIREMENTS,
+    Logits,
+    exits_near_ties,
+    logit_differences,
+    logit_sizes,
+)
 from ...runtime.encoding import EncodedRow, Text, padded_batches, padding_values
 from ...runtime.errors import VerificationError
 from ...runtime.rules.measures import Integers

@@ -12,9 +12,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...runtime.agreement import Agreement
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import Manifest, with_operating_points
+from ...runtime.check import Agreement
 from ...runtime.encoding import Text
 from ...runtime.errors import ArtifactError, FpabeeError
 from ...runtime.progress import Progress, silent

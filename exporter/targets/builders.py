@@ -12,11 +12,11 @@ from typing import Any
 
 import msgspec
 
-from ...runtime.agreement import Logits
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import BuiltFile, Graph, Target
 from ...runtime.backends.cuda import packages
 from ...runtime.backends.tensorrt import MODULES
+from ...runtime.check import Logits
 from ...runtime.encoding import Text
 from ...runtime.errors import BackendError, FpabeeError, InputError, MissingExtraError
 from ...runtime.machine import cuda_device, require

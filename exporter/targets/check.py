@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from ...runtime.agreement import REQUIREMENTS, Agreement, Logits, compare, must_pass
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import Manifest
+from ...runtime.check import REQUIREMENTS, Agreement, Logits, compare, must_pass
 from ...runtime.encoding import Text
 from ...runtime.engine import Engine
 from ...runtime.progress import Progress

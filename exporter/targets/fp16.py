@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ...runtime.agreement import Logits
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import LOGITS
 from ...runtime.artifact.reference import read_reference
 from ...runtime.backends.onnxruntime import cpu_session, session_options
+from ...runtime.check import Logits
 from ...runtime.encoding import Text, TextEncoder, padded_batches, padding_values
 from ...runtime.progress import Progress
 from ...runtime.rules.rules import ExitRule

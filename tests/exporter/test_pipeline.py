@@ -17,10 +17,10 @@ from fpabee.exporter import ExportOptions, export, pipeline, staging
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.verify import BUILT_IN_TEXTS, check_chain
 from fpabee.runtime import Engine, Trace
-from fpabee.runtime.agreement import BATCH_LIMIT, EXPORT_LIMIT, Agreement
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
 from fpabee.runtime.artifact.manifest import SCHEMA_VERSION
 from fpabee.runtime.artifact.reference import read_reference
+from fpabee.runtime.check import BATCH_LIMIT, EXPORT_LIMIT, Agreement
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ArtifactError, VerificationError
 

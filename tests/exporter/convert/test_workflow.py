@@ -27,8 +27,8 @@ from fpabee.exporter.targets.builders import INT8_TARGETS, OPENVINO_TARGETS
 from fpabee.exporter.tokenizer import load_tokenizer
 from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.runtime import Engine
-from fpabee.runtime.agreement import EXPORT_LIMIT
 from fpabee.runtime.artifact.folder import read_manifest
+from fpabee.runtime.check import EXPORT_LIMIT
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ArtifactError, BackendError, InputError
 from fpabee.runtime.files import Row, read_rows

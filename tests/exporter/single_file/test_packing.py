@@ -45,10 +45,10 @@ from fpabee.runtime import (
     VerificationError,
     read_manifest,
 )
-from fpabee.runtime.agreement import BATCH_LIMIT, EXPORT_LIMIT, REQUIREMENTS, logit_differences
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
 from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
 from fpabee.runtime.backends.onnxruntime import cpu_session
+from fpabee.runtime.check import BATCH_LIMIT, EXPORT_LIMIT, REQUIREMENTS, logit_differences
 from fpabee.runtime.encoding import Text
 
 from ...closeness import assert_close, assert_exported, exits_may_differ

@@ -36,9 +36,9 @@ from fpabee.runtime import (
     VerificationError,
     read_manifest,
 )
-from fpabee.runtime.agreement import EXPORT_LIMIT, REQUIREMENTS, logit_differences
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.backends import openvino
+from fpabee.runtime.check import EXPORT_LIMIT, REQUIREMENTS, logit_differences
 from fpabee.runtime.progress import silent
 
 from ...bad_input.cases import changed_heads, contents

@@ -17,11 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 from fpabee.exporter.targets import BuildResult, build_targets, check, fp16
 from fpabee.exporter.targets.lowering import emulate, lower
 from fpabee.runtime import ModelError, VerificationError, read_manifest
-from fpabee.runtime.agreement import BATCH_LIMIT, Agreement
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.artifact.untrusted.graph_content import check_graph
 from fpabee.runtime.backends.onnxruntime import session_options
+from fpabee.runtime.check import BATCH_LIMIT, Agreement
 from fpabee.runtime.encoding import Text
 
 from ...bad_input.cases import contents

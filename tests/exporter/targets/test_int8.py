@@ -34,12 +34,12 @@ from fpabee.runtime import (
     machine,
     read_manifest,
 )
-from fpabee.runtime.agreement import REQUIREMENTS, Agreement
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.artifact.untrusted.graph_content import check_graph
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.backends.onnxruntime import cpu_session
+from fpabee.runtime.check import REQUIREMENTS, Agreement
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.progress import Progress
 
