@@ -28,7 +28,7 @@ from ..runtime.engine import Engine
 from ..runtime.errors import InputError
 from ..runtime.files import Row
 from ..runtime.files.labels import Labels, encode_labels
-from ..runtime.progress import Progress, silent
+from .progress import Progress, silent
 from .scoring import LabelledLogits
 
 _CHUNK = 256

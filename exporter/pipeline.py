@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from .. import __version__
+from ..calibration.progress import Progress, silent
 from ..runtime.artifact.folder import EnginesFolder, sha256_of
 from ..runtime.artifact.manifest import (
     CLASSIFIER_NAME,
@@ -31,7 +32,6 @@ from ..runtime.check import BATCH_LIMIT, Agreement
 from ..runtime.encoding import Text, TextEncoder, padding_values
 from ..runtime.errors import ModelError
 from ..runtime.exit_0 import ExitZero
-from ..runtime.progress import Progress, silent
 from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import FPabee
 from . import segments

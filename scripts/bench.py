@@ -37,7 +37,7 @@ from fpabee.runtime.chain import Chain
 from fpabee.runtime.files import read_rows
 from fpabee.runtime.groups import split
 from fpabee.runtime.machine import environment, usable_cores
-from fpabee.runtime.progress import Progress
+from fpabee.calibration.progress import Progress
 from fpabee.runtime.rules.words import rule_in_words
 
 MOST_TEXTS = 2000

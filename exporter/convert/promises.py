@@ -17,6 +17,7 @@ from ... import __version__
 from ...calibration.costs import StoppingCosts, measure_costs, measure_speedup
 from ...calibration.goals import Bound
 from ...calibration.guarantee import certify, decision_thresholds, rows_needed
+from ...calibration.progress import Progress
 from ...calibration.result import outcome
 from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, same_answers
 from ...calibration.search import exits_of
@@ -30,7 +31,6 @@ from ...runtime.errors import InputError
 from ...runtime.files import Row
 from ...runtime.files.labels import Labels
 from ...runtime.machine import hardware
-from ...runtime.progress import Progress
 from ...runtime.rules.rules import Budget
 from .options import Converted
 

@@ -10,9 +10,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from ...calibration.progress import Progress
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.check import EXPORT_LIMIT
-from ...runtime.progress import Progress
 from ...runtime.targets import why_not
 from .check import engine_of
 

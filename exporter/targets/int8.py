@@ -21,6 +21,7 @@ import onnx
 import onnxruntime as ort
 from onnx import numpy_helper
 
+from ...calibration.progress import Progress
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.encoding import (
     Arrays,
@@ -31,7 +32,6 @@ from ...runtime.encoding import (
     padding_values,
 )
 from ...runtime.errors import VerificationError
-from ...runtime.progress import Progress
 from ..onnx_file import graph_runs, in_head, strip
 from .worker import run_worker
 

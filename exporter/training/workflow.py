@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, set_seed
 
+from ...calibration.progress import Progress, silent
 from ...calibration.trace import data_sha256
 from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import ProblemType
@@ -22,7 +23,6 @@ from ...runtime.errors import InputError, ModelError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
 from ...runtime.files.labels import Labels, encode_labels
-from ...runtime.progress import Progress, silent
 from ..checkpoint import (
     check_weight,
     load_config,

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Limits
+from ..backends.forks import Origin
 from ..chain import Chain, Decision, not_finite
 from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
 from ..errors import BackendError, InputError, OverloadedError, seconds_of, whole_number
-from ..forks import Origin
 from ..groups import Group, RowNumbers, fits
 from ..predictions import Prediction, Stopped
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from fpabee.calibration.progress import Progress
 from fpabee.commands import export as command
 from fpabee.commands.export import main
 from fpabee.exporter.targets import BuildResult, backends, builders
@@ -19,7 +20,6 @@ from fpabee.runtime import BackendError, FpabeeError, VerificationError
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text
-from fpabee.runtime.progress import Progress
 
 from ..bad_input.cases import change_config, change_json
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fpabee.calibration.progress import silent
 from fpabee.exporter import staging
 from fpabee.exporter.targets import (
     BuildResult,
@@ -39,7 +40,6 @@ from fpabee.runtime import (
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.check import EXPORT_LIMIT, REQUIREMENTS, logit_differences
-from fpabee.runtime.progress import silent
 
 from ...bad_input.cases import changed_heads, contents
 from ...doubles.device import Double
