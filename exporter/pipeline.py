@@ -121,7 +121,7 @@ def export(
             contains `model_dir`.
         ArtifactError: the output folder exists, or cannot be written.
         MissingExtraError: torch or another package of `fpabee[export,cpu]` is not installed.
-        VerificationError: the segments differ too much from the model; nothing is written.
+        CheckError: the segments differ too much from the model; nothing is written.
 
     Example:
         ```python

@@ -43,6 +43,7 @@ from .engine import Engine
 from .errors import (
     ArtifactError,
     BackendError,
+    CheckError,
     FpabeeError,
     InputError,
     MissingExtraError,
@@ -50,7 +51,6 @@ from .errors import (
     OverloadedError,
     RowError,
     RuleError,
-    VerificationError,
 )
 from .files import ReadOptions, Row, TextFormat, read_rows
 from .predictions import Prediction, Tally, Trace
@@ -81,6 +81,7 @@ __all__ = [
     "Budget",
     "BuiltFile",
     "Certificate",
+    "CheckError",
     "Confidence",
     "EncodedRow",
     "Energy",
@@ -129,7 +130,6 @@ __all__ = [
     "ThresholdRule",
     "TokenizerSpec",
     "Trace",
-    "VerificationError",
     "read_manifest",
     "read_rows",
     "simulate",

@@ -97,7 +97,7 @@ class Engine:
                 downloads from the hub.
             RuleError: the operating point or rule does not exist or does not fit the model, or
                 both are given.
-            VerificationError: with `check`, the target is not the model that was exported.
+            CheckError: with `check`, the target is not the model that was exported.
         """
         if rule is not None and operating_point is not None:
             raise RuleError(
@@ -245,7 +245,7 @@ class Engine:
 
         Raises:
             ArtifactError: the reference is missing or damaged, or no text of it fits the target.
-            VerificationError: the target is not the model that was exported.
+            CheckError: the target is not the model that was exported.
         """
         manifest = self.manifest
         required = requirements_of(self.target, manifest)

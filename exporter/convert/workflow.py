@@ -90,7 +90,7 @@ def convert(
         RowError: a row cannot be read.
         ArtifactError: the output folder exists, or cannot be written.
         MissingExtraError: a package that is needed is not installed.
-        VerificationError: the export differs too much from the model.
+        CheckError: the export differs too much from the model.
 
     Example:
         ```python

@@ -58,7 +58,7 @@ def pack(
         ArtifactError: the engines folder is damaged, or the output folder exists.
         BackendError: the folder has no such target, or it does not run ONNX graphs in fp32 or int8.
         RuleError: the target has no such point, or its rule cannot be a graph.
-        VerificationError: the graph does not agree with the segments; nothing is written.
+        CheckError: the graph does not agree with the segments; nothing is written.
 
     Example:
         ```python

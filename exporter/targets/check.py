@@ -49,7 +49,7 @@ def judged(
         precision: a name of `REQUIREMENTS`.
 
     Raises:
-        VerificationError: too many labels or exits differ.
+        CheckError: too many labels or exits differ.
     """
     first_exit = manifest.exits.stop - len(logits)
     required = REQUIREMENTS[precision]

@@ -42,7 +42,7 @@ def lowered_graphs(
         Each graph as an `onnx.ModelProto`, by its name.
 
     Raises:
-        VerificationError: values overflow, or too many labels or exits change.
+        CheckError: values overflow, or too many labels or exits change.
         ModelError: a weight does not fit into fp16.
     """
     manifest = engines.manifest

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from fpabee.runtime import ArtifactError, Engine, VerificationError
+from fpabee.runtime import ArtifactError, CheckError, Engine
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import REFERENCE_NAME
 from fpabee.runtime.artifact.reference import read_reference, write_reference
@@ -37,7 +37,7 @@ def test_other_logits_are_refused(
     folder = engine_copy()
     _, logits = read_reference(EnginesFolder.read(folder))
     swap_logits(folder, how(logits).astype(np.float32))
-    with pytest.raises(VerificationError, match="not the model that was exported"):
+    with pytest.raises(CheckError, match="not the model that was exported"):
         Engine.load(folder, threads=1, check=True)
     Engine.load(folder, threads=1).close()
     swap_logits(folder, logits + np.float32(5e-4))
