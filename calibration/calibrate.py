@@ -15,6 +15,7 @@ from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError
 from ..runtime.files import Row, read_rows
+from ..runtime.files.rows import data_sha256
 from ..runtime.machine import hardware
 from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import Budget, ExitRule
@@ -26,7 +27,7 @@ from .progress import Progress, silent
 from .result import Calibration, Outcome, Point, outcome, with_points
 from .scoring import AGREEMENT, METRICS, LabelledLogits, Scorer
 from .search import CONTENDERS, exits_of, make_families
-from .trace import data_sha256, expected_labels, trace_rows
+from .trace import expected_labels, trace_rows
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from ...calibration.progress import Progress
 from ...calibration.result import outcome
 from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, same_answers
 from ...calibration.search import exits_of
-from ...calibration.trace import data_sha256, trace_rows
+from ...calibration.trace import trace_rows
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import Task, with_operating_points
 from ...runtime.artifact.operating_point import OperatingPoint
@@ -29,8 +29,9 @@ from ...runtime.check import logit_differences
 from ...runtime.engine import Engine
 from ...runtime.errors import InputError
 from ...runtime.files import Row
-from ...runtime.files.labels import Labels
+from ...runtime.files.rows import data_sha256
 from ...runtime.machine import hardware
+from ...runtime.quality import Labels
 from ...runtime.rules.rules import Budget
 from .options import Converted
 

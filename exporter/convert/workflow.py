@@ -24,14 +24,14 @@ from ... import __version__
 from ...calibration.guarantee import decision_thresholds, needs_in_words
 from ...calibration.progress import Progress, silent
 from ...calibration.scoring import same_answers
-from ...calibration.trace import data_sha256
 from ...runtime.artifact.folder import EnginesFolder, sha256_of
 from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.encoding import EncodedRow, Text
 from ...runtime.errors import RowError
 from ...runtime.files import read_rows
-from ...runtime.files.labels import Labels, encode_labels
+from ...runtime.files.rows import data_sha256, encode_labels
+from ...runtime.quality import Labels
 from ...runtime.rules.measures import Outputs
 from ...runtime.rules.rules import Budget
 from ...runtime.targets import runnable_targets

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ...calibration.progress import Progress
 from ...runtime.artifact.manifest import ProblemType
-from ...runtime.files.labels import evaluate
+from ...runtime.quality import evaluate
 from ..model import MultiExitModel, by_row, model_inputs, predict
 from .examples import Examples
 from .options import TrainOptions
