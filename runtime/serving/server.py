@@ -31,7 +31,7 @@ from ..encoding import EncodedRow
 from ..engine import Engine
 from ..errors import FpabeeError, InputError, OverloadedError, RuleError, in_one_line
 from ..predictions import Prediction
-from .hosts import ANY_HOST, HEALTH, HostCheck
+from .allowed_hosts import ANY_HOST, HEALTH, HostCheck
 from .messages import (
     Asked,
     ClassifyRequest,
