@@ -328,7 +328,7 @@ class Engine:
         return self.core.in_use[0]
 
     @property
-    def thresholds(self) -> dict[str, float]:
+    def label_thresholds(self) -> dict[str, float]:
         """The probability above which a label is predicted, or flagged, by label.
 
         Those that were calibrated for the operating point in use, or those of the task; empty if
@@ -337,12 +337,12 @@ class Engine:
         point, runner = self.core.in_use
         task = self.manifest.task
         usual = (0.5,) * len(self.labels) if self.multi_label else ()
-        decides = getattr(runner.rule, "decision_thresholds", ()) or task.label_thresholds or usual
+        decides = getattr(runner.rule, "label_thresholds", ()) or task.label_thresholds or usual
         thresholds = {label: p for label, p in zip(self.labels, decides, strict=False) if p < 1}
         points = self.manifest.targets[self.target].operating_points
         certificate = None if point is None else points[point].certificate
         # A certified rule may be full depth, which knows no thresholds.
-        return thresholds if certificate is None else thresholds | certificate.thresholds
+        return thresholds if certificate is None else thresholds | certificate.label_thresholds
 
     def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Trace:
         """Run tokenized rows as one window, with the hidden states of all rows in memory.

@@ -169,7 +169,7 @@ def _guarantee(found: Converted, calibrated: str) -> str:
         alone = f"alone changes {100 * found.full_depth_changed:.2f} % of the decisions"
         return f"{found.target} {alone}; no guarantee, so all layers run: {found.refusal}"
     confidence = found.certificate.confidence
-    thresholds = found.certificate.thresholds
+    thresholds = found.certificate.label_thresholds
     words = []
     for promise in found.certificate.promises:
         flagged = f"{promise.label!r} (above {thresholds.get(promise.label or '', 0):g})"

@@ -157,7 +157,7 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     (target,) = result.targets
     assert target.point == "changed-20-missed-30"
     assert target.certificate is not None
-    assert target.certificate.thresholds == {"yes": 0.7}
+    assert target.certificate.label_thresholds == {"yes": 0.7}
     changed_answers, missed = target.certificate.promises
     assert result.parts[2] - 5 < changed_answers.rows <= result.parts[2]
     assert missed.label == "yes"
@@ -167,7 +167,7 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     assert result.warnings[1].startswith(f"on {target.target}, 'yes' is lost; a promise")
     with Engine.load(folder) as engine:
         assert engine.operating_point == target.point
-        assert engine.thresholds == {"no": 0.5, "perhaps": 0.5, "yes": 0.7}
+        assert engine.label_thresholds == {"no": 0.5, "perhaps": 0.5, "yes": 0.7}
         # What counts as a decision is what the folder predicts.
         found = engine.predict(TEXTS[:200])
         above = [tuple(np.greater(each.probabilities, (0.5, 0.5, 0.7))) for each in found]
