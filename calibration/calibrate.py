@@ -18,18 +18,19 @@ from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError
 from ..runtime.files import Row, read_rows
+from ..runtime.files.rows import data_sha256
 from ..runtime.machine import hardware
-from ..runtime.progress import Progress, silent
 from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import Budget, ExitRule
 from .choose import PARTS, Search
 from .costs import CostModel, StoppingCosts, measure_costs, measure_speedup
 from .goals import GUARANTEED_RULES, Bound, CalibrationOptions
 from .guarantee import Certified, certify, decision_thresholds, needs_in_words
+from .progress import Progress, silent
 from .result import Calibration, Outcome, Point, Report, outcome, with_points
 from .scoring import AGREEMENT, METRICS, LabelledLogits, Scorer
 from .search import CONTENDERS, exits_of, make_families
-from .trace import data_sha256, expected_labels, trace_rows
+from .trace import expected_labels, trace_rows
 
 logger = logging.getLogger(__name__)
 

@@ -173,7 +173,7 @@ def certify(
     certificate = Certificate(
         confidence=100 * bound.confidence,
         promises=tuple(test.promise for test in tests),
-        thresholds=dict(bound.thresholds),
+        label_thresholds=dict(bound.thresholds),
     )
     return Certified(best, certificate)
 
@@ -188,7 +188,7 @@ def sequence(rows: LabelledLogits, rule: str, at_exit_0: bool) -> list[ExitRule]
     """
     single = rows.problem_type is ProblemType.SINGLE_LABEL
     labels = rows.logits.shape[2]
-    base: ExitRule = Confidence(threshold=0.0, decision_thresholds=rows.decision_thresholds)
+    base: ExitRule = Confidence(threshold=0.0, label_thresholds=rows.decision_thresholds)
     largest = 1.0
     boldest = 0.95 if single and not rows.decision_thresholds else 0.5
     if rule == "entropy":

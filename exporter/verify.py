@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..runtime.agreement import EXPORT_REQUIREMENTS, Agreement, Logits, compare, must_pass
+from ..runtime.check import EXPORT_REQUIREMENTS, Agreement, Logits, compare, must_pass
 from ..runtime.encoding import Text
 from ..runtime.engine import Engine
 
@@ -43,7 +43,7 @@ def check_chain(engine: Engine, texts: Sequence[Text], expected: Logits) -> Agre
         expected: `[exits, rows, labels]` of the PyTorch model.
 
     Raises:
-        VerificationError: logits, labels or exits differ too much.
+        CheckError: logits, labels or exits differ too much.
     """
     alone = [engine.trace([text]).logits for text in texts[:_ALONE]]
     found = np.concatenate([engine.trace(texts).logits, *alone], axis=1)

@@ -24,18 +24,18 @@ from ... import __version__
 from ...calibration.calibrate import calibrate
 from ...calibration.goals import CalibrationOptions
 from ...calibration.guarantee import check_possible, decision_thresholds, needs_in_words
+from ...calibration.progress import Progress, silent
 from ...calibration.result import Calibration, Report
 from ...calibration.scoring import AGREEMENT, Scorer, same_answers
 from ...calibration.search import exits_of
-from ...calibration.trace import data_sha256
 from ...runtime.artifact.folder import EnginesFolder, sha256_of
 from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.encoding import EncodedRow, Text
 from ...runtime.errors import RowError
 from ...runtime.files import read_rows
-from ...runtime.files.labels import Labels, encode_labels
-from ...runtime.progress import Progress, silent
+from ...runtime.files.rows import data_sha256, encode_labels
+from ...runtime.quality import Labels
 from ...runtime.rules.measures import Integers, Mask, Outputs
 from ...runtime.rules.rules import Budget
 from ...runtime.targets import runnable_targets
@@ -93,7 +93,7 @@ def convert(
         RowError: a row cannot be read.
         ArtifactError: the output folder exists, or cannot be written.
         MissingExtraError: a package that is needed is not installed.
-        VerificationError: the export differs too much from the model.
+        CheckError: the export differs too much from the model.
 
     Example:
         ```python

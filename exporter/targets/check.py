@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import msgspec
 
-from ...runtime.agreement import REQUIREMENTS, Agreement, Logits, compare, must_pass
+from ...calibration.progress import Progress
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import Manifest
+from ...runtime.check import REQUIREMENTS, Agreement, Logits, compare, must_pass
 from ...runtime.encoding import Text
 from ...runtime.engine import Engine
-from ...runtime.progress import Progress
 from ...runtime.rules.rules import ExitRule
 from ...runtime.targets import open_backend, rule_of, target_of
 
@@ -49,7 +49,7 @@ def judged(
         precision: a name of `REQUIREMENTS`.
 
     Raises:
-        VerificationError: too many labels or exits differ.
+        CheckError: too many labels or exits differ.
     """
     first_exit = manifest.exits.stop - len(logits)
     required = REQUIREMENTS[precision]

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ...runtime.agreement import Logits
+from ...calibration.progress import Progress
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import LOGITS
 from ...runtime.artifact.reference import read_reference
 from ...runtime.backends.onnxruntime import cpu_session, session_options
+from ...runtime.check import Logits
 from ...runtime.encoding import Text, TextEncoder, padded_batches, padding_values
-from ...runtime.progress import Progress
 from ...runtime.rules.rules import ExitRule
 from ..onnx_file import graph_runs, load_graphs
 from .check import judged
@@ -42,7 +42,7 @@ def lowered_graphs(
         Each graph as an `onnx.ModelProto`, by its name.
 
     Raises:
-        VerificationError: values overflow, or too many labels or exits change.
+        CheckError: values overflow, or too many labels or exits change.
         ModelError: a weight does not fit into fp16.
     """
     manifest = engines.manifest

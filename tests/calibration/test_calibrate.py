@@ -142,9 +142,9 @@ def test_a_goal_makes_one_point(
     rule = ExitRule.from_dict(point.rule)
     assert isinstance(rule, Confidence)
     if "false" in name:
-        assert point.certificate.thresholds == {"music": 0.6}
-        assert sorted(rule.decision_thresholds) == [0.6, 1.0, 1.0, 1.0]
-        assert read_manifest(folder).task.labels[rule.decision_thresholds.index(0.6)] == "music"
+        assert point.certificate.label_thresholds == {"music": 0.6}
+        assert sorted(rule.label_thresholds) == [0.6, 1.0, 1.0, 1.0]
+        assert read_manifest(folder).task.labels[rule.label_thresholds.index(0.6)] == "music"
         with Engine.load(folder, threads=1) as engine:
             texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
             trace = engine.trace(texts)

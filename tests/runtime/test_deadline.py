@@ -21,11 +21,11 @@ from fpabee.runtime import (
     InputError,
     RuleError,
 )
-from fpabee.runtime import chain as chain_module
 from fpabee.runtime import core as core_module
 from fpabee.runtime import engine as engine_module
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.backends.host import HostBackend, HostExecution
+from fpabee.runtime.chain import chain as chain_module
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.rules.measures import Outputs
 from fpabee.runtime.rules.runner import RuleRunner

@@ -40,7 +40,7 @@ CERTIFICATE = Certificate(
         Promise(of="changed_answers", at_most=1.0, rows=1199),
         Promise(of="missed", at_most=2.0, label="bad", rows=150),
     ),
-    thresholds={"bad": 0.7},
+    label_thresholds={"bad": 0.7},
 )
 
 

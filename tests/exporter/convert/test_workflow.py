@@ -163,7 +163,7 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     (point,) = target.points
     assert point.name == "changed-20-missed-30"
     assert point.certificate is not None
-    assert point.certificate.thresholds == {"yes": 0.7}
+    assert point.certificate.label_thresholds == {"yes": 0.7}
     changed_answers, missed = point.certificate.promises
     assert result.parts[2] - 5 < changed_answers.rows <= result.parts[2]
     assert missed.label == "yes"
@@ -173,7 +173,7 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     assert "'yes' is lost; a promise" in target.warnings[0]
     with Engine.load(folder) as engine:
         assert engine.operating_point == point.name
-        assert engine.thresholds == {"no": 0.5, "perhaps": 0.5, "yes": 0.7}
+        assert engine.label_thresholds == {"no": 0.5, "perhaps": 0.5, "yes": 0.7}
         # What counts as a decision is what the folder predicts.
         found = engine.predict(TEXTS[:200])
         above = [tuple(np.greater(each.probabilities, (0.5, 0.5, 0.7))) for each in found]

@@ -30,9 +30,9 @@ from fpabee.runtime import (
     Prediction,
     RuleError,
 )
-from fpabee.runtime import chain as chain_module
 from fpabee.runtime.backends.host import HostBackend, HostExecution
-from fpabee.runtime.chain import Chain
+from fpabee.runtime.chain import chain as chain_module
+from fpabee.runtime.chain.chain import Chain
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving import scheduler as scheduler_module

@@ -12,10 +12,10 @@ import pytest
 from fpabee.runtime import Budget, Engine
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.backends.host import HostBackend
-from fpabee.runtime.groups import Group
+from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.rules.measures import Outputs
 
-from ..closeness import assert_close
+from ...closeness import assert_close
 
 
 def test_joined_rows_keep_what_belongs_to_them(
