@@ -33,7 +33,7 @@ def test_options_reach_the_build(engine_copy: Callable[..., Path], tmp_path: Pat
     options = ("--sm", "8.9,120", "--sequence", "8,16,32", "--texts", texts)
     result = run(folder, "tensorrt-rtx-fp16", *options, "--column", "text=body")
     assert result.exit_code == 0, result.output
-    assert "verify" not in result.stdout, "progress goes to stderr"
+    assert "check" not in result.stdout, "progress goes to stderr"
     assert "added tensorrt-rtx-fp16: not run here" in result.stdout
     target = read_manifest(folder).targets["tensorrt-rtx-fp16"]
     assert target.compute_capabilities == ("8.9", "12.0")

@@ -17,7 +17,7 @@ from tests.conftest import WORDS
 
 from fpabee.calibration.scoring import LabelledLogits
 from fpabee.exporter.checkpoint import load_config
-from fpabee.exporter.exit_0 import save_exit_0
+from fpabee.exporter.exit_0_files import save_exit_0
 from fpabee.exporter.training import TrainOptions
 from fpabee.runtime import ProblemType, read_manifest
 from fpabee.runtime.exit_0 import ExitZero

@@ -26,7 +26,7 @@ from fpabee.commands.convert import main
 from fpabee.exporter import single_file
 from fpabee.exporter.convert import Conversion, ConvertOptions, places, workflow
 from fpabee.exporter.convert.options import Chosen, Form
-from fpabee.exporter.exits import Pooling
+from fpabee.exporter.exit_config import Pooling
 from fpabee.runtime import Confidence
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.artifact.operating_point import Certificate, Promise
