@@ -13,8 +13,9 @@ from fpabee.runtime import BackendError, Engine, Entropy, ExitRule, FPabee
 from fpabee.runtime.backends.device import DeviceExecution
 from fpabee.runtime.serving import Scheduler
 
+from ...doubles.clock import Clock
 from ...doubles.device import Double, install
-from .test_scheduler import WAIT, results, set_clock
+from .test_scheduler import WAIT, results
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 SOME_STOP_FIRST = Entropy(threshold=0.3)
@@ -78,7 +79,9 @@ def test_a_deadline_counts_the_segment_that_runs(
     deadline_ms: float, exit_number: int, double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second segment is not started for a row that should be answered before."""
-    now, started, enqueue = 0.0, 0, DeviceExecution.enqueue
+    clock = Clock()
+    started = 0
+    enqueue = DeviceExecution.enqueue
 
     def counts(execution: Any, hidden: Any) -> Any:
         nonlocal started
@@ -87,14 +90,13 @@ def test_a_deadline_counts_the_segment_that_runs(
         return lambda: takes_time(outputs)
 
     def takes_time(outputs: Any) -> Any:
-        nonlocal now
-        now += 1e-3
+        clock.now += 1e-3
         return outputs()
 
-    set_clock(monkeypatch, lambda: now)
     monkeypatch.setattr(DeviceExecution, "enqueue", counts)
-    with double.load(rule=NEVER) as engine, Scheduler(engine) as each:
-        answer = each.submit("rain", deadline_ms=deadline_ms).result(WAIT)
+    with double.load(rule=NEVER) as engine, Scheduler(engine) as scheduler:
+        engine.core.clock = clock
+        answer = scheduler.submit("rain", deadline_ms=deadline_ms).result(WAIT)
         assert (answer.exit, answer.deadline_limited) == (exit_number, exit_number < 3)
         assert not answer.deadline_missed
         assert started == exit_number
