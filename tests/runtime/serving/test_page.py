@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from fpabee.runtime import Confidence, Engine
+from fpabee.runtime import Confidence
 
-from .test_server import Server
+from .test_server import serving
 
 FULL = {"error": "the queue is full -> try again later", "error_type": "OverloadedError"}
 
@@ -31,15 +31,13 @@ def shown(
     set_points(folder, default="safe", safe=Confidence(threshold=1.0, exit_0_threshold=2.0))
 
     def run(text: str, pair: str = "", **replaced: Any) -> Any:
-        with Engine.load(folder) as engine:
-            server = Server(engine)
+        with serving(folder) as server:
             page = server.client.get("/").text
             sent = {"input": [[text, pair]] if pair else text}
             responses = {
                 "info": server.client.get("/info"),
                 "classify": server.post("/classify", sent),
             }
-            server.scheduler.close()
         served = {
             name: {"status": response.status_code, "body": response.text}
             for name, response in responses.items()
