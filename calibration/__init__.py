@@ -8,8 +8,8 @@ runtime only: neither torch nor transformers nor onnx.
 
 The modules in the order of the steps: `goals` (what is asked), `trace` (run the rows), `scoring`
 (metrics), `costs` (what stopping early saves and loses), `search` (the settings that compete),
-`choose` (goals on average), `guarantee` (promises with stated confidence), `result`, `report`,
-`cli`; `calibrate` runs them.
+`choose` (goals on average), `guarantee` (promises with stated confidence), `result`, `report`;
+`calibrate` runs them.
 """
 
 from ..runtime.artifact.operating_point import Goal

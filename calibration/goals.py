@@ -25,9 +25,9 @@ class Bound:
     Attributes:
         confidence: probability, over the choice of calibration rows, that every promise holds.
         drop: largest drop of the metric, as a share of texts (0.01 is one point); it needs labels.
-        flips: largest share of texts whose decision differs from that at full depth. The decision
-            is the answer; or with `thresholds`, in a model with one label for each text, which of
-            the named labels are flagged.
+        changed_answers: largest share of texts whose decision differs from that at full depth. The
+            decision is the answer; or with `thresholds`, in a model with one label for each text,
+            which of the named labels are flagged.
         missed: of the texts for which full depth flags a label, the largest share for which it is
             not flagged. Every label in `thresholds` has a promise of its own.
         false_alarms: of the other texts, the largest share for which the label is flagged.
@@ -39,15 +39,15 @@ class Bound:
 
     Example:
         >>> from fpabee.calibration import Bound
-        >>> print(Bound(flips=0.01))
-        at most 1 % flips, with 95 % confidence
-        >>> print(Bound(flips=0.01, missed=0.02, thresholds={"attack": 0.7}))
-        at most 1 % flips and at most 2 % missed of 'attack', with 95 % confidence
+        >>> print(Bound(changed_answers=0.01))
+        at most 1 % changed answers, with 95 % confidence
+        >>> print(Bound(changed_answers=0.01, missed=0.02, thresholds={"attack": 0.7}))
+        at most 1 % changed answers and at most 2 % missed of 'attack', with 95 % confidence
     """
 
     confidence: float = 0.95
     drop: float | None = None
-    flips: float | None = None
+    changed_answers: float | None = None
     missed: float | None = None
     false_alarms: float | None = None
     thresholds: Mapping[str, float] = field(default_factory=dict)
@@ -68,7 +68,9 @@ class Bound:
                     f"the threshold of {label!r} is {threshold:g}", "give a number between 0 and 1"
                 )
         if not self.shares:
-            raise InputError("nothing is promised", "give `drop`, `flips` or another bound")
+            raise InputError(
+                "nothing is promised", "give `drop`, `changed_answers` or another bound"
+            )
         if not self.thresholds and {"missed", "false_alarms"} & {*self.shares}:
             raise InputError(
                 "missed texts and false alarms need to know what is flagged",
@@ -78,7 +80,8 @@ class Bound:
     @property
     def shares(self) -> dict[str, float]:
         """What is bounded, as shares by name."""
-        every = {name: getattr(self, name) for name in ("drop", "flips", "missed", "false_alarms")}
+        names = ("drop", "changed_answers", "missed", "false_alarms")
+        every = {name: getattr(self, name) for name in names}
         return {name: value for name, value in every.items() if value is not None}
 
     @property
@@ -133,7 +136,7 @@ class CalibrationOptions:
         goals = {"close": Goal(max_drop=0.5), "twice": Goal(speedup=2.0)}
         two_points = CalibrationOptions(goals=goals, default="close")
 
-        no_labels = CalibrationOptions(goals={"sure": Bound(flips=0.02, confidence=0.95)})
+        no_labels = CalibrationOptions(goals={"sure": Bound(changed_answers=0.02, confidence=0.95)})
         ```
     """
 

@@ -190,7 +190,7 @@ class _Test:
         numbers = shuffled(scorer.rows)
         if promise.of == "drop":
             losses = observed_losses(scorer)
-        elif promise.of == "flips":
+        elif promise.of == "changed_answers":
             losses = scorer.changed.astype(np.float64)
         else:
             every, reference = scorer.decisions
@@ -336,7 +336,7 @@ def rows_needed(share: float, level: float) -> tuple[int, int]:
 
 
 def needs_in_words(bound: Bound, has_exit_0: bool) -> list[str]:
-    """How many texts each promise needs: `at most 1 % flips: 299 texts are the least, ...`.
+    """How many texts each promise needs, such as `at most 1 % missed of ...: 299 texts are ...`.
 
     Args:
         bound: what is asked for.

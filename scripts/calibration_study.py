@@ -43,8 +43,8 @@ from fpabee.calibration.costs import StoppingCosts
 from fpabee.calibration.guarantee import certify
 from fpabee.calibration.scoring import AGREEMENT, METRICS, Scorer
 from fpabee.calibration.search import StopScores, with_exit_0
+from fpabee.commands.command import exits_with_one_line
 from fpabee.runtime import Budget, Confidence, ExitRule, ProblemType
-from fpabee.runtime.cli.command import exits_with_one_line
 
 LOGITS = Path(__file__).parent / "logits"
 REPEATS = 100
@@ -133,15 +133,15 @@ GOALS: dict[str, Goal | Bound] = {
     "safe": Bound(drop=0.005),
     "risk 1": Bound(drop=0.01),
     "risk 2": Bound(drop=0.02),
-    "flips 1": Bound(flips=0.01),
-    "flips 2": Bound(flips=0.02),
+    "changed 1": Bound(changed_answers=0.01),
+    "changed 2": Bound(changed_answers=0.02),
 }
 _AT = {"attack": 0.7}
 PROMISES: dict[str, Goal | Bound] = {
-    "flips 1": Bound(flips=0.01, thresholds=_AT),
+    "changed 1": Bound(changed_answers=0.01, thresholds=_AT),
     "missed 2": Bound(missed=0.02, thresholds=_AT),
     "false alarms 0.5": Bound(false_alarms=0.005, thresholds=_AT),
-    "all three": Bound(flips=0.01, missed=0.02, false_alarms=0.005, thresholds=_AT),
+    "all three": Bound(changed_answers=0.01, missed=0.02, false_alarms=0.005, thresholds=_AT),
 }
 
 

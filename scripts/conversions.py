@@ -5,8 +5,8 @@
 
 Each classifier is fine-tuned with plain Transformers code on half of the training rows. The other
 half and dev, without their labels, are the texts of the conversion, which promises at most 1 %
-flips: decisions that differ from those of the classifier in PyTorch and fp32. Beside the conversion
-there are conversions of fewer texts, and with linear heads; exit 0 alone, with all layers for the
+changed answers: those that differ from the answers of the classifier in PyTorch and fp32. Beside
+it there are conversions of fewer texts, and with linear heads; exit 0 alone, with all layers for the
 texts that it does not answer; and an encoder that was cut to its first half before the same
 training. With `--times`, conversions are timed against the classifier as one graph in ONNX Runtime
 and OpenVINO, in turns; nothing else should run on the machine then.
@@ -51,12 +51,12 @@ from fpabee.calibration.guarantee import certify
 from fpabee.calibration.scoring import AGREEMENT, Scorer
 from fpabee.calibration.search import exits_of
 from fpabee.calibration.trace import trace_rows
+from fpabee.commands.command import exits_with_one_line
 from fpabee.exporter.convert import convert, heads
 from fpabee.exporter.convert.texts import split
 from fpabee.exporter.exits import Pooling
 from fpabee.exporter.training.workflow import has_fast_bf16
 from fpabee.runtime import Budget, Engine
-from fpabee.runtime.cli.command import exits_with_one_line
 from fpabee.runtime.files import read_rows
 from fpabee.runtime.machine import cpu_name, usable_cores
 
@@ -228,11 +228,13 @@ def exit_0_alone(model: Path, texts: Path, engines: Path, data: Path) -> dict[st
             found.append(replace(traced, logits=kept, reference=logits))
     costs = np.array([[0.0], [layers[-1]]])
     seen, test = (np.broadcast_to(costs, each.logits.shape[:2]) for each in found)
-    rule = certify(StoppingCosts(found[0], AGREEMENT, seen), Bound(flips=0.01), labels).rule
+    rule = certify(
+        StoppingCosts(found[0], AGREEMENT, seen), Bound(changed_answers=0.01), labels
+    ).rule
     exits = exits_of(rule or Budget(exit=1), found[1])
     at = found[1].at(exits)
-    flips = int(Scorer(found[1], AGREEMENT).changed[at].sum())
-    return {"saved": float(1 - test[at].mean() / layers[-1]), "flips": flips}
+    changed = int(Scorer(found[1], AGREEMENT).changed[at].sum())
+    return {"saved": float(1 - test[at].mean() / layers[-1]), "changed": changed}
 
 
 def judged(
@@ -254,8 +256,11 @@ def judged(
 def compared(
     mine: list[set[str]], teacher: list[set[str]], right: list[set[str]]
 ) -> dict[str, float]:
-    """Flips and accuracy of decisions."""
-    return {"flips": sum(map(ne, mine, teacher)), "accuracy": statistics.mean(map(eq, mine, right))}
+    """Changed answers and accuracy of decisions."""
+    return {
+        "changed": sum(map(ne, mine, teacher)),
+        "accuracy": statistics.mean(map(eq, mine, right)),
+    }
 
 
 def as_graph(model: Path, place: Path) -> Path:
@@ -393,7 +398,7 @@ def tables(every: dict[str, dict[str, Any]]) -> Iterator[str]:
     times_of = []
     yield from _head(
         *("classifier", "conversion", "texts", "target", "certified", "saved, report"),
-        *("saved, test", "flips on test", "accuracy", "classifier", "CPU time"),
+        *("saved, test", "answers changed on test", "accuracy", "classifier", "CPU time"),
     )
     for name, found in every.items():
         for key, made in found.items():
@@ -436,7 +441,7 @@ def _tested(found: dict[str, Any], test: dict[str, Any]) -> tuple[str, ...]:
     rows = found["classifier"]["rows"]
     teacher = found["classifier"]["accuracy"]
     accuracy = f"{test['accuracy']:.1%}" if "accuracy" in test else ""
-    return f"{test['saved']:.1%}", f"{test['flips']} of {rows:,}", accuracy, f"{teacher:.1%}"
+    return f"{test['saved']:.1%}", f"{test['changed']} of {rows:,}", accuracy, f"{teacher:.1%}"
 
 
 def _form(chosen: dict[str, Any]) -> tuple[str, str]:

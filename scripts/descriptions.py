@@ -27,8 +27,8 @@ from urllib.request import urlopen
 
 import click
 
+from fpabee.commands.command import exits_with_one_line
 from fpabee.runtime import InputError
-from fpabee.runtime.cli.command import exits_with_one_line
 
 ARCHIVE = "https://deb.debian.org/debian/dists/trixie/main"
 PACKAGES = "binary-amd64/Packages.xz"

@@ -29,8 +29,8 @@ from urllib.parse import urlsplit
 import click
 import numpy as np
 
+from fpabee.commands.command import exits_with_one_line
 from fpabee.runtime import InputError
-from fpabee.runtime.cli.command import exits_with_one_line
 from fpabee.runtime.files import read_rows
 
 PATIENCE_SECONDS = 10.0

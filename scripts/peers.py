@@ -39,11 +39,11 @@ from systems import ENVIRONMENTS, OTHERS, System, measure, read
 
 from fpabee.calibration import DEFAULT_GOALS, Bound, CalibrationOptions, Goal, calibrate
 from fpabee.calibration.search import CASCADE
+from fpabee.commands.command import exits_with_one_line
 from fpabee.exporter.targets import build_targets
 from fpabee.exporter.targets.builders import INT8_TARGETS, OPENVINO_TARGETS, buildable
 from fpabee.exporter.targets.check import FP32_TARGET
 from fpabee.runtime import Budget, ExitRule, InputError, read_manifest
-from fpabee.runtime.cli.command import exits_with_one_line
 from fpabee.runtime.machine import cpu_name, usable_cores
 from fpabee.runtime.rules.rules import Pabee
 from fpabee.runtime.targets import rule_of

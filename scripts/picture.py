@@ -19,8 +19,8 @@ import click
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from fpabee.commands.command import exits_with_one_line
 from fpabee.runtime import InputError
-from fpabee.runtime.cli.command import exits_with_one_line
 
 MODEL = "mpnet-sst2-exit-0-42"
 OWN = {

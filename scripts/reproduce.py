@@ -32,13 +32,13 @@ from fpabee.calibration.costs import StoppingCosts
 from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
 from fpabee.calibration.search import Family, exits_of, families_of, make_families, settings_of
 from fpabee.calibration.trace import trace_rows
+from fpabee.commands.command import exits_with_one_line
+from fpabee.commands.console import step_progress
 from fpabee.exporter import ExportOptions, export
 from fpabee.exporter.training import TrainOptions, train
 from fpabee.exporter.training.options import REPORT_NAME
 from fpabee.exporter.training.workflow import has_fast_bf16
 from fpabee.runtime import Engine, ExitRule, Goal, InputError, ProblemType
-from fpabee.runtime.cli.command import exits_with_one_line
-from fpabee.runtime.cli.console import step_progress
 from fpabee.runtime.files import read_rows
 from fpabee.runtime.rules.measures import Measure
 from fpabee.runtime.rules.rules import RULES, Entropy, FPabee

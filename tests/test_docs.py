@@ -15,7 +15,7 @@ import sizes
 
 from fpabee.runtime import RuleError
 
-from .runtime.cli.test_command import COMMANDS as MODULES
+from .commands.test_command import COMMANDS as MODULES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from fpabee.commands import main
 
-from .runtime.cli.test_command import COMMANDS
+from .commands.test_command import COMMANDS
 
 
 def started(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

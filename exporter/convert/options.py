@@ -36,7 +36,7 @@ class ConvertOptions:
         BackendError: `threads` is out of range.
     """
 
-    bound: Bound = field(default_factory=lambda: Bound(flips=0.01))
+    bound: Bound = field(default_factory=lambda: Bound(changed_answers=0.01))
     adapter: Path | None = None
     all_targets: bool = False
     problem_type: ProblemType | None = None
@@ -50,7 +50,7 @@ class ConvertOptions:
         if self.threads is not None:
             whole_number("threads", self.threads, BackendError, MOST_THREADS)
         if self.bound.drop is not None:
-            raise InputError("the drop of a metric needs labels", "bound `flips` instead")
+            raise InputError("the drop of a metric needs labels", "bound `changed_answers` instead")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from ... import __version__
 from ...calibration.guarantee import decision_thresholds, needs_in_words
 from ...calibration.scoring import same_answers
 from ...calibration.trace import data_sha256
-from ...runtime.artifact.folder import EnginesFolder, sha256_of, write_whole
+from ...runtime.artifact.folder import EnginesFolder, sha256_of
 from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.encoding import EncodedRow, Text
@@ -96,7 +97,7 @@ def convert(
         from fpabee.calibration import Bound
         from fpabee.exporter.convert import ConvertOptions, convert
 
-        options = ConvertOptions(bound=Bound(flips=0.01))
+        options = ConvertOptions(bound=Bound(changed_answers=0.01))
         result = convert("my-classifier", "texts.jsonl", "engines/", options)
         for target in result.targets:
             print(target.target, target.certificate, target.layers, target.changed)
@@ -184,18 +185,13 @@ class _Work:
         )
         check_promises(bound, self.task, logits[texts.calibrate], CALIBRATED)
         model_dir = folder / "model"
-        mark = folder / "chosen.json"
-        if not mark.is_file():
-            write_whole(mark, msgspec.json.encode(self._train(model_dir, rows, logits, states)))
-        chosen = msgspec.json.decode(mark.read_bytes(), type=Chosen)
-        exported = folder / "exported"
         engines = folder / "engines"
-        if not engines.is_dir():
-            if not exported.is_dir():
-                wanted = ExportOptions(max_length=self.max_length)
-                export(model_dir, exported, wanted, self.progress)
-            self._add_targets(exported)
-            exported.replace(engines)  # this name says that it has its targets
+        for left in (model_dir, engines):  # by a run that was stopped
+            shutil.rmtree(left, ignore_errors=True)
+        chosen = self._train(model_dir, rows, logits, states)
+        wanted = ExportOptions(max_length=self.max_length)
+        export(model_dir, engines, wanted, self.progress)
+        self._add_targets(engines)
         return self._certify(engines, logits, chosen)
 
     def _train(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -11,7 +10,6 @@ import onnx
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import CLASSIFIER_NAME
 from ...runtime.artifact.reference import read_reference
-from ...runtime.encoding import Text
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.progress import Progress, silent
@@ -35,7 +33,6 @@ def pack(
     target: str | None = None,
     operating_point: str | None = None,
     for_transformers_js: bool = False,
-    verify_data: Sequence[Text] = (),
     progress: Progress = silent,
 ) -> Packed:
     """Write a model with its exits and a rule as one ONNX graph, in a folder of its own.
@@ -52,7 +49,6 @@ def pack(
             default rule of the folder.
         for_transformers_js: whether the graph is `onnx/model.onnx`, or in int8
             `onnx/model_quantized.onnx`, instead of `model.onnx`.
-        verify_data: more texts to verify with.
         progress: called with (what, done, total).
 
     Returns:
@@ -112,11 +108,7 @@ def pack(
     is_large = sum(weight.nbytes for weight in weights if weight is not None) > _MOST_BYTES
     # Exit 0 of the graph takes a text with separators in its midst for a pair.
     separators = marks.texts if marks else ()
-    texts = [
-        text
-        for text in (*reference, *verify_data)
-        if not any(token in "".join(text) for token in separators)
-    ]
+    texts = [text for text in reference if not any(token in "".join(text) for token in separators)]
     is_int8 = targets[name].precision == "int8"
     with staging(place) as folder:
         file = Path("model.onnx")

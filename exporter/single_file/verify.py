@@ -118,8 +118,8 @@ def verify(
                 f"{rule_in_words(each)}, on {len(rows)} texts: logits differ by {difference:.1e} "
                 f"of their size (at most {required:.0e} allowed), {wrong} exits differ, and {ties} "
                 f"are too close to a threshold to compare (at most {_MOST_TIES:.0%} allowed)",
-                "pack another target; if it is the exits that are too close, give more texts as "
-                "`verify_data`",
+                "pack another target; if it is the exits that are too close, export again with "
+                "more `texts`, which verify the file as well",
             )
     return len(rows), ties, difference
 

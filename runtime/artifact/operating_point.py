@@ -17,12 +17,12 @@ class Promise(msgspec.Struct, frozen=True, kw_only=True):
     """What a guarantee bounds on new texts.
 
     Attributes:
-        of: `drop` of the metric; `flips`: decisions that differ from those of the reference, which
-            is full depth unless the folder came from another classifier; `missed`: of the texts for
-            which the reference flags a label, those for which it is not flagged; or
-            `false_alarms`: of the other texts, those for which it is flagged.
+        of: `drop` of the metric; `changed_answers`: decisions that differ from those of the
+            reference, which is full depth unless the folder came from another classifier; `missed`:
+            of the texts for which the reference flags a label, those for which it is not flagged;
+            or `false_alarms`: of the other texts, those for which it is flagged.
         at_most: the bound, in points or percent.
-        label: the label that is flagged; None for a drop and for flips.
+        label: the label that is flagged; None for a drop and for changed answers.
         rows: how many texts it was tested on.
     """
 

@@ -18,11 +18,9 @@ import numpy as np
 import pytest
 
 from fpabee import commands as fpabee
-from fpabee.calibration import cli as calibrate
-from fpabee.exporter.cli import build, convert, export, pack, train
+from fpabee.commands import build, calibrate, convert, export, inspect, pack, run, serve, train
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import MANIFEST_NAME
-from fpabee.runtime.cli import inspect, run, serve
 
 from ..runtime import running
 from ..runtime.running import Result

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from rich.cells import cell_len
 
 from fpabee.calibration import Calibration, CalibrationOptions, Goal, calibrate
-from fpabee.calibration.cli import main
 from fpabee.calibration.guarantee import useful_rows
 from fpabee.calibration.report import plots
 from fpabee.calibration.report.words import promise_in_words
 from fpabee.calibration.scoring import Scorer
+from fpabee.commands.calibrate import main
 from fpabee.runtime import Budget, Confidence, Engine, Entropy, read_manifest, simulate
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.rules.rules import ExitRule
@@ -87,7 +87,7 @@ def test_three_points_by_default_and_the_runtime_runs_them(folder: Path, data: P
 def test_the_table_fits_80_columns_also_in_a_file(
     folder: Path, data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    goals = ("--flips", 40, "--missed", 45, "--threshold", "music=0.7")
+    goals = ("--changed", 40, "--missed", 45, "--threshold", "music=0.7")
     for options in ((), goals):
         result = run(folder, "--data", data, *options)
         lines = result.stdout.splitlines()
@@ -95,9 +95,9 @@ def test_the_table_fits_80_columns_also_in_a_file(
         table = lines[start - 1 : lines.index("", start)]
         assert {cell_len(line) for line in table} == {80}
         assert lines[start + 1].split()[2:4] == ["1.25", "1.25"]
-    assert "flips <= 40, missed <=" in lines[start + 1]
+    assert "changed answers <= 40, missed <=" in lines[start + 1]
     assert [record.message for record in caplog.records] == [
-        "at most 40 % flips: 6 texts are the least, and 40 give a good chance",
+        "at most 40 % changed answers: 6 texts are the least, and 40 give a good chance",
         "at most 45 % missed: 6 flagged texts are the least, and 40 give a good chance",
     ]
 
@@ -109,14 +109,15 @@ def test_the_table_fits_80_columns_also_in_a_file(
         (("--speedup", 1.5), "speedup-1.5", "at least 1.5 times as fast"),
         (("--risk", 40), "risk-40", "a drop of at most 40 points, with 95 % confidence"),
         (
-            ("--flips", 40, "--confidence", 90),
-            "flips-40",
-            "at most 40 % flips, with 90 % confidence",
+            ("--changed", 40, "--confidence", 90),
+            "changed-40",
+            "at most 40 % changed answers, with 90 % confidence",
         ),
         (
-            ("--flips", 30, "--false-alarms", 35, "--threshold", "music=0.6"),
-            "flips-30-false-alarms-35",
-            "at most 30 % flips and at most 35 % false alarms of 'music', with 95 % confidence",
+            ("--changed", 30, "--false-alarms", 35, "--threshold", "music=0.6"),
+            "changed-30-false-alarms-35",
+            "at most 30 % changed answers and at most 35 % false alarms of 'music', with 95 % "
+            "confidence",
         ),
     ],
 )
@@ -159,18 +160,18 @@ def test_what_too_few_rows_cannot_guarantee_runs_at_full_depth(
     """Decisions need no labels, and what is needed is said before anything runs."""
     bare = tmp_path / "my texts.txt"
     bare.write_text("\n".join(row.text for row in label_rows(folder)) + "\n")
-    needs = "at most 1 % flips: 299 texts are the least, and 1,960 give a good chance"
-    result = run(folder, "--data", bare, "--flips", 1)
+    needs = "at most 1 % changed answers: 299 texts are the least, and 1,960 give a good chance"
+    result = run(folder, "--data", bare, "--changed", 1)
     assert result.exit_code == 0
     assert [record.message for record in caplog.records] == [needs]
     summary = result.stdout.splitlines()
     assert summary[0] == (
-        "No guarantee: every text runs through all layers, since full depth has 0 flips in 120 "
-        f"texts; {needs}"
+        "No guarantee: every text runs through all layers, since full depth has 0 changed answers "
+        f"in 120 texts; {needs}"
     )
     target = read_manifest(folder).targets[TARGET]
-    assert target.default_operating_point == "flips-1"
-    point = target.operating_points["flips-1"]
+    assert target.default_operating_point == "changed-1"
+    point = target.operating_points["changed-1"]
     assert (ExitRule.from_dict(point.rule), point.certificate) == (Budget(exit=3), None)
 
 

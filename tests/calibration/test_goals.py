@@ -17,7 +17,12 @@ from fpabee.runtime import InputError
         ({"goals": {}}, "no goal is given"),
         ({"goals": {"x": Goal()}}, "the goal 'x' has 0 of max_drop and speedup"),
         (
-            {"goals": {"a": Bound(flips=0.1), "b": Bound(missed=0.1, thresholds={"c": 0.5})}},
+            {
+                "goals": {
+                    "a": Bound(changed_answers=0.1),
+                    "b": Bound(missed=0.1, thresholds={"c": 0.5}),
+                }
+            },
             "guarantees have different thresholds",
         ),
         ({"goals": {"x": Goal(max_drop=1.0, speedup=2.0)}}, "the goal 'x' has 2 of"),
@@ -30,7 +35,10 @@ from fpabee.runtime import InputError
         ({"rules": ("fpabee",)}, "'safe' is guaranteed, so it cannot choose from fpabee"),
         ({"rules": ("entropy", "confidence")}, "thresholds must be known before any row"),
         (
-            {"goals": {"x": Bound(flips=0.1, thresholds={"a": 0.7})}, "rules": ("entropy",)},
+            {
+                "goals": {"x": Bound(changed_answers=0.1, thresholds={"a": 0.7})},
+                "rules": ("entropy",),
+            },
             "entropy knows nothing of the thresholds",
         ),
         ({"rules": ("fpabee", "fastbert")}, "exit rule 'fastbert' does not exist"),
@@ -48,10 +56,16 @@ def test_what_cannot_be_asked(settings: dict[str, Any], message: str) -> None:
     ("settings", "hint"),
     [
         ({"drop": 0.0}, "give `drop` more than 0 and less than 100"),
-        ({"flips": 1.0}, "give `flips` more than 0 and less than 100"),
-        ({"flips": 0.1, "confidence": 1.0}, "give `confidence` more than 50 and less than 100"),
-        ({"flips": 0.1, "confidence": 0.5}, "give `confidence` more than 50 and less than 100"),
-        ({}, "give `drop`, `flips`"),
+        ({"changed_answers": 1.0}, "give `changed_answers` more than 0 and less than 100"),
+        (
+            {"changed_answers": 0.1, "confidence": 1.0},
+            "give `confidence` more than 50 and less than 100",
+        ),
+        (
+            {"changed_answers": 0.1, "confidence": 0.5},
+            "give `confidence` more than 50 and less than 100",
+        ),
+        ({}, "give `drop`, `changed_answers`"),
         ({"missed": 0.02}, "give `thresholds`"),
         ({"missed": 0.02, "thresholds": {"a": 1.0}}, "between 0 and 1"),
     ],

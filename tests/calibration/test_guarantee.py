@@ -106,7 +106,7 @@ def test_rows_that_allow_no_further_loss_are_left_out() -> None:
 @pytest.mark.parametrize("metric", ["agreement", "accuracy", "macro_f1", "matthews"])
 def test_rows_without_a_loss_pass_only_if_they_are_enough(metric: str) -> None:
     """No event in n rows shows that there are at most 3.0/n, which is exact; not less."""
-    bound = Bound(flips=0.01) if metric == "agreement" else Bound(drop=0.01)
+    bound = Bound(changed_answers=0.01) if metric == "agreement" else Bound(drop=0.01)
     for count in (298, 299):
         found = certified(two_exits(np.zeros(count, bool)), bound, metric)
         assert (found.rule is not None) is (count == 299)
@@ -183,17 +183,24 @@ def test_every_promise_must_pass_and_each_is_about_its_own_rows() -> None:
         found = certify(with_costs(rows, "agreement"), Bound(thresholds=thresholds, **shares), "ab")
         return found.rule not in (None, Budget(exit=2)), found.failed.split("; ")[0]
 
-    assert early(flips=0.02) == early(missed=0.05) == early(false_alarms=0.02) == (True, "")
-    assert early(flips=0.02, missed=0.05, false_alarms=0.02) == (True, "")
+    assert (
+        early(changed_answers=0.02) == early(missed=0.05) == early(false_alarms=0.02) == (True, "")
+    )
+    assert early(changed_answers=0.02, missed=0.05, false_alarms=0.02) == (True, "")
     assert early(missed=0.005) == (False, "full depth has 0 missed in 200 texts")
-    assert early(flips=0.005) == (False, "the next setting has 15 flips in 1829 texts")
-    assert early(flips=0.02, missed=0.015, false_alarms=0.02)[0] is False
+    assert early(changed_answers=0.005) == (
+        False,
+        "the next setting has 15 changed answers in 1829 texts",
+    )
+    assert early(changed_answers=0.02, missed=0.015, false_alarms=0.02)[0] is False
     found = certify(
-        with_costs(rows, "agreement"), Bound(missed=0.05, flips=0.02, thresholds=thresholds), "ab"
+        with_costs(rows, "agreement"),
+        Bound(missed=0.05, changed_answers=0.02, thresholds=thresholds),
+        "ab",
     )
     assert found.certificate is not None
     assert [(each.of, each.label, each.rows) for each in found.certificate.promises] == [
-        ("flips", None, 1972),
+        ("changed_answers", None, 1972),
         ("missed", "b", 181),
     ]
     assert found.certificate.thresholds == thresholds
@@ -207,7 +214,9 @@ def test_texts_near_a_threshold_are_not_certain() -> None:
     logits = np.stack([np.zeros_like(logit), logit], axis=-1).astype(np.float32)
     rows = LabelledLogits(logits, np.full(4000, 9, np.intp), None, ProblemType.SINGLE_LABEL)
     rows = replace(rows, decision_thresholds=(1.0, 0.7))
-    found = certify(with_costs(rows, "agreement"), Bound(flips=0.02, thresholds={"b": 0.7}), "ab")
+    found = certify(
+        with_costs(rows, "agreement"), Bound(changed_answers=0.02, thresholds={"b": 0.7}), "ab"
+    )
     assert isinstance(found.rule, Confidence)
     assert found.rule.decision_thresholds == (1.0, 0.7)
     exits = exits_of(found.rule, rows)
@@ -242,13 +251,16 @@ def test_decisions_are_compared_with_the_reference_where_there_is_one() -> None:
     reference[:12] = reference[:12, ::-1]
     rows = replace(rows, reference=reference)
     assert Scorer(rows, "agreement").full_depth == pytest.approx(1 - 12 / 2000)
-    assert certified(rows, Bound(flips=0.02), "agreement").rule not in (None, Budget(exit=2))
-    found = certified(rows, Bound(flips=0.005), "agreement")
+    assert certified(rows, Bound(changed_answers=0.02), "agreement").rule not in (
+        None,
+        Budget(exit=2),
+    )
+    found = certified(rows, Bound(changed_answers=0.005), "agreement")
     assert (found.rule, found.certificate) == (None, None)
-    assert found.failed.startswith("full depth has 12 flips in 1829 texts; ")
+    assert found.failed.startswith("full depth has 12 changed answers in 1829 texts; ")
     part = rows.take(np.arange(6))
     assert part.reference is not None
-    assert certified(rows.take(np.arange(6, 2000)), Bound(flips=0.02), "agreement").rule
+    assert certified(rows.take(np.arange(6, 2000)), Bound(changed_answers=0.02), "agreement").rule
 
 
 def test_which_rows_are_left_out_depends_on_the_rows_only() -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from fpabee.commands import run as run_command
+from fpabee.commands import serve as serve_command
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
 from fpabee.runtime.backends.base import Limits
 from fpabee.runtime.backends.host import HostBackend
-from fpabee.runtime.cli import run as run_command
-from fpabee.runtime.cli import serve as serve_command
 
 from .running import Result, Run, execute
 

@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 from tokenizers import Tokenizer
 
+from fpabee.commands import inspect
 from fpabee.runtime import read_manifest
-from fpabee.runtime.cli import inspect
 
 from .running import Run, execute
 
@@ -42,7 +42,7 @@ def test_the_folder_passes_the_check(capfd: pytest.CaptureFixture[str]) -> None:
     assert (result.code, check["passed"], check["files"]) == (0, True, 7)
     target = read_manifest(GOLDEN / "engines").targets["onnxruntime-fp32"]
     certificate = target.operating_points["kept"].certificate
-    assert str(certificate) == "at most 20 % flips, with 95 % confidence"
+    assert str(certificate) == "at most 20 % changed answers, with 95 % confidence"
 
 
 def test_the_single_file_has_the_same_answers() -> None:

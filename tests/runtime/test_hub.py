@@ -15,10 +15,10 @@ import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants
 
+from fpabee.commands.inspect import main as inspect
 from fpabee.exporter.checkpoint import resolve_model_dir
 from fpabee.runtime import ArtifactError, Engine, MissingExtraError, ModelError, read_manifest
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
-from fpabee.runtime.cli.inspect import main as inspect
 from fpabee.runtime.hub import engines_folder
 
 from ..doubles.hub import Hub, Repository

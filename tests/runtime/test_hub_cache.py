@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from fpabee.commands.inspect import main as inspect
 from fpabee.runtime import Engine
 from fpabee.runtime.artifact.folder import sha256_of
-from fpabee.runtime.cli.inspect import main as inspect
 
 TEXTS = ["the film is not bad", "rain"]
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import pytest
 
-from .cli.test_run import COMMAND
+from ..commands.test_run import COMMAND
 
 
 @contextmanager

@@ -33,4 +33,4 @@ def test_a_study_resumes_and_writes_its_tables(
     by_goal = {(cell[0], cell[2]): cell for cell in cells}
     assert by_goal[names[0], "safe"][5] == "2"  # 200 rows cannot show 0.5 points at 95 %
     assert by_goal[names[0], "fast"][5:7] == ["0", "-"]
-    assert by_goal[names[1], "flips 1"][6] == "0"
+    assert by_goal[names[1], "changed 1"][6] == "0"

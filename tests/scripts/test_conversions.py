@@ -34,7 +34,7 @@ def test_the_texts_of_a_conversion_have_not_trained_the_classifier(tmp_path: Pat
 
 def test_the_tables_say_what_was_found() -> None:
     test = compared([{"a"}, {"b"}, {"a", "b"}], [{"a"}, {"a"}, {"b"}], [{"a"}, {"b"}, {"c"}])
-    assert test == {"flips": 2, "accuracy": 2 / 3}
+    assert test == {"changed": 2, "accuracy": 2 / 3}
     target = {"target": conversions.FP32, "certificate": {"promises": []}, "layers": 3.0}
     form = {"pooling": "mean", "width": 64, "every": 1}
     found: dict[str, Any] = {
@@ -47,7 +47,7 @@ def test_the_tables_say_what_was_found() -> None:
             "chosen": {"form": form, "agreement": [0.8, 0.95]},
         },
         f"all {conversions.FP32}": test | {"saved": 0.4},
-        "exit 0 alone": {"flips": 1, "saved": 0.1},
+        "exit 0 alone": {"changed": 1, "saved": 0.1},
         "times": {
             "graph-onnxruntime": {"single": [2.0, 4.0, 6.0], "file": [3.0, 3.0, 3.0]},
             conversions.FP32: {"single": [1.0, 1.0, 4.0], "file": [1.0, 2.0, 3.0]},

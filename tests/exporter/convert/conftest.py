@@ -146,7 +146,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # With so many changes allowed, some hundred texts certify something.
-OPTIONS = ConvertOptions(bound=Bound(flips=0.1))
+OPTIONS = ConvertOptions(bound=Bound(changed_answers=0.1))
 
 
 @dataclass

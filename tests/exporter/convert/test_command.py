@@ -16,8 +16,8 @@ from click.testing import CliRunner, Result
 from safetensors import SafetensorError
 
 from fpabee.calibration import Bound
+from fpabee.commands.convert import main
 from fpabee.exporter import single_file
-from fpabee.exporter.cli.convert import main
 from fpabee.exporter.convert import Conversion, ConvertOptions, places, workflow
 from fpabee.exporter.convert.options import Chosen, Converted, Form
 from fpabee.exporter.exits import Pooling
@@ -31,7 +31,7 @@ from .conftest import SINGLE
 CERTIFICATE = Certificate(
     confidence=95.0,
     promises=(
-        Promise(of="flips", at_most=1.0, rows=1199),
+        Promise(of="changed_answers", at_most=1.0, rows=1199),
         Promise(of="missed", at_most=2.0, label="bad", rows=150),
     ),
     thresholds={"bad": 0.7},
@@ -45,10 +45,10 @@ def run(*arguments: object) -> Result:
 def converted(target: str, certificate: Certificate | None, layers: float) -> Converted:
     return Converted(
         target=target,
-        point="flips-1" if certificate else None,
+        point="changed-1" if certificate else None,
         rule={"name": "budget", "exit": 6},
         certificate=certificate,
-        refusal="" if certificate else "full depth has 31 flips in 1200 texts",
+        refusal="" if certificate else "full depth has 31 changed answers in 1200 texts",
         full_depth_changed=0.0 if certificate else 0.026,
         changed=0.005,
         changed_traffic=0.004,
@@ -102,7 +102,7 @@ def test_every_option_reaches_the_conversion(calls: list[Any]) -> None:
     result = run("model", "a.csv")
     assert result.exit_code == 0, result.output
     assert calls == [("model", Path("a.csv"), Path("engines"), ConvertOptions())]
-    settings = "--flips 2 --missed 3 --false-alarms 4 --threshold bad=0.7 --confidence 90"
+    settings = "--changed 2 --missed 3 --false-alarms 4 --threshold bad=0.7 --confidence 90"
     others = "--all-targets --group-column id --max-length 64 --threads 2 --force"
     reading = "--column text=body --column label=kind --adapter lora"
     task = "--problem-type multi_label_classification"
@@ -110,7 +110,11 @@ def test_every_option_reaches_the_conversion(calls: list[Any]) -> None:
     assert result.exit_code == 0, result.output
     expected = ConvertOptions(
         bound=Bound(
-            confidence=0.9, flips=0.02, missed=0.03, false_alarms=0.04, thresholds={"bad": 0.7}
+            confidence=0.9,
+            changed_answers=0.02,
+            missed=0.03,
+            false_alarms=0.04,
+            thresholds={"bad": 0.7},
         ),
         adapter=Path("lora"),
         all_targets=True,
@@ -145,7 +149,7 @@ def test_the_summary_says_what_is_guaranteed_and_what_is_not(
         "classifier flags as 'bad' (above 0.7) are missed (tested on 150 of 1,200 texts). "
         "It holds only if the classifier was not trained on the texts given here",
         "openvino-int8 alone changes 2.60 % of the decisions; no guarantee, so all layers run: "
-        "full depth has 31 flips in 1200 texts",
+        "full depth has 31 changed answers in 1200 texts",
         "accuracy: 0.9500; that of the classifier: 0.9550",
         "warning: something is odd",
         "one file: one",
@@ -174,7 +178,7 @@ def test_where_the_file_cannot_be_is_known_before_the_conversion(
     [
         ("--missed 1", "--missed can be used only with --threshold", 2),
         ("--threshold bad=0.7 --threshold bad=0.5", "--threshold gives bad twice", 2),
-        ("--flips 0", "flips is 0 %", 1),
+        ("--changed 0", "changed_answers is 0 %", 1),
     ],
 )
 def test_wrong_promises_are_refused(arguments: str, message: str, code: int) -> None:
@@ -191,7 +195,7 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
     folder = Path(shutil.copytree(telling[SINGLE.value], tmp_path / "model"))
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
-    result = run(folder, texts, "-o", tmp_path / "out", "--flips", "10", "--quiet")
+    result = run(folder, texts, "-o", tmp_path / "out", "--changed", "10", "--quiet")
     assert result.exit_code == 1, result.output
     assert "tokenizer" in result.stderr
     assert " -> " in result.stderr
@@ -243,7 +247,7 @@ def test_a_full_disk_keeps_the_finished_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     error.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    given = telling[SINGLE.value], texts, "-o", tmp_path / "out", "--flips", "10"
+    given = telling[SINGLE.value], texts, "-o", tmp_path / "out", "--changed", "10"
     with monkeypatch.context() as patch:
         patch.setattr(write, full(error))
         result = run(*given, "--quiet")

@@ -76,8 +76,8 @@ def test_the_result_is_what_the_engine_does(converted: Converted) -> None:
     assert target.layers < 3
     texts, answers = [row.content for row in reported.rows], reported.logits.argmax(axis=1)
     with Engine.load(converted.folder) as engine:
-        assert engine.operating_point == target.point == "flips-10"
-        point = engine.manifest.targets[engine.target].operating_points["flips-10"]
+        assert engine.operating_point == target.point == "changed-10"
+        point = engine.manifest.targets[engine.target].operating_points["changed-10"]
         found = engine.trace(texts, rule=engine.rule)
         counts = np.bincount(found.exits, minlength=len(engine.manifest.exits))
         assert counts.tolist() == [*target.exits]
@@ -123,7 +123,7 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     folder, unknown = tmp_path / "engines", tmp_path / "texts.jsonl"
     shutil.copytree(converted.folder, folder)
     unknown.write_text(texts.read_text().replace("yes", "maybe"))
-    bound = Bound(flips=0.2, missed=0.3, thresholds={"yes": 0.7})
+    bound = Bound(changed_answers=0.2, missed=0.3, thresholds={"yes": 0.7})
     given, options = (telling[MULTI.value], unknown, folder), ConvertOptions(bound, force=True)
     seen: list[str] = []
 
@@ -155,13 +155,13 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     assert {what.partition(" ")[0] for what in seen} <= {"trace", "time"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engines", "texts.jsonl"]
     (target,) = result.targets
-    assert target.point == "flips-20-missed-30"
+    assert target.point == "changed-20-missed-30"
     assert target.certificate is not None
     assert target.certificate.thresholds == {"yes": 0.7}
-    flips, missed = target.certificate.promises
-    assert result.parts[2] - 5 < flips.rows <= result.parts[2]
+    changed_answers, missed = target.certificate.promises
+    assert result.parts[2] - 5 < changed_answers.rows <= result.parts[2]
     assert missed.label == "yes"
-    assert 0 < missed.rows < flips.rows
+    assert 0 < missed.rows < changed_answers.rows
     assert (result.accuracy, target.accuracy) == (None, None)
     assert "has label 'maybe'" in result.warnings[0]
     assert result.warnings[1].startswith(f"on {target.target}, 'yes' is lost; a promise")
@@ -233,7 +233,7 @@ def test_a_conversion_with_other_groups_starts_anew(
     assert seen.count("train heads") == 2
 
 
-@pytest.mark.parametrize("other", [OPTIONS, ConvertOptions(Bound(flips=0.2))])
+@pytest.mark.parametrize("other", [OPTIONS, ConvertOptions(Bound(changed_answers=0.2))])
 def test_a_second_conversion_into_one_folder_is_refused_and_touches_nothing(
     other: ConvertOptions, telling: Mapping[str, Path], texts: Path, quick: None, tmp_path: Path
 ) -> None:
@@ -280,13 +280,19 @@ def test_a_conversion_that_ends_when_its_folder_has_moved_adds_the_targets_again
 
 
 BAD: dict[str, tuple[Bound, str]] = {
-    "unknown label": (Bound(flips=0.1, thresholds={"x": 0.5}), "no label 'x'"),
-    "too few texts": (Bound(flips=0.001), "flips needs at least 2,995 texts .* there are 2"),
+    "unknown label": (Bound(changed_answers=0.1, thresholds={"x": 0.5}), "no label 'x'"),
+    "too few texts": (
+        Bound(changed_answers=0.001),
+        "changed answers needs at least 2,995 texts .* there are 2",
+    ),
     "too few flagged texts": (
         Bound(missed=0.01, thresholds={"yes": 0.5}),
         "missed of 'yes' needs at least 299 texts",
     ),
-    "nothing is flagged": (Bound(flips=0.1, thresholds={"yes": 1 - 1e-12}), "decides the same"),
+    "nothing is flagged": (
+        Bound(changed_answers=0.1, thresholds={"yes": 1 - 1e-12}),
+        "decides the same",
+    ),
 }
 
 

@@ -21,7 +21,7 @@ from .test_packing import FP32
 CERTIFICATE = Certificate(
     confidence=95.0,
     promises=(
-        Promise(of="flips", at_most=1.0, rows=1199),
+        Promise(of="changed_answers", at_most=1.0, rows=1199),
         Promise(of="missed", at_most=2.0, label="music", rows=150),
     ),
 )
@@ -33,11 +33,11 @@ def folder(
 ) -> Path:
     """An engines folder as a conversion leaves it, with figures that are made up."""
     folder = Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
-    set_points(folder, FP32, flips=Confidence(threshold=0.6, exit_0_threshold=0.9))
+    set_points(folder, FP32, changed_answers=Confidence(threshold=0.6, exit_0_threshold=0.9))
     manifest = read_manifest(folder)
     target = manifest.targets[FP32]
     point = msgspec.structs.replace(
-        target.operating_points["flips"],
+        target.operating_points["changed_answers"],
         metric="agreement",
         score=0.9966,
         mean_depth=1.25,
@@ -46,7 +46,7 @@ def folder(
         hardware="some processor, 2 threads",
         certificate=CERTIFICATE,
     )
-    target = with_operating_points(target, {"flips": point}, "flips")
+    target = with_operating_points(target, {"changed_answers": point}, "changed_answers")
     EnginesFolder(folder, manifest).with_target(FP32, target).write()
     return folder
 
@@ -57,7 +57,7 @@ def test_the_card_says_what_was_promised_and_measured(folder: Path, tmp_path: Pa
     card: Any = ModelCard(text)
     assert (card.data.library_name, card.data.tags) == ("onnx", ["early-exit", "fpabee", "onnx"])
     for part in (
-        "at most 1 % flips (tested on 1,199 texts) and "
+        "at most 1 % changed answers (tested on 1,199 texts) and "
         "at most 2 % missed of 'music' (tested on 150 texts), with 95 % confidence",
         "agreement, on 100 texts (5-fold cross-fitting): 0.9966 (0.34% changed)",
         "Layers per text: 1.25 of 3.",

@@ -294,7 +294,7 @@ def test_building_needs_neither_torch_nor_transformers_nor_onnx(
     command = (
         "import sys\n"
         "for name in ('torch', 'transformers', 'onnx'): sys.modules[name] = None\n"
-        "from fpabee.exporter.cli.build import main\n"
+        "from fpabee.commands.build import main\n"
         "main()"
     )
     arguments = [str(folder), "tensorrt-rtx-fp32", "--sm", "86", "--quiet"]

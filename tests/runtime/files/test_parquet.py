@@ -17,7 +17,7 @@ from pyarrow import parquet
 from fpabee.runtime.errors import RowError
 from fpabee.runtime.files import Inputs, ReadOptions, Row, read_rows
 
-from ..cli.test_run import COMMAND
+from ...commands.test_run import COMMAND
 
 # Two rows of two columns, with one byte changed: pyarrow 26.0.1 ends the process when it is asked
 # for the metadata of a column chunk.

@@ -38,7 +38,7 @@ SMALL = {
 }
 START = f"""
 import os, random, resource, signal
-from fpabee.runtime.cli.run import main
+from fpabee.commands.run import main
 from fpabee.runtime.files.destination import Partial
 from unittest.mock import patch
 for name, value in {SMALL}.items():

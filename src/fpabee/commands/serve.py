@@ -8,8 +8,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from ..engine import Engine
-from ..machine import require
+from ..runtime.engine import Engine
+from ..runtime.machine import require
 from . import options
 from .command import command
 from .console import echo
@@ -59,9 +59,9 @@ def main(
 ) -> None:
     """Serve ENGINES over HTTP until SIGTERM or Ctrl-C. There is no authentication."""
     require("serve")
-    from ..serving.metrics import Metrics
-    from ..serving.scheduler import Scheduler
-    from ..serving.server import ServerLimits, Service, listen, serve
+    from ..runtime.serving.metrics import Metrics
+    from ..runtime.serving.scheduler import Scheduler
+    from ..runtime.serving.server import ServerLimits, Service, listen, serve
 
     limits = ServerLimits(max_texts=min(ServerLimits.max_texts, max_rows))
     with (

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from fpabee.exporter.cli import export as cli
-from fpabee.exporter.cli.export import main
+from fpabee.commands import export as command
+from fpabee.commands.export import main
 from fpabee.exporter.targets import BuildResult, backends, builders
 from fpabee.runtime import BackendError, FpabeeError, VerificationError
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
@@ -21,7 +21,7 @@ from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.progress import Progress
 
-from ...bad_input.cases import change_config, change_json
+from ..bad_input.cases import change_config, change_json
 
 FP32 = "onnxruntime-fp32"
 
@@ -131,10 +131,10 @@ def test_it_fails_if_nothing_is_kept_of_what_was_asked_for(
         }
         return BuildResult(read_manifest(folder), dict.fromkeys(left), refused)
 
-    monkeypatch.setattr(cli, "require", lambda feature: None)
-    monkeypatch.setattr(cli, "build_targets", build_targets)
-    monkeypatch.setattr(cli, "buildable", list)
-    monkeypatch.setattr(cli, "INT8_TARGETS", ("onnxruntime-int8", "openvino-int8"))
+    monkeypatch.setattr(command, "require", lambda feature: None)
+    monkeypatch.setattr(command, "build_targets", build_targets)
+    monkeypatch.setattr(command, "buildable", list)
+    monkeypatch.setattr(command, "INT8_TARGETS", ("onnxruntime-int8", "openvino-int8"))
     monkeypatch.setattr(builders._Int8, "why_not", lambda _: None)
     result = run(bert, "-o", tmp_path / "engines", "--int8", "--texts", texts)
     assert asked[-2:] == ["onnxruntime-int8", "openvino-int8"]

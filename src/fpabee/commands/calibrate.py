@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,32 +11,23 @@ import msgspec
 import rich_click as click
 from rich.cells import set_cell_size
 
+from ..calibration.calibrate import calibrate
+from ..calibration.goals import DEFAULT_GOALS, Bound, CalibrationOptions
+from ..calibration.report import write_report
+from ..calibration.report.words import exit_0_in_words, goal_in_words, promise_in_words
+from ..calibration.result import Calibration, make_default
+from ..calibration.scoring import METRICS
+from ..calibration.search import CONTENDERS
 from ..runtime.artifact.folder import EnginesFolder
 from ..runtime.artifact.operating_point import Goal
-from ..runtime.cli import options
-from ..runtime.cli.command import READING, command
-from ..runtime.cli.console import echo, step_progress
 from ..runtime.files.destination import check_output
 from ..runtime.machine import require
 from ..runtime.rules.rules import RULES
 from ..runtime.rules.words import rule_in_words
 from ..runtime.targets import runnable_targets
-from .calibrate import calibrate
-from .goals import DEFAULT_GOALS, Bound, CalibrationOptions
-from .report import write_report
-from .report.words import exit_0_in_words, goal_in_words, promise_in_words
-from .result import Calibration, make_default
-from .scoring import METRICS
-from .search import CONTENDERS
-
-_PROMISES = ("drop", "flips", "missed", "false_alarms")
-thresholds = options.option(
-    "--threshold thresholds",
-    "LABEL=P",
-    "A label is flagged above this probability. May be repeated.",
-    multiple=True,
-)
-confidence = options.number("--confidence", "Confidence of the guarantee in percent. Default: 95.")
+from . import options, promises
+from .command import READING, command
+from .console import echo, step_progress
 
 
 @command(
@@ -46,13 +35,13 @@ confidence = options.number("--confidence", "Confidence of the guarantee in perc
 fpabee-calibrate engines/ --data dev.jsonl
 fpabee-calibrate engines/ --data dev.jsonl --max-drop 1
 fpabee-calibrate engines/ --data dev.jsonl --risk 1
-fpabee-calibrate engines/ --data texts.jsonl --flips 1
+fpabee-calibrate engines/ --data texts.jsonl --changed 1
 fpabee-calibrate engines/ --data texts.jsonl --missed 2 --threshold attack=0.7
 fpabee-calibrate engines/ --set-default fast
 fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 """,
     panels={
-        "Guarantees": "--risk --flips --missed --false-alarms --threshold --confidence",
+        "Guarantees": "--risk --changed --missed --false-alarms --threshold --confidence",
         "Choice of the rule": "--rule --metric",
         "Result": "--set-default --report",
         **READING,
@@ -64,10 +53,12 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 @options.number("--max-drop", "Goal: at most this drop of the metric, in points.", min=0, max=100)
 @options.number("--speedup", "Goal: at least this speed-up, such as 2 for half the time.", min=1)
 @options.number("--risk drop", "At most this drop of the metric on new texts, in points.")
-@options.number("--flips", "At most X % of decisions differ from full depth. Needs no labels.")
+@options.number(
+    "--changed changed_answers", "At most X % of decisions differ from full depth. Needs no labels."
+)
 @options.number("--missed", "Of the texts that full depth flags, at most X % are not flagged.")
 @options.number("--false-alarms", "Of the texts that it does not flag, at most X % are flagged.")
-@thresholds
+@promises.thresholds
 @options.target
 @options.flag("--all-targets", "Calibrate every target that this machine can run.")
 @options.option(
@@ -79,7 +70,7 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 @options.threads
 @options.quiet
 @options.as_json
-@confidence
+@promises.confidence
 @options.choice(
     "--rule rules",
     "RULE",
@@ -145,19 +136,6 @@ def main(
         echo(f"report: {report}", err=as_json)
 
 
-def thresholds_of(texts: Sequence[str]) -> dict[str, float]:
-    """The numbers of `LABEL=P`, by label."""
-    return options.once("--threshold", map(_threshold, texts))
-
-
-def _threshold(text: str) -> tuple[str, float]:
-    label, equals, number = text.rpartition("=")
-    with suppress(ValueError):
-        if equals:
-            return label, float(number)
-    raise click.UsageError(f"{text!r} is not LABEL=P, such as attack=0.7")
-
-
 def _options(
     max_drop: float | None,
     speedup: float | None,
@@ -171,26 +149,24 @@ def _options(
     Raises:
         click.UsageError: options that do not go together.
     """
-    given = {"drop": max_drop, "speedup": speedup}
-    names = [f"{kind}-{value:g}" for kind, value in given.items() if value is not None]
-    percent = {kind: settings.pop(kind) for kind in _PROMISES}
-    shares = {kind: value / 100 for kind, value in percent.items() if value is not None}
+    averages = {"drop": max_drop, "speedup": speedup}
+    names = [f"{kind}-{value:g}" for kind, value in averages.items() if value is not None]
+    shares = promises.taken_shares(settings)
     if shares:
-        each = [f"{'risk' if kind == 'drop' else kind}-{percent[kind]:g}" for kind in shares]
-        names.append("-".join(each).replace("_", "-"))
+        kinds = {kind: promises.PROMISES[kind].removeprefix("--") for kind in shares}
+        names.append("-".join(f"{kinds[kind]}-{100 * share:g}" for kind, share in shares.items()))
     if len(names) > 1:
         raise click.UsageError(
             "give one goal at a time: --max-drop, --speedup or a guarantee such as --risk; each "
             "makes its own point"
         )
-    options.only_with("confidence", shares, "--risk, --flips, --missed or --false-alarms")
-    options.only_with("missed false_alarms", thresholds, "--threshold")
-    options.only_with("thresholds", shares.keys() - {"drop"}, "--flips, --missed or --false-alarms")
+    risk, *decisions = promises.PROMISES.values()
+    options.only_with("confidence", shares, f"{risk}, {_either(decisions)}")
+    options.only_with("thresholds", shares.keys() - {"drop"}, _either(decisions))
     point = names[0] if names else "balanced"
     goal: Goal | Bound = Goal(max_drop=max_drop, speedup=speedup)
     if shares:
-        sure = 0.95 if confidence is None else confidence / 100
-        goal = Bound(confidence=sure, thresholds=thresholds_of(thresholds), **shares)
+        goal = promises.bound_of(shares, thresholds, confidence)
     return CalibrationOptions(
         goals={point: goal} if names else DEFAULT_GOALS,
         default=point,
@@ -198,6 +174,11 @@ def _options(
         rules=rules,
         **settings,
     )
+
+
+def _either(flags: list[str]) -> str:
+    """Options as words: `--a, --b or --c`."""
+    return f"{', '.join(flags[:-1])} or {flags[-1]}"
 
 
 def to_dict(result: Calibration) -> dict[str, Any]:

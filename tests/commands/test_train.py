@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from fpabee.exporter.cli.train import main
+from fpabee.commands.train import main
 from fpabee.exporter.training import TrainOptions, workflow
 from fpabee.exporter.training.report import DataSource, TrainReport
 from fpabee.runtime import ProblemType

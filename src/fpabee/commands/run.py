@@ -12,15 +12,15 @@ from typing import Any
 import rich_click as click
 from rich.table import Table
 
-from ... import __version__
-from ..engine import Engine
-from ..errors import InputError
-from ..files import STANDARD_INPUT, Inputs, TextFormat
-from ..files.destination import check_output, open_output
-from ..files.formats import is_plain_file, output_format
-from ..files.job import Job
-from ..files.records import RecordSchema
-from ..rules.words import rule_in_words
+from .. import __version__
+from ..runtime.engine import Engine
+from ..runtime.errors import InputError
+from ..runtime.files import STANDARD_INPUT, Inputs, TextFormat
+from ..runtime.files.destination import check_output, open_output
+from ..runtime.files.formats import is_plain_file, output_format
+from ..runtime.files.job import Job
+from ..runtime.files.records import RecordSchema
+from ..runtime.rules.words import rule_in_words
 from . import options
 from .command import READING, command
 from .console import PlainConsole, echo, hide_bars_of_hub, row_progress

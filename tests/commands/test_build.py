@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from fpabee.exporter.cli.build import main
+from fpabee.commands.build import main
 from fpabee.exporter.targets import BuildResult
 from fpabee.runtime import BackendError, FPabee, FpabeeError
 from fpabee.runtime.artifact.folder import read_manifest
 
-from ...doubles.device import Double
+from ..doubles.device import Double
 
 FP32 = "onnxruntime-fp32"
 CUDA = "onnxruntime-fp16-cuda"
@@ -60,7 +60,7 @@ def test_what_was_lost_is_named_and_calibrated_next(
     manifest = read_manifest(engines["bert"])
     lost: dict[str, tuple[str, ...]] = {FP32: ("fast",), "gone": ("safe",)}
     result = BuildResult(manifest, {CUDA: None}, lost_points=lost)
-    monkeypatch.setattr("fpabee.exporter.cli.build.build_targets", lambda *_: result)
+    monkeypatch.setattr("fpabee.commands.build.build_targets", lambda *_: result)
     assert run(engines["bert"], CUDA).stdout.splitlines()[2:] == [
         f"no longer valid: fast of {FP32}, whose files or library have changed",
         "no longer valid: safe of gone, whose files or library have changed",
@@ -78,7 +78,7 @@ def test_each_refusal_is_one_line_of_stderr(
         "two": BackendError("no memory"),
     }
     result = BuildResult(manifest, {FP32: None} if kept else {}, refused)
-    monkeypatch.setattr("fpabee.exporter.cli.build.build_targets", lambda *_: result)
+    monkeypatch.setattr("fpabee.commands.build.build_targets", lambda *_: result)
     names = ("openvino-fp32", "openvino-bf16", CUDA)
     found = run(engines["bert"], *names, "--quiet")
     assert found.exit_code == 1

@@ -12,20 +12,18 @@ import msgspec
 import rich_click as click
 from rich.cells import set_cell_size
 
-from ...calibration import cli
-from ...calibration.goals import Bound
-from ...runtime.artifact.manifest import ProblemType
-from ...runtime.cli import options
-from ...runtime.cli.command import READING, command
-from ...runtime.cli.console import echo, hide_bars_of_hub, step_progress
-from ...runtime.machine import require
-from ..convert.options import Chosen, Conversion, Converted, ConvertOptions
-from ..convert.places import check_places, partial_of
-from ..exits import Pooling
-from ..paths import check_apart, check_new, resolved
+from ..exporter.convert.options import Chosen, Conversion, Converted, ConvertOptions
+from ..exporter.convert.places import check_places, partial_of
+from ..exporter.exits import Pooling
+from ..exporter.paths import check_apart, check_new, resolved
+from ..runtime.artifact.manifest import ProblemType
+from ..runtime.machine import require
+from . import options, promises
+from .command import READING, command
+from .console import echo, hide_bars_of_hub, step_progress
 
 _PROMISED = {
-    "flips": "{0} of the decisions differ from the classifier's",
+    "changed_answers": "{0} of the decisions differ from the classifier's",
     "missed": "{0} of the texts that the classifier flags as {1} are missed",
     "false_alarms": "{0} of the texts that the classifier does not flag as {1} are flagged",
 }
@@ -39,7 +37,7 @@ _SEEN = {
 @command(
     examples="""
 fpabee-convert my-classifier texts.jsonl -o engines/
-fpabee-convert my-classifier texts.csv --flips 0.5 --force
+fpabee-convert my-classifier texts.csv --changed 0.5 --force
 fpabee-convert my-guard texts.txt --missed 2 --threshold attack=0.7
 """,
     panels={
@@ -56,17 +54,20 @@ fpabee-convert my-guard texts.txt --missed 2 --threshold attack=0.7
     "that the classifier was not trained on.",
 )
 @options.path("-o --output", "Folder to write. Default: engines.", "DIR")
-@options.number("--flips", "At most X % of the decisions differ from the classifier's. Default: 1.")
+@options.number(
+    "--changed changed_answers",
+    "At most X % of the decisions differ from the classifier's. Default: 1.",
+)
 @options.number("--missed", "Of the texts that the classifier flags, at most X % are not flagged.")
 @options.number("--false-alarms", "Of the others, at most X % are flagged.")
-@cli.thresholds
+@promises.thresholds
 @options.path("--adapter", "PEFT adapter to merge into the classifier.", "DIR")
 @options.flag("--all-targets", "Build and certify every target for CPUs that this machine can.")
 @options.path("--single-file", "Also write one ONNX file with the exits and the rule.", "DIR")
 @options.flag("--force", "Replace an existing engines folder.")
 @options.quiet
 @options.as_json
-@cli.confidence
+@promises.confidence
 @options.option(
     "--group-column",
     "NAME",
@@ -98,15 +99,9 @@ def main(
     Most other texts certify that at most 1 % of its decisions change on new texts; the rest are
     only measured. An interrupted conversion continues when the same command is given again.
     """
-    percent = {kind: settings.pop(kind) for kind in _PROMISED}
-    shares = {kind: value / 100 for kind, value in percent.items() if value is not None}
-    options.only_with("missed false_alarms", thresholds, "--threshold")
+    shares = promises.taken_shares(settings) or {"changed_answers": 0.01}
+    bound = promises.bound_of(shares, thresholds, confidence)
     reading = options.read_options(settings)
-    bound = Bound(
-        confidence=0.95 if confidence is None else confidence / 100,
-        thresholds=cli.thresholds_of(thresholds),
-        **(shares or {"flips": 0.01}),
-    )
     wanted = replace(msgspec.convert(settings | {"reading": reading}, ConvertOptions), bound=bound)
     folder = output or Path("engines")
     require("export")
@@ -120,8 +115,8 @@ def main(
         logging.getLogger("fpabee.exporter.convert").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
-    from ..convert.workflow import convert
-    from ..single_file import pack
+    from ..exporter.convert.workflow import convert
+    from ..exporter.single_file import pack
 
     # Its bars and warnings are about weights that are not used.
     of_transformers: Any = transformers_logging

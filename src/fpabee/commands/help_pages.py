@@ -21,7 +21,7 @@ class _Formatter(click.RichHelpFormatter):
     def write_error(self, e: click.ClickException) -> None:
         """Write a usage error as one line, like all errors."""
         # `fpabee --help` and shell completion should not load numpy.
-        from .runtime.errors import in_one_line
+        from ..runtime.errors import in_one_line
 
         message = in_one_line(e.format_message())
         context = e.ctx if isinstance(e, click.UsageError) else None

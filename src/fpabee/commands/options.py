@@ -14,8 +14,8 @@ import rich_click as click
 from click import get_current_context
 from click.core import ParameterSource
 
-from ..files import ReadOptions
-from ..rules.rules import RULES, ExitRule
+from ..runtime.files import ReadOptions
+from ..runtime.rules.rules import RULES, ExitRule
 from .command import option_of
 
 Function = Callable[..., Any]

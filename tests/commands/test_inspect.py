@@ -13,15 +13,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 from fpabee import __version__
+from fpabee.commands.inspect import main
 from fpabee.runtime import Budget
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
 from fpabee.runtime.artifact.manifest import REFERENCE_NAME
 from fpabee.runtime.artifact.reference import read_reference, write_reference
-from fpabee.runtime.cli.inspect import main
 from fpabee.runtime.machine import CudaDevice
 
-from ...bad_input.cases import corrected
-from ...doubles.device import install
+from ..bad_input.cases import corrected
+from ..doubles.device import install
 
 
 def run(*arguments: object) -> Result:

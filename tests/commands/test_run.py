@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from fpabee.commands.run import main
 from fpabee.runtime import (
     Budget,
     Engine,
@@ -22,10 +23,9 @@ from fpabee.runtime import (
     Pabee,
     Pcee,
 )
-from fpabee.runtime.cli.run import main
 
-from ...closeness import assert_probabilities
-from ..running import Run, write_lines
+from ..closeness import assert_probabilities
+from ..runtime.running import Run, write_lines
 
 TEXTS = ["the film is not bad", "rain", "", "turn the lights off in the morning", "the " * 100]
 
@@ -166,7 +166,7 @@ def test_a_bug_keeps_its_traceback(
         main([str(bert), str(source)])
 
 
-COMMAND = [sys.executable, "-c", "from fpabee.runtime.cli.run import main; main()"]
+COMMAND = [sys.executable, "-c", "from fpabee.commands.run import main; main()"]
 
 
 def test_as_a_process_any_locale_gives_utf8(bert: Path, tmp_path: Path) -> None:

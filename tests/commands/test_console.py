@@ -9,8 +9,8 @@ from threading import Semaphore
 import pytest
 from rich.table import Table
 
-from fpabee.runtime.cli import console as console_module
-from fpabee.runtime.cli.console import PlainConsole, echo, step_progress
+from fpabee.commands import console as console_module
+from fpabee.commands.console import PlainConsole, echo, step_progress
 from fpabee.runtime.errors import InputError, printable
 
 NASTY = "\x1b[31mred\x07\r\n\x9b2J\u202eeslaf\x7f [bold]x[/bold] :fire:"

@@ -14,7 +14,7 @@ import sys
 from importlib import import_module
 module, *arguments = sys.argv[1:]
 try:
-    import_module(f"fpabee.exporter.cli.{module}").main(arguments)
+    import_module(f"fpabee.commands.{module}").main(arguments)
 finally:
     print(*{"torch", "transformers"} & {*sys.modules})
 """

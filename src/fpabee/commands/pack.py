@@ -8,12 +8,11 @@ from pathlib import Path
 
 import rich_click as click
 
-from ...runtime.cli import options
-from ...runtime.cli.command import command
-from ...runtime.cli.console import echo, step_progress
-from ...runtime.files import ReadOptions, read_rows
-from ...runtime.machine import require
-from ...runtime.rules.words import rule_in_words
+from ..runtime.machine import require
+from ..runtime.rules.words import rule_in_words
+from . import options
+from .command import command
+from .console import echo, step_progress
 
 _TRANSFORMERS_JS = "transformers.js"
 
@@ -38,7 +37,6 @@ fpabee-pack engines/ -o web/ --layout transformers.js
     ["huggingface", _TRANSFORMERS_JS],
     default="huggingface",
 )
-@options.path("--verify-data", "More texts to verify with, in any format of fpabee-run.")
 @options.quiet
 @options.as_json
 def main(
@@ -47,7 +45,6 @@ def main(
     operating_point: str | None,
     target: str | None,
     layout: str,
-    verify_data: Path | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -56,14 +53,11 @@ def main(
     Any runtime for ONNX runs it, in any language. It is best at one or few texts at a time.
     """
     require("graphs")
-    from ..single_file import pack
+    from ..exporter.single_file import pack
 
-    texts = []
-    if verify_data is not None:
-        texts = [row.content for row in read_rows(verify_data, ReadOptions())]
     with step_progress(quiet) as progress:
         for_js = layout == _TRANSFORMERS_JS
-        packed = pack(engines, output, target, operating_point, for_js, texts, progress)
+        packed = pack(engines, output, target, operating_point, for_js, progress)
     if as_json:
         click.echo(json.dumps(packed.to_dict() | {"file": str(packed.file)}))
         return

@@ -1,4 +1,4 @@
-"""The frame of every command: its help page, `--version`, and errors in one line."""
+"""The frame of every command: its help page, and errors in one line."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from typing import Any
 import rich_click as click
 from rich.text import Text
 
-from ... import __version__
-from ...help_pages import LOOK, Command
-from ..errors import FpabeeError
+from ..runtime.errors import FpabeeError
 from .console import echo
+from .help_pages import LOOK, Command
 
 READING = {"Reading files": "--column"}
 
@@ -45,8 +44,7 @@ def command(examples: str, panels: Mapping[str, str]) -> Callable[[Callable[...,
             context_settings={"show_default": True, "rich_help_config": LOOK},
             epilog=Text("\n".join(["Examples:", *lines])),
         )
-        made: Command = make(click.version_option(__version__)(exits_with_one_line(function)))
-        made.params.append(made.params.pop(0))  # --version, which stands beside --help
+        made: Command = make(exits_with_one_line(function))
         return made
 
     return decorate

@@ -7,24 +7,24 @@ from importlib import import_module
 import rich_click as click
 from rich.text import Text
 
-from . import __version__
+from .. import __version__
 from .help_pages import LOOK, Command, Group
 
 # The module of each command, which is loaded when the command is used, and its line in the list.
 COMMANDS = {
     "convert": (
-        "fpabee.exporter.cli.convert",
+        "fpabee.commands.convert",
         "Make a classifier faster, without labels and with a guarantee.",
     ),
-    "train": ("fpabee.exporter.cli.train", "Train a multi-exit classifier."),
-    "export": ("fpabee.exporter.cli.export", "Compile a trained model into an engines folder."),
-    "build": ("fpabee.exporter.cli.build", "Add targets to an engines folder, by their names."),
-    "calibrate": ("fpabee.calibration.cli", "Choose operating points on labelled rows."),
-    "run": ("fpabee.runtime.cli.run", "Classify the texts of files."),
-    "serve": ("fpabee.runtime.cli.serve", "Answer texts over HTTP."),
-    "pack": ("fpabee.exporter.cli.pack", "Write one ONNX file with the exits and the rule inside."),
+    "train": ("fpabee.commands.train", "Train a multi-exit classifier."),
+    "export": ("fpabee.commands.export", "Compile a trained model into an engines folder."),
+    "build": ("fpabee.commands.build", "Add targets to an engines folder, by their names."),
+    "calibrate": ("fpabee.commands.calibrate", "Choose operating points on labelled rows."),
+    "run": ("fpabee.commands.run", "Classify the texts of files."),
+    "serve": ("fpabee.commands.serve", "Answer texts over HTTP."),
+    "pack": ("fpabee.commands.pack", "Write one ONNX file with the exits and the rule inside."),
     "inspect": (
-        "fpabee.runtime.cli.inspect",
+        "fpabee.commands.inspect",
         "Show what an engines folder contains and which targets run here.",
     ),
 }

@@ -9,17 +9,9 @@ from typing import Any
 
 import rich_click as click
 
-from ...runtime.artifact.manifest import MANIFEST_NAME, ProblemType
-from ...runtime.cli import options
-from ...runtime.cli.command import READING, command, in_terms_of_options
-from ...runtime.cli.console import echo, step_progress
-from ...runtime.cli.options import only_with
-from ...runtime.errors import InputError
-from ...runtime.files import read_rows
-from ...runtime.machine import require
-from ..paths import check_model_dir, check_output, resolved
-from ..targets.build import build_targets
-from ..targets.builders import (
+from ..exporter.paths import check_model_dir, check_output, resolved
+from ..exporter.targets.build import build_targets
+from ..exporter.targets.builders import (
     BUILDERS,
     FP16_TARGETS,
     INT8_TARGETS,
@@ -27,7 +19,15 @@ from ..targets.builders import (
     buildable,
     check_enough,
 )
+from ..runtime.artifact.manifest import MANIFEST_NAME, ProblemType
+from ..runtime.errors import InputError
+from ..runtime.files import read_rows
+from ..runtime.machine import require
+from . import options
 from .build import next_steps, refusal, show, to_dict
+from .command import READING, command, in_terms_of_options
+from .console import echo, step_progress
+from .options import only_with
 
 
 @command(
@@ -102,7 +102,7 @@ def main(
         require("quantize")
         asked.append(_buildable(INT8_TARGETS))
     require("export")
-    from ..pipeline import ExportOptions, export
+    from ..exporter.pipeline import ExportOptions, export
 
     wanted = ExportOptions(
         exits=exits,

@@ -11,15 +11,15 @@ import rich_click as click
 from rich import box
 from rich.table import Table
 
-from ..artifact.folder import EnginesFolder, resolve
-from ..artifact.manifest import Manifest
-from ..artifact.operating_point import OperatingPoint
-from ..engine import Engine
-from ..errors import FpabeeError, VerificationError
-from ..hub import engines_folder
-from ..machine import environment, providers
-from ..rules.words import settings_in_words
-from ..targets import backend_class, rule_of, target_of
+from ..runtime.artifact.folder import EnginesFolder, resolve
+from ..runtime.artifact.manifest import Manifest
+from ..runtime.artifact.operating_point import OperatingPoint
+from ..runtime.engine import Engine
+from ..runtime.errors import FpabeeError, VerificationError
+from ..runtime.hub import engines_folder
+from ..runtime.machine import environment, providers
+from ..runtime.rules.words import settings_in_words
+from ..runtime.targets import backend_class, rule_of, target_of
 from . import options
 from .command import command, in_terms_of_options
 from .console import echo, table_console

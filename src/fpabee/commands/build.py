@@ -10,15 +10,15 @@ from typing import Any
 
 import rich_click as click
 
-from ...runtime.cli import options
-from ...runtime.cli.command import READING, command, in_terms_of_options
-from ...runtime.cli.console import echo, step_progress
-from ...runtime.errors import FpabeeError, InputError
-from ...runtime.files import read_rows
-from ...runtime.targets import why_not
-from ..targets.build import BuildResult, build_targets
-from ..targets.builders import BUILDERS
-from ..targets.plans import PlanOptions
+from ..exporter.targets.build import BuildResult, build_targets
+from ..exporter.targets.builders import BUILDERS
+from ..exporter.targets.plans import PlanOptions
+from ..runtime.errors import FpabeeError, InputError
+from ..runtime.files import read_rows
+from ..runtime.targets import why_not
+from . import options
+from .command import READING, command, in_terms_of_options
+from .console import echo, step_progress
 
 _NAMES = "; ".join(f"{name}: {builder.needs}" for name, builder in BUILDERS.items())
 

@@ -20,9 +20,9 @@ from rich import progress as bars
 from rich.console import Console
 from rich.text import Text
 
-from ..errors import printable
-from ..files.job import Job
-from ..progress import Progress
+from ..runtime.errors import printable
+from ..runtime.files.job import Job
+from ..runtime.progress import Progress
 
 _WIDE = 1000
 _UPDATE_SECONDS = 0.2

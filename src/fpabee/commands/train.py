@@ -13,13 +13,13 @@ import rich_click as click
 from click import get_current_context
 from rich.table import Table
 
-from ...runtime.artifact.manifest import ProblemType
-from ...runtime.cli import options
-from ...runtime.cli.command import READING, command, in_terms_of_options
-from ...runtime.cli.console import echo, step_progress, table_console
-from ...runtime.errors import InputError
-from ...runtime.machine import require
-from ..training.options import TrainOptions, check_training
+from ..exporter.training.options import TrainOptions, check_training
+from ..runtime.artifact.manifest import ProblemType
+from ..runtime.errors import InputError
+from ..runtime.machine import require
+from . import options
+from .command import READING, command, in_terms_of_options
+from .console import echo, step_progress, table_console
 
 
 @command(
@@ -93,7 +93,7 @@ def main(
     check_training(output, wanted)  # before the slow imports
     from transformers.utils import logging as transformers_logging
 
-    from ..training.workflow import train
+    from ..exporter.training.workflow import train
 
     # Its bars and warnings are about weights that a multi-exit model does not use.
     logging: Any = transformers_logging

@@ -13,23 +13,23 @@ from typing import Any
 import rich_click as click
 from click.testing import CliRunner
 
+from fpabee.commands.command import exits_with_one_line
 from fpabee.runtime import errors
-from fpabee.runtime.cli.command import exits_with_one_line
 from fpabee.runtime.errors import FpabeeError, InputError
 from fpabee.runtime.files import ReadOptions
 from fpabee.runtime.rules.rules import RULES
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = {
-    "convert": "fpabee.exporter.cli.convert",
-    "train": "fpabee.exporter.cli.train",
-    "export": "fpabee.exporter.cli.export",
-    "build": "fpabee.exporter.cli.build",
-    "pack": "fpabee.exporter.cli.pack",
-    "calibrate": "fpabee.calibration.cli",
-    "run": "fpabee.runtime.cli.run",
-    "serve": "fpabee.runtime.cli.serve",
-    "inspect": "fpabee.runtime.cli.inspect",
+    "convert": "fpabee.commands.convert",
+    "train": "fpabee.commands.train",
+    "export": "fpabee.commands.export",
+    "build": "fpabee.commands.build",
+    "pack": "fpabee.commands.pack",
+    "calibrate": "fpabee.commands.calibrate",
+    "run": "fpabee.commands.run",
+    "serve": "fpabee.commands.serve",
+    "inspect": "fpabee.commands.inspect",
 }
 
 

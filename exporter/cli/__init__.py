@@ -1,1 +1,0 @@
-"""The commands of the exporter: convert, train, export and pack."""

@@ -1,1 +1,0 @@
-"""The commands `fpabee-run`, `fpabee-serve` and `fpabee-inspect`, and what all commands share."""
