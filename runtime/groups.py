@@ -108,8 +108,8 @@ class Group:
 
     @property
     def exit(self) -> int:
-        """The exit that was read last; 0 before exit 1."""
-        return self.segment if self.running is None else self.segment - 1
+        """The exit that was read last, between two segments; 0 before exit 1."""
+        return self.segment
 
     def take(self, rows: RowNumbers) -> Group:
         """A new group of some of the rows, given by their places, before segment 1."""

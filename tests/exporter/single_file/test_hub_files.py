@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,9 @@ CERTIFICATE = Certificate(
 
 
 @pytest.fixture
-def folder(
-    exit_0_engines: Mapping[str, Path], tmp_path: Path, set_points: Callable[..., None]
-) -> Path:
+def folder(engine_copy: Callable[..., Path], set_points: Callable[..., None]) -> Path:
     """An engines folder as a conversion leaves it, with figures that are made up."""
-    folder = Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
+    folder = engine_copy(exit_0=True)
     set_points(folder, FP32, changed_answers=Confidence(threshold=0.6, exit_0_threshold=0.9))
     manifest = read_manifest(folder)
     target = manifest.targets[FP32]

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ FULL = {"error": "the queue is full -> try again later", "error_type": "Overload
 
 @pytest.fixture
 def shown(
-    exit_0_engines: Mapping[str, Path], set_points: Callable[..., None], tmp_path: Path
+    engine_copy: Callable[..., Path], set_points: Callable[..., None], tmp_path: Path
 ) -> Callable[..., Any]:
     """Classifies a text on the page; the answers of some addresses may be replaced."""
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is not installed")
-    folder = Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
+    folder = engine_copy(exit_0=True)
     set_points(folder, default="safe", safe=Confidence(threshold=1.0, exit_0_threshold=2.0))
 
     def run(text: str, pair: str = "", **replaced: Any) -> Any:

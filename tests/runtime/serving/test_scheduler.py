@@ -569,7 +569,7 @@ def test_logits_that_are_not_finite(engine: Engine, monkeypatch: pytest.MonkeyPa
 
     def spoiled(*arguments: Any) -> Any:
         logits = enqueue(*arguments)().copy()
-        logits[0] = np.nan
+        logits[0, 1] = np.nan
         return lambda: logits
 
     with Scheduler(engine) as scheduler:
