@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from .. import __version__
-from ..runtime.agreement import BATCH_LIMIT, Agreement
+from ..calibration.progress import Progress, silent
 from ..runtime.artifact.folder import EnginesFolder, sha256_of
 from ..runtime.artifact.manifest import (
     CLASSIFIER_NAME,
@@ -28,10 +28,10 @@ from ..runtime.artifact.manifest import (
     Task,
 )
 from ..runtime.artifact.reference import write_reference
+from ..runtime.check import BATCH_LIMIT, Agreement
 from ..runtime.encoding import Text, TextEncoder, padding_values
 from ..runtime.errors import ModelError
 from ..runtime.exit_0 import ExitZero
-from ..runtime.progress import Progress, silent
 from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import FPabee
 from . import segments
@@ -136,7 +136,7 @@ def export(
             contains `model_dir`.
         ArtifactError: the output folder exists, or cannot be written.
         MissingExtraError: torch or another package of `fpabee[export,cpu]` is not installed.
-        VerificationError: the segments differ too much from the model; nothing is written.
+        CheckError: the segments differ too much from the model; nothing is written.
 
     Example:
         ```python

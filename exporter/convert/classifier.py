@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...runtime.agreement import EXPORT_LIMIT, logit_differences
 from ...runtime.artifact.manifest import ProblemType
+from ...runtime.check import EXPORT_LIMIT, logit_differences
 from ...runtime.errors import ModelError, first_line
 from ..backbones import build_encoder, family_of
 from ..checkpoint import (

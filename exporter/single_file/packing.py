@@ -7,12 +7,12 @@ from pathlib import Path
 import msgspec
 import onnx
 
+from ...calibration.progress import Progress, silent
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import CLASSIFIER_NAME
 from ...runtime.artifact.reference import read_reference
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError
 from ...runtime.exit_0 import ExitZero
-from ...runtime.progress import Progress, silent
 from ...runtime.targets import rule_of, target_of
 from ..onnx_file import graphs_of, load_graphs
 from ..paths import check_new, resolved
@@ -58,7 +58,7 @@ def pack(
         ArtifactError: the engines folder is damaged, or the output folder exists.
         BackendError: the folder has no such target, or it does not run ONNX graphs in fp32 or int8.
         RuleError: the target has no such point, or its rule cannot be a graph.
-        VerificationError: the graph does not agree with the segments; nothing is written.
+        CheckError: the graph does not agree with the segments; nothing is written.
 
     Example:
         ```python

@@ -12,12 +12,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...runtime.agreement import Agreement
+from ...calibration.progress import Progress, silent
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import Manifest, with_operating_points
+from ...runtime.check import Agreement
 from ...runtime.encoding import Text
 from ...runtime.errors import ArtifactError, FpabeeError
-from ...runtime.progress import Progress, silent
 from ...runtime.targets import why_not
 from ..staging import locked
 from .builders import Builder, Workbench, builder_of, check_enough

@@ -12,15 +12,15 @@ from typing import Any
 
 import msgspec
 
-from ...runtime.agreement import Logits
+from ...calibration.progress import Progress
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import BuiltFile, Graph, Target
 from ...runtime.backends.cuda import packages
 from ...runtime.backends.tensorrt import MODULES
+from ...runtime.check import Logits
 from ...runtime.encoding import Text
 from ...runtime.errors import BackendError, FpabeeError, InputError, MissingExtraError
 from ...runtime.machine import cuda_device, require
-from ...runtime.progress import Progress
 from ...runtime.targets import backend_class
 from ..staging import replacing, unique_name
 from .backends import ONNXRUNTIME, OPENVINO, RTX, TENSORRT, version_of

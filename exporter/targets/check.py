@@ -13,7 +13,10 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from ...runtime.agreement import (
+from ...calibration.progress import Progress
+from ...runtime.artifact.folder import EnginesFolder
+from ...runtime.artifact.manifest import Manifest
+from ...runtime.check import (
     EXPORT_REQUIREMENTS,
     REQUIREMENTS,
     Agreement,
@@ -21,11 +24,8 @@ from ...runtime.agreement import (
     compare,
     must_pass,
 )
-from ...runtime.artifact.folder import EnginesFolder
-from ...runtime.artifact.manifest import Manifest
 from ...runtime.encoding import Text
 from ...runtime.engine import Engine
-from ...runtime.progress import Progress
 from ...runtime.rules.rules import ExitRule
 from ...runtime.targets import open_backend, rule_of, target_of
 
@@ -45,7 +45,7 @@ def check_chain(engine: Engine, texts: Sequence[Text], expected: Logits) -> Agre
         expected: `[exits, rows, labels]` of the PyTorch model.
 
     Raises:
-        VerificationError: logits, labels or exits differ too much.
+        CheckError: logits, labels or exits differ too much.
     """
     alone = [engine.trace([text]).logits for text in texts[:_ALONE]]
     logits = np.concatenate([engine.trace(texts).logits, *alone], axis=1)
@@ -89,7 +89,7 @@ def check_logits(
         precision: a name of `REQUIREMENTS`.
 
     Raises:
-        VerificationError: too many labels or exits differ.
+        CheckError: too many labels or exits differ.
     """
     first_exit = manifest.exits.stop - len(logits)
     required = REQUIREMENTS[precision]

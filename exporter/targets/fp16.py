@@ -20,14 +20,14 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from ...runtime.agreement import Logits
+from ...calibration.progress import Progress
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import LOGITS
 from ...runtime.artifact.reference import read_reference
 from ...runtime.backends.onnxruntime import cpu_session, session_options
+from ...runtime.check import Logits
 from ...runtime.encoding import Text, TextEncoder, padded_batches, padding_values
 from ...runtime.errors import ModelError
-from ...runtime.progress import Progress
 from ...runtime.rules.rules import ExitRule
 from ..onnx_file import graph_runs, in_head, load_graphs
 from .check import check_logits
@@ -55,7 +55,7 @@ def lowered_graphs(
         Each graph as an `onnx.ModelProto`, by its name.
 
     Raises:
-        VerificationError: values overflow, or too many labels or exits change.
+        CheckError: values overflow, or too many labels or exits change.
         ModelError: a weight does not fit into fp16.
     """
     manifest = engines.manifest

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...calibration.progress import Progress
 from ...runtime.artifact.folder import EnginesFolder, sha256_of
 from ...runtime.artifact.manifest import BuiltFile, Target
 from ...runtime.backends.tensorrt import MODULES, library_version
 from ...runtime.errors import BackendError
 from ...runtime.machine import cuda_device
-from ...runtime.progress import Progress
 from ..staging import replacing, unique_name
 from .backends import RTX
 from .plan_worker import PlanRequest

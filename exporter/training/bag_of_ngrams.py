@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...calibration.progress import Progress
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.encoding import EncodedRow
 from ...runtime.errors import ModelError
 from ...runtime.exit_0 import ExitZero, ngrams
-from ...runtime.progress import Progress
 from ..exit_0_files import unigrams_of
 from ..model import MultiExitModel, predict
 from .examples import Examples

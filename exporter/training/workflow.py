@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from transformers import AutoModel, set_seed
 
-from ...calibration.trace import data_sha256
+from ...calibration.progress import Progress, silent
 from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.errors import InputError, ModelError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
-from ...runtime.files.labels import Labels, encode_labels
-from ...runtime.progress import Progress, silent
+from ...runtime.files.rows import data_sha256, encode_labels
+from ...runtime.quality import Labels
 from ..checkpoint import (
     check_weight,
     load_config,

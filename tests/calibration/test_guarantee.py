@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import comb
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_the_rows_that_are_needed(share: float, level: float, expected: tuple[in
 
 
 @pytest.mark.parametrize("metric", ["macro_f1", "matthews"])
-def test_the_drop_of_an_f1_passes_two_tests(metric: str) -> None:
+def test_the_drop_of_an_f1_passes_two_tests(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few right answers are lost, but those of a rare label are a large part of the metric."""
     truth = (np.arange(3000) < 60).astype(np.int64)
     rows = two_exits(np.arange(3000) < 20, truth)
@@ -138,6 +139,11 @@ def test_the_drop_of_an_f1_passes_two_tests(metric: str) -> None:
     }
     assert early == {"accuracy": True, metric: False}
     assert certified(rows, Bound(drop=0.4), metric).rule != Budget(exit=2)
+    interval = Mock(return_value=(0.0, 0.0))
+    monkeypatch.setattr(guarantee, "drop_interval", interval)
+    certified(rows, Bound(drop=0.4, confidence=0.9), metric)
+    _, _, share, _ = interval.call_args.args
+    assert share == pytest.approx(0.8), "10 % on the one side that counts"
 
 
 def test_the_sequence_is_fixed_and_becomes_bolder() -> None:
@@ -203,7 +209,7 @@ def test_every_promise_must_pass_and_each_is_about_its_own_rows() -> None:
         ("changed_answers", None, 1972),
         ("missed", "b", 181),
     ]
-    assert found.certificate.thresholds == thresholds
+    assert found.certificate.label_thresholds == thresholds
 
 
 def test_texts_near_a_threshold_are_not_certain() -> None:
@@ -218,7 +224,7 @@ def test_texts_near_a_threshold_are_not_certain() -> None:
         with_costs(rows, "agreement"), Bound(changed_answers=0.02, thresholds={"b": 0.7}), "ab"
     )
     assert isinstance(found.rule, Confidence)
-    assert found.rule.decision_thresholds == (1.0, 0.7)
+    assert found.rule.label_thresholds == (1.0, 0.7)
     exits = exits_of(found.rule, rows)
     assert (exits[::2] == 1).all()
     assert (exits[1::2] == 3).mean() > 0.8

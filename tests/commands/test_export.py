@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from fpabee.calibration.progress import Progress
 from fpabee.commands import export as command
 from fpabee.commands.export import main
 from fpabee.exporter.targets import BuildResult, backends, builders
-from fpabee.runtime import BackendError, FpabeeError, VerificationError
+from fpabee.runtime import BackendError, CheckError, FpabeeError
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text
-from fpabee.runtime.progress import Progress
 
 from ..bad_input.cases import change_config, change_json
 
@@ -48,7 +48,7 @@ def test_success_says_what_was_made_and_how_to_go_on(bert: Path, tmp_path: Path)
     assert "check" in result.stderr, "progress goes to stderr"
 
 
-def test_options_reach_the_export_and_quiet_json_is_one_object(bert: Path, tmp_path: Path) -> None:
+def test_quiet_json_is_one_object(bert: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bert, tmp_path / "model"))
     change_json(copy / "config.json", lambda c: c["fpabee"].update(label_thresholds=[0, 0.5, 1, 1]))
     change_config(copy, problem_type=None)
@@ -125,7 +125,7 @@ def test_it_fails_if_nothing_is_kept_of_what_was_asked_for(
         assert len(texts) == 32
         asked.extend(names)
         refused: dict[str, FpabeeError] = {
-            name: VerificationError("it changes answers")
+            name: CheckError("it changes answers")
             for name in names
             if name.endswith("int8") and name not in left
         }

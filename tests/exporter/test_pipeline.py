@@ -18,12 +18,12 @@ from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.pipeline import BUILT_IN_TEXTS
 from fpabee.exporter.targets.check import check_chain
 from fpabee.runtime import Engine, Trace
-from fpabee.runtime.agreement import BATCH_LIMIT, EXPORT_LIMIT, Agreement
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
 from fpabee.runtime.artifact.manifest import SCHEMA_VERSION
 from fpabee.runtime.artifact.reference import read_reference
+from fpabee.runtime.check import BATCH_LIMIT, EXPORT_LIMIT, Agreement
 from fpabee.runtime.encoding import Text
-from fpabee.runtime.errors import ArtifactError, VerificationError
+from fpabee.runtime.errors import ArtifactError, CheckError
 
 from ..bad_input.cases import change_json
 from ..closeness import assert_exported
@@ -210,7 +210,7 @@ def test_a_chain_that_differs_is_named_and_the_old_folder_stays(
     old = engine_copy("albert")
     before = contents(old)
     monkeypatch.setattr(Engine, "trace", wrong)
-    with pytest.raises(VerificationError, match="from exit 2 on"):
+    with pytest.raises(CheckError, match="from exit 2 on"):
         export(bert, old, ExportOptions(force=True))
     assert contents(old) == before
     assert [path.name for path in tmp_path.iterdir()] == ["engines"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ from numpy.typing import NDArray
 from fpabee.runtime import (
     ArtifactError,
     Budget,
+    CheckError,
     Confidence,
     Engine,
     ExitRule,
     FPabee,
     Pabee,
     RuleError,
-    VerificationError,
     read_manifest,
 )
 from fpabee.runtime.artifact.folder import EnginesFolder
@@ -42,8 +41,8 @@ def engine(exit_0_engines: Mapping[str, Path]) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def folder(exit_0_engines: Mapping[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
+def folder(engine_copy: Callable[..., Path]) -> Path:
+    return engine_copy(exit_0=True)
 
 
 def row(*ids: int, pair_start: int | None = None) -> EncodedRow:
@@ -246,5 +245,5 @@ def test_the_check_finds_the_exit_0_of_another_model(folder: Path) -> None:
     add_exit_0(folder, seed=5)
     reference.write_bytes(kept)
     correct_reference(folder)
-    with Engine.load(folder, threads=1) as engine, pytest.raises(VerificationError):
+    with Engine.load(folder, threads=1) as engine, pytest.raises(CheckError):
         engine.check()

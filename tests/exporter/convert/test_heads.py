@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fpabee.calibration.progress import silent
 from fpabee.exporter.convert.classifier import Classifier
 from fpabee.exporter.convert.heads import (
     choose_form,
@@ -19,7 +20,6 @@ from fpabee.exporter.convert.heads import (
 )
 from fpabee.exporter.convert.options import Form
 from fpabee.exporter.exit_config import Pooling
-from fpabee.runtime.progress import silent
 
 from ...closeness import assert_exported
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fpabee.calibration.progress import silent
 from fpabee.exporter import staging
 from fpabee.exporter.targets import (
     BuildResult,
@@ -30,16 +31,15 @@ from fpabee.exporter.targets.plan_worker import PlanRequest
 from fpabee.runtime import (
     ArtifactError,
     BackendError,
+    CheckError,
     Engine,
     FPabee,
     InputError,
-    VerificationError,
     read_manifest,
 )
-from fpabee.runtime.agreement import EXPORT_LIMIT, REQUIREMENTS, logit_differences
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.backends import openvino
-from fpabee.runtime.progress import silent
+from fpabee.runtime.check import EXPORT_LIMIT, REQUIREMENTS, logit_differences
 
 from ...bad_input.cases import changed_heads, contents
 from ...doubles.device import Double
@@ -128,7 +128,7 @@ def test_a_target_that_changes_answers_is_not_kept(
     before = contents(folder)
     no_labels_suffice(monkeypatch, "fp32")
     refused = add(folder, FP32).refused[FP32]
-    assert isinstance(refused, VerificationError)
+    assert isinstance(refused, CheckError)
     assert "not the model that was exported" in str(refused)
     assert contents(folder) == before
 
@@ -153,7 +153,7 @@ def test_texts_are_checked_as_well_and_are_within_the_tolerance(
         assert tolerance is not None
         expected = logit_differences(logits, more[1]).max()
         assert abs(tolerance - expected) <= max(EXPORT_LIMIT, measured or 0.0)
-    with pytest.raises(VerificationError, match=r"from exit 1 on \(2 texts\).* another target"):
+    with pytest.raises(CheckError, match=r"from exit 1 on \(2 texts\).* another target"):
         checked_target(engines, FP32, (texts, -logits), silent)
     without = engines.keep_targets(lambda name, _: name == FP32)
     with pytest.raises(BackendError, match="no target 'onnxruntime-fp32'"):

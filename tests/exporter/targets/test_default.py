@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,16 +15,16 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
+from fpabee.calibration.progress import silent
 from fpabee.calibration.result import make_default
 from fpabee.commands.inspect import main as inspect
 from fpabee.exporter.targets import BuildResult, build_targets, default
 from fpabee.exporter.targets.builders import OPENVINO_TARGETS, buildable
 from fpabee.runtime import BackendError, Budget, Engine, read_manifest
-from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.backends import openvino
+from fpabee.runtime.check import REQUIREMENTS
 from fpabee.runtime.core import Core
-from fpabee.runtime.progress import silent
 
 pytest.importorskip("openvino")
 
@@ -197,6 +198,4 @@ def test_a_target_with_the_operating_points_of_the_default_runs_instead(
     set_points(folder, "slow", fast=Budget(exit=1))
     with Engine.load(folder, operating_point="fast") as engine:
         assert engine.target == "slow"
-    assert "slow runs instead of the default target default, without the operating points safe" in (
-        caplog.text
-    )
+    assert re.search("slow runs instead of .* default, without .* safe", caplog.text)

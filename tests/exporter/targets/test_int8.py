@@ -19,6 +19,7 @@ import onnx
 import pytest
 from one_graph import write_one_graph
 
+from fpabee.calibration.progress import Progress
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.onnx_file import in_head
 from fpabee.exporter.targets import build, build_targets, int8
@@ -34,14 +35,13 @@ from fpabee.runtime import (
     machine,
     read_manifest,
 )
-from fpabee.runtime.agreement import REQUIREMENTS, Agreement
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.artifact.untrusted.graph_content import check_graph
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.backends.onnxruntime import cpu_session
+from fpabee.runtime.check import REQUIREMENTS, Agreement
 from fpabee.runtime.encoding import Text
-from fpabee.runtime.progress import Progress
 
 from ...bad_input.cases import contents
 from ...closeness import assert_close

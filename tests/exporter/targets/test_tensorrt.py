@@ -14,6 +14,7 @@ import onnx
 import pytest
 from onnx import helper
 
+from fpabee.calibration.progress import Progress, silent
 from fpabee.exporter.targets import build_targets, builders, tensorrt
 from fpabee.exporter.targets.backends import RTX, TENSORRT
 from fpabee.exporter.targets.plan_worker import PlanRequest
@@ -29,7 +30,6 @@ from fpabee.runtime import ArtifactError, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.machine import CudaDevice
-from fpabee.runtime.progress import Progress, silent
 
 from ...bad_input.cases import corrected, with_loop
 from ...doubles.device import Double

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fpabee.calibration.progress import silent
 from fpabee.exporter.exit_config import MultiExitConfig
 from fpabee.exporter.training import TrainOptions, bag_of_ngrams
 from fpabee.exporter.training.bag_of_ngrams import BagOfNgrams, Vocabulary, train_exit_0
@@ -22,7 +23,6 @@ from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError, ModelError
 from fpabee.runtime.exit_0 import ExitZero
 from fpabee.runtime.files import Row
-from fpabee.runtime.progress import silent
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL

@@ -93,7 +93,7 @@ def test_a_training_writes_a_model_its_scores_and_a_model_card(
         f"| 0 | 0 | {report.scores['dev'][0]['accuracy']:.4f} |",
         f"| 2 | 2 | {accuracies[1]:.4f} |",
         "after the layers 1, 2:",
-        "Exit 0 can answer before layer 1. It is a bag of words and word pairs (0.4 MB)",
+        "bag of words and word pairs (0.4 MB)",
         f"torch {version('torch')}",
     ):
         assert part in card
