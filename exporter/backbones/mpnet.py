@@ -28,7 +28,7 @@ class MPNet(Roberta):
 
         # Not a module, so that segment 1 does not contain the weights of the layers.
         def bias(hidden_states: Tensor) -> Tensor:
-            found: Tensor = self.encoder.encoder.compute_position_bias(hidden_states[:1])
-            return found
+            position_bias: Tensor = self.encoder.encoder.compute_position_bias(hidden_states[:1])
+            return position_bias
 
         return Embeddings(self.encoder.embeddings, None, _BIAS, bias, DistanceTable)
