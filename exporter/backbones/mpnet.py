@@ -23,7 +23,7 @@ class MPNet(Roberta):
     def embeddings(self) -> Embeddings:
         """The embeddings, and the position bias `[1, heads, sequence, sequence]`.
 
-        An export reads it from a table, because computing it takes forty small operations.
+        An export reads it from a table, because computing it takes many small operations.
         """
 
         # Not a module, so that segment 1 does not contain the weights of the layers.

@@ -2,8 +2,8 @@
 
 The segments of an engines folder become a flat chain of `If` nodes, one for each exit. Its
 condition is whether all rows have stopped. If they have, what the rule carries is handed on, and
-otherwise the next segment and the rule run. A branch that is nested in another one would take
-runtimes twice as long to load for each level.
+otherwise the next segment and the rule run. The chain is flat, because runtimes take twice as long
+to load a branch for each level that it is nested.
 """
 
 from __future__ import annotations
