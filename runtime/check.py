@@ -99,17 +99,17 @@ def logit_sizes(logits: Logits) -> NDArray[np.float32]:
     return np.where(np.isfinite(sizes), sizes, 1.0).astype(np.float32)
 
 
-def logit_differences(found: Logits, expected: Logits) -> NDArray[np.float32]:
+def logit_differences(logits: Logits, expected: Logits) -> NDArray[np.float32]:
     """The largest difference of a logit in each row, divided by the size of the row.
 
     Args:
-        found: `[..., labels]`.
+        logits: `[..., labels]`.
         expected: the same of the model, which give the sizes, see `logit_sizes`.
 
     Returns:
         `[...]` float32; NaN where a logit is not a number.
     """
-    return np.asarray(np.abs(found - expected).max(axis=-1, initial=0.0) / logit_sizes(expected))
+    return np.asarray(np.abs(logits - expected).max(axis=-1, initial=0.0) / logit_sizes(expected))
 
 
 def requirements_of(name: str, manifest: Manifest) -> Requirements:
@@ -205,7 +205,7 @@ def must_pass(agreement: Agreement, what: str, hint: str) -> None:
 
 
 def compare(
-    found: Logits,
+    logits: Logits,
     expected: Logits,
     rule: ExitRule,
     task: Task,
@@ -215,16 +215,16 @@ def compare(
     """Compare the logits of a target with those of the fp32 PyTorch model.
 
     Args:
-        found: `[exits, rows, labels]` float32 of the target.
+        logits: `[exits, rows, labels]` float32 of the target.
         expected: the same of the model.
         rule: the rule whose exits are compared.
         task: what the labels are, and their thresholds.
         required: how closely they must agree, and what is a near tie.
         first_exit: the exit of the first logits.
     """
-    finite = np.isfinite(found).all(axis=-1)
-    logits = np.where(np.isfinite(found), found, 0.0).astype(np.float32)
-    differences = logit_differences(found, expected)
+    finite = np.isfinite(logits).all(axis=-1)
+    differences = logit_differences(logits, expected)
+    logits = np.where(np.isfinite(logits), logits, 0.0).astype(np.float32)
     rounding = EXPORT_LIMIT * logit_sizes(expected)
     tie = np.maximum(required.tie, rounding)
     score_tie = np.maximum(required.score_tie, _SCORE_PER_LOGIT * rounding)
@@ -245,7 +245,7 @@ def compare(
         # For a row that stops at another exit, the first exit where only one of the two stops it.
         bad_exits |= {*np.minimum(exits, expected_exits)[~(same_exits | close_exits)]}
     return Agreement(
-        rows=found.shape[1],
+        rows=logits.shape[1],
         max_logit_difference=float(differences.max(initial=0.0)),
         label_agreement=_share(same_labels[~ties]),
         exit_agreement=exit_agreement,

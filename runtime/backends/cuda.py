@@ -31,8 +31,10 @@ GATHER = np.dtype(
 )
 """What `gather.cu` reads: addresses, sizes in bytes, and the bytes of padding."""
 
-# A block of 256 threads gathers this many bytes of a row, in words of 8 bytes.
+_THREADS = 256
+"""Threads of a block."""
 _GATHERED_BYTES = 8192
+"""Bytes of a row that a block gathers, in words of 8 bytes."""
 _DRIVER_TOO_OLD = 35  # cudaErrorInsufficientDriver: cuda-bindings are for a newer CUDA
 
 
@@ -147,9 +149,20 @@ class Cuda:
         """
         values = np.array([plan.ctypes.data], np.uint64)
         blocks = -(-int(plan["pitch"][0]) // _GATHERED_BYTES)
-        launch = self._driver.cuLaunchKernel
-        shape = (rows, blocks, 1, 256, 1, 1)
-        self._check_driver(launch(self._gather_rows, *shape, 0, stream, values.ctypes.data, 0))
+        status = self._driver.cuLaunchKernel(
+            self._gather_rows,
+            rows,  # blocks in x, y and z
+            blocks,
+            1,
+            _THREADS,  # threads of a block in x, y and z
+            1,
+            1,
+            0,  # bytes of shared memory
+            stream,
+            values.ctypes.data,
+            0,  # no other options
+        )
+        self._check_driver(status)
 
     @functools.cached_property
     def _driver(self) -> Any:

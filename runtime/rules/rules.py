@@ -304,13 +304,13 @@ class ExitRule(msgspec.Struct, frozen=True, kw_only=True, tag_field="name"):
             RuleError: the rule or a setting does not exist, a setting is missing, or it has a
                 wrong value.
         """
-        given = dict(settings)
-        name = given.pop("name", None)
+        values = dict(settings)
+        name = values.pop("name", None)
         kind = RULES.get(name) if isinstance(name, str) else None
         if kind is None:
             raise RuleError(f"exit rule {name!r} does not exist", f"choose from {', '.join(RULES)}")
         try:
-            return kind(**given)
+            return kind(**values)
         except TypeError as error:  # a name that is missing or unknown
             known = ", ".join(f"`{field}`" for field in kind.__struct_fields__)
             raise RuleError(f"rule {name}: {error}", f"its settings are {known}") from None

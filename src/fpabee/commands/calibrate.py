@@ -129,8 +129,8 @@ def main(
             echo(f"next: {shlex.join(following)}")
     # The report comes last, because an error in it should not lose the calibration.
     if as_json:
-        found = [to_dict(result) for result in results]
-        click.echo(msgspec.json.encode(found if all_targets else found[0]).decode())
+        contents = [to_dict(result) for result in results]
+        click.echo(msgspec.json.encode(contents if all_targets else contents[0]).decode())
     if report is not None:
         write_report(result, report)
         echo(f"report: {report}", err=as_json)

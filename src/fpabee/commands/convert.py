@@ -163,15 +163,15 @@ def _show(result: Conversion) -> None:
         echo(f"warning: {warning}")
 
 
-def _guarantee(found: Converted, calibrated: str) -> str:
+def _guarantee(converted: Converted, calibrated: str) -> str:
     """What a target guarantees, or why it does not; a promise may not need all texts."""
-    if found.certificate is None:
-        alone = f"alone changes {100 * found.full_depth_changed:.2f} % of the decisions"
-        return f"{found.target} {alone}; no guarantee, so all layers run: {found.refusal}"
-    confidence = found.certificate.confidence
-    thresholds = found.certificate.label_thresholds
+    if converted.certificate is None:
+        alone = f"alone changes {100 * converted.full_depth_changed:.2f} % of the decisions"
+        return f"{converted.target} {alone}; no guarantee, so all layers run: {converted.refusal}"
+    confidence = converted.certificate.confidence
+    thresholds = converted.certificate.label_thresholds
     words = []
-    for promise in found.certificate.promises:
+    for promise in converted.certificate.promises:
         flagged = f"{promise.label!r} (above {thresholds.get(promise.label or '', 0):g})"
         promised = _PROMISED[promise.of].format(f"{promise.at_most:g} %", flagged)
         words.append(f"at most {promised} (tested on {promise.rows:,} of {calibrated} texts)")

@@ -280,7 +280,7 @@ def test_confidences_close_to_1_stay_distinct(task: ProblemType) -> None:
 
 
 @pytest.mark.parametrize("task", ProblemType)
-def test_a_row_near_a_decision_threshold_is_not_certain(task: ProblemType) -> None:
+def test_a_row_near_a_label_threshold_is_not_certain(task: ProblemType) -> None:
     """Of three labels only the second one decides; its probabilities are from 1 % to 99 %."""
     p = np.array([0.72, 0.2, 0.01, 0.99])
     logits = np.zeros((2, 4, 3), np.float32)
@@ -302,7 +302,7 @@ def test_a_row_near_a_decision_threshold_is_not_certain(task: ProblemType) -> No
         assert ExitRule.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
     plain = Confidence(threshold=0.5)
     assert "label_thresholds" not in plain.to_dict()
-    with pytest.raises(RuleError, match="2 decision thresholds, but 3 labels"):
+    with pytest.raises(RuleError, match="2 label thresholds, but 3 labels"):
         simulate(logits, replace(rule, label_thresholds=(0.5, 0.5)), task, first_exit=0)
     with pytest.raises(RuleError, match="label_thresholds"):
         Confidence(threshold=0.9, label_thresholds=(0.0, 0.5))
