@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -287,9 +288,9 @@ def exits_near_ties(
     is_relative = score_tolerance is None
     moved = _SCORE_PER_LOGIT * np.asarray(tolerance) if score_tolerance is None else score_tolerance
     unsure = np.zeros(logits.shape[1], np.bool_)
-    for by, rows in _steps(np.broadcast_to(moved, logits.shape[:2]).max(axis=0, initial=0.0)):
+    for by, rows in _by_movement(np.broadcast_to(moved, logits.shape[:2]).max(axis=0, initial=0.0)):
         low, high = (
-            _exits(logits[:, rows], rule.shifted(each, is_relative), task, first_exit)
+            _exits(logits[:, rows], shifted(rule, each, is_relative), task, first_exit)
             for each in (-by, by)
         )
         unsure[rows] = low != high
@@ -298,7 +299,33 @@ def exits_near_ties(
     return unsure
 
 
-def _steps(moved: Array) -> Iterator[tuple[float, NDArray[np.intp]]]:
+def shifted(rule: ExitRule, by: float, is_relative: bool = False) -> ExitRule:
+    """A rule with all its thresholds moved by `by`, up if more rows shall stop.
+
+    A row whose scores change by less than the thresholds stops no earlier and no later than under
+    the rule shifted up and the rule shifted down.
+
+    Args:
+        rule: the rule.
+        by: how far.
+        is_relative: whether a threshold below 1 moves only by `by` times its root. When logits
+            change a little, small scores change less than large ones: entropies and 1 - max p in
+            proportion to themselves, and divergences in proportion to their root.
+    """
+
+    def movement(thresholds: Array) -> Array:
+        return by * np.sqrt(np.clip(thresholds, 0, 1)) if is_relative else np.asarray(by)
+
+    moved = rule.with_stop_threshold(rule.stop_thresholds + movement(rule.stop_thresholds))
+    if rule.exit_0_threshold is None:
+        return moved
+    # A confidence is from 0 to 1, so nothing changes beyond the limits of the setting.
+    downwards = float(movement(np.asarray(1 - rule.exit_0_threshold)))
+    limit = min(max(rule.exit_0_threshold - downwards, 0.0), 2.0)
+    return msgspec.structs.replace(moved, exit_0_threshold=limit)
+
+
+def _by_movement(moved: Array) -> Iterator[tuple[float, NDArray[np.intp]]]:
     """Rows whose scores move about as much, because a rule is shifted for many rows at once.
 
     Args:

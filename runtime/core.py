@@ -141,13 +141,21 @@ class Core:
             runner = self.full_depth
         return runner if max_exit is None else self._runner(runner.rule.capped(max_exit))
 
+    def check_open(self) -> None:
+        """Check that the engine can run.
+
+        Raises:
+            BackendError: the engine is closed, or this process was forked after it was loaded.
+        """
+        self.backend.check_open()
+
     def chain(self) -> Chain:
         """A chain of the segments, for code that chains segments itself, as `Scheduler` does.
 
         Raises:
             BackendError: the engine is closed, or this process was forked after it was loaded.
         """
-        self.backend.check_open()
+        self.check_open()
         return Chain(self.backend, self.limits, self._exit_0)
 
     def run(

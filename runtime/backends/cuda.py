@@ -104,10 +104,10 @@ class Cuda:
         array = np.ctypeslib.as_array(memory).view(np.uint8)[: count * dtype.itemsize]
         return PinnedArray(array.view(dtype).reshape(shape), int(pointer))
 
-    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+    def copy(self, to: int, source: int, size: int, stream: int) -> None:
         """Enqueue a copy of `size` bytes between two addresses, on the host or the device."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
-        self._check(self._runtime.cudaMemcpyAsync(target, source, size, kind, stream))
+        self._check(self._runtime.cudaMemcpyAsync(to, source, size, kind, stream))
 
     def stream(self) -> int:
         """Create a stream that does not wait for the default stream."""
@@ -144,7 +144,7 @@ class Cuda:
 
         Args:
             plan: `[1]` of type `GATHER`; the driver copies it.
-            rows: rows of the target, at most as many as the plan has sources.
+            rows: rows to write, at most as many as the plan has sources.
             stream: the stream.
         """
         values = np.array([plan.ctypes.data], np.uint64)

@@ -127,17 +127,17 @@ class OpenVinoBackend(HostBackend):
         return (RuntimeError, MemoryError)
 
     def limits(self) -> Limits:
-        """Any shape, rounded up to steps, so that prepared requests can be used again."""
+        """Any shape, rounded up to few sizes, so that prepared requests can be used again."""
         limits = super().limits()
         uses_amx = self.target.precision != "fp32" and "amx_tile" in cpu_info().get("flags", "")
         step = _AMX_STEP if uses_amx else _LENGTH_STEP
-        lengths = steps(limits.max_sequence, _LENGTH_STEP, _FINE_LENGTHS)
-        short = () if uses_amx else steps(min(_SHORT, lengths[-1]), _SHORT_STEP, _SHORT)
+        lengths = padded_sizes(limits.max_sequence, _LENGTH_STEP, _FINE_LENGTHS)
+        short = () if uses_amx else padded_sizes(min(_SHORT, lengths[-1]), _SHORT_STEP, _SHORT)
         return replace(
             limits,
-            batch_sizes=steps(limits.max_batch, _ROW_STEP, _FINE_ROWS),
+            batch_sizes=padded_sizes(limits.max_batch, _ROW_STEP, _FINE_ROWS),
             sequence_lengths=tuple(sorted({*short, *lengths})),
-            lengths_alone=steps(limits.max_sequence, step, _FINE_LENGTHS),
+            lengths_alone=padded_sizes(limits.max_sequence, step, _FINE_LENGTHS),
         )
 
     def tensor(self, array: NDArray[Any], spec: TensorSpec) -> Any:
@@ -233,7 +233,7 @@ def openvino_version() -> str:
     return str(ov.__version__).split("-")[0]
 
 
-def steps(most: int, finest: int, fine_up_to: int) -> tuple[int, ...]:
+def padded_sizes(most: int, finest: int, fine_up_to: int) -> tuple[int, ...]:
     """The sizes to pad to, ascending to the largest.
 
     Args:

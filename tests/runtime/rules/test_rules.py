@@ -33,6 +33,7 @@ from fpabee.runtime import (
     Signal,
     simulate,
 )
+from fpabee.runtime.check import shifted
 from fpabee.runtime.rules.rules import ThresholdRule
 from fpabee.runtime.rules.runner import PatienceState, RuleRunner
 
@@ -373,7 +374,7 @@ def test_a_threshold_of_exit_0_moves_within_its_limits(
     threshold: float, moved: tuple[float, float]
 ) -> None:
     rule = Pabee(patience=1, exit_0_threshold=threshold)
-    assert (rule.shifted(-0.3).exit_0_threshold, rule.shifted(0.3).exit_0_threshold) == moved
+    assert (shifted(rule, -0.3).exit_0_threshold, shifted(rule, 0.3).exit_0_threshold) == moved
 
 
 @pytest.mark.parametrize("make", [np.array, list, lambda numbers: (np.float32(0.5), 2)])
@@ -394,7 +395,7 @@ def test_logits_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 def test_scores_that_move_by_less_than_the_shift_stay_between_the_shifted_rules(
     logits: Logits, task: ProblemType, rule: ExitRule, by: float
 ) -> None:
-    low, high = rule.shifted(-by), rule.shifted(by)
+    low, high = shifted(rule, -by), shifted(rule, by)
     if isinstance(rule, ThresholdRule):
         np.testing.assert_allclose(high.stop_thresholds - rule.stop_thresholds, by, atol=1e-9)
     exits = [simulate(logits, each, task).exits for each in (low, rule, high)]
