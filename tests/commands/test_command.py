@@ -19,7 +19,7 @@ from fpabee.runtime.errors import FpabeeError, InputError
 from fpabee.runtime.files import ReadOptions
 from fpabee.runtime.rules.rules import RULES
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "convert": "fpabee.commands.convert",
     "train": "fpabee.commands.train",

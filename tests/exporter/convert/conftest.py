@@ -166,16 +166,16 @@ def converted(
     calls: dict[str, Any] = {}
 
     def noting(name: str, function: Any) -> Any:
-        def call(*given: Any) -> Any:
-            calls[name] = given
-            return function(*given)
+        def call(*given: Any, **named: Any) -> Any:
+            calls[name] = (*given, named) if named else given
+            return function(*given, **named)
 
         return call
 
     folder = tmp_path_factory.mktemp("converted") / "engines"
     with pytest.MonkeyPatch.context() as patch:
         quickly(patch)
-        for name in ("choose_form", "train_heads", "learn", "certify_target"):
+        for name in ("choose_form", "train_heads", "learn", "calibrate"):
             patch.setattr(workflow, name, noting(name, getattr(workflow, name)))
         result = convert(telling[SINGLE.value], texts, folder, OPTIONS)
     return Converted(folder, result, calls)
