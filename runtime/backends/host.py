@@ -38,14 +38,13 @@ from .base import (
     shape_of,
 )
 
-# Memory of a binding besides its buffers (measured): a third of the total for one short text.
+# Memory of a binding besides its buffers.
 _BINDING_BYTES = 5 * 2**10
-# Measured on two cores: with fewer tokens the matrix kernels are less efficient, and more tokens
-# do not fit into the caches.
+# With fewer tokens the matrix kernels are less efficient, and more do not fit into the caches.
 _GROUP_TOKENS = 1024
 _MAX_BATCH = 256
 # Bytes of a cache line, where buffers start. NumPy only aligns them to 16 bytes, so one vector
-# instruction could read two lines. On a CPU with AMX, a single text then took about 2 % longer.
+# instruction could read two lines.
 _CACHE_LINE = 64
 _LESS_MEMORY = "use shorter or fewer texts at a time: there is not enough free memory"
 
