@@ -265,5 +265,4 @@ class _PointMaker:
         return self._outcome(scorer, exits_of(rule, scorer.rows))
 
     def _outcome(self, scorer: Scorer, exits: Integers) -> Outcome:
-        costs = self.costs.row_costs(scorer.rows.lengths)
-        return outcome(scorer, exits, costs, self.engine.manifest.exit_layers)
+        return outcome(scorer, exits, self.engine.manifest.exit_layers)

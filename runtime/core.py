@@ -215,11 +215,7 @@ class Core:
         return make_predictions(self.manifest, stopped, missed)
 
     def reset_tally(self) -> Tally:
-        """Start the tally again from zero; returns it as it was.
-
-        Raises:
-            BackendError: this process was forked after the engine was loaded.
-        """
+        """Start the tally again from zero, see `Engine.reset_tally`."""
         self.backend.origin.check()
         with self._tally_lock:
             before = self.tally
@@ -267,14 +263,7 @@ class Core:
     ) -> Iterator[Decision]:
         """Run a window of rows until the rule or the deadline has stopped all of them.
 
-        Args:
-            rows: the rows of the window.
-            runner: their rule.
-            deadline: when their answers should be there, in seconds of `perf_counter`.
-
-        Raises:
-            BackendError: as in `Engine.run_encoded`.
-            ArtifactError: a segment that is loaded now is missing or damaged.
+        The arguments and errors are those of `run`.
         """
         window = Group.of(np.arange(len(rows)), rows, runner, deadline, self.limits)
         with self.chain() as chain:

@@ -222,7 +222,7 @@ def test_every_answer_is_in_the_schema(server: Server, path: str, data: st.DataO
         (400, "truncated", b""),
         (400, "malformed", b"{input: 5}"),
         (400, "UTF-8", b'{"input": "\xff"}'),
-        (400, "escape", b'{"input": "\\ud800"}'),
+        (400, "", b'{"input": "\\ud800"}'),
         (400, "unknown field `temperature`", {"input": "a", "temperature": 1}),
         (400, "", {"input": "a", "extra": json.loads("[" * 500 + "]" * 500)}),
         (400, "$.input[0]", {"input": [None]}),
