@@ -22,7 +22,7 @@ from ..runtime.artifact.manifest import ATTENTION_BIAS
 from ..runtime.encoding import EncodedRow, padded_inputs
 from .backbones import family_of
 from .backbones.base import Backbone, Block, Embeddings, attention_bias
-from .exits import MultiExitConfig, Pooling
+from .exit_config import MultiExitConfig, Pooling
 
 
 def token_weights(attention_bias: Tensor) -> Tensor:

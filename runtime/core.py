@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from time import perf_counter
 
@@ -48,6 +48,7 @@ class Core:
         limits: the shapes that the target runs.
         max_length: tokens to which texts are truncated, special tokens included.
         window_bytes: memory of the rows that run at the same time, in bytes, see `windows`.
+        clock: the time in seconds, by which deadlines are given.
         full_depth: runs every layer for every row.
         in_use: the name of the operating point in use, if it is one, and the rule of calls that
             give none. One attribute, so that a thread never sees the rule of one point with the
@@ -73,6 +74,7 @@ class Core:
         self.backend = backend
         self.limits = backend.limits()
         self.window_bytes = _WINDOW_BYTES
+        self.clock: Callable[[], float] = perf_counter
         self._row_bytes = lru_cache(None)(partial(row_bytes, self.manifest, self.limits))
         self._exit_0 = ExitZero.load(engines)
         self._exits = self.manifest.exits
@@ -156,7 +158,7 @@ class Core:
             BackendError: the engine is closed, or this process was forked after it was loaded.
         """
         self.check_open()
-        return Chain(self.backend, self.limits, self._exit_0)
+        return Chain(self.backend, self.limits, self._exit_0, self.clock)
 
     def run(
         self, rows: Sequence[EncodedRow], runner: RuleRunner, deadline: float = math.inf
@@ -166,7 +168,7 @@ class Core:
         Args:
             rows: the rows of the window.
             runner: their rule.
-            deadline: when their answers should be there, in seconds of `perf_counter`.
+            deadline: when their answers should be there, in seconds of `clock`.
 
         Raises:
             BackendError: as in `Engine.run_encoded`.
@@ -245,13 +247,13 @@ class Core:
         seconds = []
         with self.chain() as chain:
             for exit_number in self._exits:
-                started = perf_counter()
+                started = self.clock()
                 if exit_number == 0:
                     chain.ask_exit_0(group)
                 else:
                     chain.enqueue(group)
                     chain.finish()
-                seconds.append(perf_counter() - started)
+                seconds.append(self.clock() - started)
         return seconds
 
     def _runner(self, rule: ExitRule) -> RuleRunner:

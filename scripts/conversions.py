@@ -5,9 +5,9 @@
 
 Each classifier is fine-tuned with plain Transformers code on half of the training rows. The other
 half and dev, without their labels, are the texts of the conversion, which promises at most 1 %
-changed answers: those that differ from the answers of the classifier in PyTorch and fp32. Beside it
-there are conversions of fewer texts, and with linear heads; exit 0 alone, with all layers for the
-texts that it does not answer; and an encoder that was cut to its first half before the same
+changed answers: those that differ from the answers of the classifier in PyTorch and fp32. Beside
+it there are conversions of fewer texts, and with linear heads; exit 0 alone, with all layers for
+the texts that it does not answer; and an encoder that was cut to its first half before the same
 training. With `--times`, conversions are timed against the classifier as one graph in ONNX Runtime
 and OpenVINO, in turns; nothing else should run on the machine then.
 
@@ -55,7 +55,7 @@ from fpabee.commands.command import exits_with_one_line
 from fpabee.commands.convert import to_dict
 from fpabee.exporter.convert import convert, heads
 from fpabee.exporter.convert.texts import split
-from fpabee.exporter.exits import Pooling
+from fpabee.exporter.exit_config import Pooling
 from fpabee.exporter.training.workflow import has_fast_bf16
 from fpabee.runtime import Budget, Engine
 from fpabee.runtime.files import read_rows

@@ -292,11 +292,14 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def engine_copy(engines: Mapping[str, Path], tmp_path: Path) -> Callable[..., Path]:
+def engine_copy(
+    engines: Mapping[str, Path], exit_0_engines: Mapping[str, Path], tmp_path: Path
+) -> Callable[..., Path]:
     """Copies an engines folder, so that a test may damage it."""
 
-    def copy(family: str = "bert", name: str = "engines") -> Path:
-        return Path(shutil.copytree(engines[family], tmp_path / name))
+    def copy(family: str = "bert", name: str = "engines", exit_0: bool = False) -> Path:
+        source = exit_0_engines if exit_0 else engines
+        return Path(shutil.copytree(source[family], tmp_path / name))
 
     return copy
 
@@ -351,7 +354,7 @@ def make_model(family: str, folder: Path, width: int = 32, layers: int = 3, **si
 
     from fpabee.exporter.backbones import build_encoder
     from fpabee.exporter.checkpoint import save_checkpoint
-    from fpabee.exporter.exits import MultiExitConfig, Pooling
+    from fpabee.exporter.exit_config import MultiExitConfig, Pooling
     from fpabee.exporter.model import MultiExitModel
 
     tiny = _TINY[family]

@@ -19,7 +19,7 @@ from ...calibration.guarantee import sequence
 from ...calibration.progress import Progress
 from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer
 from ...calibration.search import StopScores
-from ..exits import Pooling
+from ..exit_config import Pooling
 from ..model import Head, MultiExitModel, Transform
 from ..training.trainer import label_loss, probabilities
 from .classifier import Classifier

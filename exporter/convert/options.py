@@ -11,7 +11,7 @@ from ...runtime.artifact.manifest import ProblemType
 from ...runtime.errors import BackendError, InputError, whole_number
 from ...runtime.files import ReadOptions
 from ...runtime.targets import MOST_THREADS
-from ..exits import Pooling
+from ..exit_config import Pooling
 
 
 @dataclass(frozen=True)

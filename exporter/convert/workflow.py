@@ -40,7 +40,7 @@ from ...runtime.rules.measures import Integers, Mask, Outputs
 from ...runtime.rules.rules import Budget
 from ...runtime.targets import runnable_targets
 from ..checkpoint import save_checkpoint
-from ..exit_0 import save_exit_0
+from ..exit_0_files import save_exit_0
 from ..model import MultiExitModel
 from ..paths import check_output
 from ..pipeline import ExportOptions, export
@@ -49,8 +49,8 @@ from ..targets.build import build_targets
 from ..targets.builders import INT8_TARGETS, OPENVINO_TARGETS, buildable
 from ..targets.check import FP32_TARGET
 from ..tokenizer import load_tokenizer, pad_id, row_limit
+from ..training.bag_of_ngrams import learn
 from ..training.examples import Examples, encoded_rows
-from ..training.exit_0 import learn
 from ..training.trainer import probabilities
 from .classifier import Classifier
 from .heads import choose_form, store, train_heads

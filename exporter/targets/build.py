@@ -21,7 +21,7 @@ from ...runtime.errors import ArtifactError, FpabeeError
 from ...runtime.targets import why_not
 from ..staging import locked
 from .builders import Builder, Workbench, builder_of, check_enough
-from .check import verified_target
+from .check import checked_target
 from .default import with_fastest_default
 from .plans import PlanOptions
 
@@ -156,7 +156,7 @@ def _add(bench: Workbench, builder: Builder) -> tuple[str, Agreement | None]:
     agreement = None
     if why_not(engines.manifest, name) is None:
         more = builder.more_texts(bench)
-        engines, agreement = verified_target(engines, name, more, bench.progress)
+        engines, agreement = checked_target(engines, name, more, bench.progress)
     engines = _with_old_points(bench.engines, engines, name)
     engines.write()
     bench.engines = engines

@@ -148,7 +148,7 @@ def check_enough(texts: Sequence[Text]) -> None:
 
 
 def gives_ranges(place: int) -> bool:
-    """Whether the text at a place gives int8 ranges; the others judge the result."""
+    """Whether the text at a place gives int8 ranges; the others check the result."""
     return place < 2 * _MOST_RANGES and place % 2 == 0
 
 
@@ -249,7 +249,7 @@ class _Int8(_Cpu):
         return engines, self._record(files)
 
     def more_texts(self, bench: Workbench) -> tuple[Sequence[Text], Logits] | None:
-        """Texts that gave the ranges do not judge the result."""
+        """Texts that gave the ranges do not check the result."""
         if bench.exact is None:
             return None
         texts, logits = bench.exact

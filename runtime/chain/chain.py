@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -55,6 +55,7 @@ class Chain:
         backend: its pool lends what runs segments, when the first row needs it.
         limits: the shapes that it runs.
         exit_0: the classifier before layer 1; None: there is none.
+        clock: the time in seconds, of deadlines too.
 
     Attributes:
         running: the groups whose segments run, oldest first.
@@ -65,6 +66,7 @@ class Chain:
     backend: Backend
     limits: Limits
     exit_0: ExitZero | None = None
+    clock: Callable[[], float] = perf_counter
     running: deque[Group] = field(default_factory=deque, init=False)
     seconds: float = field(default=0.0, init=False)
     current: Group | None = field(default=None, init=False)
@@ -152,7 +154,7 @@ class Chain:
 
     def soon(self, segments: int = 1) -> float:
         """When so many more segments are done, if they take as long as the last one."""
-        return perf_counter() + (len(self.running) + segments) * self.seconds
+        return self.clock() + (len(self.running) + segments) * self.seconds
 
     def ask_exit_0(self, group: Group) -> list[Decision]:
         """Apply the rule at exit 0 to new rows; no decision if the model has no exit 0."""
@@ -244,7 +246,7 @@ class Chain:
             group.encoded = group.encoded[:0]
         elif len(group) < group.hidden.rows:
             self._gather([group])
-        started = perf_counter()
+        started = self.clock()
         group.running = Running(self.execution.enqueue(group.hidden), started)
         self.running.append(group)
 
@@ -256,7 +258,7 @@ class Chain:
         assert running is not None
         group.running = None
         logits = running.outputs()[group.places]
-        now = perf_counter()
+        now = self.clock()
         # A device runs one segment after another.
         self.seconds = now - max(running.started, self._finished)
         self._finished = now

@@ -23,7 +23,7 @@ class Running:
 
     Attributes:
         outputs: those of the exit at its end.
-        started: when it was started, in seconds of `perf_counter`.
+        started: when it was started, in seconds of the chain's clock.
     """
 
     outputs: Outputs
@@ -39,7 +39,7 @@ class Group:
         rows: `[rows]` what the rows are to the caller, such as their numbers in a window.
         encoded: `[rows]` their tokens, until segment 1 has been started.
         lengths: `[rows]` how many tokens they have.
-        deadlines: `[rows]` when their answers should be there, in seconds of `perf_counter`.
+        deadlines: `[rows]` when their answers should be there, in seconds of the chain's clock.
         state: what the rule remembers of them.
         hidden: their hidden states; None before segment 1.
         places: `[rows]` where they are in the hidden states, and in the logits of a segment.
@@ -108,8 +108,8 @@ class Group:
 
     @property
     def exit(self) -> int:
-        """The exit that was read last; 0 before exit 1."""
-        return self.segment if self.running is None else self.segment - 1
+        """The exit that was read last, between two segments; 0 before exit 1."""
+        return self.segment
 
     def take(self, rows: RowNumbers) -> Group:
         """A new group of some of the rows, given by their places, before segment 1."""

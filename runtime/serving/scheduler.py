@@ -10,7 +10,6 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,7 +45,7 @@ class _Row:
     Attributes:
         encoded: its tokens.
         future: its answer.
-        arrived: when it was submitted, in seconds of `perf_counter`.
+        arrived: when it was submitted, in seconds of the engine's clock.
         deadline: when it should be answered, in the same seconds.
         turn: the round that it belongs to, see `Scheduler`. Rows of a round are in the order of
             their arrival.
@@ -144,7 +143,7 @@ class Scheduler:
         max_exit: int | None = None,
     ) -> list[Future[Prediction]]:
         """Queue several texts, or none of them if one is refused; see `submit`."""
-        arrived = perf_counter()
+        arrived = self._core.clock()
         with self._accepted(len(texts)) as futures:
             self._queue(futures, self._core.encode(texts), deadline_ms, max_exit, arrived)
         return futures
@@ -170,7 +169,7 @@ class Scheduler:
         Returns:
             One prediction for each text, in the same order. Cancelling this cancels the rows.
         """
-        arrived = perf_counter()
+        arrived = self._core.clock()
         with self._accepted(len(texts)) as futures:
             rows = await self._encode(texts)
             if check is not None:
@@ -342,7 +341,7 @@ class Scheduler:
         if group is not None and self._metrics is not None:
             self._metrics.ran(len(group))
             if group.hidden is None:
-                now = perf_counter()
+                now = self._core.clock()
                 self._metrics.started([now - row.arrived for row in group.rows])
         decision = chain.step(group)
         if decision is not None:
@@ -384,7 +383,7 @@ class Scheduler:
     def _choose(self, chain: Chain) -> Group | None:
         """The group that runs next, which may be a new one."""
         ready = self._joined(chain)
-        now = perf_counter()
+        now = self._core.clock()
 
         def gain(group: Group) -> tuple[float, int]:
             left = chain.backend.segments - group.segment
@@ -443,7 +442,7 @@ class Scheduler:
         ]
         if not numbers:
             return
-        now = perf_counter()
+        now = self._core.clock()
         rows = decision.rows[numbers].tolist()
         try:
             stopped = Stopped(

@@ -66,8 +66,7 @@ def test_three_points_by_default_and_the_runtime_runs_them(folder: Path, data: P
     assert f"next: fpabee-run {folder} texts.txt --target {TARGET}" in output
     assert "balanced (default): " in output
     assert "best setting of each kind" not in output
-    assert "No guarantee: every text runs through all layers, since full depth has 0" in output
-    assert "at most 0.5 points of drop: 598 texts are the least, and 3,900 give a good" in output
+    assert re.search("No guarantee: .* all layers, .* 0 .* 0.5 points .* 598 .* 3,900", output)
     texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
     for name, point in points.items():
         assert output.count(f" {name} ") == 1 + (name == "balanced"), "once in the table"
@@ -159,10 +158,10 @@ def test_what_too_few_rows_cannot_guarantee_runs_at_full_depth(
     """Decisions need no labels, and what is needed is said before anything runs."""
     bare = tmp_path / "my texts.txt"
     bare.write_text("\n".join(row.text for row in label_rows(folder)) + "\n")
-    needs = "at most 1 % changed answers: 299 texts are the least, and 1,960 give a good chance"
     result = run(folder, "--data", bare, "--changed", 1)
     assert result.exit_code == 0
-    assert [record.message for record in caplog.records] == [needs]
+    (needs,) = (record.message for record in caplog.records)
+    assert re.search("1 % changed answers: 299 texts .* 1,960 ", needs)
     summary = result.stdout.splitlines()
     assert any("No guarantee" in line and f"in 120 texts; {needs}" in line for line in summary)
     target = read_manifest(folder).targets[TARGET]
@@ -177,10 +176,10 @@ def test_what_too_few_rows_cannot_guarantee_runs_at_full_depth(
         (
             0.4,
             (-0.5, 1.3),
-            "on rows that did not choose it: 0.40 points lost (95 %: 0.50 gained to 1.30 lost)",
+            "0.40 points lost (95 %: 0.50 gained to 1.30 lost)",
         ),
         # The half of the interval is 1.7 points, and a goal of 1 needs 1.7^2 times as many rows.
-        (1.2, (-0.5, 2.9), "more than the goal of 1; about 450 rows would tell more"),
+        (1.2, (-0.5, 2.9), "about 450 rows would tell more"),
     ],
 )
 def test_a_goal_that_was_missed_says_how_many_rows_would_help(
@@ -276,16 +275,10 @@ def test_a_label_that_is_lost_is_named(
     assert warning.startswith(f"at balanced, True, {mean:.2f}; a promise about missed texts")
 
 
-@pytest.mark.usefixtures("measured")
-def test_only_the_rules_that_are_named_are_chosen(folder: Path, tmp_path: Path) -> None:
-    """The texts and labels are in columns with other names."""
-    lines = [f"{(row.labels or '-')[0]},{row.text},other" for row in label_rows(folder)]
-    table = tmp_path / "dev.csv"
-    table.write_text("\n".join(["gold,sentence,text", *lines]) + "\n")
-    columns = ("--column", "text=sentence", "--column", "label=gold")
-    given = (*columns, "--rule", "energy", "--rule", "pcee", "--json")
-    content = json.loads(said(folder, "--data", table, *given, "--max-drop", 5))
-    assert {point["rule"]["name"] for point in content["points"]} <= {"energy", "pcee", "budget"}
+def test_only_the_rules_that_are_named_are_chosen(calibrated: Callable[..., Calibration]) -> None:
+    rules = ("energy", "pcee")
+    result = calibrated(rules=rules, goals={"close": Goal(max_drop=5.0)})
+    assert result.points[0].rule.name in (*rules, "budget")
 
 
 @pytest.mark.usefixtures("measured")

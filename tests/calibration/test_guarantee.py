@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import comb
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -128,7 +129,7 @@ def test_the_rows_that_are_needed(share: float, level: float, expected: tuple[in
 
 
 @pytest.mark.parametrize("metric", ["macro_f1", "matthews"])
-def test_the_drop_of_an_f1_passes_two_tests(metric: str) -> None:
+def test_the_drop_of_an_f1_passes_two_tests(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few right answers are lost, but those of a rare label are a large part of the metric."""
     truth = (np.arange(3000) < 60).astype(np.int64)
     rows = two_exits(np.arange(3000) < 20, truth)
@@ -138,6 +139,11 @@ def test_the_drop_of_an_f1_passes_two_tests(metric: str) -> None:
     }
     assert early == {"accuracy": True, metric: False}
     assert certified(rows, Bound(drop=0.4), metric).rule != Budget(exit=2)
+    interval = Mock(return_value=(0.0, 0.0))
+    monkeypatch.setattr(guarantee, "drop_interval", interval)
+    certified(rows, Bound(drop=0.4, confidence=0.9), metric)
+    _, _, share, _ = interval.call_args.args
+    assert share == pytest.approx(0.8), "10 % on the one side that counts"
 
 
 def test_the_sequence_is_fixed_and_becomes_bolder() -> None:

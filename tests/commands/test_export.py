@@ -45,10 +45,10 @@ def test_success_says_what_was_made_and_how_to_go_on(bert: Path, tmp_path: Path)
     assert made.startswith(f"{folder}: 3 segments, ")
     assert re.fullmatch(r"added onnxruntime-fp32: verified on \d+ texts", verified)
     assert after == f"next: fpabee-calibrate {folder} --data DATA"
-    assert "verify" in result.stderr, "progress goes to stderr"
+    assert "check" in result.stderr, "progress goes to stderr"
 
 
-def test_options_reach_the_export_and_quiet_json_is_one_object(bert: Path, tmp_path: Path) -> None:
+def test_quiet_json_is_one_object(bert: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bert, tmp_path / "model"))
     change_json(copy / "config.json", lambda c: c["fpabee"].update(label_thresholds=[0, 0.5, 1, 1]))
     change_config(copy, problem_type=None)

@@ -22,6 +22,7 @@ from fpabee.runtime.machine import CudaDevice
 
 from ..bad_input.cases import corrected
 from ..doubles.device import install
+from ..runtime.running import line_with
 
 
 def run(*arguments: object) -> Result:
@@ -41,12 +42,12 @@ def test_a_folder_is_described(
         "mpnet, 3 layers of 32",
         "exit layers: 1, 2, 3",
         "onnxruntime-fp32 (default)",
-        "\noperating point safe (default) of onnxruntime-fp32: no guarantee; goal: drop at most "
-        "0.5 points; 1.00 layers per text\n",
         " yes",
         "rule without an operating point: fpabee jskd 0.1\n",
     ):
         assert part in result.stdout
+    facts = ("no guarantee", "at most 0.5 points", "1.00 layers per text")
+    assert line_with(result.stdout, "point safe (default) of onnxruntime-fp32", *facts)
     content = json.loads(run(folder, "--env", "--json").stdout)
     assert content["exit_layers"] == [1, 2, 3]
     (target,) = content["targets"]

@@ -14,7 +14,6 @@ from fpabee.commands.train import main
 from fpabee.exporter.training import TrainOptions, workflow
 from fpabee.exporter.training.report import DataSource, TrainReport
 from fpabee.runtime import ProblemType
-from fpabee.runtime.files import ReadOptions
 
 FILES = ["--train", "train.jsonl", "--dev", "dev.jsonl", "--output", "model dir"]
 
@@ -24,16 +23,14 @@ def run(*arguments: str) -> Result:
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Path, TrainOptions]]:
-    """Replaces the training by one that only reports; collects what it was called with."""
-    calls = []
+def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Replaces the training by one that only reports."""
     monkeypatch.chdir(tmp_path)
     Path("encoder").mkdir()
-    for file in ("train.jsonl", "dev.jsonl", "test.csv"):
+    for file in ("train.jsonl", "dev.jsonl"):
         Path(file).touch()
 
-    def train(output: Path, options: TrainOptions, progress: Progress, command: str) -> TrainReport:
-        calls.append((output, options))
+    def train(_: Path, options: TrainOptions, progress: Progress, command: str) -> TrainReport:
         progress("train, loss 0.500", 25, 50)
         scores = {"dev": [{"accuracy": 0.75}, {"accuracy": 0.875}]}
         data = {"train": DataSource(options.train, 8, "0")}
@@ -41,46 +38,10 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Path,
         return TrainReport(options, task, "bert", data, labels, exits, 0, scores, 1.5, command, {})
 
     monkeypatch.setattr(workflow, "train", train)
-    return calls
 
 
-def test_every_option_reaches_the_training(trained: list[tuple[Path, TrainOptions]]) -> None:
-    result = run(
-        *["--backbone", "encoder", "--test", "test.csv"],
-        *["--problem-type", "multi_label_classification", "--exits", "2,4"],
-        *["--distill", "0", "--epochs", "0.5", "--lr", "1e-4"],
-        *["--batch-size", "4", "--max-length", "64", "--seed", "7", "--bf16"],
-        *["--force", "--column", "text=body"],
-        *["--column", "text_pair=other", "--column", "label=kind"],
-        *["--no-exit-0"],
-    )
-    assert result.exit_code == 0, result.output
-    expected = TrainOptions(
-        train="train.jsonl",
-        dev="dev.jsonl",
-        test="test.csv",
-        backbone="encoder",
-        problem_type=ProblemType.MULTI_LABEL,
-        exits=(2, 4),
-        distill=0.0,
-        epochs=0.5,
-        lr=1e-4,
-        batch_size=4,
-        max_length=64,
-        seed=7,
-        bf16=True,
-        exit_0=False,
-        reading=ReadOptions(None, "body", "other", "kind"),
-        force=True,
-    )
-    assert trained == [(Path("model dir"), expected)]
-    assert run("--backbone", "encoder").exit_code == 0
-    defaults = TrainOptions(train="train.jsonl", dev="dev.jsonl", backbone="encoder")
-    assert defaults.exit_0
-    assert trained[1:] == [(Path("model dir"), defaults)]
-
-
-def test_progress_is_on_stderr_and_results_on_stdout(trained: object) -> None:
+@pytest.mark.usefixtures("trained")
+def test_progress_is_on_stderr_and_results_on_stdout() -> None:
     result = run("--backbone", "encoder")
     assert "loss 0.500" in result.stderr
     assert "dev: scores of every exit" in result.stdout

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from fpabee.exporter import ExportOptions, export, pipeline, staging
 from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.verify import BUILT_IN_TEXTS, check_chain
+from fpabee.exporter.pipeline import BUILT_IN_TEXTS
+from fpabee.exporter.targets.check import check_chain
 from fpabee.runtime import Engine, Trace
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
 from fpabee.runtime.artifact.manifest import SCHEMA_VERSION
@@ -110,7 +111,7 @@ def test_the_result_describes_a_folder_that_is_always_the_same(
     assert (record["label_agreement"], record["exit_agreement"]) == (1.0, 1.0)
     assert record["max_logit_difference"] <= EXPORT_LIMIT
     assert calls == [
-        ("segment_01", 0, 3), ("segment_02", 1, 3), ("segment_03", 2, 3), ("verify", 3, 3)
+        ("segment_01", 0, 3), ("segment_02", 1, 3), ("segment_03", 2, 3), ("check", 3, 3)
     ]  # fmt: skip
     # PyTorch may compute other last digits, for example with another number of threads.
     measured = {"manifest.json", "reference.npz", "verification.json"}

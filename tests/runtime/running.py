@@ -51,6 +51,12 @@ def check_refused(result: Result, *says: str) -> None:
         assert part in message or part in hint
 
 
+def line_with(text: str, *facts: str) -> str:
+    """The line of a text that has all of these facts; its other words are free."""
+    (line,) = [line for line in text.splitlines() if all(fact in line for fact in facts)]
+    return line
+
+
 def write_lines(path: Path, *records: object) -> Path:
     path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     return path

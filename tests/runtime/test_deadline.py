@@ -21,34 +21,22 @@ from fpabee.runtime import (
     InputError,
     RuleError,
 )
-from fpabee.runtime import core as core_module
-from fpabee.runtime import engine as engine_module
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.backends.host import HostBackend, HostExecution
-from fpabee.runtime.chain import chain as chain_module
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.rules.measures import Outputs
 from fpabee.runtime.rules.runner import RuleRunner
+
+from ..doubles.clock import Clock
 
 TEXTS: list[Text] = ["the film is not bad", "rain", ("turn the lights", "off"), "", "play music"]
 NEVER = FPabee(threshold=-1.0)
 
 
-class Clock:
-    """Every segment takes 10 ms for any group, and everything else takes no time."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Every segment takes 10 ms for any group, and everything else takes no time."""
     clock = Clock()
-    for module in (core_module, engine_module, chain_module):
-        monkeypatch.setattr(module, "perf_counter", clock)
     enqueue = HostExecution.enqueue
 
     def slow(execution: Any, hidden: Any) -> Any:
@@ -62,6 +50,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture
 def engine(engines: Mapping[str, Path], clock: Clock) -> Iterator[Engine]:
     with Engine.load(engines["bert"], threads=1) as engine:
+        engine.core.clock = clock
         yield engine
 
 

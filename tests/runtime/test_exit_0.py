@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,8 +41,8 @@ def engine(exit_0_engines: Mapping[str, Path]) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def folder(exit_0_engines: Mapping[str, Path], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exit_0_engines["bert"], tmp_path / "engines"))
+def folder(engine_copy: Callable[..., Path]) -> Path:
+    return engine_copy(exit_0=True)
 
 
 def row(*ids: int, pair_start: int | None = None) -> EncodedRow:

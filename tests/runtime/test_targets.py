@@ -48,11 +48,9 @@ def test_a_gpu_that_the_default_target_does_not_use_is_named_once(
     for _ in range(2):
         with Engine.load(folder, target=FP32 if case == "named" else None) as engine:
             assert engine.target == (PLAN if case == "the default" else FP32)
-    expected = (
-        f"the default target {FP32} runs on the CPU, but {PLAN} can run on the GPU of this machine"
-        ": choose that target, or make it the default target"
-    )
-    assert told(caplog) == [expected] * (case == "said")
+    warnings = told(caplog)
+    assert len(warnings) == (case == "said")
+    assert all(f"default target {FP32}" in each and PLAN in each for each in warnings)
 
 
 def test_of_targets_for_the_gpu_the_one_that_was_built_for_it_or_has_the_same_points_is_named(
@@ -90,10 +88,8 @@ def test_a_target_without_points_says_so_before_it_runs(
     set_points(folder)
     for _ in range(2):
         Engine.load(folder).close()
-    assert told(caplog) == [
-        f"target {FP32} has no operating points, unlike copy: until it is calibrated, it runs by "
-        "the default rule of the folder"
-    ]
+    (warning,) = told(caplog)
+    assert f"{FP32} has no operating points, unlike copy" in warning
 
 
 def test_a_folder_that_this_machine_cannot_run_gives_the_error_of_its_default_target(

@@ -68,9 +68,7 @@ def test_lines_are_answered_at_once_at_a_terminal(bert: Path) -> None:
     typing, terminal = pty.openpty()
     try:
         with started(bert, "-", stdin=terminal) as process:
-            assert (
-                answer(process.stderr) == "reading rows from the terminal; Ctrl-D ends the input\n"
-            )
+            assert "Ctrl-D" in answer(process.stderr)
             for number, text in enumerate([b"rain\n", b"sun\n"]):
                 os.write(typing, text)
                 assert json.loads(answer(process.stdout))["index"] == number

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import calibration_study
-import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -35,18 +34,3 @@ def test_a_study_resumes_and_writes_its_tables(
     assert by_goal[names[0], "safe"][5] == "2"  # 200 rows cannot show 0.5 points at 95 %
     assert by_goal[names[0], "fast"][5:7] == ["0", "-"]
     assert by_goal[names[1], "changed 1"][6] == "0"
-
-
-def test_tails_of_broken_guarantees_are_exact() -> None:
-    tail = calibration_study.binomial_tail
-    assert tail(0, 20) == 1.0
-    assert tail(1, 20) == pytest.approx(1 - 0.95**20)
-    assert tail(20, 20) == pytest.approx(0.05**20, abs=1e-12)
-
-
-def test_the_last_exit_of_a_synthetic_population_is_calibrated() -> None:
-    rows = calibration_study.SYNTHETIC["calibrated, 6 exits"].rows()
-    last = rows.logits[-1]
-    likely = last.max(axis=-1) - np.log(np.exp(last).sum(axis=-1))
-    right = last.argmax(axis=-1) == rows.expected
-    assert np.exp(likely).mean() == pytest.approx(right.mean(), abs=0.02)

@@ -6,7 +6,6 @@ import io
 import json
 import lzma
 from pathlib import Path
-from urllib.error import URLError
 
 import descriptions
 import pytest
@@ -44,16 +43,3 @@ def test_each_source_package_is_one_row_of_one_part(
     found = sorted(text for part in parts.values() for text in part)
     assert found == sorted(f"of {n} {LONG}" for n in range(100)), json.dumps(found[:2])
     assert all(0 < len(parts[part]) < 20 for part in ("dev", "test"))
-
-
-def test_without_a_network_it_says_so_and_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(url: str, timeout: float) -> io.BytesIO:
-        raise URLError("no route to host")
-
-    monkeypatch.setattr(descriptions, "urlopen", refuse)
-    result = CliRunner().invoke(descriptions.main, [str(tmp_path / "data")])
-    assert result.exit_code == 1
-    assert "Translation-en.xz cannot be downloaded: no route to host -> connect" in result.stderr
-    assert not (tmp_path / "data").exists()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,6 @@ import reproduce
 import systems
 from click.testing import CliRunner
 from systems import System
-from tests.conftest import WORDS
 
 from fpabee.runtime import Budget, Engine, Pabee
 
@@ -76,40 +73,6 @@ def test_pabee_stops_as_its_rule(
         )
     assert expected != first
     assert systems.load_pabee(spec)(texts) == expected
-
-
-@pytest.mark.slow
-def test_systems_of_fpabee(
-    exit_0_engines: Mapping[str, Path],
-    engines: Mapping[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    folders = {
-        name: Path(shutil.copytree(source["bert"], tmp_path / name))
-        for name, source in (("model", exit_0_engines), ("plain", engines))
-    }
-    texts = [" ".join(random.Random(n).choices(WORDS, k=n % 9 + 2)) for n in range(400)]
-    with Engine.load(folders["model"], threads=1) as engine:
-        labels = [row.labels[0] for row in engine.predict(texts, full_depth=True)]
-    _store(tmp_path / "dev.jsonl.gz", texts, labels)
-    monkeypatch.setattr(peers, "engines_of", lambda model, exits=None: folders[model.name])
-    monkeypatch.setattr(reproduce, "without_exit_0", lambda _: Path("plain"))
-    found = list(peers.systems(Path("model"), tmp_path, Path("plain"), TARGET, folders["plain"]))
-    names = [system.name for system in found]
-    assert {f"fpabee-{name}" for name in ("full-depth", "balanced")} <= {*names}
-    assert {"pabee", "torch-eager", "without-exit-0", "cascade", "first-3-layers"} <= {*names}
-    by_name = {system.name: system.settings for system in found}
-    assert by_name["exit-0-alone"]["rule"] == Budget(exit=0).to_dict()
-    assert by_name["without-exit-0"]["engines"] == str(folders["plain"])
-    assert {each.get("target", TARGET) for each in by_name.values()} == {TARGET}
-    assert by_name["fpabee-converted"]["engines"] == str(folders["plain"])
-    _store(tmp_path / "test.jsonl.gz", texts, labels)
-    given = {"model": "model", "data": str(tmp_path)}
-    (file,) = (system for system in found if system.name == "onnxruntime-bare")
-    assert systems.measure(file, given, tmp_path)["score"] == 1
-    file.settings["runtime"] = "openvino"
-    assert systems.measure(file, given, tmp_path)["score"] > 0.95, "it may compute in bf16"
 
 
 def test_rounds_are_kept_and_what_failed_is_listed_and_tried_again(
@@ -176,12 +139,3 @@ def test_the_picture_names_every_point(tmp_path: Path) -> None:
     for theme in picture.THEMES:
         text = (tmp_path / "assets" / f"score-{theme}.svg").read_text(encoding="utf-8")
         assert {name for name in names if f">{name}</text>" in text} == names
-
-
-def test_a_picture_needs_results(tmp_path: Path) -> None:
-    stored = json.loads((reproduce.RESULTS / "peers.json").read_text(encoding="utf-8"))
-    stored[picture.MODEL]["openvino"] = {"failed": "no space left", "rounds": []}
-    (tmp_path / "peers.json").write_text(json.dumps(stored))
-    nothing = CliRunner().invoke(picture.main, [str(tmp_path / "peers.json"), str(tmp_path)])
-    assert nothing.exit_code == 1
-    assert "has no results of openvino -> run scripts/peers.py first" in nothing.stderr

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,37 +16,24 @@ from fpabee.runtime import read_rows
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def quickstart(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the script where every command only prints how it was called, or does what is given."""
-    if os.name == "nt":
-        pytest.skip("quickstart is a shell script")
+@pytest.mark.skipif(os.name == "nt", reason="quickstart is a shell script")
+def test_only_what_the_demo_needs_is_installed_and_the_answers_come_last(tmp_path: Path) -> None:
     commands = tmp_path / ".venv" / "bin"
     commands.mkdir(parents=True)
     (tmp_path / "scripts").mkdir()
     for name in ("scripts/quickstart", "scripts/_env", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
-
-    def run(**bodies: str) -> subprocess.CompletedProcess[str]:
-        for name in ("python", "fpabee-train", "fpabee-export", "fpabee-run", "fpabee-calibrate"):
-            body = bodies.get(name.removeprefix("fpabee-"), "")
-            (commands / name).write_text(f'#!/bin/sh\necho "$(basename "$0") $*"\n{body}\n')
-            (commands / name).chmod(0o755)
-        return subprocess.run(
-            [tmp_path / "scripts" / "quickstart"],
-            env={"PATH": os.environ["PATH"], "PYTHON": sys.executable},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    return run
-
-
-def test_only_what_the_demo_needs_is_installed_and_the_answers_come_last(
-    quickstart: Callable[..., subprocess.CompletedProcess[str]],
-) -> None:
-    done = quickstart(run='for last; do :; done\nseq 20 > "$last"')
+    for name in ("python", "fpabee-train", "fpabee-export", "fpabee-run", "fpabee-calibrate"):
+        answers = 'for last; do :; done\nseq 20 > "$last"\n' if name == "fpabee-run" else ""
+        (commands / name).write_text(f'#!/bin/sh\necho "$(basename "$0") $*"\n{answers}')
+        (commands / name).chmod(0o755)
+    done = subprocess.run(
+        [tmp_path / "scripts" / "quickstart"],
+        env={"PATH": os.environ["PATH"], "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "python -m pip install --quiet --editable .[train,cpu,openvino,demo]" in lines

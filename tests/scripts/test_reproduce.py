@@ -16,11 +16,7 @@ from click.testing import CliRunner
 from tests.conftest import WORDS
 
 from fpabee.calibration.scoring import LabelledLogits
-from fpabee.exporter.checkpoint import load_config
-from fpabee.exporter.exit_0 import save_exit_0
-from fpabee.exporter.training import TrainOptions
-from fpabee.runtime import ProblemType, read_manifest
-from fpabee.runtime.exit_0 import ExitZero
+from fpabee.runtime import ProblemType
 
 LAYERS = [1, 2, 3, 4]
 
@@ -70,37 +66,6 @@ def test_a_table_has_means_over_seeds(tmp_path: Path) -> None:
     assert "| entropy | - | - | - |" in lines
     (row,) = (line for line in lines if line.startswith("| mini-sst2 |"))
     assert row.startswith("| mini-sst2 | - / +1.00 / - | - / - / - |")
-
-
-def test_only_runs_named_so_have_exit_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[TrainOptions] = []
-    monkeypatch.setattr(reproduce, "train", lambda _, options, __: found.append(options))
-    for name, run in reproduce.RUNS.items():
-        reproduce.train_run(run, 7, tmp_path, "backbone", tmp_path / name)
-        assert found[-1].exit_0 is name.endswith("-exit-0")
-        assert found[-1].distill == (0.5 if name.endswith("-exit-0") else 0)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model_dir with exit 0."""
-    folder = Path(shutil.copytree(tiny_models["bert"], tmp_path_factory.mktemp("work") / "model"))
-    config = load_config(folder)
-    unigrams, labels = config.vocab_size, len(config.id2label)
-    table = np.random.default_rng(7).normal(size=(unigrams + 64, labels)).astype(np.float16)
-    weights, bias = np.eye(labels, dtype=np.float32), np.ones(labels, np.float32)
-    exit_0 = ExitZero(unigrams, table, weights, bias)
-    save_exit_0(folder, exit_0)
-    return folder
-
-
-@pytest.mark.slow
-def test_engines_have_all_exits_or_some(model: Path) -> None:
-    assert read_manifest(reproduce.engines_of(model)).exits == range(4)
-    plain = reproduce.engines_of(reproduce.without_exit_0(model))
-    assert read_manifest(plain).exits == range(1, 4)
-    whole = read_manifest(reproduce.engines_of(model, (3,)))
-    assert (whole.exits, whole.exit_layers) == (range(2), (0, 3))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import rich_click as click
 
 from ..exporter.convert.options import Chosen, Conversion, ConvertOptions
 from ..exporter.convert.places import check_places, partial_of
-from ..exporter.exits import Pooling
+from ..exporter.exit_config import Pooling
 from ..exporter.paths import check_apart, check_new, resolved
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.machine import require

@@ -19,7 +19,7 @@ from fpabee.exporter.convert.heads import (
     train_heads,
 )
 from fpabee.exporter.convert.options import Form
-from fpabee.exporter.exits import Pooling
+from fpabee.exporter.exit_config import Pooling
 
 from ...closeness import assert_exported
 

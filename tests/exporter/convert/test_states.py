@@ -17,7 +17,7 @@ from fpabee.calibration.progress import silent
 from fpabee.exporter.convert.classifier import Classifier
 from fpabee.exporter.convert.heads import _TAKEN
 from fpabee.exporter.convert.states import _new_file, run_classifier
-from fpabee.exporter.exits import Pooling
+from fpabee.exporter.exit_config import Pooling
 from fpabee.exporter.model import by_row, predict
 from fpabee.exporter.training.examples import encoded_rows
 from fpabee.runtime.files import Row

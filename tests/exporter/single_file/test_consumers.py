@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -63,11 +63,11 @@ class Case:
 @pytest.fixture(params=["bert", "mpnet"])
 def case(
     request: pytest.FixtureRequest,
-    exit_0_engines: Mapping[str, Path],
+    engine_copy: Callable[..., Path],
     set_points: Callable[..., None],
     tmp_path: Path,
 ) -> Iterator[Case]:
-    folder = Path(shutil.copytree(exit_0_engines[request.param], tmp_path / "engines"))
+    folder = engine_copy(request.param, exit_0=True)
     set_points(folder, FP32, fast=Confidence(threshold=0.6, exit_0_threshold=0.9))
     pack(folder, tmp_path / "web", FP32, "fast", for_transformers_js=True)
     with Engine.load(folder, FP32, "fast") as engine:

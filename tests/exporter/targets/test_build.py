@@ -26,7 +26,7 @@ from fpabee.exporter.targets import (
     tensorrt,
 )
 from fpabee.exporter.targets.builders import BUILDERS, FP16_TARGETS, INT8_TARGETS, OPENVINO_TARGETS
-from fpabee.exporter.targets.check import exact_logits, verified_target
+from fpabee.exporter.targets.check import checked_target, exact_logits
 from fpabee.exporter.targets.plan_worker import PlanRequest
 from fpabee.runtime import (
     ArtifactError,
@@ -148,13 +148,13 @@ def test_texts_are_checked_as_well_and_are_within_the_tolerance(
     _, logits = exact_logits(engines, texts)
     for difference in (0.0, 0.5):
         more = texts, logits + np.float32(difference)
-        found, _ = verified_target(engines, FP32, more, silent)
+        found, _ = checked_target(engines, FP32, more, silent)
         tolerance = found.manifest.targets[FP32].tolerance
         assert tolerance is not None
         expected = logit_differences(logits, more[1]).max()
         assert abs(tolerance - expected) <= max(EXPORT_LIMIT, measured or 0.0)
     with pytest.raises(CheckError, match=r"from exit 1 on \(2 texts\).* another target"):
-        verified_target(engines, FP32, (texts, -logits), silent)
+        checked_target(engines, FP32, (texts, -logits), silent)
     without = engines.keep_targets(lambda name, _: name == FP32)
     with pytest.raises(BackendError, match="no target 'onnxruntime-fp32'"):
         exact_logits(without, texts)
@@ -170,7 +170,7 @@ def test_an_earlier_target_stays_until_the_new_one_has_passed(
     with monkeypatch.context() as patch:
         patch_builds(double, patch, **{"segment_02": "no tactics"} if how == "failed" else {})
         if how in ("interrupted", "killed"):
-            patch.setattr(build, "verified_target", lambda *_: 1 / 0)
+            patch.setattr(build, "checked_target", lambda *_: 1 / 0)
         if how == "killed":  # nothing is tidied up then
             patch.setattr(builders.Workbench, "drop_unused_files", lambda _: None)
         if how == "refused":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -197,6 +198,4 @@ def test_a_target_with_the_operating_points_of_the_default_runs_instead(
     set_points(folder, "slow", fast=Budget(exit=1))
     with Engine.load(folder, operating_point="fast") as engine:
         assert engine.target == "slow"
-    assert "slow runs instead of the default target default, without the operating points safe" in (
-        caplog.text
-    )
+    assert re.search("slow runs instead of .* default, without .* safe", caplog.text)

@@ -15,7 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fpabee.exporter.targets import BuildResult, build_targets, check, fp16
-from fpabee.exporter.targets.lowering import emulate, lower
+from fpabee.exporter.targets.fp16 import emulate, lower
 from fpabee.runtime import CheckError, ModelError, read_manifest
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
 from fpabee.runtime.artifact.reference import read_reference
@@ -37,10 +37,10 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[Agreement]:
     found: list[Agreement] = []
 
     def noted(*arguments: Any) -> Agreement:
-        found.append(check.judged(*arguments))
+        found.append(check.check_logits(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(fp16, "judged", noted)
+    monkeypatch.setattr(fp16, "check_logits", noted)
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fpabee.runtime.artifact.folder import checked_file, resolve, sha256_of
+from fpabee.runtime.artifact.folder import checked_file, resolve, sha256_of, write_whole
 from fpabee.runtime.errors import ArtifactError
 
 ABC_SHA256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -71,3 +71,9 @@ def test_only_regular_files_are_opened(
     make(folder / "a.onnx")
     with pytest.raises(ArtifactError, match=rf"a\.onnx .*{says}"):
         checked_file(folder, "a.onnx", ABC_SHA256)
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(folder: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot write"):
+        write_whole(folder / "onnx", b"abc")  # a folder
+    assert [path.name for path in folder.iterdir()] == ["onnx"]

@@ -1,35 +1,92 @@
-"""The chain: groups that are joined keep what belongs to each row."""
+"""The chain: whatever happens to groups, each row keeps what belongs to it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from fpabee.runtime import Budget, Engine
 from fpabee.runtime.artifact.manifest import ProblemType
-from fpabee.runtime.backends.host import HostBackend
+from fpabee.runtime.backends.host import HostBackend, HostExecution
 from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.rules.measures import Outputs
 
 from ...closeness import assert_close
 
+TEXTS = ["rain", "the film is good", "not the plot", "sun and rain", "bad"]
+
+
+@pytest.fixture
+def engine(engines: Mapping[str, Path]) -> Iterator[Engine]:
+    with Engine.load(engines["bert"], rule=Budget(exit=3)) as engine:
+        yield engine
+
+
+def group_of(engine: Engine, rows: list[int]) -> Group:
+    encoded = engine.core.encode([TEXTS[row] for row in rows])
+    return Group.of(np.array(rows), encoded, engine.core.runner(), math.inf, engine.core.limits)
+
+
+def test_some_rows_of_a_group_keep_what_belongs_to_them(engine: Engine) -> None:
+    group = group_of(engine, [0, 1, 2])
+    group.deadlines = np.array([100.0, 101.0, 102.0])
+    group.state.streak = np.array([10, 11, 12])
+    group.state.earlier = Outputs(np.arange(12.0).reshape(3, 4), ProblemType.SINGLE_LABEL)
+    part = group.take(np.array([2, 1]))
+    assert part.rows.tolist() == [2, 1]
+    assert [len(row) for row in part.encoded] == part.lengths.tolist()
+    assert part.deadlines.tolist() == [102.0, 101.0]
+    assert part.state.streak.tolist() == [12, 11]
+    assert part.state.earlier is not None
+    assert part.state.earlier.logits[:, 0].tolist() == [8.0, 4.0]
+
+
+def test_rows_may_leave_while_their_segment_runs(engine: Engine) -> None:
+    expected = engine.trace(TEXTS).logits[0]
+    with engine.core.chain() as chain:
+        group = group_of(engine, [0, 1, 2])
+        chain.enqueue(group)
+        chain.keep(group, np.array([False, True, True]))
+        decision = chain.finish()
+    assert decision.rows.tolist() == [1, 2]
+    assert_close(decision.logits, expected[[1, 2]])
+
+
+def test_rows_without_numbers_leave_and_are_not_answered(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enqueue = HostExecution.enqueue
+
+    def spoiled(execution: Any, hidden: Any) -> Any:
+        logits = enqueue(execution, hidden)().copy()
+        logits[1, 2] = np.nan
+        return lambda: logits
+
+    monkeypatch.setattr(HostExecution, "enqueue", spoiled)
+    for rule, stopped, left in ((Budget(exit=1), [0, 2], []), (Budget(exit=2), [], [0, 2])):
+        engine.core.in_use = (None, engine.core.runner(rule))
+        with engine.core.chain() as chain:
+            decision = chain.step(group_of(engine, [0, 1, 2]))
+        assert decision is not None
+        assert (decision.failed.tolist(), decision.stopped.tolist()) == ([1], stopped)
+        assert decision.group.rows.tolist() == left
+
 
 def test_joined_rows_keep_what_belongs_to_them(
-    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HostBackend, "joins", True)
-    texts = ["rain", "the film is good", "not the plot", "sun and rain", "bad"]
-    with Engine.load(engines["bert"], rule=Budget(exit=3)) as engine, engine.core.chain() as chain:
-        encoded, depth = engine.core.encode(texts), engine.trace(texts).logits
+    with engine.core.chain() as chain:
+        encoded, depth = engine.core.encode(TEXTS), engine.trace(TEXTS).logits
         logits = np.arange(20.0).reshape(5, 4)  # those of each row tell it apart
         groups = []
         for rows in (np.arange(3), np.arange(3, 5)):
-            part = [encoded[row] for row in rows]
-            group = Group.of(rows, part, engine.core.runner(), math.inf, engine.core.limits)
+            group = group_of(engine, rows.tolist())
             chain.enqueue(group)
             chain.finish()
             group.state.streak = 10 + rows

@@ -31,7 +31,6 @@ from fpabee.runtime import (
     RuleError,
 )
 from fpabee.runtime.backends.host import HostBackend, HostExecution
-from fpabee.runtime.chain import chain as chain_module
 from fpabee.runtime.chain.chain import Chain
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.serving import Scheduler
@@ -40,6 +39,7 @@ from fpabee.runtime.serving.metrics import Metrics
 
 from ...child_process import Ended, Report, forked
 from ...closeness import assert_probabilities, exits_may_differ
+from ...doubles.clock import Clock
 from ..test_engine import TEXTS
 
 NEVER = FPabee(threshold=-1.0)
@@ -54,15 +54,9 @@ RULES: tuple[ExitRule, ...] = (
 WAIT = 20
 
 
-def set_clock(monkeypatch: pytest.MonkeyPatch, clock: Callable[[], float]) -> None:
-    for module in (chain_module, scheduler_module):
-        monkeypatch.setattr(module, "perf_counter", clock)
-
-
 def in_milliseconds(chain: Chain, segments: int = 1) -> float:
     """As `Chain.soon`, if each segment takes 1 ms."""
-    now: float = vars(chain_module)["perf_counter"]()
-    return now + (len(chain.running) + segments) * 1e-3
+    return chain.clock() + (len(chain.running) + segments) * 1e-3
 
 
 class Gate:
@@ -119,6 +113,12 @@ def joins(monkeypatch: pytest.MonkeyPatch) -> None:
 def engine(engines: Mapping[str, Path]) -> Iterator[Engine]:
     with Engine.load(engines["bert"], rule=NEVER) as engine:
         yield engine
+
+
+@pytest.fixture
+def clock(engine: Engine) -> Clock:
+    engine.core.clock = clock = Clock()
+    return clock
 
 
 def results(futures: Sequence[Future[Prediction]]) -> list[Prediction]:
@@ -182,20 +182,16 @@ def test_a_row_is_answered_while_deeper_rows_still_run(engine: Engine, gate: Gat
 
 
 @pytest.mark.usefixtures("joins")
-def test_new_rows_join_between_segments(
-    engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_new_rows_join_between_segments(engine: Engine, gate: Gate, clock: Clock) -> None:
     """The first row waits for the others.
 
     All have the same age; a row that is much older would not wait.
     """
-    now = 0.0
-    set_clock(monkeypatch, lambda: now)
     with Scheduler(engine) as scheduler:
         futures = [scheduler.submit("the film")]
         assert gate.at() == (0, 1)
         futures += scheduler.submit_all(["the plot", "rain"])
-        now = 1.0
+        clock.now = 1.0
         for expected in [(0, 2), (1, 3), (2, 3)]:
             gate.step()
             assert gate.at() == expected
@@ -220,13 +216,11 @@ def test_rows_of_different_rules_share_no_group(
     engine_copy: Callable[..., Path],
     set_points: Callable[..., None],
     gate: Gate,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    now = 0.0
-    set_clock(monkeypatch, lambda: now)
     folder = engine_copy()
     set_points(folder, deep=NEVER, two=Entropy(threshold=10.0, min_exit=2))
     with Engine.load(folder, operating_point="deep") as engine, Scheduler(engine) as scheduler:
+        engine.core.clock = Clock()
         deep = [scheduler.submit("rain")]
         assert gate.at() == (0, 1)
         deep.append(scheduler.submit("sun"))
@@ -254,11 +248,8 @@ def test_texts_of_other_lengths_run_in_other_groups(engine: Engine, gate: Gate) 
     assert sorted(rows for segment, rows in gate.begun if segment == 0) == [1, 4, 16, 19]
 
 
-@pytest.mark.usefixtures("joins")
-def test_rows_of_different_rules_are_not_joined(
-    engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_clock(monkeypatch, lambda: 0.0)
+@pytest.mark.usefixtures("joins", "clock")
+def test_rows_of_different_rules_are_not_joined(engine: Engine, gate: Gate) -> None:
     with Scheduler(engine) as scheduler:
         deep = scheduler.submit("rain")
         assert gate.at() == (0, 1)
@@ -489,10 +480,8 @@ def test_closing_can_cancel(engine: Engine, gate: Gate, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("joins")
-def test_deadlines(engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deadlines(engine: Engine, gate: Gate, clock: Clock) -> None:
     """A row stops at the exit before the segment that would make it late."""
-    now = 0.0
-    set_clock(monkeypatch, lambda: now)
     with Scheduler(engine) as scheduler:
         usual = scheduler.submit("the film")
         gate.at()
@@ -501,7 +490,7 @@ def test_deadlines(engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) 
         in_time = scheduler.submit("sun", deadline_ms=1e6)
         gate.step()
         assert gate.at() == (0, 3)
-        now = 4.5e-3
+        clock.now = 4.5e-3
         gate.step()
         assert gate.at() == (1, 2)  # without the two whose time is up
         assert (soon.result(WAIT).exit, missed.result(WAIT).exit) == (1, 1)
@@ -516,14 +505,12 @@ def test_deadlines(engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_tokenization_is_part_of_the_deadline(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, encode = 0.0, engine.core.encode
-    set_clock(monkeypatch, lambda: now)
+    encode = engine.core.encode
 
     def slowly(texts: Sequence[Text]) -> Any:
-        nonlocal now
-        now += 1.0
+        clock.now += 1.0
         return encode(texts)
 
     monkeypatch.setattr(engine.core, "encode", slowly)
@@ -582,7 +569,7 @@ def test_logits_that_are_not_finite(engine: Engine, monkeypatch: pytest.MonkeyPa
 
     def spoiled(*arguments: Any) -> Any:
         logits = enqueue(*arguments)().copy()
-        logits[0] = np.nan
+        logits[0, 1] = np.nan
         return lambda: logits
 
     with Scheduler(engine) as scheduler:

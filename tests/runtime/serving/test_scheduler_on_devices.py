@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from fpabee.runtime import BackendError, Engine, Entropy, ExitRule, FPabee
 from fpabee.runtime.backends.device import DeviceExecution
 from fpabee.runtime.serving import Scheduler
 
-from ...doubles.device import Double, install
-from .test_scheduler import WAIT, results, set_clock
+from ...doubles.clock import Clock
+from ...doubles.device import Double, install, run_through
+from .test_scheduler import WAIT, results
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 SOME_STOP_FIRST = Entropy(threshold=0.3)
@@ -73,31 +74,48 @@ def test_a_group_that_fails_while_another_runs(
     assert double.cuda.memory_of == double.cuda.streams == {}
 
 
-@pytest.mark.parametrize(("deadline_ms", "exit_number"), [(2.4, 2), (10.0, 3)])
-def test_a_deadline_counts_the_segment_that_runs(
-    deadline_ms: float, exit_number: int, double: Double, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A second segment is not started for a row that should be answered before."""
-    now, started, enqueue = 0.0, 0, DeviceExecution.enqueue
+@pytest.fixture
+def timed(double: Double, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, list[int]]]:
+    """An engine on a device where a segment takes 1 ms, and the segments that were started."""
+    clock = Clock()
+    started: list[int] = []
+    enqueue = DeviceExecution.enqueue
 
     def counts(execution: Any, hidden: Any) -> Any:
-        nonlocal started
-        started = hidden.segment + 1
+        started.append(hidden.segment + 1)
         outputs = enqueue(execution, hidden)
         return lambda: takes_time(outputs)
 
     def takes_time(outputs: Any) -> Any:
-        nonlocal now
-        now += 1e-3
+        clock.now += 1e-3
         return outputs()
 
-    set_clock(monkeypatch, lambda: now)
     monkeypatch.setattr(DeviceExecution, "enqueue", counts)
-    with double.load(rule=NEVER) as engine, Scheduler(engine) as each:
-        answer = each.submit("rain", deadline_ms=deadline_ms).result(WAIT)
-        assert (answer.exit, answer.deadline_limited) == (exit_number, exit_number < 3)
-        assert not answer.deadline_missed
-        assert started == exit_number
+    with double.load(rule=NEVER) as engine:
+        engine.core.clock = clock
+        yield engine, started
+
+
+@pytest.mark.parametrize(("deadline_ms", "exit_number"), [(2.4, 2), (10.0, 3)])
+def test_a_deadline_counts_the_segment_that_runs(
+    deadline_ms: float, exit_number: int, timed: tuple[Engine, list[int]]
+) -> None:
+    """A second segment is not started for a row that should be answered before."""
+    engine, started = timed
+    with Scheduler(engine) as scheduler:
+        answer = scheduler.submit("rain", deadline_ms=deadline_ms).result(WAIT)
+    assert (answer.exit, answer.deadline_limited) == (exit_number, exit_number < 3)
+    assert not answer.deadline_missed
+    assert started[-1] == exit_number
+
+
+def test_a_segment_takes_the_time_since_the_one_before(timed: tuple[Engine, list[int]]) -> None:
+    """Although it is started while that one runs."""
+    engine, started = timed
+    with engine.core.chain() as chain:
+        run_through(engine, chain, ["rain"] * 8)
+        assert chain.seconds == pytest.approx(1e-3)
+    assert started == [1, 1, 2, 2, 3, 3]
 
 
 def test_closing_while_segments_run(double: Double) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jsonschema
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,11 +42,11 @@ Strict = jsonschema.validators.extend(
 class Server:
     """The application, without a network."""
 
-    def __init__(self, engine: Engine, max_rows: int = 10, limits: ServerLimits = LIMITS) -> None:
+    def __init__(self, engine: Engine, max_rows: int) -> None:
         self.engine = engine
         self.metrics = Metrics(engine)
         self.scheduler = Scheduler(engine, max_rows, self.metrics)
-        app = Service(engine, self.scheduler, self.metrics, limits, "tiny").app
+        app = Service(engine, self.scheduler, self.metrics, LIMITS, "tiny").app
         self.client = TestClient(app, raise_server_exceptions=False)
         self.schema = self.client.get("/openapi.json").json()
 
@@ -64,18 +64,25 @@ class Server:
         return found
 
 
-@pytest.fixture(scope="module", params=["bert", "mpnet"])
-def server(request: pytest.FixtureRequest, engines: Mapping[str, Path]) -> Iterator[Server]:
-    with Engine.load(engines[request.param]) as engine:
-        server = Server(engine)
-        validate(server.schema)
+@contextmanager
+def serving(folder: Path, max_rows: int = 10) -> Iterator[Server]:
+    with Engine.load(folder) as engine:
+        server = Server(engine, max_rows)
         yield server
         server.scheduler.close()
+
+
+@pytest.fixture(scope="module", params=["bert", "mpnet"])
+def server(request: pytest.FixtureRequest, engines: Mapping[str, Path]) -> Iterator[Server]:
+    with serving(engines[request.param]) as server:
+        validate(server.schema)
+        yield server
 
 
 @pytest.mark.parametrize("sent", ["play music", ["rain"], ["rain", ["a text", "a pair"], ""], []])
 @pytest.mark.parametrize("path", ["/classify", "/v1/classify"])
 def test_classify(server: Server, sent: Any, path: str) -> None:
+    """Also what the engine `vllm` of NeMo Guardrails reads: labels, and the largest of `probs`."""
     response = server.post(path, {"input": sent, "model": "any"})
     assert response.status_code == 200
     found = server.check("/classify", response)
@@ -141,16 +148,6 @@ def test_the_http_classify_of_semantic_router(server: Server) -> None:
     assert response.headers["X-Fpabee-Revision"] == server.engine.revision
 
 
-def test_the_vllm_engine_of_nemo_guardrails(server: Server) -> None:
-    """It takes the label of each item, and the largest of its probabilities as the score."""
-    response = server.post("/classify", {"model": "org/name", "input": "rain"})
-    (item,) = server.check("/classify", response)["data"]
-    (expected,) = server.engine.predict(["rain"])
-    ((label, _),) = expected.top(server.engine.labels, 1)
-    assert item["label"] == label == server.engine.labels[np.argmax(item["probs"])]
-    assert_probabilities(item["probs"], expected)
-
-
 def test_answers_say_what_decides(
     engine_copy: Callable[..., Path], set_points: Callable[..., None]
 ) -> None:
@@ -159,12 +156,10 @@ def test_answers_say_what_decides(
     decides = (0.7, *(1.0 for _ in read_manifest(folder).task.labels[1:]))
     before = sha256_of(folder / MANIFEST_NAME)
     set_points(folder, default="a", a=Confidence(threshold=0.9, label_thresholds=decides))
-    with Engine.load(folder) as engine:
-        server = Server(engine)
+    with serving(folder) as server:
         found = server.post("/classify", {"input": "rain"}).json()
         assert (found["operating_point"], found["label_thresholds"]) == ("a", {first: 0.7})
-        assert found["revision"] == engine.revision != before
-        server.scheduler.close()
+        assert found["revision"] == server.engine.revision != before
 
 
 def test_full_depth_is_certified_for_its_thresholds(
@@ -216,50 +211,42 @@ def test_every_answer_is_in_the_schema(server: Server, path: str, data: st.DataO
         assert response.json()["error_type"] in ("InputError", "RuleError")
 
 
+TOO_MANY = b'{"input": [' + b'"a", ' * 999_999 + b'"a"]}'
+
+
 @pytest.mark.parametrize(
-    ("status", "says", "content"),
+    ("path", "status", "says", "content"),
     [
-        (400, "truncated", b""),
-        (400, "malformed", b"{input: 5}"),
-        (400, "UTF-8", b'{"input": "\xff"}'),
-        (400, "", b'{"input": "\\ud800"}'),
-        (400, "unknown field `temperature`", {"input": "a", "temperature": 1}),
-        (400, "", {"input": "a", "extra": json.loads("[" * 500 + "]" * 500)}),
-        (400, "$.input[0]", {"input": [None]}),
-        (400, "length 2", {"input": [["a", "b", "c"]]}),
-        (400, "exit", {"input": "a", "max_exit": 99}),
-        (400, "max_exit", {"input": "a", "max_exit": 10**30}),
-        (400, "range", b'{"input": "a", "deadline_ms": 1e999}'),
-        (400, "", '{"input": "a"}'.encode("utf-16")),
-        (413, "5 texts, expected at most 3", {"input": ["a"] * 5}),
-        (413, "more than 5000 bytes", b'{"input": [' + b'"a", ' * 999_999 + b'"a"]}'),
+        ("/classify", 400, "truncated", b""),
+        ("/classify", 400, "malformed", b"{input: 5}"),
+        ("/classify", 400, "UTF-8", b'{"input": "\xff"}'),
+        ("/classify", 400, "", b'{"input": "\\ud800"}'),
+        ("/classify", 400, "unknown field `temperature`", {"input": "a", "temperature": 1}),
+        ("/classify", 400, "", {"input": "a", "extra": json.loads("[" * 500 + "]" * 500)}),
+        ("/classify", 400, "$.input[0]", {"input": [None]}),
+        ("/classify", 400, "length 2", {"input": [["a", "b", "c"]]}),
+        ("/classify", 400, "exit", {"input": "a", "max_exit": 99}),
+        ("/classify", 400, "max_exit", {"input": "a", "max_exit": 10**30}),
+        ("/classify", 400, "range", b'{"input": "a", "deadline_ms": 1e999}'),
+        ("/classify", 400, "", '{"input": "a"}'.encode("utf-16")),
+        ("/classify", 413, "5 texts, expected at most 3", {"input": ["a"] * 5}),
+        ("/classify", 413, "more than 5000 bytes", TOO_MANY),
+        ("/predict", 400, "", {"inputs": []}),
+        ("/predict", 400, "", {"inputs": ["a", "b", "c"]}),
+        ("/predict", 400, "", {"inputs": [[], ["a"]]}),
+        ("/predict", 400, "", {"inputs": "a", "raw_scores": 1}),
+        ("/predict", 400, "", {"inputs": "rain " * 100, "truncate": False}),
+        ("/predict", 413, "", {"inputs": [["a"]] * 5}),
     ],
 )
-def test_bad_requests(server: Server, status: int, says: str, content: Any) -> None:
-    response = server.post("/classify", content)
+def test_bad_requests(server: Server, path: str, status: int, says: str, content: Any) -> None:
+    response = server.post(path, content)
     assert response.status_code == status, response.text
-    found = server.check("/classify", response)
+    found = server.check(path, response)
     assert says.casefold() in found["error"].casefold()
     assert "Traceback" not in response.text
     assert server.post("/classify", {"input": "still fine"}).status_code == 200
     assert server.scheduler._unanswered == 0
-
-
-@pytest.mark.parametrize(
-    ("status", "content"),
-    [
-        (400, {"inputs": []}),
-        (400, {"inputs": ["a", "b", "c"]}),
-        (400, {"inputs": [[], ["a"]]}),
-        (400, {"inputs": "a", "raw_scores": 1}),
-        (400, {"inputs": "rain " * 100, "truncate": False}),
-        (413, {"inputs": [["a"]] * 5}),
-    ],
-)
-def test_bad_requests_of_predict(server: Server, status: int, content: Any) -> None:
-    response = server.post("/predict", content)
-    assert response.status_code == status, response.text
-    server.check("/predict", response)
 
 
 def test_other_refusals(server: Server) -> None:
@@ -285,10 +272,10 @@ def test_a_body_without_a_length_is_also_limited(server: Server) -> None:
 
 
 def test_a_full_queue(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    with Engine.load(engines["bert"]) as engine:
-        server = Server(engine, max_rows=1)
+    with serving(engines["bert"], max_rows=1) as server:
         with monkeypatch.context() as patch:
-            patch.setattr(engine.core, "encode", None)  # is in vain for a request that is refused
+            # It is in vain for a request that is refused.
+            patch.setattr(server.engine.core, "encode", None)
             response = server.post("/classify", {"input": ["a", "b"]})
         assert response.status_code == 429
         assert response.headers["Retry-After"] == "1"
@@ -308,12 +295,10 @@ def test_a_failing_model(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with Engine.load(engines["bert"]) as engine:
-        server = Server(engine)
+    def fails(*_: Any) -> Any:
+        raise error
 
-        def fails(*_: Any) -> Any:
-            raise error
-
+    with serving(engines["bert"]) as server:
         with monkeypatch.context() as patch:
             patch.setattr("fpabee.runtime.backends.host.HostExecution.begin", fails)
             response = server.post("/classify", {"input": ["a", "b"]})
@@ -324,19 +309,6 @@ def test_a_failing_model(
             assert ("it failed" in caplog.text) == isinstance(error, BackendError)
             assert "\nfpabee_failed_rows_total 0.0\n" not in server.client.get("/metrics").text
         assert server.post("/classify", {"input": "a"}).status_code == 200
-        server.scheduler.close()
-
-
-def test_metrics_tell_rows_that_a_deadline_stopped_from_late_ones(
-    engines: Mapping[str, Path],
-) -> None:
-    with Engine.load(engines["bert"]) as engine:
-        server, (row,) = Server(engine), engine.predict(["rain"])
-        server.metrics.answered([dataclasses.replace(row, deadline_limited=True)], [0.1])
-        text = server.client.get("/metrics").text
-        server.scheduler.close()
-    assert "\nfpabee_deadline_limited_rows_total 1.0\n" in text
-    assert "\nfpabee_deadline_missed_rows_total 0.0\n" in text
 
 
 def test_metrics_info_health_and_page(
@@ -344,28 +316,28 @@ def test_metrics_info_health_and_page(
 ) -> None:
     folder = engine_copy()
     set_points(folder, default="two", two=Budget(exit=2))  # its rows stopped at exit 1, it says
-    with Engine.load(folder) as engine:
-        server = Server(engine)
+    with serving(folder) as server:
         assert "\nfpabee_drift NaN\n" in server.client.get("/metrics").text
         server.post("/classify", {"input": ["a", "b", "c"]})
         server.post("/classify", {"input": "d", "deadline_ms": -1})
+        (row,) = server.engine.predict(["e"])
+        server.metrics.answered([dataclasses.replace(row, deadline_limited=True)], [0.1])
         text = server.client.get("/metrics")
         assert text.headers["Content-Type"].startswith("text/plain")
         for line in (
             'fpabee_rows_total{exit="1"} 1.0',
-            'fpabee_rows_total{exit="2"} 3.0',
+            'fpabee_rows_total{exit="2"} 4.0',
             "fpabee_queue_seconds_count 4.0",
-            "fpabee_answer_seconds_count 4.0",
+            "fpabee_answer_seconds_count 5.0",
             "fpabee_batch_rows_sum 7.0",
-            "fpabee_deadline_limited_rows_total 1.0",
+            "fpabee_deadline_limited_rows_total 2.0",
             "fpabee_deadline_missed_rows_total 1.0",
-            "fpabee_drift 0.75",
+            "fpabee_drift 0.8",
         ):
             assert f"\n{line}\n" in text.text
         info = server.client.get("/info").json()
-        assert (info["layers"], info["labels"]) == (3, list(engine.labels))
+        assert (info["layers"], info["labels"]) == (3, list(server.engine.labels))
         assert server.client.get("/health").json() == {"status": "ok"}
         page = server.client.get("/")
         assert page.headers["Content-Type"].startswith("text/html")
         assert "<form" in page.text
-        server.scheduler.close()

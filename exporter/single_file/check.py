@@ -44,7 +44,7 @@ _MOST_TIES = 0.02
 _QUANTILES = (0.3, 0.7)
 
 
-def verify(
+def check_single_graph(
     engines: EnginesFolder,
     target: str,
     rule: ExitRule,
@@ -119,7 +119,7 @@ def verify(
                 f"of their size (at most {required:.0e} allowed), {wrong} exits differ, and {ties} "
                 f"are too close to a threshold to compare (at most {_MOST_TIES:.0%} allowed)",
                 "pack another target; if it is the exits that are too close, export again with "
-                "more `texts`, which verify the file as well",
+                "more `texts`, on which the file is checked as well",
             )
     return len(rows), ties, difference
 
