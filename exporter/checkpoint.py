@@ -165,10 +165,11 @@ def load_pretrained(kind: Any, folder: Path, config: Any) -> tuple[Any, list[str
             f"no model can be made from {folder}: {type(error).__name__}: {first_line(error)}",
             _COPY_CONFIG,
         ) from error
-    for name, found, asked in sorted(loaded["mismatched_keys"]):
-        if asked[0] == config.num_labels and asked[1:] == found[1:]:
-            label_names(folder, config, found[0])
-        check_weight(folder, name, torch.empty(found, device="meta"), asked)
+    for name, stored, expected in sorted(loaded["mismatched_keys"]):
+        # If only the number of labels differs, the error says so.
+        if expected[0] == config.num_labels and expected[1:] == stored[1:]:
+            label_names(folder, config, stored[0])
+        check_weight(folder, name, torch.empty(stored, device="meta"), expected)
     for name, value in model.state_dict().items():
         check_weight(folder, name, weights.get(name, value), value.shape)
     return model.eval(), sorted(loaded["missing_keys"])
@@ -296,27 +297,27 @@ def _check_weights(model: MultiExitModel, weights: Mapping[str, Tensor], folder:
         logger.warning("%s: ignored weights that no exit uses: %s", folder, ", ".join(unused))
 
 
-def check_weight(folder: Path, name: str, found: Tensor, shape: Sequence[int]) -> None:
+def check_weight(folder: Path, name: str, weight: Tensor, shape: Sequence[int]) -> None:
     """Check one weight.
 
     Args:
         folder: where it is from, for the message.
         name: its name, for the message.
-        found: the weight.
+        weight: its values.
         shape: the shape that it should have.
 
     Raises:
         ModelError: it has another shape or an unknown dtype, or is not finite in float32.
     """
     problem = hint = ""
-    if found.shape != torch.Size(shape):
-        problem = f"has shape {tuple(found.shape)}, but config.json asks for {tuple(shape)}"
+    if weight.shape != torch.Size(shape):
+        problem = f"has shape {tuple(weight.shape)}, but config.json asks for {tuple(shape)}"
         hint = "use the config.json and the weights of the same model"
-    elif found.dtype not in _DTYPES:
-        dtypes = [str(dtype).removeprefix("torch.") for dtype in (found.dtype, *_DTYPES)]
+    elif weight.dtype not in _DTYPES:
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in (weight.dtype, *_DTYPES)]
         problem = f"is in {dtypes[0]}; expected {', '.join(dtypes[1:])}"
         hint = "give the weights as they were before quantization"
-    elif not torch.isfinite(found.float()).all():  # float64 has numbers that float32 has not
+    elif not torch.isfinite(weight.float()).all():  # float64 has numbers that float32 has not
         problem = "holds NaN or infinity"
         hint = "the training diverged: train again with a smaller learning rate"
     if problem:
@@ -403,19 +404,19 @@ def _exit_config(
     task = problem_type_of(folder, config, problem_type)
     try:
         block = getattr(config, CONFIG_BLOCK, None) or {}
-        found = msgspec.convert(every | block, MultiExitConfig)
-        if found.last_head is not None:
-            _check_number("norm_eps", found.last_head.norm_eps)
-            if found.last_head.activation not in ACT2FN:
-                raise ValueError(f"unknown activation {found.last_head.activation!r}")
+        exit_config = msgspec.convert(every | block, MultiExitConfig)
+        if exit_config.last_head is not None:
+            _check_number("norm_eps", exit_config.last_head.norm_eps)
+            if exit_config.last_head.activation not in ACT2FN:
+                raise ValueError(f"unknown activation {exit_config.last_head.activation!r}")
     except (ValueError, TypeError, msgspec.ValidationError) as error:
         raise ModelError(
             f"{folder / 'config.json'} has a wrong {CONFIG_BLOCK!r} block: {error}",
             "give exits as a list of layers, hidden_layers and hidden_width as numbers, and "
             f"pooling as {', '.join(kind.value for kind in Pooling)}",
         ) from error
-    exits = found.exits
-    thresholds = found.label_thresholds
+    exits = exit_config.exits
+    thresholds = exit_config.label_thresholds
     if len(heads) != len(exits):  # one with another number is missed later
         raise ModelError(
             f"{folder}: there are {len(heads)} heads; expected one classifier for each of the "
@@ -429,7 +430,7 @@ def _exit_config(
             f"{folder / 'config.json'} has the label_thresholds {list(thresholds)}",
             f"give {outputs} probabilities, one for each label, or none",
         )
-    return replace(found, labels=label_names(folder, config, outputs), problem_type=task)
+    return replace(exit_config, labels=label_names(folder, config, outputs), problem_type=task)
 
 
 def problem_type_of(folder: Path, config: Any, asked: ProblemType | None) -> ProblemType:

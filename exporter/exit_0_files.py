@@ -14,7 +14,7 @@ import numpy as np
 from ..runtime.artifact.folder import sha256_of
 from ..runtime.artifact.manifest import EXIT_0_NAME, ExitZeroSpec
 from ..runtime.errors import ModelError, first_line
-from ..runtime.exit_0 import ARRAYS, ExitZero
+from ..runtime.exit_0 import ExitZero
 from .staging import system_errors
 
 EXIT_0_FILE = "exit_0.safetensors"
@@ -73,15 +73,20 @@ def load_exit_0(folder: Path, config: Any, labels: int) -> ExitZero | None:
         raise ModelError(f"{path} is missing, but config.json names exit 0", _TRAIN_AGAIN)
     try:
         arrays = load_file(path)
-        found = ExitZero(int(block["unigrams"]), *(arrays[name] for name in ARRAYS))
-        found.check_sizes(block["buckets"], labels)
+        exit_0 = ExitZero(
+            unigrams=int(block["unigrams"]),
+            table=arrays["table"],
+            weights=arrays["weights"],
+            bias=arrays["bias"],
+        )
+        exit_0.check_sizes(block["buckets"], labels)
         expected = unigrams_of(int(config.vocab_size))
-        if found.unigrams != expected:
-            raise ValueError(f"it has {found.unigrams} unigrams, but the vocabulary {expected}")
+        if exit_0.unigrams != expected:
+            raise ValueError(f"it has {exit_0.unigrams} unigrams, but the vocabulary {expected}")
     # The file is damaged, a setting is missing, or the arrays do not fit together.
     except (SafetensorError, LookupError, TypeError, ValueError, OSError) as error:
         raise ModelError(f"{path} is not an exit 0: {first_line(error)}", _TRAIN_AGAIN) from error
-    return found
+    return exit_0
 
 
 def export_exit_0(folder: Path, exit_0: ExitZero) -> ExitZeroSpec:

@@ -69,7 +69,6 @@ class MultiExitConfig:
         """The same for a new model, with hidden layers where they help.
 
         They help the first two exits, which see few layers, to tell more than two classes apart.
-        With two classes they gained nothing, and for multi-label they have not been tried.
         """
         is_single = self.problem_type is ProblemType.SINGLE_LABEL
         helps = is_single and len(self.labels) > 2 and self.pooling is Pooling.MEAN

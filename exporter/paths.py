@@ -32,11 +32,11 @@ def check_model_dir(source: str | Path) -> None:
         )
 
 
-def check_output(target: Path, force: bool, inputs: Iterable[str | Path | None] = ()) -> None:
+def check_output(folder: Path, force: bool, inputs: Iterable[str | Path | None] = ()) -> None:
     """Refuse a folder that must not be written.
 
     Args:
-        target: the folder, see `resolved`.
+        folder: the folder, see `resolved`.
         force: whether an engines folder may be replaced.
         inputs: what is read; see `check_apart`.
 
@@ -45,31 +45,31 @@ def check_output(target: Path, force: bool, inputs: Iterable[str | Path | None] 
             disk of its own; or its name is too long.
         InputError: it is inside an engines folder or a model_dir, or an input is inside of it.
     """
-    _check_place(target, inputs, "output")
-    if _is_free(target):
+    _check_place(folder, inputs, "output")
+    if _is_free(folder):
         return
-    if not is_engines_folder(target):
+    if not is_engines_folder(folder):
         raise ArtifactError(
-            f"{target} exists and is not an engines folder; it will not be replaced",
+            f"{folder} exists and is not an engines folder; it will not be replaced",
             "give another folder as `output`",
         )
     if not force:
-        raise ArtifactError(f"{target} already holds an engines folder", "replace it with `force`")
-    others = sorted(path.name for path in target.iterdir() if path.name not in ENGINES_CONTENT)
+        raise ArtifactError(f"{folder} already holds an engines folder", "replace it with `force`")
+    others = sorted(path.name for path in folder.iterdir() if path.name not in ENGINES_CONTENT)
     if others:
         raise ArtifactError(
-            f"{target} also holds {others[0]}, which no export wrote, and is replaced as a whole",
+            f"{folder} also holds {others[0]}, which no export wrote, and is replaced as a whole",
             "move it elsewhere, or give another folder as `output`",
         )
 
 
 def check_new(
-    target: Path, inputs: Iterable[str | Path | None] = (), parameter: str = "output"
+    folder: Path, inputs: Iterable[str | Path | None] = (), parameter: str = "output"
 ) -> None:
     """Refuse a folder that exists, unless it is empty, or that must not be written.
 
     Args:
-        target: the folder, see `resolved`.
+        folder: the folder, see `resolved`.
         inputs: what is read; see `check_apart`.
         parameter: its name, for the hint.
 
@@ -77,9 +77,9 @@ def check_new(
         ArtifactError: it exists, is a disk of its own, or its name is too long.
         InputError: it is inside an engines folder or a model_dir, or an input is inside of it.
     """
-    _check_place(target, inputs, parameter)
-    if not _is_free(target):
-        raise ArtifactError(f"{target} exists already", f"give another folder as `{parameter}`")
+    _check_place(folder, inputs, parameter)
+    if not _is_free(folder):
+        raise ArtifactError(f"{folder} exists already", f"give another folder as `{parameter}`")
 
 
 def check_apart(
@@ -114,24 +114,24 @@ def _places(path: Path) -> Iterator[Path]:
     yield Path(os.path.realpath(named))
 
 
-def _check_place(target: Path, inputs: Iterable[str | Path | None], parameter: str) -> None:
-    check_outside(target)
-    check_apart(target, inputs, parameter)
-    if os.path.ismount(target):  # found now, and not when all is done
+def _check_place(folder: Path, inputs: Iterable[str | Path | None], parameter: str) -> None:
+    check_outside(folder)
+    check_apart(folder, inputs, parameter)
+    if os.path.ismount(folder):  # found now, and not when all is done
         raise ArtifactError(
-            f"{target} is a mounted disk, which cannot be replaced",
+            f"{folder} is a mounted disk, which cannot be replaced",
             f"give a folder in it as `{parameter}`",
         )
     try:
-        os.lstat(target.with_name(longest_name(target.name)))
+        os.lstat(folder.with_name(longest_name(folder.name)))
     except FileNotFoundError:
         return
     except OSError as error:  # the name is too long, or a folder on the way is a file
         raise ArtifactError(
-            f"cannot write {target}: {error.strerror}", f"give another folder as `{parameter}`"
+            f"cannot write {folder}: {error.strerror}", f"give another folder as `{parameter}`"
         ) from error
 
 
-def _is_free(target: Path) -> bool:
+def _is_free(folder: Path) -> bool:
     """Whether nothing is there, or an empty folder."""
-    return not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))

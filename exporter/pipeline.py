@@ -147,20 +147,20 @@ def export(
         ```
     """
     options = options or ExportOptions()
-    target = resolved(output)
-    check_output(target, options.force, [model_dir])
+    destination = resolved(output)
+    check_output(destination, options.force, [model_dir])
     version_of(ONNXRUNTIME)  # the check needs it, so refuse before any slow step begins
     source = resolve_model_dir(model_dir)
     model = load_checkpoint(source, options.problem_type)
     exit_0 = load_exit_0(source, model.backbone.config, len(model.exit_config.labels))
     texts = [*BUILT_IN_TEXTS, *options.texts]
-    with staging(target) as folder:
+    with staging(destination) as folder:
         manifest, agreement = _write(
             folder, source, model, exit_0, texts, options, progress or silent
         )
         # Again, because it may have appeared meanwhile.
-        check_output(target, options.force, [source])
-    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+        check_output(destination, options.force, [source])
+    size = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())
     return ExportResult(Path(output), manifest, agreement, size)
 
 

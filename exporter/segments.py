@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import functools
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -102,7 +100,7 @@ class GraphModule(nn.Module):
             self.outputs.append(LOGITS)
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs by name, see `TensorSpec` in the manifest."""
+        """The outputs by name, from the inputs by name, see `TensorSpec` in the manifest."""
         values = dict(inputs)
         bias = values.pop(ATTENTION_BIAS, None)
         weights = values.pop(TOKEN_WEIGHTS, None)
@@ -111,7 +109,7 @@ class GraphModule(nn.Module):
             weights = None if bias is None else token_weights(bias)
         else:
             hidden_states = values.pop(HIDDEN_STATES)
-            carried = values
+            carried = values  # what is left; see `Backbone.carried`
         for block in self.blocks:
             hidden_states = block(hidden_states, bias, **carried)
         leaving = {**carried, TOKEN_WEIGHTS: weights, HIDDEN_STATES: hidden_states}
@@ -123,7 +121,12 @@ class GraphModule(nn.Module):
 
 @dataclass(frozen=True)
 class Cut:
-    """How a model is cut: graphs by name, and the segments that call them."""
+    """How a model is cut.
+
+    Attributes:
+        modules: what becomes a graph, by the name of the graph.
+        segments: which graphs each segment calls; one may be called several times.
+    """
 
     modules: dict[str, GraphModule]
     segments: tuple[Segment, ...]
@@ -134,40 +137,50 @@ def cut(model: MultiExitModel, exits: Sequence[int], token_types: bool = True) -
 
     Args:
         model: the model, in eval mode.
-        exits: numbers of the exits to keep, counted from 1, ascending.
+        exits: numbers of the exits to keep, counted from 1, ascending; the model must have them.
         token_types: whether the tokenizer gives token types.
     """
     layers = [model.exit_config.exits[number - 1] for number in exits]
     heads = [model.parts[2][number - 1] for number in exits]
     positions = model.backbone.max_positions()
-    embeddings = model.parts[0].frozen(positions)
     blocks = model.parts[1]
-    part = functools.partial(GraphModule, model, any(head.mean for head in heads), token_types)
+    mean = any(head.mean for head in heads)
+
+    def part(
+        embeddings: Embeddings | None = None,
+        blocks: Sequence[Block] = (),
+        head: Head | None = None,
+        is_last: bool = False,
+    ) -> GraphModule:
+        return GraphModule(model, mean, token_types, embeddings, blocks, head, is_last).eval()
+
     modules: dict[str, GraphModule] = {}
-    names: dict[int, str] = {}
+    block_names: dict[int, str] = {}
     segments = []
     start = 0
     for number, (layer, head) in enumerate(zip(layers, heads, strict=True), start=1):
-        first = embeddings if number == 1 else None
-        own = blocks[start:layer]
+        embeddings = model.parts[0].frozen(positions) if number == 1 else None
+        own_blocks = blocks[start:layer]
         start = layer
-        # Names of graphs, and for each the arguments of `GraphModule` that differ.
-        calls: list[tuple[str, tuple[Any, ...]]] = []
+        calls = []
         if model.backbone.shared_layers:
-            if first is not None:
-                calls.append(("embeddings", (first, (), None)))
-            for block in own:
-                name = names.setdefault(id(block.layer), f"block_{len(names) + 1:02d}")
-                calls.append((name, (None, [block], None)))
-            calls.append((f"head_{number:02d}", (None, (), head, True)))
+            if embeddings is not None:
+                modules["embeddings"] = part(embeddings)
+                calls.append("embeddings")
+            for block in own_blocks:
+                new_name = f"block_{len(block_names) + 1:02d}"
+                name = block_names.setdefault(id(block.layer), new_name)
+                if name not in modules:
+                    modules[name] = part(blocks=[block])
+                calls.append(name)
+            name = f"head_{number:02d}"
+            modules[name] = part(head=head, is_last=True)
         else:
-            frozen = [block.frozen(positions) for block in own]
-            is_last = number == len(layers)
-            calls.append((f"segment_{number:02d}", (first, frozen, head, is_last)))
-        for name, content in calls:
-            if name not in modules:
-                modules[name] = part(*content).eval()
-        segments.append(Segment(layer=layer, calls=tuple(name for name, _ in calls)))
+            name = f"segment_{number:02d}"
+            frozen = [block.frozen(positions) for block in own_blocks]
+            modules[name] = part(embeddings, frozen, head, is_last=number == len(layers))
+        calls.append(name)
+        segments.append(Segment(layer=layer, calls=tuple(calls)))
     return Cut(modules, tuple(segments))
 
 
@@ -175,13 +188,13 @@ def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: s
     """Write one ONNX graph of opset 20 for any batch and sequence; it always has the same bytes.
 
     Args:
-        model: the whole model.
-        module: the part to write.
-        path: where to write it.
-        file: its path in the engines folder.
+        model: the whole model, in eval mode, which says how large its tensors are.
+        module: the part of it to write, see `cut`.
+        path: where to write it; its folder is made if it does not exist.
+        file: its path in the engines folder, see `write_graph`.
 
     Returns:
-        The record of the graph.
+        The record of the graph for the manifest.
 
     Raises:
         ModelError: it is larger than protobuf allows.
@@ -204,10 +217,12 @@ def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: s
     dynamic = {}
     example = {}
     for name in module.inputs:
-        axes = dict(enumerate(shapes[name]))
-        dynamic[name] = {axis: dims[d] for axis, d in axes.items() if isinstance(d, str)}
+        shape = shapes[name]
+        dynamic[name] = {
+            axis: dims[size] for axis, size in enumerate(shape) if isinstance(size, str)
+        }
         dtype = torch.int64 if name in (_TOKEN_IDS, _TOKEN_TYPES) else torch.float32
-        sizes = [_EXAMPLE[d] if isinstance(d, str) else d for d in axes.values()]
+        sizes = [_EXAMPLE[size] if isinstance(size, str) else size for size in shape]
         example[name] = torch.zeros(sizes, dtype=dtype)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -231,27 +246,29 @@ def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: s
     return write_graph(path, file, proto)
 
 
-def _keep_shapes_constant(proto: Any) -> None:
-    """Let each Reshape keep axes by number, as in [0, 0, heads, size], where this is possible.
+def _keep_shapes_constant(proto: onnx.ModelProto) -> None:
+    """Change each Reshape to keep axes by number, as in [0, 0, heads, size], where possible.
 
     Otherwise nodes compute the new shape from the shape of an input. ONNX Runtime runs these nodes
     on the CPU, also when the others run on a GPU.
     """
     graph = proto.graph
     sizes = {
-        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        value.name: [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
         for value in [*graph.input, *graph.output, *graph.value_info]
     }
     constants = {tensor.name for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type != "Reshape" or node.input[1] in constants:
             continue
-        before, after = (sizes.get(name, []) for name in (node.input[0], node.output[0]))
+        before = sizes.get(node.input[0], [])
+        after = sizes.get(node.output[0], [])
         kept = [axis < len(before) and size == before[axis] for axis, size in enumerate(after)]
         shape = [
             0 if keep else size if isinstance(size, int) else -1
             for keep, size in zip(kept, after, strict=True)
         ]
+        # The shape is unknown, or several sizes vary and are not kept.
         if not after or shape.count(-1) > 1:
             continue
         name = f"shape_of_{node.output[0]}"
@@ -260,8 +277,8 @@ def _keep_shapes_constant(proto: Any) -> None:
         del node.attribute[:]  # a 0 would otherwise be a size
 
 
-def _name_nodes(proto: Any) -> None:
-    """Name nodes by the module they come from, as in `blocks.0.layer.output.dense/linear_5`.
+def _name_nodes(proto: onnx.ModelProto) -> None:
+    """Rename nodes by the module they come from, as in `blocks.0.layer.output.dense/linear_5`.
 
     Messages name nodes, and the nodes of a head are recognised by their names, see
     `onnx_file.in_head`.
@@ -273,8 +290,8 @@ def _name_nodes(proto: Any) -> None:
         node.name = f"{modules[-1]}/{own}" if modules and modules[-1] else own
 
 
-def _bound_fills(proto: Any) -> None:
-    """Where the lowest float serves as a mask, use MASK_FILL, which fp16 can represent, too."""
+def _bound_fills(proto: onnx.ModelProto) -> None:
+    """Replace the lowest float, where it serves as a mask, by MASK_FILL, which fp16 has, too."""
     lowest = np.finfo(np.float32).min
     for tensor in proto.graph.initializer:
         is_number = tensor.data_type == onnx.TensorProto.FLOAT and not tensor.dims

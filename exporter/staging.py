@@ -21,35 +21,36 @@ _OLD = "-old"
 
 
 @contextmanager
-def staging(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target, which replaces the target at the end if nothing fails.
+def staging(destination: Path) -> Iterator[Path]:
+    """A temporary folder beside the destination, which it replaces at the end if nothing fails.
 
     Raises:
         ArtifactError: nothing can be written there.
     """
     try:
-        with temporary(target.parent, target.name) as folder:
+        with temporary(destination.parent, destination.name) as folder:
             yield folder
-            _publish(folder, target)
+            _publish(folder, destination)
     except OSError as error:
         raise ArtifactError(
-            f"cannot write {target}: {error.strerror}", "check the free space and permissions"
+            f"cannot write {destination}: {error.strerror}", "check the free space and permissions"
         ) from error
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A temporary folder whose files are moved to the target when all of them are written.
+def replacing(destination: Path) -> Iterator[Path]:
+    """A temporary folder whose files are moved to the destination when all of them are written.
 
     Raises:
-        OSError: a file cannot be written; the target is unchanged.
+        OSError: a file cannot be written; the destination is unchanged.
     """
-    # Inside of the target if it exists, which may be a disk of its own.
-    with temporary(target if target.exists() else target.parent, target.name) as folder:
+    # Inside of the destination if it exists, which may be a disk of its own.
+    place = destination if destination.exists() else destination.parent
+    with temporary(place, destination.name) as folder:
         yield folder
-        target.mkdir(exist_ok=True)
+        destination.mkdir(exist_ok=True)
         for file in sorted(folder.iterdir()):
-            file.replace(target / file.name)
+            file.replace(destination / file.name)
 
 
 def unique_name(name: str, sha256: str, ending: str) -> str:
@@ -123,19 +124,19 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _publish(folder: Path, target: Path) -> None:
-    """Move a folder to the target, on the same disk; what was there may then be in `folder`."""
-    if not target.exists():
-        folder.replace(target)
+def _publish(folder: Path, destination: Path) -> None:
+    """Move a folder to the destination, on the same disk; then `folder` may hold what was there."""
+    if not destination.exists():
+        folder.replace(destination)
         return
-    if _exchange(folder, target):
+    if _exchange(folder, destination):
         return
     old = folder.with_name(folder.name + _OLD)
-    target.replace(old)
+    destination.replace(old)
     try:
-        folder.replace(target)
+        folder.replace(destination)
     except OSError:
-        old.replace(target)
+        old.replace(destination)
         raise
     shutil.rmtree(old)
 

@@ -147,11 +147,11 @@ PROMISES: dict[str, Goal | Bound] = {
 
 def populations() -> dict[str, Callable[[], LabelledLogits]]:
     """Every population by name."""
-    found: dict[str, Callable[[], LabelledLogits]] = {
+    rows_of: dict[str, Callable[[], LabelledLogits]] = {
         name: made.rows for name, made in SYNTHETIC.items()
     }
-    found |= {name: partial(_guard, made) for name, (made, _) in GUARDS.items()}
-    return found | {path.stem: partial(stored, path) for path in sorted(LOGITS.glob("*.npz"))}
+    rows_of |= {name: partial(_guard, made) for name, (made, _) in GUARDS.items()}
+    return rows_of | {path.stem: partial(stored, path) for path in sorted(LOGITS.glob("*.npz"))}
 
 
 def _guard(made: Synthetic) -> LabelledLogits:
@@ -218,10 +218,12 @@ class Truth:
         doubts = np.geomspace(1e-6, 0.95, 200)
         rules: list[ExitRule] = [base.with_stop_threshold(doubt) for doubt in doubts]
         if self.rows.first_exit == 0:
-            rules += [with_exit_0(*pair) for pair in zip(rules, doubts / 4, strict=True)]
+            rules += [
+                with_exit_0(rule, doubt / 4) for rule, doubt in zip(rules, doubts, strict=True)
+            ]
         rules.append(Budget(exit=self.rows.exits[-1]))
-        found = [self.of(rule, metric, goal) for rule in rules]
-        return max(saving for _, share, saving in found if share <= 1 + 1e-9)
+        truths = [self.of(rule, metric, goal) for rule in rules]
+        return max(saving for _, share, saving in truths if share <= 1 + 1e-9)
 
 
 def calibrate(
@@ -234,21 +236,20 @@ def calibrate(
     half = min(count, len(population) // 2)
     drawn = population.take(generator.integers(0, len(population), count))
     full_depth = Budget(exit=population.exits[-1])
-    averages: tuple[Search, Truth] | None = None
+    search: Search | None = None
+    others = truth
     for name, goal in goals.items():
         metric = metric_of(goal, population)
-        rule = None
-        judge = truth
         if isinstance(goal, Bound):
-            rule = certify(with_layers(drawn, metric), goal, _LABELS).rule
+            chosen = certify(with_layers(drawn, metric), goal, _LABELS).rule or full_depth
+            drop, share, saving = truth.of(chosen, metric, goal)
         else:
-            if averages is None:
+            if search is None:
                 search = Search(with_layers(population.take(order[:half]), metric))
-                averages = search, Truth(population.take(order[half:]))
-            search, judge = averages
-            rule = search.choose(goal)
-        chosen = rule or full_depth
-        yield name, *judge.of(chosen, metric, goal), chosen == full_depth
+                others = Truth(population.take(order[half:]))
+            chosen = search.choose(goal) or full_depth
+            drop, share, saving = others.of(chosen, metric, goal)
+        yield name, drop, share, saving, chosen == full_depth
 
 
 def study(path: Path, repeats: int, run: Callable[[int], Iterator[tuple[Any, ...]]]) -> None:
@@ -308,12 +309,16 @@ def _cells(work: Path) -> Iterator[dict[str, Any]]:
             runs = [json.loads(line) for line in lines]
             best = json.loads((work / f"{name}-best.json").read_text())
             for goal, wanted in (PROMISES if name in GUARDS else GOALS).items():
-                found = np.array([run[goal] for run in runs], float)
-                loss, share, saving, refused = found.T
+                loss, share, saving, refused = np.array([run[goal] for run in runs], float).T
                 broken = int((share > 1 + 1e-9).sum())
                 yield {
-                    **{"name": name, "rows": count, "goal": goal, "runs": len(runs)},
-                    **{"loss": loss.mean(), "refused": int(refused.sum()), "broken": broken},
+                    "name": name,
+                    "rows": count,
+                    "goal": goal,
+                    "runs": len(runs),
+                    "loss": loss.mean(),
+                    "refused": int(refused.sum()),
+                    "broken": broken,
                     "p": binomial_tail(broken, len(runs)),
                     "saving": saving.mean(),
                     "of best": saving.mean() / best[goal] if best[goal] else 0.0,

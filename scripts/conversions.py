@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Convert classifiers without labels, and judge what comes out on a test set that chose nothing.
+"""Convert classifiers without labels, and test what comes out on rows that chose nothing.
 
     python scripts/conversions.py --data DATA --work WORK [--only mini-trec]
 
@@ -220,7 +220,7 @@ def exit_0_alone(model: Path, texts: Path, engines: Path, data: Path) -> dict[st
     """Exit 0 answers texts of which it is certain, under the same promise; one graph the others."""
     dealt = split(list(read_rows(texts)))
     calibrate = [dealt.rows[number] for number in dealt.calibrate]
-    found = []
+    measured = []
     with Engine.load(engines, FP32) as engine:
         labels = engine.manifest.task.labels
         layers = engine.manifest.exit_layers
@@ -228,19 +228,19 @@ def exit_0_alone(model: Path, texts: Path, engines: Path, data: Path) -> dict[st
             traced = trace_rows(engine, some, engines / "calibration", False)
             logits, _ = logits_of(model, [row.content for row in some])
             kept = traced.logits[[0, -1]]
-            found.append(replace(traced, logits=kept, reference=logits))
+            measured.append(replace(traced, logits=kept, reference=logits))
     costs = np.array([[0.0], [layers[-1]]])
-    seen, test = (np.broadcast_to(costs, each.logits.shape[:2]) for each in found)
-    rule = certify(
-        StoppingCosts(found[0], AGREEMENT, seen), Bound(changed_answers=0.01), labels
-    ).rule
-    exits = exits_of(rule or Budget(exit=1), found[1])
-    at = found[1].at(exits)
-    changed = int(Scorer(found[1], AGREEMENT).changed[at].sum())
-    return {"saved": float(1 - test[at].mean() / layers[-1]), "changed": changed}
+    seen, test = measured
+    seen_costs = np.broadcast_to(costs, seen.logits.shape[:2])
+    test_costs = np.broadcast_to(costs, test.logits.shape[:2])
+    bound = Bound(changed_answers=0.01)
+    rule = certify(StoppingCosts(seen, AGREEMENT, seen_costs), bound, labels).rule
+    at = test.at(exits_of(rule or Budget(exit=1), test))
+    changed = int(Scorer(test, AGREEMENT).changed[at].sum())
+    return {"saved": float(1 - test_costs[at].mean() / layers[-1]), "changed": changed}
 
 
-def judged(
+def on_test(
     engines: Path,
     target: str,
     texts: Sequence[Text],
@@ -317,17 +317,17 @@ def times(
     with ExitStack() as stack:
         for target in targets:
             systems[target] = stack.enter_context(Engine.load(engines, target)).predict
-        found: dict[str, dict[str, list[float]]] = {
+        seconds: dict[str, dict[str, list[float]]] = {
             name: {"single": [], "file": []} for name in systems
         }
         singles = texts[:: max(1, len(texts) // SINGLE)]
         for _ in range(ROUNDS + 1):
             for name, predict in systems.items():
                 alone = [_seconds(predict, [text]) for text in singles]
-                found[name]["single"].append(statistics.median(alone))
-                found[name]["file"].append(_seconds(predict, texts))
+                seconds[name]["single"].append(statistics.median(alone))
+                seconds[name]["file"].append(_seconds(predict, texts))
     # The first round prepares shapes.
-    return {name: {kind: each[1:] for kind, each in of.items()} for name, of in found.items()}
+    return {name: {kind: each[1:] for kind, each in of.items()} for name, of in seconds.items()}
 
 
 def _seconds(predict: Callable[[Sequence[Text]], object], texts: Sequence[Text]) -> float:
@@ -345,15 +345,15 @@ class Results:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        self.known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
 
     def once(self, name: str, find: Callable[[], Any]) -> Any:
-        """What has this name, which is found unless that is done."""
-        if name not in self.found:
-            self.found[name] = find()
-            self.file.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
-            click.echo(f"{self.file.stem}, {name}: {json.dumps(self.found[name])[:300]}", err=True)
-        return self.found[name]
+        """What has this name, which `find` makes unless it is known."""
+        if name not in self.known:
+            self.known[name] = find()
+            self.file.write_text(json.dumps(self.known, indent=1), encoding="utf-8")
+            click.echo(f"{self.file.stem}, {name}: {json.dumps(self.known[name])[:300]}", err=True)
+        return self.known[name]
 
 
 def study(run: Run, seed: int, data: Path, work: Path, timed: bool, results: Results) -> None:
@@ -372,17 +372,17 @@ def study(run: Run, seed: int, data: Path, work: Path, timed: bool, results: Res
         name: str, size: int | None, make: Callable[[Path, Path, Path], dict[str, Any]]
     ) -> Path:
         engines = work / "conversions" / f"{results.file.stem}-{name}"
-        given = texts_for(run, seed, size, data, work)
-        found = results.once(name, lambda: make(model, given, engines))
-        for each in found["targets"]:
+        unlabelled = texts_for(run, seed, size, data, work)
+        conversion = results.once(name, lambda: make(model, unlabelled, engines))
+        for each in conversion["targets"]:
             target = each["target"]
-            judge = partial(judged, engines, target, texts, teacher, right)
-            results.once(f"{name} {target}", judge)
+            test = partial(on_test, engines, target, texts, teacher, right)
+            results.once(f"{name} {target}", test)
         return engines
 
     engines = converted("all", None, run_conversion)
-    given = texts_for(run, seed, None, data, work)
-    results.once("exit 0 alone", lambda: exit_0_alone(model, given, engines, data / run.data))
+    unlabelled = texts_for(run, seed, None, data, work)
+    results.once("exit 0 alone", lambda: exit_0_alone(model, unlabelled, engines, data / run.data))
     if seed == run.seeds[0]:
         for size in run.sizes:
             converted(str(size), size, run_conversion)
@@ -391,7 +391,7 @@ def study(run: Run, seed: int, data: Path, work: Path, timed: bool, results: Res
         results.once(HALF, lambda: compared(cut, teacher, right) | {"saved": 0.5})
     if timed:
         graph = as_graph(model, work / "graphs" / results.file.stem)
-        targets = [each["target"] for each in results.found["all"]["targets"]]
+        targets = [each["target"] for each in results.known["all"]["targets"]]
         results.once("times", lambda: times(model, engines, targets, graph, texts[:MOST]))
 
 
@@ -400,26 +400,40 @@ def tables(every: dict[str, dict[str, Any]]) -> Iterator[str]:
     heads_of = []
     times_of = []
     yield from _head(
-        *("classifier", "conversion", "texts", "target", "certified", "saved, report"),
-        *("saved, test", "answers changed on test", "accuracy", "classifier", "CPU time"),
+        "classifier",
+        "conversion",
+        "texts",
+        "target",
+        "certified",
+        "saved, report",
+        "saved, test",
+        "answers changed on test",
+        "accuracy",
+        "classifier",
+        "CPU time",
     )
-    for name, found in every.items():
-        for key, made in found.items():
+    for name, results in every.items():
+        for key, made in results.items():
             for each in made.get("targets", ()):
                 point = each["points"][0]
                 saved = 1 - point["held_out"]["mean_depth"] / made["exit_layers"][-1]
                 certified = "yes" if point["certificate"] else "no"
                 yield _row(
-                    *(name, key, f"{made['texts']:,}", f"`{each['target']}`", certified),
-                    *(f"{saved:.1%}", *_tested(found, found[f"{key} {each['target']}"])),
+                    name,
+                    key,
+                    f"{made['texts']:,}",
+                    f"`{each['target']}`",
+                    certified,
+                    f"{saved:.1%}",
+                    *_tested(results, results[f"{key} {each['target']}"]),
                     f"{made['cpu_s']:.0f} s" if "cpu_s" in made else "",
                 )
             if chosen := made.get("chosen"):
                 heads_of.append((name, key, *_form(chosen)))
         for key in ("exit 0 alone", HALF):
-            if key in found:
-                yield _row(name, key, "", "", "", "", *_tested(found, found[key]), "")
-        rounds = found.get("times", {})
+            if key in results:
+                yield _row(name, key, "", "", "", "", *_tested(results, results[key]), "")
+        rounds = results.get("times", {})
         for system, mine in rounds.items():
             ratios = [
                 statistics.median(map(truediv, rounds["graph-onnxruntime"][kind], mine[kind]))
@@ -440,10 +454,10 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _tested(found: dict[str, Any], test: dict[str, Any]) -> tuple[str, ...]:
+def _tested(results: dict[str, Any], test: dict[str, Any]) -> tuple[str, ...]:
     """What is known from the test set."""
-    rows = found["classifier"]["rows"]
-    teacher = found["classifier"]["accuracy"]
+    rows = results["classifier"]["rows"]
+    teacher = results["classifier"]["accuracy"]
     accuracy = f"{test['accuracy']:.1%}" if "accuracy" in test else ""
     return f"{test['saved']:.1%}", f"{test['changed']} of {rows:,}", accuracy, f"{teacher:.1%}"
 
@@ -463,14 +477,14 @@ def _form(chosen: dict[str, Any]) -> tuple[str, str]:
 @click.option("--times", "timed", is_flag=True, help="Also measure times.")
 @exits_with_one_line
 def main(data: Path, work: Path, only: tuple[str, ...], timed: bool) -> None:
-    """Convert and judge all classifiers, and write the tables."""
+    """Convert and test all classifiers, and write the tables."""
     folder = work / "conversions"
     folder.mkdir(parents=True, exist_ok=True)
     for name in only:
         for seed in RUNS[name].seeds:
             results = Results(folder / f"{name}-{seed}.json")
             study(RUNS[name], seed, data, work, timed, results)
-    every = {file.stem: Results(file).found for file in sorted(folder.glob("*.json"))}
+    every = {file.stem: Results(file).known for file in sorted(folder.glob("*.json"))}
     head = f"{cpu_name()}, {usable_cores()} cores"
     (folder / "tables.md").write_text("\n".join([head, "", *tables(every), ""]), encoding="utf-8")
 

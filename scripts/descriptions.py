@@ -60,15 +60,15 @@ def descriptions() -> dict[str, tuple[str, str]]:
     """The section and the description of source packages, by name."""
     key = "Description-md5"
     texts = {each[key]: each["Description-en"] for each in stanzas(DESCRIPTIONS) if each}
-    found: dict[str, tuple[str, str]] = {}
+    sections_and_texts: dict[str, tuple[str, str]] = {}
     for package in stanzas(PACKAGES):
         # A line with only a dot separates paragraphs.
         words = [word for word in texts.get(package.get(key, ""), "").split() if word != "."]
         if len(words) >= WORDS:
             source = package.get("Source", package["Package"]).split()[0]
-            found.setdefault(source, (package["Section"], " ".join(words)))
-    sections = Counter(section for section, _ in found.values()).most_common(SECTIONS)
-    return {name: row for name, row in found.items() if row[0] in dict(sections)}
+            sections_and_texts.setdefault(source, (package["Section"], " ".join(words)))
+    sections = Counter(section for section, _ in sections_and_texts.values()).most_common(SECTIONS)
+    return {name: row for name, row in sections_and_texts.items() if row[0] in dict(sections)}
 
 
 def part_of(name: str) -> str:

@@ -179,7 +179,7 @@ def plans(folder: Path, precision: str, emit: Emit) -> None:
             home = folder / "one" / "targets" / targets[0]
             home.mkdir(parents=True, exist_ok=True)
             shutil.copy(cache, home)
-    agrees = judge(folder, targets[0], emit)
+    agrees = same_logits(folder, targets[0], emit)
     measure(folder, targets[0], emit)
     if not agrees:
         sys.exit("the logits differ from those of Polygraphy's runner")
@@ -225,7 +225,7 @@ class PlanSession:
             return [np.array(outputs[name]) for name in names]
 
 
-def judge(folder: Path, target: str, emit: Emit) -> bool:
+def same_logits(folder: Path, target: str, emit: Emit) -> bool:
     """Compare logits with Polygraphy's, of one row at each length and of several rows.
 
     Returns:
@@ -253,9 +253,9 @@ def _differences(engine: Engine, folder: Path, rows: Sequence[EncodedRow]) -> li
     bucket = Bucket(len(rows), len(rows[0]))  # a shape that our runtime does not pad
     inputs = padded_inputs(rows, padding_values(engine.manifest.tokenizer))
     runs = graph_runs(engine.manifest, [inputs], partial(PlanSession, engine, folder, bucket))
-    judged = [run.outputs["logits"] for run in runs if "logits" in run.outputs]
-    ours = [full_depth(engine)(rows).logits[-len(judged) :] for _ in range(RUNS)]
-    differences = np.abs(np.array(ours, np.float64) - np.array(judged, np.float64))
+    theirs = [run.outputs["logits"] for run in runs if "logits" in run.outputs]
+    ours = [full_depth(engine)(rows).logits[-len(theirs) :] for _ in range(RUNS)]
+    differences = np.abs(np.array(ours, np.float64) - np.array(theirs, np.float64))
     return [float(each) for each in np.nan_to_num(differences, nan=np.inf).max(axis=(0, 2, 3))]
 
 
@@ -426,8 +426,8 @@ def _reason(log: Path, code: int) -> str:
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """The report: the environment and tables."""
-    found = environment() | {"providers": providers()}
-    text = ["# fpabee on a GPU", "", ", ".join(f"{key} {value}" for key, value in found.items())]
+    facts = environment() | {"providers": providers()}
+    text = ["# fpabee on a GPU", "", ", ".join(f"{key} {value}" for key, value in facts.items())]
     text += ["", "Models have random weights. Single texts are timed without tokenization."]
     for title, heads in TABLES.items():
         text += ["", f"## {title}", "", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
@@ -459,12 +459,13 @@ def check(output: Path, seconds: float, names: Sequence[str], no_gpu: str = "") 
         limit = min(PARTS[name] / SECONDS * seconds, until - started)
         state = SKIPPED
         reason = no_gpu or "no time was left"
-        found = list[list[str]]()
+        part_rows = list[list[str]]()
         if not no_gpu and limit >= LEAST_SECONDS:
-            state, reason, found = run_part(name, output, limit)
-        remarks = "; ".join([reason] * bool(reason) + [row[1] for row in found if row[0] == NOTE])
+            state, reason, part_rows = run_part(name, output, limit)
+        notes = [row[1] for row in part_rows if row[0] == NOTE]
+        remarks = "; ".join([reason] * bool(reason) + notes)
         taken = f"{time.monotonic() - started:.0f} s"
-        rows += [*found, [STATES, name, state, taken, remarks]]
+        rows += [*part_rows, [STATES, name, state, taken, remarks]]
         states[name] = state
         click.echo(f"{name}: {state} {reason}".rstrip())
         (output / "gpu_check.md").write_text(markdown(rows), encoding="utf-8")

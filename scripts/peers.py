@@ -134,8 +134,9 @@ def systems(
     yield runs("exit-0-alone", engines, Budget(exit=0))
     yield runs("cascade", whole, Budget(exit=1, exit_0_threshold=limit))
     yield runs(f"first-{CUT}-layers", short, None)
-    if found := reproduce.choose(search, Goal(speedup=layers[-1] / CUT), search.kinds):
-        yield runs(f"exits-{CUT}-layers", engines, found)
+    as_fast = reproduce.choose(search, Goal(speedup=layers[-1] / CUT), search.kinds)
+    if as_fast is not None:
+        yield runs(f"exits-{CUT}-layers", engines, as_fast)
 
 
 def add_all_targets(engines: Path, data: Path) -> None:
@@ -256,7 +257,7 @@ def main(
         options = run.options | {"exits": (CUT,), "distill": 0.0, "exit_0": False}
         cut = dataclasses.replace(run, options=options)
         cut_model = train_run(cut, seed, data, backbone, place / f"{name}-cut-{seed}")
-        given = {
+        inputs = {
             "model": str(model),
             "backbone": backbone,
             "data": str(data / run.data),
@@ -279,15 +280,15 @@ def main(
                     head["target"] = chosen
                 check_same(system.name, row, head, results)
                 try:
-                    found = measure(system, given, work)
+                    measured = measure(system, inputs, work)
                 except RuntimeError as error:
                     row["failed"] = str(error)
                 else:
-                    head["versions"] = found.pop("versions")
+                    head["versions"] = measured.pop("versions")
                     check_same(system.name, row, head, results)
                     row.pop("failed", None)
                     row |= head
-                    row["rounds"].append({"round": number} | found)
+                    row["rounds"].append({"round": number} | measured)
                 click.echo(f"{model.name}, round {number}, {system.name}: {row}", err=True)
                 new = results.with_suffix(".new")  # the script may be stopped while it writes
                 new.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")

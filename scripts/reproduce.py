@@ -176,7 +176,7 @@ def compare(dev: LabelledLogits, test: LabelledLogits, layers: Sequence[int]) ->
     """Every kind of rule at every saving: chosen on dev, evaluated on test."""
     search = search_by_layers(dev, layers, every_setting)
     scorer = Scorer(test, METRICS[dev.problem_type][0])
-    found = []
+    settings = []
     for kind in search.kinds:
         for saving in SAVINGS:
             chosen = choose(search, Goal(speedup=1 / (1 - saving)), [kind])
@@ -186,9 +186,9 @@ def compare(dev: LabelledLogits, test: LabelledLogits, layers: Sequence[int]) ->
             depth = np.asarray(layers)[test.at(exits)[0]].mean()
             saved = float(1 - depth / layers[-1])
             score = scorer.score(exits)
-            found.append({"kind": kind, "wished": saving, "saving": saved, "score": score})
+            settings.append({"kind": kind, "wished": saving, "saving": saved, "score": score})
     full = scorer.full_depth
-    return {"metric": scorer.metric, "rows": len(test), "full_depth": full, "settings": found}
+    return {"metric": scorer.metric, "rows": len(test), "full_depth": full, "settings": settings}
 
 
 def table(results: Path) -> str:
@@ -222,33 +222,33 @@ def _lines(runs: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
         yield "| rule | 25 % | 50 % | 75 % |"
         yield "|---|---|---|---|"
         for kind in dict.fromkeys(setting["kind"] for run in mine for setting in run["settings"]):
-            cells = [_cell(_found(mine, kind, saving), len(mine)) for saving in SAVINGS]
+            cells = [_cell(_settings_at(mine, kind, saving), len(mine)) for saving in SAVINGS]
             yield f"| {kind} | " + " | ".join(cells) + " |"
 
 
-def _found(runs: Sequence[dict[str, Any]], kind: str, saving: float) -> list[dict[str, Any]]:
+def _settings_at(runs: Sequence[dict[str, Any]], kind: str, saving: float) -> list[dict[str, Any]]:
     """The setting of a kind of rule in each run."""
     settings = [setting for run in runs for setting in run["settings"]]
     return [each for each in settings if (each["kind"], each["wished"]) == (kind, saving)]
 
 
-def _cell(found: Sequence[dict[str, Any]], runs: int) -> str:
+def _cell(settings: Sequence[dict[str, Any]], runs: int) -> str:
     """The score at a saving, and what is saved."""
-    if len(found) < runs:
+    if len(settings) < runs:
         return "-"
-    saved = statistics.mean(100 * setting["saving"] for setting in found)
-    return f"{_with_deviation([setting['score'] for setting in found])} ({saved:.0f} %)"
+    saved = statistics.mean(100 * setting["saving"] for setting in settings)
+    return f"{_with_deviation([setting['score'] for setting in settings])} ({saved:.0f} %)"
 
 
 def _difference(runs: Sequence[dict[str, Any]], kind: str) -> str:
     """Mean difference between F-PABEE and another kind of rule at each saving, in points."""
-    found = []
+    differences = []
     for saving in SAVINGS:
-        both = [_found(runs, each, saving) for each in ("fpabee", kind)]
+        both = [_settings_at(runs, each, saving) for each in ("fpabee", kind)]
         means = [statistics.mean(one["score"] for one in each) for each in both if each]
         complete = all(len(each) == len(runs) for each in both)
-        found.append(f"{100 * (means[0] - means[1]):+.2f}" if complete else "-")
-    return " / ".join(found)
+        differences.append(f"{100 * (means[0] - means[1]):+.2f}" if complete else "-")
+    return " / ".join(differences)
 
 
 def _with_deviation(scores: Sequence[float]) -> str:

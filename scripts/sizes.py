@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import tokenize
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("runtime", "exporter", "calibration")
 
 
-def code_lines(*folders: str) -> int:
+def code_lines(folders: Sequence[str]) -> int:
     """The lines of code of the Python files in folders."""
     paths = (path for folder in folders for path in (ROOT / folder).rglob("*.py"))
     return sum(len(_lines_of_code(path)) for path in paths)
@@ -52,17 +53,17 @@ def words(path: Path) -> int:
 
 def print_sizes() -> None:
     """Print lines of code, words and options."""
-    found = options()
+    every_option = options()
     print("lines of code")
     for folder in (*PACKAGES, "scripts", "tests"):
-        print(f"  {folder:12} {code_lines(folder):7,}")
-    print(f"  {'packages':12} {code_lines(*PACKAGES):7,}")
+        print(f"  {folder:12} {code_lines([folder]):7,}")
+    print(f"  {'packages':12} {code_lines(PACKAGES):7,}")
     print("words")
     print(f"  {'README.md':12} {words(ROOT / 'README.md'):7,}")
     print(f"  {'docs/':12} {words(ROOT / 'docs'):7,}")
     print("options of commands")
-    print(f"  {'all':12} {len(found):7,}")
-    print(f"  {'distinct':12} {len(set(found)):7,}")
+    print(f"  {'all':12} {len(every_option):7,}")
+    print(f"  {'distinct':12} {len(set(every_option)):7,}")
 
 
 if __name__ == "__main__":

@@ -75,29 +75,29 @@ OTHERS = [
 """The systems that do not run fpabee."""
 
 
-def measure(system: System, given: dict[str, Any], work: Path) -> dict[str, Any]:
+def measure(system: System, inputs: dict[str, Any], work: Path) -> dict[str, Any]:
     """Prepare a system unless that is done, and measure it.
 
     Args:
         system: the system.
-        given: what all of them need to know, see above.
+        inputs: what all of them need to know, see above.
         work: gets environments, and what is exported and trained.
 
     Raises:
         RuntimeError: an environment or a step failed; the message is the last line that it wrote.
     """
-    place = work / "peers" / f"{Path(given['model']).name}-{system.name}"
+    place = work / "peers" / f"{Path(inputs['model']).name}-{system.name}"
     more = {"kind": system.kind, "place": str(place), "backend": system.environment}
     python = environment(system.environment, work)
     done = place / ".prepared"
-    given = given | more | system.settings
+    specification = inputs | more | system.settings
     if not done.is_file():
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        _child(python, "prepare", given)
+        _child(python, "prepare", specification)
         done.touch()
-    found: dict[str, Any] = json.loads(_child(python, "measure", given).splitlines()[-1])
-    return found
+    measured: dict[str, Any] = json.loads(_child(python, "measure", specification).splitlines()[-1])
+    return measured
 
 
 def environment(name: str, work: Path) -> str:
@@ -118,8 +118,8 @@ def environment(name: str, work: Path) -> str:
     return str(python)
 
 
-def _child(python: str, step: str, given: dict[str, Any]) -> str:
-    return _checked([python, __file__, step], json.dumps(given | {"begun": time.time()}))
+def _child(python: str, step: str, specification: dict[str, Any]) -> str:
+    return _checked([python, __file__, step], json.dumps(specification | {"begun": time.time()}))
 
 
 def _checked(command: list[str], text: str | None = None) -> str:
@@ -400,13 +400,13 @@ def measured(spec: Specification) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The installed version of each package that decides how fast a system is."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in (*("fpabee", "numpy", "onnxruntime", "openvino", "tokenizers", "torch"),
                     *("transformers", "sentence-transformers", "optimum", "optimum-intel"),
                     *("optimum-onnx", "model2vec")):  # fmt: skip
         with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            installed[package] = metadata.version(package)
+    return installed
 
 
 def resident_mib() -> float:

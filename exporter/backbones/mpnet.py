@@ -23,12 +23,12 @@ class MPNet(Roberta):
     def embeddings(self) -> Embeddings:
         """The embeddings, and the position bias `[1, heads, sequence, sequence]`.
 
-        An export reads it from a table, because computing it takes forty small operations.
+        An export reads it from a table, because computing it takes many small operations.
         """
 
         # Not a module, so that segment 1 does not contain the weights of the layers.
         def bias(hidden_states: Tensor) -> Tensor:
-            found: Tensor = self.encoder.encoder.compute_position_bias(hidden_states[:1])
-            return found
+            position_bias: Tensor = self.encoder.encoder.compute_position_bias(hidden_states[:1])
+            return position_bias
 
         return Embeddings(self.encoder.embeddings, None, _BIAS, bias, DistanceTable)

@@ -135,9 +135,10 @@ def _run(
         file, session_options(), providers=["CPUExecutionProvider"]
     )
     names = [each.name for each in session.get_inputs()]
-    found = []
+    answers = []
     for arrays in padded_batches(rows, padding_values(tokenizer), _BATCH):
         arrays[MASK] = (arrays[ATTENTION_BIAS][:, 0, 0] == 0).astype(np.int64)
-        found.append(session.run([LOGITS, EXIT], {name: arrays[name] for name in names}))
-    logits, exits = (np.concatenate(each) for each in zip(*found, strict=True))
+        answers.append(session.run([LOGITS, EXIT], {name: arrays[name] for name in names}))
+    logits = np.concatenate([logits for logits, _ in answers])
+    exits = np.concatenate([exits for _, exits in answers])
     return logits, exits

@@ -69,34 +69,45 @@ class PairMarks:
         return second & (np.add.reduce(second.astype(np.int64), axis=1, keepdims=True) > self.after)
 
 
-def exit_0_logits(exit_0: ExitZero, marks: PairMarks, ids: Any, mask: Any, types: Any) -> Any:
-    """The logits of exit 0: `[batch, labels]` float32. A row without tokens has those of the bias.
+@dataclass(frozen=True)
+class ExitZeroNodes:
+    """Exit 0 in a graph.
 
-    Args:
+    Attributes:
         exit_0: its arrays become initializers.
         marks: how second texts are recognised.
-        ids: as the other arguments, see `PairMarks.second`.
-        mask: see there.
-        types: see there.
     """
-    writer = ids.writer
-    second = marks.second(ids, mask, types)
-    unigrams = exit_0.unigrams
-    buckets = exit_0.buckets
-    moved = ids + SECOND
-    # The runtime's own function, which adds nodes if it is given tensors of a graph.
-    bucket: Any = bucket_of
-    own = np.where(second, bucket(moved, ids, buckets) + unigrams, ids % unigrams)
-    tokens = np.where(second, moved, ids)
-    is_followed = _moved(mask.astype(np.int64), -1, 0) > 0
-    following = np.where(is_followed, _moved(tokens, -1, END), END)
-    bigrams = bucket(tokens, following, buckets) + unigrams
-    table, labels, bias = (writer.initializer(f"exit_0/{n}", a) for n, a in exit_0.arrays.items())
-    vectors = table[own].astype(np.float32) + table[bigrams].astype(np.float32)
-    weights = mask.astype(np.float32)[:, :, None]
-    sums = np.add.reduce(vectors * weights, axis=1)
-    means = sums / np.maximum(np.add.reduce(weights, axis=1) * 2, 1)
-    return means.then("MatMul", labels) + bias
+
+    exit_0: ExitZero
+    marks: PairMarks
+
+    def logits(self, ids: Any, mask: Any, types: Any) -> Any:
+        """Its logits: `[batch, labels]` float32. A row without tokens has those of the bias.
+
+        The arguments are those of `PairMarks.second`.
+        """
+        writer = ids.writer
+        second = self.marks.second(ids, mask, types)
+        unigrams = self.exit_0.unigrams
+        buckets = self.exit_0.buckets
+        moved = ids + SECOND
+        # The runtime's own function, which adds nodes if its arguments are tensors of a graph.
+        bucket: Any = bucket_of
+        own = np.where(second, bucket(moved, ids, buckets) + unigrams, ids % unigrams)
+        tokens = np.where(second, moved, ids)
+        is_followed = _moved(mask.astype(np.int64), -1, 0) > 0
+        following = np.where(is_followed, _moved(tokens, -1, END), END)
+        bigrams = bucket(tokens, following, buckets) + unigrams
+        held = {
+            name: writer.initializer(f"exit_0/{name}", array)
+            for name, array in self.exit_0.arrays.items()
+        }
+        table = held["table"]
+        vectors = table[own].astype(np.float32) + table[bigrams].astype(np.float32)
+        weights = mask.astype(np.float32)[:, :, None]
+        sums = np.add.reduce(vectors * weights, axis=1)
+        means = sums / np.maximum(np.add.reduce(weights, axis=1) * 2, 1)
+        return means.then("MatMul", held["weights"]) + held["bias"]
 
 
 def _moved(values: Any, by: int, fill: int) -> Any:

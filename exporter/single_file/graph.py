@@ -2,8 +2,8 @@
 
 The segments of an engines folder become a flat chain of `If` nodes, one for each exit. Its
 condition is whether all rows have stopped. If they have, what the rule carries is handed on, and
-otherwise the next segment and the rule run. A branch that is nested in another one would take
-runtimes twice as long to load for each level.
+otherwise the next segment and the rule run. The chain is flat, because runtimes take twice as long
+to load a branch for each level that it is nested.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from ...runtime.artifact.manifest import (
     NEXT,
     Manifest,
 )
-from ...runtime.exit_0 import ExitZero
 from ...runtime.rules.rules import ExitRule
-from .exit_0_nodes import PairMarks, exit_0_logits
+from .exit_0_nodes import ExitZeroNodes
 from .nodes import Tensor, Writer
 from .rules import RuleNodes, State
 
@@ -41,7 +40,7 @@ def single_graph(
     protos: Mapping[str, Any],
     manifest: Manifest,
     rule: ExitRule,
-    exit_0: tuple[ExitZero, PairMarks] | None,
+    exit_0: ExitZeroNodes | None,
 ) -> ir.Model:
     """One graph that answers each row at its own exit.
 
@@ -54,7 +53,7 @@ def single_graph(
             names.
         manifest: says how segments call them.
         rule: the rule.
-        exit_0: exit 0, and how it recognises second texts; None: leave it out.
+        exit_0: exit 0; None: leave it out.
 
     Raises:
         RuleError: the rule has no form as a graph, or does not fit the exits.
@@ -79,7 +78,7 @@ def single_graph(
     nodes = RuleNodes(writer, rule, manifest.task, manifest.exits)
     if exit_0 is not None:
         is_token = state[MASK].astype(np.bool_)
-        logits = exit_0_logits(*exit_0, state[_IDS], is_token, state.get(TYPES))
+        logits = exit_0.logits(state[_IDS], is_token, state.get(TYPES))
         state |= nodes.step(0, logits, {})
     for number, segment in enumerate(manifest.segments, start=1):
         is_first = "done" not in state
@@ -88,8 +87,8 @@ def single_graph(
             new: State = {}
             for call in segment.calls:
                 part = parts[call].clone(allow_outer_scope_values=True)
-                given = {name: each.value for name, each in (state | new).items()}
-                outputs = append(branch, part, given, f"{call}/")
+                inputs = {name: tensor.value for name, tensor in (state | new).items()}
+                outputs = append(branch, part, inputs, f"{call}/")
                 new |= {name: Tensor(writer, value) for name, value in outputs.items()}
             after = nodes.step(number, new.pop(LOGITS), state)
         if segment is manifest.segments[-1]:
@@ -100,8 +99,12 @@ def single_graph(
         output.name = name
         top.outputs.append(output)
     model = ir.Model(top, ir_version=_IR_VERSION)
-    tidy = common.RemoveUnusedNodesPass(), common.NameFixPass()
-    ir.passes.Sequential(*tidy, common.ClearMetadataAndDocStringPass())(model)
+    tidy = ir.passes.Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.NameFixPass(),
+        common.ClearMetadataAndDocStringPass(),
+    )
+    tidy(model)
     return model
 
 
@@ -145,21 +148,21 @@ def _guarded(writer: Writer, branch: ir.Graph, before: State, new: State, after:
 
 
 def append(
-    graph: ir.Graph, part: ir.Graph, given: Mapping[str, ir.Value], prefix: str
+    graph: ir.Graph, part: ir.Graph, inputs: Mapping[str, ir.Value], prefix: str
 ) -> dict[str, ir.Value]:
     """Move the nodes and weights of a graph to the end of another one.
 
     Args:
         graph: what gets them.
         part: what has none afterwards.
-        given: what it reads, by the names of its inputs.
+        inputs: what it reads, by the names of its inputs.
         prefix: what the names of its tensors begin with afterwards.
 
     Returns:
         Its outputs, by the names of the inputs of later graphs.
     """
     for value in part.inputs:
-        value.replace_all_uses_with(given[str(value.name)])
+        value.replace_all_uses_with(inputs[str(value.name)])
     outputs = {str(value.name).removeprefix(NEXT): value for value in part.outputs}
     part.outputs.clear()
     move_weights(part, graph, prefix)

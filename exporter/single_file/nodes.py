@@ -45,21 +45,23 @@ class Writer:
     @contextlib.contextmanager
     def branch(self, name: str) -> Iterator[ir.Graph]:
         """Add nodes to a new branch; their names begin with that of the branch."""
-        before = self.graph, self._op
+        outer_graph = self.graph
+        outer_op = self._op
         self._begin(name)
         yield self.graph
         made = [value for node in self.graph for value in node.outputs]
         for named in (*self.graph, *made, *[*self.graph.initializers.values()]):
             named.name = f"{name}/{named.name}"
-        self.graph, self._op = before
+        self.graph = outer_graph
+        self._op = outer_op
 
     def node(self, kind: str, *inputs: Any, **attributes: Any) -> Tensor:
         """The first result of a node, whose inputs are tensors, numbers or lists of numbers."""
         values = [
             each.value if isinstance(each, Tensor) else np.asarray(each).tolist() for each in inputs
         ]
-        found = getattr(self._op, kind)(*values, **attributes)
-        return Tensor(self, found if isinstance(found, ir.Value) else found[0])
+        results = getattr(self._op, kind)(*values, **attributes)
+        return Tensor(self, results if isinstance(results, ir.Value) else results[0])
 
     def constant(self, array: NDArray[Any]) -> Tensor:
         """An array that never changes."""

@@ -19,7 +19,7 @@ from ..paths import check_new, resolved
 from ..staging import staging
 from ..targets.check import FP32_TARGET
 from .check import check_single_graph
-from .exit_0_nodes import PairMarks
+from .exit_0_nodes import ExitZeroNodes, PairMarks
 from .graph import TYPES, single_graph
 from .hub_files import Packed, load_tokenizer, write_files
 
@@ -90,7 +90,8 @@ def pack(
     point, rule = rule_of(source.manifest, name, operating_point)
     reference, _ = read_reference(source)
     graphs = graphs_of(source.manifest, targets[name])
-    marks = None
+    inside = None
+    separators: tuple[str, ...] = ()
     no_exit_0 = ""
     exit_0 = ExitZero.load(source)
     if exit_0 is not None:
@@ -101,13 +102,14 @@ def pack(
             source = source.with_manifest(exit_0=None)
             point = None
             rule = msgspec.structs.replace(rule, exit_0_threshold=None)
+        else:
+            inside = ExitZeroNodes(exit_0, marks)
+            separators = marks.texts
     progress("pack", 0, 2)
-    inside = (exit_0, marks) if exit_0 is not None and marks is not None else None
     model = single_graph(load_graphs(source, graphs), source.manifest, rule, inside)
     weights = [value.const_value for part in model.graphs() for value in part.initializers.values()]
     is_large = sum(weight.nbytes for weight in weights if weight is not None) > _MOST_BYTES
     # Exit 0 of the graph takes a text with separators in its midst for a pair.
-    separators = marks.texts if marks else ()
     texts = [text for text in reference if not any(token in "".join(text) for token in separators)]
     is_int8 = targets[name].precision == "int8"
     with staging(place) as folder:

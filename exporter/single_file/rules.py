@@ -104,7 +104,8 @@ class RuleNodes:
             name.removeprefix(SETTINGS): writer.initializer(name, value)
             for name, value in settings_of(rule, task, exits).items()
         }
-        self._task = task.problem_type, settings.get("label_thresholds", ())
+        self._problem_type = task.problem_type
+        self._label_thresholds = settings.get("label_thresholds", ())
         self._settings = settings
         self._last = exits[-1]
         # The rule's own formulas add the nodes, because its settings are tensors.
@@ -134,10 +135,10 @@ class RuleNodes:
             What is carried on.
         """
         settings = self._settings
-        now = _Outputs(logits, *self._task)
+        now = self._outputs(logits)
         earlier = None
         if "logits" in state:
-            earlier = _Outputs(state["logits"], *self._task)
+            earlier = self._outputs(state["logits"])
             stopped: Any = state["stopped"]
             logits = np.where(stopped[:, None], state["logits"], logits)
             exits: Any = np.where(stopped, state["exit"], number)
@@ -164,6 +165,9 @@ class RuleNodes:
         after["done"] = np.logical_and.reduce(after["stopped"], axis=0)
         return after
 
+    def _outputs(self, logits: Any) -> _Outputs:
+        return _Outputs(logits, self._problem_type, self._label_thresholds)
+
 
 class _Outputs(Outputs):
     """The outputs of an exit as tensors of a graph."""
@@ -172,6 +176,7 @@ class _Outputs(Outputs):
     def _softmax(z: Any) -> Any:
         return z.then("Softmax", axis=-1)
 
-    def margins(self, thresholds: Any) -> Any:
-        """See `Outputs`; given the numbers and thresholds of the labels that decide."""
-        return np.stack([self.margin(*each) for each in thresholds], axis=-1)
+    def margins(self, label_thresholds: Any) -> Any:
+        """See `Outputs`; here, these are pairs of the number and threshold of a deciding label."""
+        margins = [self.margin(label, threshold) for label, threshold in label_thresholds]
+        return np.stack(margins, axis=-1)

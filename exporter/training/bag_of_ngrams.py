@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -37,8 +38,26 @@ _MOST_FOLDED = 64
 # Standard deviation of the vectors before training.
 _SPREAD = 0.05
 
-Part = tuple[Sequence[Tensor], Tensor]
-"""The numbers of the vectors of each row, and the probabilities `[rows, labels]` to learn."""
+
+@dataclass(frozen=True)
+class Bags:
+    """Rows as exit 0 sees them, and what it should give for them.
+
+    Attributes:
+        numbers: for each row, the numbers of its vectors.
+        targets: probabilities `[rows, labels]`.
+    """
+
+    numbers: Sequence[Tensor]
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def batches(self, order: Tensor) -> Iterator[Bags]:
+        """The rows in an order, in batches."""
+        for rows in torch.split(order, _BATCH):
+            yield Bags([self.numbers[row] for row in rows.tolist()], self.targets[rows])
 
 
 class Vocabulary:
@@ -57,8 +76,8 @@ class Vocabulary:
 
     def bags(self, rows: Sequence[EncodedRow]) -> tuple[Tensor, ...]:
         """The numbers of the vectors of each row."""
-        found, counts = ngrams(rows, self.unigrams, _BUCKETS)
-        return torch.split(torch.from_numpy(self._place[found]), counts.tolist())
+        numbers, counts = ngrams(rows, self.unigrams, _BUCKETS)
+        return torch.split(torch.from_numpy(self._place[numbers]), counts.tolist())
 
 
 class BagOfNgrams(nn.Module):
@@ -157,20 +176,21 @@ def learn(
     config = model.exit_config
     vocabulary = Vocabulary(train.rows, unigrams_of(int(model.backbone.config.vocab_size)))
     bag = BagOfNgrams(vocabulary, len(config.labels))
-    wanted = [torch.from_numpy(part.targets) for part in (train, dev)]
-    targets = [as_probabilities(part, len(config.labels)).float() for part in wanted]
-    bags = [vocabulary.bags(part.rows) for part in (train, dev)]
+
+    def bags(examples: Examples) -> Bags:
+        targets = as_probabilities(torch.from_numpy(examples.targets), len(config.labels))
+        return Bags(vocabulary.bags(examples.rows), targets.float())
+
     try:
-        parts = (bags[0], targets[0]), (bags[1], targets[1])
-        return fit(bag, *parts, config.problem_type, progress)
+        return _fit(bag, bags(train), bags(dev), config.problem_type, progress)
     except ValueError as error:
         raise ModelError(
             f"the training of exit 0 diverged: {error}", "use `exit_0` to train without it"
         ) from error
 
 
-def fit(
-    bag: BagOfNgrams, train: Part, dev: Part, problem_type: ProblemType, progress: Progress
+def _fit(
+    bag: BagOfNgrams, train: Bags, dev: Bags, problem_type: ProblemType, progress: Progress
 ) -> ExitZero:
     """Train until the loss on the dev rows has stopped falling.
 
@@ -188,19 +208,21 @@ def fit(
         torch.optim.SparseAdam(list(bag.vectors.parameters()), lr=_LR),
         torch.optim.Adam(bag.classifier.parameters(), lr=_LR),
     ]
-    epochs = max(1, min(_MOST_EPOCHS, _MOST_ROWS // len(train[0])))
+    epochs = max(1, min(_MOST_EPOCHS, _MOST_ROWS // len(train)))
     losses: list[float] = []
     best = bag.state_dict()
     for epoch in range(epochs):
-        for bags, targets in _batches(*train, torch.randperm(len(train[0]))):
+        for batch in train.batches(torch.randperm(len(train))):
             bag.zero_grad()
-            torch.autograd.backward(label_loss(bag(bags), targets, problem_type))
+            torch.autograd.backward(label_loss(bag(batch.numbers), batch.targets, problem_type))
             for optimizer in optimizers:
                 optimizer.step()
         with torch.no_grad():
-            parts = _batches(*dev, torch.arange(len(dev[0])))
-            total = sum(float(label_loss(bag(b), t, problem_type)) * len(t) for b, t in parts)
-        losses.append(total / len(dev[0]))
+            total = sum(
+                len(batch) * float(label_loss(bag(batch.numbers), batch.targets, problem_type))
+                for batch in dev.batches(torch.arange(len(dev)))
+            )
+        losses.append(total / len(dev))
         progress(f"exit 0, dev loss {losses[-1]:.3f}", epoch + 1, epochs)
         if losses[-1] <= min(losses):
             best = copy.deepcopy(bag.state_dict())
@@ -208,10 +230,3 @@ def fit(
             break
     bag.load_state_dict(best)
     return bag.weights()
-
-
-def _batches(
-    bags: Sequence[Tensor], targets: Tensor, order: Tensor
-) -> Iterator[tuple[list[Tensor], Tensor]]:
-    for numbers in torch.split(order, _BATCH):
-        yield [bags[number] for number in numbers.tolist()], targets[numbers]

@@ -94,11 +94,11 @@ def encoded_rows(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[E
     own = copy.deepcopy(tokenizer.backend_tokenizer)
     uses_types = "token_type_ids" in tokenizer.model_input_names
     # As the engine does: a single text is not a pair with an empty second text.
-    found = RowTokenizer(own, max_length, uses_types).rows([row.content for row in rows])
-    for row, encoded in zip(rows, found, strict=True):
-        if not len(encoded):
+    encoded = RowTokenizer(own, max_length, uses_types).rows([row.content for row in rows])
+    for row, tokens in zip(rows, encoded, strict=True):
+        if not len(tokens):
             raise InputError(
                 f"{row.where} has no tokens: the tokenizer adds no special tokens",
                 "leave such rows out, or use a tokenizer that adds special tokens",
             )
-    return found
+    return encoded

@@ -128,7 +128,10 @@ def exit_loss(
     # The loss is linear in its target.
     mixed = (1 - distill) * hard + distill * soft
     targets = [mixed] * (len(logits) - 1) + [hard]
-    losses = [label_loss(*pair, problem_type) for pair in zip(logits, targets, strict=True)]
+    losses = [
+        label_loss(at_exit, target, problem_type)
+        for at_exit, target in zip(logits, targets, strict=True)
+    ]
     weight = torch.arange(1, len(losses) + 1).to(logits)
     return (torch.stack(losses) * weight).sum() / weight.sum()
 

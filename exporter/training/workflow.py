@@ -102,16 +102,15 @@ def train(
         name: Examples(encoded_rows(part, tokenizer, length), _labels(part, config))
         for name, part in rows.items()
     }
-    parts = data["train"], data["dev"]
     started = time.perf_counter()
     options = replace(options, epochs=options.epochs_for(len(rows["train"])))
     output.mkdir(parents=True, exist_ok=True)
-    train_exits(model, *parts, padding, options, progress)
+    train_exits(model, data["train"], data["dev"], padding, options, progress)
     for name, value in model.state_dict().items():  # before hours of exit 0, and not at the export
         check_weight(output, name, value, value.shape)
     exit_0 = None
     if options.exit_0:
-        exit_0 = train_exit_0(model, *parts, padding, options.seed, progress)
+        exit_0 = train_exit_0(model, data["train"], data["dev"], padding, options.seed, progress)
     seconds = time.perf_counter() - started
     report = TrainReport(
         options=options,
@@ -182,9 +181,9 @@ def _labels(rows: Sequence[Row], config: MultiExitConfig) -> Labels:
     Raises:
         InputError: a label that the model does not have, or not exactly one in single-label rows.
     """
-    given = [row.labels or () for row in rows]
+    names = [row.labels or () for row in rows]
     places = [row.where for row in rows]
-    return encode_labels(given, config.labels, config.problem_type, places)
+    return encode_labels(names, config.labels, config.problem_type, places)
 
 
 def _scores(
