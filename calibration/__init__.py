@@ -16,7 +16,7 @@ from ..runtime.artifact.operating_point import Goal
 from .calibrate import calibrate
 from .goals import DEFAULT_GOALS, Bound, CalibrationOptions
 from .report import write_report
-from .result import Calibration, Outcome, Point
+from .result import Calibration, Outcome, Point, Report
 from .scoring import LabelledLogits
 from .search import threshold_for_depth
 
@@ -29,6 +29,7 @@ __all__ = [
     "LabelledLogits",
     "Outcome",
     "Point",
+    "Report",
     "calibrate",
     "threshold_for_depth",
     "write_report",

@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..runtime.artifact.folder import EnginesFolder
 from ..runtime.artifact.manifest import Task
 from ..runtime.artifact.operating_point import Goal
@@ -15,18 +18,19 @@ from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError
 from ..runtime.files import Row, read_rows
+from ..runtime.files.rows import data_sha256
 from ..runtime.machine import hardware
-from ..runtime.progress import Progress, silent
 from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import Budget, ExitRule
 from .choose import PARTS, Search
 from .costs import CostModel, StoppingCosts, measure_costs, measure_speedup
 from .goals import GUARANTEED_RULES, Bound, CalibrationOptions
 from .guarantee import Certified, certify, decision_thresholds, needs_in_words
-from .result import Calibration, Outcome, Point, outcome, with_points
+from .progress import Progress, silent
+from .result import Calibration, Outcome, Point, Report, outcome, with_points
 from .scoring import AGREEMENT, METRICS, LabelledLogits, Scorer
 from .search import CONTENDERS, exits_of, make_families
-from .trace import data_sha256, expected_labels, trace_rows
+from .trace import expected_labels, trace_rows
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,9 @@ def calibrate(
     data: str | Path | Sequence[Row],
     options: CalibrationOptions | None = None,
     progress: Progress = silent,
+    *,
+    reference: NDArray[np.float32] | None = None,
+    report: Report | None = None,
 ) -> Calibration:
     """Choose operating points of a target and write them into the manifest.
 
@@ -58,9 +65,14 @@ def calibrate(
             any format of `runtime.read_rows`.
         options: what to calibrate for; the default is the three points of `DEFAULT_GOALS`.
         progress: reports the current step.
+        reference: `[rows, labels]` float32, the logits of another classifier for these rows, such
+            as the one that the folder was converted from. Promises about decisions are then about
+            its decisions instead of those at full depth, so the rounding of the target counts.
+        report: rows to report the points on, instead of cross-validation or `options.test`.
 
     Returns:
-        The points, and what they were chosen from.
+        The points, and what they were chosen from. With a reference, a point that promises nothing
+        is not written into the manifest: not even full depth may decide like the reference.
 
     Raises:
         InputError: the rows cannot be used, or no setting is fast enough; the manifest stays
@@ -85,7 +97,9 @@ def calibrate(
     path = Path(folder)
     options = options or CalibrationOptions()
     rows = list(read_rows(data, options.reading) if isinstance(data, str | Path) else data)
-    test = list(read_rows(options.test, options.reading)) if options.test else None
+    if options.test is not None:
+        held_rows = list(read_rows(options.test, options.reading))
+        report = Report(held_rows, Path(options.test).name)
     # Rows run to full depth, so the target needs no operating point, not even a valid one.
     rule = ExitRule.from_dict(EnginesFolder.read(path).manifest.default_rule)
     with Engine.load(path, options.target, threads=options.threads, rule=rule) as engine:
@@ -93,20 +107,23 @@ def calibrate(
         without_drop = [bound for bound in options.bounds if bound.drop is None]
         usual = METRICS[task.problem_type][0]
         metric = options.metric or (AGREEMENT if len(without_drop) == len(options.goals) else usual)
-        warnings = _check(task, options, metric, rows, test or [])
+        warnings = _check(task, options, metric, rows, report)
         thresholds = decision_thresholds(task, options.thresholds)
-        for bound in options.bounds if len(options.goals) == 1 else ():
+        # A conversion says so before it trains.
+        for bound in options.bounds if len(options.goals) == 1 and reference is None else ():
             for line in needs_in_words(bound, 0 in engine.manifest.exits):
                 logger.warning(line)
 
-        def traced(some: Sequence[Row]) -> LabelledLogits:
+        def traced(some: Sequence[Row], other: NDArray[np.float32] | None) -> LabelledLogits:
             place = path / "calibration"
             labels = metric != AGREEMENT
-            found = trace_rows(engine, some, place, labels, progress)
-            return replace(found, decision_thresholds=thresholds)
+            logits = trace_rows(engine, some, place, labels, progress)
+            return replace(logits, decision_thresholds=thresholds, reference=other)
 
-        seen = traced(rows)
-        held = None if test is None else Scorer(traced(test), metric)
+        seen = traced(rows, reference)
+        held = None
+        if report is not None:
+            held = Scorer(traced(report.rows, report.reference), metric)
         progress(f"time segments, batch {options.batch_size}", 0, 1)
         costs = measure_costs(engine, seen.lengths, options.batch_size)
         stopping_costs = StoppingCosts(seen, metric, costs.row_costs(seen.lengths))
@@ -125,7 +142,7 @@ def calibrate(
         result = Calibration(
             folder=path,
             target=engine.target,
-            held_out=CROSS_VALIDATED if options.test is None else Path(options.test).name,
+            held_out=CROSS_VALIDATED if report is None else report.name,
             rows=seen,
             test=None if held is None else held.rows,
             points=points,
@@ -140,7 +157,11 @@ def calibrate(
 
 
 def _check(
-    task: Task, options: CalibrationOptions, metric: str, rows: Sequence[Row], test: Sequence[Row]
+    task: Task,
+    options: CalibrationOptions,
+    metric: str,
+    rows: Sequence[Row],
+    report: Report | None,
 ) -> list[str]:
     """Refuse, before the model runs, what cannot be calibrated.
 
@@ -157,19 +178,21 @@ def _check(
             f"choose from {', '.join(known)}",
         )
     texts = {row.content for row in rows}
-    if len(texts) < LEAST_ROWS:
+    if len(texts) < LEAST_ROWS and report is None:
         raise InputError(
             f"{len(texts)} different texts are too few to choose on one part and judge on another",
             f"give at least {LEAST_ROWS}; about 600 are needed to confirm a drop of half a point",
         )
+    if report is None:
+        return []
     if metric != AGREEMENT:
-        expected_labels(test, task)
-    both = [row for row in test if row.content in texts]
+        expected_labels(report.rows, task)
+    both = [row for row in report.rows if row.content in texts]
     if not both:
         return []
     return [
-        f"{len(both)} of {len(test)} test texts are also among the rows that choose (the first is "
-        f"{both[0].where}), so their figures look better than those of new rows"
+        f"{len(both)} of {len(report.rows)} test texts are also among the rows that choose (the "
+        f"first is {both[0].where}), so their figures look better than those of new rows"
     ]
 
 

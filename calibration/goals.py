@@ -12,6 +12,7 @@ from ..runtime.errors import InputError
 from ..runtime.files import ReadOptions
 from ..runtime.rules.rules import RULES
 
+_POINT_NAMES = {"drop": "risk", "changed_answers": "changed"}
 GUARANTEED_RULES = ("confidence", "entropy")
 """The rules that have a fixed list of thresholds, which a guarantee needs; the first is used."""
 
@@ -83,6 +84,12 @@ class Bound:
         names = ("drop", "changed_answers", "missed", "false_alarms")
         every = {name: getattr(self, name) for name in names}
         return {name: value for name, value in every.items() if value is not None}
+
+    @property
+    def point(self) -> str:
+        """The usual name of an operating point with this bound, such as `changed-1-missed-2`."""
+        names = {kind: _POINT_NAMES.get(kind, kind.replace("_", "-")) for kind in self.shares}
+        return "-".join(f"{names[kind]}-{100 * share:g}" for kind, share in self.shares.items())
 
     @property
     def promises(self) -> list[Promise]:

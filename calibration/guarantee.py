@@ -89,6 +89,42 @@ def decision_thresholds(task: Task, thresholds: Mapping[str, float]) -> tuple[fl
     return tuple(map(thresholds.get, task.labels, values))
 
 
+def check_possible(bound: Bound, task: Task, reference: NDArray[np.float32]) -> None:
+    """Refuse, before anything slow, what could not be certified even without a changed decision.
+
+    Args:
+        bound: what is asked for.
+        task: of the model.
+        reference: `[rows, labels]` float32, the logits that decisions are compared with, of the
+            rows that certify.
+
+    Raises:
+        InputError: all decisions are the same, or a promise is about too few texts.
+    """
+    thresholds = decision_thresholds(task, bound.thresholds)
+    lengths = np.ones(len(reference), np.intp)
+    rows = LabelledLogits(
+        reference[None], lengths, None, task.problem_type, decision_thresholds=thresholds
+    )
+    _, decisions = rows.decisions()
+    if (decisions == decisions[0]).all():
+        raise InputError(
+            f"the classifier decides the same for all {len(decisions):,} texts that certify",
+            "give texts like those to classify, or other `thresholds`",
+        )
+    for promise in bound.promises:
+        least, _ = rows_needed(promise.at_most / 100, 1 - bound.confidence)
+        about = np.ones(len(decisions), np.bool_)
+        if promise.label is not None:
+            about = decisions[:, task.labels.index(promise.label)] == (promise.of == "missed")
+        if about.sum() < least:
+            raise InputError(
+                f"{promise} needs at least {least:,} texts that it is about; among the "
+                f"{len(decisions):,} texts that certify, there are {about.sum():,}",
+                "give more texts, or allow more",
+            )
+
+
 def certify(
     costs: StoppingCosts, bound: Bound, labels: Sequence[str], rule: str = "confidence"
 ) -> Certified:
@@ -137,7 +173,7 @@ def certify(
     certificate = Certificate(
         confidence=100 * bound.confidence,
         promises=tuple(test.promise for test in tests),
-        thresholds=dict(bound.thresholds),
+        label_thresholds=dict(bound.thresholds),
     )
     return Certified(best, certificate)
 
@@ -152,7 +188,7 @@ def sequence(rows: LabelledLogits, rule: str, at_exit_0: bool) -> list[ExitRule]
     """
     single = rows.problem_type is ProblemType.SINGLE_LABEL
     labels = rows.logits.shape[2]
-    base: ExitRule = Confidence(threshold=0.0, decision_thresholds=rows.decision_thresholds)
+    base: ExitRule = Confidence(threshold=0.0, label_thresholds=rows.decision_thresholds)
     largest = 1.0
     boldest = 0.95 if single and not rows.decision_thresholds else 0.5
     if rule == "entropy":

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import __version__
 from ..runtime.artifact.folder import EnginesFolder
 from ..runtime.artifact.manifest import Target, with_operating_points
 from ..runtime.artifact.operating_point import Certificate, Goal, OperatingPoint
+from ..runtime.files import Row
 from ..runtime.rules.measures import Array, Integers
 from ..runtime.rules.rules import ExitRule
 from ..runtime.targets import rule_of, target_of
@@ -22,6 +24,22 @@ from .scoring import AGREEMENT, LabelledLogits, Scorer
 from .search import kind_of
 
 _RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows that neither choose nor certify, to report operating points on.
+
+    Attributes:
+        rows: the rows.
+        name: what they are called where figures of them are shown.
+        reference: `[rows, labels]` float32, the logits of the classifier that decisions are
+            compared with; None: the last exit.
+    """
+
+    rows: Sequence[Row]
+    name: str
+    reference: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,11 @@ class Outcome:
     estimated: float
     rows: int
     exit_0_changed: int = 0
+
+    @property
+    def changed_answers(self) -> int:
+        """If the metric is agreement: how many decisions differ from those of the reference."""
+        return round(self.rows * (1 - self.score))
 
 
 @dataclass(frozen=True)
@@ -223,13 +246,19 @@ def make_default(folder: Path, name: str, target: str | None = None) -> str:
 def with_points(engines: EnginesFolder, result: Calibration, data_sha256: str) -> EnginesFolder:
     """The folder with the points of a calibration, which is not written.
 
+    Full depth loses nothing against itself, but it may against another classifier. So a point
+    without a certificate about that classifier is left out.
+
     Args:
         engines: the folder.
         result: the calibration.
         data_sha256: hash of the rows that chose the points, see `trace.data_sha256`.
     """
     target = engines.manifest.targets[result.target]
-    points = {point.name: _record(point, result, target, data_sha256) for point in result.points}
+    kept = [p for p in result.points if p.certificate or result.rows.reference is None]
+    if not kept:
+        return engines
+    points = {point.name: _record(point, result, target, data_sha256) for point in kept}
     points = target.operating_points | points
     changed = with_operating_points(target, points, result.default)
     return engines.with_target(result.target, changed)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
-from ..runtime.files.labels import f1, matthews
+from ..runtime.quality import f1, matthews
 from ..runtime.rules.measures import Array, Integers, Mask, Outputs
 
 AGREEMENT = "agreement"

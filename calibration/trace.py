@@ -20,30 +20,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.agreement import requirements_of
 from ..runtime.artifact.folder import write_whole
 from ..runtime.artifact.manifest import Manifest, Task
 from ..runtime.artifact.untrusted.arrays import read_arrays
+from ..runtime.check import requirements_of
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError
 from ..runtime.files import Row
-from ..runtime.files.labels import Labels, encode_labels
-from ..runtime.progress import Progress, silent
+from ..runtime.files.rows import data_sha256, encode_labels
+from ..runtime.quality import Labels
+from .progress import Progress, silent
 from .scoring import LabelledLogits
 
 _CHUNK = 256
 _SAMPLE = 16  # rows of a kept trace that run again
 _Trace = tuple[NDArray[np.float32], NDArray[np.intp]]
 """Logits `[exits, rows, labels]`, and the number of tokens of each row."""
-
-
-def data_sha256(rows: Sequence[Row], labels: bool = True) -> str:
-    """Hash of the texts of rows and, unless left out, of their labels."""
-    digest = hashlib.sha256()
-    for row in rows:
-        content = [row.text, row.text_pair, list(row.labels or ()) if labels else None]
-        digest.update(json.dumps(content, ensure_ascii=True).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def artifact_sha256(manifest: Manifest, target: str) -> str:

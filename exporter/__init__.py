@@ -1,6 +1,6 @@
 """The exporter: it turns a trained multi-exit PyTorch model into an engines folder.
 
-`export` writes the folder, verified. Importing this package loads neither torch nor
+`export` writes the folder, and checks it first. Importing this package loads neither torch nor
 transformers; using a name of it does.
 """
 

@@ -23,8 +23,8 @@ from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import ModelError, first_line
 from ..runtime.hub import answers, hub_errors, repository_of
 from .backbones import build_encoder, family_of
-from .exit_0 import CONFIG_BLOCK, EXIT_0_FILE
-from .exits import MultiExitConfig, Pooling
+from .exit_0_files import CONFIG_BLOCK, EXIT_0_FILE
+from .exit_config import MultiExitConfig, Pooling
 from .model import MultiExitModel
 from .paths import TRAINED, check_model_dir
 from .staging import system_errors
@@ -400,7 +400,7 @@ def _exit_config(
             "if it is a classifier, convert it instead",
         )
     every = {"exits": (*range(1, int(config.num_hidden_layers) + 1),), "labels": ()}
-    task = agreed_problem_type(folder, config, problem_type)
+    task = problem_type_of(folder, config, problem_type)
     try:
         block = getattr(config, CONFIG_BLOCK, None) or {}
         found = msgspec.convert(every | block, MultiExitConfig)
@@ -432,7 +432,7 @@ def _exit_config(
     return replace(found, labels=label_names(folder, config, outputs), problem_type=task)
 
 
-def agreed_problem_type(folder: Path, config: Any, asked: ProblemType | None) -> ProblemType:
+def problem_type_of(folder: Path, config: Any, asked: ProblemType | None) -> ProblemType:
     """The task that the checkpoint names or the caller asks for; default: single-label.
 
     Args:

@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..calibration.progress import Progress, silent
 from ..runtime.artifact.manifest import ATTENTION_BIAS
 from ..runtime.encoding import EncodedRow, padded_inputs
-from ..runtime.progress import Progress, silent
 from .backbones import family_of
 from .backbones.base import Backbone, Block, Embeddings, attention_bias
-from .exits import MultiExitConfig, Pooling
+from .exit_config import MultiExitConfig, Pooling
 
 
 def token_weights(attention_bias: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Export a model: cut it at its exits, write ONNX graphs, verify them, write the manifest."""
+"""Export a model: cut it at its exits, write ONNX graphs, check them, write the manifest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from .. import __version__
-from ..runtime.agreement import BATCH_LIMIT, Agreement
+from ..calibration.progress import Progress, silent
 from ..runtime.artifact.folder import EnginesFolder, sha256_of
 from ..runtime.artifact.manifest import (
     CLASSIFIER_NAME,
@@ -28,28 +28,43 @@ from ..runtime.artifact.manifest import (
     Task,
 )
 from ..runtime.artifact.reference import write_reference
+from ..runtime.check import BATCH_LIMIT, Agreement
 from ..runtime.encoding import Text, TextEncoder, padding_values
 from ..runtime.errors import ModelError
 from ..runtime.exit_0 import ExitZero
-from ..runtime.progress import Progress, silent
 from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import FPabee
 from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
-from .exit_0 import CONFIG_BLOCK, export_exit_0, load_exit_0
+from .exit_0_files import CONFIG_BLOCK, export_exit_0, load_exit_0
 from .model import MultiExitModel, by_row, predict
 from .paths import check_output, resolved
 from .staging import staging
 from .targets.backends import ONNXRUNTIME, version_of
-from .targets.check import FP32_TARGET, engine_of
+from .targets.check import FP32_TARGET, check_chain, engine_of
 from .tokenizer import save_tokenizer
-from .verify import BUILT_IN_TEXTS, check_chain
 
 # Cautious: a row stops only if two neighbouring exits agree and are nearly certain (for two
 # classes, a mean probability of 0.98). It applies until the user calibrates.
 DEFAULT_RULE = FPabee(measure=Measure.JSKD, threshold=0.1, patience=1)
 
 _MAX_BATCH = 256
+
+BUILT_IN_TEXTS: tuple[Text, ...] = (
+    "",
+    "yes",
+    "What a film.",
+    "play the latest album by the band and turn the lights down",
+    "It is not that the plot is bad, but nobody could call it good either.",
+    "Ünïcode — naïve café, 東京 で 会いましょう 😀",
+    "12:45, 3.14 % & $99 <html> [UNK] [SEP] user@example.org https://example.org/?q=1",
+    ("The cat sat on the mat.", "A cat was sitting."),
+    ("", "The first text of this pair is empty."),
+    ("He left early, or so they say.", ""),
+    "set an alarm for six in the morning and remind me to water the plants " * 4,
+    "the quick brown fox jumps over the lazy dog " * 40,
+)
+"""Every export is checked on these texts: short, long, empty, pairs, and odd characters."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,7 @@ class ExportOptions:
         problem_type: the task, for checkpoints that do not name it.
         max_length: longest sequence in tokens, including special tokens; None: the longest that
             the tokenizer and the model take.
-        texts: more texts to verify with.
+        texts: more texts to check the export on, besides the built-in ones.
         force: whether to replace an existing engines folder.
     """
 
@@ -121,7 +136,7 @@ def export(
             contains `model_dir`.
         ArtifactError: the output folder exists, or cannot be written.
         MissingExtraError: torch or another package of `fpabee[export,cpu]` is not installed.
-        VerificationError: the segments differ too much from the model; nothing is written.
+        CheckError: the segments differ too much from the model; nothing is written.
 
     Example:
         ```python
@@ -134,7 +149,7 @@ def export(
     options = options or ExportOptions()
     target = resolved(output)
     check_output(target, options.force, [model_dir])
-    version_of(ONNXRUNTIME)  # verification needs it, so refuse before any slow step begins
+    version_of(ONNXRUNTIME)  # the check needs it, so refuse before any slow step begins
     source = resolve_model_dir(model_dir)
     model = load_checkpoint(source, options.problem_type)
     exit_0 = load_exit_0(source, model.backbone.config, len(model.exit_config.labels))
@@ -172,7 +187,7 @@ def _write(
         progress(name, number, len(cut.modules))
         file = f"onnx/fp32/{name}.onnx"
         graphs[name] = segments.export_graph(model, module, folder / file, file)
-    progress("verify", len(cut.modules), len(cut.modules))
+    progress("check", len(cut.modules), len(cut.modules))
     rows = TextEncoder(folder, tokenizer).encode(texts)
     # In small batches, because attention that is not fused needs much memory.
     every = predict(model, rows, padding_values(tokenizer), by_row, batch=8)

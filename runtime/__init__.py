@@ -19,7 +19,6 @@ Every error that a user can fix is a `FpabeeError`. Its message says what was fo
 expected, and its hint says what to do.
 """
 
-from .agreement import Agreement, Requirements
 from .artifact.folder import read_manifest
 from .artifact.manifest import (
     BuiltFile,
@@ -38,11 +37,13 @@ from .artifact.manifest import (
 )
 from .artifact.operating_point import Certificate, Goal, OperatingPoint, Promise, RuleSettings
 from .backends.base import Bucket, Limits
+from .check import Agreement, Requirements
 from .encoding import EncodedRow, Text
 from .engine import Engine
 from .errors import (
     ArtifactError,
     BackendError,
+    CheckError,
     FpabeeError,
     InputError,
     MissingExtraError,
@@ -50,7 +51,6 @@ from .errors import (
     OverloadedError,
     RowError,
     RuleError,
-    VerificationError,
 )
 from .files import ReadOptions, Row, TextFormat, read_rows
 from .predictions import Prediction, Tally, Trace
@@ -81,6 +81,7 @@ __all__ = [
     "Budget",
     "BuiltFile",
     "Certificate",
+    "CheckError",
     "Confidence",
     "EncodedRow",
     "Energy",
@@ -129,7 +130,6 @@ __all__ = [
     "ThresholdRule",
     "TokenizerSpec",
     "Trace",
-    "VerificationError",
     "read_manifest",
     "read_rows",
     "simulate",

@@ -17,11 +17,11 @@ import numpy as np
 
 from .artifact.folder import EnginesFolder
 from .backends.base import Backend, row_bytes
-from .chain import Chain, Decision, not_finite
+from .chain.chain import Chain, Decision, not_finite
+from .chain.groups import Group
 from .encoding import EncodedRow, Text, TextEncoder, blocks
 from .errors import InputError, whole_number
 from .exit_0 import ExitZero
-from .groups import Group
 from .predictions import Prediction, Stopped, Tally, Trace, make_predictions, outputs_of
 from .rules.measures import Mask
 from .rules.rules import Budget, ExitRule

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from .artifact.folder import verified
+from .artifact.folder import checked_file
 from .artifact.manifest import ATTENTION_BIAS, MASK_FILL, TokenizerSpec
 from .artifact.reference import Text as Text
 from .artifact.untrusted.tokenizer_content import check_file, check_tokenizer
@@ -303,7 +303,7 @@ class TextEncoder:
     """
 
     def __init__(self, folder: Path, spec: TokenizerSpec, max_length: int | None = None) -> None:
-        self._path = verified(folder, spec.file, spec.sha256)
+        self._path = checked_file(folder, spec.file, spec.sha256)
         self.limit = spec.max_length
         if max_length is not None:
             self.limit = min(self.limit, whole_number("max_length", max_length, InputError))

@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from .agreement import Agreement, compare, must_pass, requirements_of
 from .artifact.folder import EnginesFolder
 from .artifact.manifest import ProblemType
 from .artifact.reference import read_reference
 from .backends.base import Backend
+from .check import Agreement, compare, must_pass, requirements_of
 from .core import Core
 from .encoding import EncodedRow, Text, TextEncoder
 from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of, whole_number
@@ -96,7 +96,7 @@ class Engine:
                 downloads from the hub.
             RuleError: the operating point or rule does not exist or does not fit the model, or
                 both are given.
-            VerificationError: with `check`, the target is not the model that was exported.
+            CheckError: with `check`, the target is not the model that was exported.
         """
         if rule is not None and operating_point is not None:
             raise RuleError(
@@ -244,7 +244,7 @@ class Engine:
 
         Raises:
             ArtifactError: the reference is missing or damaged, or no text of it fits the target.
-            VerificationError: the target is not the model that was exported.
+            CheckError: the target is not the model that was exported.
         """
         manifest = self.manifest
         required = requirements_of(self.target, manifest)
@@ -327,7 +327,7 @@ class Engine:
         return self.core.in_use[0]
 
     @property
-    def thresholds(self) -> dict[str, float]:
+    def label_thresholds(self) -> dict[str, float]:
         """The probability above which a label is predicted, or flagged, by label.
 
         Those that were calibrated for the operating point in use, or those of the task; empty if
@@ -336,12 +336,12 @@ class Engine:
         point, runner = self.core.in_use
         task = self.manifest.task
         usual = (0.5,) * len(self.labels) if self.multi_label else ()
-        decides = getattr(runner.rule, "decision_thresholds", ()) or task.label_thresholds or usual
+        decides = getattr(runner.rule, "label_thresholds", ()) or task.label_thresholds or usual
         thresholds = {label: p for label, p in zip(self.labels, decides, strict=False) if p < 1}
         points = self.manifest.targets[self.target].operating_points
         certificate = None if point is None else points[point].certificate
         # A certified rule may be full depth, which knows no thresholds.
-        return thresholds if certificate is None else thresholds | certificate.thresholds
+        return thresholds if certificate is None else thresholds | certificate.label_thresholds
 
     def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Trace:
         """Run tokenized rows as one window, with the hidden states of all rows in memory.

@@ -9,7 +9,7 @@
     |-- BackendError            something that an inference library cannot do on this machine
     |   `-- MissingExtraError   an optional package is not installed
     |-- OverloadedError         the queue of a scheduler is full
-    `-- VerificationError       segments or a target do not reproduce the PyTorch model
+    `-- CheckError              segments or a target do not reproduce the PyTorch model
 
 Every message says what was found and what was expected, and its hint says what to change. A
 message is one line, although the text that it quotes from a file or from the command line may
@@ -85,7 +85,7 @@ class OverloadedError(FpabeeError):
     """The unanswered rows of a scheduler, or their tokens, are as many as its queue takes."""
 
 
-class VerificationError(FpabeeError):
+class CheckError(FpabeeError):
     """Segments, or a target built from them, do not reproduce the PyTorch model."""
 
 

@@ -54,7 +54,7 @@ def multiplies_int8() -> bool:
     """Whether products of int8 are exact. Where this cannot be found out, it is assumed.
 
     Without VNNI instructions, x86 adds two products of unsigned and signed int8 in 16 bits. Large
-    sums are cut off, so a model would give other answers than on the machine that verified it.
+    sums are cut off, so a model would give other answers than on the machine that checked it.
     """
     flags = cpu_info().get("flags", "").split()
     return platform.machine() not in ("x86_64", "AMD64") or not flags or not _VNNI.isdisjoint(flags)

@@ -28,16 +28,16 @@ import numpy as np
 from one_graph import write_one_graph
 
 from fpabee.calibration import threshold_for_depth
+from fpabee.calibration.progress import Progress
 from fpabee.commands.command import exits_with_one_line
 from fpabee.commands.console import step_progress
 from fpabee.commands.options import chosen_rule
 from fpabee.exporter.targets.check import FP32_TARGET
 from fpabee.runtime import Budget, EncodedRow, Engine, ExitRule, Text
-from fpabee.runtime.chain import Chain
+from fpabee.runtime.chain.chain import Chain
+from fpabee.runtime.chain.groups import split
 from fpabee.runtime.files import read_rows
-from fpabee.runtime.groups import split
 from fpabee.runtime.machine import environment, usable_cores
-from fpabee.runtime.progress import Progress
 from fpabee.runtime.rules.words import rule_in_words
 
 MOST_TEXTS = 2000

@@ -214,7 +214,7 @@ class Truth:
 
     def best(self, metric: str, goal: Goal | Bound) -> float:
         """The largest saving of a threshold of confidence whose true loss is within the promise."""
-        base = Confidence(threshold=0.0, decision_thresholds=self.rows.decision_thresholds)
+        base = Confidence(threshold=0.0, label_thresholds=self.rows.decision_thresholds)
         doubts = np.geomspace(1e-6, 0.95, 200)
         rules: list[ExitRule] = [base.with_stop_threshold(doubt) for doubt in doubts]
         if self.rows.first_exit == 0:

@@ -6,8 +6,8 @@
 Each classifier is fine-tuned with plain Transformers code on half of the training rows. The other
 half and dev, without their labels, are the texts of the conversion, which promises at most 1 %
 changed answers: those that differ from the answers of the classifier in PyTorch and fp32. Beside
-it there are conversions of fewer texts, and with linear heads; exit 0 alone, with all layers for the
-texts that it does not answer; and an encoder that was cut to its first half before the same
+it there are conversions of fewer texts, and with linear heads; exit 0 alone, with all layers for
+the texts that it does not answer; and an encoder that was cut to its first half before the same
 training. With `--times`, conversions are timed against the classifier as one graph in ONNX Runtime
 and OpenVINO, in turns; nothing else should run on the machine then.
 
@@ -52,9 +52,10 @@ from fpabee.calibration.scoring import AGREEMENT, Scorer
 from fpabee.calibration.search import exits_of
 from fpabee.calibration.trace import trace_rows
 from fpabee.commands.command import exits_with_one_line
+from fpabee.commands.convert import to_dict
 from fpabee.exporter.convert import convert, heads
 from fpabee.exporter.convert.texts import split
-from fpabee.exporter.exits import Pooling
+from fpabee.exporter.exit_config import Pooling
 from fpabee.exporter.training.workflow import has_fast_bf16
 from fpabee.runtime import Budget, Engine
 from fpabee.runtime.files import read_rows
@@ -202,8 +203,10 @@ def decisions(model: Path, texts: Sequence[Text]) -> list[set[str]]:
 def run_conversion(model: Path, texts: Path, engines: Path) -> dict[str, Any]:
     """What a conversion says, and the seconds of CPU that it took."""
     started = time.process_time()
-    found: dict[str, Any] = msgspec.to_builtins(convert(model, texts, engines), enc_hook=str)
-    return found | {"cpu_s": time.process_time() - started}
+    result = convert(model, texts, engines)
+    seconds = time.process_time() - started
+    content: dict[str, Any] = msgspec.to_builtins(to_dict(result))
+    return content | {"cpu_s": seconds}
 
 
 def with_linear_heads(model: Path, texts: Path, engines: Path) -> dict[str, Any]:
@@ -403,8 +406,9 @@ def tables(every: dict[str, dict[str, Any]]) -> Iterator[str]:
     for name, found in every.items():
         for key, made in found.items():
             for each in made.get("targets", ()):
-                saved = 1 - each["layers"] / made["exit_layers"][-1]
-                certified = "yes" if each["certificate"] else "no"
+                point = each["points"][0]
+                saved = 1 - point["held_out"]["mean_depth"] / made["exit_layers"][-1]
+                certified = "yes" if point["certificate"] else "no"
                 yield _row(
                     *(name, key, f"{made['texts']:,}", f"`{each['target']}`", certified),
                     *(f"{saved:.1%}", *_tested(found, found[f"{key} {each['target']}"])),

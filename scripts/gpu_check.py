@@ -43,10 +43,10 @@ from fpabee.exporter.targets.backends import RTX, TENSORRT
 from fpabee.exporter.targets.builders import BUILDERS
 from fpabee.exporter.targets.tensorrt import TIMING_CACHE
 from fpabee.runtime import Bucket, Budget, Engine, Entropy, ExitRule, read_manifest
-from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.folder import is_engines_folder
 from fpabee.runtime.artifact.manifest import Graph, TensorSpec
 from fpabee.runtime.backends.base import dtype_of
+from fpabee.runtime.check import REQUIREMENTS
 from fpabee.runtime.encoding import Arrays, EncodedRow, padded_inputs, padding_values
 from fpabee.runtime.machine import cuda_device, environment, providers
 from fpabee.runtime.targets import why_not

@@ -79,7 +79,7 @@ def write_one_graph(source: Path, folder: Path) -> Manifest:
 
     Raises:
         ArtifactError: the source is damaged.
-        VerificationError: the graph does not reproduce the PyTorch model.
+        CheckError: the graph does not reproduce the PyTorch model.
     """
     engines = EnginesFolder.read(source)
     manifest = engines.manifest

@@ -1,6 +1,6 @@
 """The project's promises about logits and exits, which CONTRIBUTING.md states, as assertions.
 
-Limits are those of `fpabee.runtime.agreement`, so that no test has a tolerance of its own.
+Limits are those of `fpabee.runtime.check`, so that no test has a tolerance of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fpabee.runtime.agreement import (
+from fpabee.runtime.artifact.manifest import Task
+from fpabee.runtime.check import (
     BATCH_LIMIT,
     EXPORT_LIMIT,
     exits_near_ties,
@@ -19,7 +20,6 @@ from fpabee.runtime.agreement import (
     logit_sizes,
     near_ties,
 )
-from fpabee.runtime.artifact.manifest import Task
 from fpabee.runtime.rules.rules import ExitRule
 from fpabee.runtime.rules.runner import simulate
 

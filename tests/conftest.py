@@ -354,7 +354,7 @@ def make_model(family: str, folder: Path, width: int = 32, layers: int = 3, **si
 
     from fpabee.exporter.backbones import build_encoder
     from fpabee.exporter.checkpoint import save_checkpoint
-    from fpabee.exporter.exits import MultiExitConfig, Pooling
+    from fpabee.exporter.exit_config import MultiExitConfig, Pooling
     from fpabee.exporter.model import MultiExitModel
 
     tiny = _TINY[family]

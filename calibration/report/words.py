@@ -6,7 +6,6 @@ import math
 
 from ...runtime.artifact.operating_point import Goal
 from ...runtime.rules.rules import Budget
-from ..goals import Bound
 from ..result import Calibration, Outcome, Point
 from ..scoring import AGREEMENT, ROW_MEANS
 
@@ -27,14 +26,6 @@ def exit_0_in_words(point: Point) -> str:
     return f"{share}, {100 * held.exit_0_changed / held.exits[0]:.1f} % of them unlike full depth"
 
 
-def goal_in_words(goal: Goal | Bound) -> str:
-    """A goal as short as a table needs it: `drop <= 0.5, sure`."""
-    if isinstance(goal, Goal):
-        return f"drop <= {goal.max_drop:g}" if goal.speedup is None else f"{goal.speedup:g}x faster"
-    shares = [f"{name} <= {100 * share:g}" for name, share in goal.shares.items()]
-    return f"{', '.join(shares).replace('_', ' ')}, {100 * goal.confidence:g} %"
-
-
 def promise_in_words(point: Point, result: Calibration) -> str:
     """What a point promises, or why it promises nothing, and how it did on other rows."""
     held = point.held_out
@@ -47,9 +38,9 @@ def promise_in_words(point: Point, result: Calibration) -> str:
             "larger drop"
         )
     where = "rows that did not choose it" if result.test is None else result.held_out
-    found = f"on {where}: {_found(held)}"
+    judged = f"on {where}: {_lost_in_words(held)}"
     if not point.is_judged:
-        found = (
+        judged = (
             "its drop on other rows is not known, because four fifths of these rows confirm no "
             "faster setting: give separate rows as `test`"
         )
@@ -57,7 +48,7 @@ def promise_in_words(point: Point, result: Calibration) -> str:
         rows = " and ".join(f"{each.rows:,}" for each in point.certificate.promises)
         tested = f"tested on {rows} of {len(result.rows):,} texts"
         about = "" if held.metric in ROW_MEANS else " (about)"  # see `guarantee`
-        return f"on new texts {point.certificate}{about}, {tested}; {found}"
+        return f"on new texts {point.certificate}{about}, {tested}; {judged}"
     # Compared as it is printed, so that the line does not contradict itself.
     drop = round(held.drop, 2)
     if isinstance(goal, Goal) and goal.max_drop is not None and drop > goal.max_drop:
@@ -65,17 +56,20 @@ def promise_in_words(point: Point, result: Calibration) -> str:
         low, high = held.interval
         times = max(2, math.ceil(((high - low) / 2 / max(goal.max_drop, 0.1)) ** 2))
         return (
-            f"{found}, more than the goal of {goal.max_drop:g}; about {times * held.rows} rows "
+            f"{judged}, more than the goal of {goal.max_drop:g}; about {times * held.rows} rows "
             "would tell more"
         )
-    return found
+    return judged
 
 
-def _found(held: Outcome) -> str:
+def _lost_in_words(held: Outcome) -> str:
     drop = held.drop
     (low, high) = held.interval
     if held.metric == AGREEMENT:
-        return f"{drop:.2f} % of decisions changed (95 %: {low:.2f} to {high:.2f})"
+        # At full depth, a target may already decide unlike the reference.
+        rounding = 100 * (1 - held.full_depth_score)
+        interval = f"95 %: {rounding + low:.2f} to {rounding + high:.2f} %"
+        return f"{held.changed_answers} of {held.rows:,} decisions changed ({interval})"
     return f"{_lost(drop, ' points')} (95 %: {_lost(low).removesuffix(' lost')} to {_lost(high)})"
 
 

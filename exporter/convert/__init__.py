@@ -1,9 +1,9 @@
 """Conversion: a classifier and texts without labels become an engines folder with a guarantee.
 
 `places` checks the paths, `classifier` loads the classifier, `texts` deals the texts into parts,
-`states` runs the classifier once, `heads` trains and chooses the heads of the exits, `promises`
-certifies every target, and `workflow` does all of it. Importing this package loads neither torch
-nor transformers; using `convert` does.
+`states` runs the classifier once, `heads` trains and chooses the heads of the exits, and `workflow`
+does all of it; `calibration` certifies every target. Importing this package loads neither torch nor
+transformers; using `convert` does.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.machine import require
-from .options import Conversion, Converted, ConvertOptions
+from .options import Conversion, ConvertOptions
 
 if TYPE_CHECKING:
     from .workflow import convert
 
-__all__ = ["Conversion", "ConvertOptions", "Converted", "convert"]
+__all__ = ["Conversion", "ConvertOptions", "convert"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...runtime.agreement import EXPORT_LIMIT, logit_differences
 from ...runtime.artifact.manifest import ProblemType
+from ...runtime.check import EXPORT_LIMIT, logit_differences
 from ...runtime.errors import ModelError, first_line
 from ..backbones import build_encoder, family_of
 from ..checkpoint import (
     CONFIG_ERRORS,
-    agreed_problem_type,
     check_weight,
     label_names,
     load_config,
     load_pretrained,
+    problem_type_of,
     read_weights,
     resolve_model_dir,
 )
-from ..exits import LastHead, MultiExitConfig, Pooling
+from ..exit_config import LastHead, MultiExitConfig, Pooling
 from ..model import MultiExitModel
 from .places import check_adapter
 
@@ -68,7 +68,7 @@ class Classifier:
                 f"{self.folder} is a regression model, which has no classes",
                 "give a classifier with at least two labels",
             )
-        self.problem_type = agreed_problem_type(self.folder, config, problem_type)
+        self.problem_type = problem_type_of(self.folder, config, problem_type)
         self.model = _load(self.folder, config, adapter)
         self.backbone = family_of(config.model_type)(self.model.base_model)
         self.layers = len(self.backbone.layers())

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...calibration.guarantee import sequence
+from ...calibration.progress import Progress
 from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer
 from ...calibration.search import StopScores
-from ...runtime.progress import Progress
-from ..exits import Pooling
+from ..exit_config import Pooling
 from ..model import Head, MultiExitModel, Transform
 from ..training.trainer import label_loss, probabilities
 from .classifier import Classifier

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...calibration.goals import Bound
+from ...calibration.result import Calibration
 from ...runtime.artifact.manifest import ProblemType
-from ...runtime.artifact.operating_point import Certificate, RuleSettings
 from ...runtime.errors import BackendError, InputError, whole_number
 from ...runtime.files import ReadOptions
 from ...runtime.targets import MOST_THREADS
-from ..exits import Pooling
+from ..exit_config import Pooling
 
 
 @dataclass(frozen=True)
@@ -92,72 +92,35 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Converted:
-    """What a target gives, on texts that decided nothing.
-
-    Attributes:
-        target: its name.
-        point: the name of its operating point; None: it has none.
-        rule: of the point, as `ExitRule.to_dict` gives it; of full depth if there is none.
-        certificate: what is guaranteed; None: nothing.
-        refusal: without a certificate, what was found and how many texts are needed.
-        full_depth_changed: share of the texts that certify with another decision than the
-            classifier's at full depth: the rounding of the target, without early exits.
-        changed: share of the texts of the report with another decision than the classifier's.
-        changed_traffic: the same, where a text counts as often as it occurs.
-        layers: mean number of layers that run for a text of the report.
-        exits: how many of these texts stop at each exit, exit 0 first.
-        speedup_single: time at full depth over time with the rule, for texts one by one.
-        speedup_file: the same for windows of texts, as in files.
-        max_logit_difference: from the classifier, at full depth, divided by the largest logit of
-            the row if that is more than 1.
-        accuracy: share of texts of the report with exactly the right answer; None: no labels.
-        lost_label: of the texts that certify, see `Scorer.lost_label`.
-    """
-
-    target: str
-    point: str | None
-    rule: RuleSettings
-    certificate: Certificate | None
-    refusal: str
-    full_depth_changed: float
-    changed: float
-    changed_traffic: float
-    layers: float
-    exits: tuple[int, ...]
-    speedup_single: float
-    speedup_file: float
-    max_logit_difference: float
-    accuracy: float | None = None
-    lost_label: str = ""
-
-
-@dataclass(frozen=True)
 class Conversion:
     """What a conversion made.
 
     Attributes:
         folder: the engines folder.
         default_target: the target that runs if none is named.
-        targets: what each target gives; the first is in fp32.
+        targets: what each target promises and gives; the first is in fp32.
         exit_layers: the layer of each exit, exit 0 first.
         chosen: the heads of the early exits.
         rows: how many texts were read.
         texts: how many of them are distinct.
         parts: how many texts trained, chose, certified, and were reported on.
-        accuracy: of the classifier on the texts of the report; None: no labels.
+        traffic: share of the texts of the report with another decision than the classifier's in
+            the default target, where a text counts as often as it occurs.
+        accuracy: share of texts of the report with exactly the right answer: of the classifier, and
+            of the default target; None: no labels.
         warnings: what makes the result less useful.
         seconds: how long this run took.
     """
 
     folder: Path
     default_target: str
-    targets: tuple[Converted, ...]
+    targets: tuple[Calibration, ...]
     exit_layers: tuple[int, ...]
     chosen: Chosen
     rows: int
     texts: int
     parts: tuple[int, int, int, int]
-    accuracy: float | None
+    traffic: float
+    accuracy: tuple[float, float] | None
     warnings: tuple[str, ...]
     seconds: float

@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ...calibration.progress import Progress
 from ...runtime.artifact.folder import write_whole
 from ...runtime.encoding import EncodedRow
-from ...runtime.progress import Progress
 from ..backbones.base import attention_bias
 from ..model import predict, token_weights
 from .classifier import Classifier

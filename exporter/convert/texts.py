@@ -22,8 +22,6 @@ from ...runtime.files import Row
 _KEY = b"fpabee-convert"
 # The shares of the texts that train, choose, and certify; the rest is for the report.
 _SHARES = (0.4, 0.1, 0.4)
-CALIBRATED = _SHARES[-1]
-"""The share of the texts that certify."""
 
 Numbers = NDArray[np.intp]
 

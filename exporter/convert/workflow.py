@@ -21,22 +21,26 @@ import torch
 from numpy.typing import NDArray
 
 from ... import __version__
-from ...calibration.guarantee import decision_thresholds, needs_in_words
-from ...calibration.scoring import same_answers
-from ...calibration.trace import data_sha256
+from ...calibration.calibrate import calibrate
+from ...calibration.goals import CalibrationOptions
+from ...calibration.guarantee import check_possible, decision_thresholds, needs_in_words
+from ...calibration.progress import Progress, silent
+from ...calibration.result import Calibration, Report
+from ...calibration.scoring import AGREEMENT, Scorer, same_answers
+from ...calibration.search import exits_of
 from ...runtime.artifact.folder import EnginesFolder, sha256_of
 from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.encoding import EncodedRow, Text
 from ...runtime.errors import RowError
 from ...runtime.files import read_rows
-from ...runtime.files.labels import Labels, encode_labels
-from ...runtime.progress import Progress, silent
-from ...runtime.rules.measures import Outputs
+from ...runtime.files.rows import data_sha256, encode_labels
+from ...runtime.quality import Labels
+from ...runtime.rules.measures import Integers, Mask, Outputs
 from ...runtime.rules.rules import Budget
 from ...runtime.targets import runnable_targets
 from ..checkpoint import save_checkpoint
-from ..exit_0 import save_exit_0
+from ..exit_0_files import save_exit_0
 from ..model import MultiExitModel
 from ..paths import check_output
 from ..pipeline import ExportOptions, export
@@ -45,16 +49,15 @@ from ..targets.build import build_targets
 from ..targets.builders import INT8_TARGETS, OPENVINO_TARGETS, buildable
 from ..targets.check import FP32_TARGET
 from ..tokenizer import load_tokenizer, pad_id, row_limit
+from ..training.bag_of_ngrams import learn
 from ..training.examples import Examples, encoded_rows
-from ..training.exit_0 import learn
 from ..training.trainer import probabilities
 from .classifier import Classifier
 from .heads import choose_form, store, train_heads
 from .options import Chosen, Conversion, ConvertOptions
 from .places import check_places, unfinished
-from .promises import Part, certify_target, check_promises
 from .states import run_classifier
-from .texts import CALIBRATED, Numbers, Texts, split
+from .texts import Texts, split
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +93,7 @@ def convert(
         RowError: a row cannot be read.
         ArtifactError: the output folder exists, or cannot be written.
         MissingExtraError: a package that is needed is not installed.
-        VerificationError: the export differs too much from the model.
+        CheckError: the export differs too much from the model.
 
     Example:
         ```python
@@ -183,7 +186,7 @@ class _Work:
         logits, states = run_classifier(
             self.teacher, rows, self.padding, texts.taught, folder, self.progress
         )
-        check_promises(bound, self.task, logits[texts.calibrate], CALIBRATED)
+        check_possible(bound, self.task, logits[texts.calibrate])
         model_dir = folder / "model"
         engines = folder / "engines"
         for left in (model_dir, engines):  # by a run that was stopped
@@ -256,59 +259,76 @@ class _Work:
     def _certify(self, engines: Path, logits: NDArray[np.float32], chosen: Chosen) -> Conversion:
         """Certify the targets; the default is the fastest at full depth, if it has a point."""
         texts = self.texts
-        options = self.options
-        warnings: list[str] = []
-        expected = self._labels(warnings)
-
-        def part(numbers: Numbers) -> Part:
-            known = None if expected is None else expected[numbers]
-            rows = [texts.rows[number] for number in numbers]
-            return Part(rows, logits[numbers], texts.weights[numbers], known)
-
+        bound = self.options.bound
         folder = EnginesFolder.read(engines)
         fastest = folder.manifest.default_target
-        names = runnable_targets(folder) if options.all_targets else [fastest]
-        calibrate = part(texts.calibrate)
-        report = part(texts.report)
-        targets = tuple(
-            certify_target(
-                engines, name, options.bound, calibrate, report, options.threads, self.progress
+        others = runnable_targets(folder) if self.options.all_targets else [fastest]
+        certifying = [texts.rows[number] for number in texts.calibrate]
+        reported = [texts.rows[number] for number in texts.report]
+        report = Report(reported, "texts that decided nothing", logits[texts.report])
+        targets = []
+        for name in dict.fromkeys([FP32_TARGET, *others]):
+            options = CalibrationOptions(
+                goals={bound.point: bound},
+                metric=AGREEMENT,
+                target=name,
+                threads=self.options.threads,
             )
-            for name in dict.fromkeys([FP32_TARGET, *names])
-        )
-        if not any(each.target == fastest and each.certificate for each in targets):
-            fastest = FP32_TARGET
-        warnings += [
-            f"on {fastest}, {each.lost_label}; a promise about missed texts protects rare labels"
-            for each in targets
-            if each.target == fastest and each.lost_label
-        ]
-        folder = EnginesFolder.read(engines).with_manifest(default_target=fastest)
-        folder.write()
-        accuracy = None
-        if expected is not None:
-            task = self.task
-            answers = Outputs(logits, task.problem_type, task.label_thresholds).answers
-            right = same_answers(answers, expected, task.problem_type)
-            accuracy = float(right[texts.report].mean())
-            if right.mean() > _TOO_GOOD:
-                warnings.append(
-                    f"the classifier is right on {right.mean():.1%} of these texts: if it was "
-                    "trained on them, the guarantee does not hold for new texts"
+            targets.append(
+                calibrate(
+                    engines,
+                    certifying,
+                    options,
+                    self.progress,
+                    reference=logits[texts.calibrate],
+                    report=report,
                 )
+            )
+        by_name = {each.target: each for each in targets}
+        if by_name[fastest].points[0].certificate is None:
+            fastest = FP32_TARGET
+        EnginesFolder.read(engines).with_manifest(default_target=fastest).write()
+        warnings: list[str] = []
+        changed, answers = _decided(by_name[fastest])
         return Conversion(
             folder=engines,
             default_target=fastest,
-            targets=targets,
+            targets=tuple(targets),
             exit_layers=folder.manifest.exit_layers,
             chosen=chosen,
             rows=int(texts.weights.sum()),
             texts=len(texts.rows),
             parts=texts.sizes,
-            accuracy=accuracy,
+            traffic=float(np.average(changed, weights=texts.weights[texts.report])),
+            accuracy=self._accuracy(logits, answers, warnings),
             warnings=tuple(warnings),
             seconds=0.0,
         )
+
+    def _accuracy(
+        self, logits: NDArray[np.float32], answers: Integers, warnings: list[str]
+    ) -> tuple[float, float] | None:
+        """The accuracy of the classifier and of a target on the texts of the report.
+
+        Args:
+            logits: `[rows, labels]` of the classifier, for all texts.
+            answers: of the target, for the texts of the report, see `encode_labels`.
+            warnings: where to add what makes the result less useful.
+        """
+        expected = self._labels(warnings)
+        if expected is None:
+            return None
+        problem_type = self.task.problem_type
+        of_classifier = Outputs(logits, problem_type, self.task.label_thresholds).answers
+        right = same_answers(of_classifier, expected, problem_type)
+        if right.mean() > _TOO_GOOD:
+            warnings.append(
+                f"the classifier is right on {right.mean():.1%} of these texts: if it was "
+                "trained on them, the guarantee does not hold for new texts"
+            )
+        report = self.texts.report
+        converted = same_answers(answers, expected[report], problem_type)
+        return float(right[report].mean()), float(converted.mean())
 
     def _labels(self, warnings: list[str]) -> Labels | None:
         """The labels of all texts; None if some have none, or one that the classifier lacks."""
@@ -325,3 +345,11 @@ class _Work:
         except RowError as error:
             warnings.append(f"accuracy is not known: {error.message}")
             return None
+
+
+def _decided(result: Calibration) -> tuple[Mask, Integers]:
+    """For the texts of the report: whether the decision changed, and the answers."""
+    assert result.test is not None
+    scorer = Scorer(result.test, AGREEMENT)
+    at = result.test.at(exits_of(result.points[0].rule, result.test))
+    return scorer.changed[at], scorer.answers[at]

@@ -26,7 +26,7 @@ from ...runtime.artifact.manifest import (
 )
 from ...runtime.exit_0 import ExitZero
 from ...runtime.rules.rules import ExitRule
-from .exit_0 import PairMarks, exit_0_logits
+from .exit_0_nodes import PairMarks, exit_0_logits
 from .nodes import Tensor, Writer
 from .rules import RuleNodes, State
 

@@ -39,7 +39,7 @@ class Packed:
         rule: the rule inside.
         exits: the numbers of its exits.
         no_exit_0: why exit 0 of the model was left out; empty: it was not.
-        rows: how many texts verified it, with the rule and with other thresholds.
+        rows: how many texts it was checked on, with the rule and with other thresholds.
         near_ties: the most texts of one threshold whose exits were not compared, because a score
             is so close to the threshold that rounding decides.
         max_logit_difference: from the segments, on these texts, divided by the largest logit of

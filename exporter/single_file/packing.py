@@ -7,21 +7,21 @@ from pathlib import Path
 import msgspec
 import onnx
 
+from ...calibration.progress import Progress, silent
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import CLASSIFIER_NAME
 from ...runtime.artifact.reference import read_reference
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError
 from ...runtime.exit_0 import ExitZero
-from ...runtime.progress import Progress, silent
 from ...runtime.targets import rule_of, target_of
 from ..onnx_file import graphs_of, load_graphs
 from ..paths import check_new, resolved
 from ..staging import staging
 from ..targets.check import FP32_TARGET
-from .exit_0 import PairMarks
+from .check import check_single_graph
+from .exit_0_nodes import PairMarks
 from .graph import TYPES, single_graph
 from .hub_files import Packed, load_tokenizer, write_files
-from .verify import verify
 
 # Protobuf refuses 2 GiB; the nodes need little of it.
 _MOST_BYTES = 2**31 - 2**26
@@ -58,7 +58,7 @@ def pack(
         ArtifactError: the engines folder is damaged, or the output folder exists.
         BackendError: the folder has no such target, or it does not run ONNX graphs in fp32 or int8.
         RuleError: the target has no such point, or its rule cannot be a graph.
-        VerificationError: the graph does not agree with the segments; nothing is written.
+        CheckError: the graph does not agree with the segments; nothing is written.
 
     Example:
         ```python
@@ -115,8 +115,8 @@ def pack(
         if for_transformers_js:
             file = Path("onnx", "model_quantized.onnx" if is_int8 else file)
         (folder / file).parent.mkdir(exist_ok=True)
-        progress("verify", 1, 2)
-        rows, near_ties, difference = verify(
+        progress("check", 1, 2)
+        rows, near_ties, difference = check_single_graph(
             source, name, rule, model, folder / file, texts, is_large
         )
         onnx.checker.check_model(folder / file)

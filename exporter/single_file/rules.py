@@ -82,7 +82,7 @@ def settings_of(rule: ExitRule, task: Task, exits: range) -> dict[str, NDArray[A
 
 def _deciding(rule: ExitRule) -> dict[int, float]:
     """The thresholds of the labels that decide, by their numbers."""
-    thresholds = rule.decision_thresholds if isinstance(rule, Confidence) else ()
+    thresholds = rule.label_thresholds if isinstance(rule, Confidence) else ()
     return {label: value for label, value in enumerate(thresholds) if value < 1}
 
 
@@ -118,7 +118,7 @@ class RuleNodes:
             new["threshold"] = tuple(settings["thresholds"][n] for n in range(self._last))
         if deciding := _deciding(rule):
             values = settings["decision_thresholds"]
-            new["decision_thresholds"] = [(label, values[n]) for n, label in enumerate(deciding)]
+            new["label_thresholds"] = [(label, values[n]) for n, label in enumerate(deciding)]
         for name, value in new.items():
             msgspec.structs.force_setattr(self._rule, name, value)
 

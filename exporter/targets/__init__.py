@@ -1,6 +1,6 @@
 """Targets: the ways to run an engines folder, each a library and a precision.
 
-`build_targets` adds them by name, verified. `builders` says what builds each of them. Importing
+`build_targets` adds them by name, each checked. `builders` says what builds each of them. Importing
 this package loads no inference library.
 """
 

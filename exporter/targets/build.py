@@ -12,16 +12,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...runtime.agreement import Agreement
+from ...calibration.progress import Progress, silent
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import Manifest, with_operating_points
+from ...runtime.check import Agreement
 from ...runtime.encoding import Text
 from ...runtime.errors import ArtifactError, FpabeeError
-from ...runtime.progress import Progress, silent
 from ...runtime.targets import why_not
 from ..staging import locked
 from .builders import Builder, Workbench, builder_of, check_enough
-from .check import verified_target
+from .check import checked_target
 from .default import with_fastest_default
 from .plans import PlanOptions
 
@@ -156,7 +156,7 @@ def _add(bench: Workbench, builder: Builder) -> tuple[str, Agreement | None]:
     agreement = None
     if why_not(engines.manifest, name) is None:
         more = builder.more_texts(bench)
-        engines, agreement = verified_target(engines, name, more, bench.progress)
+        engines, agreement = checked_target(engines, name, more, bench.progress)
     engines = _with_old_points(bench.engines, engines, name)
     engines.write()
     bench.engines = engines

@@ -12,15 +12,15 @@ from typing import Any
 
 import msgspec
 
-from ...runtime.agreement import Logits
+from ...calibration.progress import Progress
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import BuiltFile, Graph, Target
 from ...runtime.backends.cuda import packages
 from ...runtime.backends.tensorrt import MODULES
+from ...runtime.check import Logits
 from ...runtime.encoding import Text
 from ...runtime.errors import BackendError, FpabeeError, InputError, MissingExtraError
 from ...runtime.machine import cuda_device, require
-from ...runtime.progress import Progress
 from ...runtime.targets import backend_class
 from ..staging import replacing, unique_name
 from .backends import ONNXRUNTIME, OPENVINO, RTX, TENSORRT, version_of
@@ -148,7 +148,7 @@ def check_enough(texts: Sequence[Text]) -> None:
 
 
 def gives_ranges(place: int) -> bool:
-    """Whether the text at a place gives int8 ranges; the others judge the result."""
+    """Whether the text at a place gives int8 ranges; the others check the result."""
     return place < 2 * _MOST_RANGES and place % 2 == 0
 
 
@@ -249,7 +249,7 @@ class _Int8(_Cpu):
         return engines, self._record(files)
 
     def more_texts(self, bench: Workbench) -> tuple[Sequence[Text], Logits] | None:
-        """Texts that gave the ranges do not judge the result."""
+        """Texts that gave the ranges do not check the result."""
         if bench.exact is None:
             return None
         texts, logits = bench.exact

@@ -1,27 +1,67 @@
 """Does a target give what the model gives?
 
-Each target runs the texts of `reference.npz`, and perhaps more texts, whose logits are those of
-`onnxruntime-fp32`. Graphs in fp16 are asked the same before they are written, see `fp16`.
+An export compares `onnxruntime-fp32`, in the runtime that users run, with the PyTorch model. Each
+target that is built runs the texts of `reference.npz`, and perhaps more texts, whose logits are
+those of `onnxruntime-fp32`. Graphs in fp16 are checked before they are written, see `fp16`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
 
-from ...runtime.agreement import REQUIREMENTS, Agreement, Logits, compare, must_pass
+from ...calibration.progress import Progress
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import Manifest
+from ...runtime.check import (
+    EXPORT_REQUIREMENTS,
+    REQUIREMENTS,
+    Agreement,
+    Logits,
+    compare,
+    must_pass,
+)
 from ...runtime.encoding import Text
 from ...runtime.engine import Engine
-from ...runtime.progress import Progress
 from ...runtime.rules.rules import ExitRule
 from ...runtime.targets import open_backend, rule_of, target_of
 
 FP32_TARGET = "onnxruntime-fp32"
 
 _MOST_TEXTS = 2000
+# How many texts of an export run alone, too.
+_ALONE = 8
+
+
+def check_chain(engine: Engine, texts: Sequence[Text], expected: Logits) -> Agreement:
+    """Compare an export with the PyTorch model, on all texts together, and on some alone.
+
+    Args:
+        engine: the export, loaded.
+        texts: the texts to compare.
+        expected: `[exits, rows, labels]` of the PyTorch model.
+
+    Raises:
+        CheckError: logits, labels or exits differ too much.
+    """
+    alone = [engine.trace([text]).logits for text in texts[:_ALONE]]
+    logits = np.concatenate([engine.trace(texts).logits, *alone], axis=1)
+    expected = np.concatenate([expected, expected[:, : len(alone)]], axis=1)
+    agreement = compare(
+        logits,
+        expected,
+        engine.rule,
+        engine.manifest.task,
+        EXPORT_REQUIREMENTS,
+        engine.manifest.exits[0],
+    )
+    agreement = dataclasses.replace(agreement, rows=len(texts))
+    hint = "nothing was written; please report this with your model's config.json"
+    must_pass(agreement, "the chain differs from the PyTorch model", hint)
+    return agreement
 
 
 def exact_logits(engines: EnginesFolder, texts: Sequence[Text]) -> tuple[list[Text], Logits]:
@@ -36,7 +76,7 @@ def exact_logits(engines: EnginesFolder, texts: Sequence[Text]) -> tuple[list[Te
         return texts, engine.trace(texts).logits
 
 
-def judged(
+def check_logits(
     logits: Logits, expected: Logits, manifest: Manifest, rule: ExitRule, precision: str
 ) -> Agreement:
     """How closely logits of a precision agree with those in fp32.
@@ -49,7 +89,7 @@ def judged(
         precision: a name of `REQUIREMENTS`.
 
     Raises:
-        VerificationError: too many labels or exits differ.
+        CheckError: too many labels or exits differ.
     """
     first_exit = manifest.exits.stop - len(logits)
     required = REQUIREMENTS[precision]
@@ -59,7 +99,7 @@ def judged(
     return agreement
 
 
-def verified_target(
+def checked_target(
     engines: EnginesFolder,
     name: str,
     more: tuple[Sequence[Text], Logits] | None,
@@ -81,14 +121,16 @@ def verified_target(
         FpabeeError: it does not run, or does not give what the model gives.
     """
     target = engines.manifest.targets[name]
-    progress(f"verify {name}", 0, 1)
+    progress(f"check {name}", 0, 1)
     with engine_of(engines, name) as engine:
         agreement = engine.check()
         tolerance = agreement.max_logit_difference
         if more is not None:
             texts, expected = more
             logits = engine.trace(texts).logits
-            agreement = judged(logits, expected, engines.manifest, engine.rule, target.precision)
+            agreement = check_logits(
+                logits, expected, engines.manifest, engine.rule, target.precision
+            )
             tolerance = max(tolerance, agreement.max_logit_difference)
     measured = msgspec.structs.replace(target, tolerance=tolerance)
     return engines.with_target(name, measured), agreement

@@ -10,9 +10,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ...runtime.agreement import EXPORT_LIMIT
+from ...calibration.progress import Progress
 from ...runtime.artifact.folder import EnginesFolder
-from ...runtime.progress import Progress
+from ...runtime.check import EXPORT_LIMIT
 from ...runtime.targets import why_not
 from .check import engine_of
 

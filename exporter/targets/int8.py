@@ -21,6 +21,7 @@ import onnx
 import onnxruntime as ort
 from onnx import numpy_helper
 
+from ...calibration.progress import Progress
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.encoding import (
     Arrays,
@@ -30,8 +31,7 @@ from ...runtime.encoding import (
     padded_batches,
     padding_values,
 )
-from ...runtime.errors import VerificationError
-from ...runtime.progress import Progress
+from ...runtime.errors import CheckError
 from ..onnx_file import graph_runs, in_head, strip
 from .worker import run_worker
 
@@ -48,7 +48,7 @@ def quantize(engines: EnginesFolder, texts: Sequence[Text], progress: Progress) 
         Each graph as an `onnx.ModelProto`, by its name.
 
     Raises:
-        VerificationError: a graph could not be quantized, or memory or space is lacking.
+        CheckError: a graph could not be quantized, or memory or space is lacking.
     """
     progress("int8 graphs", 0, 1)
     with tempfile.TemporaryDirectory() as temporary:
@@ -61,7 +61,7 @@ def quantize(engines: EnginesFolder, texts: Sequence[Text], progress: Progress) 
         paths = {name: Path(temporary) / f"{name}.onnx" for name in engines.manifest.graphs}
         if error:
             failed = next((name for name in paths if not paths[name].exists()), "a graph")
-            raise VerificationError(
+            raise CheckError(
                 f"{failed} could not be quantized: {error}",
                 "if memory or disk space is lacking, free some, or give fewer or shorter texts; "
                 "else use another precision, and report this with your model's config.json",

@@ -17,7 +17,6 @@ from typing import Any
 import msgspec
 
 from ..staging import replacing
-from .plans import PlanOptions
 
 
 class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,14 +28,15 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
         timing_cache: a file to read and to add to; unused with TensorRT for RTX.
         profiles: for each optimization profile, the smallest, typical and largest shape of each
             input, by its name.
-        options: the other settings; with no compute capabilities, for the GPU of this machine.
+        compute_capabilities: the GPUs to build for, with TensorRT for RTX; empty: that of this
+            machine.
     """
 
     onnx: str
     plan: str
     timing_cache: str
     profiles: list[dict[str, list[tuple[int, ...]]]]
-    options: PlanOptions
+    compute_capabilities: tuple[str, ...]
 
 
 def build_plan(request: PlanRequest) -> None:
@@ -52,7 +52,7 @@ def build_plan(request: PlanRequest) -> None:
     cache = Path(request.timing_cache)
     # Files are replaced, completely or not at all. Polygraphy follows links, and writes in place.
     with replacing(plan.parent) as new, tempfile.TemporaryFile() as timings:
-        if request.options.compute_capabilities:
+        if request.compute_capabilities:
             content = EngineBytesFromNetwork(network, rtx_config(request))()
         else:
             if cache.is_file():
@@ -81,9 +81,7 @@ def rtx_config(request: PlanRequest) -> Any:
         config.clear_flag(flags.TF32)
         config.set_flag(flags.REQUIRE_USER_ALLOCATION)  # else runs cannot be captured
 
-    capabilities = [
-        tuple(map(int, each.split("."))) for each in request.options.compute_capabilities
-    ]
+    capabilities = [tuple(map(int, each.split("."))) for each in request.compute_capabilities]
     config = CreateConfigRTX(compute_capabilities=capabilities, **_settings(request))
     return PostprocessConfig(config, change)
 

@@ -55,58 +55,61 @@ class PlanOptions:
                     f"for other GPUs build targets of {TENSORRT}, on the device",
                 )
 
-    def fitted(self, manifest: Manifest, backend: str) -> PlanOptions:
-        """These options with lengths that the model takes, and GPUs only if the backend asks.
 
-        Args:
-            manifest: of the engines folder.
-            backend: `tensorrt-rtx` or `tensorrt`.
-        """
-        low, typical, high = (min(each, manifest.tokenizer.max_length) for each in self.sequence)
-        capabilities = self.compute_capabilities if backend == RTX else ()
-        return dataclasses.replace(
-            self, sequence=(low, typical, high), compute_capabilities=capabilities
-        )
+def fitted(options: PlanOptions, manifest: Manifest, backend: str) -> PlanOptions:
+    """Options with lengths that the model takes, and GPUs only if the backend asks for them.
 
-    def profiles(self) -> tuple[Shapes, ...]:
-        """Two ranges of lengths, up to the typical length and beyond it, and shapes of one row.
+    Args:
+        options: as they were given.
+        manifest: of the engines folder.
+        backend: `tensorrt-rtx` or `tensorrt`.
+    """
+    low, typical, high = (min(size, manifest.tokenizer.max_length) for size in options.sequence)
+    capabilities = options.compute_capabilities if backend == RTX else ()
+    return dataclasses.replace(
+        options, sequence=(low, typical, high), compute_capabilities=capabilities
+    )
 
-        TensorRT chooses kernels for the typical shape of a profile, and those for many rows are
-        slow for a single one. So a single row has profiles of its own, each for the lengths up to
-        the one that it is tuned for. They are few, because each of them makes a build longer.
-        TensorRT for RTX compiles kernels for the actual shape on the device.
-        """
-        batch = Range(**dict(zip(("min", "opt", "max"), self.batch, strict=True)))
-        low, typical, high = self.sequence
-        profiles = [Shapes(batch=batch, sequence=Range(min=low, opt=typical, max=typical))]
-        if high > typical:
-            profiles.append(
-                Shapes(batch=batch, sequence=Range(min=typical + 1, opt=high, max=high))
-            )
-        if not self.compute_capabilities and self.batch[0] == 1 < self.batch[2]:
-            one = Range(min=1, opt=1, max=1)
-            for length in self._one_row_lengths():
-                profiles.append(Shapes(batch=one, sequence=Range(min=low, opt=length, max=length)))
-                low = length + 1
-        return tuple(profiles)
 
-    def _one_row_lengths(self) -> list[int]:
-        """The longest, the next one that is at most half as long, and so on, four at most."""
-        lengths = [self.sequence[2]]
-        for length in reversed(self.sequence_lengths):
-            if 2 * length <= lengths[0] and len(lengths) < _MOST_ONE_ROW_LENGTHS:
-                lengths.insert(0, length)
-        return lengths
+def profiles_of(options: PlanOptions) -> tuple[Shapes, ...]:
+    """Two ranges of lengths, up to the typical length and beyond it, and shapes of one row.
 
-    @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        """The batch sizes to pad to."""
-        return _sizes(_BATCH_SIZES, self.batch)
+    TensorRT chooses kernels for the typical shape of a profile, and those for many rows are slow
+    for a single one. So a single row has profiles of its own, each for the lengths up to the one
+    that it is tuned for. They are few, because each of them makes a build longer. TensorRT for RTX
+    compiles kernels for the actual shape on the device.
+    """
+    fewest, usual, most = options.batch
+    batch = Range(min=fewest, opt=usual, max=most)
+    low, typical, high = options.sequence
+    profiles = [Shapes(batch=batch, sequence=Range(min=low, opt=typical, max=typical))]
+    if high > typical:
+        profiles.append(Shapes(batch=batch, sequence=Range(min=typical + 1, opt=high, max=high)))
+    if not options.compute_capabilities and fewest == 1 < most:
+        one = Range(min=1, opt=1, max=1)
+        for length in _one_row_lengths(options):
+            profiles.append(Shapes(batch=one, sequence=Range(min=low, opt=length, max=length)))
+            low = length + 1
+    return tuple(profiles)
 
-    @property
-    def sequence_lengths(self) -> tuple[int, ...]:
-        """The lengths to pad to."""
-        return _sizes(_LENGTHS, self.sequence)
+
+def _one_row_lengths(options: PlanOptions) -> list[int]:
+    """The longest, the next one that is at most half as long, and so on, four at most."""
+    lengths = [options.sequence[2]]
+    for length in reversed(sequence_lengths_of(options)):
+        if 2 * length <= lengths[0] and len(lengths) < _MOST_ONE_ROW_LENGTHS:
+            lengths.insert(0, length)
+    return lengths
+
+
+def batch_sizes_of(options: PlanOptions) -> tuple[int, ...]:
+    """The batch sizes to pad to."""
+    return _sizes(_BATCH_SIZES, options.batch)
+
+
+def sequence_lengths_of(options: PlanOptions) -> tuple[int, ...]:
+    """The lengths to pad to."""
+    return _sizes(_LENGTHS, options.sequence)
 
 
 def profile_of(spec: TensorSpec, shapes: Shapes) -> list[tuple[int, ...]]:

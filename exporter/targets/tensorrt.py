@@ -8,16 +8,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...calibration.progress import Progress
 from ...runtime.artifact.folder import EnginesFolder, sha256_of
 from ...runtime.artifact.manifest import BuiltFile, Target
 from ...runtime.backends.tensorrt import MODULES, library_version
 from ...runtime.errors import BackendError
 from ...runtime.machine import cuda_device
-from ...runtime.progress import Progress
 from ..staging import replacing, unique_name
 from .backends import RTX
 from .plan_worker import PlanRequest
-from .plans import PlanOptions, profile_of
+from .plans import (
+    PlanOptions,
+    batch_sizes_of,
+    fitted,
+    profile_of,
+    profiles_of,
+    sequence_lengths_of,
+)
 from .worker import run_worker
 
 TIMING_CACHE = "timing.cache"
@@ -35,7 +42,7 @@ def plans_record(
         precision: of the graphs to build.
         options: shapes and GPUs.
     """
-    options = options.fitted(engines.manifest, backend)
+    options = fitted(options, engines.manifest, backend)
     module = MODULES[backend]
     here = cuda_device().compute_capability
     return Target(
@@ -45,9 +52,9 @@ def plans_record(
         versions={module: library_version(module)},
         tolerance=None,
         compute_capabilities=options.compute_capabilities or (here,),
-        profiles=options.profiles(),
-        batch_sizes=options.batch_sizes,
-        sequence_lengths=options.sequence_lengths,
+        profiles=profiles_of(options),
+        batch_sizes=batch_sizes_of(options),
+        sequence_lengths=sequence_lengths_of(options),
     )
 
 
@@ -69,7 +76,7 @@ def build_plans(
     Raises:
         BackendError: a build failed.
     """
-    options = options.fitted(engines.manifest, target.backend)
+    options = fitted(options, engines.manifest, target.backend)
     graphs = engines.manifest.graphs_of(target)
     files: dict[str, BuiltFile] = {}
     progress(target.name, 0, len(graphs))
@@ -85,7 +92,7 @@ def build_plans(
                     {spec.name: profile_of(spec, shapes) for spec in graph.inputs}
                     for shapes in target.profiles
                 ],
-                options=options,
+                compute_capabilities=options.compute_capabilities,
             )
             is_rtx = str(int(target.backend == RTX))
             error = run_worker("plan_worker", request, POLYGRAPHY_USE_TENSORRT_RTX=is_rtx)

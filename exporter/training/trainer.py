@@ -13,9 +13,9 @@ from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
+from ...calibration.progress import Progress
 from ...runtime.artifact.manifest import ProblemType
-from ...runtime.files.labels import evaluate
-from ...runtime.progress import Progress
+from ...runtime.quality import evaluate
 from ..model import MultiExitModel, by_row, model_inputs, predict
 from .examples import Examples
 from .options import TrainOptions

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from transformers import AutoModel, set_seed
 
-from ...calibration.trace import data_sha256
+from ...calibration.progress import Progress, silent
 from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.errors import InputError, ModelError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
-from ...runtime.files.labels import Labels, encode_labels
-from ...runtime.progress import Progress, silent
+from ...runtime.files.rows import data_sha256, encode_labels
+from ...runtime.quality import Labels
 from ..checkpoint import (
     check_weight,
     load_config,
@@ -30,13 +30,13 @@ from ..checkpoint import (
     resolve_model_dir,
     save_checkpoint,
 )
-from ..exit_0 import save_exit_0
-from ..exits import MultiExitConfig, Pooling
+from ..exit_0_files import save_exit_0
+from ..exit_config import MultiExitConfig, Pooling
 from ..model import MultiExitModel, by_row, predict
 from ..staging import system_errors
 from ..tokenizer import load_tokenizer, pad_id
+from .bag_of_ngrams import train_exit_0
 from .examples import Examples, encoded_rows, label_names, load_rows
-from .exit_0 import train_exit_0
 from .options import REPORT_NAME, TrainOptions, check_training
 from .report import DataSource, TrainReport, model_card
 from .trainer import exit_scores, train_exits

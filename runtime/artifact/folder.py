@@ -107,8 +107,8 @@ class EnginesFolder:
         return kept.with_manifest(default_target=next(iter(targets)), default_is_fixed=False)
 
     def file(self, relative: str, sha256: str) -> Path:
-        """The path of a file of the folder, after checking its hash; see `verified`."""
-        return verified(self.path, relative, sha256)
+        """The path of a file of the folder, after checking its hash; see `checked_file`."""
+        return checked_file(self.path, relative, sha256)
 
     def graph(self, record: Graph | BuiltFile) -> Path:
         """The path of an ONNX graph, after checking its hash and its content.
@@ -264,7 +264,7 @@ def lock(handle: int) -> None:
 
 
 def resolve(folder: Path, relative: str) -> Path:
-    """The path of a file of the artifact; its content is not read, see `verified`.
+    """The path of a file of the artifact; its content is not read, see `checked_file`.
 
     Raises:
         ArtifactError: the path leaves the folder, or is not a regular file.
@@ -288,7 +288,7 @@ def resolve(folder: Path, relative: str) -> Path:
     return path
 
 
-def verified(folder: Path, relative: str, sha256: str) -> Path:
+def checked_file(folder: Path, relative: str, sha256: str) -> Path:
     """The path of a file of the artifact, after checking its hash.
 
     Raises:

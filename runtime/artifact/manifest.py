@@ -22,7 +22,7 @@ import msgspec
 from ..errors import ArtifactError
 from .operating_point import Count, OperatingPoint, RuleSettings, Sha256
 
-SCHEMA_VERSION = "1.0-draft.2"  # becomes "1.0", and is frozen, with the release
+SCHEMA_VERSION = "1.0-draft.3"  # becomes "1.0", and is frozen, with the release
 MANIFEST_NAME = "manifest.json"
 REFERENCE_NAME = "reference.npz"
 EXIT_0_NAME = "exit_0.npz"
@@ -219,7 +219,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         graph_precision: that of the ONNX graphs which are run, or from which the files were built;
             empty: the target's own. OpenVINO rounds fp32 graphs to bf16.
         device: device class that the files are bound to; empty: any.
-        versions: version of each library that built or verified it.
+        versions: version of each library that built or checked it.
         files: built file of each graph, by the graph's name; empty if the ONNX graphs are run.
         tolerance: largest measured difference of logits from the PyTorch model in fp32, divided by
             the largest logit of the row if that is more than 1; None: it was built where it cannot

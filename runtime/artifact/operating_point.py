@@ -44,13 +44,13 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         confidence: probability over the calibration rows that all promises hold, in percent.
         promises: what is bounded; they hold together.
-        thresholds: the probability above which a label is flagged, by label; the promises hold for
-            these thresholds only.
+        label_thresholds: the probability above which a label is flagged, by label; the promises
+            hold for these thresholds only.
     """
 
     confidence: float
     promises: tuple[Promise, ...]
-    thresholds: dict[str, float] = {}
+    label_thresholds: dict[str, float] = {}
 
     def __str__(self) -> str:
         *most, last = map(str, self.promises)

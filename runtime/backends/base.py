@@ -25,7 +25,7 @@ from ..artifact.folder import EnginesFolder, resolve
 from ..artifact.manifest import LOGITS, NEXT, BuiltFile, Graph, Manifest, Target, TensorSpec
 from ..encoding import EncodedRow, padding_values
 from ..errors import BackendError
-from ..forks import Origin
+from .forks import Origin
 
 Rows = NDArray[np.intp]
 """Row numbers within a group, from 0."""

@@ -19,30 +19,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..artifact.untrusted.graph_content import ATTRIBUTE, GRAPH, MODEL, NODE, TENSOR
-from ..artifact.untrusted.protobuf import fields, values_at
+from ..artifact.untrusted.protobuf import (
+    ATTRIBUTE,
+    ENTRY,
+    GRAPH,
+    MODEL,
+    NODE,
+    TENSOR,
+    TENSOR_TYPE,
+    TYPE,
+    VALUE,
+    fields,
+    values_at,
+)
 
-# Field numbers in onnx.proto.
-_IR_VERSION, _GRAPH, _OPSET_IMPORT = (MODEL[n] for n in ("ir_version", "graph", "opset_import"))
-_NODES, _GRAPH_NAME, _INITIALIZERS = (GRAPH[n] for n in ("node", "name", "initializer"))
-_INPUTS = GRAPH["input"]
-_OUTPUTS = GRAPH["output"]
-_NODE_INPUT, _NODE_OUTPUT, _OPERATOR, _ATTRIBUTES = (
-    NODE[n] for n in ("input", "output", "op_type", "attribute")
-)
-_ATTRIBUTE_NAME, _TENSOR_VALUE, _GRAPH_VALUE, _KIND = (
-    ATTRIBUTE[n] for n in ("name", "t", "g", "type")
-)
-_DIMS, _DATA_TYPE, _TENSOR_NAME, _RAW_DATA, _EXTERNAL_DATA, _LOCATION = (
-    TENSOR[n] for n in ("dims", "data_type", "name", "raw_data", "external_data", "data_location")
-)
-# Those of an input or output, and of its type.
-_VALUE_NAME = 1
-_VALUE_TYPE = 2
-_TENSOR_TYPE = 1
-_ELEMENT = 1
-_SHAPE = 2
-# Values of such fields.
+# Values of fields, as in onnx.proto.
 _TENSOR_KIND = 4
 _GRAPH_KIND = 5
 _EXTERNAL = 1
@@ -107,18 +98,19 @@ def one_graph(files: Mapping[str, Path]) -> OneGraph:
     outputs = {name: value for graph in graphs for name, value in graph.outputs.items()}
     levels = (len(graphs) - 1).bit_length()
     conditions = [f"choice/{level}" for level in range(levels)]
-    scalar = _field(_TENSOR_TYPE, _field(_ELEMENT, _BOOL) + _field(_SHAPE, b""))
+    boolean = _field(TENSOR_TYPE["elem_type"], _BOOL) + _field(TENSOR_TYPE["shape"], b"")
+    scalar = _field(TYPE["tensor_type"], boolean)
     tree = _tree(graphs, outputs, levels - 1)
-    tree += b"".join(_field(_INPUTS, value) for value in inputs.values())
+    tree += b"".join(_field(GRAPH["input"], value) for value in inputs.values())
     for name in conditions:
-        value = _field(_VALUE_NAME, name.encode()) + _field(_VALUE_TYPE, scalar)
-        tree += _field(_INPUTS, value)
+        value = _field(VALUE["name"], name.encode()) + _field(VALUE["type"], scalar)
+        tree += _field(GRAPH["input"], value)
     choices = {
         name: {condition: bool(number >> level & 1) for level, condition in enumerate(conditions)}
         for number, name in enumerate(reversed(paths))
     }
     names = {name.decode(): _name_in_tree(name, levels - 1).decode() for name in outputs}
-    return OneGraph(b"".join(head) + _field(_GRAPH, tree), folder, choices, names)
+    return OneGraph(b"".join(head) + _field(MODEL["graph"], tree), folder, choices, names)
 
 
 def _read(path: Path, folder: Path, number: int) -> _Graph:
@@ -128,44 +120,50 @@ def _read(path: Path, folder: Path, number: int) -> _Graph:
     """
     with path.open("rb") as file:
         content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    (graph,) = values_at(content, (_GRAPH,))  # more or none: ValueError
+    (graph,) = values_at(content, (MODEL["graph"],))  # more or none: ValueError
     body = []
     names = dict[bytes, bytes]()
-    for tensor in values_at(graph, (_INITIALIZERS,)):
-        raw = next(values_at(tensor, (_RAW_DATA,)), None)
+    for tensor in values_at(graph, (GRAPH["initializer"],)):
+        raw = next(values_at(tensor, (TENSOR["raw_data"],)), None)
         if raw is None or len(raw) < _LEAST_BYTES:
-            body.append(_field(_INITIALIZERS, tensor))
+            body.append(_field(GRAPH["initializer"], tensor))
             continue
-        (name,) = map(bytes, values_at(tensor, (_TENSOR_NAME,)))
+        (name,) = map(bytes, values_at(tensor, (TENSOR["name"],)))
         names[name] = b"%d/%s" % (number, name)
         where = {
             "location": path.relative_to(folder).as_posix(),
             "offset": str(_address(raw) - _address(content)),
             "length": str(len(raw)),
         }
-        new = _field(_TENSOR_NAME, names[name]) + _field(_LOCATION, _EXTERNAL)
+        new = _field(TENSOR["name"], names[name]) + _field(TENSOR["data_location"], _EXTERNAL)
         for key, text in where.items():
-            new += _field(_EXTERNAL_DATA, _field(1, key.encode()) + _field(2, text.encode()))
+            entry = _field(ENTRY["key"], key.encode()) + _field(ENTRY["value"], text.encode())
+            new += _field(TENSOR["external_data"], entry)
         for field, value in fields(tensor):
-            if field in (_DIMS, _DATA_TYPE):
+            if field in (TENSOR["dims"], TENSOR["data_type"]):
                 new += _field(field, value)
-        body.append(_field(_INITIALIZERS, new))
-    for node in values_at(graph, (_NODES,)):
+        body.append(_field(GRAPH["initializer"], new))
+    for node in values_at(graph, (GRAPH["node"],)):
         new = b""
         for field, value in fields(node):
-            is_input = field == _NODE_INPUT and isinstance(value, memoryview)
+            is_input = field == NODE["input"] and isinstance(value, memoryview)
             new += _field(field, names.get(bytes(value), value) if is_input else value)
-        body.append(_field(_NODES, new))
-    head = [_field(n, value) for n, value in fields(content) if n in (_IR_VERSION, _OPSET_IMPORT)]
-    return _Graph(head, _by_name(graph, _INPUTS), _by_name(graph, _OUTPUTS), b"".join(body))
+        body.append(_field(GRAPH["node"], new))
+    in_head = (MODEL["ir_version"], MODEL["opset_import"])
+    return _Graph(
+        head=[_field(field, value) for field, value in fields(content) if field in in_head],
+        inputs=_by_name(graph, GRAPH["input"]),
+        outputs=_by_name(graph, GRAPH["output"]),
+        body=b"".join(body),
+    )
 
 
 def _by_name(graph: memoryview, number: int) -> _Values:
-    found = {}
+    values = {}
     for value in values_at(graph, (number,)):
-        (name,) = map(bytes, values_at(value, (_VALUE_NAME,)))
-        found[name] = value
-    return found
+        (name,) = map(bytes, values_at(value, (VALUE["name"],)))
+        values[name] = value
+    return values
 
 
 def _tree(graphs: Sequence[_Graph], outputs: _Values, level: int) -> bytes:
@@ -181,32 +179,36 @@ def _tree(graphs: Sequence[_Graph], outputs: _Values, level: int) -> bytes:
     half = 2**level
     if len(graphs) <= half:
         return _tree(graphs, outputs, level - 1)
-    node = _field(_OPERATOR, b"If") + _field(_NODE_INPUT, f"choice/{level}".encode())
+    node = _field(NODE["op_type"], b"If") + _field(NODE["input"], f"choice/{level}".encode())
     for name, part in ((b"then_branch", graphs[half:]), (b"else_branch", graphs[:half])):
-        branch = _field(_GRAPH_VALUE, _tree(part, outputs, level - 1)) + _field(_KIND, _GRAPH_KIND)
-        node += _field(_ATTRIBUTES, _field(_ATTRIBUTE_NAME, name) + branch)
+        branch = _field(ATTRIBUTE["name"], name)
+        branch += _field(ATTRIBUTE["g"], _tree(part, outputs, level - 1))
+        branch += _field(ATTRIBUTE["type"], _GRAPH_KIND)
+        node += _field(NODE["attribute"], branch)
     values = b""
     for name, info in outputs.items():
-        (kind,) = values_at(info, (_VALUE_TYPE,))
-        output = _field(_VALUE_NAME, _name_in_tree(name, level)) + _field(_VALUE_TYPE, kind)
-        node += _field(_NODE_OUTPUT, _name_in_tree(name, level))
-        values += _field(_OUTPUTS, output)
-    return _field(_GRAPH_NAME, b"choice") + _field(_NODES, node) + values
+        (kind,) = values_at(info, (VALUE["type"],))
+        output = _field(VALUE["name"], _name_in_tree(name, level)) + _field(VALUE["type"], kind)
+        node += _field(NODE["output"], _name_in_tree(name, level))
+        values += _field(GRAPH["output"], output)
+    return _field(GRAPH["name"], b"choice") + _field(GRAPH["node"], node) + values
 
 
 def _leaf(graph: _Graph, outputs: _Values) -> bytes:
     """A graph as a branch, which has all outputs; those that it lacks are empty."""
     missing = b""
     for name in outputs.keys() - graph.outputs.keys():
-        (kind,) = values_at(outputs[name], (_VALUE_TYPE, _TENSOR_TYPE))
-        (element,) = (number for field, number in fields(kind) if field == _ELEMENT)
-        empty = _field(_TENSOR_VALUE, _field(_DIMS, 0) + _field(_DATA_TYPE, element))
-        attribute = _field(_ATTRIBUTE_NAME, b"value") + empty + _field(_KIND, _TENSOR_KIND)
-        node = _field(_NODE_OUTPUT, name) + _field(_OPERATOR, b"Constant")
-        missing += _field(_NODES, node + _field(_ATTRIBUTES, attribute))
+        (kind,) = values_at(outputs[name], (VALUE["type"], TYPE["tensor_type"]))
+        (element,) = (number for field, number in fields(kind) if field == TENSOR_TYPE["elem_type"])
+        empty = _field(TENSOR["dims"], 0) + _field(TENSOR["data_type"], element)
+        attribute = _field(ATTRIBUTE["name"], b"value")
+        attribute += _field(ATTRIBUTE["t"], empty)
+        attribute += _field(ATTRIBUTE["type"], _TENSOR_KIND)
+        node = _field(NODE["output"], name) + _field(NODE["op_type"], b"Constant")
+        missing += _field(GRAPH["node"], node + _field(NODE["attribute"], attribute))
     values = {**outputs, **graph.outputs}.values()
-    named = b"".join(_field(_OUTPUTS, value) for value in values)
-    return _field(_GRAPH_NAME, b"graph") + graph.body + missing + named
+    named = b"".join(_field(GRAPH["output"], value) for value in values)
+    return _field(GRAPH["name"], b"graph") + graph.body + missing + named
 
 
 def _name_in_tree(name: bytes, level: int) -> bytes:
@@ -226,8 +228,8 @@ def _field(number: int, value: int | bytes | memoryview) -> bytes:
 
 
 def _varint(number: int) -> bytes:
-    found = bytearray()
+    groups_of_7_bits = bytearray()
     while number >= 0x80:
-        found.append(number & 0x7F | 0x80)
+        groups_of_7_bits.append(number & 0x7F | 0x80)
         number >>= 7
-    return bytes((*found, number))
+    return bytes((*groups_of_7_bits, number))

@@ -3,8 +3,7 @@
 Reading, one row at a time, so that memory stays flat:
 
 - `sources`: files and standard input, in the format that their names tell (`formats`)
-- `rows`: what a row is, and the options that say how it is read
-- `labels`: those of rows as numbers, and the metrics of predictions against them
+- `rows`: what a row is, the options that say how it is read, and labels as numbers
 - `lines` (plain text, JSON lines, CSV, TSV) and `parquet`
 
 Writing:

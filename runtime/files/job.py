@@ -18,10 +18,10 @@ import numpy as np
 from ..encoding import blocks, characters
 from ..engine import Engine
 from ..errors import RowError
+from ..quality import Labels, evaluate
 from ..rules.rules import ExitRule
-from .labels import Labels, encode_labels, evaluate
 from .records import Record, RecordSchema
-from .rows import Row
+from .rows import Row, encode_labels
 
 BLOCK_ROWS = 4096
 BLOCK_CHARACTERS = 512 * 2**10

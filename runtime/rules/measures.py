@@ -163,18 +163,18 @@ class Outputs:
         *labels, outcomes = self.distributions.shape[1:]
         return self.entropy() / (math.prod(labels) * math.log(max(2, outcomes)))
 
-    def uncertainty(self, decision_thresholds: Sequence[float] = ()) -> Array:
+    def uncertainty(self, label_thresholds: Sequence[float] = ()) -> Array:
         """1 - max p, `[rows]`; for multi-label tasks the largest of all labels.
 
         It is the sum of the other probabilities, which stays exact where max p rounds to 1.
 
         Args:
-            decision_thresholds: if what has to be certain is which labels are above these
+            label_thresholds: if what has to be certain is which labels are above these
                 probabilities: 1 - max(q, 1 - q) with q = sigmoid(margin), see `margins`; the
                 largest of all labels.
         """
-        if decision_thresholds:
-            margins = np.abs(self.margins(decision_thresholds))
+        if label_thresholds:
+            margins = np.abs(self.margins(label_thresholds))
             small: Array = np.exp(-np.minimum.reduce(margins, axis=-1))
             return small / (1 + small)
         others = _sum(np.sort(self.distributions, axis=-1)[..., :-1])
@@ -184,26 +184,26 @@ class Outputs:
         """The largest probability `[rows]`; for multi-label tasks the smallest of all labels."""
         return 1 - self.uncertainty()
 
-    def margins(self, thresholds: Sequence[float]) -> Array:
-        """How far labels are from thresholds, logit p - logit t: `[rows, labels]`, float64.
+    def margins(self, label_thresholds: Sequence[float]) -> Array:
+        """How far labels are from their thresholds, logit p - logit t: `[rows, labels]`, float64.
 
         A label is flagged where this is above 0. Nothing cancels if p is close to 1.
 
         Args:
-            thresholds: `[labels]` probabilities, 1 for labels that decide nothing, which get minus
-                infinity.
+            label_thresholds: `[labels]` probabilities, 1 for labels that decide nothing, which get
+                minus infinity.
 
         Raises:
             RuleError: there is not one threshold for each label.
         """
         z = self.logits
-        if len(thresholds) != z.shape[-1]:
+        if len(label_thresholds) != z.shape[-1]:
             raise RuleError(
-                f"there are {len(thresholds)} decision thresholds, but {z.shape[-1]} labels",
+                f"there are {len(label_thresholds)} label thresholds, but {z.shape[-1]} labels",
                 "give one for each label, 1 for labels that decide nothing",
             )
         margins = np.full(z.shape, -np.inf)
-        for label, threshold in enumerate(thresholds):
+        for label, threshold in enumerate(label_thresholds):
             if threshold < 1:
                 margins[:, label] = self.margin(label, threshold)
         return margins

@@ -33,7 +33,7 @@ from .measures import MEASURES, Array, Mask, Measure, Outputs, per_row
 _Finite = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 _Exit = Annotated[int, msgspec.Meta(ge=0, description="give a whole number from 0")]
 _Patience = Annotated[int, msgspec.Meta(ge=1, description="give a whole number from 1")]
-_Decisions = Annotated[
+_LabelThresholds = Annotated[
     tuple[Annotated[float, msgspec.Meta(gt=0, le=1)], ...],
     msgspec.Meta(description="give a probability for each label, 1 for labels that decide nothing"),
 ]
@@ -71,7 +71,7 @@ _fields = functools.cache(msgspec.structs.fields)
 # Settings that are not stored at their default.
 _LEFT_OUT: dict[str, Any] = {
     **{"min_exit": 0, "max_exit": None, "exit_0_threshold": None},
-    "decision_thresholds": (),
+    "label_thresholds": (),
 }
 
 
@@ -432,11 +432,11 @@ class Entropy(ThresholdRule, tag="entropy", frozen=True, kw_only=True):
 class Uncertainty(ThresholdRule, tag="uncertainty", frozen=True, kw_only=True):
     """What `Confidence` compares: 1 - max p is below the threshold."""
 
-    decision_thresholds: _Decisions = ()
+    label_thresholds: _LabelThresholds = ()
 
     def uncertainty(self, now: Outputs) -> Array:
         """1 - max p, also at exit 0."""
-        return now.uncertainty(self.decision_thresholds)
+        return now.uncertainty(self.label_thresholds)
 
     def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """1 - max p."""
@@ -451,7 +451,7 @@ class Confidence(Uncertainty, tag="confidence", frozen=True, kw_only=True):
 
     Attributes:
         threshold: a probability; one for all exits, or one for each exit.
-        decision_thresholds: `[labels]` the probability above which a label is flagged, 1 for labels
+        label_thresholds: `[labels]` the probability above which a label is flagged, 1 for labels
             that decide nothing. Then a row stops if it is certain which labels are flagged, also at
             exit 0: with q = sigmoid(logit p - logit t), the least max(q, 1 - q) of a label stands
             for max p. Empty: the answer is what has to be certain.
@@ -476,7 +476,7 @@ class Confidence(Uncertainty, tag="confidence", frozen=True, kw_only=True):
         return msgspec.structs.replace(self, threshold=1 - np.asarray(threshold))
 
     def _stop_scores(self, scores_of: ScoresOf) -> Array:
-        return scores_of(Uncertainty(threshold=0.0, decision_thresholds=self.decision_thresholds))
+        return scores_of(Uncertainty(threshold=0.0, label_thresholds=self.label_thresholds))
 
 
 class Energy(ThresholdRule, tag="energy", frozen=True, kw_only=True):

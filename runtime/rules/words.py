@@ -35,9 +35,10 @@ def settings_in_words(settings: RuleSettings) -> str:
         words.append("threshold per exit")
     elif threshold is not None:
         words.append(_in_digits(threshold))
-    if decides := rest.pop("decision_thresholds", None):
-        assert isinstance(decides, tuple | list)
-        rest["decisions at"] = "/".join(sorted({_in_digits(each) for each in decides if each < 1}))
+    if label_thresholds := rest.pop("label_thresholds", None):
+        assert isinstance(label_thresholds, tuple | list)
+        deciding = {_in_digits(each) for each in label_thresholds if each < 1}
+        rest["label thresholds"] = "/".join(sorted(deciding))
     others = [f"{key.replace('_', ' ')} {_in_digits(value)}" for key, value in rest.items()]
     others = [text for text in others if text != "patience 1"]
     return ", ".join([" ".join(filter(None, words)), *others])

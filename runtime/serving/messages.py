@@ -99,14 +99,14 @@ class Source(msgspec.Struct, kw_only=True):
         model: its name.
         revision: `Engine.revision` of the engines folder.
         operating_point: the calibrated rule, if one was used.
-        thresholds: the probability above which each label is predicted, or flagged; empty for
+        label_thresholds: the probability above which each label is predicted, or flagged; empty for
             single-label tasks without thresholds, whose answer is the most probable label.
     """
 
     model: str
     revision: str
     operating_point: str | None
-    thresholds: dict[str, float]
+    label_thresholds: dict[str, float]
 
 
 class ClassifyResponse(Source, kw_only=True):

@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Limits
-from ..chain import Chain, Decision, not_finite
+from ..backends.forks import Origin
+from ..chain.chain import Chain, Decision, not_finite
+from ..chain.groups import Group, RowNumbers, fits
 from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
 from ..errors import BackendError, InputError, OverloadedError, seconds_of, whole_number
-from ..forks import Origin
-from ..groups import Group, RowNumbers, fits
 from ..predictions import Prediction, Stopped
 
 if TYPE_CHECKING:

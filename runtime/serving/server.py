@@ -31,7 +31,7 @@ from ..encoding import EncodedRow
 from ..engine import Engine
 from ..errors import FpabeeError, InputError, OverloadedError, RuleError, in_one_line
 from ..predictions import Prediction
-from .hosts import ANY_HOST, HEALTH, HostCheck
+from .allowed_hosts import ANY_HOST, HEALTH, HostCheck
 from .messages import (
     Asked,
     ClassifyRequest,
@@ -335,7 +335,7 @@ class Service:
             model=self.name,
             revision=engine.revision,
             operating_point=engine.operating_point,
-            thresholds=engine.thresholds,
+            label_thresholds=engine.label_thresholds,
         )
         response = _json(response_to(asked, found, engine.labels, source, sum(map(len, rows))))
         # Some formats have no room for it.
@@ -404,7 +404,7 @@ class Service:
                 "version": __version__,
                 "target": self.engine.target,
                 "operating_point": self.engine.operating_point,
-                "thresholds": self.engine.thresholds,
+                "label_thresholds": self.engine.label_thresholds,
                 "rule": self.engine.rule.to_dict(),
                 "labels": self.engine.labels,
                 "multi_label": self.engine.multi_label,

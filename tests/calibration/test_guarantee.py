@@ -209,7 +209,7 @@ def test_every_promise_must_pass_and_each_is_about_its_own_rows() -> None:
         ("changed_answers", None, 1972),
         ("missed", "b", 181),
     ]
-    assert found.certificate.thresholds == thresholds
+    assert found.certificate.label_thresholds == thresholds
 
 
 def test_texts_near_a_threshold_are_not_certain() -> None:
@@ -224,7 +224,7 @@ def test_texts_near_a_threshold_are_not_certain() -> None:
         with_costs(rows, "agreement"), Bound(changed_answers=0.02, thresholds={"b": 0.7}), "ab"
     )
     assert isinstance(found.rule, Confidence)
-    assert found.rule.decision_thresholds == (1.0, 0.7)
+    assert found.rule.label_thresholds == (1.0, 0.7)
     exits = exits_of(found.rule, rows)
     assert (exits[::2] == 1).all()
     assert (exits[1::2] == 3).mean() > 0.8

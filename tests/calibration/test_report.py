@@ -18,7 +18,7 @@ import pytest
 from fpabee.calibration import Bound, Calibration, write_report
 from fpabee.calibration.report import plots
 from fpabee.calibration.report.curves import curves, shown_kinds
-from fpabee.calibration.report.words import _found, promise_in_words
+from fpabee.calibration.report.words import _lost_in_words, promise_in_words
 from fpabee.calibration.result import outcome
 from fpabee.calibration.scoring import Scorer
 from fpabee.calibration.search import exits_of
@@ -176,7 +176,7 @@ def test_pictures_are_the_same_bytes_and_nothing_global_is_touched(
 def test_a_loss_that_rounds_to_nothing_is_no_gain(drop: float, said: str) -> None:
     scorer = Scorer(make_rows(), "accuracy")
     found = outcome(scorer, np.full(600, 6), np.ones((6, 600)), range(1, 7))
-    assert _found(dataclasses.replace(found, drop=drop)).startswith(said)
+    assert _lost_in_words(dataclasses.replace(found, drop=drop)).startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -186,4 +186,4 @@ def test_a_loss_that_rounds_to_nothing_is_no_gain(drop: float, said: str) -> Non
 def test_an_interval_of_losses_says_so_once(low: float, said: str) -> None:
     scorer = Scorer(make_rows(), "accuracy")
     found = outcome(scorer, np.full(600, 6), np.ones((6, 600)), range(1, 7))
-    assert _found(dataclasses.replace(found, interval=(low, 1.1))).endswith(said)
+    assert _lost_in_words(dataclasses.replace(found, interval=(low, 1.1))).endswith(said)

@@ -9,7 +9,7 @@ from fpabee.calibration.result import drop_interval, outcome
 from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
 from fpabee.calibration.search import exits_of
 from fpabee.runtime import Entropy, ProblemType
-from fpabee.runtime.files.labels import evaluate
+from fpabee.runtime.quality import evaluate
 
 from .conftest import make_rows, two_exits, with_costs
 

@@ -13,14 +13,14 @@ from unittest.mock import Mock
 import pytest
 from click.testing import CliRunner, Result
 
+from fpabee.calibration.progress import Progress
 from fpabee.commands import export as command
 from fpabee.commands.export import main
 from fpabee.exporter.targets import BuildResult, backends, builders
-from fpabee.runtime import BackendError, FpabeeError, VerificationError
+from fpabee.runtime import BackendError, CheckError, FpabeeError
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text
-from fpabee.runtime.progress import Progress
 
 from ..bad_input.cases import change_config, change_json
 
@@ -46,7 +46,7 @@ def test_success_says_what_was_made_and_how_to_go_on(bert: Path, tmp_path: Path)
     assert made.startswith(f"{folder}: 3 segments, ")
     assert re.fullmatch(r"added onnxruntime-fp32: verified on \d+ texts", verified)
     assert after == f"next: fpabee-calibrate {folder} --data DATA"
-    assert "verify" in result.stderr, "progress goes to stderr"
+    assert "check" in result.stderr, "progress goes to stderr"
 
 
 def test_quiet_json_is_one_object(bert: Path, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_it_fails_if_nothing_is_kept_of_what_was_asked_for(
         assert len(texts) == 32
         asked.extend(names)
         refused: dict[str, FpabeeError] = {
-            name: VerificationError("it changes answers")
+            name: CheckError("it changes answers")
             for name in names
             if name.endswith("int8") and name not in left
         }

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from fpabee.calibration.progress import Progress
 from fpabee.commands.train import main
 from fpabee.exporter.training import TrainOptions, workflow
 from fpabee.exporter.training.report import DataSource, TrainReport
 from fpabee.runtime import ProblemType
-from fpabee.runtime.progress import Progress
 
 FILES = ["--train", "train.jsonl", "--dev", "dev.jsonl", "--output", "model dir"]
 

@@ -23,9 +23,9 @@ from fpabee.runtime import Engine, machine
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
 from fpabee.runtime.artifact.manifest import BuiltFile, Manifest, Range, Shapes, Target
 from fpabee.runtime.backends import cuda, device, onnxruntime_cuda, tensorrt
-from fpabee.runtime.chain import Chain
+from fpabee.runtime.chain.chain import Chain
+from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.encoding import Text
-from fpabee.runtime.groups import Group
 from fpabee.runtime.machine import CudaDevice
 
 from .cuda import FakeCuda

@@ -19,7 +19,7 @@ from fpabee.exporter.checkpoint import (
     resolve_model_dir,
     save_checkpoint,
 )
-from fpabee.exporter.exits import MultiExitConfig, Pooling
+from fpabee.exporter.exit_config import MultiExitConfig, Pooling
 from fpabee.exporter.model import MultiExitModel
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import ModelError

@@ -16,19 +16,19 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from fpabee.exporter.onnx_file import write_graph
-from fpabee.runtime.artifact.untrusted import graph_content
+from fpabee.runtime.artifact.untrusted import graph_content, protobuf
 from fpabee.runtime.artifact.untrusted.graph_content import check_graph
 from fpabee.runtime.errors import ArtifactError, ModelError
 
 
 def test_numbers_of_fields_and_names_of_operators_are_those_of_onnx() -> None:
     for message, numbers in (
-        (onnx.ModelProto, graph_content.MODEL),
-        (onnx.GraphProto, graph_content.GRAPH),
-        (onnx.NodeProto, graph_content.NODE),
-        (onnx.AttributeProto, graph_content.ATTRIBUTE),
-        (onnx.TensorProto, graph_content.TENSOR),
-        (onnx.OperatorSetIdProto, graph_content.OPSET),
+        (onnx.ModelProto, protobuf.MODEL),
+        (onnx.GraphProto, protobuf.GRAPH),
+        (onnx.NodeProto, protobuf.NODE),
+        (onnx.AttributeProto, protobuf.ATTRIBUTE),
+        (onnx.TensorProto, protobuf.TENSOR),
+        (onnx.OperatorSetIdProto, protobuf.OPSET),
     ):
         fields = message.DESCRIPTOR.fields_by_name
         assert {name: fields[name].number for name in numbers} == numbers

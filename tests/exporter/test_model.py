@@ -26,7 +26,7 @@ from fpabee.exporter import segments
 from fpabee.exporter.backbones import _FAMILIES, build_encoder, family_of
 from fpabee.exporter.backbones.base import attention_bias
 from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.exits import MultiExitConfig, Pooling
+from fpabee.exporter.exit_config import MultiExitConfig, Pooling
 from fpabee.exporter.model import MultiExitModel
 from fpabee.runtime import Engine, Entropy, simulate
 from fpabee.runtime.artifact.manifest import ProblemType

@@ -16,14 +16,15 @@ from transformers import AutoTokenizer
 
 from fpabee.exporter import ExportOptions, export, pipeline, staging
 from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.verify import BUILT_IN_TEXTS, check_chain
+from fpabee.exporter.pipeline import BUILT_IN_TEXTS
+from fpabee.exporter.targets.check import check_chain
 from fpabee.runtime import Engine, Trace
-from fpabee.runtime.agreement import BATCH_LIMIT, EXPORT_LIMIT, Agreement
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
 from fpabee.runtime.artifact.manifest import SCHEMA_VERSION
 from fpabee.runtime.artifact.reference import read_reference
+from fpabee.runtime.check import BATCH_LIMIT, EXPORT_LIMIT, Agreement
 from fpabee.runtime.encoding import Text
-from fpabee.runtime.errors import ArtifactError, VerificationError
+from fpabee.runtime.errors import ArtifactError, CheckError
 
 from ..bad_input.cases import change_json
 from ..closeness import assert_exported
@@ -111,7 +112,7 @@ def test_the_result_describes_a_folder_that_is_always_the_same(
     assert (record["label_agreement"], record["exit_agreement"]) == (1.0, 1.0)
     assert record["max_logit_difference"] <= EXPORT_LIMIT
     assert calls == [
-        ("segment_01", 0, 3), ("segment_02", 1, 3), ("segment_03", 2, 3), ("verify", 3, 3)
+        ("segment_01", 0, 3), ("segment_02", 1, 3), ("segment_03", 2, 3), ("check", 3, 3)
     ]  # fmt: skip
     # PyTorch may compute other last digits, for example with another number of threads.
     measured = {"manifest.json", "reference.npz", "verification.json"}
@@ -210,7 +211,7 @@ def test_a_chain_that_differs_is_named_and_the_old_folder_stays(
     old = engine_copy("albert")
     before = contents(old)
     monkeypatch.setattr(Engine, "trace", wrong)
-    with pytest.raises(VerificationError, match="from exit 2 on"):
+    with pytest.raises(CheckError, match="from exit 2 on"):
         export(bert, old, ExportOptions(force=True))
     assert contents(old) == before
     assert [path.name for path in tmp_path.iterdir()] == ["engines"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fpabee.exporter.staging import staging
-from fpabee.runtime.artifact.folder import read_manifest, verified
+from fpabee.runtime.artifact.folder import checked_file, read_manifest
 
 from ..child_process import Child, Report
 
@@ -65,7 +65,7 @@ def kills_exports(report: Report, model_dir: str, target: str, seconds: float) -
         report(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         took = took or time.monotonic() - started
         for graph in read_manifest(Path(target)).graphs.values():
-            verified(Path(target), graph.file, graph.sha256)
+            checked_file(Path(target), graph.file, graph.sha256)
         assert len([*Path(target).parent.iterdir()]) <= 2
 
 

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from fpabee.runtime import (
     ArtifactError,
     Budget,
+    CheckError,
     Confidence,
     Engine,
     ExitRule,
     FPabee,
     Pabee,
     RuleError,
-    VerificationError,
     read_manifest,
 )
 from fpabee.runtime.artifact.folder import EnginesFolder
@@ -243,5 +243,5 @@ def test_the_check_finds_the_exit_0_of_another_model(folder: Path) -> None:
     add_exit_0(folder, seed=5)
     reference.write_bytes(kept)
     correct_reference(folder)
-    with Engine.load(folder, threads=1) as engine, pytest.raises(VerificationError):
+    with Engine.load(folder, threads=1) as engine, pytest.raises(CheckError):
         engine.check()

@@ -16,7 +16,7 @@ import pytest
 from pyarrow import parquet
 
 from fpabee.runtime import InputError
-from fpabee.runtime.agreement import BATCH_LIMIT
+from fpabee.runtime.check import BATCH_LIMIT
 from fpabee.runtime.ray import Classify, classify
 
 from ..test_docs import ROOT

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ...errors import ArtifactError
-from .protobuf import fields
+from .protobuf import ATTRIBUTE, GRAPH, MODEL, NODE, OPSET, TENSOR, fields
 
 # What the exporter writes for all families, precisions and activations, and what other releases of
 # torch write instead. tests/exporter/test_graph_content.py exports them all.
@@ -39,24 +39,25 @@ _HINT = (
     "fpabee exported it: pip install -U fpabee"
 )
 
-# Numbers of the fields of each message, as in onnx.proto.
-MODEL = {"ir_version": 1, "graph": 7, "opset_import": 8, "training_info": 20, "functions": 25}
-OPSET = {"domain": 1}
-GRAPH = {"node": 1, "name": 2, "initializer": 5, "input": 11, "output": 12}
-GRAPH |= {"sparse_initializer": 15}
-NODE = {"input": 1, "output": 2, "op_type": 4, "attribute": 5, "domain": 7}
-ATTRIBUTE = {"name": 1, "t": 5, "g": 6, "tensors": 10, "graphs": 11, "type": 20}
-ATTRIBUTE |= {"sparse_tensor": 22, "sparse_tensors": 23}
-TENSOR = {"dims": 1, "data_type": 2, "name": 8, "raw_data": 9}
-TENSOR |= {"external_data": 13, "data_location": 14}
-
 # The messages that are read, by the field that holds them.
 _MESSAGES = {
-    **{"graph": GRAPH, "opset_import": OPSET, "node": NODE, "attribute": ATTRIBUTE},
-    **{"initializer": TENSOR, "t": TENSOR, "tensors": TENSOR},
+    "graph": GRAPH,
+    "opset_import": OPSET,
+    "node": NODE,
+    "attribute": ATTRIBUTE,
+    "initializer": TENSOR,
+    "t": TENSOR,
+    "tensors": TENSOR,
 }
-_NEVER = {"training_info", "functions", "sparse_initializer", "g", "graphs"}
-_NEVER |= {"sparse_tensor", "sparse_tensors"}
+_NEVER = {
+    "training_info",
+    "functions",
+    "sparse_initializer",
+    "g",
+    "graphs",
+    "sparse_tensor",
+    "sparse_tensors",
+}
 
 
 def check_graph(path: Path) -> None:

@@ -1,8 +1,45 @@
-"""Read the fields of a protobuf message without its schema, and without copying their contents."""
+"""Read the fields of a protobuf message without its schema, and without copying their contents.
+
+The tables give the numbers of the fields of ONNX messages, as in onnx.proto.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+MODEL = {"ir_version": 1, "graph": 7, "opset_import": 8, "training_info": 20, "functions": 25}
+OPSET = {"domain": 1}
+GRAPH = {
+    "node": 1,
+    "name": 2,
+    "initializer": 5,
+    "input": 11,
+    "output": 12,
+    "sparse_initializer": 15,
+}
+NODE = {"input": 1, "output": 2, "op_type": 4, "attribute": 5, "domain": 7}
+ATTRIBUTE = {
+    "name": 1,
+    "t": 5,
+    "g": 6,
+    "tensors": 10,
+    "graphs": 11,
+    "type": 20,
+    "sparse_tensor": 22,
+    "sparse_tensors": 23,
+}
+TENSOR = {
+    "dims": 1,
+    "data_type": 2,
+    "name": 8,
+    "raw_data": 9,
+    "external_data": 13,
+    "data_location": 14,
+}
+ENTRY = {"key": 1, "value": 2}
+VALUE = {"name": 1, "type": 2}
+TYPE = {"tensor_type": 1}
+TENSOR_TYPE = {"elem_type": 1, "shape": 2}
 
 _VARINT = 0
 _LENGTH = 2

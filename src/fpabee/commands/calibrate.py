@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import rich_click as click
-from rich.cells import set_cell_size
 
 from ..calibration.calibrate import calibrate
 from ..calibration.goals import DEFAULT_GOALS, Bound, CalibrationOptions
 from ..calibration.report import write_report
-from ..calibration.report.words import exit_0_in_words, goal_in_words, promise_in_words
-from ..calibration.result import Calibration, make_default
+from ..calibration.result import make_default
 from ..calibration.scoring import METRICS
 from ..calibration.search import CONTENDERS
 from ..runtime.artifact.folder import EnginesFolder
@@ -23,11 +22,11 @@ from ..runtime.artifact.operating_point import Goal
 from ..runtime.files.destination import check_output
 from ..runtime.machine import require
 from ..runtime.rules.rules import RULES
-from ..runtime.rules.words import rule_in_words
 from ..runtime.targets import runnable_targets
 from . import options, promises
 from .command import READING, command
 from .console import echo, step_progress
+from .points import show, to_dict
 
 
 @command(
@@ -124,13 +123,13 @@ def main(
             result = calibrate(engines, data, replace(wanted, target=name), progress)
         results.append(result)
         if not as_json:
-            _print(result)
+            show([result])
             following = ["fpabee-run", str(engines), "texts.txt", "--target", result.target]
             echo(f"next: {shlex.join(following)}")
     # The report comes last, because an error in it should not lose the calibration.
     if as_json:
-        found = [to_dict(result) for result in results]
-        click.echo(msgspec.json.encode(found if all_targets else found[0]).decode())
+        contents = [to_dict(result) for result in results]
+        click.echo(msgspec.json.encode(contents if all_targets else contents[0]).decode())
     if report is not None:
         write_report(result, report)
         echo(f"report: {report}", err=as_json)
@@ -152,10 +151,7 @@ def _options(
     averages = {"drop": max_drop, "speedup": speedup}
     names = [f"{kind}-{value:g}" for kind, value in averages.items() if value is not None]
     shares = promises.taken_shares(settings)
-    if shares:
-        kinds = {kind: promises.PROMISES[kind].removeprefix("--") for kind in shares}
-        names.append("-".join(f"{kinds[kind]}-{100 * share:g}" for kind, share in shares.items()))
-    if len(names) > 1:
+    if len(names) + bool(shares) > 1:
         raise click.UsageError(
             "give one goal at a time: --max-drop, --speedup or a guarantee such as --risk; each "
             "makes its own point"
@@ -163,13 +159,14 @@ def _options(
     risk, *decisions = promises.PROMISES.values()
     options.only_with("confidence", shares, f"{risk}, {_either(decisions)}")
     options.only_with("thresholds", shares.keys() - {"drop"}, _either(decisions))
-    point = names[0] if names else "balanced"
-    goal: Goal | Bound = Goal(max_drop=max_drop, speedup=speedup)
+    goals: Mapping[str, Goal | Bound] = DEFAULT_GOALS
     if shares:
-        goal = promises.bound_of(shares, thresholds, confidence)
+        bound = promises.bound_of(shares, thresholds, confidence)
+        goals = {bound.point: bound}
+    elif names:
+        goals = {names[0]: Goal(max_drop=max_drop, speedup=speedup)}
     return CalibrationOptions(
-        goals={point: goal} if names else DEFAULT_GOALS,
-        default=point,
+        goals=goals,
         reading=options.read_options(settings),
         rules=rules,
         **settings,
@@ -179,67 +176,3 @@ def _options(
 def _either(flags: list[str]) -> str:
     """Options as words: `--a, --b or --c`."""
     return f"{', '.join(flags[:-1])} or {flags[-1]}"
-
-
-def to_dict(result: Calibration) -> dict[str, Any]:
-    """The result for JSON."""
-    points = [
-        {
-            "name": point.name,
-            "goal": str(point.goal),
-            "kind": point.kind,
-            "rule": point.rule.to_dict(),
-            "chosen_on": point.chosen_on,
-            "held_out": point.held_out,
-            "measured_speedup": point.measured,
-            "certificate": point.certificate,
-            "promise": promise_in_words(point, result),
-        }
-        for point in result.points
-    ]
-    return {
-        "target": result.target,
-        "rows": len(result.rows),
-        "held_out": result.held_out,
-        "default": result.default,
-        "points": points,
-        "warnings": result.warnings,
-    }
-
-
-def _print(result: Calibration) -> None:
-    """The table, which fits 80 columns also in a file, and a sentence for each point."""
-    first = result.points[0]
-    layers = result.layers[-1]
-    # If this is all that was asked for, it is what a reader has to know first.
-    if len(result.points) == 1 and first.refusal:
-        echo(promise_in_words(first, result))
-    echo(
-        f"{result.target}: {len(result.rows)} rows, {layers} layers, "
-        f"{first.held_out.metric} {result.full_depth_score:.4f} at full depth"
-    )
-    echo("")
-    echo(_line("", "layers", "times faster", "", "", ""))
-    echo(_line("operating point", "per text", "single text", "file", "goal", "drop"))
-    for point in result.points:
-        single, *_, file = [f"{ratio:.2f}" for ratio in (*point.measured.values(),) * 2]
-        goal = goal_in_words(point.goal)
-        drop = f"{point.held_out.drop:+.2f}" if point.is_judged else "unknown"
-        echo(_line(point.name, f"{point.chosen_on.mean_depth:.2f}", single, file, goal, drop))
-    echo("")
-    for point in result.points:
-        if len(result.points) > 1 or not point.refusal:
-            default = " (default)" * (point.name == result.default)
-            words = rule_in_words(point.rule)
-            echo(f"{point.name}{default}: {words}; {promise_in_words(point, result)}")
-    if result.rows.first_exit == 0:
-        default_point = next(point for point in result.points if point.name == result.default)
-        echo(f"exit 0 answers at {default_point.name}: {exit_0_in_words(default_point)}")
-    for warning in result.warnings:
-        echo(f"warning: {warning}")
-
-
-def _line(name: str, layers: str, single: str, file: str, goal: str, drop: str) -> str:
-    """A line of the table, of 80 columns; a longer name or goal loses its end."""
-    left, middle = (set_cell_size(text, size) for text, size in ((name, 19), (goal, 24)))
-    return f"{left} {layers:>8} {single:>12} {file:>6} {middle} {drop:>6}"

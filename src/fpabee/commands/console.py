@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from threading import Event, Thread
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 from rich import progress as bars
@@ -22,7 +22,9 @@ from rich.text import Text
 
 from ..runtime.errors import printable
 from ..runtime.files.job import Job
-from ..runtime.progress import Progress
+
+if TYPE_CHECKING:  # `fpabee-run` starts without calibration
+    from ..calibration.progress import Progress
 
 _WIDE = 1000
 _UPDATE_SECONDS = 0.2

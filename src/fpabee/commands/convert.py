@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import logging
 import shlex
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import rich_click as click
-from rich.cells import set_cell_size
 
-from ..exporter.convert.options import Chosen, Conversion, Converted, ConvertOptions
+from ..exporter.convert.options import Chosen, Conversion, ConvertOptions
 from ..exporter.convert.places import check_places, partial_of
-from ..exporter.exits import Pooling
+from ..exporter.exit_config import Pooling
 from ..exporter.paths import check_apart, check_new, resolved
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.machine import require
-from . import options, promises
+from . import options, points, promises
 from .command import READING, command
 from .console import echo, hide_bars_of_hub, step_progress
 
-_PROMISED = {
-    "changed_answers": "{0} of the decisions differ from the classifier's",
-    "missed": "{0} of the texts that the classifier flags as {1} are missed",
-    "false_alarms": "{0} of the texts that the classifier does not flag as {1} are flagged",
-}
 _SEEN = {
     Pooling.MEAN: "the mean of the tokens",
     Pooling.FIRST: "the first token",
@@ -126,7 +120,7 @@ def main(
         result = convert(classifier, texts, folder, wanted, progress)
     # Now, because the folder is there, even if it cannot be packed.
     if as_json:
-        click.echo(msgspec.json.encode(result, enc_hook=str).decode())
+        click.echo(msgspec.json.encode(to_dict(result)).decode())
     else:
         _show(result)
         echo(f"next: fpabee-run {shlex.quote(str(result.folder))} texts.txt")
@@ -138,45 +132,26 @@ def main(
 
 
 def _show(result: Conversion) -> None:
-    """The result in plain words; the table fits 80 columns."""
+    """The result in plain words."""
     train, choose, calibrate, report = (f"{count:,}" for count in result.parts)
     echo(f"{result.folder}: made with {result.rows:,} texts, {result.texts:,} of them distinct")
-    did = f"{train} trained exits, {choose} chose the best, {calibrate} certified them"
-    one = f"{100 / result.parts[-1]:.2f} %"
-    echo(f"{did}. The other {report} decided nothing (one of them is {one}):")
-    echo("")
-    echo(_line("", "layers", "times faster", "", "decisions changed", ""))
-    echo(_line("target", "per text", "single text", "file", "per text", "traffic"))
-    for each in result.targets:
-        times = f"{each.speedup_single:.2f}", f"{each.speedup_file:.2f}"
-        changed = f"{100 * each.changed:.2f} %", f"{100 * each.changed_traffic:.2f} %"
-        name = f"{each.target} (default)" if each.target == result.default_target else each.target
-        echo(_line(name, f"{each.layers:.2f}", *times, *changed))
-    echo("")
-    for words in dict.fromkeys(_guarantee(each, calibrate) for each in result.targets):
-        echo(words)
-    default = next(each for each in result.targets if each.target == result.default_target)
-    if default.accuracy is not None:
-        echo(f"accuracy: {default.accuracy:.4f}; that of the classifier: {result.accuracy:.4f}")
+    echo(
+        f"{train} trained exits, {choose} chose the best, {calibrate} certified them; the other "
+        f"{report} decided nothing"
+    )
+    points.show(result.targets, result.default_target)
+    echo(
+        "a guarantee is about new texts, and holds only if the classifier was not trained on the "
+        "texts given here"
+    )
+    if result.texts < result.rows:
+        echo(f"counted as often as they occur, {result.traffic:.2%} of the answers change")
+    if result.accuracy is not None:
+        classifier, converted = result.accuracy
+        echo(f"accuracy: {converted:.4f}; that of the classifier: {classifier:.4f}")
     echo(f"heads: {_heads(result.chosen)}")
     for warning in result.warnings:
         echo(f"warning: {warning}")
-
-
-def _guarantee(found: Converted, calibrated: str) -> str:
-    """What a target guarantees, or why it does not; a promise may not need all texts."""
-    if found.certificate is None:
-        alone = f"alone changes {100 * found.full_depth_changed:.2f} % of the decisions"
-        return f"{found.target} {alone}; no guarantee, so all layers run: {found.refusal}"
-    confidence = found.certificate.confidence
-    thresholds = found.certificate.thresholds
-    words = []
-    for promise in found.certificate.promises:
-        flagged = f"{promise.label!r} (above {thresholds.get(promise.label or '', 0):g})"
-        promised = _PROMISED[promise.of].format(f"{promise.at_most:g} %", flagged)
-        words.append(f"at most {promised} (tested on {promise.rows:,} of {calibrated} texts)")
-    sure = f"guarantee for new texts, with {confidence:g} % confidence: {', and '.join(words)}"
-    return f"{sure}. It holds only if the classifier was not trained on the texts given here"
 
 
 def _heads(chosen: Chosen) -> str:
@@ -189,7 +164,10 @@ def _heads(chosen: Chosen) -> str:
     return f"{layer} on {_SEEN[form.pooling]}{every}; {agrees}"
 
 
-def _line(name: str, layers: str, single: str, file: str, text: str, traffic: str) -> str:
-    """A line of the table, of 80 columns; a longer name loses its end."""
-    left = set_cell_size(name, 29)
-    return f"{left} {layers:>8} {single:>12} {file:>6} {text:>10} {traffic:>9}".rstrip()
+def to_dict(result: Conversion) -> dict[str, Any]:
+    """The result for JSON."""
+    content = {field.name: getattr(result, field.name) for field in fields(result)}
+    return content | {
+        "folder": str(result.folder),
+        "targets": [points.to_dict(target) for target in result.targets],
+    }

@@ -15,7 +15,7 @@ from ..runtime.artifact.folder import EnginesFolder, resolve
 from ..runtime.artifact.manifest import Manifest
 from ..runtime.artifact.operating_point import OperatingPoint
 from ..runtime.engine import Engine
-from ..runtime.errors import FpabeeError, VerificationError
+from ..runtime.errors import CheckError, FpabeeError
 from ..runtime.hub import engines_folder
 from ..runtime.machine import environment, providers
 from ..runtime.rules.words import settings_in_words
@@ -62,7 +62,7 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
     if as_json:
         click.echo(json.dumps(content))
     if found and not found["passed"]:
-        raise VerificationError(
+        raise CheckError(
             f"{engines} has changed since its export: {len(found['damaged'])} of {found['files']} "
             f"files are damaged, and {len(found['refused'])} targets do not reproduce the model",
             "copy the engines folder again, or export the model again",

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from fpabee.calibration import Bound
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.convert import Conversion, ConvertOptions, convert, heads, workflow
-from fpabee.exporter.training import exit_0
+from fpabee.exporter.training import bag_of_ngrams
 from fpabee.runtime.artifact.manifest import ProblemType
 
 from ...conftest import WORDS, MadeOnce
@@ -135,7 +135,7 @@ def quickly(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(heads, "_MOST_STEPS", 60)
     patch.setattr(heads, "_LR", 0.03)
     patch.setattr(heads, "cost_of_heads", lambda *_: 0.01)
-    patch.setattr(exit_0, "_MOST_EPOCHS", 4)
+    patch.setattr(bag_of_ngrams, "_MOST_EPOCHS", 4)
     patch.setattr(workflow, "buildable", lambda names: [])
 
 
@@ -166,16 +166,16 @@ def converted(
     calls: dict[str, Any] = {}
 
     def noting(name: str, function: Any) -> Any:
-        def call(*given: Any) -> Any:
-            calls[name] = given
-            return function(*given)
+        def call(*given: Any, **named: Any) -> Any:
+            calls[name] = (*given, named) if named else given
+            return function(*given, **named)
 
         return call
 
     folder = tmp_path_factory.mktemp("converted") / "engines"
     with pytest.MonkeyPatch.context() as patch:
         quickly(patch)
-        for name in ("choose_form", "train_heads", "learn", "certify_target"):
+        for name in ("choose_form", "train_heads", "learn", "calibrate"):
             patch.setattr(workflow, name, noting(name, getattr(workflow, name)))
         result = convert(telling[SINGLE.value], texts, folder, OPTIONS)
     return Converted(folder, result, calls)

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 
 from fpabee.exporter.checkpoint import load_checkpoint, save_checkpoint
 from fpabee.exporter.convert.classifier import Classifier
-from fpabee.exporter.exits import Pooling
+from fpabee.exporter.exit_config import Pooling
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import ModelError
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fpabee.calibration.progress import silent
 from fpabee.exporter.convert.classifier import Classifier
 from fpabee.exporter.convert.heads import (
     choose_form,
@@ -18,8 +19,7 @@ from fpabee.exporter.convert.heads import (
     train_heads,
 )
 from fpabee.exporter.convert.options import Form
-from fpabee.exporter.exits import Pooling
-from fpabee.runtime.progress import silent
+from fpabee.exporter.exit_config import Pooling
 
 from ...closeness import assert_exported
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from fpabee.calibration.progress import silent
 from fpabee.exporter.convert.classifier import Classifier
 from fpabee.exporter.convert.heads import _TAKEN
 from fpabee.exporter.convert.states import _new_file, run_classifier
-from fpabee.exporter.exits import Pooling
+from fpabee.exporter.exit_config import Pooling
 from fpabee.exporter.model import by_row, predict
 from fpabee.exporter.training.examples import encoded_rows
 from fpabee.runtime.files import Row
-from fpabee.runtime.progress import silent
 
 from ...closeness import assert_exported
 from .conftest import KINDS, TEXTS

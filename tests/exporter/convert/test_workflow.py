@@ -12,23 +12,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
-from fpabee.calibration import Bound
+from fpabee.calibration import Bound, calibrate
 from fpabee.calibration.scoring import Scorer
 from fpabee.exporter.convert import ConvertOptions, convert, workflow
-from fpabee.exporter.convert.promises import certify_target
 from fpabee.exporter.convert.texts import split
 from fpabee.exporter.convert.workflow import _Work
 from fpabee.exporter.model import predict
 from fpabee.exporter.staging import staging
 from fpabee.exporter.targets.builders import INT8_TARGETS, OPENVINO_TARGETS
+from fpabee.exporter.targets.check import FP32_TARGET
 from fpabee.exporter.tokenizer import load_tokenizer
 from fpabee.exporter.training.examples import Examples, encoded_rows
-from fpabee.runtime import Engine
-from fpabee.runtime.agreement import EXPORT_LIMIT
-from fpabee.runtime.artifact.folder import read_manifest
+from fpabee.runtime import Budget, Engine, ExitRule
+from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ArtifactError, BackendError, InputError
 from fpabee.runtime.files import Row, read_rows
@@ -42,16 +42,17 @@ def test_what_certifies_has_neither_trained_nor_chosen(
 ) -> None:
     calls, (train, choose, calibrate, report) = converted.calls, converted.result.parts
     assert train + choose + calibrate + report == converted.result.texts == len(TEXTS)
-    certified, reported = calls["certify_target"][3:5]
-    contents = [row.content for part in (certified, reported) for row in part.rows]
+    _, certified, *_, named = calls["calibrate"]
+    others = [*certified, *named["report"].rows]
+    contents = [row.content for row in others]
     assert len(set(contents)) == len(contents) == calibrate + report
     model = calls["learn"][2]
     tokenizer = load_tokenizer(telling[SINGLE.value], model)
-    others = encoded_rows([*certified.rows, *reported.rows], tokenizer, 64)
+    untaught = encoded_rows(others, tokenizer, 64)
     both: tuple[Examples, ...] = calls["learn"][:2]
     assert [len(part.rows) for part in both] == [train, choose]
     rows = [row for part in both for row in part.rows]
-    assert {tuple(row.input_ids) for row in rows}.isdisjoint(tuple(r.input_ids) for r in others)
+    assert {tuple(row.input_ids) for row in rows}.isdisjoint(tuple(r.input_ids) for r in untaught)
     # The heads see the same rows: the logits of the classifier for them.
     logits = predict(model, rows, {"input_ids": 0}, lambda output: output[-1])
     for name in ("choose_form", "train_heads"):
@@ -64,33 +65,36 @@ def test_what_certifies_has_neither_trained_nor_chosen(
 def test_the_result_is_what_the_engine_does(converted: Converted) -> None:
     result, (*_, calibrate, report) = converted.result, converted.result.parts
     (target,) = result.targets
-    reported = converted.calls["certify_target"][4]
+    reported = converted.calls["calibrate"][-1]["report"]
+    (point,) = target.points
     assert [path.name for path in converted.folder.parent.iterdir()] == ["engines"]
     assert result.rows == len(TEXTS) + len(TEXTS[::5])
     assert target.target == result.default_target == "onnxruntime-fp32"
-    assert target.certificate is not None
-    (promise,) = target.certificate.promises
+    assert point.certificate is not None
+    (promise,) = point.certificate.promises
     assert calibrate - 10 < promise.rows <= calibrate
-    assert target.full_depth_changed == 0
-    assert target.max_logit_difference <= EXPORT_LIMIT
-    assert target.layers < 3
-    texts, answers = [row.content for row in reported.rows], reported.logits.argmax(axis=1)
+    assert target.full_depth_score == 1
+    assert point.held_out.mean_depth < 3
+    texts, answers = [row.content for row in reported.rows], reported.reference.argmax(axis=1)
     with Engine.load(converted.folder) as engine:
-        assert engine.operating_point == target.point == "changed-10"
-        point = engine.manifest.targets[engine.target].operating_points["changed-10"]
+        assert engine.operating_point == point.name == "changed-10"
+        stored = engine.manifest.targets[engine.target].operating_points["changed-10"]
         found = engine.trace(texts, rule=engine.rule)
         counts = np.bincount(found.exits, minlength=len(engine.manifest.exits))
-        assert counts.tolist() == [*target.exits]
+        assert counts.tolist() == [*point.held_out.exits]
         changed = found.predictions != answers
         full = engine.trace(texts).logits[-1]
     assert len(texts) == report
-    assert changed.mean() == pytest.approx(target.changed)
-    traffic = np.average(changed, weights=reported.weights)
-    assert traffic == pytest.approx(target.changed_traffic)
-    assert_exported(full, reported.logits)
+    assert changed.sum() == point.held_out.changed_answers
+    counted = {**dict.fromkeys(TEXTS, 1), **dict.fromkeys(TEXTS[::5], 2)}
+    traffic = np.average(changed, weights=[counted[str(text)] for text in texts])
+    assert traffic == pytest.approx(result.traffic)
+    assert_exported(full, reported.reference)
     assert (result.exit_layers[0], result.exit_layers[-1]) == (0, 3)
-    assert point.hardware.endswith(" threads")
-    assert np.mean(answers == 2) == pytest.approx(result.accuracy)
+    assert stored.hardware.endswith(" threads")
+    assert result.accuracy is not None
+    assert np.mean(answers == 2) == pytest.approx(result.accuracy[0])
+    assert np.mean(found.predictions == 2) == pytest.approx(result.accuracy[1])
 
 
 def test_a_target_that_changes_decisions_by_rounding_gets_no_point(
@@ -98,18 +102,23 @@ def test_a_target_that_changes_decisions_by_rounding_gets_no_point(
 ) -> None:
     folder = tmp_path / "engines"
     shutil.copytree(converted.folder, folder)
-    given = list(converted.calls["certify_target"])
-    other = given[3].logits.copy()
+    manifest = read_manifest(folder)
+    bare = msgspec.structs.replace(
+        manifest.targets[FP32_TARGET], operating_points={}, default_operating_point=""
+    )
+    EnginesFolder(folder, manifest).with_target(FP32_TARGET, bare).write()
+    _, rows, options, progress, named = converted.calls["calibrate"]
+    other = named["reference"].copy()
     other[::3] = np.roll(other[::3], 1, axis=-1)
-    given[0], given[3] = folder, replace(given[3], logits=other)
-    target = certify_target(*given)
-    assert (target.point, target.certificate) == (None, None)
-    assert target.full_depth_changed == pytest.approx(1 / 3, abs=0.01)
-    assert target.refusal.startswith("full depth has ")
-    assert target.layers == 3
-    rule = {"name": "budget", "exit": len(target.exits) - 1}
-    assert rule.items() <= target.rule.items()
-    assert rule.items() <= read_manifest(folder).default_rule.items()
+    result = calibrate(folder, rows, options, progress, **named | {"reference": other})
+    (point,) = result.points
+    assert point.certificate is None
+    assert result.full_depth_score == pytest.approx(2 / 3, abs=0.01)
+    assert point.refusal.startswith("full depth has ")
+    assert point.rule == Budget(exit=3)
+    manifest = read_manifest(folder)
+    assert manifest.targets[FP32_TARGET].operating_points == {}
+    assert ExitRule.from_dict(manifest.default_rule) == point.rule
 
 
 def test_an_interrupted_conversion_continues_and_replaces_a_folder(
@@ -141,33 +150,30 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
         with pytest.raises(type(error)) as caught:
             convert(*given, options, until(stop, error))
         (steps,) = (tmp_path / "engines.partial").iterdir()
-        assert (steps / "model").is_dir()
+        assert (steps / "logits.npy").is_file()
         if stop == "segment":
             assert "engines.partial keeps the finished steps" in str(caught.value)
     assert seen.count("segment_01") == 2
-    assert sum(what == "train heads" for what in seen) == 1
     del seen[:]
-    left = "engines/.manifest-0123"  # as a kill leaves it while the manifest is written
-    (steps / left).touch()
     monkeypatch.setattr(Scorer, "lost_label", lambda *_: "'yes' is lost")
     result = convert(*given, replace(options, threads=1), until("nothing", broken))
-    assert not (tmp_path / left).exists()
-    assert {what.partition(" ")[0] for what in seen} <= {"trace", "time"}
+    assert "classify the texts" not in seen
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engines", "texts.jsonl"]
     (target,) = result.targets
-    assert target.point == "changed-20-missed-30"
-    assert target.certificate is not None
-    assert target.certificate.thresholds == {"yes": 0.7}
-    changed_answers, missed = target.certificate.promises
+    (point,) = target.points
+    assert point.name == "changed-20-missed-30"
+    assert point.certificate is not None
+    assert point.certificate.label_thresholds == {"yes": 0.7}
+    changed_answers, missed = point.certificate.promises
     assert result.parts[2] - 5 < changed_answers.rows <= result.parts[2]
     assert missed.label == "yes"
     assert 0 < missed.rows < changed_answers.rows
-    assert (result.accuracy, target.accuracy) == (None, None)
+    assert result.accuracy is None
     assert "has label 'maybe'" in result.warnings[0]
-    assert result.warnings[1].startswith(f"on {target.target}, 'yes' is lost; a promise")
+    assert "'yes' is lost; a promise" in target.warnings[0]
     with Engine.load(folder) as engine:
-        assert engine.operating_point == target.point
-        assert engine.thresholds == {"no": 0.5, "perhaps": 0.5, "yes": 0.7}
+        assert engine.operating_point == point.name
+        assert engine.label_thresholds == {"no": 0.5, "perhaps": 0.5, "yes": 0.7}
         # What counts as a decision is what the folder predicts.
         found = engine.predict(TEXTS[:200])
         above = [tuple(np.greater(each.probabilities, (0.5, 0.5, 0.7))) for each in found]
@@ -219,6 +225,7 @@ def test_a_conversion_with_other_groups_starts_anew(
 ) -> None:
     """A text that has trained would certify otherwise."""
     seen: list[str] = []
+    runs: list[int] = []
 
     def progress(what: str, *_: int) -> None:
         seen.append(what)
@@ -230,7 +237,9 @@ def test_a_conversion_with_other_groups_starts_anew(
         file.write_text("\n".join(map(json.dumps, rows)))
         with pytest.raises(KeyboardInterrupt):
             convert(telling[SINGLE.value], file, tmp_path / "engines", options, progress)
-    assert seen.count("train heads") == 2
+        runs.append(seen.count("classify the texts"))
+    first, again, other = runs
+    assert 0 < first == again < other
 
 
 @pytest.mark.parametrize("other", [OPTIONS, ConvertOptions(Bound(changed_answers=0.2))])

@@ -33,6 +33,7 @@ from fpabee.runtime import (
     ArtifactError,
     BackendError,
     Budget,
+    CheckError,
     Confidence,
     Engine,
     Entropy,
@@ -42,13 +43,12 @@ from fpabee.runtime import (
     Pabee,
     Pcee,
     RuleError,
-    VerificationError,
     read_manifest,
 )
-from fpabee.runtime.agreement import BATCH_LIMIT, EXPORT_LIMIT, REQUIREMENTS, logit_differences
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
 from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
 from fpabee.runtime.backends.onnxruntime import cpu_session
+from fpabee.runtime.check import BATCH_LIMIT, EXPORT_LIMIT, REQUIREMENTS, logit_differences
 from fpabee.runtime.encoding import Text
 
 from ...closeness import assert_close, assert_exported, exits_may_differ
@@ -338,14 +338,14 @@ def test_a_graph_that_differs_is_not_written(
         monkeypatch.setattr(packing, "single_graph", wrong)
 
     change_logits(1.01)
-    with pytest.raises(VerificationError, match=r"logits differ by 1\.0e-02 of their size"):
+    with pytest.raises(CheckError, match=r"logits differ by 1\.0e-02 of their size"):
         packed("bert", Budget(exit=2))
     change_logits(np.nan)
-    with pytest.raises(VerificationError, match="logits differ by nan"):
+    with pytest.raises(CheckError, match="logits differ by nan"):
         packed("bert", Budget(exit=2))
     other = Pcee(threshold=0.5)  # whose entropy is normalised
     monkeypatch.setattr(packing, "single_graph", lambda p, m, _, zero: right(p, m, other, zero))
-    with pytest.raises(VerificationError, match=r"[1-9]\d* exits differ"):
+    with pytest.raises(CheckError, match=r"[1-9]\d* exits differ"):
         packed("bert", Entropy(threshold=0.5))
     assert not (tmp_path / "packed").exists()
     # Logits of up to 5 change by more than the limit, but not by more than this share of them.

@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from fpabee.calibration.progress import silent
 from fpabee.exporter import staging
 from fpabee.exporter.targets import (
     BuildResult,
@@ -25,21 +26,20 @@ from fpabee.exporter.targets import (
     tensorrt,
 )
 from fpabee.exporter.targets.builders import BUILDERS, FP16_TARGETS, INT8_TARGETS, OPENVINO_TARGETS
-from fpabee.exporter.targets.check import exact_logits, verified_target
+from fpabee.exporter.targets.check import checked_target, exact_logits
 from fpabee.exporter.targets.plan_worker import PlanRequest
 from fpabee.runtime import (
     ArtifactError,
     BackendError,
+    CheckError,
     Engine,
     FPabee,
     InputError,
-    VerificationError,
     read_manifest,
 )
-from fpabee.runtime.agreement import EXPORT_LIMIT, REQUIREMENTS, logit_differences
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.backends import openvino
-from fpabee.runtime.progress import silent
+from fpabee.runtime.check import EXPORT_LIMIT, REQUIREMENTS, logit_differences
 
 from ...bad_input.cases import changed_heads, contents
 from ...doubles.device import Double
@@ -128,7 +128,7 @@ def test_a_target_that_changes_answers_is_not_kept(
     before = contents(folder)
     no_labels_suffice(monkeypatch, "fp32")
     refused = add(folder, FP32).refused[FP32]
-    assert isinstance(refused, VerificationError)
+    assert isinstance(refused, CheckError)
     assert "not the model that was exported" in str(refused)
     assert contents(folder) == before
 
@@ -148,13 +148,13 @@ def test_texts_are_checked_as_well_and_are_within_the_tolerance(
     _, logits = exact_logits(engines, texts)
     for difference in (0.0, 0.5):
         more = texts, logits + np.float32(difference)
-        found, _ = verified_target(engines, FP32, more, silent)
+        found, _ = checked_target(engines, FP32, more, silent)
         tolerance = found.manifest.targets[FP32].tolerance
         assert tolerance is not None
         expected = logit_differences(logits, more[1]).max()
         assert abs(tolerance - expected) <= max(EXPORT_LIMIT, measured or 0.0)
-    with pytest.raises(VerificationError, match=r"from exit 1 on \(2 texts\).* another target"):
-        verified_target(engines, FP32, (texts, -logits), silent)
+    with pytest.raises(CheckError, match=r"from exit 1 on \(2 texts\).* another target"):
+        checked_target(engines, FP32, (texts, -logits), silent)
     without = engines.keep_targets(lambda name, _: name == FP32)
     with pytest.raises(BackendError, match="no target 'onnxruntime-fp32'"):
         exact_logits(without, texts)
@@ -170,7 +170,7 @@ def test_an_earlier_target_stays_until_the_new_one_has_passed(
     with monkeypatch.context() as patch:
         patch_builds(double, patch, **{"segment_02": "no tactics"} if how == "failed" else {})
         if how in ("interrupted", "killed"):
-            patch.setattr(build, "verified_target", lambda *_: 1 / 0)
+            patch.setattr(build, "checked_target", lambda *_: 1 / 0)
         if how == "killed":  # nothing is tidied up then
             patch.setattr(builders.Workbench, "drop_unused_files", lambda _: None)
         if how == "refused":

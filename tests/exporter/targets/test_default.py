@@ -15,16 +15,16 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
+from fpabee.calibration.progress import silent
 from fpabee.calibration.result import make_default
 from fpabee.commands.inspect import main as inspect
 from fpabee.exporter.targets import BuildResult, build_targets, default
 from fpabee.exporter.targets.builders import OPENVINO_TARGETS, buildable
 from fpabee.runtime import BackendError, Budget, Engine, read_manifest
-from fpabee.runtime.agreement import REQUIREMENTS
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.backends import openvino
+from fpabee.runtime.check import REQUIREMENTS
 from fpabee.runtime.core import Core
-from fpabee.runtime.progress import silent
 
 pytest.importorskip("openvino")
 

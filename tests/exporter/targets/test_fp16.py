@@ -15,13 +15,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fpabee.exporter.targets import BuildResult, build_targets, check, fp16
-from fpabee.exporter.targets.lowering import emulate, lower
-from fpabee.runtime import ModelError, VerificationError, read_manifest
-from fpabee.runtime.agreement import BATCH_LIMIT, Agreement
+from fpabee.exporter.targets.fp16 import emulate, lower
+from fpabee.runtime import CheckError, ModelError, read_manifest
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.artifact.untrusted.graph_content import check_graph
 from fpabee.runtime.backends.onnxruntime import session_options
+from fpabee.runtime.check import BATCH_LIMIT, Agreement
 from fpabee.runtime.encoding import Text
 
 from ...bad_input.cases import contents
@@ -37,10 +37,10 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[Agreement]:
     found: list[Agreement] = []
 
     def noted(*arguments: Any) -> Agreement:
-        found.append(check.judged(*arguments))
+        found.append(check.check_logits(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(fp16, "judged", noted)
+    monkeypatch.setattr(fp16, "check_logits", noted)
     return found
 
 
@@ -89,7 +89,7 @@ def test_answers_that_change_are_refused(
     turned = (texts, np.ascontiguousarray(logits[..., ::-1]))
     monkeypatch.setattr(fp16, "read_reference", lambda *_: turned)
     (refused,) = add_fp16(folder).refused.values()
-    assert isinstance(refused, VerificationError)
+    assert isinstance(refused, CheckError)
     assert re.search(r"changes answers from exit 1 on.*at least 99\.9% required", str(refused))
     assert contents(folder) == before
 

@@ -19,11 +19,12 @@ import onnx
 import pytest
 from one_graph import write_one_graph
 
+from fpabee.calibration.progress import Progress
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.onnx_file import in_head
 from fpabee.exporter.targets import build, build_targets, int8
 from fpabee.exporter.targets.builders import INT8_TARGETS
-from fpabee.exporter.targets.check import verified_target
+from fpabee.exporter.targets.check import checked_target
 from fpabee.exporter.targets.int8 import graph_inputs
 from fpabee.runtime import (
     BackendError,
@@ -34,14 +35,13 @@ from fpabee.runtime import (
     machine,
     read_manifest,
 )
-from fpabee.runtime.agreement import REQUIREMENTS, Agreement
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.artifact.untrusted.graph_content import check_graph
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.backends.onnxruntime import cpu_session
+from fpabee.runtime.check import REQUIREMENTS, Agreement
 from fpabee.runtime.encoding import Text
-from fpabee.runtime.progress import Progress
 
 from ...bad_input.cases import contents
 from ...closeness import assert_close
@@ -170,12 +170,12 @@ def test_int8_that_changes_answers_is_not_kept(
     folder = engine_copy()
     before = contents(folder)
     require(monkeypatch, 1.1)
-    judged: list[list[Text]] = []
+    checked: list[list[Text]] = []
     trace = Engine.trace
 
     def noted(engine: Engine, texts: list[Text], *others: Any) -> Any:
         if engine.target in NAMES:
-            judged.append(texts)
+            checked.append(texts)
         return trace(engine, texts, *others)
 
     monkeypatch.setattr(Engine, "trace", noted)
@@ -186,7 +186,7 @@ def test_int8_that_changes_answers_is_not_kept(
     assert list(result.refused) == [*NAMES]
     for refused in result.refused.values():
         assert re.search("int8 changes answers from exit .* give more texts", str(refused))
-    assert judged == [[WORDS[0]] * (len(texts) // 2)] * len(NAMES)
+    assert checked == [[WORDS[0]] * (len(texts) // 2)] * len(NAMES)
     assert contents(folder) == before
 
 
@@ -199,9 +199,9 @@ def test_a_target_that_is_refused_does_not_take_its_graphs_along(
     def check(*arguments: Any) -> Any:
         if arguments[1] == NAMES[0]:
             raise refused
-        return verified_target(*arguments)
+        return checked_target(*arguments)
 
-    monkeypatch.setattr(build, "verified_target", check)
+    monkeypatch.setattr(build, "checked_target", check)
     result = build_targets(folder, NAMES, TEXTS)
     assert result.refused == {NAMES[0]: refused}
     with Engine.load(folder, NAMES[1]) as engine:
@@ -214,7 +214,7 @@ def test_earlier_int8_stays_until_the_new_one_has_passed(
 ) -> None:
     before = contents(added)
     if how == "interrupted":
-        monkeypatch.setattr(build, "verified_target", lambda *_: 1 / 0)
+        monkeypatch.setattr(build, "checked_target", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build_targets(added, NAMES, OTHERS)
     else:

@@ -14,16 +14,22 @@ import onnx
 import pytest
 from onnx import helper
 
+from fpabee.calibration.progress import Progress, silent
 from fpabee.exporter.targets import build_targets, builders, tensorrt
 from fpabee.exporter.targets.backends import RTX, TENSORRT
 from fpabee.exporter.targets.plan_worker import PlanRequest
-from fpabee.exporter.targets.plans import RTX_CAPABILITIES, PlanOptions
+from fpabee.exporter.targets.plans import (
+    RTX_CAPABILITIES,
+    PlanOptions,
+    fitted,
+    profiles_of,
+    sequence_lengths_of,
+)
 from fpabee.exporter.targets.worker import run_worker
 from fpabee.runtime import ArtifactError, read_manifest
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.machine import CudaDevice
-from fpabee.runtime.progress import Progress, silent
 
 from ...bad_input.cases import corrected, with_loop
 from ...doubles.device import Double
@@ -113,10 +119,10 @@ def test_a_graph_with_control_flow_reaches_no_builder(
 
 def test_shapes_end_where_the_model_ends(engines: Mapping[str, Path]) -> None:
     manifest = read_manifest(engines["bert"])
-    options = dataclasses.replace(SMALL, sequence=(16, 128, 512)).fitted(manifest, RTX)
-    assert options.sequence_lengths[-1] == manifest.tokenizer.max_length == 64
-    assert [p.sequence.max for p in options.profiles() if p.batch.max > 1] == [64]
-    ranges = [p.sequence for p in SMALL.profiles()]
+    options = fitted(dataclasses.replace(SMALL, sequence=(16, 128, 512)), manifest, RTX)
+    assert sequence_lengths_of(options)[-1] == manifest.tokenizer.max_length == 64
+    assert [p.sequence.max for p in profiles_of(options) if p.batch.max > 1] == [64]
+    ranges = [p.sequence for p in profiles_of(SMALL)]
     assert [(each.min, each.max) for each in ranges] == [(8, 16), (17, 32)], "none for one row"
 
 
@@ -133,7 +139,7 @@ def test_few_profiles_are_tuned_for_a_single_row(
 ) -> None:
     """And they take every length: each profile makes a build longer."""
     options = PlanOptions(sequence=sequence, compute_capabilities=())
-    ranges = [p.sequence for p in options.profiles() if p.batch.max == 1]
+    ranges = [p.sequence for p in profiles_of(options) if p.batch.max == 1]
     assert [each.opt for each in ranges] == typical
     assert sum(each.max - each.min + 1 for each in ranges) == sequence[2] - sequence[0] + 1
     assert (ranges[0].min, ranges[-1].max) == (sequence[0], sequence[2])
@@ -158,7 +164,7 @@ def request(folder: Path, onnx: str, options: PlanOptions = SMALL) -> PlanReques
         plan=str(folder / "x.plan"),
         timing_cache=str(folder / "timing.cache"),
         profiles=[{"x": [(1, 4), (2, 4), (4, 4)]}, {"x": [(5, 4), (6, 4), (7, 4)]}],
-        options=options,
+        compute_capabilities=options.compute_capabilities,
     )
 
 
@@ -237,6 +243,6 @@ def test_segments_share_what_was_timed(double: Double) -> None:
     target = build(double.folder, plans=options)
     assert [timed for _, timed in double.builds] == [[], SEGMENTS[:1], SEGMENTS[:2]]
     for wanted, _ in double.builds:
-        assert wanted.options.compute_capabilities == ()
+        assert wanted.compute_capabilities == ()
         assert len(wanted.profiles) == len(target.profiles) == 2 + 3
     assert target.compute_capabilities == ("8.6",)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from fpabee.exporter.training import TrainOptions, exit_0, workflow
+from fpabee.exporter.training import TrainOptions, bag_of_ngrams, workflow
 from fpabee.exporter.training.examples import Examples
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "pabee_bert"
@@ -74,7 +74,7 @@ def options(backbone: Path, write_rows: WriteRows) -> Options:
 @pytest.fixture(autouse=True)
 def short_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few passes for exit 0, whose table is large."""
-    monkeypatch.setattr(exit_0, "_MOST_EPOCHS", 4)
+    monkeypatch.setattr(bag_of_ngrams, "_MOST_EPOCHS", 4)
 
 
 @dataclass

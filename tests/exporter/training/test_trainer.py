@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from fpabee.calibration.progress import silent
 from fpabee.exporter.training import TrainOptions, trainer
 from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.exporter.training.trainer import exit_loss, make_optimizer, train_exits
 from fpabee.exporter.training.workflow import build_model
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.files import Row
-from fpabee.runtime.progress import silent
 
 SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
 HARD = torch.eye(4, dtype=torch.float64)[[0, 3, 1, 2, 2]]

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from fpabee.exporter.checkpoint import load_checkpoint, load_config
-from fpabee.exporter.exit_0 import EXIT_0_FILE
-from fpabee.exporter.exits import MultiExitConfig, Pooling
+from fpabee.exporter.exit_0_files import EXIT_0_FILE
+from fpabee.exporter.exit_config import MultiExitConfig, Pooling
 from fpabee.exporter.training import TrainOptions, train
 from fpabee.exporter.training.report import model_card
 from fpabee.exporter.training.workflow import has_fast_bf16

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fpabee.runtime.artifact.folder import resolve, sha256_of, verified, write_whole
+from fpabee.runtime.artifact.folder import checked_file, resolve, sha256_of, write_whole
 from fpabee.runtime.errors import ArtifactError
 
 ABC_SHA256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -25,14 +25,14 @@ def test_a_file_with_the_right_hash_is_found_and_a_changed_byte_too(folder: Path
     path = folder / "onnx" / "a.onnx"
     path.write_bytes(b"abc")
     assert sha256_of(path) == ABC_SHA256
-    assert verified(folder, "onnx/a.onnx", ABC_SHA256) == path
+    assert checked_file(folder, "onnx/a.onnx", ABC_SHA256) == path
     path.write_bytes(bytes(3 * 2**20))
     digest = sha256_of(path)
     with path.open("r+b") as file:
         file.seek(2**21)
         file.write(b"\1")
     with pytest.raises(ArtifactError, match=r"a\.onnx is damaged: sha256 .*copy"):
-        verified(folder, "onnx/a.onnx", digest)
+        checked_file(folder, "onnx/a.onnx", digest)
 
 
 @pytest.mark.parametrize(
@@ -49,10 +49,10 @@ def test_a_path_out_of_the_folder_or_to_no_file_is_refused(folder: Path, relativ
 def test_a_link_may_leave_the_folder_if_the_hash_matches(folder: Path, relative: str) -> None:
     (folder / "a.onnx").symlink_to("../outside")
     (folder / "parent").symlink_to("..")
-    assert verified(folder, relative, ABC_SHA256).read_bytes() == b"abc"
+    assert checked_file(folder, relative, ABC_SHA256).read_bytes() == b"abc"
     (folder.parent / "outside").write_bytes(b"abd")
     with pytest.raises(ArtifactError, match="is damaged"):
-        verified(folder, relative, ABC_SHA256)
+        checked_file(folder, relative, ABC_SHA256)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_only_regular_files_are_opened(
 ) -> None:
     make(folder / "a.onnx")
     with pytest.raises(ArtifactError, match=rf"a\.onnx .*{says}"):
-        verified(folder, "a.onnx", ABC_SHA256)
+        checked_file(folder, "a.onnx", ABC_SHA256)
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(folder: Path) -> None:

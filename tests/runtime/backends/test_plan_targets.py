@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fpabee.exporter.targets.plans import PlanOptions
+from fpabee.exporter.targets.plans import (
+    PlanOptions,
+    batch_sizes_of,
+    profiles_of,
+    sequence_lengths_of,
+)
 from fpabee.runtime import BackendError, Engine, MissingExtraError
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
 from fpabee.runtime.backends.base import Bucket
@@ -80,14 +85,14 @@ def test_one_row_runs_in_the_profile_of_its_length(
 ) -> None:
     """Kernels are chosen for the typical shape of a profile. Older plans have two profiles."""
     options = PlanOptions(batch=batch, compute_capabilities=())
-    profiles = options.profiles()
-    made = double(profiles=profiles, batch_sizes=options.batch_sizes)
+    profiles = profiles_of(options)
+    made = double(profiles=profiles, batch_sizes=batch_sizes_of(options))
     backend: Any = open_backend(EnginesFolder.read(made.folder), made.target, None)
     limits = backend.limits()
     assert (limits.max_batch, limits.max_sequence) == (options.batch[2], 128)
     assert limits.group_tokens == options.batch[2] * 64
     few = options.batch[0]
-    for length in options.sequence_lengths:
+    for length in sequence_lengths_of(options):
         chosen = profiles[backend._profile(Bucket(few, length))]
         assert chosen.sequence.min <= length <= chosen.sequence.max
         assert (chosen.batch.max == 1) == (few == 1)

@@ -293,19 +293,19 @@ def test_a_row_near_a_decision_threshold_is_not_certain(task: ProblemType) -> No
     assert (margins[:, [0, 2]] == -np.inf).all()
     np.testing.assert_allclose(outputs.uncertainty(decides), np.minimum(q, 1 - q), rtol=1e-5)
     for rule in (
-        Confidence(threshold=0.95, decision_thresholds=decides),
-        Confidence(threshold=2.0, exit_0_threshold=0.95, decision_thresholds=decides),
+        Confidence(threshold=0.95, label_thresholds=decides),
+        Confidence(threshold=2.0, exit_0_threshold=0.95, label_thresholds=decides),
     ):
         first = 0 if rule.exit_0_threshold else 1
         exits = simulate(logits, rule, task, first_exit=first).exits - first
         assert exits.tolist() == [1, 1, 0, 0]
         assert ExitRule.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
     plain = Confidence(threshold=0.5)
-    assert "decision_thresholds" not in plain.to_dict()
+    assert "label_thresholds" not in plain.to_dict()
     with pytest.raises(RuleError, match="2 decision thresholds, but 3 labels"):
-        simulate(logits, replace(rule, decision_thresholds=(0.5, 0.5)), task, first_exit=0)
-    with pytest.raises(RuleError, match="decision_thresholds"):
-        Confidence(threshold=0.9, decision_thresholds=(0.0, 0.5))
+        simulate(logits, replace(rule, label_thresholds=(0.5, 0.5)), task, first_exit=0)
+    with pytest.raises(RuleError, match="label_thresholds"):
+        Confidence(threshold=0.9, label_thresholds=(0.0, 0.5))
 
 
 def test_single_label_ties_take_the_lowest_index() -> None:

@@ -17,8 +17,8 @@ from fpabee.runtime.rules.words import rounded, rule_in_words
         (Confidence(threshold=0.1 + 0.2), "confidence 0.3"),
         (Confidence(threshold=0.99998765432), "confidence 0.99998765"),
         (
-            Confidence(threshold=0.9, decision_thresholds=(1.0, 0.7, 0.7)),
-            "confidence 0.9, decisions at 0.7",
+            Confidence(threshold=0.9, label_thresholds=(1.0, 0.7, 0.7)),
+            "confidence 0.9, label thresholds 0.7",
         ),
         (
             Entropy(threshold=0.5, exit_0_threshold=0.9999912344),

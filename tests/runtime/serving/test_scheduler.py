@@ -32,7 +32,7 @@ from fpabee.runtime import (
     RuleError,
 )
 from fpabee.runtime.backends.host import HostBackend, HostExecution
-from fpabee.runtime.chain import Chain
+from fpabee.runtime.chain.chain import Chain
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving import scheduler as scheduler_module

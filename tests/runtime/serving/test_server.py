@@ -157,10 +157,10 @@ def test_answers_say_what_decides(
     first = read_manifest(folder).task.labels[0]
     decides = (0.7, *(1.0 for _ in read_manifest(folder).task.labels[1:]))
     before = sha256_of(folder / MANIFEST_NAME)
-    set_points(folder, default="a", a=Confidence(threshold=0.9, decision_thresholds=decides))
+    set_points(folder, default="a", a=Confidence(threshold=0.9, label_thresholds=decides))
     with serving(folder) as server:
         found = server.post("/classify", {"input": "rain"}).json()
-        assert (found["operating_point"], found["thresholds"]) == ("a", {first: 0.7})
+        assert (found["operating_point"], found["label_thresholds"]) == ("a", {first: 0.7})
         assert found["revision"] == server.engine.revision != before
 
 
@@ -172,14 +172,14 @@ def test_full_depth_is_certified_for_its_thresholds(
     manifest = read_manifest(folder)
     name, label = manifest.default_target, manifest.task.labels[0]
     built = manifest.targets[name]
-    certificate = Certificate(confidence=95, promises=(), thresholds={label: 0.7})
+    certificate = Certificate(confidence=95, promises=(), label_thresholds={label: 0.7})
     points = {"a": replace(built.operating_points["a"], certificate=certificate)}
     changed = with_operating_points(built, points, "a")
     EnginesFolder(folder, manifest).with_target(name, changed).write()
     with Engine.load(folder) as engine:
-        assert engine.thresholds == {label: 0.7}
+        assert engine.label_thresholds == {label: 0.7}
     with Engine.load(folder, rule=Budget(exit=3)) as engine:
-        assert engine.thresholds == {}
+        assert engine.label_thresholds == {}
 
 
 @pytest.mark.parametrize("path", ["/classify", "/predict"])

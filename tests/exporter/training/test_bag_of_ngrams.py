@@ -14,15 +14,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fpabee.exporter.exits import MultiExitConfig
-from fpabee.exporter.training import TrainOptions, exit_0
+from fpabee.calibration.progress import silent
+from fpabee.exporter.exit_config import MultiExitConfig
+from fpabee.exporter.training import TrainOptions, bag_of_ngrams
+from fpabee.exporter.training.bag_of_ngrams import BagOfNgrams, Vocabulary, train_exit_0
 from fpabee.exporter.training.examples import Examples, encoded_rows
-from fpabee.exporter.training.exit_0 import BagOfNgrams, Vocabulary, train_exit_0
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError, ModelError
 from fpabee.runtime.exit_0 import ExitZero
 from fpabee.runtime.files import Row
-from fpabee.runtime.progress import silent
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
@@ -62,7 +62,7 @@ def test_it_learns_half_from_the_labels_and_half_from_the_last_exit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And keeps the two texts of a pair apart."""
-    monkeypatch.setattr(exit_0, "_MOST_EPOCHS", 100)
+    monkeypatch.setattr(bag_of_ngrams, "_MOST_EPOCHS", 100)
     rows = [Row("good", "bad"), Row("bad", "good")] * 100
     _, logits = learn(rows, [0, 1] * 100, Stub(SINGLE, [-20.0, -20.0, 20.0]))
     np.testing.assert_allclose(softmax(logits)[:2], [[0.5, 0, 0.5], [0, 0.5, 0.5]], atol=0.1)
@@ -104,7 +104,7 @@ def test_a_row_without_tokens_is_refused() -> None:
 
 
 def test_a_training_that_diverges_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exit_0, "_LR", float("inf"))
+    monkeypatch.setattr(bag_of_ngrams, "_LR", float("inf"))
     with pytest.raises(
         ModelError, match=r"exit 0 diverged: .* -> use `exit_0` to train without it"
     ):

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from fpabee.exporter import export
 from fpabee.exporter.checkpoint import load_checkpoint, load_config, save_checkpoint
-from fpabee.exporter.exit_0 import (
+from fpabee.exporter.exit_0_files import (
     EXIT_0_FILE,
     load_exit_0,
     save_exit_0,

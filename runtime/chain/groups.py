@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Hidden, Limits, Outputs
-from .encoding import EncodedRow
-from .errors import BackendError
-from .rules.runner import PatienceState, RuleRunner
+from ..backends.base import Hidden, Limits, Outputs
+from ..encoding import EncodedRow
+from ..errors import BackendError
+from ..rules.runner import PatienceState, RuleRunner
 
 RowNumbers = NDArray[np.intp]
 

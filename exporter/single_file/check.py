@@ -9,14 +9,6 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from ...runtime.agreement import (
-    EXPORT_LIMIT,
-    REQUIREMENTS,
-    Logits,
-    exits_near_ties,
-    logit_differences,
-    logit_sizes,
-)
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import (
     ATTENTION_BIAS,
@@ -24,8 +16,16 @@ from ...runtime.artifact.manifest import (
     TokenizerSpec,
 )
 from ...runtime.backends.onnxruntime import session_options
+from ...runtime.check import (
+    EXPORT_LIMIT,
+    REQUIREMENTS,
+    Logits,
+    exits_near_ties,
+    logit_differences,
+    logit_sizes,
+)
 from ...runtime.encoding import EncodedRow, Text, padded_batches, padding_values
-from ...runtime.errors import VerificationError
+from ...runtime.errors import CheckError
 from ...runtime.rules.measures import Integers
 from ...runtime.rules.rules import ExitRule, ThresholdRule
 from ...runtime.rules.runner import Simulation, simulate
@@ -44,7 +44,7 @@ _MOST_TIES = 0.02
 _QUANTILES = (0.3, 0.7)
 
 
-def verify(
+def check_single_graph(
     engines: EnginesFolder,
     target: str,
     rule: ExitRule,
@@ -70,7 +70,7 @@ def verify(
         see `logit_differences`.
 
     Raises:
-        VerificationError: logits or exits differ, or too many exits cannot be compared.
+        CheckError: logits or exits differ, or too many exits cannot be compared.
     """
     manifest = engines.manifest
     built = manifest.targets[target]
@@ -113,13 +113,13 @@ def verify(
         ties = max(ties, int(close.sum()))
         wrong = int(((exits != expected) & ~close).sum())
         if wrong or not difference <= required or ties > max(1, _MOST_TIES * len(rows)):
-            raise VerificationError(
+            raise CheckError(
                 f"the graph does not agree with the segments of {target}, with "
                 f"{rule_in_words(each)}, on {len(rows)} texts: logits differ by {difference:.1e} "
                 f"of their size (at most {required:.0e} allowed), {wrong} exits differ, and {ties} "
                 f"are too close to a threshold to compare (at most {_MOST_TIES:.0%} allowed)",
                 "pack another target; if it is the exits that are too close, export again with "
-                "more `texts`, which verify the file as well",
+                "more `texts`, on which the file is checked as well",
             )
     return len(rows), ties, difference
 

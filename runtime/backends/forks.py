@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from weakref import WeakKeyDictionary
 
-from .errors import BackendError
+from ..errors import BackendError
 
 
 class Origin:

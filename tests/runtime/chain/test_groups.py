@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fpabee.runtime.backends.base import Bucket, Limits
-from fpabee.runtime.groups import split
+from fpabee.runtime.chain.groups import split
 
 row_lengths = st.lists(st.integers(1, 64), max_size=60)
 some_limits = st.builds(

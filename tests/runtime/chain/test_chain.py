@@ -14,10 +14,10 @@ import pytest
 from fpabee.runtime import Budget, Engine
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.backends.host import HostBackend, HostExecution
-from fpabee.runtime.groups import Group
+from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.rules.measures import Outputs
 
-from ..closeness import assert_close
+from ...closeness import assert_close
 
 TEXTS = ["rain", "the film is good", "not the plot", "sun and rain", "bad"]
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .artifact.manifest import Manifest, ProblemType, Task
-from .errors import ArtifactError, VerificationError
+from .errors import ArtifactError, CheckError
 from .rules.measures import TINY, Array, Integers, Mask, Outputs
 from .rules.rules import ExitRule
 from .rules.runner import simulate
@@ -195,10 +195,10 @@ def must_pass(agreement: Agreement, what: str, hint: str) -> None:
         hint: what to change.
 
     Raises:
-        VerificationError: the target does not pass.
+        CheckError: the target does not pass.
     """
     if not agreement.passed:
-        raise VerificationError(
+        raise CheckError(
             f"{what} from exit {agreement.first_bad_exit} on ({agreement.rows} texts): {agreement}",
             hint,
         )

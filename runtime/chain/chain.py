@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Backend, Bucket, Execution, Limits
-from .errors import BackendError
-from .exit_0 import ExitZero
+from ..backends.base import Backend, Bucket, Execution, Limits
+from ..errors import BackendError
+from ..exit_0 import ExitZero
+from ..rules.measures import Mask
 from .groups import Group, RowNumbers, Running, fits, split
-from .rules.measures import Mask
 
 _NONE: RowNumbers = np.zeros(0, np.intp)
 

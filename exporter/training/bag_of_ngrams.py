@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...calibration.progress import Progress
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.encoding import EncodedRow
 from ...runtime.errors import ModelError
 from ...runtime.exit_0 import ExitZero, ngrams
-from ...runtime.progress import Progress
-from ..exit_0 import unigrams_of
+from ..exit_0_files import unigrams_of
 from ..model import MultiExitModel, predict
 from .examples import Examples
 from .trainer import as_probabilities, label_loss, probabilities

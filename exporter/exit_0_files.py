@@ -1,4 +1,4 @@
-"""The files of exit 0: `exit_0.safetensors` in model_dir, and `exit_0.npz` in an engines folder.
+"""Exit 0 as a model_dir and an engines folder store it: `exit_0.safetensors` and `exit_0.npz`.
 
 `runtime.exit_0` says what exit 0 is. Needs no torch.
 """

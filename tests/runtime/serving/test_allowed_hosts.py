@@ -6,7 +6,7 @@ import pytest
 from starlette.applications import Starlette
 
 from fpabee.runtime import InputError
-from fpabee.runtime.serving.hosts import HostCheck
+from fpabee.runtime.serving.allowed_hosts import HostCheck
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Scores agree with scikit-learn."""
+"""Metrics are those of scikit-learn."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from fpabee.runtime.artifact.manifest import ProblemType
-from fpabee.runtime.errors import InputError
-from fpabee.runtime.files.labels import encode_labels, evaluate
-
-NAMES = ("no", "perhaps", "yes")
-SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
+from fpabee.runtime.quality import evaluate
 
 answers = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40)
 flags = st.lists(st.integers(0, 1), min_size=3, max_size=3)
@@ -48,21 +43,3 @@ def test_multi_label_scores(pairs: list[tuple[list[int], list[int]]]) -> None:
         },
         abs=1e-12,
     )
-
-
-def test_labels_become_numbers() -> None:
-    rows = [["yes"], ["no"]]
-    assert encode_labels(rows, NAMES, SINGLE).tolist() == [2, 0]
-    assert encode_labels([["yes", "no"], []], NAMES, MULTI).tolist() == [[1, 0, 1], [0, 0, 0]]
-
-
-@pytest.mark.parametrize("task", ProblemType)
-def test_an_unknown_label_is_named_with_the_known_ones(task: ProblemType) -> None:
-    with pytest.raises(InputError, match=r"row 2 has label 'maybe'.*no, perhaps, yes"):
-        encode_labels([["yes"], ["maybe"]], NAMES, task)
-
-
-@pytest.mark.parametrize("row", [[], ["yes", "no"]])
-def test_single_label_rows_need_one_label(row: list[str]) -> None:
-    with pytest.raises(InputError, match=f"row 1 has {len(row)} labels.*problem_type"):
-        encode_labels([row], NAMES, SINGLE)

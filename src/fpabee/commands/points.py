@@ -1,0 +1,100 @@
+"""What a calibration found: as a table with sentences, and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.cells import set_cell_size
+
+from ..calibration.report.words import exit_0_in_words, promise_in_words
+from ..calibration.result import Calibration, Point
+from ..calibration.scoring import AGREEMENT
+from ..runtime.artifact.operating_point import Goal
+from ..runtime.rules.words import rule_in_words
+from .console import echo
+
+
+def show(results: Sequence[Calibration], default_target: str | None = None) -> None:
+    """Print a table of all operating points, and a sentence for each; it fits 80 columns.
+
+    Args:
+        results: one for each target.
+        default_target: the target to name as the default; None: none of them.
+    """
+    for result in results:
+        metric = result.points[0].held_out.metric
+        echo(
+            f"{result.target}: {len(result.rows):,} rows, {result.layers[-1]} layers, "
+            f"{metric} {result.full_depth_score:.4f} at full depth"
+        )
+    echo("")
+    first = results[0].points[0]
+    is_agreement = first.held_out.metric == AGREEMENT
+    echo(_line("", "layers", "times faster", "", "answers" if is_agreement else "points"))
+    lost = "changed" if is_agreement else "lost"
+    echo(_line("target and operating point", "per text", "single text", "file", lost))
+    for result in results:
+        for point in result.points:
+            single, *_, file = [f"{ratio:.2f}" for ratio in (*point.measured.values(),) * 2]
+            name = _name(point, result, default_target)
+            layers = f"{point.chosen_on.mean_depth:.2f}"
+            echo(_line(name, layers, single, file, _lost(point, is_agreement)))
+    for result in results:
+        echo("")
+        for point in result.points:
+            name = _name(point, result, default_target)
+            rule = f"{rule_in_words(point.rule)}; " if not point.refusal else ""
+            goal = f"{point.goal}: " if isinstance(point.goal, Goal) else ""
+            echo(f"{name}: {goal}{rule}{promise_in_words(point, result)}")
+        if result.rows.first_exit == 0:
+            default = next(point for point in result.points if point.name == result.default)
+            echo(f"exit 0 answers at {default.name}: {exit_0_in_words(default)}")
+        for warning in result.warnings:
+            echo(f"warning: {warning}")
+
+
+def to_dict(result: Calibration) -> dict[str, Any]:
+    """The result for JSON."""
+    points = [
+        {
+            "name": point.name,
+            "goal": str(point.goal),
+            "kind": point.kind,
+            "rule": point.rule.to_dict(),
+            "chosen_on": point.chosen_on,
+            "held_out": point.held_out,
+            "measured_speedup": point.measured,
+            "certificate": point.certificate,
+            "promise": promise_in_words(point, result),
+        }
+        for point in result.points
+    ]
+    return {
+        "target": result.target,
+        "rows": len(result.rows),
+        "held_out": result.held_out,
+        "default": result.default,
+        "points": points,
+        "warnings": result.warnings,
+    }
+
+
+def _name(point: Point, result: Calibration, default_target: str | None) -> str:
+    """A target and an operating point; default is what runs if neither is named."""
+    is_default = point.name == result.default and default_target in (None, result.target)
+    return f"{result.target} {point.name}{' (default)' * is_default}"
+
+
+def _lost(point: Point, is_agreement: bool) -> str:
+    """The drop in points; for agreement, the share of changed answers."""
+    if not point.is_judged:
+        return "unknown"
+    held = point.held_out
+    return f"{100 * (1 - held.score):.2f} %" if is_agreement else f"{held.drop:+.2f}"
+
+
+def _line(name: str, layers: str, single: str, file: str, lost: str) -> str:
+    """A line of the table, of 80 columns; a longer name loses its end."""
+    left = set_cell_size(name, 41)
+    return f"{left} {layers:>8} {single:>12} {file:>6} {lost:>8}".rstrip()
