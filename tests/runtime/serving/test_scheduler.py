@@ -529,9 +529,13 @@ def test_exit_0_answers_while_a_segment_waits(
     exit_0_engines: Mapping[str, Path], gate: Gate
 ) -> None:
     rule = replace(NEVER, exit_0_threshold=0.0)
-    with Engine.load(exit_0_engines["bert"], rule=rule) as engine, Scheduler(engine) as scheduler:
-        assert [answer.exit for answer in results(scheduler.submit_all(TEXTS))] == [0] * len(TEXTS)
-        assert gate.begun == []
+    with Engine.load(exit_0_engines["bert"], rule=rule) as engine:
+        metrics = Metrics(engine)
+        with Scheduler(engine, metrics=metrics) as scheduler:
+            found = results(scheduler.submit_all(TEXTS))
+    assert [answer.exit for answer in found] == [0] * len(TEXTS)
+    assert counted(metrics, "queue_seconds_count") == len(TEXTS)
+    assert gate.begun == []
 
 
 def counted(metrics: Metrics, name: str) -> float:
