@@ -23,7 +23,7 @@ from ..runtime.machine import hardware
 from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import Budget, ExitRule
 from .choose import PARTS, Search
-from .costs import CostModel, StoppingCosts, measure_costs, measure_speedup
+from .costs import StoppingCosts, measure_costs, measure_speedup
 from .goals import GUARANTEED_RULES, Bound, CalibrationOptions
 from .guarantee import Certified, certify, decision_thresholds, needs_in_words
 from .progress import Progress, silent
@@ -131,7 +131,7 @@ def calibrate(
         names = options.rules or [rule.name for rule in CONTENDERS]
         every = tuple(dict.fromkeys([*names, *ALWAYS_SHOWN]))
         wide = Search(stopping_costs, partial(make_families, names=every))
-        maker = _PointMaker(engine, options, progress, search, costs, held)
+        maker = _PointMaker(engine, options, progress, search, held)
         points = tuple(maker.points(engine.core.encode([row.content for row in rows])))
         default = options.default if options.default in options.goals else points[0].name
         chosen = next(point.rule for point in points if point.name == default)
@@ -205,7 +205,6 @@ class _PointMaker:
         options: what is asked for.
         progress: reports the current step.
         search: the settings that compete.
-        costs: measured times.
         held: rows to judge on; None means cross-validation on the rows that choose.
     """
 
@@ -213,7 +212,6 @@ class _PointMaker:
     options: CalibrationOptions
     progress: Progress
     search: Search
-    costs: CostModel
     held: Scorer | None
 
     @property
@@ -265,5 +263,4 @@ class _PointMaker:
         return self._outcome(scorer, exits_of(rule, scorer.rows))
 
     def _outcome(self, scorer: Scorer, exits: Integers) -> Outcome:
-        costs = self.costs.row_costs(scorer.rows.lengths)
-        return outcome(scorer, exits, costs, self.engine.manifest.exit_layers)
+        return outcome(scorer, exits, self.engine.manifest.exit_layers)

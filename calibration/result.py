@@ -15,7 +15,7 @@ from ..runtime.artifact.folder import EnginesFolder
 from ..runtime.artifact.manifest import Target, with_operating_points
 from ..runtime.artifact.operating_point import Certificate, Goal, OperatingPoint
 from ..runtime.files import Row
-from ..runtime.rules.measures import Array, Integers
+from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import ExitRule
 from ..runtime.targets import rule_of, target_of
 from .choose import Search
@@ -54,7 +54,6 @@ class Outcome:
         interval: of the drop in points at 95 %, see `drop_interval`.
         mean_depth: mean number of layers that ran for a row.
         exits: how many rows stopped at each exit, from the first exit on.
-        estimated: speed-up over full depth in measured times of the segments.
         rows: how many rows there were.
         exit_0_changed: how many rows stopped at exit 0 with another decision than full depth.
     """
@@ -66,7 +65,6 @@ class Outcome:
     interval: tuple[float, float]
     mean_depth: float
     exits: tuple[int, ...]
-    estimated: float
     rows: int
     exit_0_changed: int = 0
 
@@ -151,13 +149,12 @@ class Calibration:
         return self.search.stopping_costs.scorer.full_depth
 
 
-def outcome(scorer: Scorer, exits: Integers, costs: Array, layers: Sequence[int]) -> Outcome:
+def outcome(scorer: Scorer, exits: Integers, layers: Sequence[int]) -> Outcome:
     """What rows that stop at given exits give.
 
     Args:
         scorer: the metric of the rows.
         exits: `[rows]` the exit of each row.
-        costs: `[exits, rows]` seconds until an exit.
         layers: the layer of each exit.
     """
     places = scorer.rows.at(exits)
@@ -172,7 +169,6 @@ def outcome(scorer: Scorer, exits: Integers, costs: Array, layers: Sequence[int]
         interval=drop_interval(scorer, exits),
         mean_depth=float(ran.mean()),
         exits=tuple(int(n) for n in np.bincount(places[0], minlength=len(layers))),
-        estimated=float(costs[-1].sum() / costs[places].sum()),
         rows=len(exits),
         exit_0_changed=int(np.count_nonzero(scorer.changed[0] & (exits == 0))),
     )

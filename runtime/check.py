@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -99,17 +100,17 @@ def logit_sizes(logits: Logits) -> NDArray[np.float32]:
     return np.where(np.isfinite(sizes), sizes, 1.0).astype(np.float32)
 
 
-def logit_differences(found: Logits, expected: Logits) -> NDArray[np.float32]:
+def logit_differences(logits: Logits, expected: Logits) -> NDArray[np.float32]:
     """The largest difference of a logit in each row, divided by the size of the row.
 
     Args:
-        found: `[..., labels]`.
+        logits: `[..., labels]`.
         expected: the same of the model, which give the sizes, see `logit_sizes`.
 
     Returns:
         `[...]` float32; NaN where a logit is not a number.
     """
-    return np.asarray(np.abs(found - expected).max(axis=-1, initial=0.0) / logit_sizes(expected))
+    return np.asarray(np.abs(logits - expected).max(axis=-1, initial=0.0) / logit_sizes(expected))
 
 
 def requirements_of(name: str, manifest: Manifest) -> Requirements:
@@ -205,7 +206,7 @@ def must_pass(agreement: Agreement, what: str, hint: str) -> None:
 
 
 def compare(
-    found: Logits,
+    logits: Logits,
     expected: Logits,
     rule: ExitRule,
     task: Task,
@@ -215,16 +216,16 @@ def compare(
     """Compare the logits of a target with those of the fp32 PyTorch model.
 
     Args:
-        found: `[exits, rows, labels]` float32 of the target.
+        logits: `[exits, rows, labels]` float32 of the target.
         expected: the same of the model.
         rule: the rule whose exits are compared.
         task: what the labels are, and their thresholds.
         required: how closely they must agree, and what is a near tie.
         first_exit: the exit of the first logits.
     """
-    finite = np.isfinite(found).all(axis=-1)
-    logits = np.where(np.isfinite(found), found, 0.0).astype(np.float32)
-    differences = logit_differences(found, expected)
+    finite = np.isfinite(logits).all(axis=-1)
+    differences = logit_differences(logits, expected)
+    logits = np.where(np.isfinite(logits), logits, 0.0).astype(np.float32)
     rounding = EXPORT_LIMIT * logit_sizes(expected)
     tie = np.maximum(required.tie, rounding)
     score_tie = np.maximum(required.score_tie, _SCORE_PER_LOGIT * rounding)
@@ -245,7 +246,7 @@ def compare(
         # For a row that stops at another exit, the first exit where only one of the two stops it.
         bad_exits |= {*np.minimum(exits, expected_exits)[~(same_exits | close_exits)]}
     return Agreement(
-        rows=found.shape[1],
+        rows=logits.shape[1],
         max_logit_difference=float(differences.max(initial=0.0)),
         label_agreement=_share(same_labels[~ties]),
         exit_agreement=exit_agreement,
@@ -287,9 +288,9 @@ def exits_near_ties(
     is_relative = score_tolerance is None
     moved = _SCORE_PER_LOGIT * np.asarray(tolerance) if score_tolerance is None else score_tolerance
     unsure = np.zeros(logits.shape[1], np.bool_)
-    for by, rows in _steps(np.broadcast_to(moved, logits.shape[:2]).max(axis=0, initial=0.0)):
+    for by, rows in _by_movement(np.broadcast_to(moved, logits.shape[:2]).max(axis=0, initial=0.0)):
         low, high = (
-            _exits(logits[:, rows], rule.shifted(each, is_relative), task, first_exit)
+            _exits(logits[:, rows], shifted(rule, each, is_relative), task, first_exit)
             for each in (-by, by)
         )
         unsure[rows] = low != high
@@ -298,7 +299,33 @@ def exits_near_ties(
     return unsure
 
 
-def _steps(moved: Array) -> Iterator[tuple[float, NDArray[np.intp]]]:
+def shifted(rule: ExitRule, by: float, is_relative: bool = False) -> ExitRule:
+    """A rule with all its thresholds moved by `by`, up if more rows shall stop.
+
+    A row whose scores change by less than the thresholds stops no earlier and no later than under
+    the rule shifted up and the rule shifted down.
+
+    Args:
+        rule: the rule.
+        by: how far.
+        is_relative: whether a threshold below 1 moves only by `by` times its root. When logits
+            change a little, small scores change less than large ones: entropies and 1 - max p in
+            proportion to themselves, and divergences in proportion to their root.
+    """
+
+    def movement(thresholds: Array) -> Array:
+        return by * np.sqrt(np.clip(thresholds, 0, 1)) if is_relative else np.asarray(by)
+
+    moved = rule.with_stop_threshold(rule.stop_thresholds + movement(rule.stop_thresholds))
+    if rule.exit_0_threshold is None:
+        return moved
+    # A confidence is from 0 to 1, so nothing changes beyond the limits of the setting.
+    downwards = float(movement(np.asarray(1 - rule.exit_0_threshold)))
+    limit = min(max(rule.exit_0_threshold - downwards, 0.0), 2.0)
+    return msgspec.structs.replace(moved, exit_0_threshold=limit)
+
+
+def _by_movement(moved: Array) -> Iterator[tuple[float, NDArray[np.intp]]]:
     """Rows whose scores move about as much, because a rule is shifted for many rows at once.
 
     Args:

@@ -143,13 +143,21 @@ class Core:
             runner = self.full_depth
         return runner if max_exit is None else self._runner(runner.rule.capped(max_exit))
 
+    def check_open(self) -> None:
+        """Check that the engine can run.
+
+        Raises:
+            BackendError: the engine is closed, or this process was forked after it was loaded.
+        """
+        self.backend.check_open()
+
     def chain(self) -> Chain:
         """A chain of the segments, for code that chains segments itself, as `Scheduler` does.
 
         Raises:
             BackendError: the engine is closed, or this process was forked after it was loaded.
         """
-        self.backend.check_open()
+        self.check_open()
         return Chain(self.backend, self.limits, self._exit_0, self.clock)
 
     def run(
@@ -209,11 +217,7 @@ class Core:
         return make_predictions(self.manifest, stopped, missed)
 
     def reset_tally(self) -> Tally:
-        """Start the tally again from zero; returns it as it was.
-
-        Raises:
-            BackendError: this process was forked after the engine was loaded.
-        """
+        """Start the tally again from zero, see `Engine.reset_tally`."""
         self.backend.origin.check()
         with self._tally_lock:
             before = self.tally
@@ -261,14 +265,7 @@ class Core:
     ) -> Iterator[Decision]:
         """Run a window of rows until the rule or the deadline has stopped all of them.
 
-        Args:
-            rows: the rows of the window.
-            runner: their rule.
-            deadline: when their answers should be there, in seconds of `clock`.
-
-        Raises:
-            BackendError: as in `Engine.run_encoded`.
-            ArtifactError: a segment that is loaded now is missing or damaged.
+        The arguments and errors are those of `run`.
         """
         window = Group.of(np.arange(len(rows)), rows, runner, deadline, self.limits)
         with self.chain() as chain:

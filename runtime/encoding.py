@@ -204,21 +204,26 @@ class RowTokenizer:
     def _row(self, text: Text, first: _Tokens, second: _Tokens) -> EncodedRow:
         pieces = self._templates[isinstance(text, tuple)]
         budget = self._limit - sum(token not in (_FIRST, _SECOND) for token, _ in pieces)
-        totals = first.total, second.total
-        kept = _longest_first(*totals, budget)
-        texts = {_FIRST: first.ids[: kept[0]], _SECOND: second.ids[: kept[1]]}
+        kept = _longest_first(first.total, second.total, budget)
+        kept_of_first, kept_of_second = kept
+        texts = {_FIRST: first.ids[:kept_of_first], _SECOND: second.ids[:kept_of_second]}
         ids: list[int] = []
         types: list[int] = []
         pair_start = None
         for token, kind in pieces:
-            if token == _SECOND and kept[1]:
+            if token == _SECOND and kept_of_second:
                 pair_start = len(ids)
             added = texts.get(token, [token])
             ids += added
             types += [kind] * len(added)
-        found = np.array(ids, np.int64)
-        kinds = np.array(types, np.int64) if self._uses_types else np.zeros_like(found)
-        return EncodedRow(found, kinds, kept != totals, pair_start)
+        input_ids = np.array(ids, np.int64)
+        token_types = np.array(types, np.int64) if self._uses_types else np.zeros_like(input_ids)
+        return EncodedRow(
+            input_ids=input_ids,
+            token_type_ids=token_types,
+            truncated=kept != (first.total, second.total),
+            pair_start=pair_start,
+        )
 
 
 def characters_read(most: int) -> int:
@@ -235,9 +240,10 @@ def first_tokens(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[
         most: how many tokens are wanted of each.
     """
     window = characters_read(most)
-    found = tokenizer.encode_batch_fast([text[:window] for text in texts], add_special_tokens=False)
+    beginnings = [text[:window] for text in texts]
+    encoded = tokenizer.encode_batch_fast(beginnings, add_special_tokens=False)
     answers = []
-    for text, tokens in zip(texts, found, strict=True):
+    for text, tokens in zip(texts, encoded, strict=True):
         end = window
         # Such as a run of spaces, or an endless word.
         if len(text) > window and len(tokens) < 5 / 4 * most:
@@ -264,8 +270,8 @@ def _template(tokenizer: Tokenizer, is_pair: bool) -> list[tuple[int, int]]:
     toy = Tokenizer(WordLevel({"a": _FIRST, "b": _SECOND}, unk_token="a"))
     if tokenizer.post_processor is not None:
         toy.post_processor = tokenizer.post_processor
-    found = toy.encode("a", "b" if is_pair else None)
-    return list(zip(found.ids, found.type_ids, strict=True))
+    encoded = toy.encode("a", "b" if is_pair else None)
+    return list(zip(encoded.ids, encoded.type_ids, strict=True))
 
 
 def _longest_first(first: int, second: int, budget: int) -> tuple[int, int]:

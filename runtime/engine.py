@@ -378,7 +378,7 @@ class Engine:
 
 
 def _powers_of_two(longest: int) -> tuple[int, ...]:
-    steps = [min(_LEAST_TOKENS, longest)]
-    while steps[-1] < longest:
-        steps.append(min(2 * steps[-1], longest))
-    return tuple(steps)
+    lengths = [min(_LEAST_TOKENS, longest)]
+    while lengths[-1] < longest:
+        lengths.append(min(2 * lengths[-1], longest))
+    return tuple(lengths)

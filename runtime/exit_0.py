@@ -54,8 +54,8 @@ def ngrams(rows: Sequence[EncodedRow], unigrams: int, buckets: int) -> tuple[Cou
     lengths = np.array([len(row) for row in rows], np.intp)
     ends = np.cumsum(lengths)
     tokens = np.concatenate([row.input_ids for row in rows])
-    found = np.empty((len(tokens), 2), np.intp)
-    found[:, 0] = tokens % unigrams
+    numbers = np.empty((len(tokens), 2), np.intp)
+    numbers[:, 0] = tokens % unigrams
     second = [
         np.arange(end - len(row) + row.pair_start, end)
         for row, end in zip(rows, ends.tolist(), strict=True)
@@ -63,13 +63,13 @@ def ngrams(rows: Sequence[EncodedRow], unigrams: int, buckets: int) -> tuple[Cou
     ]
     if second:
         at = np.concatenate(second)
-        found[at, 0] = unigrams + bucket_of(tokens[at] + SECOND, tokens[at], buckets)
+        numbers[at, 0] = unigrams + bucket_of(tokens[at] + SECOND, tokens[at], buckets)
         tokens[at] += SECOND
     following = np.empty_like(tokens)
     following[:-1] = tokens[1:]
     following[ends - 1] = END
-    found[:, 1] = unigrams + bucket_of(tokens, following, buckets)
-    return found.reshape(-1), 2 * lengths
+    numbers[:, 1] = unigrams + bucket_of(tokens, following, buckets)
+    return numbers.reshape(-1), 2 * lengths
 
 
 def bucket_of(first: Tokens, second: Tokens, buckets: int) -> Tokens:
@@ -101,13 +101,15 @@ class ExitZero:
         weights: NDArray[np.float32],
         bias: NDArray[np.float32],
     ) -> None:
-        found = [(array.dtype.name, array.shape) for array in (table, weights, bias)]
+        types_and_shapes = [(array.dtype.name, array.shape) for array in (table, weights, bias)]
         size = len(table)
         width = table.shape[-1]
         labels = len(bias)
         expected = ("float16", (size, width)), ("float32", (width, labels)), ("float32", (labels,))
-        if found != list(expected):
-            raise ValueError(f"its table, weights and bias are {found}, expected {list(expected)}")
+        if types_and_shapes != list(expected):
+            raise ValueError(
+                f"its table, weights and bias are {types_and_shapes}, expected {list(expected)}"
+            )
         # The largest logits that vectors of float16 can give.
         most = np.abs(weights, dtype=np.float64).sum(axis=0) * np.finfo(np.float16).max
         most += np.abs(bias, dtype=np.float64)
@@ -131,11 +133,11 @@ class ExitZero:
             return None
         path = engines.file(spec.file, spec.sha256)
         try:
-            found = cls(spec.unigrams, **read_arrays(path, ARRAYS))
-            found.check_sizes(spec.buckets, len(engines.manifest.task.labels))
+            exit_0 = cls(spec.unigrams, **read_arrays(path, ARRAYS))
+            exit_0.check_sizes(spec.buckets, len(engines.manifest.task.labels))
         except (ValueError, TypeError) as error:
             raise ArtifactError(f"{path} does not fit the model: {error}", EXPORT_AGAIN) from error
-        return found
+        return exit_0
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -155,8 +157,8 @@ class ExitZero:
         Args:
             rows: at least one row.
         """
-        found, counts = ngrams(rows, self.unigrams, self.buckets)
-        vectors = self.table.take(found, axis=0).astype(np.float32)
+        numbers, counts = ngrams(rows, self.unigrams, self.buckets)
+        vectors = self.table.take(numbers, axis=0).astype(np.float32)
         sums = np.add.reduceat(vectors, np.cumsum(counts) - counts, axis=0)
         sums /= counts[:, None].astype(np.float32)
         return np.asarray(sums @ self.weights + self.bias, np.float32)

@@ -137,10 +137,10 @@ def hub_errors(
     kinds: tuple[type[Exception], ...] = (RuntimeError, ValueError, *hub.HfHubHTTPError.__bases__)
     try:
         yield
-    except kinds as found:
-        known = (problem for kind, problem in problems.items() if isinstance(found, kind))
+    except kinds as failure:
+        known = (problem for kind, problem in problems.items() if isinstance(failure, kind))
         raise error(
-            f"{repository} {next(known, f'on the hub: {first_line(found)}')}",
+            f"{repository} {next(known, f'on the hub: {first_line(failure)}')}",
             "check the name, the revision, the network and HF_HUB_OFFLINE; for a private or gated "
             "repository, set HF_TOKEN",
-        ) from found
+        ) from failure

@@ -127,13 +127,13 @@ def cuda_device() -> CudaDevice:
 def environment() -> dict[str, str]:
     """Versions and devices by name."""
     device = cuda_device()
-    found = {"fpabee": __version__, "python": platform.python_version()}
+    versions = {"fpabee": __version__, "python": platform.python_version()}
     for name in _PACKAGES.split():
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found | {
+    return versions | {
         "system": platform.platform(),
         "cpu": cpu_name(),
         "gpu": device.error
@@ -149,8 +149,8 @@ def providers() -> str:
     except ImportError as error:
         return f"none: {error}"
     # If two of its packages overwrote each other, the module is empty.
-    found: list[str] = getattr(onnxruntime, "get_available_providers", list)()
-    return ", ".join(found) or "none: onnxruntime is damaged, install it again"
+    names: list[str] = getattr(onnxruntime, "get_available_providers", list)()
+    return ", ".join(names) or "none: onnxruntime is damaged, install it again"
 
 
 def cpu_name() -> str:
@@ -158,8 +158,8 @@ def cpu_name() -> str:
     info = cpu_info()
     name = info.get("model name") or platform.processor() or platform.machine()
     flags = info.get("flags", info.get("Features", "")).split()
-    found = [feature for feature in _CPU_FEATURES.split() if feature in flags]
-    return f"{name} ({' '.join(found)})" if found else name
+    features = [feature for feature in _CPU_FEATURES.split() if feature in flags]
+    return f"{name} ({' '.join(features)})" if features else name
 
 
 def hardware(on_gpu: bool, threads: int | None) -> str:

@@ -166,7 +166,7 @@ def make_predictions(manifest: Manifest, stopped: Stopped, missed: Mask) -> list
     labels = manifest.task.labels
     chosen = outputs.answers.tolist()
     if manifest.task.problem_type is ProblemType.MULTI_LABEL:
-        chosen = [[n for n, given in enumerate(row) if given] for row in chosen]
+        chosen = [[n for n, is_predicted in enumerate(row) if is_predicted] for row in chosen]
     else:
         chosen = [[number] for number in chosen]
     columns = zip(

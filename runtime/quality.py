@@ -1,6 +1,6 @@
 """The quality of predictions: metrics against true labels, in numpy alone.
 
-For `fpabee-run --metrics`, which only has the runtime, for calibration and for training.
+For runs over labelled files, which have only the runtime, and for calibration and training.
 """
 
 from __future__ import annotations

@@ -86,9 +86,9 @@ class Classify:
         answers = iter(self._engine.predict([row.content for row in items if isinstance(row, Row)]))
         records = map(self._schema.flat, self._schema.records(items, answers))
         types = pyarrow.schema([(name, arrow_type(name)) for name in self._names])
-        found = pyarrow.Table.from_pylist(list(records), types)
-        for name in found.column_names:
-            batch = batch.append_column(name, found[name])
+        answered = pyarrow.Table.from_pylist(list(records), types)
+        for name in answered.column_names:
+            batch = batch.append_column(name, answered[name])
         return batch
 
     def _texts(self, batch: pyarrow.Table) -> pyarrow.Table:

@@ -83,9 +83,9 @@ class Limits:
         return Bucket(_at_least(rows, self.batch_sizes), _at_least(max(1, longest), lengths))
 
 
-def _at_least(value: int, steps: tuple[int, ...]) -> int:
-    position = bisect_left(steps, value)
-    return steps[position] if position < len(steps) else value
+def _at_least(value: int, sizes: tuple[int, ...]) -> int:
+    position = bisect_left(sizes, value)
+    return sizes[position] if position < len(sizes) else value
 
 
 class GraphCall(NamedTuple):
@@ -197,7 +197,7 @@ class Hidden:
         segment: the segment that runs next, from 0.
         nbytes: memory that is held so far, in bytes.
         buffers: the tensors that exist so far, as the backend holds them.
-        steps: what runs each segment, as far as it is prepared, by segment.
+        prepared: what runs each segment, as far as it is prepared, by segment.
     """
 
     bucket: Bucket
@@ -205,7 +205,7 @@ class Hidden:
     segment: int = 0
     nbytes: int = 0
     buffers: dict[BufferName, Any] = field(default_factory=dict)
-    steps: dict[int, Any] = field(default_factory=dict)
+    prepared: dict[int, Any] = field(default_factory=dict)
 
 
 Outputs = Callable[[], NDArray[np.float32]]
@@ -263,7 +263,7 @@ class Execution(ABC):
         """
 
     def regroup(self, hiddens: Sequence[Hidden], rows: Sequence[Rows], bucket: Bucket) -> Hidden:
-        """Gather, join and pad rows in one step.
+        """Gather, join and pad rows at once.
 
         The old groups stay as they are until they are released, so that outputs of a segment that
         was enqueued for them can still be read.
@@ -343,16 +343,16 @@ class Execution(ABC):
             hidden.nbytes += nbytes_of(spec, hidden.bucket)
         return hidden.buffers[name]
 
-    def _step(self, hidden: Hidden) -> Any:
+    def _prepared(self, hidden: Hidden) -> Any:
         """What runs the next segment, prepared on first use."""
-        if hidden.segment not in hidden.steps:
-            hidden.steps[hidden.segment] = self._prepare(hidden)
-        return hidden.steps[hidden.segment]
+        if hidden.segment not in hidden.prepared:
+            hidden.prepared[hidden.segment] = self._prepare(hidden)
+        return hidden.prepared[hidden.segment]
 
     def _free(self, hidden: Hidden) -> None:
         """Free the memory, and what runs on it."""
         hidden.buffers.clear()
-        hidden.steps.clear()
+        hidden.prepared.clear()
 
     @abstractmethod
     def _allocate(self, spec: TensorSpec, bucket: Bucket) -> Any:
@@ -369,12 +369,12 @@ class Execution(ABC):
     @abstractmethod
     def _gather(
         self, spec: TensorSpec, buffer: BufferName, sources: Sequence[tuple[Hidden, Rows]],
-        target: Hidden,
+        into: Hidden,
     ) -> None:  # fmt: skip
         """Copy rows of a tensor from the buffers of several groups into those of one."""
 
     @abstractmethod
-    def _crop(self, spec: TensorSpec, buffer: BufferName, source: Hidden, target: Hidden) -> None:
+    def _crop(self, spec: TensorSpec, buffer: BufferName, source: Hidden, into: Hidden) -> None:
         """Of a tensor that has no batch axis, copy the part that a shorter sequence needs."""
 
 

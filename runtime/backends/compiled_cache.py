@@ -80,12 +80,12 @@ def _checksum(content: bytes | memoryview) -> bytes:
 
 
 def _shrink(home: Path) -> None:
-    found = []
+    entries = []
     for path in home.iterdir():
         with suppress(FileNotFoundError):  # another process may have deleted or renamed it
-            found.append((path.stat(), path))
+            entries.append((path.stat(), path))
     left = _MOST_BYTES
-    for status, path in sorted(found, key=lambda item: item[0].st_mtime, reverse=True):
+    for status, path in sorted(entries, key=lambda item: item[0].st_mtime, reverse=True):
         left -= status.st_size
         if left < 0:
             with suppress(OSError):  # another process may have deleted it, or still use it

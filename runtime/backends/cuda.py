@@ -31,8 +31,10 @@ GATHER = np.dtype(
 )
 """What `gather.cu` reads: addresses, sizes in bytes, and the bytes of padding."""
 
-# A block of 256 threads gathers this many bytes of a row, in words of 8 bytes.
+_THREADS = 256
+"""Threads of a block."""
 _GATHERED_BYTES = 8192
+"""Bytes of a row that a block gathers, in words of 8 bytes."""
 _DRIVER_TOO_OLD = 35  # cudaErrorInsufficientDriver: cuda-bindings are for a newer CUDA
 
 
@@ -102,10 +104,10 @@ class Cuda:
         array = np.ctypeslib.as_array(memory).view(np.uint8)[: count * dtype.itemsize]
         return PinnedArray(array.view(dtype).reshape(shape), int(pointer))
 
-    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+    def copy(self, to: int, source: int, size: int, stream: int) -> None:
         """Enqueue a copy of `size` bytes between two addresses, on the host or the device."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
-        self._check(self._runtime.cudaMemcpyAsync(target, source, size, kind, stream))
+        self._check(self._runtime.cudaMemcpyAsync(to, source, size, kind, stream))
 
     def stream(self) -> int:
         """Create a stream that does not wait for the default stream."""
@@ -142,14 +144,25 @@ class Cuda:
 
         Args:
             plan: `[1]` of type `GATHER`; the driver copies it.
-            rows: rows of the target, at most as many as the plan has sources.
+            rows: rows to write, at most as many as the plan has sources.
             stream: the stream.
         """
         values = np.array([plan.ctypes.data], np.uint64)
         blocks = -(-int(plan["pitch"][0]) // _GATHERED_BYTES)
-        launch = self._driver.cuLaunchKernel
-        shape = (rows, blocks, 1, 256, 1, 1)
-        self._check_driver(launch(self._gather_rows, *shape, 0, stream, values.ctypes.data, 0))
+        status = self._driver.cuLaunchKernel(
+            self._gather_rows,
+            rows,  # blocks in x, y and z
+            blocks,
+            1,
+            _THREADS,  # threads of a block in x, y and z
+            1,
+            1,
+            0,  # bytes of shared memory
+            stream,
+            values.ctypes.data,
+            0,  # no other options
+        )
+        self._check_driver(status)
 
     @functools.cached_property
     def _driver(self) -> Any:

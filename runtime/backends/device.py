@@ -53,7 +53,7 @@ class _Memory(NamedTuple):
     pinned: PinnedArray | None
 
 
-class _Step(NamedTuple):
+class _Prepared(NamedTuple):
     """A prepared segment.
 
     Attributes:
@@ -129,16 +129,18 @@ class DeviceExecution(Execution):
 
     def enqueue(self, hidden: Hidden) -> Outputs:
         """Enqueue a segment without waiting for it."""
-        step: _Step = self._step(hidden)
-        for run in step.runners:
+        prepared: _Prepared = self._prepared(hidden)
+        for run in prepared.runners:
             run()
-        self._cuda.copy(step.pinned.pointer, step.logits, step.pinned.array.nbytes, self.stream)
-        self._cuda.record(step.event, self.stream)
+        self._cuda.copy(
+            prepared.pinned.pointer, prepared.logits, prepared.pinned.array.nbytes, self.stream
+        )
+        self._cuda.record(prepared.event, self.stream)
         hidden.segment += 1
-        logits = step.pinned.array[: hidden.rows]
+        logits = prepared.pinned.array[: hidden.rows]
 
         def outputs() -> NDArray[np.float32]:
-            self._cuda.wait(step.event)
+            self._cuda.wait(prepared.event)
             return logits
 
         return outputs
@@ -176,8 +178,8 @@ class DeviceExecution(Execution):
 
     def _free(self, hidden: Hidden) -> None:
         self._cuda.synchronize(self.stream)
-        for step in hidden.steps.values():
-            self._cuda.destroy_event(step.event)
+        for prepared in hidden.prepared.values():
+            self._cuda.destroy_event(prepared.event)
         for memory in hidden.buffers.values():
             self._cuda.free(memory.address)
         super()._free(hidden)
@@ -188,7 +190,7 @@ class DeviceExecution(Execution):
             pinned = self._cuda.pinned(shape_of(spec, bucket), dtype_of(spec))
         return _Memory(self.malloc(nbytes_of(spec, bucket)), pinned)
 
-    def _prepare(self, hidden: Hidden) -> _Step:
+    def _prepare(self, hidden: Hidden) -> _Prepared:
         stage = self._stages[hidden.segment]
         runners = []
         for graph, buffers in stage.calls:
@@ -198,11 +200,11 @@ class DeviceExecution(Execution):
             runners.append(self.backend.runner(graph, hidden.bucket, addresses, self))
         logits: _Memory = self._buffer(hidden, stage.logits)
         assert logits.pinned is not None
-        return _Step(self._cuda.event(), runners, logits.address, logits.pinned)
+        return _Prepared(self._cuda.event(), runners, logits.address, logits.pinned)
 
     def _write(self, hidden: Hidden, encoded: Sequence[EncodedRow]) -> None:
-        if 0 in hidden.steps:  # until it has run, the pinned memory may still be read
-            self._cuda.wait(hidden.steps[0].event)
+        if 0 in hidden.prepared:  # until it has run, the pinned memory may still be read
+            self._cuda.wait(hidden.prepared[0].event)
         for name, buffer in self._stages[0].live.items():
             address, pinned = self._buffer(hidden, buffer)
             write_rows(pinned.array, name, encoded, self._padding[name])
@@ -210,11 +212,11 @@ class DeviceExecution(Execution):
 
     def _gather(
         self, spec: TensorSpec, buffer: BufferName, sources: Sequence[tuple[Hidden, Rows]],
-        target: Hidden,
+        into: Hidden,
     ) -> None:  # fmt: skip
-        pitch = nbytes_of(spec, Bucket(1, target.bucket.sequence))
-        addresses = np.zeros(target.bucket.batch, np.uint64)
-        widths = np.zeros(target.bucket.batch, np.uint32)
+        pitch = nbytes_of(spec, Bucket(1, into.bucket.sequence))
+        addresses = np.zeros(into.bucket.batch, np.uint64)
+        widths = np.zeros(into.bucket.batch, np.uint32)
         row = 0
         for source, rows in sources:
             source_pitch = nbytes_of(spec, Bucket(1, source.bucket.sequence))
@@ -222,11 +224,11 @@ class DeviceExecution(Execution):
             addresses[places] = self._buffer(source, buffer).address + rows * source_pitch
             widths[places] = min(pitch, source_pitch)
         fill = np.full(8, MASK_FILL if spec.name == ATTENTION_BIAS else 0, dtype_of(spec))
-        self._copy_rows(self._buffer(target, buffer).address, pitch, addresses, widths, fill)
+        self._copy_rows(self._buffer(into, buffer).address, pitch, addresses, widths, fill)
 
-    def _crop(self, spec: TensorSpec, buffer: BufferName, source: Hidden, target: Hidden) -> None:
+    def _crop(self, spec: TensorSpec, buffer: BufferName, source: Hidden, into: Hidden) -> None:
         wide = shape_of(spec, source.bucket)
-        narrow = shape_of(spec, target.bucket)
+        narrow = shape_of(spec, into.bucket)
         # The last two axes are a matrix, of which the first rows and columns are copied.
         matrices, rows = np.ogrid[: np.prod(narrow[:-2]), : narrow[-2]]
         itemsize = dtype_of(spec).itemsize
@@ -234,7 +236,7 @@ class DeviceExecution(Execution):
         pitch = narrow[-1] * itemsize
         widths = np.full(len(places), pitch, np.uint32)
         addresses = (self._buffer(source, buffer).address + places).astype(np.uint64)
-        to = self._buffer(target, buffer).address
+        to = self._buffer(into, buffer).address
         self._copy_rows(to, pitch, addresses, widths, np.zeros(8, np.uint8))
 
     def _copy_rows(

@@ -38,21 +38,20 @@ from .base import (
     shape_of,
 )
 
-# Memory of a binding besides its buffers (measured): a third of the total for one short text.
+# Memory of a binding besides its buffers.
 _BINDING_BYTES = 5 * 2**10
-# Measured on two cores: with fewer tokens the matrix kernels are less efficient, and more tokens
-# do not fit into the caches.
+# With fewer tokens the matrix kernels are less efficient, and more do not fit into the caches.
 _GROUP_TOKENS = 1024
 _MAX_BATCH = 256
 # Bytes of a cache line, where buffers start. NumPy only aligns them to 16 bytes, so one vector
-# instruction could read two lines. On a CPU with AMX, a single text then took about 2 % longer.
+# instruction could read two lines.
 _CACHE_LINE = 64
 _LESS_MEMORY = "use shorter or fewer texts at a time: there is not enough free memory"
 
 Run = Callable[[], object]
 
 
-class _Step(NamedTuple):
+class _Prepared(NamedTuple):
     """The prepared runs of a segment's graphs, by name, and the logits that they give."""
 
     runs: list[tuple[str, Run]]
@@ -146,8 +145,8 @@ class HostExecution(Execution):
         """Run a segment; its outputs are ready when this returns."""
         graph = f"segment {hidden.segment + 1}"
         try:
-            step: _Step = self._step(hidden)
-            for graph, run in step.runs:  # noqa: B007 (errors name the graph)
+            prepared: _Prepared = self._prepared(hidden)
+            for graph, run in prepared.runs:  # noqa: B007 (errors name the graph)
                 run()
         except self._backend.failures() as error:
             raise BackendError(
@@ -161,7 +160,7 @@ class HostExecution(Execution):
                 ),
             ) from error
         hidden.segment += 1
-        logits = step.logits[: hidden.rows]
+        logits = prepared.logits[: hidden.rows]
         return lambda: logits
 
     def _allocate(self, spec: TensorSpec, bucket: Bucket) -> tuple[NDArray[Any], Any]:
@@ -172,14 +171,14 @@ class HostExecution(Execution):
             raise BackendError(f"no room for {spec.name} of shape {shape}", _LESS_MEMORY) from error
         return array, self._backend.tensor(array, spec)
 
-    def _prepare(self, hidden: Hidden) -> _Step:
+    def _prepare(self, hidden: Hidden) -> _Prepared:
         stage = self._stages[hidden.segment]
         runs = []
         for graph, buffers in stage.calls:
             tensors = {name: self._buffer(hidden, place)[1] for name, place in buffers.items()}
             runs.append((graph, self._backend.bind(graph, tensors)))
             hidden.nbytes += _BINDING_BYTES
-        return _Step(runs, self._buffer(hidden, stage.logits)[0])
+        return _Prepared(runs, self._buffer(hidden, stage.logits)[0])
 
     def _write(self, hidden: Hidden, encoded: Sequence[EncodedRow]) -> None:
         for name, buffer in self._stages[0].live.items():
@@ -187,9 +186,9 @@ class HostExecution(Execution):
 
     def _gather(
         self, spec: TensorSpec, buffer: BufferName, sources: Sequence[tuple[Hidden, Rows]],
-        target: Hidden,
+        into: Hidden,
     ) -> None:  # fmt: skip
-        out = self._buffer(target, buffer)[0]
+        out = self._buffer(into, buffer)[0]
         axis = spec.shape.index("sequence") if "sequence" in spec.shape else None
         # Attention never reads the hidden states of padding, so they only have to be finite.
         fill = MASK_FILL if spec.name == ATTENTION_BIAS else 0
@@ -208,10 +207,10 @@ class HostExecution(Execution):
             part[(slice(None), *inside[:-1], slice(width, None))] = fill
         out[position:] = fill
 
-    def _crop(self, spec: TensorSpec, buffer: BufferName, source: Hidden, target: Hidden) -> None:
-        ends = [target.bucket.sequence if size == "sequence" else None for size in spec.shape]
+    def _crop(self, spec: TensorSpec, buffer: BufferName, source: Hidden, into: Hidden) -> None:
+        ends = [into.bucket.sequence if size == "sequence" else None for size in spec.shape]
         wide = self._buffer(source, buffer)[0]
-        self._buffer(target, buffer)[0][...] = wide[tuple(map(slice, ends))]
+        self._buffer(into, buffer)[0][...] = wide[tuple(map(slice, ends))]
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -56,15 +56,20 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
             )
 
     def limits(self) -> Limits:
-        """Batches in powers of two, so that few shapes need memory; lengths in steps.
+        """Batches in powers of two, so that few shapes need memory, and few lengths.
 
-        The steps suit the matrix units of a GPU.
+        The lengths suit the matrix units of a GPU.
         """
         longest = self._shapes.sequence.max
-        steps = tuple(range(_LENGTH_STEP, longest, _LENGTH_STEP))
         rows = min(_MAX_BATCH, self._shapes.batch.max)
-        sizes = tuple(2**power for power in range(rows.bit_length()) if 2**power < rows)
-        return Limits(rows, longest, _GROUP_TOKENS, (*sizes, rows), (*steps, longest))
+        powers_of_two = [2**power for power in range(rows.bit_length()) if 2**power < rows]
+        return Limits(
+            max_batch=rows,
+            max_sequence=longest,
+            group_tokens=_GROUP_TOKENS,
+            batch_sizes=(*powers_of_two, rows),
+            sequence_lengths=(*range(_LENGTH_STEP, longest, _LENGTH_STEP), longest),
+        )
 
     def runner(
         self, graph: str, bucket: Bucket, addresses: Mapping[str, int], execution: DeviceExecution

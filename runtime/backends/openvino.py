@@ -39,22 +39,16 @@ BF16 = "bf16"
 """The end of the precisions in which what is not quantized runs in bf16."""
 # OpenVINO prepares its kernels again for each new shape, so rows and lengths are rounded up to few
 # values. Batches of up to 16 rows are not padded, lengths of up to 512 tokens are multiples of 8,
-# and beyond that a step is a sixteenth to an eighth of the size. Without the steps of rows, the
-# first run over a file took 12 to 21 % longer, and later runs took as long (MPNet and MiniLM on a
-# CPU with AMX).
+# and beyond that a step is a sixteenth to an eighth of the size.
 _LENGTH_STEP = 8
 _FINE_LENGTHS = 512
 _ROW_STEP = 1
 _FINE_ROWS = 16
-# Short texts are padded most, so in groups, their lengths are multiples of 4. Without AMX, the
-# first run over a file took 0.89 times as long (MiniLM on TREC) and 1.02 (MPNet on SST-2), later
-# runs 0.94 and 0.97, and for the long pairs of MRPC 0.98 and 1.00. There, multiples of 4 at every
-# length took 1.05 times as long in the first run.
+# Short texts are padded most, so in groups, their lengths are multiples of 4.
 _SHORT_STEP = 4
 _SHORT = 32
 # If texts run one at a time, their lengths differ, and after each change of the length, every
-# segment takes longer. With AMX, 16 tokens take as long as 8, so steps of 16 saved 2 to 5 % of the
-# time (MPNet) and 9 % (MiniLM).
+# segment takes longer. With AMX, 16 tokens take as long as 8, so few lengths cost nothing.
 _AMX_STEP = 16
 
 
@@ -87,8 +81,7 @@ class OpenVinoBackend(HostBackend):
 
     library = "OpenVINO"
     update = _INSTALL
-    # It takes long to make an infer request, so more of them are kept. On a CPU with AMX, MPNet
-    # took 6 to 9 % less time over a file than with the default. Smaller models need less memory.
+    # It takes long to make an infer request, so more of them are kept than by default.
     free_bytes = 256 * 2**20
 
     def __init__(self, engines: EnginesFolder, name: str, threads: int | None = None) -> None:
@@ -127,17 +120,17 @@ class OpenVinoBackend(HostBackend):
         return (RuntimeError, MemoryError)
 
     def limits(self) -> Limits:
-        """Any shape, rounded up to steps, so that prepared requests can be used again."""
+        """Any shape, rounded up to few sizes, so that prepared requests can be used again."""
         limits = super().limits()
         uses_amx = self.target.precision != "fp32" and "amx_tile" in cpu_info().get("flags", "")
         step = _AMX_STEP if uses_amx else _LENGTH_STEP
-        lengths = steps(limits.max_sequence, _LENGTH_STEP, _FINE_LENGTHS)
-        short = () if uses_amx else steps(min(_SHORT, lengths[-1]), _SHORT_STEP, _SHORT)
+        lengths = padded_sizes(limits.max_sequence, _LENGTH_STEP, _FINE_LENGTHS)
+        short = () if uses_amx else padded_sizes(min(_SHORT, lengths[-1]), _SHORT_STEP, _SHORT)
         return replace(
             limits,
-            batch_sizes=steps(limits.max_batch, _ROW_STEP, _FINE_ROWS),
+            batch_sizes=padded_sizes(limits.max_batch, _ROW_STEP, _FINE_ROWS),
             sequence_lengths=tuple(sorted({*short, *lengths})),
-            lengths_alone=steps(limits.max_sequence, step, _FINE_LENGTHS),
+            lengths_alone=padded_sizes(limits.max_sequence, step, _FINE_LENGTHS),
         )
 
     def tensor(self, array: NDArray[Any], spec: TensorSpec) -> Any:
@@ -233,7 +226,7 @@ def openvino_version() -> str:
     return str(ov.__version__).split("-")[0]
 
 
-def steps(most: int, finest: int, fine_up_to: int) -> tuple[int, ...]:
+def padded_sizes(most: int, finest: int, fine_up_to: int) -> tuple[int, ...]:
     """The sizes to pad to, ascending to the largest.
 
     Args:

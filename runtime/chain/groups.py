@@ -162,7 +162,7 @@ def split(lengths: NDArray[np.intp], limits: Limits) -> list[RowNumbers]:
         size = min(max(1, limits.group_tokens // padded), limits.max_batch, len(order) - start)
         # A batch that is padded to a larger one may exceed the budget; then take a smaller one.
         while size > 1 and not fits(size, longest, limits):
-            size = max((step for step in limits.batch_sizes if step < size), default=1)
+            size = max((smaller for smaller in limits.batch_sizes if smaller < size), default=1)
         groups.append(order[start : start + size])
         start += size
     return groups

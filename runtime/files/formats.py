@@ -35,12 +35,12 @@ _OUTPUT_SUFFIXES = {"": TextFormat.JSON_LINES} | {
 }
 
 
-def input_format(path: Path | None, given: TextFormat | None) -> TextFormat | None:
+def input_format(path: Path | None, wanted: TextFormat | None) -> TextFormat | None:
     """The format of an input.
 
     Args:
         path: the file; None for standard input.
-        given: the format that was asked for, or its name; None: the suffix of the file name
+        wanted: the format that was asked for, or its name; None: the suffix of the file name
             decides, where `.gz` at its end is ignored.
 
     Returns:
@@ -57,8 +57,8 @@ def input_format(path: Path | None, given: TextFormat | None) -> TextFormat | No
             f"input file {path} {what}",
             "give a .txt, .jsonl, .csv, .tsv or .parquet file, or - for standard input",
         )
-    chosen = None if given is None else TextFormat(given)
-    if given is None and path is not None:
+    chosen = None if wanted is None else TextFormat(wanted)
+    if wanted is None and path is not None:
         suffix = next((part for part in reversed(path.suffixes) if part != ".gz"), "")
         chosen = _named(path, suffix, _INPUT_SUFFIXES, ", or set `input_format`")
     if chosen is TextFormat.PARQUET:

@@ -210,8 +210,8 @@ def _write_parquet(
     from pyarrow import parquet
 
     types = {"index": arrow_type("index")}
-    for name, found in kinds.items():
-        types[name] = pyarrow.type_for_alias(_narrowest(found - {"NoneType"}))
+    for name, kinds_of_field in kinds.items():
+        types[name] = pyarrow.type_for_alias(_narrowest(kinds_of_field - {"NoneType"}))
     types |= {name: arrow_type(name) for name in schema.results}
     table = pyarrow.schema(list(types.items()))
     texts = [name for name, kind in types.items() if kind == pyarrow.string()]

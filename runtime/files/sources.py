@@ -68,9 +68,8 @@ class Inputs:
         self._options = options or ReadOptions()
         if self._sources.count(STANDARD_INPUT) > 1:
             raise InputError("standard input is given twice", "give - once")
-        given = self._options.input_format
         paths = [None if source == STANDARD_INPUT else Path(source) for source in self._sources]
-        self._formats = [input_format(path, given) for path in paths]
+        self._formats = [input_format(path, self._options.input_format) for path in paths]
 
     def __iter__(self) -> Generator[Row | RowError]:
         any_row = False
@@ -95,7 +94,7 @@ class Inputs:
             InputError: one of them can be read only once.
             OSError: one of them cannot be read.
         """
-        found: dict[str, Any] = {"inputs": self._sources}
+        inputs: dict[str, Any] = {"inputs": self._sources}
         for source in self._sources:
             is_file = source != STANDARD_INPUT and Path(source).is_file()
             if resume and not is_file:
@@ -103,8 +102,8 @@ class Inputs:
                     f"{source} can be read only once, so a run on it cannot be resumed",
                     "save it to a file, and classify that file",
                 )
-            found[f"the SHA-256 of {source}"] = sha256_of(Path(source)) if is_file else None
-        return found
+            inputs[f"the SHA-256 of {source}"] = sha256_of(Path(source)) if is_file else None
+        return inputs
 
     def _rows(self, source: str, chosen: TextFormat | None) -> Iterator[Row | RowError]:
         if chosen is TextFormat.PARQUET:

@@ -111,7 +111,8 @@ class Outputs:
     ) -> None:
         self.logits: Array = logits.astype(np.float64, copy=False)
         self._single = problem_type is ProblemType.SINGLE_LABEL
-        self._task = problem_type, label_thresholds
+        self._problem_type = problem_type
+        self._label_thresholds = label_thresholds
 
     @cached_property
     def distributions(self) -> Array:
@@ -142,17 +143,18 @@ class Outputs:
         if self._single:
             classes: Integers = self.logits.argmax(axis=-1)
             return classes
-        _, thresholds = self._task
-        return (self.probabilities > (thresholds if len(thresholds) else 0.5)).astype(np.int64)
+        thresholds = self._label_thresholds if len(self._label_thresholds) else 0.5
+        return (self.probabilities > thresholds).astype(np.int64)
 
     def take(self, rows: NDArray[np.intp] | Mask) -> Outputs:
         """The outputs of some of the rows, given by their numbers or as a mask."""
-        return Outputs(self.logits[rows], *self._task)
+        return Outputs(self.logits[rows], self._problem_type, self._label_thresholds)
 
     @staticmethod
     def join(parts: Sequence[Outputs]) -> Outputs:
         """The outputs of several groups of rows; at least one group."""
-        return Outputs(np.concatenate([part.logits for part in parts]), *parts[0]._task)
+        logits = np.concatenate([part.logits for part in parts])
+        return Outputs(logits, parts[0]._problem_type, parts[0]._label_thresholds)
 
     def entropy(self) -> Array:
         """Entropy `[rows]` in nats; for multi-label tasks the sum of the binary entropies."""

@@ -6,8 +6,8 @@ at once. Exit 0 is a bag of n-grams, whose outputs are not like those of a layer
 it the same: a row stops there if it is confident enough, and otherwise exit 1 is compared with it.
 
 A rule answers every question about itself: its signals (`signal`), how calibration tries all
-thresholds at once (`stop_scores`), and how far rounding can move its decisions (`shifted`,
-`uses_labels`).
+thresholds at once (`stop_scores`), and whether a near tie of labels can move an exit
+(`uses_labels`).
 
 Sources: F-PABEE (arXiv 2305.11916), PABEE (2006.04152), DeeBERT (2004.12993), Shallow-Deep
 Networks (1810.07052), COSEE (2412.13236), PCEE-BERT, FastBERT (2004.02178), EPEE (2503.02053).
@@ -249,30 +249,6 @@ class ExitRule(msgspec.Struct, frozen=True, kw_only=True, tag_field="name"):
         """
         return self
 
-    def shifted(self, by: float, is_relative: bool = False) -> ExitRule:
-        """This rule with all its thresholds moved by `by`, up if more rows shall stop.
-
-        A row whose scores change by less than the thresholds stops no earlier and no later than
-        under the rule shifted up and the rule shifted down.
-
-        Args:
-            by: how far.
-            is_relative: whether a threshold below 1 moves only by `by` times its root. When logits
-                change a little, small scores change less than large ones: entropies and 1 - max p
-                in proportion to themselves, and divergences in proportion to their root.
-        """
-
-        def steps(thresholds: Array) -> Array:
-            return by * np.sqrt(np.clip(thresholds, 0, 1)) if is_relative else np.asarray(by)
-
-        moved = self.with_stop_threshold(self.stop_thresholds + steps(self.stop_thresholds))
-        if self.exit_0_threshold is None:
-            return moved
-        # A confidence is from 0 to 1, so nothing changes beyond the limits of the setting.
-        step = float(steps(np.asarray(1 - self.exit_0_threshold)))
-        limit = min(max(self.exit_0_threshold - step, 0.0), 2.0)
-        return msgspec.structs.replace(moved, exit_0_threshold=limit)
-
     def capped(self, max_exit: int) -> ExitRule:
         """This rule, except that no row goes beyond an exit.
 
@@ -304,13 +280,13 @@ class ExitRule(msgspec.Struct, frozen=True, kw_only=True, tag_field="name"):
             RuleError: the rule or a setting does not exist, a setting is missing, or it has a
                 wrong value.
         """
-        given = dict(settings)
-        name = given.pop("name", None)
+        values = dict(settings)
+        name = values.pop("name", None)
         kind = RULES.get(name) if isinstance(name, str) else None
         if kind is None:
             raise RuleError(f"exit rule {name!r} does not exist", f"choose from {', '.join(RULES)}")
         try:
-            return kind(**given)
+            return kind(**values)
         except TypeError as error:  # a name that is missing or unknown
             known = ", ".join(f"`{field}`" for field in kind.__struct_fields__)
             raise RuleError(f"rule {name}: {error}", f"its settings are {known}") from None

@@ -261,7 +261,7 @@ class Scheduler:
     ) -> None:
         """Hand accepted rows to the worker."""
         ends = math.inf if deadline_ms is None else arrived + seconds_of("deadline_ms", deadline_ms)
-        self._core.chain()  # raises if the engine is closed
+        self._core.check_open()
         runner = self._core.runner(max_exit=max_exit)
         limits = self._core.limits
         lengths = [len(row) for row in encoded]

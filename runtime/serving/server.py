@@ -330,14 +330,15 @@ class Service:
                 )
 
         engine = self.engine
-        found = await self._answers(request, asked, check)
+        predictions = await self._answers(request, asked, check)
         source = Source(
             model=self.name,
             revision=engine.revision,
             operating_point=engine.operating_point,
             label_thresholds=engine.label_thresholds,
         )
-        response = _json(response_to(asked, found, engine.labels, source, sum(map(len, rows))))
+        tokens = sum(map(len, rows))
+        response = _json(response_to(asked, predictions, engine.labels, source, tokens))
         # Some formats have no room for it.
         response.headers["X-Fpabee-Revision"] = source.revision
         return response

@@ -11,7 +11,7 @@ from fpabee.calibration.search import exits_of
 from fpabee.runtime import Entropy, ProblemType
 from fpabee.runtime.quality import evaluate
 
-from .conftest import make_rows, two_exits, with_costs
+from .conftest import make_rows, two_exits
 
 CASES = [(task, metric) for task, metrics in METRICS.items() for metric in metrics]
 
@@ -89,8 +89,7 @@ def test_a_label_that_loses_most_of_its_rows_is_named(task: ProblemType) -> None
 def test_an_outcome_counts_layers() -> None:
     rows = make_rows(count=400)
     exits = np.random.default_rng(0).integers(1, 7, 400)
-    found = outcome(Scorer(rows, "accuracy"), exits, with_costs(rows).costs, range(2, 13, 2))
+    found = outcome(Scorer(rows, "accuracy"), exits, range(2, 13, 2))
     assert found.mean_depth == pytest.approx(2 * exits.mean())
-    assert found.estimated == pytest.approx(6 / exits.mean())
     assert sum(found.exits) == found.rows == 400
     assert found.interval[0] < found.drop < found.interval[1]

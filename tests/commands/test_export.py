@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner, Result
@@ -79,10 +80,8 @@ def test_quiet_json_is_one_object(bert: Path, tmp_path: Path) -> None:
 def test_openvino_that_cannot_be_used_is_named_and_the_rest_is_exported(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse() -> str:
-        raise BackendError("the installed OpenVINO has no CPU plugin")
-
-    monkeypatch.setattr(backends, "openvino_version", refuse)
+    error = BackendError("the installed OpenVINO has no CPU plugin")
+    monkeypatch.setattr(backends, "openvino_version", Mock(side_effect=error))
     result = run(bert, "-o", tmp_path / "engines")
     assert result.exit_code == 0, result.output
     assert "not added: openvino-fp32: the installed OpenVINO has no CPU plugin" in result.stdout

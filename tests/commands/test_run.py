@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -158,10 +159,7 @@ def test_metrics(run: Run, bert: Path, tmp_path: Path) -> None:
 def test_a_bug_keeps_its_traceback(
     bert: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def bug(*_: object, **__: object) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(Engine, "stream", bug)
+    monkeypatch.setattr(Engine, "stream", Mock(side_effect=ZeroDivisionError))
     with pytest.raises(ZeroDivisionError):
         main([str(bert), str(source)])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 import numpy as np
@@ -111,12 +112,9 @@ def test_logits_are_the_mean_of_vectors_then_a_linear_layer() -> None:
 def test_rows_that_stop_at_exit_0_reach_no_device(
     exit_0_engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    opened = AssertionError("an execution was opened")
     with Engine.load(exit_0_engines["bert"], threads=1) as engine:
-
-        def refuse() -> None:
-            raise AssertionError("an execution was opened")
-
-        monkeypatch.setattr(engine.core.backend, "open", refuse)
+        monkeypatch.setattr(engine.core.backend, "open", Mock(side_effect=opened))
         assert {p.exit for p in engine.predict(TEXTS, rule=Budget(exit=0))} == {0}
         assert {p.exit for p in engine.predict(TEXTS, max_exit=0)} == {0}
         with pytest.raises(AssertionError, match="opened"):

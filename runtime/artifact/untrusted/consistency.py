@@ -43,7 +43,7 @@ def _chain_problems(manifest: Manifest) -> Iterator[str]:
         last = manifest.model.layers
         yield f"its exits are after layers {layers}, expected ascending ones up to {last}"
     for number, segment in enumerate(manifest.segments, start=1):
-        given: dict[str, TensorSpec] = {}
+        outputs: dict[str, TensorSpec] = {}
         for call in segment.calls:
             graph = manifest.graphs.get(call)
             if graph is None:
@@ -52,13 +52,13 @@ def _chain_problems(manifest: Manifest) -> Iterator[str]:
             missing = sorted({spec.name for spec in graph.inputs} - available)
             if missing:
                 yield f"segment {number} needs {missing[0]!r}, which nothing before it produces"
-            given |= {spec.name: spec for spec in graph.outputs}
+            outputs |= {spec.name: spec for spec in graph.outputs}
             available |= {spec.name.removeprefix(NEXT) for spec in graph.outputs}
         labels = len(manifest.task.labels)
-        if LOGITS not in given:
+        if LOGITS not in outputs:
             yield f"segment {number} produces no {LOGITS}"
-        elif given[LOGITS].shape != ("batch", labels):
-            yield f"it names {labels} labels, but the heads give {list(given[LOGITS].shape)}"
+        elif outputs[LOGITS].shape != ("batch", labels):
+            yield f"it names {labels} labels, but the heads give {list(outputs[LOGITS].shape)}"
 
 
 def _target_problems(manifest: Manifest) -> Iterator[str]:

@@ -44,7 +44,7 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
     if engines is None and (check or not show_env):
         raise click.UsageError("give ENGINES" + ("" if check else " or --env"))
     content: dict[str, Any] = {}
-    found = None
+    checked = None
     if show_env:
         content["environment"] = environment() | {"providers": providers()}
         if not as_json:
@@ -56,15 +56,16 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
         if not as_json:
             _print(folder, states)
         if check:
-            content["check"] = found = _check(folder, states)
+            content["check"] = checked = _check(folder, states)
             if not as_json:
-                _print_check(found)
+                _print_check(checked)
     if as_json:
         click.echo(json.dumps(content))
-    if found and not found["passed"]:
+    if checked and not checked["passed"]:
         raise CheckError(
-            f"{engines} has changed since its export: {len(found['damaged'])} of {found['files']} "
-            f"files are damaged, and {len(found['refused'])} targets do not reproduce the model",
+            f"{engines} has changed since its export: {len(checked['damaged'])} of "
+            f"{checked['files']} files are damaged, and {len(checked['refused'])} targets do not "
+            "reproduce the model",
             "copy the engines folder again, or export the model again",
         )
 
@@ -148,8 +149,8 @@ def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
         )
         below += [
             f"operating point {point}{' (default)' * (point == target.default_operating_point)} of "
-            f"{name}: {_promised(found)}; {found.mean_depth:.2f} layers per text"
-            for point, found in target.operating_points.items()
+            f"{name}: {_promised(record)}; {record.mean_depth:.2f} layers per text"
+            for point, record in target.operating_points.items()
         ]
         if state["unavailable_reason"]:
             below.append(f"{name} cannot run here: {state['unavailable_reason']}")
@@ -168,14 +169,14 @@ def _promised(point: OperatingPoint) -> str:
     return "no guarantee" if point.goal is None else f"no guarantee; goal: {point.goal}"
 
 
-def _print_check(found: Mapping[str, Any]) -> None:
-    intact = found["files"] - len(found["damaged"])
-    echo(f"hashes: {intact} of {found['files']} files are intact")
-    for message in found["damaged"]:
+def _print_check(checked: Mapping[str, Any]) -> None:
+    intact = checked["files"] - len(checked["damaged"])
+    echo(f"hashes: {intact} of {checked['files']} files are intact")
+    for message in checked["damaged"]:
         echo(f"  {message}")
-    for name, agreement in found["agreement"].items():
+    for name, agreement in checked["agreement"].items():
         echo(f"{name} reproduces the exported model: {agreement}")
-    for name, message in found["refused"].items():
+    for name, message in checked["refused"].items():
         echo(f"{name} is refused: {message}")
 
 

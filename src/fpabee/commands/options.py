@@ -111,21 +111,23 @@ def only_with(names: str, is_met: object, what: str) -> None:
     Raises:
         click.UsageError: one of them is given all the same.
     """
-    if not is_met and (flags := given(names)):
+    if not is_met and (flags := typed(names)):
         raise click.UsageError(f"{flags} can be used only with {what}")
 
 
 def not_with(names: str, clashes: object, what: str) -> None:
     """Refuse options that contradict others; the arguments are those of `only_with`."""
-    if clashes and (flags := given(names)):
+    if clashes and (flags := typed(names)):
         raise click.UsageError(f"{flags} cannot be used with {what}")
 
 
-def given(names: str) -> str:
+def typed(names: str) -> str:
     """Which of some options are on the command line; empty if none of them is."""
     source = get_current_context().get_parameter_source
-    typed = [name for name in names.split() if source(name) is ParameterSource.COMMANDLINE]
-    return " and ".join(map(option_of, typed))
+    on_command_line = [
+        name for name in names.split() if source(name) is ParameterSource.COMMANDLINE
+    ]
+    return " and ".join(map(option_of, on_command_line))
 
 
 _FOLDER = "Folder written by fpabee-export or fpabee-convert"
@@ -187,12 +189,12 @@ def once(option: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
         click.UsageError: a name has two values.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in values:
             raise click.UsageError(f"{option} gives {name} twice")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -218,14 +220,14 @@ def read_options(settings: dict[str, Any]) -> ReadOptions:
         click.UsageError: a field does not exist, or two fields have the same column.
     """
     names = [field.name for field in fields(ReadOptions)]
-    given = {name: settings.pop(name) for name in names if name in settings}
+    others = {name: settings.pop(name) for name in names if name in settings}
     pairs = [each.partition("=") for each in settings.pop("columns")]
     columns = once("--column", ((field, name) for field, _, name in pairs))
     if wrong := [field for field, name in columns.items() if field not in _FIELDS or not name]:
         raise click.UsageError(
             f"--column {wrong[0]!r}: expected FIELD=NAME with a field of {', '.join(_FIELDS)}"
         )
-    reading = ReadOptions(**given, **{f"{field}_column": name for field, name in columns.items()})
+    reading = ReadOptions(**others, **{f"{field}_column": name for field, name in columns.items()})
     all_columns = [reading.text_column, reading.text_pair_column, reading.label_column]
     named = [name for name in all_columns if name is not None]
     if len(set(named)) < len(named):

@@ -172,18 +172,18 @@ def _print_summary(job: Job, operating_point: str | None) -> None:
         operating_point: the name of the calibrated rule that was run, if it was one.
     """
     console = PlainConsole(stderr=True)
-    found = job.to_dict(operating_point)
+    tally = job.to_dict(operating_point)
     rule = "full depth" if job.rule is None else f"rule {rule_in_words(job.rule)}"
     if operating_point:
         rule = f"operating point {operating_point}: {rule}"
     lines = [
-        f"{job.rows} rows in {found['seconds']:.1f} s ({found['rows_per_second']:.0f} rows/s) "
-        f"on {found['target']}, {rule}"
+        f"{job.rows} rows in {tally['seconds']:.1f} s ({tally['rows_per_second']:.0f} rows/s) "
+        f"on {tally['target']}, {rule}"
     ]
-    if found["mean_depth"] is not None:
+    if tally["mean_depth"] is not None:
         lines.append(
-            f"mean depth {found['mean_depth']:.2f} of {found['layers']} layers, saving "
-            f"{found['saving']:.1%}; {job.truncated} truncated, {job.empty} empty"
+            f"mean depth {tally['mean_depth']:.2f} of {tally['layers']} layers, saving "
+            f"{tally['saving']:.1%}; {job.truncated} truncated, {job.empty} empty"
         )
     if job.rows_before:
         lines.append(f"{job.rows_before} rows were done by an earlier run")
@@ -193,7 +193,7 @@ def _print_summary(job: Job, operating_point: str | None) -> None:
     for line in lines:
         console.print(line, soft_wrap=True)
     table = Table("exit", "layer", "rows", "share", "", box=None, pad_edge=False)
-    for part in found["exits"]:
+    for part in tally["exits"]:
         share = part["rows"] / max(1, job.rows - job.errors)
         bar = "█" * round(_BAR_WIDTH * share)
         table.add_row(*map(str, part.values()), f"{share:.1%}", bar)
@@ -201,11 +201,11 @@ def _print_summary(job: Job, operating_point: str | None) -> None:
     if job.metrics:
         _print_scores(job)
     if operating_point is None and job.rule is not None:
-        points = ", ".join(job.engine.manifest.targets[found["target"]].operating_points)
+        points = ", ".join(job.engine.manifest.targets[tally["target"]].operating_points)
         console.print(
-            f"The rule is not one of the operating points of {found['target']}: {points}."
+            f"The rule is not one of the operating points of {tally['target']}: {points}."
             if points
-            else f"The rule is not calibrated for your data on {found['target']}: run "
+            else f"The rule is not calibrated for your data on {tally['target']}: run "
             "fpabee-calibrate on labelled rows.",
             soft_wrap=True,
         )

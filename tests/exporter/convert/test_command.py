@@ -57,7 +57,6 @@ def certified(target: str, certificate: Certificate | None, depth: float) -> Cal
         interval=(0.1, 1.3),
         mean_depth=depth,
         exits=(200, 60, 40, 100),
-        estimated=1.3,
         rows=400,
     )
     point = Point(

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -233,25 +233,19 @@ def test_graphs_that_several_targets_run_are_made_once(
     """Also if the first of these targets is refused, and the graphs remain for the others."""
     from fpabee.exporter.targets import fp16
 
-    made: list[int] = []
-    lowered_graphs = fp16.lowered_graphs
-
-    def counted(*arguments: Any) -> Any:
-        made.append(1)
-        return lowered_graphs(*arguments)
-
-    monkeypatch.setattr(fp16, "lowered_graphs", counted)
+    lowered_graphs = Mock(wraps=fp16.lowered_graphs)
+    monkeypatch.setattr(fp16, "lowered_graphs", lowered_graphs)
     patch_builds(double, monkeypatch, segment_01="no tactics")
     names = ("tensorrt-fp16", "onnxruntime-fp16-cuda")
     result = add(double.folder, *names)
     assert (list(result.refused), list(result.added)) == ([names[0]], [names[1]])
     assert not any(EnginesFolder.read(double.folder).damage())
     no_labels_suffice(monkeypatch, "fp16")
-    made.clear()
+    lowered_graphs.reset_mock()
     result = add(double.folder, *names, texts=["rain"])
     assert list(result.refused) == [*names]
     assert "fp16 changes answers" in str(result.refused[names[1]])
-    assert made == [1], "neither is a refusal found twice"
+    assert lowered_graphs.call_count == 1, "neither is a refusal found twice"
 
 
 def test_a_folder_that_cannot_be_written_is_refused_first(
@@ -259,10 +253,8 @@ def test_a_folder_that_cannot_be_written_is_refused_first(
 ) -> None:
     folder = engines["bert"]
 
-    def refuse(dir: Path) -> None:
-        raise OSError(errno.EROFS, "Read-only file system", str(dir))
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    error = OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=error))
     monkeypatch.setattr(build, "_build", lambda *_: 1 / 0)
     with pytest.raises(ArtifactError, match=f"cannot write {folder}: Read-only file system"):
         add(folder, "onnxruntime-fp16-cuda")
@@ -278,10 +270,8 @@ def test_a_second_build_at_the_same_time_is_refused(
         add(double.folder, "tensorrt-fp32")
     assert contents(double.folder) == before
 
-    def unable(handle: int) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(staging, "lock", unable)
+    unable = OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr(staging, "lock", Mock(side_effect=unable))
     assert list(add(double.folder, "tensorrt-fp32").added) == [PLAN], "as on some network drives"
 
 

@@ -77,6 +77,11 @@ def test_a_manifest_that_is_a_link_is_read_and_then_replaced(
     assert read_manifest(folder) == changed
 
 
+def test_a_folder_keeps_at_least_one_target(folder: Path, manifest: Manifest) -> None:
+    engines = EnginesFolder(folder, manifest)
+    assert engines.keep_targets(lambda *_: False) == engines
+
+
 @pytest.mark.parametrize("damage", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
 def test_a_manifest_that_is_a_pipe_or_a_device_is_not_read(
     folder: Path, damage: Callable[[Path], object]

@@ -257,9 +257,9 @@ def test_a_shared_block_is_compiled_once_and_late_segments_when_needed(
 
 
 def test_lengths_and_rows_are_padded_to_few_sizes(folder: Path) -> None:
-    assert openvino.steps(20, 8, 512) == (8, 16, 20)
-    assert openvino.steps(21, 1, 16) == (*range(1, 17), 18, 20, 21)
-    steps = openvino.steps(8192, 8, 512)
+    assert openvino.padded_sizes(20, 8, 512) == (8, 16, 20)
+    assert openvino.padded_sizes(21, 1, 16) == (*range(1, 17), 18, 20, 21)
+    steps = openvino.padded_sizes(8192, 8, 512)
     assert (steps[:3], steps[-1]) == ((8, 16, 24), 8192)
     assert len(steps) < 100
     assert max(after / before for before, after in pairwise(steps[7:])) <= 1.125

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,18 @@ def test_rows_without_numbers_leave_and_are_not_answered(
         assert decision is not None
         assert (decision.failed.tolist(), decision.stopped.tolist()) == ([1], stopped)
         assert decision.group.rows.tolist() == left
+
+
+def test_groups_that_would_be_too_large_together_are_not_joined(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HostBackend, "joins", True)
+    with engine.core.chain() as chain:
+        short, long = group_of(engine, [0, 4]), group_of(engine, [1])
+        assert (short.lengths.tolist(), long.lengths.tolist()) == ([3, 3], [6])
+        chain.limits = replace(chain.limits, group_tokens=3 * 5)
+        chain.join(short, [long])
+    assert (len(short), len(long)) == (2, 1)
 
 
 def test_joined_rows_keep_what_belongs_to_them(

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from pyarrow import parquet
@@ -218,10 +219,7 @@ def test_a_disk_that_is_full_when_the_table_is_made(classify: Classify) -> None:
     assert classify.output.read_text() == "old"
     assert classify.files == ["in.jsonl", "out.csv", "out.csv.partial", "out.csv.partial.run"]
 
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("all rows are done")
-
-    classify.patch.setattr(Engine, "stream", refuse)
+    classify.patch.setattr(Engine, "stream", Mock(side_effect=AssertionError("all rows are done")))
     assert classify("--resume").code == 0
     assert whole_lines(classify.output) == ROWS + 1
 

@@ -33,6 +33,7 @@ from fpabee.runtime import (
     Signal,
     simulate,
 )
+from fpabee.runtime.check import shifted
 from fpabee.runtime.rules.rules import ThresholdRule
 from fpabee.runtime.rules.runner import PatienceState, RuleRunner
 
@@ -280,7 +281,7 @@ def test_confidences_close_to_1_stay_distinct(task: ProblemType) -> None:
 
 
 @pytest.mark.parametrize("task", ProblemType)
-def test_a_row_near_a_decision_threshold_is_not_certain(task: ProblemType) -> None:
+def test_a_row_near_a_label_threshold_is_not_certain(task: ProblemType) -> None:
     """Of three labels only the second one decides; its probabilities are from 1 % to 99 %."""
     p = np.array([0.72, 0.2, 0.01, 0.99])
     logits = np.zeros((2, 4, 3), np.float32)
@@ -302,7 +303,7 @@ def test_a_row_near_a_decision_threshold_is_not_certain(task: ProblemType) -> No
         assert ExitRule.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
     plain = Confidence(threshold=0.5)
     assert "label_thresholds" not in plain.to_dict()
-    with pytest.raises(RuleError, match="2 decision thresholds, but 3 labels"):
+    with pytest.raises(RuleError, match="2 label thresholds, but 3 labels"):
         simulate(logits, replace(rule, label_thresholds=(0.5, 0.5)), task, first_exit=0)
     with pytest.raises(RuleError, match="label_thresholds"):
         Confidence(threshold=0.9, label_thresholds=(0.0, 0.5))
@@ -373,7 +374,7 @@ def test_a_threshold_of_exit_0_moves_within_its_limits(
     threshold: float, moved: tuple[float, float]
 ) -> None:
     rule = Pabee(patience=1, exit_0_threshold=threshold)
-    assert (rule.shifted(-0.3).exit_0_threshold, rule.shifted(0.3).exit_0_threshold) == moved
+    assert (shifted(rule, -0.3).exit_0_threshold, shifted(rule, 0.3).exit_0_threshold) == moved
 
 
 @pytest.mark.parametrize("make", [np.array, list, lambda numbers: (np.float32(0.5), 2)])
@@ -394,7 +395,7 @@ def test_logits_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 def test_scores_that_move_by_less_than_the_shift_stay_between_the_shifted_rules(
     logits: Logits, task: ProblemType, rule: ExitRule, by: float
 ) -> None:
-    low, high = rule.shifted(-by), rule.shifted(by)
+    low, high = shifted(rule, -by), shifted(rule, by)
     if isinstance(rule, ThresholdRule):
         np.testing.assert_allclose(high.stop_thresholds - rule.stop_thresholds, by, atol=1e-9)
     exits = [simulate(logits, each, task).exits for each in (low, rule, high)]

@@ -11,6 +11,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -181,35 +182,38 @@ def test_a_row_is_answered_while_deeper_rows_still_run(engine: Engine, gate: Gat
         assert deep.result(WAIT).exit == 3
 
 
-@pytest.mark.usefixtures("joins")
-def test_new_rows_join_between_segments(engine: Engine, gate: Gate, clock: Clock) -> None:
-    """The first row waits for the others.
-
-    All have the same age; a row that is much older would not wait.
-    """
+@pytest.mark.parametrize(
+    ("joins", "window_bytes", "texts", "segments"),
+    [
+        (True, 2**20, ["the plot", "rain"], [(0, 2), (1, 3), (2, 3)]),
+        (True, 2**20, ["the plot"], [(1, 1), (2, 1), (0, 1)]),  # as many tokens, further to go
+        (True, 1, ["the plot", "rain"], [(1, 1), (2, 1), (0, 2)]),
+        (False, 2**20, ["the plot", "rain"], [(1, 1), (2, 1), (0, 2)]),
+    ],
+)
+def test_new_rows_join_on_a_device_and_nearly_finished_rows_come_first_on_a_cpu(
+    joins: bool,
+    window_bytes: int,
+    texts: list[Text],
+    segments: list[tuple[int, int]],
+    engine: Engine,
+    gate: Gate,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All rows have the same age; a row that is much older would not wait for others."""
+    monkeypatch.setattr(HostBackend, "joins", joins)
+    engine.core.window_bytes = window_bytes
     with Scheduler(engine) as scheduler:
         futures = [scheduler.submit("the film")]
         assert gate.at() == (0, 1)
-        futures += scheduler.submit_all(["the plot", "rain"])
+        futures += scheduler.submit_all(texts)
         clock.now = 1.0
-        for expected in [(0, 2), (1, 3), (2, 3)]:
+        for expected in segments:
             gate.step()
             assert gate.at() == expected
         gate.open()
-        assert [answer.exit for answer in results(futures)] == [3, 3, 3]
-
-
-def test_nearly_finished_rows_come_first_on_a_cpu(engine: Engine, gate: Gate) -> None:
-    with Scheduler(engine) as scheduler:
-        futures = [scheduler.submit("the film")]
-        assert gate.at() == (0, 1)
-        futures += scheduler.submit_all(["the plot", "rain"])
-        for expected in [(1, 1), (2, 1), (0, 2)]:
-            gate.step()
-            assert gate.at() == expected
-        assert results(futures[:1])[0].exit == 3
-        gate.open()
-        results(futures)
+        assert {answer.exit for answer in results(futures)} == {3}
 
 
 def test_rows_of_different_rules_share_no_group(
@@ -525,9 +529,13 @@ def test_exit_0_answers_while_a_segment_waits(
     exit_0_engines: Mapping[str, Path], gate: Gate
 ) -> None:
     rule = replace(NEVER, exit_0_threshold=0.0)
-    with Engine.load(exit_0_engines["bert"], rule=rule) as engine, Scheduler(engine) as scheduler:
-        assert [answer.exit for answer in results(scheduler.submit_all(TEXTS))] == [0] * len(TEXTS)
-        assert gate.begun == []
+    with Engine.load(exit_0_engines["bert"], rule=rule) as engine:
+        metrics = Metrics(engine)
+        with Scheduler(engine, metrics=metrics) as scheduler:
+            found = results(scheduler.submit_all(TEXTS))
+    assert [answer.exit for answer in found] == [0] * len(TEXTS)
+    assert counted(metrics, "queue_seconds_count") == len(TEXTS)
+    assert gate.begun == []
 
 
 def counted(metrics: Metrics, name: str) -> float:
@@ -585,12 +593,9 @@ def test_logits_that_are_not_finite(engine: Engine, monkeypatch: pytest.MonkeyPa
 def test_rows_whose_answers_cannot_be_made_get_the_error(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: object) -> None:
-        raise MemoryError("made up")
-
     with Scheduler(engine) as scheduler:
         with monkeypatch.context() as patch:
-            patch.setattr(engine.core, "answers", fails)
+            patch.setattr(engine.core, "answers", Mock(side_effect=MemoryError("made up")))
             for future in scheduler.submit_all(["rain", "sun"], max_exit=1):
                 with pytest.raises(MemoryError, match="made up"):
                     future.result(WAIT)

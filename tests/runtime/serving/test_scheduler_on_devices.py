@@ -109,6 +109,14 @@ def test_a_deadline_counts_the_segment_that_runs(
     assert started[-1] == exit_number
 
 
+def test_a_deadline_counts_the_segments_of_other_groups(timed: tuple[Engine, list[int]]) -> None:
+    """Two groups of four rows end segment 1 after 1 and 2 ms, and would end segment 2 after 3."""
+    engine, started = timed
+    answers = engine.predict(["rain"] * 8, deadline_ms=2.5)
+    assert {(a.exit, a.deadline_limited, a.deadline_missed) for a in answers} == {(1, True, False)}
+    assert started == [1, 1]
+
+
 def test_a_segment_takes_the_time_since_the_one_before(timed: tuple[Engine, list[int]]) -> None:
     """Although it is started while that one runs."""
     engine, started = timed
