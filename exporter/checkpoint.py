@@ -50,7 +50,7 @@ _LARGEST = {
     "num_labels": 2**20,
     "max_position_embeddings": 2**20,
 }
-_MOST = 1e38  # of all other settings
+_LARGEST_OF_OTHERS = 1e38
 _COPY_CONFIG = "copy config.json again from where the model was trained"
 CONFIG_ERRORS = (
     ArithmeticError,
@@ -119,6 +119,11 @@ def load_checkpoint(
 def _build(
     folder: Path, config: Any, exit_config: MultiExitConfig, attention: str | None
 ) -> MultiExitModel:
+    """A model with random weights, or with none if the default device is `meta`.
+
+    Raises:
+        ModelError: no encoder can have this configuration.
+    """
     try:
         return MultiExitModel(build_encoder(config, attention), exit_config)
     except CONFIG_ERRORS as error:
@@ -129,11 +134,11 @@ def _build(
         ) from error
 
 
-def load_pretrained(kind: Any, folder: Path, config: Any) -> tuple[Any, list[str]]:
+def load_pretrained(model_class: Any, folder: Path, config: Any) -> tuple[Any, list[str]]:
     """A Hugging Face model with the weights of a folder, in eval mode, in float32, on the CPU.
 
     Args:
-        kind: the class, such as `transformers.AutoModel`.
+        model_class: such as `transformers.AutoModel`.
         folder: a local folder.
         config: its configuration.
 
@@ -149,7 +154,7 @@ def load_pretrained(kind: Any, folder: Path, config: Any) -> tuple[Any, list[str
         # First without memory, because the configuration may ask for far more than the weights
         # fill, and what is lacking would be made.
         with torch.device("meta"):
-            planned = kind.from_config(config)
+            planned = model_class.from_config(config)
         _check_size(planned, weights, folder)
         # The library reads no file: it would read those that the files of the folder name.
         model, loaded = type(planned).from_pretrained(
@@ -176,10 +181,15 @@ def load_pretrained(kind: Any, folder: Path, config: Any) -> tuple[Any, list[str
 
 
 def _check_size(planned: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Check that a model has no more than twice the numbers of the weights that it is made from.
+    """Check how large a model would be, before it takes memory.
+
+    Args:
+        planned: the model, on the device `meta`.
+        weights: what it is made from.
+        folder: where they are from, for the message.
 
     Raises:
-        ModelError: it has.
+        ModelError: it has more than twice as many numbers as the weights.
     """
     asked = sum(value.numel() for value in planned.state_dict().values())
     held = sum(value.numel() for value in weights.values())
@@ -219,7 +229,11 @@ class _Index(msgspec.Struct):
 
 
 def _parts(index: Path) -> list[Path]:
-    """The files that an index names; they are in its folder, and have the suffix of its weights."""
+    """The files that an index names; they are in its folder, and have the suffix of its weights.
+
+    Raises:
+        ModelError: the index is damaged, or names other files or none.
+    """
     hint = "copy the folder again from where the model was trained"
     try:
         names = set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values())
@@ -237,11 +251,12 @@ def _parts(index: Path) -> list[Path]:
 
 
 def _is_file_name(name: str, suffix: str) -> bool:
+    """Whether a name of an index stays in its folder and has the suffix."""
     return PurePath(name).name == name and name.endswith(suffix) and "\0" not in name
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file.
+    """The tensors of one file, by name, on the CPU.
 
     Raises:
         ModelError: it is damaged, or holds more than tensors.
@@ -277,7 +292,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_weights(model: MultiExitModel, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Check the weights that a model needs, and name those that it does not need.
+    """Check the weights that a model needs, and log the names of those that it does not need.
 
     Raises:
         ModelError: a weight is missing, has another shape or dtype, or is not finite.
@@ -384,14 +399,30 @@ def load_config(folder: Path) -> Any:
 
 
 def _check_number(name: str, value: Any) -> None:
-    most = 1.0 if name.endswith("_eps") else _LARGEST.get(name, _MOST)
-    if isinstance(value, (int, float)) and not abs(value) <= most:  # as NaN is not, either
-        raise ValueError(f"{name} is {value}, expected at most {most}")
+    """Check a setting, if it is a number.
+
+    Raises:
+        ValueError: it is larger than any encoder needs, or NaN.
+    """
+    largest = 1.0 if name.endswith("_eps") else _LARGEST.get(name, _LARGEST_OF_OTHERS)
+    if isinstance(value, (int, float)) and not abs(value) <= largest:  # as NaN is not, either
+        raise ValueError(f"{name} is {value}, expected at most {largest}")
 
 
 def _exit_config(
     folder: Path, config: Any, weights: dict[str, Tensor], problem_type: ProblemType | None
 ) -> MultiExitConfig:
+    """What a checkpoint says about its exits; without our block, every layer has one.
+
+    Args:
+        folder: the model_dir, for messages.
+        config: its configuration.
+        weights: its state dict, whose heads say how many labels there are.
+        problem_type: the task that the caller asks for.
+
+    Raises:
+        ModelError: there are no heads, our block is wrong, or it does not fit the heads.
+    """
     from transformers.activations import ACT2FN
 
     heads = [name for name in weights if re.fullmatch(r"classifiers\.\d+\.weight", name)]
@@ -400,11 +431,12 @@ def _exit_config(
             f"{folder} is not a multi-exit model: it has no weights classifiers.0.weight, ...",
             "if it is a classifier, convert it instead",
         )
-    every = {"exits": (*range(1, int(config.num_hidden_layers) + 1),), "labels": ()}
+    every_layer = tuple(range(1, int(config.num_hidden_layers) + 1))
+    defaults = {"exits": every_layer, "labels": ()}
     task = problem_type_of(folder, config, problem_type)
     try:
         block = getattr(config, CONFIG_BLOCK, None) or {}
-        exit_config = msgspec.convert(every | block, MultiExitConfig)
+        exit_config = msgspec.convert(defaults | block, MultiExitConfig)
         if exit_config.last_head is not None:
             _check_number("norm_eps", exit_config.last_head.norm_eps)
             if exit_config.last_head.activation not in ACT2FN:

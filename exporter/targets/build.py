@@ -20,7 +20,7 @@ from ...runtime.encoding import Text
 from ...runtime.errors import ArtifactError, FpabeeError
 from ...runtime.targets import why_not
 from ..staging import locked
-from .builders import Builder, Workbench, builder_of, check_enough
+from .builders import Builder, Workbench, builder_of, check_enough_texts
 from .check import checked_target
 from .default import with_fastest_default
 from .plans import PlanOptions
@@ -86,7 +86,7 @@ def build_targets(
         with _alone(path):
             before = EnginesFolder.read(path)
             if any(builder.quantizes(before, texts) for builder in builders):
-                check_enough(texts)
+                check_enough_texts(texts)
             with tempfile.TemporaryFile(dir=path):  # before any slow step: it must be writable
                 pass
             bench = Workbench(before, texts, plans or PlanOptions(), progress)

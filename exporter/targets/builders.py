@@ -60,11 +60,11 @@ class Workbench:
         self.plans = plans
         self.progress = progress
         self._graphs: dict[str, dict[str, Graph] | FpabeeError] = {}
-        self._places: set[Path] = set()
+        self._folders: set[Path] = set()
 
     @cached_property
     def exact(self) -> tuple[list[Text], Logits] | None:
-        """The first 2,000 texts and their logits in fp32; None without texts."""
+        """The first 2,000 texts and their fp32 logits, see `exact_logits`; None without texts."""
         return exact_logits(self.engines, self.texts) if self.texts else None
 
     def graphs(self, precision: str) -> dict[str, Graph]:
@@ -90,11 +90,12 @@ class Workbench:
         return graphs
 
     def _make_graphs(self, precision: str) -> dict[str, Graph]:
+        """Make and write the graphs, see `graphs`."""
         if precision == INT8:
             require("quantize")
             from .int8 import quantize
 
-            ranges = [text for place, text in enumerate(self.texts) if gives_ranges(place)]
+            ranges = [text for number, text in enumerate(self.texts) if gives_ranges(number)]
             return self._write(INT8_FOLDER, quantize(self.engines, ranges, self.progress))
         require("graphs")
         from .fp16 import lowered_graphs
@@ -102,39 +103,50 @@ class Workbench:
         protos = lowered_graphs(self.engines, self.exact, self.progress)
         return self._write(f"onnx/{precision}", protos)
 
-    def _write(self, place: str, protos: Mapping[str, Any]) -> dict[str, Graph]:
-        """Write graphs under names of their own, so that what the manifest names stays true."""
+    def _write(self, relative: str, protos: Mapping[str, Any]) -> dict[str, Graph]:
+        """Write graphs under names of their own, so that what the manifest names stays true.
+
+        Args:
+            relative: the folder for them, in the engines folder.
+            protos: each an `onnx.ModelProto`, by the name of the graph.
+
+        Returns:
+            Their records, by name.
+
+        Raises:
+            ModelError: a graph is larger than protobuf allows.
+        """
         from ..onnx_file import write_graph
 
         graphs = {}
-        with replacing(self.place(place)) as new:
+        with replacing(self.folder(relative)) as new:
             for name, proto in protos.items():
                 graph = write_graph(new / name, "", proto)
                 file = unique_name(name, graph.sha256, ".onnx")
                 (new / name).rename(new / file)
-                graphs[name] = msgspec.structs.replace(graph, file=f"{place}/{file}")
+                graphs[name] = msgspec.structs.replace(graph, file=f"{relative}/{file}")
         return graphs
 
-    def place(self, relative: str) -> Path:
-        """A folder of the engines folder to write files to, which exists from now on."""
+    def folder(self, relative: str) -> Path:
+        """A folder in the engines folder for files of targets, which exists from now on."""
         folder = self.engines.path / relative
         folder.mkdir(parents=True, exist_ok=True)
-        self._places.add(folder)
+        self._folders.add(folder)
         return folder
 
     def drop_unused_files(self) -> None:
         """Delete graphs and plans that the manifest does not name, where files were written."""
         named = {self.engines.path / file for file, _ in self.engines.hashes()}
-        for place in self._places:
-            for path in (*place.glob("*.onnx"), *place.glob("*.plan")):
+        for folder in self._folders:
+            for path in (*folder.glob("*.onnx"), *folder.glob("*.plan")):
                 if path not in named:
                     path.unlink()
-            for folder in (place, place.parent):
-                if not any(folder.iterdir()):
-                    folder.rmdir()
+            for empty in (folder, folder.parent):
+                if not any(empty.iterdir()):
+                    empty.rmdir()
 
 
-def check_enough(texts: Sequence[Text]) -> None:
+def check_enough_texts(texts: Sequence[Text]) -> None:
     """Refuse to quantize with too few texts.
 
     Raises:
@@ -147,9 +159,9 @@ def check_enough(texts: Sequence[Text]) -> None:
         )
 
 
-def gives_ranges(place: int) -> bool:
-    """Whether the text at a place gives int8 ranges; the others check the result."""
-    return place < 2 * _MOST_RANGES and place % 2 == 0
+def gives_ranges(number: int) -> bool:
+    """Whether the text of a number, from 0, gives int8 ranges; the others check the result."""
+    return number < 2 * _MOST_RANGES and number % 2 == 0
 
 
 @dataclass(frozen=True)
@@ -214,6 +226,14 @@ class _Cpu(Builder):
         return bench.engines, self._record({})
 
     def _record(self, files: dict[str, BuiltFile]) -> Target:
+        """The record of the target.
+
+        Args:
+            files: what was built, by the name of the graph; empty: it runs the fp32 graphs.
+
+        Raises:
+            FpabeeError: the library cannot run on this machine.
+        """
         return Target(
             backend=self.backend,
             precision=self.precision,
@@ -253,12 +273,12 @@ class _Int8(_Cpu):
         if bench.exact is None:
             return None
         texts, logits = bench.exact
-        places = [place for place in range(len(texts)) if not gives_ranges(place)]
-        return [texts[place] for place in places], logits[:, places]
+        numbers = [number for number in range(len(texts)) if not gives_ranges(number)]
+        return [texts[number] for number in numbers], logits[:, numbers]
 
 
 def _int8_files(engines: EnginesFolder) -> dict[str, BuiltFile]:
-    """The int8 graphs of a folder; empty if it has none."""
+    """The int8 graphs of a folder, by name; empty if it has none."""
     for target in engines.manifest.targets.values():
         if target.precision.startswith(INT8) and target.files:
             return target.files
@@ -302,13 +322,19 @@ class _Plans(Builder):
     def build(self, bench: Workbench) -> tuple[EnginesFolder, Target]:
         engines = _with_fp16_graphs(bench) if self.precision == FP16 else bench.engines
         target = plans_record(engines, self.backend, self.precision, bench.plans)
-        home = bench.place(f"targets/{target.name}")
+        home = bench.folder(f"targets/{target.name}")
         files = build_plans(engines, target, bench.plans, home, bench.progress)
         return engines, msgspec.structs.replace(target, files=files)
 
 
 def _with_fp16_graphs(bench: Workbench) -> EnginesFolder:
-    """The folder with graphs in fp16; those that it has are made again to check more texts."""
+    """The folder with graphs in fp16, without plans that were built from other graphs.
+
+    Graphs that the folder has are made again if there are texts, to check them on these.
+
+    Raises:
+        FpabeeError: the graphs cannot be made, or change too many answers.
+    """
     engines = bench.engines
     if FP16 in engines.manifest.precisions and not bench.texts:
         return engines

@@ -35,7 +35,8 @@ def test_the_texts_of_a_conversion_have_not_trained_the_classifier(tmp_path: Pat
 def test_the_tables_say_what_was_found() -> None:
     test = compared([{"a"}, {"b"}, {"a", "b"}], [{"a"}, {"a"}, {"b"}], [{"a"}, {"b"}, {"c"}])
     assert test == {"changed": 2, "accuracy": 2 / 3}
-    target = {"target": conversions.FP32, "certificate": {"promises": []}, "layers": 3.0}
+    point = {"certificate": {"promises": []}, "held_out": {"mean_depth": 3.0}}
+    target = {"target": conversions.FP32, "points": [point]}
     form = {"pooling": "mean", "width": 64, "every": 1}
     found: dict[str, Any] = {
         "classifier": {"rows": 3, "accuracy": 0.5},

@@ -17,7 +17,7 @@ from ..exporter.targets.builders import (
     INT8_TARGETS,
     OPENVINO_TARGETS,
     buildable,
-    check_enough,
+    check_enough_texts,
 )
 from ..runtime.artifact.manifest import MANIFEST_NAME, ProblemType
 from ..runtime.errors import InputError
@@ -98,7 +98,7 @@ def main(
     contents = [row.content for row in rows]
     asked = [_buildable(FP16_TARGETS)] if fp16 else []
     if int8:
-        check_enough(contents)
+        check_enough_texts(contents)
         require("quantize")
         asked.append(_buildable(INT8_TARGETS))
     require("export")
