@@ -36,7 +36,7 @@ TRAIN = "train --backbone encoder --train rows.csv --dev dev.csv --output model"
 
 
 def goal(name: str, goal: Goal | Bound, **others: Any) -> CalibrationOptions:
-    return CalibrationOptions(goals={name: goal}, default=name, **others)
+    return CalibrationOptions(goals={name: goal}, **others)
 
 
 # A command line, the function that it calls, and the beginning of that function's arguments.
