@@ -224,8 +224,8 @@ class _PointMaker:
         for number, (name, goal) in enumerate(self.options.goals.items()):
             self.progress(f"choose {name}", number, len(self.options.goals))
             choose = self._choice(goal)
-            found = choose(self.search)
-            rule = found.rule or self.full_depth
+            certified = choose(self.search)
+            rule = certified.rule or self.full_depth
             yield Point(
                 rule=rule,
                 chosen_on=self._judge(rule, self.search.stopping_costs.scorer),
@@ -236,8 +236,8 @@ class _PointMaker:
                     str(batch): measure_speedup(self.engine, encoded, rule, batch)
                     for batch in sorted({1, self.options.batch_size})
                 },
-                certificate=found.certificate,
-                refusal=found.failed,
+                certificate=certified.certificate,
+                refusal=certified.failed,
             )
 
     def _choice(self, goal: Goal | Bound) -> _Choice:

@@ -149,7 +149,7 @@ def certify(
             starts = [False, True]
     stop = StopScores(rows)
     full_depth = Budget(exit=rows.exits[-1])
-    found = []
+    results = []
     for at_exit_0 in starts:
         settings = sequence(rows, rule, at_exit_0)
         exits = np.vstack([stop.exits([full_depth]), stop.exits(settings)])
@@ -165,8 +165,8 @@ def certify(
                 break
             passed = [full_depth, *settings][number]
             mean_cost = float(costs.mean_costs(now))
-        found.append((mean_cost, passed, failed))
-    _, best, failed = min(found, key=lambda each: each[0])
+        results.append((mean_cost, passed, failed))
+    _, best, failed = min(results, key=lambda each: each[0])
     if best is None or (best == full_depth and rows.reference is None):
         needs = needs_in_words(bound, rows.first_exit == 0)
         return Certified(best, None, "; ".join(filter(None, [failed, *needs])))
@@ -344,8 +344,8 @@ def _binomial(counts: Integers, rows: Integers | int, chance: Array | float) -> 
     """The probabilities of counts among rows, exactly."""
     rest = np.maximum(rows - counts, 0)
     ways = _log_factorial(rows) - _log_factorial(counts) - _log_factorial(rest)
-    found = np.exp(ways + counts * np.log(chance) + rest * np.log1p(-chance))
-    return np.where(counts <= rows, found, 0.0)
+    chances = np.exp(ways + counts * np.log(chance) + rest * np.log1p(-chance))
+    return np.where(counts <= rows, chances, 0.0)
 
 
 def binomial_tail(count: int, rows: int, risk: float) -> float:
@@ -378,7 +378,7 @@ def needs_in_words(bound: Bound, has_exit_0: bool) -> list[str]:
         bound: what is asked for.
         has_exit_0: whether two sequences are tested, so that each gets half of the level.
     """
-    found = []
+    lines = []
     for of, share in bound.shares.items():
         least, good = rows_needed(share, 1 - bound.confidence)
         if has_exit_0:
@@ -386,5 +386,5 @@ def needs_in_words(bound: Bound, has_exit_0: bool) -> list[str]:
         rows = {"missed": "flagged texts", "false_alarms": "texts that are not flagged"}
         name = "points of drop" if of == "drop" else f"% {of.replace('_', ' ')}"
         counts = f"{least:,} {rows.get(of, 'texts')} are the least, and {good:,} give a good chance"
-        found.append(f"at most {100 * share:g} {name}: {counts}")
-    return found
+        lines.append(f"at most {100 * share:g} {name}: {counts}")
+    return lines

@@ -97,10 +97,10 @@ class LabelledLogits:
         outputs = map(self._outputs, every)
         if self.decision_thresholds:
             thresholds = self.decision_thresholds
-            found = [(each.margins(thresholds) > 0).astype(np.int64) for each in outputs]
+            decisions = [(each.margins(thresholds) > 0).astype(np.int64) for each in outputs]
         else:
-            found = [each.answers for each in outputs]
-        return np.stack(found[: len(self.logits)]), found[-1]
+            decisions = [each.answers for each in outputs]
+        return np.stack(decisions[: len(self.logits)]), decisions[-1]
 
     def _outputs(self, logits: NDArray[np.float32]) -> Outputs:
         return Outputs(logits, self.problem_type, self.label_thresholds)

@@ -131,7 +131,7 @@ def families_of(
     """
     rows = costs.rows
     stop = StopScores(costs.rows)
-    found = []
+    families = []
     for rule in (*rules, Budget(exit=rows.exits[-1])) if rows.first_exit == 0 else rules:
         scores = stop.stop_scores(rule)
         thresholds: list[Any] = threshold_grid(rule, scores[1 - rows.first_exit :])
@@ -139,8 +139,8 @@ def families_of(
         if isinstance(rule, per_exit) and rule.signals_needed == 1:
             shapes.append(stricter_early(thresholds, rows.exits[-1]))
         for settings in (each for shape in shapes for each in _settings(rule, shape, scores, rows)):
-            found.append(Family(kind_of(settings[-1]), stop.exits(settings), settings))
-    return found
+            families.append(Family(kind_of(settings[-1]), stop.exits(settings), settings))
+    return families
 
 
 def _settings(
@@ -182,8 +182,8 @@ def stricter_early(thresholds: Sequence[float] | Array, exits: int) -> list[list
     """
     limits = np.maximum(thresholds, 0.0)[:, None]
     powers = 1 + _EARLY_POWER * (1 - np.arange(1, exits + 1) / exits)
-    found = limits[-1] * (limits / limits[-1]) ** powers
-    return [[*map(rounded, row)] for row in found]
+    stricter = limits[-1] * (limits / limits[-1]) ** powers
+    return [[*map(rounded, row)] for row in stricter]
 
 
 def threshold_grid(rule: ExitRule, scores: Array, count: int = _THRESHOLDS) -> list[float]:

@@ -112,7 +112,8 @@ def trace_rows(
         write_whole(path, file.getvalue())
     thresholds = task.label_thresholds
     first = manifest.exits[0]
-    return LabelledLogits(*kept, expected, task.problem_type, thresholds, first)
+    logits, lengths = kept
+    return LabelledLogits(logits, lengths, expected, task.problem_type, thresholds, first)
 
 
 def _is_true(kept: _Trace, engine: Engine, rows: Sequence[Row]) -> bool:

@@ -27,22 +27,22 @@ def curves(result: Calibration) -> dict[str, list[tuple[float, float]]]:
     rows = result.rows if result.test is None else result.test
     scorer = Scorer(rows, costs.scorer.metric)
     layers = np.asarray(result.layers)
-    found: dict[str, list[tuple[float, float]]] = {}
+    points_by_kind: dict[str, list[tuple[float, float]]] = {}
     for kind in shown_kinds(search.kinds, result.points):
         families = [family for family in search.families if family.kind == kind]
         rules = [rule for family in families for rule in family.rules]
         exits = np.concatenate([family.exits for family in families])
         drops = np.concatenate([costs.drops(family.exits) for family in families])
         depths = layers[result.rows.at(exits)[0]].mean(axis=1)
-        found[kind] = []
+        points_by_kind[kind] = []
         for limit in np.linspace(depths.max(), depths.min(), _SETTINGS) + 1e-9:
             best = int(np.where(depths <= limit, drops, np.inf).argmin())
             stops = exits[best].astype(np.int64)
             if result.test is not None:
                 stops = exits_of(rules[best], rows)
             depth = float(layers[rows.at(stops)[0]].mean())
-            found[kind].append((depth, 100 * (scorer.full_depth - scorer.score(stops))))
-    return found
+            points_by_kind[kind].append((depth, 100 * (scorer.full_depth - scorer.score(stops))))
+    return points_by_kind
 
 
 def shown_kinds(kinds: Sequence[str], points: Sequence[Point]) -> list[str]:

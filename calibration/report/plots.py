@@ -58,8 +58,8 @@ def _depth(result: Calibration) -> Figure:
     figure = Figure(figsize=(_WIDTH, 5.2), layout="constrained")
     metric = result.points[0].held_out.metric
     axes = figure.subplots()
-    found = curves(result)
-    for number, (kind, settings) in enumerate(found.items()):
+    points_by_kind = curves(result)
+    for number, (kind, settings) in enumerate(points_by_kind.items()):
         axes.plot(
             [depth for depth, _ in settings],
             [-drop for _, drop in settings],

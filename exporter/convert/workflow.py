@@ -119,7 +119,7 @@ def convert(
         logger.warning(line)
     work = _Work(teacher, given, options, progress)
     with unfinished(target, work.fingerprint) as folder:
-        found = work.run(folder)
+        conversion = work.run(folder)
         for left in folder.glob("engines/.manifest-*"):  # by a process that was killed
             left.unlink()
         with staging(target) as new:
@@ -127,7 +127,7 @@ def convert(
             check_output(target, options.force, (teacher.folder, texts, options.adapter))
             new.rmdir()
             (folder / "engines").replace(new)
-    return replace(found, folder=Path(output), seconds=round(time.perf_counter() - started, 1))
+    return replace(conversion, folder=Path(output), seconds=round(time.perf_counter() - started, 1))
 
 
 class _Work:
@@ -239,8 +239,8 @@ class _Work:
         )
         model = teacher.multi_exit(config)
         self.progress("train heads", 0, 1)
-        every = torch.from_numpy(states), torch.from_numpy(logits)
-        store(train_heads(form, teacher, *every), form, model)
+        heads = train_heads(form, teacher, torch.from_numpy(states), torch.from_numpy(logits))
+        store(heads, form, model)
         return model, chosen
 
     def _add_targets(self, engines: Path) -> None:
