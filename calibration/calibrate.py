@@ -61,14 +61,15 @@ def calibrate(
 
     Args:
         folder: the engines folder.
-        data: at least 50 labelled rows like those that will be classified, or a file of them in
-            any format of `runtime.read_rows`.
+        data: labelled rows like those that will be classified, or a file of them in any format of
+            `runtime.read_rows`. At least 50 different ones, unless there are rows to report on.
         options: what to calibrate for; the default is the three points of `DEFAULT_GOALS`.
         progress: reports the current step.
         reference: `[rows, labels]` float32, the logits of another classifier for these rows, such
             as the one that the folder was converted from. Promises about decisions are then about
             its decisions instead of those at full depth, so the rounding of the target counts.
-        report: rows to report the points on, instead of cross-validation or `options.test`.
+        report: rows to report the points on, instead of cross-validation; not with
+            `options.test`.
 
     Returns:
         The points, and what they were chosen from. With a reference, a point that promises nothing
@@ -97,6 +98,8 @@ def calibrate(
     path = Path(folder)
     options = options or CalibrationOptions()
     rows = list(read_rows(data, options.reading) if isinstance(data, str | Path) else data)
+    if report is not None and options.test is not None:
+        raise InputError("there are two sets of rows to report on", "give `report` or `test`")
     if options.test is not None:
         held_rows = list(read_rows(options.test, options.reading))
         report = Report(held_rows, Path(options.test).name)
@@ -109,7 +112,7 @@ def calibrate(
         metric = options.metric or (AGREEMENT if len(without_drop) == len(options.goals) else usual)
         warnings = _check(task, options, metric, rows, report)
         thresholds = decision_thresholds(task, options.thresholds)
-        # A conversion says so before it trains.
+        # With a reference, whoever has it says this before the classifier is converted.
         for bound in options.bounds if len(options.goals) == 1 and reference is None else ():
             for line in needs_in_words(bound, 0 in engine.manifest.exits):
                 logger.warning(line)
@@ -178,6 +181,8 @@ def _check(
             f"choose from {', '.join(known)}",
         )
     texts = {row.content for row in rows}
+    if not texts:
+        raise InputError("there are no rows to calibrate on", "give rows like those to classify")
     if len(texts) < LEAST_ROWS and report is None:
         raise InputError(
             f"{len(texts)} different texts are too few to choose on one part and judge on another",

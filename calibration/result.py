@@ -248,15 +248,15 @@ def with_points(engines: EnginesFolder, result: Calibration, data_sha256: str) -
     Args:
         engines: the folder.
         result: the calibration.
-        data_sha256: hash of the rows that chose the points, see `trace.data_sha256`.
+        data_sha256: hash of the rows that chose the points, see `runtime.files.rows.data_sha256`.
     """
     target = engines.manifest.targets[result.target]
     kept = [p for p in result.points if p.certificate or result.rows.reference is None]
     if not kept:
         return engines
     points = {point.name: _record(point, result, target, data_sha256) for point in kept}
-    points = target.operating_points | points
-    changed = with_operating_points(target, points, result.default)
+    default = result.default if result.default in points else kept[0].name
+    changed = with_operating_points(target, target.operating_points | points, default)
     return engines.with_target(result.target, changed)
 
 

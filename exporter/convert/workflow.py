@@ -254,7 +254,9 @@ class _Work:
             names += buildable(INT8_TARGETS)
             # Ranges come from texts that do not certify.
             texts = [self.texts.rows[number].content for number in self.texts.taught]
-        build_targets(engines, names, texts, progress=self.progress)
+        result = build_targets(engines, names, texts, progress=self.progress)
+        for name, reason in result.refused.items():
+            logger.warning("%s was not built: %s", name, reason)
 
     def _certify(self, engines: Path, logits: NDArray[np.float32], chosen: Chosen) -> Conversion:
         """Certify the targets; the default is the fastest at full depth, if it has a point."""
