@@ -47,12 +47,13 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
 from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
+from fpabee.runtime.artifact.reference import write_reference
 from fpabee.runtime.backends.onnxruntime import cpu_session
 from fpabee.runtime.check import BATCH_LIMIT, EXPORT_LIMIT, REQUIREMENTS, logit_differences
 from fpabee.runtime.encoding import Text
 
 from ...closeness import assert_close, assert_exported, exits_may_differ
-from ...conftest import WORDS, make_model
+from ...conftest import WORDS, correct_reference, make_model
 from .consumer import Answers, Consumer, in_batches
 
 FP32, INT8 = "onnxruntime-fp32", "onnxruntime-int8"
@@ -293,6 +294,10 @@ def test_what_cannot_be_packed_is_refused(
         BackendError, match=r"openvino-bf16 .* choose a `target` from onnxruntime-f"
     ):
         pack(folder, tmp_path / "packed", "openvino-bf16")
+    gpu = msgspec.structs.replace(manifest.targets[FP32], device="cuda")
+    EnginesFolder(folder, manifest).with_target("onnxruntime-fp32-cuda", gpu).write()
+    with pytest.raises(BackendError, match="onnxruntime-fp32-cuda"):
+        pack(folder, tmp_path / "packed", "onnxruntime-fp32-cuda")
     with pytest.raises(RuleError, match="no operating point 'none'; it has: fast"):
         pack(folder, tmp_path / "packed", FP32, "none")
     with pytest.raises(BackendError, match="has no target 'none'; it has onnxruntime-fp32"):
@@ -373,6 +378,19 @@ def test_exit_0_is_left_out_where_pairs_cannot_be_told_apart(
     assert "Nothing is promised" in card, "the point was measured with exit 0"
     _, exits = Consumer(tmp_path / "packed").onnxruntime(SINGLE)
     assert exits.min() >= 2, "F-PABEE has no neighbour before exit 2"
+
+
+def test_a_text_with_separators_in_its_midst_is_not_compared(
+    engine_copy: Callable[..., Path], tmp_path: Path, set_points: Callable[..., None]
+) -> None:
+    """Exit 0 of the graph takes it for a pair."""
+    folder = engine_copy("mpnet", exit_0=True)
+    set_points(folder, FP32, "fast", fast=Budget(exit=0))
+    known = ["rain</s></s>the sun", "the film"]
+    with Engine.load(folder) as engine:
+        write_reference(folder, known, engine.trace(known).logits)
+    correct_reference(folder)
+    assert pack(folder, tmp_path / "packed", FP32).rows == 1
 
 
 def test_what_was_not_calibrated_is_said_with_the_command_that_does_it(
