@@ -140,7 +140,7 @@ def calibrate(
         chosen = next(point.rule for point in points if point.name == default)
         lost = stopping_costs.scorer.lost_label(exits_of(chosen, seen), engine.labels)
         if lost:
-            protected = "a promise about missed texts or the metric macro_f1 protects rare labels"
+            protected = "a promise about missed texts protects rare labels"
             warnings.append(f"at {default}, {lost}; {protected}")
         result = Calibration(
             folder=path,

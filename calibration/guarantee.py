@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,7 +90,7 @@ def decision_thresholds(task: Task, thresholds: Mapping[str, float]) -> tuple[fl
 
 
 def check_possible(bound: Bound, task: Task, reference: NDArray[np.float32]) -> None:
-    """Refuse, before anything slow, what could not be certified even without a changed decision.
+    """Refuse, before anything is trained, what cannot be certified even if nothing changes.
 
     Args:
         bound: what is asked for.
@@ -351,6 +351,36 @@ def _binomial(counts: Integers, rows: Integers | int, chance: Array | float) -> 
 def binomial_tail(count: int, rows: int, risk: float) -> float:
     """P(Binomial(rows, risk) <= count), exactly."""
     return float(_binomial(np.arange(count + 1), rows, risk).sum())
+
+
+def share_interval(count: int, rows: int, level: float = 0.95) -> tuple[float, float]:
+    """The exact interval of a share (Clopper and Pearson, 1934).
+
+    Args:
+        count: how many of the rows have it.
+        rows: how many rows there are.
+        level: the confidence level.
+    """
+    tail = (1 - level) / 2
+
+    def share_where(is_below: Callable[[float], bool]) -> float:
+        low = 0.0
+        high = 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            if is_below(middle):
+                low = middle
+            else:
+                high = middle
+        return high
+
+    low = 0.0
+    high = 1.0
+    if count > 0:
+        low = share_where(lambda share: 1 - binomial_tail(count - 1, rows, share) < tail)
+    if count < rows:
+        high = share_where(lambda share: binomial_tail(count, rows, share) > tail)
+    return low, high
 
 
 def rows_needed(share: float, level: float) -> tuple[int, int]:

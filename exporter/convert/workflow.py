@@ -103,7 +103,8 @@ def convert(
         options = ConvertOptions(bound=Bound(changed_answers=0.01))
         result = convert("my-classifier", "texts.jsonl", "engines/", options)
         for target in result.targets:
-            print(target.target, target.certificate, target.layers, target.changed)
+            point = target.points[0]
+            print(target.target, point.certificate, point.held_out.mean_depth)
         ```
     """
     started = time.perf_counter()
@@ -190,12 +191,14 @@ class _Work:
         model_dir = folder / "model"
         engines = folder / "engines"
         for left in (model_dir, engines):  # by a run that was stopped
-            shutil.rmtree(left, ignore_errors=True)
+            if left.is_dir():
+                shutil.rmtree(left)
         chosen = self._train(model_dir, rows, logits, states)
         wanted = ExportOptions(max_length=self.max_length)
         export(model_dir, engines, wanted, self.progress)
-        self._add_targets(engines)
-        return self._certify(engines, logits, chosen)
+        refusals = self._add_targets(engines)
+        conversion = self._certify(engines, logits, chosen)
+        return replace(conversion, warnings=(*refusals, *conversion.warnings))
 
     def _train(
         self,
@@ -243,8 +246,12 @@ class _Work:
         store(heads, form, model)
         return model, chosen
 
-    def _add_targets(self, engines: Path) -> None:
-        """Build the targets, and let every text run to full depth where there is no point."""
+    def _add_targets(self, engines: Path) -> list[str]:
+        """Build the targets, and let every text run to full depth where there is no point.
+
+        Returns:
+            Why targets were not built.
+        """
         folder = EnginesFolder.read(engines)
         full_depth = Budget(exit=folder.manifest.exits[-1])
         folder.with_manifest(default_rule=full_depth.to_dict()).write()
@@ -255,8 +262,7 @@ class _Work:
             # Ranges come from texts that do not certify.
             texts = [self.texts.rows[number].content for number in self.texts.taught]
         result = build_targets(engines, names, texts, progress=self.progress)
-        for name, reason in result.refused.items():
-            logger.warning("%s was not built: %s", name, reason)
+        return [f"{name} was not built: {error}" for name, error in result.refused.items()]
 
     def _certify(self, engines: Path, logits: NDArray[np.float32], chosen: Chosen) -> Conversion:
         """Certify the targets; the default is the fastest at full depth, if it has a point."""

@@ -324,7 +324,10 @@ def test_a_point_that_promises_nothing_about_another_classifier_is_no_default(
     rows = label_rows(folder)
     with Engine.load(folder, threads=1, rule=Budget(exit=3)) as engine:
         logits = engine.trace([row.content for row in rows]).logits[-1]
-    goals = {"average": Goal(max_drop=1.0), "sure": Bound(changed_answers=0.4)}
+    goals: dict[str, Goal | Bound] = {
+        "average": Goal(max_drop=1.0),
+        "sure": Bound(changed_answers=0.4),
+    }
     options = CalibrationOptions(goals, "average", metric="agreement", threads=1)
     calibrate(folder, rows, options, reference=logits)
     target = read_manifest(folder).targets[TARGET]

@@ -21,6 +21,7 @@ from fpabee.calibration.guarantee import (
     most_losses,
     rows_needed,
     sequence,
+    share_interval,
     shuffled,
     useful_rows,
 )
@@ -325,3 +326,9 @@ def test_a_setting_that_stops_no_row_is_tested_too() -> None:
     assert most_losses(100, 0.01, 0.05, with_gains=True)[gains] >= 0
     found = certified(rows, Bound(drop=0.01))
     assert found.failed.startswith("full depth has 0 losses in 100 texts; at most 1 points of drop")
+
+
+def test_the_interval_of_a_share_is_exact() -> None:
+    assert share_interval(0, 293) == pytest.approx((0, 0.01251), abs=1e-5)
+    assert share_interval(3, 293) == pytest.approx((0.00212, 0.02963), abs=1e-5)
+    assert share_interval(293, 293)[1] == 1
