@@ -62,7 +62,7 @@ def calibrate(
     Args:
         folder: the engines folder.
         data: labelled rows like those that will be classified, or a file of them in any format of
-            `runtime.read_rows`. At least 50 different ones, unless there are rows to report on.
+            `runtime.read_rows`. At least 50 different ones, unless there is a reference.
         options: what to calibrate for; the default is the three points of `DEFAULT_GOALS`.
         progress: reports the current step.
         reference: `[rows, labels]` float32, the logits of another classifier for these rows, such
@@ -110,7 +110,8 @@ def calibrate(
         without_drop = [bound for bound in options.bounds if bound.drop is None]
         usual = METRICS[task.problem_type][0]
         metric = options.metric or (AGREEMENT if len(without_drop) == len(options.goals) else usual)
-        warnings = _check(task, options, metric, rows, report)
+        least = LEAST_ROWS if reference is None else 1
+        warnings = _check(task, options, metric, rows, report, least)
         thresholds = decision_thresholds(task, options.thresholds)
         # With a reference, whoever has it says this before the classifier is converted.
         for bound in options.bounds if len(options.goals) == 1 and reference is None else ():
@@ -165,8 +166,17 @@ def _check(
     metric: str,
     rows: Sequence[Row],
     report: Report | None,
+    least: int,
 ) -> list[str]:
     """Refuse, before the model runs, what cannot be calibrated.
+
+    Args:
+        task: of the model.
+        options: what is asked for.
+        metric: that may drop.
+        rows: that choose.
+        report: the rows to report on.
+        least: how many different texts have to choose.
 
     Returns:
         Warnings about the rows.
@@ -183,7 +193,7 @@ def _check(
     texts = {row.content for row in rows}
     if not texts:
         raise InputError("there are no rows to calibrate on", "give rows like those to classify")
-    if len(texts) < LEAST_ROWS and report is None:
+    if len(texts) < least:
         raise InputError(
             f"{len(texts)} different texts are too few to choose on one part and judge on another",
             f"give at least {LEAST_ROWS}; about 600 are needed to confirm a drop of half a point",
