@@ -176,11 +176,11 @@ class Scorer:
         occurs = (predicted + truth > 0).sum(axis=-1)
         return np.asarray(by_label.sum(axis=-1) / np.maximum(occurs, 1))
 
-    def at(self, exits: Integers) -> Array:
+    def at(self, exits: NDArray[np.integer[Any]]) -> Array:
         """The terms `[rows, terms]` of rows that stop at given exits."""
         return np.asarray(self.sums[self.rows.at(exits)])
 
-    def score(self, exits: Integers) -> float:
+    def score(self, exits: NDArray[np.integer[Any]]) -> float:
         """The metric of rows that stop at given exits."""
         return float(self.value(self.at(exits).sum(axis=0)))
 

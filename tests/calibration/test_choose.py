@@ -55,8 +55,8 @@ def test_a_speedup_is_reached_with_the_least_drop() -> None:
     assert rows.exits[-1] / exits_under(chosen, rows).mean() >= 2.0
     (tried,) = search.tried
     fast = tried.costs <= rows.exits[-1] / 2
-    best = np.flatnonzero(fast & (tried.drops == tried.drops[fast].min()))
-    assert chosen in [tried.settings[number] for number in best]
+    best = fast & (tried.drops == tried.drops[fast].min())
+    assert chosen in [rule for rule, is_best in zip(tried.settings, best, strict=True) if is_best]
     with pytest.raises(InputError, match=r"20 times as fast.* 6\.00 times.*drop of"):
         search.choose(Goal(speedup=20.0))
     # A part of the rows without a setting that is fast enough counts at full depth.
