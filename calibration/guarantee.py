@@ -235,6 +235,8 @@ class _Test:
     def in_words(self, exits: Integers) -> str:
         """What these rows show, for a setting that does not pass."""
         lost = self.lost(exits)
+        if self.most[0] < 0:
+            return f"{len(lost)} texts are too few"
         full_depth = (exits == self._scorer.rows.exits[-1]).all()
         setting = "full depth" if full_depth else "the next setting"
         what = "losses" if self.promise.of == "drop" else self.promise.of.replace("_", " ")

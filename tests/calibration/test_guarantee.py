@@ -196,7 +196,7 @@ def test_every_promise_must_pass_and_each_is_about_its_own_rows() -> None:
         early(changed_answers=0.02) == early(missed=0.05) == early(false_alarms=0.02) == (True, "")
     )
     assert early(changed_answers=0.02, missed=0.05, false_alarms=0.02) == (True, "")
-    assert early(missed=0.005) == (False, "full depth has 0 missed in 200 texts")
+    assert early(missed=0.005) == (False, "200 texts are too few")
     assert early(changed_answers=0.005) == (
         False,
         "the next setting has 15 changed answers in 1829 texts",
@@ -326,7 +326,7 @@ def test_a_setting_that_stops_no_row_is_tested_too() -> None:
     gains = int((observed_losses(Scorer(rows, "accuracy"))[0] < 0).sum())
     assert most_losses(100, 0.01, 0.05, with_gains=True)[gains] >= 0
     found = certified(rows, Bound(drop=0.01))
-    assert found.failed.startswith("full depth has 0 losses in 100 texts; at most 1 points of drop")
+    assert found.failed.startswith("100 texts are too few; at most 1 points of drop")
 
 
 def test_the_interval_of_a_share_is_exact() -> None:
