@@ -379,7 +379,7 @@ def needs_in_words(bound: Bound, has_exit_0: bool) -> list[str]:
 
     Args:
         bound: what is asked for.
-        has_exit_0: whether two sequences are tested, so that each gets half of the level.
+        has_exit_0: whether two lists are tested, so that each gets half of the level.
     """
     lines = []
     for of, share in bound.shares.items():

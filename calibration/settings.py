@@ -34,8 +34,8 @@ EXIT_0_POWERS = (0.5, 1.0, 2.0, 4.0)
 NEVER = -1.0
 """A threshold of stop scores that no row reaches, since they are not negative."""
 
-# Doubts that the last exit may have, as shares of the largest doubt that there can be: few where
-# only over-confident models need them, then many, since a finer step is a little bolder.
+# The thresholds of the last exit as shares of the largest score: few where only over-confident
+# models need them, then many, since a finer step is a little bolder.
 _DOUBTS = np.concatenate(
     [np.geomspace(1e-10, 1e-4, 60, endpoint=False), np.geomspace(1e-4, 0.999, 340)]
 )
@@ -55,11 +55,11 @@ def settings_lists(
 ) -> list[list[ExitRule]]:
     """Lists of settings, each from cautious to bold: what one stops, the next one stops as well.
 
-    Settings of a list differ in their thresholds only. That of the last exit grows in 400 geometric
-    steps, and those of early exits are stricter. The first list of a rule does not use exit 0. If
-    there is one, each power gives another list: exit 0 answers where its doubt is below the doubt
-    that is allowed at the last exit, to this power. Doubts are shares of the largest score. With
-    patience or a measure, there are such lists for each of them.
+    Settings of a list differ in their thresholds only. A doubt, which is a share of the largest
+    score, grows in 400 geometric steps; it is the threshold of the last exit, and those of early
+    exits are stricter. Exit 0 is not used in the first list. If there is one, each power gives
+    another list, in which the doubt to this power, as a share of the largest 1 - confidence, is the
+    threshold of exit 0. A rule has such lists for every patience, measure or exit that it takes.
 
     The lists of confidence and entropy do not depend on the rows. For other rules, the largest
     score is that of the rows.
@@ -136,7 +136,7 @@ def _largest_score(rule: ExitRule, rows: LabelledLogits) -> float:
 
 
 def _largest_doubt(rows: LabelledLogits) -> float:
-    """The largest 1 - confidence: a yes or no, of each label, has one of at most a half."""
+    """The largest 1 - confidence: where every label is a yes or no, it is a half."""
     is_multi_label = rows.problem_type is ProblemType.MULTI_LABEL
     return 0.5 if is_multi_label or rows.decision_thresholds else 1.0
 
