@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +23,12 @@ from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import Budget, ExitRule
 from .choose import PARTS, Search
 from .costs import StoppingCosts, measure_costs, measure_speedup
-from .goals import GUARANTEED_RULES, Bound, CalibrationOptions
+from .goals import Bound, CalibrationOptions
 from .guarantee import Certified, certify, decision_thresholds, needs_in_words
 from .progress import Progress, silent
 from .result import Calibration, Outcome, Point, Report, outcome, with_points
 from .scoring import AGREEMENT, METRICS, LabelledLogits, Scorer
-from .search import CONTENDERS, exits_of, make_families
+from .settings import exits_of, settings_lists
 from .trace import expected_labels, trace_rows
 
 logger = logging.getLogger(__name__)
@@ -38,8 +37,6 @@ LEAST_ROWS = 50
 """The least number of different texts that is accepted."""
 CROSS_VALIDATED = f"{PARTS}-fold cross-validation"
 """How points are judged without other rows."""
-ALWAYS_SHOWN = ("fpabee", "pabee")
-"""Rules that the report shows even if they may not be chosen."""
 _Choice = Callable[[Search], Certified]
 
 
@@ -131,10 +128,7 @@ def calibrate(
         progress(f"time segments, batch {options.batch_size}", 0, 1)
         costs = measure_costs(engine, seen.lengths, options.batch_size)
         stopping_costs = StoppingCosts(seen, metric, costs.row_costs(seen.lengths))
-        search = Search(stopping_costs, partial(make_families, names=options.rules))
-        names = options.rules or [rule.name for rule in CONTENDERS]
-        every = tuple(dict.fromkeys([*names, *ALWAYS_SHOWN]))
-        wide = Search(stopping_costs, partial(make_families, names=every))
+        search = Search(stopping_costs, settings_lists(seen, options.rules))
         maker = _PointMaker(engine, options, progress, search, held)
         points = tuple(maker.points(engine.core.encode([row.content for row in rows])))
         default = options.default if options.default in options.goals else points[0].name
@@ -151,7 +145,7 @@ def calibrate(
             test=None if held is None else held.rows,
             points=points,
             default=default,
-            search=wide,
+            search=search,
             layers=engine.manifest.exit_layers,
             hardware=hardware(engine.manifest.targets[engine.target].on_gpu, options.threads),
             warnings=tuple(warnings),
@@ -259,7 +253,7 @@ class _PointMaker:
         if isinstance(goal, Goal):
             return lambda search: Certified(search.choose(goal))
         labels = self.engine.manifest.task.labels
-        rule = (*self.options.rules, GUARANTEED_RULES[0])[0]
+        rule = self.options.rules[0]
         return lambda search: certify(search.stopping_costs, goal, labels, rule)
 
     def _held_out(self, rule: ExitRule, choose: _Choice) -> Outcome:

@@ -21,7 +21,6 @@ from ..runtime.targets import rule_of, target_of
 from .choose import Search
 from .goals import Bound
 from .scoring import AGREEMENT, LabelledLogits, Scorer
-from .search import kind_of
 
 _RESAMPLES = 2000
 
@@ -99,11 +98,6 @@ class Point:
     certificate: Certificate | None = None
     refusal: str = ""
 
-    @property
-    def kind(self) -> str:
-        """The kind of its rule, see `kind_of`."""
-        return kind_of(self.rule)
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -117,7 +111,7 @@ class Calibration:
         test: the trace of the rows that the points are reported on; None if cross-validated.
         points: the operating points.
         default: the point that runs if none is named.
-        search: the settings that the report shows; not public.
+        search: the settings that the points were chosen from; not public.
         layers: the layer of each exit.
         hardware: what the points were measured on.
         warnings: what is wrong with the rows without making the result useless.

@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...calibration.guarantee import sequence
 from ...calibration.progress import Progress
 from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer
-from ...calibration.search import StopScores
+from ...calibration.settings import StopScores, settings_lists
 from ..exit_config import Pooling
 from ..model import Head, MultiExitModel, Transform
 from ..training.trainer import label_loss, probabilities
@@ -165,7 +164,7 @@ def choose_form(
 def _saved(scorer: Scorer, costs: NDArray[np.float64], share: float) -> float:
     """How much less than full depth rows cost, where about that share of decisions changes."""
     rows = scorer.rows
-    places = rows.at(StopScores(rows).exits(sequence(rows, "confidence", at_exit_0=False)))
+    places = rows.at(StopScores(rows).exits(settings_lists(rows)[0]))
     changed = scorer.changed[places].mean(axis=1)
     saved = 1 - costs[places[0]].mean(axis=1)
     return float(np.mean([saved[changed <= at * share].max(initial=0.0) for at in _AT]))

@@ -27,7 +27,7 @@ from ...calibration.guarantee import check_possible, decision_thresholds, needs_
 from ...calibration.progress import Progress, silent
 from ...calibration.result import Calibration, Report
 from ...calibration.scoring import AGREEMENT, Scorer, same_answers
-from ...calibration.search import exits_of
+from ...calibration.settings import exits_of
 from ...runtime.artifact.folder import EnginesFolder, sha256_of
 from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.backends.onnxruntime import check_installed

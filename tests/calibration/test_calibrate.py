@@ -74,7 +74,9 @@ def test_three_points_by_default_and_the_runtime_runs_them(folder: Path, data: P
     assert f"next: fpabee-run {folder} texts.txt --target {TARGET}" in output
     assert "balanced (default): " in output
     assert "best setting of each kind" not in output
-    assert re.search("No guarantee: .* all layers, .* 0 .* 0.5 points .* 598 .* 3,900", output)
+    assert re.search(
+        "No guarantee: .* all layers, .* 120 texts are too few.* 0.5 points .* 598 .* 3,900", output
+    )
     texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
     for name, point in points.items():
         assert output.count(f" {name} ") == 1 + (name == "balanced"), "once in the table"
@@ -171,7 +173,9 @@ def test_what_too_few_rows_cannot_guarantee_runs_at_full_depth(
     (needs,) = (record.message for record in caplog.records)
     assert re.search("1 % changed answers: 299 texts .* 1,960 ", needs)
     summary = result.stdout.splitlines()
-    assert any("No guarantee" in line and f"in 120 texts; {needs}" in line for line in summary)
+    assert any(
+        "No guarantee" in line and f"120 texts are too few; {needs}" in line for line in summary
+    )
     target = read_manifest(folder).targets[TARGET]
     assert target.default_operating_point == "changed-1"
     point = target.operating_points["changed-1"]

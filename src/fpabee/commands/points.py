@@ -61,7 +61,6 @@ def to_dict(result: Calibration) -> dict[str, Any]:
         {
             "name": point.name,
             "goal": str(point.goal),
-            "kind": point.kind,
             "rule": point.rule.to_dict(),
             "chosen_on": point.chosen_on,
             "held_out": point.held_out,
