@@ -49,7 +49,7 @@ def single_graph(
 
     Its inputs are `input_ids`, `attention_mask` and, if the model reads them, `token_type_ids`, all
     `[batch, sequence]` int64. Its outputs are `logits`, `[batch, labels]` float32, and `exit`,
-    `[batch]` int64.
+    `[batch]` int64. A row that the model cannot read has NaN as its logits, see `_readable`.
 
     Args:
         protos: the graphs of a target by name, each an `onnx.ModelProto`, whose weights get other
@@ -120,8 +120,13 @@ def single_graph(
             after = {key: results[key] for key in after}
         handed_on |= new
         state = after
-    for name in (LOGITS, EXIT):
-        output = state[name].then("Identity").value
+    readable = _readable(inputs, parts, manifest.tokenizer.max_length)
+    outputs = {
+        LOGITS: np.where(readable[:, None], state[LOGITS], np.nan),
+        EXIT: state[EXIT].then("Identity"),
+    }
+    for name, tensor in outputs.items():
+        output = tensor.value
         output.name = name
         top.outputs.append(output)
     model = ir.Model(top, ir_version=_IR_VERSION)
@@ -132,6 +137,35 @@ def single_graph(
     )
     tidy(model)
     return model
+
+
+def _readable(inputs: State, parts: Mapping[str, ir.Graph], longest: int) -> Tensor:
+    """Which rows the model can read: `[batch]` bool.
+
+    Not those without tokens, with padding on the left, in a batch that is too long, or with ids
+    that the model does not have. Runtimes give numbers for many of them: OpenVINO checks no ids,
+    an id below 0 counts from the end, and exit 0 takes any id.
+
+    Args:
+        inputs: of all rows.
+        parts: graphs of the segments, which look up what they read.
+        longest: the longest sequence, in tokens.
+    """
+    mask = inputs[MASK]
+    readable = (np.add.reduce(mask[:, :1], axis=1) == 1) & (mask.then("Shape")[1] <= longest)
+    uses = [
+        (value, node)
+        for part in parts.values()
+        for value in part.inputs
+        for node in value.consumers()
+    ]
+    for value, node in uses:
+        if value.name in (_IDS, TYPES) and node.op_type == "Gather":
+            ids = inputs[str(value.name)]
+            known = Tensor(mask.writer, node.inputs[0]).shape[0]
+            readable = readable & (np.minimum.reduce(ids, axis=1) >= 0)
+            readable = readable & (np.maximum.reduce(ids, axis=1) < known)
+    return readable
 
 
 def _of_rows_left(inputs: State, handed_on: State, stopped: Tensor) -> State:
