@@ -28,6 +28,7 @@ from fpabee.runtime.errors import ArtifactError, CheckError
 
 from ..bad_input.cases import change_json
 from ..closeness import assert_exported
+from ..doubles.hub import Hub
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FAMILIES = ("bert", "albert", "mpnet")
@@ -126,6 +127,13 @@ def test_the_result_describes_a_folder_that_is_always_the_same(
     assert texts == same_texts
     assert_exported(logits, same_logits)
     assert [path.name for path in folder.parent.iterdir()] == ["engines"]
+
+
+def test_a_model_that_came_from_the_hub_is_named(bert: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.add("someone/tiny-bert", bert)
+    for model, base_model in (("someone/tiny-bert", "someone/tiny-bert"), (bert, "")):
+        result = export(model, tmp_path / "engines", ExportOptions(force=True))
+        assert read_manifest(result.folder).base_model == base_model
 
 
 def test_the_folder_has_usual_permissions(bert: Path, tmp_path: Path) -> None:

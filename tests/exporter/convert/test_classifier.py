@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from fpabee.exporter.checkpoint import load_checkpoint, save_checkpoint
-from fpabee.exporter.convert.classifier import Classifier
+from fpabee.exporter.convert.classifier import Classifier, _load
 from fpabee.exporter.exit_config import Pooling
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import ModelError
@@ -71,6 +71,18 @@ def test_a_classifier_on_the_hub_is_downloaded(hub: Hub, make: Make) -> None:
     hub.add("owner/name", make("bert"))
     here, there = (Classifier(source).model.state_dict() for source in (make("bert"), "owner/name"))
     assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_a_classifier_that_an_adapter_changed_is_not_that_of_the_hub(
+    hub: Hub, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hub.add("owner/name", make("bert"))
+    monkeypatch.setattr(
+        "fpabee.exporter.convert.classifier._load",
+        lambda folder, config, _: _load(folder, config, adapter=None),
+    )
+    assert Classifier("owner/name").base_model == "owner/name"
+    assert Classifier("owner/name", adapter=tmp_path).base_model == ""
 
 
 def test_what_cannot_be_converted_is_refused(make: Make) -> None:

@@ -74,6 +74,7 @@ def test_the_result_is_what_the_engine_does(converted: Converted) -> None:
     (promise,) = point.certificate.promises
     assert calibrate - 10 < promise.rows <= calibrate
     assert target.full_depth_score == 1
+    assert read_manifest(converted.folder).base_model == "owner/name"
     assert point.held_out.mean_depth < 3
     texts, answers = [row.content for row in reported.rows], reported.reference.argmax(axis=1)
     with Engine.load(converted.folder) as engine:
