@@ -32,6 +32,7 @@ from ..runtime.check import BATCH_LIMIT, Agreement
 from ..runtime.encoding import Text, TextEncoder, padding_values
 from ..runtime.errors import ModelError
 from ..runtime.exit_0 import ExitZero
+from ..runtime.hub import repository_of
 from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import FPabee
 from . import segments
@@ -154,9 +155,10 @@ def export(
     model = load_checkpoint(source, options.problem_type)
     exit_0 = load_exit_0(source, model.backbone.config, len(model.exit_config.labels))
     texts = [*BUILT_IN_TEXTS, *options.texts]
+    base_model = repository_of(model_dir) or ""
     with staging(destination) as folder:
         manifest, agreement = _write(
-            folder, source, model, exit_0, texts, options, progress or silent
+            folder, source, base_model, model, exit_0, texts, options, progress or silent
         )
         # Again, because it may have appeared meanwhile.
         check_output(destination, options.force, [source])
@@ -167,6 +169,7 @@ def export(
 def _write(
     folder: Path,
     source: Path,
+    base_model: str,
     model: MultiExitModel,
     exit_0: ExitZero | None,
     texts: Sequence[Text],
@@ -231,6 +234,7 @@ def _write(
         default_target=FP32_TARGET,
         default_rule=DEFAULT_RULE.to_dict(),
         exit_0=export_exit_0(folder, exit_0) if exit_0 else None,
+        base_model=base_model,
     )
     with engine_of(EnginesFolder(folder, manifest), FP32_TARGET) as engine:
         agreement = check_chain(engine, texts, logits)

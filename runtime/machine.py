@@ -29,7 +29,7 @@ _FEATURES = {
         "torch transformers onnx onnxscript safetensors huggingface_hub",
         "'fpabee[export,cpu]'",
     ),
-    "graphs": ("onnx onnx_ir onnxscript onnxruntime", "'fpabee[export,cpu]'"),
+    "graphs": ("huggingface_hub onnx onnx_ir onnxscript onnxruntime", "'fpabee[export,cpu]'"),
     "quantize": ("nncf onnx onnxruntime", "'fpabee[export,cpu,quantize]'"),
     "train": ("torch transformers safetensors huggingface_hub jinja2", "'fpabee[train]'"),
     "peft": ("peft", "peft"),

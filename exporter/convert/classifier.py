@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.check import EXPORT_LIMIT, logit_differences
 from ...runtime.errors import ModelError, first_line
+from ...runtime.hub import repository_of
 from ..backbones import build_encoder, family_of
 from ..checkpoint import (
     CONFIG_ERRORS,
@@ -47,6 +48,7 @@ class Classifier:
         problem_type: its task.
         backbone: the adapter of the family, for the encoder of this model.
         layers: how many layers the encoder has.
+        base_model: the hub id that it was given by; empty: a folder, or an adapter changed it.
 
     Raises:
         ModelError: files are missing or damaged, the family is not supported, there is no
@@ -62,6 +64,7 @@ class Classifier:
         adapter: Path | None = None,
     ) -> None:
         self.folder = resolve_model_dir(source)
+        self.base_model = "" if adapter else repository_of(source) or ""
         config = load_config(self.folder)
         if config.problem_type == "regression" or len(config.id2label) == 1:
             raise ModelError(

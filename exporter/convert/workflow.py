@@ -247,14 +247,17 @@ class _Work:
         return model, chosen
 
     def _add_targets(self, engines: Path) -> list[str]:
-        """Build the targets, and let every text run to full depth where there is no point.
+        """Complete the engines folder, whose texts run to full depth where there is no point.
 
         Returns:
             Why targets were not built.
         """
         folder = EnginesFolder.read(engines)
         full_depth = Budget(exit=folder.manifest.exits[-1])
-        folder.with_manifest(default_rule=full_depth.to_dict()).write()
+        changed = folder.with_manifest(
+            default_rule=full_depth.to_dict(), base_model=self.teacher.base_model
+        )
+        changed.write()
         names = buildable(OPENVINO_TARGETS)
         texts: list[Text] = []
         if self.options.all_targets and util.find_spec("nncf") is not None:

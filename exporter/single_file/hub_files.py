@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import msgspec
@@ -78,13 +79,14 @@ def load_tokenizer(engines: EnginesFolder) -> Tokenizer:
 
 
 def write_files(
-    engines: EnginesFolder, folder: Path, packed: Packed, model: Any, is_large: bool
+    engines: EnginesFolder, folder: Path, file: Path, packed: Packed, model: Any, is_large: bool
 ) -> None:
     """Write the files.
 
     Args:
         engines: the engines folder, without exit 0 if it was left out.
         folder: where to write them.
+        file: the graph, relative to this folder.
         packed: what was packed.
         model: the graph, an `onnx_ir.Model`.
         is_large: whether its weights lie beside it.
@@ -104,8 +106,8 @@ def write_files(
     except BAD_JSON as error:
         problem = str(error) or type(error).__name__
         raise ArtifactError(f"{path} is not a configuration: {problem}", EXPORT_AGAIN) from error
-    # transformers.js looks for the graph of this precision.
-    dtype = "q8" if target.precision == "int8" else "fp32"
+    # What transformers.js calls the file: q8 for model_quantized.onnx, fp32 for model.onnx.
+    dtype = "q8" if file.stem.endswith("_quantized") else "fp32"
     for_js = {"dtype": dtype, "use_external_data_format": is_large}
     contents = {
         "config.json": {**classifier, "transformers.js_config": for_js},
@@ -156,7 +158,30 @@ def write_files(
         rule=rule_in_words(packed.rule),
         exit_0=packed.no_exit_0 or ("inside" if packed.exits[0] == 0 else "the model has none"),
     )
-    (folder / "README.md").write_text(card + measured, encoding="utf-8")
+    subfolder = "/".join(file.parent.parts)
+    use = Template(_template("use")).substitute(file=file.as_posix(), subfolder=subfolder)
+    metadata = _metadata(manifest.base_model, is_for_js=bool(subfolder))
+    content = f"---\n{metadata}\n---\n\n{card}{measured}{use}"
+    (folder / "README.md").write_text(content, encoding="utf-8")
+
+
+def _metadata(base_model: str, is_for_js: bool) -> Any:
+    """What the Hugging Face hub reads of a model card.
+
+    Args:
+        base_model: the repository of the classifier; empty: it is not known.
+        is_for_js: whether transformers.js finds the graph without being told where it is.
+    """
+    from huggingface_hub import ModelCardData
+
+    return ModelCardData(
+        library_name="onnx",
+        pipeline_tag="text-classification",
+        tags=["early-exit", "fpabee", "onnx", *(["transformers.js"] if is_for_js else [])],
+        base_model=base_model or None,
+        # How the hub names the relation of an ONNX graph to its model, in fp32 as well.
+        base_model_relation="quantized" if base_model else None,
+    )
 
 
 def _guarantee(point: OperatingPoint) -> str:

@@ -133,5 +133,5 @@ def pack(
             near_ties=near_ties,
             max_logit_difference=difference,
         )
-        write_files(source, folder, packed, model, is_large)
+        write_files(source, folder, file, packed, model, is_large)
     return packed

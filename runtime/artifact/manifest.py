@@ -22,7 +22,7 @@ import msgspec
 from ..errors import ArtifactError
 from .operating_point import Count, OperatingPoint, RuleSettings, Sha256
 
-SCHEMA_VERSION = "1.0-draft.3"  # becomes "1.0", and is frozen, with the release
+SCHEMA_VERSION = "1.0-draft.4"  # becomes "1.0", and is frozen, with the release
 MANIFEST_NAME = "manifest.json"
 REFERENCE_NAME = "reference.npz"
 EXIT_0_NAME = "exit_0.npz"
@@ -288,6 +288,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         files: SHA-256 of the other files in the folder, by path.
         precisions: for each other precision its graphs, with the names of `graphs`.
         exit_0: the classifier before layer 1; None: the model has none.
+        base_model: the id on the Hugging Face hub of the model that was exported or converted;
+            empty: it was a folder.
 
     Example:
         ```python
@@ -316,6 +318,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, Sha256] = {}
     precisions: dict[str, dict[str, Graph]] = {}
     exit_0: ExitZeroSpec | None = None
+    base_model: str = ""
 
     def graphs_in(self, precision: str) -> dict[str, Graph]:
         """The graphs in a precision.

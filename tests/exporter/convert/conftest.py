@@ -23,6 +23,7 @@ from fpabee.exporter.training import bag_of_ngrams
 from fpabee.runtime.artifact.manifest import ProblemType
 
 from ...conftest import WORDS, MadeOnce
+from ...doubles.hub import serve
 
 SINGLE, MULTI = ProblemType
 LABELS = ("no", "perhaps", "yes")
@@ -162,7 +163,7 @@ class Converted:
 def converted(
     telling: Mapping[str, Path], texts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Converted:
-    """A conversion of the classifier with one label for each text. Read-only."""
+    """A conversion of the classifier with one label for each text, from a hub. Read-only."""
     calls: dict[str, Any] = {}
 
     def noting(name: str, function: Any) -> Any:
@@ -177,5 +178,8 @@ def converted(
         quickly(patch)
         for name in ("choose_form", "train_heads", "learn", "calibrate"):
             patch.setattr(workflow, name, noting(name, getattr(workflow, name)))
-        result = convert(telling[SINGLE.value], texts, folder, OPTIONS)
+        with serve(folder.parent / "cache") as hub:
+            hub.add("owner/name", telling[SINGLE.value])
+            result = convert("owner/name", texts, folder, OPTIONS)
+        shutil.rmtree(folder.parent / "cache")
     return Converted(folder, result, calls)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from fpabee.exporter.checkpoint import load_checkpoint, save_checkpoint
-from fpabee.exporter.convert.classifier import Classifier
+from fpabee.exporter.convert.classifier import Classifier, _load
 from fpabee.exporter.exit_config import Pooling
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import ModelError
@@ -40,7 +40,8 @@ def batch() -> tuple[Tensor, Tensor]:
 def test_the_last_exit_gives_the_logits_of_the_classifier(
     kind: str, make: Make, tmp_path: Path
 ) -> None:
-    classifier, pooling = Classifier(make(kind)), list(Pooling)[len(kind) % 4]
+    classifier = Classifier(make(kind))
+    pooling = list(Pooling)[len(kind) % 4]
     model = classifier.multi_exit(classifier.exit_config((1, 2), pooling))
     save_checkpoint(model, tmp_path / "model")
     again = load_checkpoint(tmp_path / "model")
@@ -59,7 +60,8 @@ def test_a_head_may_round_in_proportion_to_its_logits(
     share: float, refused: bool, make: Make
 ) -> None:
     classifier = Classifier(make("bert"))
-    last, (ids, mask) = classifier.model.classifier, batch()
+    last = classifier.model.classifier
+    (ids, mask) = batch()
     with torch.no_grad():
         last.weight *= 500 / classifier.model(ids, attention_mask=mask).logits.abs().max()
     last.register_forward_hook(lambda _, __, logits: logits * (1 + share))
@@ -71,6 +73,18 @@ def test_a_classifier_on_the_hub_is_downloaded(hub: Hub, make: Make) -> None:
     hub.add("owner/name", make("bert"))
     here, there = (Classifier(source).model.state_dict() for source in (make("bert"), "owner/name"))
     assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_a_classifier_that_an_adapter_changed_is_not_that_of_the_hub(
+    hub: Hub, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hub.add("owner/name", make("bert"))
+    monkeypatch.setattr(
+        "fpabee.exporter.convert.classifier._load",
+        lambda folder, config, _: _load(folder, config, adapter=None),
+    )
+    assert Classifier("owner/name").base_model == "owner/name"
+    assert Classifier("owner/name", adapter=tmp_path).base_model == ""
 
 
 def test_what_cannot_be_converted_is_refused(make: Make) -> None:

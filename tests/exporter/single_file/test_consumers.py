@@ -1,10 +1,11 @@
-"""A packed folder in other languages, and the page's examples in Node, a browser and C++."""
+"""A packed folder in other languages: examples of the page and of the model card."""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -44,11 +45,13 @@ class Case:
 
     Attributes:
         parent: the folder that holds it.
+        engines: what was packed.
         answers: gives logits `[texts, labels]` and exits.
         labels: the names of the labels.
     """
 
     parent: Path
+    engines: Path
     answers: Callable[[list[Text]], tuple[NDArray[np.float32], list[int]]]
     labels: tuple[str, ...]
 
@@ -77,7 +80,7 @@ def case(
             trace = engine.trace(texts, rule=engine.rule)
             return trace.logits[exits, np.arange(len(texts))], exits
 
-        yield Case(tmp_path, answers, engine.labels)
+        yield Case(tmp_path, folder, answers, engine.labels)
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +102,8 @@ def test_node(case: Case, node: Path) -> None:
     # transformers.js cuts off the last special token of long texts, and takes "" for no text.
     singles = [text for text in SINGLE if "rain rain rain" not in text]
     texts = [*singles, *(pair for pair in PAIRS[8:14] if all(pair))]
-    given, written = case.parent / "texts.json", case.parent / "answers.json"
+    given = case.parent / "texts.json"
+    written = case.parent / "answers.json"
     given.write_text(json.dumps(texts))
     arguments = [*map(str, [case.parent, "web", given, written])]
     subprocess.run(["node", "answers.mjs", *arguments], cwd=node, check=True)
@@ -123,6 +127,22 @@ def test_node_example(case: Case, node: Path) -> None:
         check=True,
     )
     assert run.stdout.splitlines() == case.lines([*LINES], [*case.labels])
+
+
+@pytest.mark.parametrize("layout", ["web", "classifier"])
+def test_card_in_node(case: Case, node: Path, layout: str) -> None:
+    folder = case.parent / layout
+    if layout == "classifier":
+        pack(case.engines, folder, FP32, "fast")
+    (case.parent / "OWNER").mkdir()
+    (case.parent / "OWNER" / "NAME").symlink_to(folder)
+    (code,) = re.findall(r"```js\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    here = "import { env } from '@huggingface/transformers'; env.allowRemoteModels = false;"
+    here += f"env.localModelPath = {json.dumps(str(case.parent))};\n"
+    (node / "card.mjs").write_text(here + code)
+    run = subprocess.run(["node", "card.mjs"], cwd=node, capture_output=True, text=True, check=True)
+    logits, _ = case.answers(["turn on the light"])
+    assert f"label: '{case.labels[logits.argmax()]}'" in run.stdout
 
 
 def test_browser(case: Case, node: Path) -> None:

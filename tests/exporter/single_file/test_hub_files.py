@@ -1,7 +1,11 @@
-"""The model card says what was promised and measured."""
+"""The model card says what was promised and measured, and how to run the file."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from fpabee.runtime import Certificate, Confidence, Promise, read_manifest
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import with_operating_points
 
+from ...doubles.hub import Hub
 from ...runtime.running import line_with
 from .test_packing import FP32
 
@@ -25,6 +30,12 @@ CERTIFICATE = Certificate(
         Promise(of="missed", at_most=2.0, label="music", rows=150),
     ),
 )
+
+METADATA = {
+    "library_name": "onnx",
+    "pipeline_tag": "text-classification",
+    "tags": ["early-exit", "fpabee", "onnx"],
+}
 
 
 @pytest.fixture
@@ -53,7 +64,7 @@ def test_the_card_says_what_was_promised_and_measured(folder: Path, tmp_path: Pa
     pack(folder, tmp_path / "packed")
     text = (tmp_path / "packed" / "README.md").read_text()
     card: Any = ModelCard(text)
-    assert (card.data.library_name, card.data.tags) == ("onnx", ["early-exit", "fpabee", "onnx"])
+    assert card.data.to_dict() == METADATA
     for facts in (
         ("1 % changed answers (tested on 1,199", "2 % missed of 'music' (tested on 150", "95 %"),
         ("agreement", "100 texts", "5-fold cross-fitting", "0.9966", "0.34%"),
@@ -62,3 +73,30 @@ def test_the_card_says_what_was_promised_and_measured(folder: Path, tmp_path: Pa
         ("some processor, 2 threads", "onnxruntime 1.32.0", "fpabee 1.0.0"),
     ):
         assert line_with(text, *facts)
+
+
+def test_the_card_names_the_classifier_if_the_hub_has_it(folder: Path, tmp_path: Path) -> None:
+    EnginesFolder.read(folder).with_manifest(base_model="some_one/tiny: a").write()
+    pack(folder, tmp_path / "packed", for_transformers_js=True)
+    card: Any = ModelCard.load(tmp_path / "packed" / "README.md")
+    assert card.data.to_dict() == METADATA | {
+        "tags": [*METADATA["tags"], "transformers.js"],
+        "base_model": "some_one/tiny: a",
+        "base_model_relation": "quantized",
+    }
+
+
+@pytest.mark.parametrize("for_transformers_js", [False, True])
+def test_the_python_of_the_card_runs_what_is_on_the_hub(
+    folder: Path, hub: Hub, tmp_path: Path, for_transformers_js: bool
+) -> None:
+    packed = pack(folder, tmp_path / "packed", for_transformers_js=for_transformers_js)
+    hub.add("OWNER/NAME", tmp_path / "packed")
+    card = (tmp_path / "packed" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    labels = "|".join(read_manifest(folder).task.labels)
+    assert re.fullmatch(rf"({labels}) from exit [0-3]\n", done.stdout)
+    assert packed.file.relative_to(tmp_path / "packed").as_posix() in code
