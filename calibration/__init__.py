@@ -7,7 +7,7 @@ runtime only: neither torch nor transformers nor onnx.
 `write_report` shows what it found. Drops are in points: hundredths of a metric from 0 to 1.
 
 The modules in the order of the steps: `goals` (what is asked), `trace` (run the rows), `scoring`
-(metrics), `costs` (what stopping early saves and loses), `search` (the settings that compete),
+(metrics), `costs` (what stopping early saves and loses), `settings` (lists from cautious to bold),
 `choose` (goals on average), `guarantee` (promises with stated confidence), `result`, `report`;
 `calibrate` runs them.
 """
@@ -18,7 +18,7 @@ from .goals import DEFAULT_GOALS, Bound, CalibrationOptions
 from .report import write_report
 from .result import Calibration, Outcome, Point, Report
 from .scoring import LabelledLogits
-from .search import threshold_for_depth
+from .settings import threshold_for_depth
 
 __all__ = [
     "DEFAULT_GOALS",

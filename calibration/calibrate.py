@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +23,12 @@ from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import Budget, ExitRule
 from .choose import PARTS, Search
 from .costs import StoppingCosts, measure_costs, measure_speedup
-from .goals import GUARANTEED_RULES, Bound, CalibrationOptions
+from .goals import Bound, CalibrationOptions
 from .guarantee import Certified, certify, decision_thresholds, needs_in_words
 from .progress import Progress, silent
 from .result import Calibration, Outcome, Point, Report, outcome, with_points
 from .scoring import AGREEMENT, METRICS, LabelledLogits, Scorer
-from .search import CONTENDERS, exits_of, make_families
+from .settings import exits_of, settings_lists
 from .trace import expected_labels, trace_rows
 
 logger = logging.getLogger(__name__)
@@ -38,8 +37,6 @@ LEAST_ROWS = 50
 """The least number of different texts that is accepted."""
 CROSS_VALIDATED = f"{PARTS}-fold cross-validation"
 """How points are judged without other rows."""
-ALWAYS_SHOWN = ("fpabee", "pabee")
-"""Rules that the report shows even if they may not be chosen."""
 _Choice = Callable[[Search], Certified]
 
 
@@ -61,14 +58,15 @@ def calibrate(
 
     Args:
         folder: the engines folder.
-        data: at least 50 labelled rows like those that will be classified, or a file of them in
-            any format of `runtime.read_rows`.
+        data: labelled rows like those that will be classified, or a file of them in any format of
+            `runtime.read_rows`. At least 50 different ones, unless there is a reference.
         options: what to calibrate for; the default is the three points of `DEFAULT_GOALS`.
         progress: reports the current step.
         reference: `[rows, labels]` float32, the logits of another classifier for these rows, such
             as the one that the folder was converted from. Promises about decisions are then about
             its decisions instead of those at full depth, so the rounding of the target counts.
-        report: rows to report the points on, instead of cross-validation or `options.test`.
+        report: rows to report the points on, instead of cross-validation; not with
+            `options.test`.
 
     Returns:
         The points, and what they were chosen from. With a reference, a point that promises nothing
@@ -97,6 +95,8 @@ def calibrate(
     path = Path(folder)
     options = options or CalibrationOptions()
     rows = list(read_rows(data, options.reading) if isinstance(data, str | Path) else data)
+    if report is not None and options.test is not None:
+        raise InputError("there are two sets of rows to report on", "give `report` or `test`")
     if options.test is not None:
         held_rows = list(read_rows(options.test, options.reading))
         report = Report(held_rows, Path(options.test).name)
@@ -107,9 +107,10 @@ def calibrate(
         without_drop = [bound for bound in options.bounds if bound.drop is None]
         usual = METRICS[task.problem_type][0]
         metric = options.metric or (AGREEMENT if len(without_drop) == len(options.goals) else usual)
-        warnings = _check(task, options, metric, rows, report)
+        least = LEAST_ROWS if reference is None else 1
+        warnings = _check(task, options, metric, rows, report, least)
         thresholds = decision_thresholds(task, options.thresholds)
-        # A conversion says so before it trains.
+        # With a reference, whoever has it says this before the classifier is converted.
         for bound in options.bounds if len(options.goals) == 1 and reference is None else ():
             for line in needs_in_words(bound, 0 in engine.manifest.exits):
                 logger.warning(line)
@@ -127,17 +128,14 @@ def calibrate(
         progress(f"time segments, batch {options.batch_size}", 0, 1)
         costs = measure_costs(engine, seen.lengths, options.batch_size)
         stopping_costs = StoppingCosts(seen, metric, costs.row_costs(seen.lengths))
-        search = Search(stopping_costs, partial(make_families, names=options.rules))
-        names = options.rules or [rule.name for rule in CONTENDERS]
-        every = tuple(dict.fromkeys([*names, *ALWAYS_SHOWN]))
-        wide = Search(stopping_costs, partial(make_families, names=every))
+        search = Search(stopping_costs, settings_lists(seen, options.rules))
         maker = _PointMaker(engine, options, progress, search, held)
         points = tuple(maker.points(engine.core.encode([row.content for row in rows])))
         default = options.default if options.default in options.goals else points[0].name
         chosen = next(point.rule for point in points if point.name == default)
         lost = stopping_costs.scorer.lost_label(exits_of(chosen, seen), engine.labels)
         if lost:
-            protected = "a promise about missed texts or the metric macro_f1 protects rare labels"
+            protected = "a promise about missed texts protects rare labels"
             warnings.append(f"at {default}, {lost}; {protected}")
         result = Calibration(
             folder=path,
@@ -147,7 +145,7 @@ def calibrate(
             test=None if held is None else held.rows,
             points=points,
             default=default,
-            search=wide,
+            search=search,
             layers=engine.manifest.exit_layers,
             hardware=hardware(engine.manifest.targets[engine.target].on_gpu, options.threads),
             warnings=tuple(warnings),
@@ -162,8 +160,17 @@ def _check(
     metric: str,
     rows: Sequence[Row],
     report: Report | None,
+    least: int,
 ) -> list[str]:
     """Refuse, before the model runs, what cannot be calibrated.
+
+    Args:
+        task: of the model.
+        options: what is asked for.
+        metric: that may drop.
+        rows: that choose.
+        report: the rows to report on.
+        least: how many different texts have to choose.
 
     Returns:
         Warnings about the rows.
@@ -178,7 +185,9 @@ def _check(
             f"choose from {', '.join(known)}",
         )
     texts = {row.content for row in rows}
-    if len(texts) < LEAST_ROWS and report is None:
+    if not texts:
+        raise InputError("there are no rows to calibrate on", "give rows like those to classify")
+    if len(texts) < least:
         raise InputError(
             f"{len(texts)} different texts are too few to choose on one part and judge on another",
             f"give at least {LEAST_ROWS}; about 600 are needed to confirm a drop of half a point",
@@ -224,8 +233,8 @@ class _PointMaker:
         for number, (name, goal) in enumerate(self.options.goals.items()):
             self.progress(f"choose {name}", number, len(self.options.goals))
             choose = self._choice(goal)
-            found = choose(self.search)
-            rule = found.rule or self.full_depth
+            certified = choose(self.search)
+            rule = certified.rule or self.full_depth
             yield Point(
                 rule=rule,
                 chosen_on=self._judge(rule, self.search.stopping_costs.scorer),
@@ -236,15 +245,15 @@ class _PointMaker:
                     str(batch): measure_speedup(self.engine, encoded, rule, batch)
                     for batch in sorted({1, self.options.batch_size})
                 },
-                certificate=found.certificate,
-                refusal=found.failed,
+                certificate=certified.certificate,
+                refusal=certified.failed,
             )
 
     def _choice(self, goal: Goal | Bound) -> _Choice:
         if isinstance(goal, Goal):
             return lambda search: Certified(search.choose(goal))
         labels = self.engine.manifest.task.labels
-        rule = (*self.options.rules, GUARANTEED_RULES[0])[0]
+        rule = self.options.rules[0]
         return lambda search: certify(search.stopping_costs, goal, labels, rule)
 
     def _held_out(self, rule: ExitRule, choose: _Choice) -> Outcome:

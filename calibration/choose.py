@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +15,7 @@ from ..runtime.errors import InputError
 from ..runtime.rules.measures import Array, Integers
 from ..runtime.rules.rules import Budget, ExitRule
 from .costs import StoppingCosts
-from .search import Family, exits_of, make_families
+from .settings import StopScores, exits_of
 
 # The estimated drop must stay below the goal by `_RESERVE / rows ** _RESERVE_POWER`, which is 0.085
 # points at 1,000 rows, but by at most the share `_MOST_RESERVE` of it: the fastest of many settings
@@ -26,62 +27,56 @@ PARTS = 5
 """How many parts rows are dealt into: each part is judged with what the others choose."""
 
 
-Make = Callable[[StoppingCosts], list[Family]]
-"""Makes the settings that compete on some rows."""
+@dataclass(frozen=True)
+class Tried:
+    """What a list of settings gives on some rows.
+
+    Attributes:
+        settings: the settings, from cautious to bold.
+        costs: `[settings]` mean seconds of a row.
+        drops: `[settings]` estimated drops of the metric as shares.
+    """
+
+    settings: Sequence[ExitRule]
+    costs: Array
+    drops: Array
 
 
 class Search:
-    """All settings that compete on some rows, with what they cost and lose.
+    """Lists of settings on some rows, with what they cost and lose.
 
     Args:
         costs: the rows, and what they cost and lose.
-        make: makes the settings.
+        lists: the settings, each list from cautious to bold, see `settings_lists`.
     """
 
-    def __init__(self, costs: StoppingCosts, make: Make = make_families) -> None:
+    def __init__(self, costs: StoppingCosts, lists: Sequence[Sequence[ExitRule]]) -> None:
         self.stopping_costs = costs
-        self._make = make
-        self._full_cost = float(costs.costs[-1].mean())
+        self._lists = lists
 
     @cached_property
-    def families(self) -> list[Family]:
-        """The settings."""
-        return self._make(self.stopping_costs)
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of rules that there are, see `kind_of`."""
-        return tuple(dict.fromkeys(family.kind for family in self.families))
-
-    @cached_property
-    def _settings(self) -> tuple[list[ExitRule], list[str], Array, Array, Array]:
-        """Of full depth and of all settings: rules, kinds, mean costs, drops, and drops for goals.
-
-        An estimate that falls from a cautious setting to a bolder one of its family is taken for
-        luck: for goals, the larger one counts for both.
-        """
+    def tried(self) -> list[Tried]:
+        """What each list gives."""
         costs = self.stopping_costs
-        families = self.families
-        drops = [costs.drops(family.exits) for family in families]
-        means = [costs.mean_costs(family.exits) for family in families]
-        full_depth = Budget(exit=costs.rows.exits[-1])
-        return (
-            [full_depth, *(rule for family in families for rule in family.rules)],
-            ["budget", *(family.kind for family in families for _ in family.rules)],
-            np.concatenate([[self._full_cost], *means]),
-            np.concatenate([[0.0], *drops]),
-            np.concatenate([[0.0], *map(np.maximum.accumulate, drops)]),
-        )
+        stop = StopScores(costs.rows)
+        tried = []
+        for settings in self._lists:
+            exits = stop.exits(settings)
+            mean_costs = np.array([costs.mean_cost(each) for each in exits])
+            drops = np.array([costs.drop(each) for each in exits])
+            tried.append(Tried(settings, mean_costs, drops))
+        return tried
 
-    def choose(self, goal: Goal, kinds: Collection[str] = ()) -> ExitRule | None:
+    def choose(self, goal: Goal) -> ExitRule | None:
         """The best setting for a goal.
 
         For a drop, this is the fastest setting whose estimated drop is at most the goal, less a
-        reserve (`_RESERVE`).
+        reserve (`_RESERVE`). An estimate that falls from a cautious setting to a bolder one of its
+        list is taken for luck: the larger one counts for both. For a speed-up, it is the setting
+        with the smallest estimated drop among those that are fast enough.
 
         Args:
-            goal: what is asked for; whether it is guaranteed makes no difference here.
-            kinds: the kinds of settings to choose from, see `kind_of`; empty means all.
+            goal: what is asked for.
 
         Returns:
             The setting; None for full depth, if no faster setting qualifies.
@@ -89,28 +84,32 @@ class Search:
         Raises:
             InputError: no setting is as fast as the goal demands.
         """
-        rules, names, costs, drops, worst = self._settings
-        if kinds:
-            costs = np.where(np.isin(names, list(kinds)), costs, np.inf)
+        rows = self.stopping_costs.rows
+        full_cost = self.stopping_costs.mean_cost(np.full(len(rows), rows.exits[-1]))
+        full_depth = Tried([Budget(exit=rows.exits[-1])], np.array([full_cost]), np.zeros(1))
+        tried = [full_depth, *self.tried]
+        settings = [setting for each in tried for setting in each.settings]
+        costs = np.concatenate([each.costs for each in tried])
+        drops = np.concatenate([each.drops for each in tried])
         if goal.speedup is None:
             assert goal.max_drop is not None
             allowed = goal.max_drop / 100
-            reserve = _RESERVE / len(self.stopping_costs.rows) ** _RESERVE_POWER
+            reserve = _RESERVE / len(rows) ** _RESERVE_POWER
             allowed -= min(reserve, _MOST_RESERVE * allowed)
-            costs = np.where(worst <= allowed + 1e-12, costs, np.inf)
-            place = int(costs.argmin())
+            worst = np.concatenate([np.maximum.accumulate(each.drops) for each in tried])
+            place = int(np.where(worst <= allowed + 1e-12, costs, np.inf).argmin())
         else:
-            fast = np.flatnonzero(costs <= self._full_cost / goal.speedup)
+            fast = np.flatnonzero(costs <= full_cost / goal.speedup)
             if not len(fast):
                 fastest = int(costs.argmin())
                 raise InputError(
                     f"no setting is {goal.speedup:g} times as fast here: the fastest is "
-                    f"{self._full_cost / costs[fastest]:.2f} times as fast, with an estimated drop "
+                    f"{full_cost / costs[fastest]:.2f} times as fast, with an estimated drop "
                     f"of {100 * drops[fastest]:.1f} points",
                     "ask for a smaller speed-up, or train a model with an earlier exit",
                 )
             place = int(fast[np.lexsort((costs[fast], drops[fast]))[0]])
-        return rules[place] if costs[place] < self._full_cost else None
+        return settings[place] if costs[place] < full_cost else None
 
     @cached_property
     def _folds(self) -> list[Search]:
@@ -118,7 +117,7 @@ class Search:
         parts = deal(len(self.stopping_costs.rows))
         costs = self.stopping_costs
         return [
-            Search(costs.take(np.flatnonzero(parts != part)), self._make) for part in range(PARTS)
+            Search(costs.take(np.flatnonzero(parts != part)), self._lists) for part in range(PARTS)
         ]
 
     def held_out(self, choose: Callable[[Search], ExitRule | None]) -> Integers:

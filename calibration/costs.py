@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,25 +139,24 @@ class StoppingCosts:
         if metric != AGREEMENT:
             self.losses = expected_losses(self.scorer)
 
-    def drops(self, exits: NDArray[np.int16]) -> Array:
-        """Estimated drops of the metric as shares, `[settings]`.
+    def drop(self, exits: NDArray[np.integer[Any]]) -> float:
+        """The estimated drop of the metric as a share.
 
         If the metric is not a mean over rows, it is the drop on these rows, or that of the share of
         right answers if that is larger: it varies less.
 
         Args:
-            exits: `[settings, rows]` the exit of each row.
+            exits: `[rows]` the exit of each row.
         """
         at = self.rows.at(exits)
-        drops = estimated(self.observed[at], self.losses[at])
+        drop = float(estimated(self.observed[at], self.losses[at]))
         if self.scorer.is_row_mean:
-            return drops
-        scores = [self.scorer.score(each) for each in exits]
-        return np.maximum(drops, self.scorer.full_depth - np.array(scores))
+            return drop
+        return max(drop, self.scorer.full_depth - self.scorer.score(exits))
 
-    def mean_costs(self, exits: NDArray[np.int16]) -> Array:
-        """Mean seconds of a row, `[settings]`; the argument is that of `drops`."""
-        return np.asarray(self.costs[self.rows.at(exits)].mean(axis=-1))
+    def mean_cost(self, exits: NDArray[np.integer[Any]]) -> float:
+        """Mean seconds of a row; the argument is that of `drop`."""
+        return float(self.costs[self.rows.at(exits)].mean())
 
     def take(self, numbers: NDArray[np.intp]) -> StoppingCosts:
         """The same for some of the rows, whose probabilities are calibrated again."""

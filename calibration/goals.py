@@ -13,8 +13,10 @@ from ..runtime.files import ReadOptions
 from ..runtime.rules.rules import RULES
 
 _POINT_NAMES = {"drop": "risk", "changed_answers": "changed"}
+DEFAULT_RULE = "confidence"
+"""The rule that is calibrated if none is named: in the study no other rule saves clearly more."""
 GUARANTEED_RULES = ("confidence", "entropy")
-"""The rules that have a fixed list of thresholds, which a guarantee needs; the first is used."""
+"""The rules whose lists of settings are known before any row is seen, which a guarantee needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +126,8 @@ class CalibrationOptions:
             `exact_match`, `micro_f1` or `macro_f1`; for both `agreement` with full depth, which
             needs no labels. None means the first of these, or agreement if there are only
             guarantees, and only on decisions.
-        rules: names of the exit rules to choose from, of `runtime.RULES`; empty means the
-            contenders, or confidence for what is guaranteed.
+        rules: names of the exit rules to choose from, of `runtime.RULES`; for what is guaranteed,
+            one of confidence and entropy.
         target: a built target; None means the default of the manifest.
         test: a file with more rows to report the points on, instead of cross-validation.
         reading: how the files of rows are read.
@@ -150,7 +152,7 @@ class CalibrationOptions:
     goals: Mapping[str, Goal | Bound] = field(default_factory=lambda: dict(DEFAULT_GOALS))
     default: str = "balanced"
     metric: str | None = None
-    rules: tuple[str, ...] = ()
+    rules: tuple[str, ...] = (DEFAULT_RULE,)
     target: str | None = None
     test: str | Path | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
@@ -168,13 +170,15 @@ class CalibrationOptions:
                 )
             if isinstance(goal, Goal):
                 _check_goal(name, goal)
+        if not self.rules:
+            raise InputError("no exit rule is given", "give `rules`, or leave it out")
         for rule in self.rules:
             if rule not in RULES:
                 raise InputError(
                     f"exit rule {rule!r} does not exist", f"choose from {', '.join(RULES)}"
                 )
         # A guarantee tests a list of thresholds that is known before any row is seen.
-        if self.bounds and self.rules and self.rules not in [(rule,) for rule in GUARANTEED_RULES]:
+        if self.bounds and self.rules not in [(rule,) for rule in GUARANTEED_RULES]:
             name = next(name for name, goal in self.goals.items() if isinstance(goal, Bound))
             raise InputError(
                 f"{name!r} is guaranteed, so it cannot choose from {', '.join(self.rules)}: its "

@@ -4,9 +4,9 @@ This is Learn then Test (Angelopoulos et al., 2110.01052) with fixed-sequence te
 of settings, known before any row is seen, is tested from cautious to bold. A setting passes only if
 *every* promise passes on the rows that it is about, which needs no correction for the number of
 promises. The first setting that fails ends the sequence, and the last one that passed is certified.
-Full depth comes first. With exit 0 there is a second sequence, in which exit 0 answers the texts
-that are four times as sure as the last layer has to be. If there are rows enough, both are tested,
-each at half of 1 - confidence, and the faster result counts.
+Full depth comes first. With exit 0 there is a second list, in which exit 0 answers the texts of
+which it is as sure as the last exit has to be. If there are rows enough, both are tested, each at
+half of 1 - confidence, and the faster result counts.
 
 A test asks whether the expected loss could be above the bound. It is exact for any number of rows,
 see `most_losses`. F1 and Matthews correlation are not means over rows. For them, the same bound
@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,19 +30,15 @@ from ..runtime.artifact.manifest import ProblemType, Task
 from ..runtime.artifact.operating_point import Certificate, Promise
 from ..runtime.errors import InputError
 from ..runtime.rules.measures import Array, Integers
-from ..runtime.rules.rules import Budget, Confidence, Entropy, ExitRule
+from ..runtime.rules.rules import Budget, ExitRule
 from .costs import StoppingCosts, observed_losses
-from .goals import Bound
+from .goals import DEFAULT_RULE, Bound
 from .result import drop_interval
 from .scoring import LabelledLogits, Scorer
-from .search import StopScores, stricter_early, with_exit_0
+from .settings import StopScores, settings_lists
 
-# Steps of 1 - confidence at the last exit: few where only over-confident models need them, then
-# many, because a step that is finer certifies a setting that is a little bolder.
-_CAUTIOUS = np.geomspace(1e-10, 1e-4, 60, endpoint=False)
-_STEPS = 340
-# Exit 0 answers from 1 - p of a quarter of the last layer's on.
-_EXIT_0_SHARE = 0.25
+# Each further list would halve the level again.
+_EXIT_0_POWERS = (1.0,)
 _log_factorial = np.vectorize(lambda count: math.lgamma(count + 1))
 _RESAMPLES = 500
 # More gains than these count as these.
@@ -90,7 +86,7 @@ def decision_thresholds(task: Task, thresholds: Mapping[str, float]) -> tuple[fl
 
 
 def check_possible(bound: Bound, task: Task, reference: NDArray[np.float32]) -> None:
-    """Refuse, before anything slow, what could not be certified even without a changed decision.
+    """Refuse, before anything is trained, what cannot be certified even if nothing changes.
 
     Args:
         bound: what is asked for.
@@ -126,7 +122,7 @@ def check_possible(bound: Bound, task: Task, reference: NDArray[np.float32]) -> 
 
 
 def certify(
-    costs: StoppingCosts, bound: Bound, labels: Sequence[str], rule: str = "confidence"
+    costs: StoppingCosts, bound: Bound, labels: Sequence[str], rule: str = DEFAULT_RULE
 ) -> Certified:
     """The boldest setting that keeps all promises of a bound.
 
@@ -139,19 +135,19 @@ def certify(
     """
     rows = costs.rows
     level = 1 - bound.confidence
-    starts = [False]
+    lists = settings_lists(rows, (rule,), _EXIT_0_POWERS)
     tests = [_Test(costs.scorer, promise, labels, level) for promise in bound.promises]
     if rows.first_exit == 0:
         halves = [_Test(costs.scorer, promise, labels, level / 2) for promise in bound.promises]
         # With fewer rows, nothing could pass at half of the level.
         if all(test.most[0] >= 0 for test in halves):
             tests = halves
-            starts = [False, True]
+        else:
+            lists = lists[:1]
     stop = StopScores(rows)
     full_depth = Budget(exit=rows.exits[-1])
-    found = []
-    for at_exit_0 in starts:
-        settings = sequence(rows, rule, at_exit_0)
+    results = []
+    for settings in lists:
         exits = np.vstack([stop.exits([full_depth]), stop.exits(settings)])
         # A setting that stops all rows where the one before does passes or fails like it.
         changes = np.append(True, (exits[1:] != exits[:-1]).any(axis=1))
@@ -164,9 +160,9 @@ def certify(
             if failed:
                 break
             passed = [full_depth, *settings][number]
-            mean_cost = float(costs.mean_costs(now))
-        found.append((mean_cost, passed, failed))
-    _, best, failed = min(found, key=lambda each: each[0])
+            mean_cost = costs.mean_cost(now)
+        results.append((mean_cost, passed, failed))
+    _, best, failed = min(results, key=lambda each: each[0])
     if best is None or (best == full_depth and rows.reference is None):
         needs = needs_in_words(bound, rows.first_exit == 0)
         return Certified(best, None, "; ".join(filter(None, [failed, *needs])))
@@ -176,31 +172,6 @@ def certify(
         label_thresholds=dict(bound.thresholds),
     )
     return Certified(best, certificate)
-
-
-def sequence(rows: LabelledLogits, rule: str, at_exit_0: bool) -> list[ExitRule]:
-    """The settings to test after full depth, from cautious to bold; no row decides about them.
-
-    Args:
-        rows: rows of the model; only its labels, exits and thresholds count.
-        rule: `confidence` or `entropy`.
-        at_exit_0: whether exit 0 may answer.
-    """
-    single = rows.problem_type is ProblemType.SINGLE_LABEL
-    labels = rows.logits.shape[2]
-    base: ExitRule = Confidence(threshold=0.0, label_thresholds=rows.decision_thresholds)
-    largest = 1.0
-    boldest = 0.95 if single and not rows.decision_thresholds else 0.5
-    if rule == "entropy":
-        base = Entropy(threshold=0.0)
-        boldest = 0.95
-        largest = math.log(labels) if single else labels * math.log(2)
-    doubts = np.concatenate([_CAUTIOUS, np.geomspace(1e-4, boldest, _STEPS)])
-    limits = stricter_early(largest * doubts, rows.exits[-1])
-    settings = [base.with_stop_threshold(each) for each in limits]
-    if not at_exit_0:
-        return settings
-    return [*map(with_exit_0, settings, _EXIT_0_SHARE * doubts)]
 
 
 class _Test:
@@ -264,6 +235,8 @@ class _Test:
     def in_words(self, exits: Integers) -> str:
         """What these rows show, for a setting that does not pass."""
         lost = self.lost(exits)
+        if self.most[0] < 0:
+            return f"{len(lost)} texts are too few"
         full_depth = (exits == self._scorer.rows.exits[-1]).all()
         setting = "full depth" if full_depth else "the next setting"
         what = "losses" if self.promise.of == "drop" else self.promise.of.replace("_", " ")
@@ -344,13 +317,43 @@ def _binomial(counts: Integers, rows: Integers | int, chance: Array | float) -> 
     """The probabilities of counts among rows, exactly."""
     rest = np.maximum(rows - counts, 0)
     ways = _log_factorial(rows) - _log_factorial(counts) - _log_factorial(rest)
-    found = np.exp(ways + counts * np.log(chance) + rest * np.log1p(-chance))
-    return np.where(counts <= rows, found, 0.0)
+    chances = np.exp(ways + counts * np.log(chance) + rest * np.log1p(-chance))
+    return np.where(counts <= rows, chances, 0.0)
 
 
 def binomial_tail(count: int, rows: int, risk: float) -> float:
     """P(Binomial(rows, risk) <= count), exactly."""
     return float(_binomial(np.arange(count + 1), rows, risk).sum())
+
+
+def share_interval(count: int, rows: int, level: float = 0.95) -> tuple[float, float]:
+    """The exact interval of a share (Clopper and Pearson, 1934).
+
+    Args:
+        count: how many of the rows have it.
+        rows: how many rows there are.
+        level: the confidence level.
+    """
+    tail = (1 - level) / 2
+
+    def share_where(is_below: Callable[[float], bool]) -> float:
+        low = 0.0
+        high = 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            if is_below(middle):
+                low = middle
+            else:
+                high = middle
+        return high
+
+    low = 0.0
+    high = 1.0
+    if count > 0:
+        low = share_where(lambda share: 1 - binomial_tail(count - 1, rows, share) < tail)
+    if count < rows:
+        high = share_where(lambda share: binomial_tail(count, rows, share) > tail)
+    return low, high
 
 
 def rows_needed(share: float, level: float) -> tuple[int, int]:
@@ -376,9 +379,9 @@ def needs_in_words(bound: Bound, has_exit_0: bool) -> list[str]:
 
     Args:
         bound: what is asked for.
-        has_exit_0: whether two sequences are tested, so that each gets half of the level.
+        has_exit_0: whether two lists are tested, so that each gets half of the level.
     """
-    found = []
+    lines = []
     for of, share in bound.shares.items():
         least, good = rows_needed(share, 1 - bound.confidence)
         if has_exit_0:
@@ -386,5 +389,5 @@ def needs_in_words(bound: Bound, has_exit_0: bool) -> list[str]:
         rows = {"missed": "flagged texts", "false_alarms": "texts that are not flagged"}
         name = "points of drop" if of == "drop" else f"% {of.replace('_', ' ')}"
         counts = f"{least:,} {rows.get(of, 'texts')} are the least, and {good:,} give a good chance"
-        found.append(f"at most {100 * share:g} {name}: {counts}")
-    return found
+        lines.append(f"at most {100 * share:g} {name}: {counts}")
+    return lines

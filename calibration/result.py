@@ -21,7 +21,6 @@ from ..runtime.targets import rule_of, target_of
 from .choose import Search
 from .goals import Bound
 from .scoring import AGREEMENT, LabelledLogits, Scorer
-from .search import kind_of
 
 _RESAMPLES = 2000
 
@@ -99,19 +98,6 @@ class Point:
     certificate: Certificate | None = None
     refusal: str = ""
 
-    @property
-    def is_judged(self) -> bool:
-        """Whether the rows of `held_out` were judged with a setting that stops rows.
-
-        They are not if the parts of the rows confirm no faster setting, although all rows do.
-        """
-        return any(self.held_out.exits[:-1]) or not any(self.chosen_on.exits[:-1])
-
-    @property
-    def kind(self) -> str:
-        """The kind of its rule, see `kind_of`."""
-        return kind_of(self.rule)
-
 
 @dataclass(frozen=True)
 class Calibration:
@@ -125,7 +111,7 @@ class Calibration:
         test: the trace of the rows that the points are reported on; None if cross-validated.
         points: the operating points.
         default: the point that runs if none is named.
-        search: the settings that the report shows; not public.
+        search: the settings that the points were chosen from; not public.
         layers: the layer of each exit.
         hardware: what the points were measured on.
         warnings: what is wrong with the rows without making the result useless.
@@ -142,6 +128,15 @@ class Calibration:
     layers: tuple[int, ...]
     hardware: str
     warnings: tuple[str, ...] = ()
+
+    def is_judged(self, point: Point) -> bool:
+        """Whether a point was judged on other rows with a setting that stops rows.
+
+        With cross-validation it is not if four fifths of the rows confirm no faster setting,
+        although all rows do.
+        """
+        stops = any(point.held_out.exits[:-1])
+        return stops or self.test is not None or not any(point.chosen_on.exits[:-1])
 
     @property
     def full_depth_score(self) -> float:
@@ -248,15 +243,15 @@ def with_points(engines: EnginesFolder, result: Calibration, data_sha256: str) -
     Args:
         engines: the folder.
         result: the calibration.
-        data_sha256: hash of the rows that chose the points, see `trace.data_sha256`.
+        data_sha256: hash of the rows that chose the points, see `runtime.files.rows.data_sha256`.
     """
     target = engines.manifest.targets[result.target]
     kept = [p for p in result.points if p.certificate or result.rows.reference is None]
     if not kept:
         return engines
     points = {point.name: _record(point, result, target, data_sha256) for point in kept}
-    points = target.operating_points | points
-    changed = with_operating_points(target, points, result.default)
+    default = result.default if result.default in points else kept[0].name
+    changed = with_operating_points(target, target.operating_points | points, default)
     return engines.with_target(result.target, changed)
 
 

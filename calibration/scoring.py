@@ -97,10 +97,10 @@ class LabelledLogits:
         outputs = map(self._outputs, every)
         if self.decision_thresholds:
             thresholds = self.decision_thresholds
-            found = [(each.margins(thresholds) > 0).astype(np.int64) for each in outputs]
+            decisions = [(each.margins(thresholds) > 0).astype(np.int64) for each in outputs]
         else:
-            found = [each.answers for each in outputs]
-        return np.stack(found[: len(self.logits)]), found[-1]
+            decisions = [each.answers for each in outputs]
+        return np.stack(decisions[: len(self.logits)]), decisions[-1]
 
     def _outputs(self, logits: NDArray[np.float32]) -> Outputs:
         return Outputs(logits, self.problem_type, self.label_thresholds)
@@ -176,11 +176,11 @@ class Scorer:
         occurs = (predicted + truth > 0).sum(axis=-1)
         return np.asarray(by_label.sum(axis=-1) / np.maximum(occurs, 1))
 
-    def at(self, exits: Integers) -> Array:
+    def at(self, exits: NDArray[np.integer[Any]]) -> Array:
         """The terms `[rows, terms]` of rows that stop at given exits."""
         return np.asarray(self.sums[self.rows.at(exits)])
 
-    def score(self, exits: Integers) -> float:
+    def score(self, exits: NDArray[np.integer[Any]]) -> float:
         """The metric of rows that stop at given exits."""
         return float(self.value(self.at(exits).sum(axis=0)))
 

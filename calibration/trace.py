@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ..runtime.artifact.folder import write_whole
 from ..runtime.artifact.manifest import Manifest, Task
 from ..runtime.artifact.untrusted.arrays import read_arrays
-from ..runtime.check import requirements_of
+from ..runtime.check import logit_differences, requirements_of
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError
 from ..runtime.files import Row
@@ -112,7 +112,8 @@ def trace_rows(
         write_whole(path, file.getvalue())
     thresholds = task.label_thresholds
     first = manifest.exits[0]
-    return LabelledLogits(*kept, expected, task.problem_type, thresholds, first)
+    logits, lengths = kept
+    return LabelledLogits(logits, lengths, expected, task.problem_type, thresholds, first)
 
 
 def _is_true(kept: _Trace, engine: Engine, rows: Sequence[Row]) -> bool:
@@ -126,7 +127,7 @@ def _is_true(kept: _Trace, engine: Engine, rows: Sequence[Row]) -> bool:
     drawn = np.random.default_rng().choice(len(rows), min(len(rows), _SAMPLE), replace=False)
     fresh = engine.trace([rows[number].content for number in drawn])
     rounding = requirements_of(engine.target, engine.manifest).tie
-    differences = np.abs(fresh.logits - logits[:, drawn])
+    differences = logit_differences(fresh.logits, logits[:, drawn])
     same_lengths = np.array_equal(fresh.lengths, lengths[drawn])
     return same_lengths and bool(differences.max(initial=0.0) <= rounding)
 

@@ -55,7 +55,12 @@ def check_output(folder: Path, force: bool, inputs: Iterable[str | Path | None] 
         )
     if not force:
         raise ArtifactError(f"{folder} already holds an engines folder", "replace it with `force`")
-    others = sorted(path.name for path in folder.iterdir() if path.name not in ENGINES_CONTENT)
+    others = sorted(
+        path.name
+        for path in folder.iterdir()
+        # What a process that was killed has left is ours as well.
+        if path.name not in ENGINES_CONTENT and not path.name.startswith(".manifest-")
+    )
     if others:
         raise ArtifactError(
             f"{folder} also holds {others[0]}, which no export wrote, and is replaced as a whole",

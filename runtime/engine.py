@@ -347,7 +347,7 @@ class Engine:
         """Run tokenized rows as one window, with the hidden states of all rows in memory.
 
         Args:
-            rows: the result of `encode`.
+            rows: tokenized texts, such as those of a tokenizer of your own.
             rule: the rule.
 
         Returns:

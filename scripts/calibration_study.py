@@ -42,7 +42,7 @@ from fpabee.calibration.choose import Search
 from fpabee.calibration.costs import StoppingCosts
 from fpabee.calibration.guarantee import certify
 from fpabee.calibration.scoring import AGREEMENT, METRICS, Scorer
-from fpabee.calibration.search import StopScores, with_exit_0
+from fpabee.calibration.settings import StopScores, settings_lists, with_exit_0
 from fpabee.commands.command import exits_with_one_line
 from fpabee.runtime import Budget, Confidence, ExitRule, ProblemType
 
@@ -245,7 +245,8 @@ def calibrate(
             drop, share, saving = truth.of(chosen, metric, goal)
         else:
             if search is None:
-                search = Search(with_layers(population.take(order[:half]), metric))
+                some = population.take(order[:half])
+                search = Search(with_layers(some, metric), settings_lists(some))
                 others = Truth(population.take(order[half:]))
             chosen = search.choose(goal) or full_depth
             drop, share, saving = others.of(chosen, metric, goal)

@@ -49,7 +49,7 @@ from fpabee.calibration import Bound
 from fpabee.calibration.costs import StoppingCosts
 from fpabee.calibration.guarantee import certify
 from fpabee.calibration.scoring import AGREEMENT, Scorer
-from fpabee.calibration.search import exits_of
+from fpabee.calibration.settings import exits_of
 from fpabee.calibration.trace import trace_rows
 from fpabee.commands.command import exits_with_one_line
 from fpabee.commands.convert import to_dict

@@ -38,7 +38,7 @@ from reproduce import EXIT_0, RUNS, engines_of, train_run
 from systems import ENVIRONMENTS, OTHERS, System, measure, read
 
 from fpabee.calibration import DEFAULT_GOALS, Bound, CalibrationOptions, Goal, calibrate
-from fpabee.calibration.search import CASCADE
+from fpabee.calibration.settings import settings_lists
 from fpabee.commands.command import exits_with_one_line
 from fpabee.exporter.targets import build_targets
 from fpabee.exporter.targets.builders import INT8_TARGETS, OPENVINO_TARGETS, buildable
@@ -124,8 +124,9 @@ def systems(
         settings = {"engines": str(converted), "target": manifest.default_target}
         yield System("fpabee-converted", "fpabee", settings=settings | {"rule": rule.to_dict()})
     rows, layers = reproduce.trace(engines, dev)
-    search = reproduce.search_by_layers(rows, layers)
-    cascade = reproduce.choose(search, BALANCED, [CASCADE])
+    # The last list of the last exit: exit 0 answers, or else all layers run.
+    cascades = settings_lists(rows, ["budget"])[-1:]
+    cascade = reproduce.choose(reproduce.search_by_layers(rows, layers, cascades), BALANCED)
     limit = cascade.exit_0_threshold if cascade else None
     yield runs("one-graph", whole, None)
     yield runs(
@@ -134,7 +135,8 @@ def systems(
     yield runs("exit-0-alone", engines, Budget(exit=0))
     yield runs("cascade", whole, Budget(exit=1, exit_0_threshold=limit))
     yield runs(f"first-{CUT}-layers", short, None)
-    as_fast = reproduce.choose(search, Goal(speedup=layers[-1] / CUT), search.kinds)
+    search = reproduce.search_by_layers(rows, layers, settings_lists(rows))
+    as_fast = reproduce.choose(search, Goal(speedup=layers[-1] / CUT))
     if as_fast is not None:
         yield runs(f"exits-{CUT}-layers", engines, as_fast)
 

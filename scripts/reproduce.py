@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ from typing import Any
 import click
 import numpy as np
 
-from fpabee.calibration.choose import Make, Search
+from fpabee.calibration.choose import Search
 from fpabee.calibration.costs import StoppingCosts
 from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
-from fpabee.calibration.search import Family, exits_of, families_of, make_families, settings_of
+from fpabee.calibration.settings import exits_of, settings_lists
 from fpabee.calibration.trace import trace_rows
 from fpabee.commands.command import exits_with_one_line
 from fpabee.commands.console import step_progress
@@ -41,7 +41,7 @@ from fpabee.exporter.training.workflow import has_fast_bf16
 from fpabee.runtime import Engine, ExitRule, Goal, InputError, ProblemType
 from fpabee.runtime.files import read_rows
 from fpabee.runtime.rules.measures import Measure
-from fpabee.runtime.rules.rules import RULES, Entropy, FPabee
+from fpabee.runtime.rules.rules import RULES
 
 RESULTS = Path(__file__).parent / "results"
 MINILM = "all-MiniLM-L6-v2"
@@ -49,6 +49,8 @@ MPNET = "all-mpnet-base-v2"
 SAVINGS = (0.25, 0.5, 0.75)
 EXIT_0 = "-exit-0"
 """Suffix of the names of runs with exit 0 and self-distillation."""
+PER_EXIT = " per exit"
+"""Suffix of the kinds of rules with a threshold for each exit, as calibration makes them."""
 COMPARED = ("pabee", "entropy", "confidence", "pcee", "fpabee per exit", "entropy per exit")
 
 
@@ -143,43 +145,55 @@ def trace(engines: Path, data: Path) -> tuple[LabelledLogits, list[int]]:
 
 
 def search_by_layers(
-    rows: LabelledLogits, layers: Sequence[int], make: Make = make_families
+    rows: LabelledLogits, layers: Sequence[int], lists: Sequence[Sequence[ExitRule]]
 ) -> Search:
     """Settings of rules, to choose by the number of layers instead of measured times.
 
     Args:
         rows: the rows that choose.
         layers: the layer of each exit.
-        make: makes the settings that compete.
+        lists: the settings, see `settings_lists`.
     """
     costs = np.repeat(np.array(layers, float)[:, None], len(rows), axis=1)
-    return Search(StoppingCosts(rows, METRICS[rows.problem_type][0], costs), make)
+    return Search(StoppingCosts(rows, METRICS[rows.problem_type][0], costs), lists)
 
 
-def every_setting(costs: StoppingCosts) -> list[Family]:
-    """All settings of all rules, with all measures of F-PABEE."""
-    exits = costs.rows.exits
-    measures = tuple(Measure)
-    rules = [rule for name in RULES for rule in settings_of(name, exits, measures)]
-    return families_of(costs, rules, (Entropy, FPabee))
+def lists_by_kind(rows: LabelledLogits) -> dict[str, list[list[ExitRule]]]:
+    """The settings of each kind of rule, with all measures of F-PABEE.
+
+    Rules have one threshold for all exits, as in the paper; those of `PER_EXIT` have one for each.
+    """
+    lists = {}
+    for name in RULES:
+        every = settings_lists(rows, [name], measures=tuple(Measure))
+        lists[name] = [[*map(with_one_threshold, settings)] for settings in every]
+        per_exit = [each for each in every if each[0].stop_thresholds.ndim]
+        if name + PER_EXIT in COMPARED:
+            lists[name + PER_EXIT] = per_exit
+    return lists
 
 
-def choose(search: Search, goal: Goal, kinds: Collection[str]) -> ExitRule | None:
-    """The best setting of some kinds; None if no setting but full depth meets the goal."""
+def with_one_threshold(rule: ExitRule) -> ExitRule:
+    """The rule with the threshold of the last exit at all exits."""
+    return rule.with_stop_threshold(rule.stop_thresholds.flat[-1])
+
+
+def choose(search: Search, goal: Goal) -> ExitRule | None:
+    """The best setting; None if no setting but full depth meets the goal."""
     try:
-        return search.choose(goal, kinds)
+        return search.choose(goal)
     except InputError:  # No setting is as fast.
         return None
 
 
 def compare(dev: LabelledLogits, test: LabelledLogits, layers: Sequence[int]) -> dict[str, Any]:
     """Every kind of rule at every saving: chosen on dev, evaluated on test."""
-    search = search_by_layers(dev, layers, every_setting)
     scorer = Scorer(test, METRICS[dev.problem_type][0])
     settings = []
-    for kind in search.kinds:
+    for kind, lists in lists_by_kind(dev).items():
+        search = search_by_layers(dev, layers, lists)
         for saving in SAVINGS:
-            chosen = choose(search, Goal(speedup=1 / (1 - saving)), [kind])
+            chosen = choose(search, Goal(speedup=1 / (1 - saving)))
             if chosen is None:
                 continue
             exits = exits_of(chosen, test)

@@ -15,7 +15,7 @@ import click
 from fpabee.commands import main
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("runtime", "exporter", "calibration")
+PACKAGES = ("runtime", "exporter", "calibration", "src/fpabee/commands")
 
 
 def code_lines(folders: Sequence[str]) -> int:

@@ -15,8 +15,9 @@ from ..result import Calibration
 from .curves import curves
 
 # The palette of Okabe and Ito, for readers with colour blindness; dashes and markers differ, too.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9")
-_DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
+# There may be as many curves as rules.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#F0E442", "#999999")
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
 _POINT_MARKERS = ("o", "s", "D", "^", "v", "P")
 _STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
@@ -58,15 +59,14 @@ def _depth(result: Calibration) -> Figure:
     figure = Figure(figsize=(_WIDTH, 5.2), layout="constrained")
     metric = result.points[0].held_out.metric
     axes = figure.subplots()
-    found = curves(result)
-    for number, (kind, settings) in enumerate(found.items()):
+    for number, (rule, settings) in enumerate(curves(result).items()):
         axes.plot(
             [depth for depth, _ in settings],
             [-drop for _, drop in settings],
             color=_COLOURS[number],
             linestyle=_DASHES[number],
             marker=".",
-            label=kind,
+            label=rule,
         )
     axes.axhline(0, color="black", linewidth=1, label="full depth")
     for number, point in enumerate(result.points):

@@ -6,12 +6,13 @@ import math
 
 from ...runtime.artifact.operating_point import Goal
 from ...runtime.rules.rules import Budget
+from ..guarantee import share_interval
 from ..result import Calibration, Outcome, Point
 from ..scoring import AGREEMENT, ROW_MEANS
 
 
 def exit_0_in_words(point: Point) -> str:
-    """What exit 0 answers: `86 % of rows, 0.4 % of them unlike full depth`.
+    """What exit 0 answers: `86 % of rows, 0.4 % of them changed`.
 
     The first share is that of the setting that will run. Rows that chose it would flatter the
     second one, so that is of the rows that `held_out` is about.
@@ -23,7 +24,7 @@ def exit_0_in_words(point: Point) -> str:
     share = f"{100 * runs.exits[0] / runs.rows:.0f} % of rows"
     if not held.exits[0]:
         return share
-    return f"{share}, {100 * held.exit_0_changed / held.exits[0]:.1f} % of them unlike full depth"
+    return f"{share}, {100 * held.exit_0_changed / held.exits[0]:.1f} % of them changed"
 
 
 def promise_in_words(point: Point, result: Calibration) -> str:
@@ -32,14 +33,15 @@ def promise_in_words(point: Point, result: Calibration) -> str:
     goal = point.goal
     if point.refusal:
         return f"No guarantee: every text runs through all layers, since {point.refusal}"
-    if point.rule == Budget(exit=result.rows.exits[-1]):
+    is_full_depth = point.rule == Budget(exit=result.rows.exits[-1])
+    if is_full_depth and point.certificate is None:
         return (
             "nothing is lost, but these rows confirm no faster setting: give more rows, or allow a "
             "larger drop"
         )
     where = "rows that did not choose it" if result.test is None else result.held_out
     judged = f"on {where}: {_lost_in_words(held)}"
-    if not point.is_judged:
+    if not result.is_judged(point):
         judged = (
             "its drop on other rows is not known, because four fifths of these rows confirm no "
             "faster setting: give separate rows as `test`"
@@ -48,7 +50,8 @@ def promise_in_words(point: Point, result: Calibration) -> str:
         rows = " and ".join(f"{each.rows:,}" for each in point.certificate.promises)
         tested = f"tested on {rows} of {len(result.rows):,} texts"
         about = "" if held.metric in ROW_MEANS else " (about)"  # see `guarantee`
-        return f"on new texts {point.certificate}{about}, {tested}; {judged}"
+        only = "only at full depth, since no faster setting passed: " if is_full_depth else ""
+        return f"{only}on new texts {point.certificate}{about}, {tested}; {judged}"
     # Compared as it is printed, so that the line does not contradict itself.
     drop = round(held.drop, 2)
     if isinstance(goal, Goal) and goal.max_drop is not None and drop > goal.max_drop:
@@ -63,14 +66,14 @@ def promise_in_words(point: Point, result: Calibration) -> str:
 
 
 def _lost_in_words(held: Outcome) -> str:
-    drop = held.drop
-    (low, high) = held.interval
     if held.metric == AGREEMENT:
-        # At full depth, a target may already decide unlike the reference.
-        rounding = 100 * (1 - held.full_depth_score)
-        interval = f"95 %: {rounding + low:.2f} to {rounding + high:.2f} %"
-        return f"{held.changed_answers} of {held.rows:,} decisions changed ({interval})"
-    return f"{_lost(drop, ' points')} (95 %: {_lost(low).removesuffix(' lost')} to {_lost(high)})"
+        changed = held.changed_answers
+        low, high = share_interval(changed, held.rows)
+        interval = f"95 %: {100 * low:.2f} to {100 * high:.2f} %"
+        return f"{changed} of {held.rows:,} decisions changed ({interval})"
+    low, high = held.interval
+    lost = _lost(held.drop, " points")
+    return f"{lost} (95 %: {_lost(low).removesuffix(' lost')} to {_lost(high)})"
 
 
 def _lost(points: float, unit: str = "") -> str:

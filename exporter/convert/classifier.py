@@ -127,9 +127,9 @@ class Classifier:
         """Compare logits, because the head may not be the usual one of the model's family."""
         ids = torch.arange(16).view(2, 8) % int(model.backbone.config.vocab_size)
         mask = torch.ones_like(ids)
-        found = model.eval()(ids, mask)[-1]
+        logits = model.eval()(ids, mask)[-1]
         expected = self.model(ids, attention_mask=mask).logits
-        difference = float(logit_differences(found.numpy(), expected.numpy()).max())
+        difference = float(logit_differences(logits.numpy(), expected.numpy()).max())
         if not difference <= EXPORT_LIMIT:
             raise ModelError(
                 f"{self.folder} does not have the usual head of its family: the logits of the last "

@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ...calibration.guarantee import sequence
 from ...calibration.progress import Progress
 from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer
-from ...calibration.search import StopScores
+from ...calibration.settings import StopScores, settings_lists
 from ..exit_config import Pooling
 from ..model import Head, MultiExitModel, Transform
 from ..training.trainer import label_loss, probabilities
@@ -132,13 +131,12 @@ def choose_form(
         decision_thresholds: see `LabelledLogits`.
         progress: called with (what, done, total).
     """
-    pairs = [(pooling, width) for pooling in _TAKEN for width in _WIDTHS]
-    forms = [Form(*pair) for pair in pairs]
+    forms = [Form(pooling, width) for pooling in _TAKEN for width in _WIDTHS]
     shares = {form: cost_of_heads(form, classifier) for form in forms}
     fit = [form for form in forms if shares[form] <= _MOST_COST or form == forms[0]]
     every_state = torch.from_numpy(states)
     every_logit = torch.from_numpy(logits)
-    found = []
+    candidates = []
     for number, form in enumerate(fit):
         progress("choose heads", number, len(fit))
         heads = train_heads(form, classifier, every_state[:trained], every_logit[:trained])
@@ -159,14 +157,14 @@ def choose_form(
             scorer = Scorer(rows, AGREEMENT)
             agreement = tuple(float(share) for share in 1 - scorer.changed[:-1].mean(axis=1))
             saved = _saved(scorer, costs, share)
-            found.append(Chosen(agreement, own, shares[form], saved))
-    return max(found, key=lambda each: each.saved)
+            candidates.append(Chosen(agreement, own, shares[form], saved))
+    return max(candidates, key=lambda each: each.saved)
 
 
 def _saved(scorer: Scorer, costs: NDArray[np.float64], share: float) -> float:
     """How much less than full depth rows cost, where about that share of decisions changes."""
     rows = scorer.rows
-    places = rows.at(StopScores(rows).exits(sequence(rows, "confidence", at_exit_0=False)))
+    places = rows.at(StopScores(rows).exits(settings_lists(rows)[0]))
     changed = scorer.changed[places].mean(axis=1)
     saved = 1 - costs[places[0]].mean(axis=1)
     return float(np.mean([saved[changed <= at * share].max(initial=0.0) for at in _AT]))

@@ -164,17 +164,20 @@ def _held(partial: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot write {partial}: {error.strerror}",
+                f"check the free space and permissions, or {elsewhere}",
+            ) from error
+        try:
             stack.enter_context(locked(partial))
         except BlockingIOError as error:
             raise ArtifactError(
                 f"{partial} is being written by another conversion",
                 f"wait for that conversion, or {elsewhere}",
             ) from error
-        except OSError as error:
-            raise ArtifactError(
-                f"cannot write {partial}: {error.strerror}",
-                f"check the free space and permissions, or {elsewhere}",
-            ) from error
+        except OSError:
+            pass  # Some network drives cannot lock folders; one conversion at a time works there.
         names = sorted(path.name for path in partial.iterdir())
         if others := [name for name in names if not _OURS.fullmatch(name)]:
             raise ArtifactError(

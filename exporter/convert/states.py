@@ -101,10 +101,10 @@ def run_classifier(
                 numbers = order[start : start + _BLOCK]
                 some = [rows[number] for number in numbers]
                 # In small batches, because long texts need much memory.
-                found = predict(model, some, padding, lambda each: each, batch=32)
-                logits[numbers] = found[:, :labels]
+                outputs = predict(model, some, padding, lambda each: each, batch=32)
+                logits[numbers] = outputs[:, :labels]
                 kept = place[numbers] >= 0
-                states[place[numbers[kept]]] = found[kept, labels:].reshape(-1, *shape[1:])
+                states[place[numbers[kept]]] = outputs[kept, labels:].reshape(-1, *shape[1:])
             states.flush()
             content = io.BytesIO()
             np.save(content, logits)

@@ -77,8 +77,8 @@ def split(rows: Iterable[Row], group_column: str | None = None) -> Texts:
         counts[row.content] += 1
     total = counts.total()
     if len(first) < 2:
-        found = f"all {total:,} texts are equal" if first else "there are no texts"
-        raise InputError(found, "give texts like those to classify")
+        problem = f"all {total:,} texts are equal" if first else "there are no texts"
+        raise InputError(problem, "give texts like those to classify")
     empty = sum(n for text, n in counts.items() if not "".join(text).strip())
     if 2 * empty >= total:
         raise InputError(

@@ -27,7 +27,7 @@ from ...calibration.guarantee import check_possible, decision_thresholds, needs_
 from ...calibration.progress import Progress, silent
 from ...calibration.result import Calibration, Report
 from ...calibration.scoring import AGREEMENT, Scorer, same_answers
-from ...calibration.search import exits_of
+from ...calibration.settings import exits_of
 from ...runtime.artifact.folder import EnginesFolder, sha256_of
 from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.backends.onnxruntime import check_installed
@@ -103,7 +103,8 @@ def convert(
         options = ConvertOptions(bound=Bound(changed_answers=0.01))
         result = convert("my-classifier", "texts.jsonl", "engines/", options)
         for target in result.targets:
-            print(target.target, target.certificate, target.layers, target.changed)
+            point = target.points[0]
+            print(target.target, point.certificate, point.held_out.mean_depth)
         ```
     """
     started = time.perf_counter()
@@ -119,7 +120,7 @@ def convert(
         logger.warning(line)
     work = _Work(teacher, given, options, progress)
     with unfinished(target, work.fingerprint) as folder:
-        found = work.run(folder)
+        conversion = work.run(folder)
         for left in folder.glob("engines/.manifest-*"):  # by a process that was killed
             left.unlink()
         with staging(target) as new:
@@ -127,7 +128,7 @@ def convert(
             check_output(target, options.force, (teacher.folder, texts, options.adapter))
             new.rmdir()
             (folder / "engines").replace(new)
-    return replace(found, folder=Path(output), seconds=round(time.perf_counter() - started, 1))
+    return replace(conversion, folder=Path(output), seconds=round(time.perf_counter() - started, 1))
 
 
 class _Work:
@@ -190,12 +191,14 @@ class _Work:
         model_dir = folder / "model"
         engines = folder / "engines"
         for left in (model_dir, engines):  # by a run that was stopped
-            shutil.rmtree(left, ignore_errors=True)
+            if left.is_dir():
+                shutil.rmtree(left)
         chosen = self._train(model_dir, rows, logits, states)
         wanted = ExportOptions(max_length=self.max_length)
         export(model_dir, engines, wanted, self.progress)
-        self._add_targets(engines)
-        return self._certify(engines, logits, chosen)
+        refusals = self._add_targets(engines)
+        conversion = self._certify(engines, logits, chosen)
+        return replace(conversion, warnings=(*refusals, *conversion.warnings))
 
     def _train(
         self,
@@ -239,12 +242,16 @@ class _Work:
         )
         model = teacher.multi_exit(config)
         self.progress("train heads", 0, 1)
-        every = torch.from_numpy(states), torch.from_numpy(logits)
-        store(train_heads(form, teacher, *every), form, model)
+        heads = train_heads(form, teacher, torch.from_numpy(states), torch.from_numpy(logits))
+        store(heads, form, model)
         return model, chosen
 
-    def _add_targets(self, engines: Path) -> None:
-        """Complete the engines folder, whose texts run to full depth where there is no point."""
+    def _add_targets(self, engines: Path) -> list[str]:
+        """Complete the folder, whose texts run to full depth where a target has no point.
+
+        Returns:
+            Why targets were not built.
+        """
         folder = EnginesFolder.read(engines)
         full_depth = Budget(exit=folder.manifest.exits[-1])
         changed = folder.with_manifest(
@@ -257,7 +264,8 @@ class _Work:
             names += buildable(INT8_TARGETS)
             # Ranges come from texts that do not certify.
             texts = [self.texts.rows[number].content for number in self.texts.taught]
-        build_targets(engines, names, texts, progress=self.progress)
+        result = build_targets(engines, names, texts, progress=self.progress)
+        return [f"{name} was not built: {error}" for name, error in result.refused.items()]
 
     def _certify(self, engines: Path, logits: NDArray[np.float32], chosen: Chosen) -> Conversion:
         """Certify the targets; the default is the fastest at full depth, if it has a point."""

@@ -2,8 +2,8 @@
 
 The segments of an engines folder become a flat chain of `If` nodes, one for each exit. Its
 condition is whether all rows have stopped. If they have, what the rule carries is handed on, and
-otherwise the next segment and the rule run. The chain is flat, because runtimes take twice as long
-to load a branch for each level that it is nested.
+otherwise the next segment runs, with the rows that are left, and the rule. The chain is flat,
+because runtimes take twice as long to load a branch for each level that it is nested.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ TYPES = "token_type_ids"
 EXIT = "exit"
 _IR_VERSION = 10
 _IDS = "input_ids"
+_ROWS = "rows"
+_BATCH = "batch"
 
 
 def single_graph(
@@ -41,12 +43,13 @@ def single_graph(
     manifest: Manifest,
     rule: ExitRule,
     exit_0: ExitZeroNodes | None,
+    compact: bool = True,
 ) -> ir.Model:
     """One graph that answers each row at its own exit.
 
     Its inputs are `input_ids`, `attention_mask` and, if the model reads them, `token_type_ids`, all
     `[batch, sequence]` int64. Its outputs are `logits`, `[batch, labels]` float32, and `exit`,
-    `[batch]` int64.
+    `[batch]` int64. A row that the model cannot read has NaN as its logits, see `_readable`.
 
     Args:
         protos: the graphs of a target by name, each an `onnx.ModelProto`, whose weights get other
@@ -54,6 +57,8 @@ def single_graph(
         manifest: says how segments call them.
         rule: the rule.
         exit_0: exit 0; None: leave it out.
+        compact: whether rows that have stopped leave. Otherwise all rows run until the last one has
+            stopped: for runtimes that do not have `NonZero`.
 
     Raises:
         RuleError: the rule has no form as a graph, or does not fit the exits.
@@ -61,41 +66,67 @@ def single_graph(
     writer = Writer("classifier")
     top = writer.graph
     parts = {name: ir.from_proto(proto).graph for name, proto in protos.items()}
-    read = {value.name for part in parts.values() for value in part.inputs}
-    # What is carried from segment to segment, with what the rule carries.
-    state: State = {}
+    reads = [
+        {str(value.name) for call in segment.calls for value in parts[call].inputs}
+        for segment in manifest.segments
+    ]
+    inputs: State = {}  # of all rows
     for name in (_IDS, MASK, TYPES):
-        if name in read or name == MASK:
-            value = ir.val(name, ir.DataType.INT64, ("batch", "sequence"))
+        if name == MASK or any(name in names for names in reads):
+            value = ir.val(name, ir.DataType.INT64, (_BATCH, "sequence"))
             top.inputs.append(value)
-            state[name] = Tensor(writer, value)
-    padding = 1 - state[MASK].astype(np.float32)
-    state[ATTENTION_BIAS] = (padding * MASK_FILL)[:, None][:, None]
+            inputs[name] = Tensor(writer, value)
+    padding = 1 - inputs[MASK].astype(np.float32)
+    inputs[ATTENTION_BIAS] = (padding * MASK_FILL)[:, None][:, None]
     calls = Counter(name for segment in manifest.segments for name in segment.calls)
     for name, part in parts.items():
         if calls[name] > 1:  # a block whose weights several branches share
             move_weights(part, top, f"{name}/")
     nodes = RuleNodes(writer, rule, manifest.task, manifest.exits)
+    state: State = {}  # of the rule, for all rows
     if exit_0 is not None:
-        is_token = state[MASK].astype(np.bool_)
-        logits = exit_0.logits(state[_IDS], is_token, state.get(TYPES))
-        state |= nodes.step(0, logits, {})
+        is_token = inputs[MASK].astype(np.bool_)
+        logits = exit_0.logits(inputs[_IDS], is_token, inputs.get(TYPES))
+        state = nodes.step(0, logits, {})
+    handed_on: State = {}  # from segment to segment, for the rows that are left
     for number, segment in enumerate(manifest.segments, start=1):
-        is_first = "done" not in state
+        is_first = not state
         name = f"exit_{number:02d}"
         with contextlib.nullcontext(top) if is_first else writer.branch(name) as branch:
-            new: State = {}
+            rows_leave = compact and not is_first
+            tensors = inputs | handed_on
+            if rows_leave:
+                tensors = _of_rows_left(inputs, handed_on, state["stopped"])
             for call in segment.calls:
                 part = parts[call].clone(allow_outer_scope_values=True)
-                inputs = {name: tensor.value for name, tensor in (state | new).items()}
-                outputs = append(branch, part, inputs, f"{call}/")
-                new |= {name: Tensor(writer, value) for name, value in outputs.items()}
-            after = nodes.step(number, new.pop(LOGITS), state)
-        if segment is manifest.segments[-1]:
-            new = {}
-        state |= new | after if is_first else _guarded(writer, branch, state, new, after)
-    for name in (LOGITS, EXIT):
-        output = state[name].then("Identity").value
+                if rows_leave:
+                    _rename_batch(part, f"{name}_rows")
+                values = {key: tensor.value for key, tensor in tensors.items()}
+                outputs = append(branch, part, values, f"{call}/")
+                tensors |= {key: Tensor(writer, value) for key, value in outputs.items()}
+            logits = tensors.pop(LOGITS)
+            if rows_leave:
+                logits = state[LOGITS].then("ScatterND", tensors[_ROWS][:, None], logits)
+            after = nodes.step(number, logits, state)
+        later = {_ROWS}.union(*reads[number:]) if number < len(reads) else set()
+        new = {
+            key: tensor
+            for key, tensor in tensors.items()
+            if key in later and key not in inputs and tensor is not handed_on.get(key)
+        }
+        if not is_first:
+            results = _guarded(writer, branch, state, new, after)
+            new = {key: results[key] for key in new}
+            after = {key: results[key] for key in after}
+        handed_on |= new
+        state = after
+    readable = _readable(inputs, parts, manifest.tokenizer.max_length)
+    outputs = {
+        LOGITS: np.where(readable[:, None], state[LOGITS], np.nan),
+        EXIT: state[EXIT].then("Identity"),
+    }
+    for name, tensor in outputs.items():
+        output = tensor.value
         output.name = name
         top.outputs.append(output)
     model = ir.Model(top, ir_version=_IR_VERSION)
@@ -106,6 +137,67 @@ def single_graph(
     )
     tidy(model)
     return model
+
+
+def _readable(inputs: State, parts: Mapping[str, ir.Graph], longest: int) -> Tensor:
+    """Which rows the model can read: `[batch]` bool.
+
+    Not those without tokens, with padding on the left, in a batch that is too long, or with ids
+    that the model does not have. Runtimes give numbers for many of them: OpenVINO checks no ids,
+    an id below 0 counts from the end, and exit 0 takes any id.
+
+    Args:
+        inputs: of all rows.
+        parts: graphs of the segments, which look up what they read.
+        longest: the longest sequence, in tokens.
+    """
+    mask = inputs[MASK]
+    readable = (np.add.reduce(mask[:, :1], axis=1) == 1) & (mask.then("Shape")[1] <= longest)
+    uses = [
+        (value, node)
+        for part in parts.values()
+        for value in part.inputs
+        for node in value.consumers()
+    ]
+    for value, node in uses:
+        if value.name in (_IDS, TYPES) and node.op_type == "Gather":
+            ids = inputs[str(value.name)]
+            known = Tensor(mask.writer, node.inputs[0]).shape[0]
+            readable = readable & (np.minimum.reduce(ids, axis=1) >= 0)
+            readable = readable & (np.maximum.reduce(ids, axis=1) < known)
+    return readable
+
+
+def _of_rows_left(inputs: State, handed_on: State, stopped: Tensor) -> State:
+    """Take the rows that have not stopped.
+
+    Args:
+        inputs: tensors of all rows.
+        handed_on: tensors of the rows that were left before, with the numbers of these rows;
+            without the numbers, of all rows.
+        stopped: `[batch]` bool, which of all rows have stopped.
+
+    Returns:
+        All tensors, and the numbers `[rows]` int64 of the rows that are left.
+    """
+    was_left = handed_on.get(_ROWS)
+    is_left = ~stopped if was_left is None else ~stopped[was_left]
+    places = is_left.then("NonZero").then("Reshape", [-1])
+    left = {
+        # The first dimension of a tensor that is the same for all rows is a number.
+        name: tensor if isinstance(tensor.shape[0], int) else tensor[places]
+        for name, tensor in handed_on.items()
+    }
+    rows = left.setdefault(_ROWS, places)
+    return {name: tensor[rows] for name, tensor in inputs.items()} | left
+
+
+def _rename_batch(part: ir.Graph, name: str) -> None:
+    """Give the number of rows of a graph another name, because equal names mean equal sizes."""
+    for value in (value for node in part for value in node.outputs):
+        if value.shape is not None:
+            sizes = [name if size == _BATCH else size for size in value.shape]
+            value.shape = ir.Shape(sizes)
 
 
 def _guarded(writer: Writer, branch: ir.Graph, before: State, new: State, after: State) -> State:

@@ -290,6 +290,10 @@ class _CudaProvider(Builder):
     """ONNX Runtime runs the fp16 graphs on a CUDA device, for which no plan is needed."""
 
     def why_not(self) -> FpabeeError | None:
+        try:
+            require("graphs")
+        except FpabeeError as error:
+            return error
         return None
 
     def build(self, bench: Workbench) -> tuple[EnginesFolder, Target]:
@@ -360,7 +364,7 @@ BUILDERS: dict[str, Builder] = {
         _Int8(ONNXRUNTIME, INT8, "texts, NNCF, a CPU with VNNI"),
         _Int8(OPENVINO, INT8, "texts, NNCF, VNNI, OpenVINO"),
         _Int8(OPENVINO, f"{INT8}-bf16", "texts, NNCF, VNNI, OpenVINO, bf16"),
-        _CudaProvider(ONNXRUNTIME, FP16, "nothing; it runs on a GPU", "cuda"),
+        _CudaProvider(ONNXRUNTIME, FP16, "the extra export; it runs on a GPU", "cuda"),
         _Plans(RTX, FP16, _RTX_NEEDS),
         _Plans(RTX, "fp32", _RTX_NEEDS),
         _Plans(TENSORRT, FP16, _TENSORRT_NEEDS),

@@ -65,7 +65,9 @@ def build_plan(request: PlanRequest) -> None:
             # starts without any.
             size = timings.tell()
             timings.seek(0)
-            (new / cache.name).write_bytes(timings.read(size))
+            # At once and beside the finished plans, so that the next build of this folder has them.
+            with replacing(cache.parent) as beside:
+                (beside / cache.name).write_bytes(timings.read(size))
         (new / plan.name).write_bytes(content)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import msgspec
-
 from ...runtime.artifact.manifest import Manifest, Range, Shapes, TensorSpec
 from ...runtime.backends.base import Bucket, shape_of
 from ...runtime.errors import InputError
@@ -114,8 +112,14 @@ def sequence_lengths_of(options: PlanOptions) -> tuple[int, ...]:
 
 def profile_of(spec: TensorSpec, shapes: Shapes) -> list[tuple[int, ...]]:
     """The smallest, typical and largest shape of a tensor."""
-    ends = map(msgspec.structs.astuple, (shapes.batch, shapes.sequence))
-    return [shape_of(spec, Bucket(*sizes)) for sizes in zip(*ends, strict=True)]
+    batch = shapes.batch
+    sequence = shapes.sequence
+    buckets = (
+        Bucket(batch.min, sequence.min),
+        Bucket(batch.opt, sequence.opt),
+        Bucket(batch.max, sequence.max),
+    )
+    return [shape_of(spec, bucket) for bucket in buckets]
 
 
 def _sizes(common: tuple[int, ...], limits: tuple[int, int, int]) -> tuple[int, ...]:

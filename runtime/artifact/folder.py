@@ -323,7 +323,7 @@ def _parsed(path: Path, content: bytes) -> Manifest:
             raise ArtifactError(
                 f"{path} was written by fpabee {written.fpabee_version} and has schema "
                 f"{written.schema_version}; this fpabee reads schema {SCHEMA_VERSION}",
-                f"update fpabee, or {EXPORT_AGAIN}",
+                f"{EXPORT_AGAIN}, or use the fpabee that wrote it",
             )
         manifest = msgspec.json.decode(content, type=Manifest)
         problem = next(problems(manifest), None)

@@ -15,8 +15,10 @@ import pytest
 from numpy.typing import NDArray
 
 from fpabee.calibration import Calibration, CalibrationOptions, calibrate
+from fpabee.calibration.choose import Search
 from fpabee.calibration.costs import CostModel, StoppingCosts
 from fpabee.calibration.scoring import LabelledLogits
+from fpabee.calibration.settings import settings_lists
 from fpabee.runtime import Engine, ProblemType
 from fpabee.runtime.files import Row
 
@@ -52,6 +54,11 @@ def with_costs(rows: LabelledLogits, metric: str = "accuracy") -> StoppingCosts:
     """Rows whose every exit takes a second, and exit 0 a hundredth of it."""
     costs = np.repeat(np.maximum(rows.exits, 0.01)[:, None], len(rows), axis=1)
     return StoppingCosts(rows, metric, costs)
+
+
+def search_on(rows: LabelledLogits, metric: str = "accuracy") -> Search:
+    """The settings that calibration tries on some rows."""
+    return Search(with_costs(rows, metric), settings_lists(rows))
 
 
 def label_rows(folder: Path, count: int = 120, seed: int = 0) -> list[Row]:

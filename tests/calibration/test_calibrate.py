@@ -17,7 +17,14 @@ from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from rich.cells import cell_len
 
-from fpabee.calibration import Calibration, CalibrationOptions, Goal, calibrate
+from fpabee.calibration import (
+    Bound,
+    Calibration,
+    CalibrationOptions,
+    Goal,
+    Report,
+    calibrate,
+)
 from fpabee.calibration.guarantee import useful_rows
 from fpabee.calibration.report import plots
 from fpabee.calibration.report.words import promise_in_words
@@ -25,6 +32,7 @@ from fpabee.calibration.scoring import Scorer
 from fpabee.commands.calibrate import main
 from fpabee.runtime import Budget, Confidence, Engine, Entropy, read_manifest, simulate
 from fpabee.runtime.artifact.folder import EnginesFolder
+from fpabee.runtime.errors import InputError
 from fpabee.runtime.rules.rules import ExitRule
 
 from ..doubles.openvino import add_openvino
@@ -66,7 +74,9 @@ def test_three_points_by_default_and_the_runtime_runs_them(folder: Path, data: P
     assert f"next: fpabee-run {folder} texts.txt --target {TARGET}" in output
     assert "balanced (default): " in output
     assert "best setting of each kind" not in output
-    assert re.search("No guarantee: .* all layers, .* 0 .* 0.5 points .* 598 .* 3,900", output)
+    assert re.search(
+        "No guarantee: .* all layers, .* 120 texts are too few.* 0.5 points .* 598 .* 3,900", output
+    )
     texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
     for name, point in points.items():
         assert output.count(f" {name} ") == 1 + (name == "balanced"), "once in the table"
@@ -163,7 +173,9 @@ def test_what_too_few_rows_cannot_guarantee_runs_at_full_depth(
     (needs,) = (record.message for record in caplog.records)
     assert re.search("1 % changed answers: 299 texts .* 1,960 ", needs)
     summary = result.stdout.splitlines()
-    assert any("No guarantee" in line and f"in 120 texts; {needs}" in line for line in summary)
+    assert any(
+        "No guarantee" in line and f"120 texts are too few; {needs}" in line for line in summary
+    )
     target = read_manifest(folder).targets[TARGET]
     assert target.default_operating_point == "changed-1"
     point = target.operating_points["changed-1"]
@@ -307,3 +319,31 @@ def test_all_targets_are_calibrated_in_one_run(folder: Path, data: Path) -> None
         assert targets[name].default_operating_point == "balanced"
     assert not targets["cuda"].operating_points
     assert run(folder, "--data", data, "--all-targets", "--target", TARGET).exit_code == 2
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_point_that_promises_nothing_about_another_classifier_is_no_default(
+    folder: Path,
+) -> None:
+    rows = label_rows(folder)
+    with Engine.load(folder, threads=1, rule=Budget(exit=3)) as engine:
+        logits = engine.trace([row.content for row in rows]).logits[-1]
+    goals: dict[str, Goal | Bound] = {
+        "average": Goal(max_drop=1.0),
+        "sure": Bound(changed_answers=0.4),
+    }
+    options = CalibrationOptions(goals, "average", metric="agreement", threads=1)
+    calibrate(folder, rows, options, reference=logits)
+    target = read_manifest(folder).targets[TARGET]
+    assert list(target.operating_points) == ["sure"]
+    assert target.default_operating_point == "sure"
+
+
+def test_rows_that_cannot_be_calibrated_or_reported_on_are_refused(
+    folder: Path, data: Path
+) -> None:
+    report = Report(label_rows(folder), "others")
+    with pytest.raises(InputError, match="no rows"):
+        calibrate(folder, [], report=report)
+    with pytest.raises(InputError, match="two sets of rows"):
+        calibrate(folder, data, CalibrationOptions(test=data), report=report)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from fpabee.calibration import Bound, LabelledLogits, guarantee
+from fpabee.calibration import Bound, Goal, LabelledLogits, guarantee
 from fpabee.calibration.costs import observed_losses
 from fpabee.calibration.guarantee import (
     Certified,
@@ -20,16 +20,16 @@ from fpabee.calibration.guarantee import (
     decision_thresholds,
     most_losses,
     rows_needed,
-    sequence,
+    share_interval,
     shuffled,
     useful_rows,
 )
 from fpabee.calibration.scoring import Scorer
-from fpabee.calibration.search import StopScores, exits_of
+from fpabee.calibration.settings import StopScores, exits_of, settings_lists
 from fpabee.runtime import Budget, Confidence, ExitRule, ProblemType, simulate
 from fpabee.runtime.artifact.manifest import Task
 
-from .conftest import make_rows, two_exits, with_costs
+from .conftest import make_rows, search_on, two_exits, with_costs
 
 BOUND = Bound(drop=0.04)
 LABELS = ("a", "b", "c")
@@ -146,27 +146,30 @@ def test_the_drop_of_an_f1_passes_two_tests(metric: str, monkeypatch: pytest.Mon
     assert share == pytest.approx(0.8), "10 % on the one side that counts"
 
 
-def test_the_sequence_is_fixed_and_becomes_bolder() -> None:
-    rows = make_rows()
-    for rule in ("confidence", "entropy"):
-        settings = sequence(rows, rule, False)
-        assert settings == sequence(make_rows(seed=1), rule, False)
-        assert {each.name for each in settings} == {rule}
-        assert len(set(settings)) == 400
-        depths = StopScores(rows).exits(settings).mean(axis=1).tolist()
-        assert depths == sorted(depths, reverse=True)
-        assert (depths[0] > 5.7, depths[-1] < 1.2) == (True, True)
-    doubts = np.array([each.stop_thresholds for each in sequence(rows, "confidence", False)])
-    assert doubts[[0, 60, -1], -1] == pytest.approx((1e-10, 1e-4, 0.95), rel=1e-3)
-    np.testing.assert_allclose(
-        doubts[:, 2] / 0.95, (doubts[:, -1] / 0.95) ** 1.75, rtol=2e-3, atol=1e-15
-    )
+@pytest.mark.parametrize("first_exit", [0, 1])
+@pytest.mark.parametrize(
+    ("task", "thresholds"),
+    [
+        (ProblemType.SINGLE_LABEL, ()),
+        (ProblemType.SINGLE_LABEL, (1.0, 0.7, 1.0)),
+        (ProblemType.MULTI_LABEL, ()),
+    ],
+)
+def test_goals_and_guarantees_choose_from_the_same_settings(
+    task: ProblemType, thresholds: tuple[float, ...], first_exit: int
+) -> None:
+    rows = make_rows(count=800, exits=6, problem_type=task)
+    rows = replace(rows, first_exit=first_exit, decision_thresholds=thresholds)
+    metric = "accuracy" if task is ProblemType.SINGLE_LABEL else "exact_match"
+    every = {rule for settings in settings_lists(rows) for rule in settings}
+    assert search_on(rows, metric).choose(Goal(max_drop=4.0)) in every
+    assert certified(rows, BOUND, metric).rule in every
 
 
 def test_testing_ends_at_the_first_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = make_rows()
     settings: list[ExitRule] = [Budget(exit=6)]
-    for setting in sequence(rows, "confidence", False):
+    for setting in settings_lists(rows)[0]:
         # A setting that stops the rows of the one before is not tested again.
         if (exits_of(setting, rows) != exits_of(settings[-1], rows)).any():
             settings.append(setting)
@@ -193,7 +196,7 @@ def test_every_promise_must_pass_and_each_is_about_its_own_rows() -> None:
         early(changed_answers=0.02) == early(missed=0.05) == early(false_alarms=0.02) == (True, "")
     )
     assert early(changed_answers=0.02, missed=0.05, false_alarms=0.02) == (True, "")
-    assert early(missed=0.005) == (False, "full depth has 0 missed in 200 texts")
+    assert early(missed=0.005) == (False, "200 texts are too few")
     assert early(changed_answers=0.005) == (
         False,
         "the next setting has 15 changed answers in 1829 texts",
@@ -281,7 +284,7 @@ def test_which_rows_are_left_out_depends_on_the_rows_only() -> None:
 
 
 @pytest.mark.parametrize("useful", [False, True])
-def test_exit_0_is_a_second_sequence_at_half_of_the_level(
+def test_exit_0_is_a_second_list_at_half_of_the_level(
     useful: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = make_rows(count=3000)
@@ -301,12 +304,11 @@ def test_exit_0_is_a_second_sequence_at_half_of_the_level(
     assert levels == {0.025}
     assert (rule.exit_0_threshold is not None) is useful
     if rule.exit_0_threshold is not None:
-        quarter = (1 - rule.threshold[-1]) / 4
-        assert 1 - rule.exit_0_threshold == pytest.approx(quarter, rel=1e-3)
+        assert rule.exit_0_threshold == pytest.approx(rule.threshold[-1])
         exits = simulate(rows.logits, rule, rows.problem_type, first_exit=0).exits
         np.testing.assert_array_equal(StopScores(rows).exits([rule])[0], exits)
         assert (exits == 0).any()
-    # With few rows, only the first sequence can pass, at the whole level.
+    # With few rows, only the first list can pass, at the whole level.
     levels.clear()
     few = two_exits(np.zeros(600, bool))
     few = replace(few, logits=np.concatenate([few.logits[:1], few.logits]), first_exit=0)
@@ -324,4 +326,10 @@ def test_a_setting_that_stops_no_row_is_tested_too() -> None:
     gains = int((observed_losses(Scorer(rows, "accuracy"))[0] < 0).sum())
     assert most_losses(100, 0.01, 0.05, with_gains=True)[gains] >= 0
     found = certified(rows, Bound(drop=0.01))
-    assert found.failed.startswith("full depth has 0 losses in 100 texts; at most 1 points of drop")
+    assert found.failed.startswith("100 texts are too few; at most 1 points of drop")
+
+
+def test_the_interval_of_a_share_is_exact() -> None:
+    assert share_interval(0, 293) == pytest.approx((0, 0.01251), abs=1e-5)
+    assert share_interval(3, 293) == pytest.approx((0.00212, 0.02963), abs=1e-5)
+    assert share_interval(293, 293)[1] == 1

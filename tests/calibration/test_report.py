@@ -15,17 +15,19 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from fpabee.calibration import Bound, Calibration, write_report
+from fpabee.calibration import Bound, Calibration, Goal, write_report
 from fpabee.calibration.report import plots
-from fpabee.calibration.report.curves import curves, shown_kinds
+from fpabee.calibration.report.curves import curves
 from fpabee.calibration.report.words import _lost_in_words, promise_in_words
 from fpabee.calibration.result import outcome
 from fpabee.calibration.scoring import Scorer
-from fpabee.calibration.search import exits_of
+from fpabee.calibration.settings import StopScores
+from fpabee.runtime import RULES
 
 from .conftest import make_rows
 
 Make = Callable[..., Calibration]
+GOALS = {"close": Goal(max_drop=1.0)}
 VOID = {"meta", "img", "br"}
 
 
@@ -77,31 +79,22 @@ def report(result: Calibration, folder: Path) -> Page:
 def test_a_curve_goes_from_deep_to_shallow_and_is_judged_on_the_test_rows(
     calibrated: Make, test_file: Path, metric: str, tested: bool
 ) -> None:
-    result = calibrated(count=80, metric=metric, test=test_file if tested else None)
+    test = test_file if tested else None
+    result = calibrated(count=80, metric=metric, test=test, goals=GOALS, rules=tuple(RULES))
     rows = result.test if result.test is not None else result.rows
     assert tested is (result.test is not None)
-    found, families = curves(result), result.search.families
-    assert {"fpabee", "pabee", "entropy"} <= {*found} <= {*result.search.kinds}
-    assert {point.kind for point in result.points} <= {*found, "budget"}
-    assert len(found) <= 6
+    curve_of = curves(result)
+    assert {*curve_of} == {*RULES}
     scorer = Scorer(rows, metric)
-    for kind, settings in found.items():
+    stop = StopScores(rows)
+    for name, settings in curve_of.items():
         depths = [depth for depth, _ in settings]
         assert tested or depths == sorted(depths, reverse=True)
-        rules = [rule for family in families if family.kind == kind for rule in family.rules]
-        every = [exits_of(rule, rows) for rule in rules]
+        lists = [tried.settings for tried in result.search.tried]
+        every = np.vstack([stop.exits(each) for each in lists if each[0].name == name])
         pairs = [(exits.mean(), 100 * (scorer.full_depth - scorer.score(exits))) for exits in every]
         for setting in settings:
             assert np.abs(np.array(pairs) - setting).max(axis=1).min() < 1e-9
-
-
-def test_at_most_six_kinds_are_shown() -> None:
-    every = ("entropy", "pabee", "budget", "fpabee", "a per exit", *"abcd")
-    assert shown_kinds(every, []) == ["fpabee", "pabee", "entropy", *"abc"]
-    with_exit_0 = ("fpabee", "pabee", "entropy", "fpabee per exit", "confidence", "budget")
-    shown = shown_kinds([*with_exit_0, "cascade"], [])
-    assert "cascade" in shown
-    assert "budget" not in shown
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -7,7 +7,7 @@ import pytest
 
 from fpabee.calibration.result import drop_interval, outcome
 from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
-from fpabee.calibration.search import exits_of
+from fpabee.calibration.settings import exits_of
 from fpabee.runtime import Entropy, ProblemType
 from fpabee.runtime.quality import evaluate
 

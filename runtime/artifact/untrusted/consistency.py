@@ -70,6 +70,9 @@ def _target_problems(manifest: Manifest) -> Iterator[str]:
     for name, target in manifest.targets.items():
         if not re.fullmatch(r"\w[\w.+-]*", name):  # it is part of the names of files
             yield f"{name!r} cannot be the name of a target"
+        default = target.default_operating_point
+        if default and default not in target.operating_points:
+            yield f"the default operating point {default!r} of {name} is not listed"
         source = target.graph_precision or target.precision
         if source != "fp32" and source not in manifest.precisions:
             yield f"target {name} runs graphs in {source!r}, which are not listed"

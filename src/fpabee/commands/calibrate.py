@@ -12,11 +12,10 @@ import msgspec
 import rich_click as click
 
 from ..calibration.calibrate import calibrate
-from ..calibration.goals import DEFAULT_GOALS, Bound, CalibrationOptions
+from ..calibration.goals import DEFAULT_GOALS, DEFAULT_RULE, Bound, CalibrationOptions
 from ..calibration.report import write_report
 from ..calibration.result import make_default
 from ..calibration.scoring import METRICS
-from ..calibration.search import CONTENDERS
 from ..runtime.artifact.folder import EnginesFolder
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.files.destination import check_output
@@ -73,9 +72,8 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 @options.choice(
     "--rule rules",
     "RULE",
-    "Exit rule that may be chosen. May be repeated. Default: "
-    f"{', '.join(rule.name for rule in CONTENDERS)}; for a guarantee confidence, or entropy if "
-    "named. Full depth competes as well, and the cascade if the model has exit 0.",
+    f"Exit rule that may be chosen. May be repeated. Default: {DEFAULT_RULE}. A guarantee takes "
+    "confidence or entropy.",
     RULES,
     multiple=True,
 )
@@ -168,7 +166,7 @@ def _options(
     return CalibrationOptions(
         goals=goals,
         reading=options.read_options(settings),
-        rules=rules,
+        rules=rules or CalibrationOptions.rules,
         **settings,
     )
 

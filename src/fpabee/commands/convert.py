@@ -140,10 +140,11 @@ def _show(result: Conversion) -> None:
         f"{report} decided nothing"
     )
     points.show(result.targets, result.default_target)
-    echo(
-        "a guarantee is about new texts, and holds only if the classifier was not trained on the "
-        "texts given here"
-    )
+    if any(point.certificate for target in result.targets for point in target.points):
+        echo(
+            "a guarantee is about new texts, and holds only if the classifier was not trained on "
+            "the texts given here"
+        )
     if result.texts < result.rows:
         echo(f"counted as often as they occur, {result.traffic:.2%} of the answers change")
     if result.accuracy is not None:

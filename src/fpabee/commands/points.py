@@ -32,14 +32,15 @@ def show(results: Sequence[Calibration], default_target: str | None = None) -> N
     first = results[0].points[0]
     is_agreement = first.held_out.metric == AGREEMENT
     echo(_line("", "layers", "times faster", "", "answers" if is_agreement else "points"))
-    lost = "changed" if is_agreement else "lost"
-    echo(_line("target and operating point", "per text", "single text", "file", lost))
+    unit = "changed" if is_agreement else "lost"
+    echo(_line("target and operating point", "per text", "single text", "file", unit))
     for result in results:
         for point in result.points:
             single, *_, file = [f"{ratio:.2f}" for ratio in (*point.measured.values(),) * 2]
             name = _name(point, result, default_target)
             layers = f"{point.chosen_on.mean_depth:.2f}"
-            echo(_line(name, layers, single, file, _lost(point, is_agreement)))
+            lost = _lost(point, is_agreement) if result.is_judged(point) else "unknown"
+            echo(_line(name, layers, single, file, lost))
     for result in results:
         echo("")
         for point in result.points:
@@ -60,7 +61,6 @@ def to_dict(result: Calibration) -> dict[str, Any]:
         {
             "name": point.name,
             "goal": str(point.goal),
-            "kind": point.kind,
             "rule": point.rule.to_dict(),
             "chosen_on": point.chosen_on,
             "held_out": point.held_out,
@@ -88,8 +88,6 @@ def _name(point: Point, result: Calibration, default_target: str | None) -> str:
 
 def _lost(point: Point, is_agreement: bool) -> str:
     """The drop in points; for agreement, the share of changed answers."""
-    if not point.is_judged:
-        return "unknown"
     held = point.held_out
     return f"{100 * (1 - held.score):.2f} %" if is_agreement else f"{held.drop:+.2f}"
 

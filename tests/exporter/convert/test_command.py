@@ -82,7 +82,7 @@ def certified(target: str, certificate: Certificate | None, depth: float) -> Cal
         test=rows,
         points=(point,),
         default="changed-1",
-        search=Search(StoppingCosts(rows, "agreement", np.ones((4, 1200)))),
+        search=Search(StoppingCosts(rows, "agreement", np.ones((4, 1200))), []),
         layers=(0, 2, 4, 6),
         hardware="this one",
     )

@@ -15,7 +15,11 @@ from transformers import AutoTokenizer
 from fpabee.runtime.backends.onnxruntime import session_options
 from fpabee.runtime.encoding import Text
 
+Inputs = dict[str, NDArray[np.int64]]
 Answers = tuple[NDArray[np.float32], NDArray[np.int64]]
+Run = Callable[[Inputs], Answers]
+
+_PADDING = 7
 
 
 @dataclass
@@ -30,37 +34,51 @@ class Consumer:
         self.model = next(self.folder.rglob("model*.onnx"))
         self.session = onnxruntime.InferenceSession(str(self.model), session_options())
 
-    def inputs(self, texts: Sequence[Text]) -> dict[str, NDArray[np.int64]]:
-        """The inputs of a batch, padded to its longest text."""
+    def inputs(self, texts: Sequence[Text], padding: int = 0) -> Inputs:
+        """The inputs of a batch, padded on the right.
+
+        Args:
+            texts: the texts.
+            padding: how many tokens longer than its longest text, up to the limit of the model.
+        """
         first = [text[0] if isinstance(text, tuple) else text for text in texts]
         second = [text[1] for text in texts if isinstance(text, tuple)] or None
-        found = self.tokenizer(first, second, padding=True, truncation=True, return_tensors="np")
+        encoded = self.tokenizer(first, second, padding=True, truncation=True, return_tensors="np")
         names = [each.name for each in self.session.get_inputs()]
-        assert set(names) == {*found}
-        return {name: found[name].astype(np.int64) for name in names}
+        assert set(names) == {*encoded}
+        most = self.tokenizer.model_max_length - encoded["input_ids"].shape[1]
+        extra = [(0, 0), (0, min(padding, most))]
+        # Any token may stand where the mask says that there is none.
+        ids = {"input_ids": _PADDING}
+        return {
+            name: np.pad(encoded[name].astype(np.int64), extra, constant_values=ids.get(name, 0))
+            for name in names
+        }
 
-    def onnxruntime(self, texts: Sequence[Text]) -> Answers:
-        logits, exits = self.session.run(["logits", "exit"], self.inputs(texts))
+    def onnxruntime(self, inputs: Inputs) -> Answers:
+        """The answers of ONNX Runtime to a batch."""
+        logits, exits = self.session.run(["logits", "exit"], inputs)
         return logits, exits
 
-    def openvino(self) -> Callable[[Sequence[Text]], Answers]:
+    def openvino(self) -> Run:
         """What runs a batch in OpenVINO."""
         import openvino
 
         settings = {"INFERENCE_PRECISION_HINT": "f32"}
         compiled = openvino.Core().compile_model(self.model, "CPU", settings)
 
-        def run(texts: Sequence[Text]) -> Answers:
-            found = compiled(self.inputs(texts))
-            return found["logits"], found["exit"]
+        def run(inputs: Inputs) -> Answers:
+            results = compiled(inputs)
+            return results["logits"], results["exit"]
 
         return run
 
-
-def in_batches(
-    run: Callable[[Sequence[Text]], Answers], texts: Sequence[Text], size: int
-) -> Answers:
-    """The answers to texts in batches of this size."""
-    found = [run(texts[start : start + size]) for start in range(0, len(texts), size)]
-    logits, exits = (np.concatenate(each) for each in zip(*found, strict=True))
-    return logits, exits
+    def in_batches(self, run: Run, texts: Sequence[Text], size: int, padding: int = 0) -> Answers:
+        """The answers to texts in batches of this size, see `inputs`."""
+        answers = [
+            run(self.inputs(texts[start : start + size], padding))
+            for start in range(0, len(texts), size)
+        ]
+        logits = np.concatenate([logits for logits, _ in answers])
+        exits = np.concatenate([exits for _, exits in answers])
+        return logits, exits

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import random
 import re
@@ -18,15 +20,16 @@ import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from click.testing import CliRunner
+from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_state
 from tokenizers import Tokenizer
 from transformers import AutoConfig
 
 from fpabee.commands.pack import main
 from fpabee.exporter import export
 from fpabee.exporter.backbones import _FAMILIES
-from fpabee.exporter.onnx_file import graph_runs
 from fpabee.exporter.single_file import Packed, graph, pack, packing
 from fpabee.exporter.targets import build_targets
 from fpabee.runtime import (
@@ -35,8 +38,10 @@ from fpabee.runtime import (
     Budget,
     CheckError,
     Confidence,
+    Energy,
     Engine,
     Entropy,
+    Epee,
     ExitRule,
     FPabee,
     InputError,
@@ -46,24 +51,32 @@ from fpabee.runtime import (
     read_manifest,
 )
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
-from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
-from fpabee.runtime.backends.onnxruntime import cpu_session
+from fpabee.runtime.artifact.reference import write_reference
+from fpabee.runtime.backends.onnxruntime import session_options
 from fpabee.runtime.check import BATCH_LIMIT, EXPORT_LIMIT, REQUIREMENTS, logit_differences
 from fpabee.runtime.encoding import Text
 
 from ...closeness import assert_close, assert_exported, exits_may_differ
-from ...conftest import WORDS, make_model
-from .consumer import Answers, Consumer, in_batches
+from ...conftest import WORDS, correct_reference, make_model
+from .consumer import Answers, Consumer
 
 FP32, INT8 = "onnxruntime-fp32", "onnxruntime-int8"
 RULES: dict[str, ExitRule] = {
     "bert": Confidence(threshold=(0.7, 0.6, 0.5), exit_0_threshold=0.9),
     "albert": FPabee(threshold=0.9, exit_0_threshold=0.9),
     "mpnet": Pabee(patience=1, exit_0_threshold=0.8),
+    "camembert": FPabee(threshold=0.7, patience=2, exit_0_threshold=0.9),
+    "deberta-v2": Pcee(threshold=0.6, patience=2, exit_0_threshold=0.9),
+    "distilbert": Confidence(threshold=0.9, label_thresholds=(0.4, 1), exit_0_threshold=0.9),
+    "electra": Epee(threshold=0.5, patience=1, exit_0_threshold=0.9),
+    "modernbert": Energy(threshold=-2.0, exit_0_threshold=0.9),
+    "roberta": Entropy(threshold=0.3, min_exit=1),
+    "xlm-roberta": Pabee(patience=2, exit_0_threshold=0.9),
 }
+FEW = ["bert", "albert", "mpnet"]
 TARGETS = [
     pytest.param(
-        family, target, marks=[] if (family, target) in product(RULES, [FP32]) else pytest.mark.slow
+        family, target, marks=[] if (family, target) in product(FEW, [FP32]) else pytest.mark.slow
     )
     for family, target in product(_FAMILIES, (FP32, INT8))
 ]
@@ -141,23 +154,52 @@ def assert_equal(engine: Engine, given: list[Text], found: Answers) -> None:
 
 
 @pytest.mark.parametrize(("family", "target"), TARGETS)
-def test_answers_are_those_of_the_engine(
+def test_answers_are_those_of_the_engine_in_every_batch(
     family: str, target: str, packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
 ) -> None:
-    rule, is_int8 = RULES.get(family, RULES["mpnet"]), target == INT8
-    folder, made = packed(family, rule, target, for_transformers_js=is_int8)
+    is_int8 = target == INT8
+    folder, made = packed(family, RULES[family], target, for_transformers_js=is_int8)
     assert made.file.name == ("model_quantized.onnx" if is_int8 else "model.onnx")
     consumer = Consumer(tmp_path / "packed")
     with Engine.load(folder, target, "fast") as engine:
-        for given in (SINGLE, PAIRS):
-            for size in (1, 64):
-                assert_equal(engine, given, in_batches(consumer.onnxruntime, given, size))
-            if target == FP32:
-                pytest.importorskip("openvino")
-                assert_equal(engine, given, in_batches(consumer.openvino(), given, 16))
+        for texts in (SINGLE, PAIRS):
+            alone = consumer.in_batches(consumer.onnxruntime, texts, 1)
+            assert_equal(engine, texts, alone)
+            for size, padding in ((2, 5), (7, 0), (32, 1), (64, 0)):
+                answers = consumer.in_batches(consumer.onnxruntime, texts, size, padding)
+                assert_equal(engine, texts, answers)
+                if target == FP32:
+                    same = answers[1] == alone[1]
+                    assert_close(answers[0][same], alone[0][same])
+        if target == FP32:
+            pytest.importorskip("openvino")
+            run = consumer.openvino()
+            for texts, size in ((SINGLE, 32), (PAIRS, 7)):
+                assert_equal(engine, texts, consumer.in_batches(run, texts, size, padding=1))
 
 
-@pytest.mark.parametrize("family", RULES)
+@pytest.mark.parametrize("compact", [True, False])
+def test_rows_that_have_stopped_leave(
+    compact: bool, packed: Callable[..., tuple[Path, Packed]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = functools.partial(graph.single_graph, compact=compact)
+    monkeypatch.setattr(packing, "single_graph", make)
+    _, made = packed("bert", RULES["bert"])
+    consumer = Consumer(made.file.parent)
+    model = onnx.load(made.file)
+    inner = [each for node in model.graph.node for part in node.attribute for each in part.g.node]
+    assert compact == any(node.op_type == "NonZero" for node in inner)
+    of_exits = {number: f"after_exit_{number:02d}/hidden_states" for number in (1, 2)}
+    for name in of_exits.values():
+        model.graph.output.append(onnx.ValueInfoProto(name=name))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), session_options())
+    _, exits, *states = session.run(None, consumer.inputs(SINGLE[:64]))
+    assert set(exits) == {0, 1, 2, 3}
+    rows = [int((exits >= number).sum()) if compact else len(exits) for number in of_exits]
+    assert [len(each) for each in states] == rows
+
+
+@pytest.mark.parametrize("family", FEW)
 def test_openvino_finds_the_buckets_of_exit_0(
     family: str, packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
 ) -> None:
@@ -169,32 +211,56 @@ def test_openvino_finds_the_buckets_of_exit_0(
         for given in (SINGLE, PAIRS):
             expected = engine.trace(given).logits[0]
             for run in (consumer.onnxruntime, consumer.openvino()):
-                logits, exits = in_batches(run, given, 8)
+                logits, exits = consumer.in_batches(run, given, 8)
                 assert_exported(logits, expected)
                 assert not exits.any()
 
 
-@pytest.mark.parametrize("family", RULES)
-def test_rows_without_tokens_are_answered_as_by_the_segments(
-    family: str, packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
+UNREADABLE = [
+    *[("attention_mask", slice(None), 0), ("attention_mask", 0, 0)],  # nothing; padding on the left
+    *[("input_ids", 1, 10_000), ("input_ids", 1, -1), ("input_ids", 1, -10_000)],
+    *[("token_type_ids", 1, 9), ("token_type_ids", 1, -1)],
+]
+
+
+@pytest.mark.parametrize("exit_number", [0, 2])
+@pytest.mark.parametrize("family", FEW)
+def test_what_the_model_cannot_read_has_no_answer(
+    family: str, exit_number: int, packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
 ) -> None:
-    folder, _ = packed(family, Budget(exit=3))
-    session = Consumer(tmp_path / "packed").session
-    manifest = read_manifest(folder)
-
-    def open_session(name: str) -> Any:
-        return cpu_session(folder / manifest.graphs[name].file)
-
-    for rows, tokens in ((1, 1), (3, 5), (64, manifest.tokenizer.max_length)):
-        names = [each.name for each in session.get_inputs()]
-        inputs = {name: np.zeros((rows, tokens), np.int64) for name in names}
-        inputs["attention_mask"][1::2, : tokens // 2] = 1
-        logits, exits = session.run(["logits", "exit"], inputs)
-        bias = np.where(inputs["attention_mask"] == 1, 0, np.float32(MASK_FILL))
-        batch = inputs | {ATTENTION_BIAS: bias[:, None, None].astype(np.float32)}
-        *_, last = graph_runs(manifest, [batch], open_session)
-        assert_exported(logits, last.outputs["logits"])
-        assert (exits == 3).all()
+    """It is an error of the runtime, or NaN, and does not change the rows beside it."""
+    pytest.importorskip("openvino")
+    refusals = (
+        *(onnxruntime_state.Fail, onnxruntime_state.InvalidArgument),
+        *(onnxruntime_state.RuntimeException, RuntimeError),
+    )
+    packed(family, Budget(exit=exit_number))
+    consumer = Consumer(tmp_path / "packed")
+    right = consumer.inputs(["turn on", "rain " * 9, "the sun"])
+    others = [0, 2]
+    for run in (consumer.onnxruntime, consumer.openvino()):
+        expected, _ = run(right)
+        for name, place, value in UNREADABLE:
+            if name in right:
+                changed = right[name].copy()
+                changed[1, place] = value
+                with contextlib.suppress(*refusals):
+                    logits, exits = run(right | {name: changed})
+                    assert np.isnan(logits[1]).all()
+                    assert_exported(logits[others], expected[others])
+                    assert (exits == exit_number).all()
+        too_long = consumer.tokenizer.model_max_length + 1
+        batches = [
+            {name: array[:, :0] for name, array in right.items()},
+            {name: np.resize(array[:1], (3, too_long)) for name, array in right.items()},
+        ]
+        for inputs in batches:
+            with contextlib.suppress(*refusals):
+                logits, _ = run(inputs)
+                assert np.isnan(logits).all()
+        logits, exits = run({name: array[:0] for name, array in right.items()})
+        assert logits.shape == (0, expected.shape[1])
+        assert exits.shape == (0,)
 
 
 def test_the_folder_is_that_of_a_plain_classifier(
@@ -257,13 +323,14 @@ def test_weights_that_do_not_fit_lie_beside_the_graph(
     assert config["transformers.js_config"] == {"dtype": "fp32", "use_external_data_format": True}
     consumer = Consumer(tmp_path / "packed")
     with Engine.load(folder, FP32, "fast") as engine:
-        assert_equal(engine, SINGLE[:40], in_batches(consumer.onnxruntime, SINGLE[:40], 8))
+        assert_equal(engine, SINGLE[:40], consumer.in_batches(consumer.onnxruntime, SINGLE[:40], 8))
 
 
 def test_one_segment_has_nothing_to_decide(tmp_path: Path) -> None:
     export(make_model("bert", tmp_path / "model", layers=1), tmp_path / "engines")
     pack(tmp_path / "engines", tmp_path / "packed", FP32)
-    _, exits = Consumer(tmp_path / "packed").onnxruntime(SINGLE[:4])
+    consumer = Consumer(tmp_path / "packed")
+    _, exits = consumer.onnxruntime(consumer.inputs(SINGLE[:4]))
     assert (exits == 1).all()
 
 
@@ -278,7 +345,7 @@ def test_many_layers_load(tmp_path: Path, set_points: Callable[..., None]) -> No
     consumer = Consumer(tmp_path / "packed")
     with Engine.load(folder, FP32, "fast") as engine:
         for run in (consumer.onnxruntime, consumer.openvino()):
-            assert_equal(engine, SINGLE, in_batches(run, SINGLE, 16))
+            assert_equal(engine, SINGLE, consumer.in_batches(run, SINGLE, 16))
 
 
 def test_what_cannot_be_packed_is_refused(
@@ -293,6 +360,10 @@ def test_what_cannot_be_packed_is_refused(
         BackendError, match=r"openvino-bf16 .* choose a `target` from onnxruntime-f"
     ):
         pack(folder, tmp_path / "packed", "openvino-bf16")
+    gpu = msgspec.structs.replace(manifest.targets[FP32], device="cuda")
+    EnginesFolder(folder, manifest).with_target("onnxruntime-fp32-cuda", gpu).write()
+    with pytest.raises(BackendError, match=r"onnxruntime-fp32-cuda .* cannot be packed"):
+        pack(folder, tmp_path / "packed", "onnxruntime-fp32-cuda")
     with pytest.raises(RuleError, match="no operating point 'none'; it has: fast"):
         pack(folder, tmp_path / "packed", FP32, "none")
     with pytest.raises(BackendError, match="has no target 'none'; it has onnxruntime-fp32"):
@@ -371,8 +442,22 @@ def test_exit_0_is_left_out_where_pairs_cannot_be_told_apart(
     assert "fpabee-calibrate" not in result.stdout, "that would not help"
     card = (tmp_path / "packed" / "README.md").read_text()
     assert "Nothing is promised" in card, "the point was measured with exit 0"
-    _, exits = Consumer(tmp_path / "packed").onnxruntime(SINGLE)
+    consumer = Consumer(tmp_path / "packed")
+    _, exits = consumer.onnxruntime(consumer.inputs(SINGLE))
     assert exits.min() >= 2, "F-PABEE has no neighbour before exit 2"
+
+
+def test_a_text_with_separators_in_its_midst_is_not_compared(
+    engine_copy: Callable[..., Path], tmp_path: Path, set_points: Callable[..., None]
+) -> None:
+    """Exit 0 of the graph takes it for a pair."""
+    folder = engine_copy("mpnet", exit_0=True)
+    set_points(folder, FP32, "fast", fast=Budget(exit=0))
+    known = ["rain</s></s>the sun", "the film"]
+    with Engine.load(folder) as engine:
+        write_reference(folder, known, engine.trace(known).logits)
+    correct_reference(folder)
+    assert pack(folder, tmp_path / "packed", FP32).rows == 1
 
 
 def test_what_was_not_calibrated_is_said_with_the_command_that_does_it(

@@ -161,7 +161,7 @@ def test_tensorrt_needs_packages_and_the_device(monkeypatch: pytest.MonkeyPatch)
 def request(folder: Path, onnx: str, options: PlanOptions = SMALL) -> PlanRequest:
     return PlanRequest(
         onnx=onnx,
-        plan=str(folder / "x.plan"),
+        plan=str(folder / "new" / "x.plan"),
         timing_cache=str(folder / "timing.cache"),
         profiles=[{"x": [(1, 4), (2, 4), (4, 4)]}, {"x": [(5, 4), (6, 4), (7, 4)]}],
         compute_capabilities=options.compute_capabilities,
@@ -218,7 +218,10 @@ def test_the_settings_reach_the_builder(backend: str, found: str, tmp_path: Path
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     onnx.save(model, tmp_path / "x.onnx")
-    mine, cache, plan = (tmp_path / name for name in ("mine", "timing.cache", "x.plan"))
+    mine = tmp_path / "mine"
+    cache = tmp_path / "timing.cache"
+    plan = tmp_path / "new" / "x.plan"
+    plan.parent.mkdir()
     mine.write_bytes(b"timings of another version")
     for link in (cache, plan):
         link.symlink_to(mine)
@@ -236,6 +239,7 @@ def test_the_settings_reach_the_builder(backend: str, found: str, tmp_path: Path
     assert not plan.is_symlink()
     assert cache.is_symlink() == (backend == RTX)
     assert mine.read_bytes() == b"timings of another version", "links are not followed"
+    assert [path.name for path in plan.parent.iterdir()] == ["x.plan"]
 
 
 def test_segments_share_what_was_timed(double: Double) -> None:

@@ -132,7 +132,7 @@ def test_other_schemas_are_refused(folder: Path, written: Json, says: str) -> No
     (folder / MANIFEST_NAME).write_text(json.dumps({**written, "graphs": 7}))
     message = refusal(folder)
     assert f"was written by fpabee {says}; this fpabee reads schema {SCHEMA_VERSION}" in message
-    assert message.endswith(" -> update fpabee, or export the model again")
+    assert " -> export the model again" in message
 
 
 @pytest.mark.parametrize(

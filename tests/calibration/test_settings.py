@@ -1,4 +1,4 @@
-"""Sweeps: every setting gives the exits of `simulate`."""
+"""Lists of settings go from cautious to bold, and every setting gives the exits of `simulate`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from msgspec.structs import replace
 
 from fpabee.calibration import threshold_for_depth
 from fpabee.calibration.scoring import LabelledLogits
-from fpabee.calibration.search import (
-    NEVER,
+from fpabee.calibration.settings import (
+    EXIT_0_POWERS,
     StopScores,
     exits_below,
-    make_families,
-    stricter_early,
+    settings_lists,
 )
 from fpabee.runtime import (
     RULES,
@@ -29,10 +28,9 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.rules.measures import Outputs
 from fpabee.runtime.rules.rules import ThresholdRule
-from fpabee.runtime.rules.words import rounded
 
 from ..runtime.rules.test_rules import Logits, rules, tasks, traces
-from .conftest import make_rows, with_costs
+from .conftest import make_rows
 
 LAYERS = (2, 4, 6, 8, 10, 12)
 
@@ -81,57 +79,59 @@ def test_the_same_with_exit_0(
 
 @pytest.mark.parametrize("first_exit", [0, 1])
 @pytest.mark.parametrize("task", ProblemType)
-def test_families_go_from_cautious_to_bold_and_their_rules_give_their_exits(
-    task: ProblemType, first_exit: int
+@pytest.mark.parametrize("name", RULES)
+def test_each_setting_stops_at_least_what_the_one_before_stops(
+    name: str, task: ProblemType, first_exit: int
 ) -> None:
-    rows = dataclasses.replace(make_rows(count=200, problem_type=task), first_exit=first_exit)
-    metric = "accuracy" if task is ProblemType.SINGLE_LABEL else "exact_match"
-    families = make_families(with_costs(rows, metric), list(RULES))
-    kinds = {family.kind for family in families}
-    assert kinds - {"cascade"} == {
-        *RULES,
-        "confidence per exit",
-        "entropy per exit",
-        "fpabee per exit",
-    }
-    assert ("cascade" in kinds) is (first_exit == 0)
-    answered = set()
-    for family in families:
-        depths = family.exits.mean(axis=1)
-        assert (np.diff(depths) <= 0).all()
-        for number in range(0, len(depths), 9):
-            exits = simulate(rows.logits, family.rules[number], task, first_exit=first_exit).exits
-            np.testing.assert_array_equal(family.exits[number], exits, err_msg=family.kind)
-            answered.add(round(float((exits == 0).mean()), 1))
-        if family.kind == "entropy per exit":
-            limits = np.array([rule.stop_thresholds for rule in family.rules]).ravel().tolist()
-            assert limits == [rounded(limit) for limit in limits]
-        kinds_to_exit_1 = ("entropy", "confidence", "energy", "entropy per exit")
-        if family.kind in kinds_to_exit_1 and first_exit == 1:
-            assert (depths[0], depths[-1]) == (rows.exits[-1], 1)
-    assert first_exit == 1 or len(answered) >= 9, "exit 0 answers from none to nearly all rows"
-    few = make_families(with_costs(rows, metric))
-    assert sum(len(family.exits) for family in few) <= (1146 if first_exit == 0 else 320)
-
-
-def test_thresholds_are_stricter_at_early_exits() -> None:
-    found = np.array(stricter_early([NEVER, 0.1, 0.4], 2))
-    np.testing.assert_allclose(found[:, 1], [0.0, 0.1, 0.4])
-    np.testing.assert_allclose(found[:, 0], [0.0, 0.4 * 0.25**1.75, 0.4], rtol=1e-3)
-
-
-@pytest.mark.parametrize("first_exit", [0, 1])
-def test_thresholds_of_confidences_close_to_1_stay_distinct(first_exit: int) -> None:
-    rows = make_rows(count=200, labels=2)
-    logits = rows.logits * 0
-    logits[..., 0] = np.random.default_rng(0).uniform(9, 18, logits.shape[:2])
-    rows = dataclasses.replace(rows, logits=logits, first_exit=first_exit)
-    families = make_families(with_costs(rows), ["confidence"])
-    rules = [rule for rule in families[0].rules if isinstance(rule, ThresholdRule)]
-    assert len({rule.threshold for rule in rules}) >= 62
+    rows = dataclasses.replace(make_rows(count=60, problem_type=task), first_exit=first_exit)
+    stop = StopScores(rows)
+    depths = []
+    for settings in settings_lists(rows, [name]):
+        exits = stop.exits(settings)
+        assert (np.diff(exits, axis=0) <= 0).all()
+        for number in range(0, len(settings), 57):
+            expected = simulate(rows.logits, settings[number], task, first_exit=first_exit).exits
+            np.testing.assert_array_equal(exits[number], expected)
+        depths.append(exits.mean(axis=1))
+    shallowest = min(each.min() for each in depths)
+    assert shallowest < 3
     if first_exit == 0:
-        assert families[-1].kind == "cascade"
-        assert len({rule.exit_0_threshold for rule in families[-1].rules}) >= 24
+        assert shallowest < 1, "exit 0 answers"
+    if name in ("confidence", "entropy", "energy") and first_exit == 1:
+        assert (depths[0][0] > 5.7, depths[0][-1] < 1.2) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("task", "thresholds", "largest"),
+    [
+        (ProblemType.SINGLE_LABEL, (), 1.0),
+        (ProblemType.SINGLE_LABEL, (1.0, 0.7, 1.0), 0.5),
+        (ProblemType.MULTI_LABEL, (), 0.5),
+    ],
+)
+def test_doubts_are_shares_of_the_largest_doubt(
+    task: ProblemType, thresholds: tuple[float, ...], largest: float
+) -> None:
+    rows = make_rows(count=20, exits=4, problem_type=task)  # exit 0 and three others
+    rows = dataclasses.replace(rows, first_exit=0, decision_thresholds=thresholds)
+    first, *others = settings_lists(rows)
+    doubts = np.array([rule.stop_thresholds for rule in first]) / largest
+    last = doubts[:, -1]
+    assert last[[0, 60, -1]] == pytest.approx((1e-10, 1e-4, 0.999), rel=1e-3)
+    np.testing.assert_allclose(doubts[:, 1], last**1.5, rtol=2e-3, atol=1e-15)
+    assert {rule.exit_0_threshold for rule in first} == {None}
+    for power, settings in zip(EXIT_0_POWERS, others, strict=True):
+        limits = [1 - (rule.exit_0_threshold or 0) for rule in settings]
+        np.testing.assert_allclose(np.array(limits) / largest, last**power, rtol=2e-3, atol=1e-15)
+        assert [replace(rule, exit_0_threshold=None) for rule in settings] == first
+    # Confidences close to 1 stay distinct.
+    assert [len(set(settings)) for settings in (first, others[0])] == [400, 400]
+
+
+def test_no_row_decides_about_the_lists_of_confidence_and_entropy() -> None:
+    names = ["confidence", "entropy"]
+    expected = settings_lists(make_rows(), names)
+    assert settings_lists(make_rows(seed=1, count=9), names) == expected
 
 
 @pytest.mark.parametrize(
