@@ -20,6 +20,7 @@ from fpabee.exporter.targets.builders import INT8_FOLDER
 from fpabee.exporter.targets.check import FP32_TARGET
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
 from fpabee.runtime.artifact.manifest import (
+    CLASSIFIER_NAME,
     LOGITS,
     REFERENCE_NAME,
     BuiltFile,
@@ -126,6 +127,7 @@ def write_one_graph(source: Path, folder: Path) -> Manifest:
         last, calls=tuple(calls if manifest.model.shared_layers else graphs)
     )
     copy(manifest.tokenizer.file, manifest.tokenizer.sha256)
+    copy(CLASSIFIER_NAME, manifest.files[CLASSIFIER_NAME])
     texts, logits = read_reference(engines)
     write_reference(folder, texts, logits[-1:])
     kept = engines.keep_targets(lambda name, _: name in targets)
@@ -136,7 +138,7 @@ def write_one_graph(source: Path, folder: Path) -> Manifest:
         targets=targets,
         default_rule=Budget(exit=1).to_dict(),
         exit_0=None,
-        files={REFERENCE_NAME: sha256_of(folder / REFERENCE_NAME)},
+        files={name: sha256_of(folder / name) for name in (REFERENCE_NAME, CLASSIFIER_NAME)},
     )
     whole.write()
     with Engine.load(folder, FP32_TARGET) as engine:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import onnx
 import pytest
 from huggingface_hub import ModelCard
 
@@ -100,3 +101,14 @@ def test_the_python_of_the_card_runs_what_is_on_the_hub(
     labels = "|".join(read_manifest(folder).task.labels)
     assert re.fullmatch(rf"({labels}) from exit [0-3]\n", done.stdout)
     assert packed.file.relative_to(tmp_path / "packed").as_posix() in code
+
+
+def test_triton_can_batch_the_graph_and_complete_its_configuration(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Its backend asks for a first dimension that varies, in all inputs and outputs."""
+    graph = onnx.load(pack(folder, tmp_path / "packed").file).graph
+    for value in (*graph.input, *graph.output):
+        assert not value.type.tensor_type.shape.dim[0].HasField("dim_value"), value.name
+    config = Path(__file__).parents[3] / "docs" / "examples" / "triton" / "onnxruntime.pbtxt"
+    assert not re.search(r"^(input|output)", config.read_text(), re.MULTILINE)
