@@ -53,10 +53,14 @@ def write_texts(folder: Path, texts: Sequence[str]) -> None:
 def seconds_of(spark: Path, workers: int, packed: Path, texts: Path, output: Path) -> float:
     """How long the example takes."""
     variables = os.environ | {"PYSPARK_PYTHON": str(spark / "bin" / "python")}
-    command = [spark / "bin" / "spark-submit", "--master", f"local[{workers}]", EXAMPLE]
+    submit = str(spark / "bin" / "spark-submit")
+    command = [submit, "--master", f"local[{workers}]", str(EXAMPLE)]
     started = time.perf_counter()
     done = subprocess.run(
-        [*command, packed, texts, output], env=variables, capture_output=True, check=False
+        [*command, str(packed), str(texts), str(output)],
+        env=variables,
+        capture_output=True,
+        check=False,
     )
     if done.returncode:
         raise click.ClickException(done.stderr.decode(errors="replace"))

@@ -161,8 +161,8 @@ def write_files(
     subfolder = "/".join(file.parent.parts)
     use = Template(_template("use")).substitute(file=file.as_posix(), subfolder=subfolder)
     metadata = _metadata(manifest.base_model, is_for_js=bool(subfolder))
-    content = f"---\n{metadata}\n---\n\n{card}{measured}{use}"
-    (folder / "README.md").write_text(content, encoding="utf-8")
+    page = f"---\n{metadata}\n---\n\n{card}{measured}{use}"
+    (folder / "README.md").write_text(page, encoding="utf-8")
 
 
 def _metadata(base_model: str, is_for_js: bool) -> Any:

@@ -219,7 +219,7 @@ def test_openvino_finds_the_buckets_of_exit_0(
                 assert not exits.any()
 
 
-UNREADABLE = [
+UNREADABLE: list[tuple[str, Any, int]] = [
     *[("attention_mask", slice(None), 0), ("attention_mask", 0, 0)],  # nothing; padding on the left
     *[("input_ids", 1, 10_000), ("input_ids", 1, -1), ("input_ids", 1, -10_000)],
     *[("token_type_ids", 1, 9), ("token_type_ids", 1, -1)],
