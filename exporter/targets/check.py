@@ -31,7 +31,7 @@ from ...runtime.rules.rules import ExitRule
 from ...runtime.targets import open_backend, rule_of, target_of
 
 FP32_TARGET = "onnxruntime-fp32"
-_OTHER_TARGET = f"use another target, such as {FP32_TARGET}, or for int8 give more typical `texts`"
+_OTHER_TARGET = f"use another target, such as {FP32_TARGET}, or for int8 give more texts as `texts`"
 
 _MOST_TEXTS = 2000
 # How many texts of an export run alone, too.
