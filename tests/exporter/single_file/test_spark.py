@@ -46,7 +46,7 @@ def submit(shared_root: Path) -> Callable[..., None]:
     folder = Path(os.environ.get("FPABEE_SPARK", shared_root / "spark"))
     if not (folder / "bin" / "spark-submit").is_file():
         venv.create(folder, with_pip=True)
-        install = [folder / "bin" / "pip", "install", "--quiet", *PACKAGES]
+        install = [str(folder / "bin" / "pip"), "install", "--quiet", *PACKAGES]
         if subprocess.run(install, check=False).returncode:
             pytest.skip("pip cannot install PySpark")
     environment = os.environ | {"PYSPARK_PYTHON": str(folder / "bin" / "python")}
@@ -60,7 +60,7 @@ def submit(shared_root: Path) -> Callable[..., None]:
         options += ["--conf", f"{name}={value}"]
 
     def run(script: Path, *arguments: object) -> None:
-        command = [folder / "bin" / "spark-submit", *options, script, *map(str, arguments)]
+        command = [str(folder / "bin" / "spark-submit"), *options, *map(str, (script, *arguments))]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
 
