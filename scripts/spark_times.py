@@ -53,10 +53,15 @@ def write_texts(folder: Path, texts: Sequence[str]) -> None:
 def seconds_of(spark: Path, workers: int, packed: Path, texts: Path, output: Path) -> float:
     """How long the example takes."""
     variables = os.environ | {"PYSPARK_PYTHON": str(spark / "bin" / "python")}
-    command = [str(spark / "bin" / "spark-submit"), "--master", f"local[{workers}]", str(EXAMPLE)]
-    command += map(str, (packed, texts, output))
+    submit = str(spark / "bin" / "spark-submit")
+    command = [submit, "--master", f"local[{workers}]", str(EXAMPLE)]
     started = time.perf_counter()
-    done = subprocess.run(command, env=variables, capture_output=True, check=False)
+    done = subprocess.run(
+        [*command, str(packed), str(texts), str(output)],
+        env=variables,
+        capture_output=True,
+        check=False,
+    )
     if done.returncode:
         raise click.ClickException(done.stderr.decode(errors="replace"))
     return time.perf_counter() - started

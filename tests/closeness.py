@@ -36,7 +36,8 @@ def assert_close(found: ArrayLike, expected: ArrayLike, limit: float = BATCH_LIM
         expected: those of the other batch.
         limit: of `logit_differences`.
     """
-    first, second = np.asarray(found, np.float32), np.asarray(expected, np.float32)
+    first = np.asarray(found, np.float32)
+    second = np.asarray(expected, np.float32)
     assert first.shape == second.shape
     np.testing.assert_array_equal(np.isnan(first), np.isnan(second))
     apart = logit_differences(np.nan_to_num(first), np.nan_to_num(second))

@@ -91,7 +91,8 @@ class _Tiny:
 _SIZES = {"intermediate_size": 64, "max_position_embeddings": _POSITIONS}
 _OF_BERT = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]"}
 _OF_ROBERTA = {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "<unk>"}
-_SINGLE, _MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
+_SINGLE = ProblemType.SINGLE_LABEL
+_MULTI = ProblemType.MULTI_LABEL
 # The first two positions of these families are not used.
 _AFTER_PADDING = {"max_position_embeddings": _POSITIONS + 2}
 _LIKE_ROBERTA = _Tiny(
@@ -242,8 +243,10 @@ def add_exit_0(folder: Path, seed: int = 0) -> None:
     manifest = read_manifest(folder)
     texts = [" ".join(random.Random(n).choices(WORDS, k=n % 12 + 1)) for n in range(400)]
     with Engine.load(folder, threads=1) as engine:
-        rows, logits = engine.core.encode(texts), engine.trace(texts).logits[-1]
-    unigrams, buckets = 200, 256
+        rows = engine.core.encode(texts)
+        logits = engine.trace(texts).logits[-1]
+    unigrams = 200
+    buckets = 256
     found, counts = ngrams(rows, unigrams, buckets)
     bags = np.zeros((len(rows), unigrams + buckets))
     np.add.at(bags, (np.repeat(np.arange(len(rows)), counts), found), np.repeat(1 / counts, counts))
@@ -417,7 +420,8 @@ def _save_tokenizer(tiny: _Tiny, vocabulary: dict[str, int], folder: Path, max_l
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    begin, end = tiny.specials["cls"], tiny.specials["sep"]
+    begin = tiny.specials["cls"]
+    end = tiny.specials["sep"]
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=tiny.specials["unk"]))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

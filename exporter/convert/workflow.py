@@ -247,7 +247,7 @@ class _Work:
         return model, chosen
 
     def _add_targets(self, engines: Path) -> list[str]:
-        """Complete the folder, whose texts run to full depth where a target has no point.
+        """Complete the engines folder, whose texts run to full depth where there is no point.
 
         Returns:
             Why targets were not built.

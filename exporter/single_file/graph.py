@@ -121,11 +121,11 @@ def single_graph(
         handed_on |= new
         state = after
     readable = _readable(inputs, parts, manifest.tokenizer.max_length)
-    outputs = {
-        LOGITS: np.where(readable[:, None], state[LOGITS], np.nan),
+    answers = {
+        LOGITS: readable[:, None].then("Where", state[LOGITS], np.nan),
         EXIT: state[EXIT].then("Identity"),
     }
-    for name, tensor in outputs.items():
+    for name, tensor in answers.items():
         output = tensor.value
         output.name = name
         top.outputs.append(output)

@@ -243,7 +243,8 @@ def test_a_wrong_use(
 def test_standard_streams_that_are_closed_or_full(
     redirection: str, facts: tuple[str, ...], place: Place
 ) -> None:
-    engines, texts = place.shared["bert"], place.file("texts.txt", "rain\n")
+    engines = place.shared["bert"]
+    texts = place.file("texts.txt", "rain\n")
     shell = f'"$0" -c "$1" {redirection.format(engines=engines, texts=texts)}'
     done = subprocess.run(
         ["sh", "-c", shell, sys.executable, PROGRAM], capture_output=True, text=True, check=False

@@ -167,7 +167,8 @@ def test_a_gzip_bomb_takes_little_memory(place: Place, capfd: pytest.CaptureFixt
 
 @pytest.mark.parametrize("column", ["text", "x"])
 def test_a_long_text_that_parquet_holds_once(place: Place, column: str) -> None:
-    rows, long = 2000, "a" * 2**20
+    rows = 2000
+    long = "a" * 2**20
     repeated = pyarrow.DictionaryArray.from_arrays(
         pyarrow.array([0] * rows, pyarrow.int32()), pyarrow.array([long])
     )
@@ -186,7 +187,8 @@ def test_many_texts_of_a_row_group_are_not_held_at_once(place: Place) -> None:
     path = place.root / "in.parquet"
     texts = [f"{number} {'a' * 400}" for number in range(40_000)]
     parquet.write_table(pyarrow.table({"text": texts}), path, compression="zstd")
-    before, most = pyarrow.total_allocated_bytes(), 0
+    before = pyarrow.total_allocated_bytes()
+    most = 0
     for number, row in enumerate(parquet_rows(path, ReadOptions()), start=1):
         assert isinstance(row, Row)
         if number % 1024 == 0:

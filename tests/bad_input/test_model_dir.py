@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from .cases import Arguments, Case, Change, Make, Place, change_config, change_json, check, each
 
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+TOKENIZER = "tokenizer.json"
 PICKLE = "pytorch_model.bin"
 
 

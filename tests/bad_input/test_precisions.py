@@ -13,7 +13,8 @@ from fpabee.exporter import staging
 from .cases import Arguments, Case, Change, Make, Place, check, each, with_nan
 
 SECOND = "onnx/fp32/segment_02.onnx"
-FP16, INT8 = "onnxruntime-fp16-cuda", "onnxruntime-int8"
+FP16 = "onnxruntime-fp16-cuda"
+INT8 = "onnxruntime-int8"
 
 
 def shared(*options: object) -> Make:

@@ -84,7 +84,8 @@ def test_a_drop_that_falls_where_more_rows_stop_is_taken_for_luck() -> None:
 
 def test_held_out_exits_are_by_settings_that_other_rows_chose() -> None:
     """The labels of a part choose nothing that it is judged with."""
-    rows, goal = make_rows(), Goal(max_drop=2.0)
+    rows = make_rows()
+    goal = Goal(max_drop=2.0)
     assert rows.expected is not None
     found = search_on(rows).held_out(lambda some: some.choose(goal))
     assert len(np.unique(found)) > 2

@@ -77,7 +77,8 @@ def test_expected_losses_are_right_on_average_at_any_temperature(
     rows = calibrated(task, 20_000, scale)
     assert fit_temperature(rows) == pytest.approx(scale, rel=0.07)
     scorer = Scorer(rows, METRICS[task][0])
-    expected, observed = expected_losses(scorer), observed_losses(scorer)
+    expected = expected_losses(scorer)
+    observed = observed_losses(scorer)
     np.testing.assert_allclose(expected.mean(axis=1), observed.mean(axis=1), atol=0.012)
     # Their purpose: the same mean from fewer rows.
     assert (expected[:-1].std(axis=1) < 0.8 * observed[:-1].std(axis=1)).all()

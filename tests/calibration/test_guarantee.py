@@ -45,9 +45,11 @@ def test_a_guarantee_holds_in_95_percent_although_the_rows_are_sorted(samples: i
     everyone = make_rows(count=20_000, seed=9)
     assert everyone.expected is not None
     everyone.logits[..., 0] += np.linspace(2.0, -2.0, everyone.exits[-1])[:, None]
-    stop, each = StopScores(everyone), observed_losses(Scorer(everyone, "accuracy"))
+    stop = StopScores(everyone)
+    each = observed_losses(Scorer(everyone, "accuracy"))
     generator = np.random.default_rng(0)
-    broken, faster = 0, 0
+    broken = 0
+    faster = 0
     for _ in range(samples):
         drawn = generator.integers(0, len(everyone), 800)
         rule = certified(everyone.take(drawn[np.argsort(everyone.expected[drawn])])).rule
@@ -64,7 +66,8 @@ def test_a_setting_at_the_bound_passes_with_the_level_at_most(
     rows: int, share: float, level: float
 ) -> None:
     """All results are enumerated, for many probabilities of a gain."""
-    most, sizes = most_losses(rows, share, level, with_gains=True), []
+    most = most_losses(rows, share, level, with_gains=True)
+    sizes = []
     for won in np.linspace(0, (1 - share) / 2, 60):
         results = [
             (losses, gains) for gains in range(rows + 1) for losses in range(rows + 1 - gains)
@@ -111,7 +114,7 @@ def test_rows_without_a_loss_pass_only_if_they_are_enough(metric: str) -> None:
     for count in (298, 299):
         found = certified(two_exits(np.zeros(count, bool)), bound, metric)
         assert (found.rule is not None) is (count == 299)
-        assert ("in 298 texts" in found.failed) is (count == 298)
+        assert ("298 texts" in found.failed) is (count == 298)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +278,8 @@ def test_decisions_are_compared_with_the_reference_where_there_is_one() -> None:
 def test_which_rows_are_left_out_depends_on_the_rows_only() -> None:
     rows = make_rows(count=300)
     order = np.random.default_rng(0).permutation(300)
-    first, again = rows.take(shuffled(rows)), rows.take(order).take(shuffled(rows.take(order)))
+    first = rows.take(shuffled(rows))
+    again = rows.take(order).take(shuffled(rows.take(order)))
     np.testing.assert_array_equal(first.logits, again.logits)
     other = shuffled(rows.take(np.arange(1, 300)))
     assert sorted(other) == list(range(299))
@@ -291,7 +295,8 @@ def test_exit_0_is_a_second_list_at_half_of_the_level(
     exit_0 = rows.logits[5] if useful else np.random.default_rng(1).normal(size=(3000, 3))
     logits = np.concatenate([exit_0[None], rows.logits]).astype(np.float32)
     rows = replace(rows, logits=logits, first_exit=0)
-    levels, passes = set(), guarantee._Test.passes
+    levels = set()
+    passes = guarantee._Test.passes
 
     def watched(self: Any, exits: Any) -> bool:
         levels.add(round(self._level, 9))

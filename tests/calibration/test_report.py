@@ -154,9 +154,11 @@ def test_names_may_hold_anything_and_guarantees_and_warnings_are_said(
 def test_pictures_are_the_same_bytes_and_nothing_global_is_touched(
     calibrated: Make, tmp_path: Path
 ) -> None:
-    before, backend = dict(mpl.rcParams), mpl.get_backend()
+    before = dict(mpl.rcParams)
+    backend = mpl.get_backend()
     result = calibrated("mpnet", metric="agreement")
-    first, again = report(result, tmp_path).pictures, report(result, tmp_path).pictures
+    first = report(result, tmp_path).pictures
+    again = report(result, tmp_path).pictures
     assert (dict(mpl.rcParams), mpl.get_backend()) == (before, backend)
     assert first == again
     for picture in first:

@@ -50,7 +50,8 @@ def test_intervals_cover_the_drop(metric: str, samples: int) -> None:
 
 def test_no_change_in_some_rows_does_not_mean_that_there_is_none() -> None:
     rows = two_exits(np.zeros(800, bool))
-    early, full = np.ones(800, np.int64), np.full(800, 2)
+    early = np.ones(800, np.int64)
+    full = np.full(800, 2)
     # The exact (Clopper-Pearson) bound for 0 of 800, by scipy.stats.binomtest.
     scorer = Scorer(rows, "accuracy")
     assert drop_interval(scorer, early) == pytest.approx((-0.46004845, 0.46004845))

@@ -63,7 +63,9 @@ class Clock:
     """A clock whose half minutes pass when a test says so, and the event that waits for them."""
 
     def __init__(self) -> None:
-        self.now, self._waits, self._answers = 0.0, Semaphore(0), SimpleQueue[bool]()
+        self.now = 0.0
+        self._waits = Semaphore(0)
+        self._answers = SimpleQueue[bool]()
 
     def wait(self, seconds: float) -> bool:
         assert seconds == 30.0

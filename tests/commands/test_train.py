@@ -34,7 +34,9 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         progress("train, loss 0.500", 25, 50)
         scores = {"dev": [{"accuracy": 0.75}, {"accuracy": 0.875}]}
         data = {"train": DataSource(options.train, 8, "0")}
-        task, labels, exits = ProblemType.SINGLE_LABEL, ("a", "b"), (2, 4)
+        task = ProblemType.SINGLE_LABEL
+        labels = ("a", "b")
+        exits = (2, 4)
         return TrainReport(options, task, "bert", data, labels, exits, 0, scores, 1.5, command, {})
 
     monkeypatch.setattr(workflow, "train", train)

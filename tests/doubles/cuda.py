@@ -133,7 +133,8 @@ class FakeCuda(Cuda):
         (copied,) = plan.copy()
 
         def work() -> None:
-            pitch, fill = int(copied["pitch"]), copied["fill"].tobytes()
+            pitch = int(copied["pitch"])
+            fill = copied["fill"].tobytes()
             for row in range(rows):
                 width = int(copied["widths"][row])
                 target = self.view(int(copied["to"]) + row * pitch, pitch)

@@ -88,7 +88,9 @@ def set_gpu(patch: pytest.MonkeyPatch, gpu: CudaDevice = GPU) -> None:
 
 def serve(patch: pytest.MonkeyPatch, folder: Path, backend: str = "tensorrt") -> Double:
     """Let doubles run the plans of an engines folder, and build those of TensorRT."""
-    cuda, name, unwritten = FakeCuda(), tensorrt.MODULES[backend], list[Manifest]()
+    cuda = FakeCuda()
+    name = tensorrt.MODULES[backend]
+    unwritten = list[Manifest]()
     trt = FakeTensorRt(cuda, plans_of(folder, unwritten), name)
     patch.setitem(sys.modules, name, trt)
     patch.setattr(device, "cuda", lambda: cuda)
@@ -192,6 +194,7 @@ def _add_target(folder: Path, name: str, target: Target) -> None:
 
 def run_through(engine: Engine, chain: Chain, texts: Sequence[Text]) -> None:
     """Run texts to full depth as one window, on the execution of a chain."""
-    rows, runner = engine.core.encode(texts), engine.core.runner(full_depth=True)
+    rows = engine.core.encode(texts)
+    runner = engine.core.runner(full_depth=True)
     group = Group.of(np.arange(len(texts)), rows, runner, math.inf, engine.core.limits)
     assert {decision.exit for decision in chain.run(group)} == {*engine.manifest.exits}

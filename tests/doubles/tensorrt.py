@@ -109,7 +109,8 @@ class FakeContext:
         need = self.update_device_memory_size_for_shapes()
         address, size = self.scratch
         assert size >= need, "too little scratch memory"
-        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        shapes = dict(self.shapes)
+        addresses = dict(self.addresses)
         cuda.put(stream, lambda: self._run(shapes, addresses, address, need))
         return True
 

@@ -63,7 +63,8 @@ def test_save_and_load_give_the_same_model(tiny_models: Mapping[str, Path], tmp_
     save_checkpoint(model, tmp_path / "saved")
     again = load_checkpoint(tmp_path / "saved")
     assert again.exit_config == config
-    ids, mask = torch.tensor([[2, 5, 6, 3]]), torch.ones(1, 4, dtype=torch.int64)
+    ids = torch.tensor([[2, 5, 6, 3]])
+    mask = torch.ones(1, 4, dtype=torch.int64)
     with torch.no_grad():
         assert torch.equal(again(ids, mask), model(ids, mask))
     names = set(load_file(tmp_path / "saved" / "model.safetensors"))
@@ -83,7 +84,8 @@ def test_safetensors_is_preferred_and_half_precision_becomes_float32(bert: Path)
 
 
 def test_problem_type_comes_from_the_checkpoint_then_from_the_caller(bert: Path) -> None:
-    single, multi = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
+    single = ProblemType.SINGLE_LABEL
+    multi = ProblemType.MULTI_LABEL
     for named, asked, expected in (
         (None, None, single), (None, multi, multi), (multi, None, multi), (multi, multi, multi)
     ):  # fmt: skip

@@ -149,7 +149,8 @@ def test_an_export_has_exit_0_and_one_graph_leaves_it_out(
     given = random_exit_0(load_config(source).vocab_size, 4)
     save_exit_0(source, given)
     first = export(source, tmp_path / "engines")
-    folder, manifest = first.folder, first.manifest
+    folder = first.folder
+    manifest = first.manifest
     assert manifest == read_manifest(folder)
     digest = sha256_of(folder / "exit_0.npz")
     expected = ExitZeroSpec(file="exit_0.npz", sha256=digest, unigrams=given.unigrams, buckets=64)

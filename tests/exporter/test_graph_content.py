@@ -47,7 +47,8 @@ def small() -> Any:
 
 def outside(tensor: Any) -> None:
     entry = tensor.external_data.add()
-    entry.key, entry.value = "location", "weights"
+    entry.key = "location"
+    entry.value = "weights"
 
 
 def with_graph(name: str, kind: str, many: bool = False) -> Callable[[Any], object]:
@@ -164,7 +165,8 @@ def test_a_loop_that_onnx_reads_is_found_in_any_bytes(
 
 def test_a_graph_that_is_too_large_for_a_file_is_refused(tmp_path: Path) -> None:
     beyond = Mock(side_effect=EncodeError("Failed to serialize proto"))
-    proto, path = SimpleNamespace(SerializeToString=beyond), tmp_path / "segment_01.onnx"
+    proto = SimpleNamespace(SerializeToString=beyond)
+    path = tmp_path / "segment_01.onnx"
     with pytest.raises(
         ModelError, match=r"segment_01\.onnx does not fit .*2 GiB.*with more `exits`"
     ):

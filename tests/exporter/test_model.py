@@ -157,7 +157,8 @@ def test_variants_give_the_same_and_computing_ahead_changes_nothing(variant: str
     exits = tuple(range(1, config.num_hidden_layers + 1))
     model = small_model(config, exits)
     inputs = batch(model)
-    expected, mask = model(**inputs), inputs["attention_mask"]
+    expected = model(**inputs)
+    mask = inputs["attention_mask"]
     assert_exported(expected, by_hand(model, inputs))
     assert expected.std(dim=(1, 2)).min() > 1e-2
     cut = segments.cut(model, exits)
@@ -195,7 +196,8 @@ def test_the_engine_gives_the_models_logits(
 ) -> None:
     model = load_checkpoint(tiny_models[family])
     tokenizer = AutoTokenizer.from_pretrained(tiny_models[family])
-    expected, lengths = [], []
+    expected = []
+    lengths = []
     for text in TEXTS:
         pair = (text, None) if isinstance(text, str) else text
         row = tokenizer(*pair, truncation=True, return_tensors="pt")

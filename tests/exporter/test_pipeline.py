@@ -58,7 +58,8 @@ def test_published_checkpoint_gives_its_logits_in_pytorch_and_from_the_engine(
     with Engine.load(golden_engines[name]) as engine:
         assert engine.manifest.exit_layers == (2, 4), "the exits that were chosen"
         logits = engine.trace(texts).logits
-    model, tokenizer = load_checkpoint(GOLDEN / name), AutoTokenizer.from_pretrained(GOLDEN / name)
+    model = load_checkpoint(GOLDEN / name)
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / name)
     for row, found in zip(rows, logits.transpose(1, 0, 2), strict=True):
         inputs = tokenizer(row["text"], row.get("text_pair"), return_tensors="pt")
         with torch.no_grad():
@@ -71,8 +72,10 @@ def test_published_checkpoint_gives_its_logits_in_pytorch_and_from_the_engine(
 def test_the_folder_describes_the_model_and_itself(
     family: str, engines: Mapping[str, Path], tiny_models: Mapping[str, Path]
 ) -> None:
-    folder, source = engines[family], tiny_models[family]
-    manifest, config = read_manifest(folder), load_checkpoint(source).exit_config
+    folder = engines[family]
+    source = tiny_models[family]
+    manifest = read_manifest(folder)
+    config = load_checkpoint(source).exit_config
     assert manifest.schema_version == SCHEMA_VERSION
     assert manifest.model.model_type == family
     assert (manifest.model.layers, manifest.model.hidden_size) == (3, 32)
@@ -117,7 +120,8 @@ def test_the_result_describes_a_folder_that_is_always_the_same(
     ]  # fmt: skip
     # PyTorch may compute other last digits, for example with another number of threads.
     measured = {"manifest.json", "reference.npz", "verification.json"}
-    found, expected = contents(folder), contents(engines["bert"])
+    found = contents(folder)
+    expected = contents(engines["bert"])
     assert found.keys() == expected.keys()
     for name in found.keys() - measured:
         assert found[name] == expected[name], name
@@ -137,7 +141,8 @@ def test_a_model_that_came_from_the_hub_is_named(bert: Path, hub: Hub, tmp_path:
 
 
 def test_the_folder_has_usual_permissions(bert: Path, tmp_path: Path) -> None:
-    usual, folder = tmp_path / "usual", tmp_path / "engines"
+    usual = tmp_path / "usual"
+    folder = tmp_path / "engines"
     usual.mkdir()
     (usual / "file").touch()
     folder.mkdir()  # an empty folder is used

@@ -25,7 +25,8 @@ FAMILIES = (
     "deberta-v2",
     "modernbert",
 )
-WIDTH, INNER = 32, 64
+WIDTH = 32
+INNER = 64
 
 
 Exported = tuple[Manifest, dict[str, Any]]

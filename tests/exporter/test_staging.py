@@ -54,7 +54,8 @@ def kills_exports(report: Report, model_dir: str, target: str, seconds: float) -
     """Export into a folder, and kill that at random moments; reports how each export ended."""
     from fpabee.exporter.pipeline import ExportOptions, export
 
-    started, took = time.monotonic(), 0.0
+    started = time.monotonic()
+    took = 0.0
     while not took or time.monotonic() < started + seconds:
         child = os.fork()
         if not child:
@@ -74,7 +75,8 @@ def kills_exports(report: Report, model_dir: str, target: str, seconds: float) -
 def test_exports_that_are_killed_at_random_moments(
     tiny_models: Mapping[str, Path], tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    seconds, target = pytestconfig.getoption("--seconds"), tmp_path / "engines"
+    seconds = pytestconfig.getoption("--seconds")
+    target = tmp_path / "engines"
     places = {"model_dir": str(tiny_models["bert"]), "target": str(target)}
     ended = Child(kills_exports, seconds=seconds, **places).wait(seconds + 300)
     assert ended.failure == ""

@@ -61,7 +61,8 @@ class Judge:
         self.inputs += 1
         found = []
         Path("/proc/self/clear_refs").write_text("5")  # the peak of memory becomes what is in use
-        before, started = memory_of("VmRSS"), time.process_time()
+        before = memory_of("VmRSS")
+        started = time.process_time()
         try:
             self._target.read()
             self.accepted += 1
@@ -107,14 +108,16 @@ def _fuzz_here(
     """Fuzz a target in this process; reports the file that it reads, and then each find."""
     logging.disable()
     warnings.simplefilter("ignore")
-    random, ends = Random(), time.monotonic() + seconds
+    random = Random()
+    ends = time.monotonic() + seconds
     target = every_target(Path(place), **{key: Path(path) for key, path in folders.items()})[name]
     report(str(target.path))
     judge = Judge(target)
     limit_memory(_HARD * 256)
     seen: set[str] = set()
     earlier = [path.read_bytes() for path in sorted(Path(keep).glob(f"*{target.path.name}"))]
-    waiting, grown = [target.seed, *earlier], [target.seed]
+    waiting = [target.seed, *earlier]
+    grown = [target.seed]
     while waiting or time.monotonic() < ends:
         start = target.seed if random.random() < 0.5 else random.choice(grown)
         data = waiting.pop() if waiting else _changed(target, start, random)

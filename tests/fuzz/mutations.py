@@ -98,7 +98,8 @@ def _change(root: list[Any], odd: list[str], random: Random) -> None:
 
 def _place(root: Any, random: Random) -> tuple[Any, Any]:
     """A container and one of its keys: any depth is likely, however long the lists are."""
-    inner, key = root, 0
+    inner = root
+    key = 0
     while isinstance(inner[key], (dict, list)) and inner[key] and random.random() < 0.8:
         inner = inner[key]
         key = random.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
@@ -109,7 +110,8 @@ def mutate_lines(data: bytes, random: Random) -> bytes:
     """Repeat, drop, swap or change lines; what is JSON stays JSON."""
     lines = data.split(b"\n")
     for _ in range(random.choice((1, 1, 2, 4))):
-        at, other = random.randrange(len(lines)), random.randrange(len(lines))
+        at = random.randrange(len(lines))
+        other = random.randrange(len(lines))
         kind = random.randrange(6)
         if kind == 0:
             lines.insert(at, lines[other])

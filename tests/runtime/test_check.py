@@ -176,7 +176,8 @@ def test_labels_that_change_at_a_near_tie_are_left_out_and_counted(
     task: Task, expected: list[float], found: list[float]
 ) -> None:
     sure = [3.0, -3.0, -3.0]
-    before, after = logits([sure, expected, sure]), logits([sure, found, sure])
+    before = logits([sure, expected, sure])
+    after = logits([sure, found, sure])
     agreement = compare(after, before, NEVER, task, EXPORT_REQUIREMENTS)
     assert (agreement.label_agreement, agreement.near_ties, agreement.passed) == (1.0, 1, True)
 
@@ -200,13 +201,15 @@ def test_an_exit_that_changes_elsewhere_counts() -> None:
 
 
 def test_label_thresholds_count_for_labels_and_exits() -> None:
-    found, expected = logits([(LOG_9 - 0.5, 1.0)]), logits([(LOG_9 + 0.5, 1.0)])
+    found = logits([(LOG_9 - 0.5, 1.0)])
+    expected = logits([(LOG_9 + 0.5, 1.0)])
     rule = Pabee(patience=1)
     assert compare(found, expected, rule, MULTI, REQUIREMENTS["fp16"]).label_agreement == 1.0
     tuned = compare(found, expected, rule, TUNED, REQUIREMENTS["fp16"])
     assert (tuned.label_agreement, tuned.first_bad_exit, tuned.passed) == (0.0, 1, False)
     # Predicted: b, then a and b. With a threshold of 0.9 for a, the answer never changes.
-    found, expected = logits([(-1.0, 2.0)], *[[(1.0, 2.0)]] * 2), logits(*[[(1.0, 2.0)]] * 3)
+    found = logits([(-1.0, 2.0)], *[[(1.0, 2.0)]] * 2)
+    expected = logits(*[[(1.0, 2.0)]] * 3)
     assert compare(found, expected, rule, MULTI, REQUIREMENTS["fp32"]).exit_agreement == 0.0
     assert compare(found, expected, rule, TUNED, REQUIREMENTS["fp32"]).exit_agreement == 1.0
     assert exits_near_ties(expected, rule, TUNED, 1e-3).tolist() == [False]

@@ -294,11 +294,13 @@ def test_rows_count_as_much_memory_as_they_take(engines: Mapping[str, Path]) -> 
     """All rows of a group share a position bias, which is small for short rows."""
     for family, heads in (("bert", 0), ("mpnet", 4)):
         with Engine.load(engines[family]) as engine:
-            manifest, limits = engine.manifest, engine.core.limits
+            manifest = engine.manifest
+            limits = engine.core.limits
         for tokens in (1, 8, 32):
             rows = limits.group_tokens // tokens
             # Both kept in fp32, and the weight of each token as well.
-            row, bias = tokens * (manifest.model.hidden_size + 1), heads * tokens**2
+            row = tokens * (manifest.model.hidden_size + 1)
+            bias = heads * tokens**2
             hidden = 8 * (row * rows + bias) // rows
             assert base.row_bytes(manifest, limits, tokens) == hidden + 16 * tokens
 

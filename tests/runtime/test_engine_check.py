@@ -53,7 +53,8 @@ def test_another_machine_may_differ_ten_times_as_much(engines: Mapping[str, Path
 
 def test_a_damaged_reference_is_refused(engine_copy: Callable[..., Path]) -> None:
     folder = engine_copy()
-    some, text = np.zeros((3, 2, 4), np.float32), np.frombuffer(b'["a"]', np.uint8)
+    some = np.zeros((3, 2, 4), np.float32)
+    text = np.frombuffer(b'["a"]', np.uint8)
     many = np.zeros((3, 10**6, 4), np.float32)
     archives: list[tuple[dict[str, Any], str]] = [
         ({"logits": some}, "cannot be read"),

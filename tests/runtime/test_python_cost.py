@@ -41,7 +41,8 @@ def load(
     """Loads BERT on the CPU, or on a double of a GPU."""
 
     def make(where: str) -> Engine:
-        folder, target = engine_copy(), None
+        folder = engine_copy()
+        target = None
         if where != "cpu":
             target = install(monkeypatch, folder).target
         return Engine.load(folder, target, threads=1)
@@ -54,7 +55,8 @@ def calls_of(function: Callable[[], object]) -> Counter[str]:
 
     A call of a double is one call, whatever the double does.
     """
-    counts, depth = Counter[str](), 0
+    counts = Counter[str]()
+    depth = 0
 
     def count(frame: FrameType, event: str, called: Any) -> None:
         nonlocal depth
@@ -96,7 +98,8 @@ def test_calls_of_a_request_and_of_a_segment(
         return calls_of(lambda: engine.predict(TEXTS[:rows], rule=rule))
 
     with load(where) as engine:
-        request, further = calls(Budget(exit=1)), calls(NEVER)
+        request = calls(Budget(exit=1))
+        further = calls(NEVER)
     further.subtract(request)
     counted = [("a request", 1, request), ("further segments", 2, further)]
     found = {what: counts.total() / segments for what, segments, counts in counted}

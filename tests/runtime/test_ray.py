@@ -107,7 +107,8 @@ def test_rows_without_a_text_may_be_skipped(bert: Path) -> None:
 
     found = Classify(bert, skip_errors=True)(pyarrow.table({"text": texts}))
 
-    errors, labels = found["error"].to_pylist(), found["label"].to_pylist()
+    errors = found["error"].to_pylist()
+    labels = found["label"].to_pylist()
     assert [error is None for error in errors] == [True, False, False, True, True]
     assert [label is not None for label in labels] == [True, False, False, True, True]
     assert "UTF-8" in errors[2]

@@ -128,14 +128,16 @@ def test_long_texts_have_the_tokens_of_the_whole_text(make: Make) -> None:
         tokenizer = RowTokenizer(make(), limit, uses_types=True)
         for _ in range(12):
             text = "".join(rng.choice(STRETCHES)(rng) for _ in range(rng.randint(2, 12)))
-            (row,), (encoding,) = tokenizer.rows([text]), stock(make, limit, [text])
+            (row,) = tokenizer.rows([text])
+            (encoding,) = stock(make, limit, [text])
             assert content(row) == expected(text, encoding)
 
 
 def test_of_two_long_texts_the_longer_one_gets_the_odd_token(make: Make) -> None:
     limit = make().num_special_tokens_to_add(is_pair=True) + 9
     tokenizer = RowTokenizer(make(), limit, uses_types=True)
-    longer, shorter = "the film " * 40_000, "the film " * 30_000
+    longer = "the film " * 40_000
+    shorter = "the film " * 30_000
     first, second = tokenizer.rows([(longer, shorter), (shorter, longer)])
     assert len(first) == len(second)
     assert first.truncated
@@ -147,7 +149,8 @@ class Spy:
     """A tokenizer that counts the characters that it is given."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.total = tokenizer, 0
+        self.tokenizer = tokenizer
+        self.total = 0
 
     def encode(self, text: str, **options: Any) -> Encoding:
         self.total += len(text)

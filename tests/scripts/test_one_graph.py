@@ -29,7 +29,8 @@ def test_one_graph_gives_the_logits_of_the_last_exit(
     assert read_manifest(tmp_path) == manifest
     assert manifest.exit_layers == old.exit_layers[-1:]
     with Engine.load(source) as before, Engine.load(tmp_path) as after:
-        expected, found = before.trace(TEXTS).logits[-1:], after.trace(TEXTS).logits
+        expected = before.trace(TEXTS).logits[-1:]
+        found = after.trace(TEXTS).logits
     assert_close(found, expected)
     stored, logits = read_reference(EnginesFolder(tmp_path, manifest))
     texts, expected = read_reference(EnginesFolder(source, old))

@@ -47,7 +47,8 @@ def test_only_what_the_demo_needs_is_installed_and_the_answers_come_last(tmp_pat
 
 
 def test_the_demo_data_are_as_documented() -> None:
-    folder, seen = ROOT / "scripts" / "demo_data", Counter[str]()
+    folder = ROOT / "scripts" / "demo_data"
+    seen = Counter[str]()
     for name, count in {"train": 4000, "dev": 800, "test": 800}.items():
         rows = list(read_rows(folder / f"{name}.jsonl.gz"))
         assert len(rows) == count

@@ -62,7 +62,8 @@ def test_no_answer_is_lost_or_wrong(
     choose = random.Random(5)
     texts = [" ".join(choose.choices(WORDS, k=choose.randint(1, 40))) for _ in range(200)]
     rule = FPabee(threshold=1.2, exit_0_threshold=0.6)
-    begin, call = HostExecution.begin, ExitZero.__call__
+    begin = HostExecution.begin
+    call = ExitZero.__call__
     called: list[None] = []  # no futures, to keep the memory flat
 
     with Engine.load(exit_0_engines["bert"], rule=rule, threads=1) as engine:
@@ -152,20 +153,24 @@ def test_no_answer_is_lost_or_wrong(
 def test_a_server_loses_no_answer(
     exit_0_engines: Mapping[str, Path], pytestconfig: pytest.Config
 ) -> None:
-    choose, folder = random.Random(5), exit_0_engines["bert"]
+    choose = random.Random(5)
+    folder = exit_0_engines["bert"]
     lengths = [*(choose.randint(1, 40) for _ in range(100)), 3000, 5000]
     texts: list[Any] = [" ".join(choose.choices(WORDS, k=length)) for length in lengths]
     texts += [(choose.choice(texts), choose.choice(texts)) for _ in range(50)]
     with Engine.load(folder, threads=1) as engine:
-        expected, logits = engine.predict(texts), engine.trace(texts).logits
+        expected = engine.predict(texts)
+        logits = engine.trace(texts).logits
         near = exits_may_differ(logits, engine.rule, engine.manifest.task, first_exit=0)
     bad = [{"input": 5}, {"input": ["a"] * 300}, {"input": texts[100], "truncate": False}]
 
     def client(seed: int) -> int:
-        choose, answered = random.Random(seed), 0
+        choose = random.Random(seed)
+        answered = 0
         while time.monotonic() < ends:
             numbers = choose.choices(range(len(texts)), k=choose.choice([1, 1, 1, 8]))
-            asked, does = {"input": [texts[number] for number in numbers]}, choose.random()
+            asked = {"input": [texts[number] for number in numbers]}
+            does = choose.random()
             if does < 0.1:
                 with socket.create_connection(("127.0.0.1", port)) as left:
                     body = json.dumps(asked).encode()

@@ -40,7 +40,8 @@ def batch() -> tuple[Tensor, Tensor]:
 def test_the_last_exit_gives_the_logits_of_the_classifier(
     kind: str, make: Make, tmp_path: Path
 ) -> None:
-    classifier, pooling = Classifier(make(kind)), list(Pooling)[len(kind) % 4]
+    classifier = Classifier(make(kind))
+    pooling = list(Pooling)[len(kind) % 4]
     model = classifier.multi_exit(classifier.exit_config((1, 2), pooling))
     save_checkpoint(model, tmp_path / "model")
     again = load_checkpoint(tmp_path / "model")
@@ -59,7 +60,8 @@ def test_a_head_may_round_in_proportion_to_its_logits(
     share: float, refused: bool, make: Make
 ) -> None:
     classifier = Classifier(make("bert"))
-    last, (ids, mask) = classifier.model.classifier, batch()
+    last = classifier.model.classifier
+    (ids, mask) = batch()
     with torch.no_grad():
         last.weight *= 500 / classifier.model(ids, attention_mask=mask).logits.abs().max()
     last.register_forward_hook(lambda _, __, logits: logits * (1 + share))

@@ -40,7 +40,8 @@ from .conftest import MULTI, OPTIONS, SINGLE, TEXTS, Converted
 def test_what_certifies_has_neither_trained_nor_chosen(
     converted: Converted, telling: Mapping[str, Path]
 ) -> None:
-    calls, (train, choose, calibrate, report) = converted.calls, converted.result.parts
+    calls = converted.calls
+    (train, choose, calibrate, report) = converted.result.parts
     assert train + choose + calibrate + report == converted.result.texts == len(TEXTS)
     _, certified, *_, named = calls["calibrate"]
     others = [*certified, *named["report"].rows]
@@ -63,7 +64,8 @@ def test_what_certifies_has_neither_trained_nor_chosen(
 
 
 def test_the_result_is_what_the_engine_does(converted: Converted) -> None:
-    result, (*_, calibrate, report) = converted.result, converted.result.parts
+    result = converted.result
+    (*_, calibrate, report) = converted.result.parts
     (target,) = result.targets
     reported = converted.calls["calibrate"][-1]["report"]
     (point,) = target.points
@@ -76,7 +78,8 @@ def test_the_result_is_what_the_engine_does(converted: Converted) -> None:
     assert target.full_depth_score == 1
     assert read_manifest(converted.folder).base_model == "owner/name"
     assert point.held_out.mean_depth < 3
-    texts, answers = [row.content for row in reported.rows], reported.reference.argmax(axis=1)
+    texts = [row.content for row in reported.rows]
+    answers = reported.reference.argmax(axis=1)
     with Engine.load(converted.folder) as engine:
         assert engine.operating_point == point.name == "changed-10"
         stored = engine.manifest.targets[engine.target].operating_points["changed-10"]
@@ -130,11 +133,13 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder, unknown = tmp_path / "engines", tmp_path / "texts.jsonl"
+    folder = tmp_path / "engines"
+    unknown = tmp_path / "texts.jsonl"
     shutil.copytree(converted.folder, folder)
     unknown.write_text(texts.read_text().replace("yes", "maybe"))
     bound = Bound(changed_answers=0.2, missed=0.3, thresholds={"yes": 0.7})
-    given, options = (telling[MULTI.value], unknown, folder), ConvertOptions(bound, force=True)
+    given = (telling[MULTI.value], unknown, folder)
+    options = ConvertOptions(bound, force=True)
     seen: list[str] = []
 
     def until(stop: str, error: BaseException) -> Any:
@@ -232,7 +237,8 @@ def test_a_conversion_with_other_groups_starts_anew(
         seen.append(what)
         stopped(what)
 
-    file, options = tmp_path / "texts.jsonl", replace(OPTIONS, group_column="group")
+    file = tmp_path / "texts.jsonl"
+    options = replace(OPTIONS, group_column="group")
     for groups in (300, 300, 299):
         rows = [{"text": text, "group": n % groups} for n, text in enumerate(TEXTS)]
         file.write_text("\n".join(map(json.dumps, rows)))

@@ -20,7 +20,7 @@ spark.sparkContext.addPyFile(f"{examples}/spark_classify.py")
 
 
 def workers(batches: Iterator[Any]) -> Iterator[Any]:
-    from spark_classify import classify, load
+    from spark_classify import classify, load  # type: ignore[import-not-found]
 
     for answers in classify(batches, folder):
         resident = int(Path("/proc/self/statm").read_text().split()[1])

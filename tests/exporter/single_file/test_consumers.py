@@ -102,7 +102,8 @@ def test_node(case: Case, node: Path) -> None:
     # transformers.js cuts off the last special token of long texts, and takes "" for no text.
     singles = [text for text in SINGLE if "rain rain rain" not in text]
     texts = [*singles, *(pair for pair in PAIRS[8:14] if all(pair))]
-    given, written = case.parent / "texts.json", case.parent / "answers.json"
+    given = case.parent / "texts.json"
+    written = case.parent / "answers.json"
     given.write_text(json.dumps(texts))
     arguments = [*map(str, [case.parent, "web", given, written])]
     subprocess.run(["node", "answers.mjs", *arguments], cwd=node, check=True)

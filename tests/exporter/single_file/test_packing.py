@@ -60,7 +60,8 @@ from ...closeness import assert_close, assert_exported, exits_may_differ
 from ...conftest import WORDS, correct_reference, make_model
 from .consumer import Answers, Consumer
 
-FP32, INT8 = "onnxruntime-fp32", "onnxruntime-int8"
+FP32 = "onnxruntime-fp32"
+INT8 = "onnxruntime-int8"
 RULES: dict[str, ExitRule] = {
     "bert": Confidence(threshold=(0.7, 0.6, 0.5), exit_0_threshold=0.9),
     "albert": FPabee(threshold=0.9, exit_0_threshold=0.9),
@@ -92,7 +93,8 @@ def texts(count: int, pairs: bool) -> list[Text]:
     return [("", "the sun"), ("the sun", ""), ("", ""), *zip(found[3:], found[:2:-1], strict=True)]
 
 
-SINGLE, PAIRS = texts(120, pairs=False), texts(80, pairs=True)
+SINGLE = texts(120, pairs=False)
+PAIRS = texts(80, pairs=True)
 
 
 @pytest.fixture
@@ -140,7 +142,8 @@ def assert_equal(engine: Engine, given: list[Text], found: Answers) -> None:
 
     In int8, few rows have an activation that is rounded to another whole number.
     """
-    trace, task = engine.trace(given), engine.manifest.task
+    trace = engine.trace(given)
+    task = engine.manifest.task
     expected = np.array([answer.exit for answer in engine.predict(given)])
     logits, exits = found
     same = trace.logits[exits - trace.first_exit, np.arange(len(given))]
@@ -216,7 +219,7 @@ def test_openvino_finds_the_buckets_of_exit_0(
                 assert not exits.any()
 
 
-UNREADABLE = [
+UNREADABLE: list[tuple[str, Any, int]] = [
     *[("attention_mask", slice(None), 0), ("attention_mask", 0, 0)],  # nothing; padding on the left
     *[("input_ids", 1, 10_000), ("input_ids", 1, -1), ("input_ids", 1, -10_000)],
     *[("token_type_ids", 1, 9), ("token_type_ids", 1, -1)],

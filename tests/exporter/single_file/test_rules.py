@@ -37,7 +37,8 @@ from fpabee.runtime.artifact.manifest import Task
 from fpabee.runtime.backends.onnxruntime import session_options
 from fpabee.runtime.rules.rules import RULES
 
-SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
+SINGLE = ProblemType.SINGLE_LABEL
+MULTI = ProblemType.MULTI_LABEL
 GOLDEN: list[dict[str, Any]] = json.loads(
     (Path(__file__).parents[2] / "golden" / "exit_rules.json").read_text(encoding="utf-8")
 )

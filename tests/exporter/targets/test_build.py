@@ -211,7 +211,8 @@ def test_points_stay_with_their_files_and_are_named_when_lost(
 def test_new_graphs_of_a_precision_remove_the_plans_of_the_old_ones(
     double: Double, set_points: Callable[..., None]
 ) -> None:
-    cuda, plan = "onnxruntime-fp16-cuda", "tensorrt-fp16-sm86"
+    cuda = "onnxruntime-fp16-cuda"
+    plan = "tensorrt-fp16-sm86"
     assert list(add(double.folder, "tensorrt-fp16", cuda).added) == [plan, cuda]
     for name in (plan, cuda):
         set_points(double.folder, name, fast=FPabee(threshold=0.3))

@@ -28,7 +28,9 @@ from fpabee.runtime.core import Core
 
 pytest.importorskip("openvino")
 
-ONNX, FP32, BF16 = "onnxruntime-fp32", "openvino-fp32", "openvino-bf16"
+ONNX = "onnxruntime-fp32"
+FP32 = "openvino-fp32"
+BF16 = "openvino-bf16"
 needs_bf16 = pytest.mark.skipif(not openvino.has_bf16(), reason="this CPU has no bf16")
 SECONDS = {ONNX: 2.0, FP32: 1.0, BF16: 1.5}
 

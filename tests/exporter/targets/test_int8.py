@@ -138,7 +138,8 @@ def test_both_libraries_run_the_same_graphs(
     family: str, engine_copy: Callable[..., Path], tmp_path: Path
 ) -> None:
     """And one graph of the whole model gives the same."""
-    folder, one = engine_copy(family), tmp_path / "one"
+    folder = engine_copy(family)
+    one = tmp_path / "one"
     assert build_targets(folder, HERE, TEXTS).refused == {}
     manifest = read_manifest(folder)
     files = manifest.targets[NAMES[0]].files

@@ -169,7 +169,8 @@ def request(folder: Path, onnx: str, options: PlanOptions = SMALL) -> PlanReques
 
 
 def test_a_worker_that_dies_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted, run = request(tmp_path, "x"), subprocess.run
+    wanted = request(tmp_path, "x")
+    run = subprocess.run
     for code, says in (
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "when memory runs out"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "ended with code -15"),

@@ -25,7 +25,8 @@ from fpabee.runtime.exit_0 import ExitZero
 from fpabee.runtime.files import Row
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
+SINGLE = ProblemType.SINGLE_LABEL
+MULTI = ProblemType.MULTI_LABEL
 
 Options = Callable[..., TrainOptions]
 WriteRows = Callable[..., str]
@@ -49,7 +50,8 @@ def learn(rows: Sequence[Row], labels: Any, teacher: Stub) -> tuple[ExitZero, An
     """Exit 0 trained on some rows, which are also its dev rows, and its logits for them."""
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "pabee_bert")
     encoded = encoded_rows(rows, tokenizer, 16)
-    part, model = Examples(encoded, np.array(labels)), cast(Any, teacher)
+    part = Examples(encoded, np.array(labels))
+    model = cast(Any, teacher)
     found = train_exit_0(model, part, part, {"input_ids": 0}, 3, silent)
     return found, found(encoded)
 

@@ -17,7 +17,8 @@ from fpabee.exporter.training.workflow import build_model
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.files import Row
 
-SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
+SINGLE = ProblemType.SINGLE_LABEL
+MULTI = ProblemType.MULTI_LABEL
 HARD = torch.eye(4, dtype=torch.float64)[[0, 3, 1, 2, 2]]
 
 
@@ -83,7 +84,8 @@ def test_the_loop_warms_up_decays_clips_and_takes_fractions_of_epochs(
     model, tokenizer = build_model(settings, named)
     rows = encoded_rows([Row(f"film {n}") for n in range(40)], tokenizer, 8)
     data = Examples(rows, np.arange(40) % 2)
-    rates, norms = [], []
+    rates = []
+    norms = []
 
     def step(optimizer: torch.optim.AdamW, *_: object) -> None:
         assert model.training

@@ -30,7 +30,8 @@ from fpabee.runtime.files import read_rows
 from .conftest import Call
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "pabee_bert"
-SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
+SINGLE = ProblemType.SINGLE_LABEL
+MULTI = ProblemType.MULTI_LABEL
 
 Options = Callable[..., TrainOptions]
 WriteRows = Callable[..., str]
@@ -112,7 +113,8 @@ def test_a_multi_label_training_can_start_from_another_model_dir(
     report = train(tmp_path / "model", settings)
     for row in report.scores["dev"]:
         assert set(row) == {"exact_match", "micro_f1", "macro_f1"}
-    trained, given = load_checkpoint(tmp_path / "model"), load_checkpoint(GOLDEN)
+    trained = load_checkpoint(tmp_path / "model")
+    given = load_checkpoint(GOLDEN)
     assert trained.exit_config == MultiExitConfig((2, 4), ("a", "b"), MULTI, Pooling.MEAN)
     found, expected = (
         each.state_dict()["bert.encoder.layer.3.output.dense.weight"] for each in (trained, given)

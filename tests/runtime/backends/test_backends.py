@@ -107,7 +107,8 @@ class Chain:
             for name, expected in self.alone[number][after][1].items():
                 found = tensors[name]
                 if self.batched[name]:
-                    found, expected = found[position], expected[0]
+                    found = found[position]
+                    expected = expected[0]
                 inside = tuple(slice(size) for size in expected.shape)
                 assert_close(found[inside], expected, self.limit)
             if ATTENTION_BIAS in tensors:

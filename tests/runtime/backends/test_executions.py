@@ -77,7 +77,8 @@ def test_closing_during_a_call(
 ) -> None:
     """The call is answered and then frees everything; later calls are refused."""
     made = double(backend=backend)
-    begun, closed = threading.Event(), threading.Event()
+    begun = threading.Event()
+    closed = threading.Event()
     engine = made.load()
     graph = Backend.graph
 
@@ -187,7 +188,9 @@ class Group:
     """A group of rows on an execution, and outputs that were not read yet."""
 
     def __init__(self, execution: Any, hidden: Any, numbers: list[int]) -> None:
-        self.execution, self.hidden, self.numbers = execution, hidden, numbers
+        self.execution = execution
+        self.hidden = hidden
+        self.numbers = numbers
         self.unread: list[tuple[int, Any]] = []
 
 
@@ -196,7 +199,8 @@ class Calls(RuleBasedStateMachine):
 
     def __init__(self, double: Double, expected: Any) -> None:
         super().__init__()
-        self.double, self.expected = double, expected
+        self.double = double
+        self.expected = expected
         engines = EnginesFolder.read(double.folder)
         manifest = engines.manifest
         self.segments = len(manifest.segments)

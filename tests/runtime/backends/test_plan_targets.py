@@ -39,12 +39,14 @@ def test_a_plan_that_does_not_fit_into_device_memory(double: Callable[..., Doubl
     plan = made.folder / "targets" / made.target / "segment_01.plan"
     plan.write_bytes(plan.read_bytes().ljust(5 * MIB, b"."))
     made.change_plan("segment_01", sha256=sha256_of(plan))
-    plans, made.trt.plans = made.trt.plans, lambda content: None
+    plans = made.trt.plans
+    made.trt.plans = lambda content: None
     made.cuda.room = 3 * MIB
     with made.load() as engine:
         with pytest.raises(BackendError, match=r"no room for 5\.0 MiB: 3 of 3 MiB are free -> use"):
             engine.predict(["rain"])
-        made.trt.plans, made.cuda.room = plans, 1024 * MIB
+        made.trt.plans = plans
+        made.cuda.room = 1024 * MIB
         assert len(engine.predict(["rain"])) == 1, "it can be tried again"
 
 

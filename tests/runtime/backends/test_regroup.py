@@ -38,7 +38,8 @@ def compiled(folder: Path) -> Any:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None or sys.platform == "win32":
         pytest.skip("there is no C compiler")
-    source, library = folder / "gather.c", folder / "gather.so"
+    source = folder / "gather.c"
+    library = folder / "gather.so"
     kernel = PTX.with_suffix(".cu").read_text("utf-8").replace('extern "C" __global__', "")
     source.write_text(PRELUDE + kernel.replace("__grid_constant__", "") + CALL, "utf-8")
     flags = ("-std=gnu99", "-Wall", "-Wextra", "-Werror", "-O2", "-shared", "-fPIC")
@@ -50,11 +51,15 @@ def compiled(folder: Path) -> Any:
 def test_the_kernel_copies_what_its_double_copies(aligned: bool, tmp_path: Path) -> None:
     """Compiled as C, with threads that share a row; in words of 8 bytes, or byte by byte."""
     library = compiled(tmp_path)
-    random, cuda, unit = np.random.default_rng(5), FakeCuda(), 8 if aligned else 1
+    random = np.random.default_rng(5)
+    cuda = FakeCuda()
+    unit = 8 if aligned else 1
     stream = cuda.stream()
     for _ in range(50):
-        rows, most = int(random.integers(1, 9)), int(random.integers(1, 20))
-        target, source = cuda.malloc(rows * most * unit), cuda.malloc(3 * most * unit)
+        rows = int(random.integers(1, 9))
+        most = int(random.integers(1, 20))
+        target = cuda.malloc(rows * most * unit)
+        source = cuda.malloc(3 * most * unit)
         memory = cuda.view(target, rows * most * unit)
         cuda.view(source, 3 * most * unit)[:] = random.integers(0, 256, 3 * most * unit)
         widths = random.integers(0, most + 1, rows) * unit

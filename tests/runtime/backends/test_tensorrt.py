@@ -39,7 +39,8 @@ SOME_STOP_FIRST = Entropy(threshold=0.3)
 def test_a_group_shrinks_before_its_next_segment(
     stay: int, regroups: int, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, calls = double(), []
+    made = double()
+    calls = []
     regroup = DeviceExecution.regroup
 
     def counted(*arguments: Any) -> Any:
@@ -206,7 +207,8 @@ def test_cuda_errors_say_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
     driver = cuda_module.Cuda.__new__(cuda_module.Cuda)
     driver._runtime = runtime
-    good, full = runtime.cudaError_t.cudaSuccess, runtime.cudaError_t.cudaErrorMemoryAllocation
+    good = runtime.cudaError_t.cudaSuccess
+    full = runtime.cudaError_t.cudaErrorMemoryAllocation
     monkeypatch.setattr(runtime, "cudaMalloc", lambda size: (full, 0))
     monkeypatch.setattr(runtime, "cudaMemGetInfo", lambda: (good, 3 << 20, 8 << 30))
     with pytest.raises(BackendError, match=r"no room for 64\.0 MiB: 3 of 8192 MiB are free"):

@@ -83,7 +83,8 @@ def test_groups_that_would_be_too_large_together_are_not_joined(
 ) -> None:
     monkeypatch.setattr(HostBackend, "joins", True)
     with engine.core.chain() as chain:
-        short, long = group_of(engine, [0, 4]), group_of(engine, [1])
+        short = group_of(engine, [0, 4])
+        long = group_of(engine, [1])
         assert (short.lengths.tolist(), long.lengths.tolist()) == ([3, 3], [6])
         chain.limits = replace(chain.limits, group_tokens=3 * 5)
         chain.join(short, [long])
@@ -95,7 +96,8 @@ def test_joined_rows_keep_what_belongs_to_them(
 ) -> None:
     monkeypatch.setattr(HostBackend, "joins", True)
     with engine.core.chain() as chain:
-        encoded, depth = engine.core.encode(TEXTS), engine.trace(TEXTS).logits
+        encoded = engine.core.encode(TEXTS)
+        depth = engine.trace(TEXTS).logits
         logits = np.arange(20.0).reshape(5, 4)  # those of each row tell it apart
         groups = []
         for rows in (np.arange(3), np.arange(3, 5)):

@@ -28,7 +28,8 @@ def test_blocks_hold_all_items_and_are_bounded(sizes: list[int]) -> None:
 
 
 def test_columns_by_name_of_several_files(run: Run, bert: Path, tmp_path: Path) -> None:
-    source, last = tmp_path / "in.tsv", tmp_path / "last.csv"
+    source = tmp_path / "in.tsv"
+    last = tmp_path / "last.csv"
     source.write_text('q1\tq2\tgold\nthe film\t"""bad"\talarm\n', encoding="utf-8")
     last.write_text("gold,q1,q2\nalarm,rain,sun\n")
     options = ["--column", "text=q1", "--column", "text_pair=q2", "--with-text"]
@@ -45,7 +46,8 @@ def test_output_to_something_that_is_not_a_file(run: Run, bert: Path, tmp_path: 
     assert (null.code, null.err) == (0, "")
     assert not Path("/dev/null").is_file()
     assert len(run(bert, source, "--output", "-", "--quiet").records) == 1
-    link, real = tmp_path / "link.jsonl", tmp_path / "real.jsonl"
+    link = tmp_path / "link.jsonl"
+    real = tmp_path / "real.jsonl"
     real.touch()
     link.symlink_to(real)
     run(bert, source, "--output", link, "--quiet")

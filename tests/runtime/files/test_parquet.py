@@ -84,7 +84,8 @@ def test_other_fields_become_what_json_has(tmp_path: Path) -> None:
 
 def test_rows_after_a_bad_one_can_be_read(tmp_path: Path) -> None:
     offsets = pyarrow.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 1, 2, 2, 3)))
-    valid, content = pyarrow.py_buffer(b"\x0b"), pyarrow.py_buffer(b"a\xffd")
+    valid = pyarrow.py_buffer(b"\x0b")
+    content = pyarrow.py_buffer(b"a\xffd")
     texts = pyarrow.StringArray.from_buffers(4, offsets, content, valid)
     found = list(Inputs([write(tmp_path / "in.parquet", {"text": texts})]))
     assert [row.text for row in found if isinstance(row, Row)] == ["a", "d"]

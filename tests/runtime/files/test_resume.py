@@ -90,7 +90,8 @@ class Classify:
 
     def unbroken(self) -> bytes:
         """What a run writes that nothing stops."""
-        output, self.output = self.output, self.output.with_name(f"unbroken.{self.output.name}")
+        output = self.output
+        self.output = self.output.with_name(f"unbroken.{self.output.name}")
         assert self().code == 0
         content = self.output.read_bytes()
         self.output.unlink()
@@ -169,7 +170,8 @@ def test_a_resumed_run_gives_the_same_bytes(classify: Classify, small: None, how
 def test_a_run_that_is_killed_at_random_moments(
     classify: Classify, small: None, pytestconfig: pytest.Config
 ) -> None:
-    expected, killed = classify.unbroken(), 0
+    expected = classify.unbroken()
+    killed = 0
     ends = time.monotonic() + pytestconfig.getoption("--seconds")
     # Nothing handles this signal, so that it ends the process like `kill -9`.
     dies = "self.rows % 50 or signal.setitimer(signal.ITIMER_REAL, random.expovariate(10))"
@@ -282,7 +284,8 @@ def test_a_resume_with_other_settings_is_refused(
 
 def test_a_resume_on_a_changed_input_is_refused(classify: Classify) -> None:
     classify.interrupt()
-    source, times = classify.source, classify.source.stat()
+    source = classify.source
+    times = classify.source.stat()
     content = source.read_bytes()
     source.write_bytes(content[:-20] + content[-20:].replace(b"9", b"8"))
     os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -295,7 +298,8 @@ def test_a_resume_on_a_changed_input_is_refused(classify: Classify) -> None:
 def test_a_damaged_partial_is_refused(classify: Classify) -> None:
     classify.interrupt()
     record = classify.partial.with_name("out.jsonl.partial.run")
-    rows, settings = classify.partial.read_bytes(), record.read_text()
+    rows = classify.partial.read_bytes()
+    settings = record.read_text()
     for old, new, says in (
         (b"{", b"[" * 10**5 + b"\n{", "line 1 is damaged"),
         (b'x": 7', b'x": 8', "line 8 is damaged"),

@@ -32,7 +32,8 @@ def record(index: int = 0, **fields: Any) -> Record:
 def converted(
     tmp_path: Path, name: str, records: list[Record], schema: RecordSchema = SINGLE
 ) -> Path:
-    partial, target = tmp_path / "partial", tmp_path / name
+    partial = tmp_path / "partial"
+    target = tmp_path / name
     partial.write_text("".join(to_json(r) + "\n" for r in records), encoding="utf-8")
     convert(partial, target, output_format(target), schema)
     return target

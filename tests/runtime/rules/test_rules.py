@@ -40,7 +40,8 @@ from fpabee.runtime.rules.runner import PatienceState, RuleRunner
 GOLDEN: list[dict[str, Any]] = json.loads(
     (Path(__file__).parents[2] / "golden" / "exit_rules.json").read_text(encoding="utf-8")
 )
-SINGLE, MULTI = ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL
+SINGLE = ProblemType.SINGLE_LABEL
+MULTI = ProblemType.MULTI_LABEL
 
 Logits = NDArray[np.float32]
 
@@ -119,7 +120,8 @@ def test_golden_vectors() -> None:
 def test_a_row_stops_after_so_many_scores_strictly_beyond_the_threshold(
     logits: Logits, task: ProblemType, rule: ExitRule
 ) -> None:
-    scores, threshold = simulate(logits, rule, task).scores, getattr(rule, "threshold", 0.5)
+    scores = simulate(logits, rule, task).scores
+    threshold = getattr(rule, "threshold", 0.5)
     beyond = scores > threshold if isinstance(rule, Confidence) else scores < threshold
     assert np.isnan(scores[0]).all() == rule.compares_exits or not scores.size
     expected = stops(beyond, rule.signals_needed, rule.min_exit)
@@ -208,8 +210,10 @@ def test_any_grouping_of_the_rows_gives_the_same_exits(
         groups = []
         while order:
             size = random.randint(1, len(order))
-            taken, order = np.array(order[:size]), order[size:]
-            group, part = everyone[taken], state.take(taken)
+            taken = np.array(order[:size])
+            order = order[size:]
+            group = everyone[taken]
+            part = state.take(taken)
             stopped, _ = runner.decide(number, part, logits[number - 1, group])
             stopped = np.zeros(size, np.bool_) if stopped is None else stopped
             found[group[stopped]] = number
@@ -395,7 +399,8 @@ def test_logits_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 def test_scores_that_move_by_less_than_the_shift_stay_between_the_shifted_rules(
     logits: Logits, task: ProblemType, rule: ExitRule, by: float
 ) -> None:
-    low, high = shifted(rule, -by), shifted(rule, by)
+    low = shifted(rule, -by)
+    high = shifted(rule, by)
     if isinstance(rule, ThresholdRule):
         np.testing.assert_allclose(high.stop_thresholds - rule.stop_thresholds, by, atol=1e-9)
     exits = [simulate(logits, each, task).exits for each in (low, rule, high)]

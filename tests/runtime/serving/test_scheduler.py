@@ -369,7 +369,9 @@ def test_texts_count_while_they_are_tokenized(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The long texts of several requests are tokenized one after another."""
-    encode, goes_on, calls = engine.core.encode, threading.Event(), list[str]()
+    encode = engine.core.encode
+    goes_on = threading.Event()
+    calls = list[str]()
 
     def slowly(texts: Sequence[Text]) -> Any:
         calls.append("begins")

@@ -170,7 +170,8 @@ def test_full_depth_is_certified_for_its_thresholds(
     folder = engine_copy()
     set_points(folder, default="a", a=Budget(exit=3))
     manifest = read_manifest(folder)
-    name, label = manifest.default_target, manifest.task.labels[0]
+    name = manifest.default_target
+    label = manifest.task.labels[0]
     built = manifest.targets[name]
     certificate = Certificate(confidence=95, promises=(), label_thresholds={label: 0.7})
     points = {"a": replace(built.operating_points["a"], certificate=certificate)}
