@@ -174,10 +174,13 @@ def _metadata(base_model: str, is_for_js: bool) -> Any:
     """
     from huggingface_hub import ModelCardData
 
+    tags = ["early-exit", "fpabee", "onnx"]
+    if is_for_js:
+        tags.append("transformers.js")
     return ModelCardData(
         library_name="onnx",
         pipeline_tag="text-classification",
-        tags=["early-exit", "fpabee", "onnx", *(["transformers.js"] if is_for_js else [])],
+        tags=tags,
         base_model=base_model or None,
         # How the hub names the relation of an ONNX graph to its model, in fp32 as well.
         base_model_relation="quantized" if base_model else None,
