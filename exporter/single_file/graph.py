@@ -139,7 +139,7 @@ def single_graph(
     return model
 
 
-def _readable(inputs: State, parts: Mapping[str, ir.Graph], longest: int) -> Tensor:
+def _readable(inputs: State, parts: Mapping[str, ir.Graph], longest: int) -> Any:
     """Which rows the model can read: `[batch]` bool.
 
     Not those without tokens, with padding on the left, in a batch that is too long, or with ids
@@ -161,8 +161,12 @@ def _readable(inputs: State, parts: Mapping[str, ir.Graph], longest: int) -> Ten
     ]
     for value, node in uses:
         if value.name in (_IDS, TYPES) and node.op_type == "Gather":
+            table = node.inputs[0]
+            while table is not None and (producer := table.producer()):  # what dequantizes it
+                table = producer.inputs[0]
+            assert table is not None
+            known = len(Tensor(mask.writer, table))
             ids = inputs[str(value.name)]
-            known = Tensor(mask.writer, node.inputs[0]).shape[0]
             readable = readable & (np.minimum.reduce(ids, axis=1) >= 0)
             readable = readable & (np.maximum.reduce(ids, axis=1) < known)
     return readable
