@@ -50,7 +50,8 @@ def main(
 ) -> None:
     """Write the model of ENGINES as one ONNX file with the exits and the rule inside.
 
-    Any runtime for ONNX runs it, in any language. It is best at one or few texts at a time.
+    Any runtime for ONNX runs it, in any language, with one text or batches of them: in a batch,
+    each text leaves at its own exit.
     """
     require("graphs")
     from ..exporter.single_file import pack
