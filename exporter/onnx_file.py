@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from ..runtime.artifact.folder import EnginesFolder, sha256_of
-from ..runtime.artifact.manifest import NEXT, Graph, Manifest, Target, TensorSpec
+from ..runtime.artifact.manifest import LOGITS, NEXT, Graph, Manifest, Target, TensorSpec
 from ..runtime.encoding import Arrays
 from ..runtime.errors import ModelError
 
 OPSET = 20
+_TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 def load_graphs(engines: EnginesFolder, graphs: Mapping[str, Graph]) -> dict[str, Any]:
@@ -151,11 +154,23 @@ def graph_runs(
             session = None  # so that two graphs are never in memory together
             session = open_session(name)
             loaded = name
-        input_names = [value.name for value in session.get_inputs()]
+        # The mask of fp16 graphs is in fp16, too.
+        types = {value.name: _TYPES[value.type] for value in session.get_inputs()}
         output_names = [value.name for value in session.get_outputs()]
         for batch, state in enumerate(states):
-            inputs = {key: state[key] for key in input_names}
+            inputs = {key: state[key].astype(each, copy=False) for key, each in types.items()}
             values = session.run(output_names, inputs)
             run = GraphRun(call, name, batch, inputs, dict(zip(output_names, values, strict=True)))
             yield run
             state |= {key.removeprefix(NEXT): value for key, value in run.outputs.items()}
+
+
+def chain_logits(
+    manifest: Manifest, batches: Iterable[Arrays], open_session: Callable[[str], Any]
+) -> NDArray[np.float32]:
+    """The logits `[segments, rows, labels]` of the chain, see `graph_runs`."""
+    logits: dict[int, list[NDArray[np.float32]]] = {}
+    for run in graph_runs(manifest, batches, open_session):
+        if LOGITS in run.outputs:
+            logits.setdefault(run.call, []).append(run.outputs[LOGITS])
+    return np.stack([np.concatenate(parts) for parts in logits.values()])

@@ -33,6 +33,7 @@ from one_graph import merge_graphs
 from fpabee.commands.command import exits_with_one_line
 from fpabee.exporter.onnx_file import load_graphs
 from fpabee.exporter.single_file.graph import EXIT, MASK, single_graph
+from fpabee.exporter.single_file.rules import as_inputs, settings_of
 from fpabee.exporter.targets.check import FP32_TARGET
 from fpabee.runtime import EncodedRow, Engine
 from fpabee.runtime.artifact.folder import EnginesFolder
@@ -49,7 +50,7 @@ SINGLE_RUNS = 200
 PLAIN = "plain graph"
 FULL = "packed, full depth"
 RULE = "packed + rule"
-WITHOUT = "packed, rows stay"
+WITHOUT = "packed for a plan, rows stay"
 COLUMNS = ("runtime", f"{FULL} / {PLAIN}", f"{RULE} / {PLAIN}", f"{RULE} / {FULL}", "theory")
 SINGLE_COLUMN = f"one text: packed / {WITHOUT}"
 
@@ -173,18 +174,19 @@ def main(engines: Path, source: str, text: str, depth: float, rounds: int) -> No
     never = msgspec.structs.replace(rule, min_exit=manifest.exits[-1])
     calls = [name for segment in manifest.segments for name in segment.calls]
 
-    def packed(rule: Any, compact: bool = True) -> bytes:
+    def packed(rule: Any, for_plan: bool = False) -> bytes:
         protos = load_graphs(folder, manifest.graphs)
-        model = single_graph(protos, manifest, rule, None, compact)
+        model = single_graph(protos, manifest, rule, None, for_plan)
         return bytes(ir.to_proto(model).SerializeToString())
 
     graphs = {FULL: packed(never), RULE: packed(rule)}
-    without = packed(never, compact=False)
+    without = packed(never, for_plan=True)
+    settings = as_inputs(settings_of(never, manifest.task, manifest.exits))
     protos = load_graphs(folder, manifest.graphs)
     graphs[PLAIN] = merge_graphs([(name, protos[name]) for name in calls]).SerializeToString()
     padding = padding_values(manifest.tokenizer)
     batches = batches_of(rows, padding)
-    single = {name: array[:1] for name, array in batches[0].items()}
+    single = {name: array[:1] for name, array in batches[0].items()} | settings
     layers = np.array(manifest.exit_layers[-len(manifest.segments) :])
     click.echo(f"| {' | '.join((*COLUMNS, SINGLE_COLUMN))} |")
     click.echo("|---" * (len(COLUMNS) + 1) + "|")

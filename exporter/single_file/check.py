@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from ...runtime.artifact.folder import EnginesFolder
-from ...runtime.artifact.manifest import (
-    ATTENTION_BIAS,
-    LOGITS,
-    TokenizerSpec,
-)
-from ...runtime.backends.onnxruntime import session_options
+from ...runtime.artifact.manifest import ATTENTION_BIAS, LOGITS, Manifest, TokenizerSpec
+from ...runtime.backends.onnxruntime import cpu_session, session_options
 from ...runtime.check import (
     EXPORT_LIMIT,
     REQUIREMENTS,
@@ -24,16 +21,16 @@ from ...runtime.check import (
     logit_differences,
     logit_sizes,
 )
-from ...runtime.encoding import EncodedRow, Text, padded_batches, padding_values
+from ...runtime.encoding import EncodedRow, padded_batches, padding_values
 from ...runtime.errors import CheckError
+from ...runtime.exit_0 import ExitZero
 from ...runtime.rules.measures import Integers
 from ...runtime.rules.rules import ExitRule, ThresholdRule
 from ...runtime.rules.runner import Simulation, simulate
 from ...runtime.rules.words import rule_in_words
-from ..targets.backends import ONNXRUNTIME
-from ..targets.check import engine_of
+from ..onnx_file import chain_logits
 from .graph import EXIT, MASK
-from .rules import settings_of
+from .rules import as_inputs, settings_of
 
 _BATCH = 16
 # Smaller tensors, such as the settings, lie in the graph in any case.
@@ -44,48 +41,65 @@ _MOST_TIES = 0.02
 _QUANTILES = (0.3, 0.7)
 
 
+def logits_of_segments(
+    manifest: Manifest,
+    protos: Mapping[str, Any],
+    exit_0: ExitZero | None,
+    rows: Sequence[EncodedRow],
+    precision: str,
+) -> Logits:
+    """The logits `[exits, rows, labels]` of a chain of graphs, in ONNX Runtime.
+
+    Args:
+        manifest: says how segments call the graphs.
+        protos: the graphs by name, each an `onnx.ModelProto`.
+        exit_0: is the first exit; None: there is none.
+        rows: at least one.
+        precision: of the graphs.
+    """
+    options = _options(precision)
+    batches = padded_batches(rows, padding_values(manifest.tokenizer), _BATCH)
+    logits = chain_logits(
+        manifest, batches, lambda name: cpu_session(protos[name].SerializeToString(), options)
+    )
+    return logits if exit_0 is None else np.concatenate([exit_0(rows)[None], logits])
+
+
 def check_single_graph(
-    engines: EnginesFolder,
-    target: str,
-    rule: ExitRule,
     model: ir.Model,
+    rule: ExitRule,
+    manifest: Manifest,
+    rows: Sequence[EncodedRow],
+    expected: Logits,
+    precision: str,
     file: Path,
-    texts: Sequence[Text],
     is_large: bool,
-) -> tuple[int, int, float]:
+) -> tuple[int, float]:
     """Run the graph with the rule and with two other thresholds, and write it with the rule.
 
     Args:
-        engines: the engines folder, without exit 0 if the graph has none.
-        target: the target whose graphs it was made from.
-        rule: the rule.
         model: the graph.
+        rule: the rule.
+        manifest: says which exits and labels there are.
+        rows: what to run.
+        expected: the logits `[exits, rows, labels]` of the segments.
+        precision: of the graph.
         file: where to write it.
-        texts: what to run.
         is_large: whether its weights are written beside it, where every runtime looks for them.
 
     Returns:
-        How many texts were run. For how many of them, at most, a score is so close to a threshold
-        that rounding decides; their exits are not compared. The largest difference of a logit,
-        see `logit_differences`.
+        For how many rows, at most, a score is so close to a threshold that rounding decides; their
+        exits are not compared. The largest difference of a logit, see `logit_differences`.
 
     Raises:
         CheckError: logits or exits differ, or too many exits cannot be compared.
     """
-    manifest = engines.manifest
-    built = manifest.targets[target]
-    # Those of OpenVINO, too, run in ONNX Runtime here.
-    here = msgspec.structs.replace(built, backend=ONNXRUNTIME)
-    with engine_of(engines.with_target(target, here), target, rule) as engine:
-        rows = engine.core.encode(texts)
-        trace = engine.trace(texts)
-    required = REQUIREMENTS["int8"].tie if built.precision == "int8" else EXPORT_LIMIT
-    first = trace.first_exit
+    required = EXPORT_LIMIT if precision == "fp32" else REQUIREMENTS[precision].tie
     task = manifest.task
+    first = manifest.exits[0]
 
     def simulated(rule: ExitRule) -> Simulation:
-        thresholds = task.label_thresholds
-        return simulate(trace.logits, rule, task.problem_type, thresholds, first)
+        return simulate(expected, rule, task.problem_type, task.label_thresholds, first)
 
     rules = [rule]  # the last, so that the file keeps it
     scores = simulated(rule).scores
@@ -96,48 +110,75 @@ def check_single_graph(
     difference = 0.0
     ties = 0
     for each in rules:
-        for name, value in settings_of(each, task, manifest.exits).items():
+        settings = settings_of(each, task, manifest.exits)
+        for name, value in settings.items():
             if name in model.graph.initializers:  # one segment decides nothing
                 model.graph.initializers[name].const_value = ir.tensor(value, name=name)
         beside = f"{file.name}_data" if is_large else None
         ir.save(model, file, external_data=beside, size_threshold_bytes=_LEAST_BESIDE)
-        logits, exits = _run(file, rows, manifest.tokenizer)
-        expected = simulated(each).exits
-        same = trace.logits[exits - first, np.arange(len(rows))]
+        logits, exits = _run(
+            file, rows, manifest.tokenizer, as_inputs(settings), _options(precision)
+        )
+        simulation = simulated(each).exits
+        same = expected[exits - first, np.arange(len(rows))]
         difference = float(
             np.maximum(difference, logit_differences(logits, same).max())
         )  # NaN stays NaN
-        close = exits_near_ties(
-            trace.logits, each, task, difference * logit_sizes(trace.logits), first
-        )
+        # Settings may be rounded to float32.
+        rounding = max(difference, float(np.finfo(np.float32).eps))
+        close = exits_near_ties(expected, each, task, rounding * logit_sizes(expected), first)
         ties = max(ties, int(close.sum()))
-        wrong = int(((exits != expected) & ~close).sum())
+        wrong = int(((exits != simulation) & ~close).sum())
         if wrong or not difference <= required or ties > max(1, _MOST_TIES * len(rows)):
             raise CheckError(
-                f"the graph does not agree with the segments of {target}, with "
-                f"{rule_in_words(each)}, on {len(rows)} texts: logits differ by {difference:.1e} "
+                f"the graph does not agree with its segments, with {rule_in_words(each)}, on "
+                f"{len(rows)} texts: logits differ by {difference:.1e} "
                 f"of their size (at most {required:.0e} allowed), {wrong} exits differ, and {ties} "
                 f"are too close to a threshold to compare (at most {_MOST_TIES:.0%} allowed)",
                 "pack another target; if it is the exits that are too close, export again with "
                 "more `texts`, on which the file is checked as well",
             )
-    return len(rows), ties, difference
+    return ties, difference
+
+
+def _options(precision: str) -> Any:
+    """How graphs of a precision are run for the comparison.
+
+    Those in fp16 are for GPUs. Here, optimizations would leave out some of their rounding.
+    """
+    import onnxruntime
+
+    options = session_options()
+    if precision == "fp16":
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
 
 
 def _run(
-    file: Path, rows: Sequence[EncodedRow], tokenizer: TokenizerSpec
+    file: Path,
+    rows: Sequence[EncodedRow],
+    tokenizer: TokenizerSpec,
+    settings: Mapping[str, NDArray[Any]],
+    options: Any,
 ) -> tuple[Logits, Integers]:
-    """The logits `[rows, labels]` and exits `[rows]` of a graph, in batches of unequal rows."""
+    """The logits `[rows, labels]` and exits `[rows]` of a graph, in batches of unequal rows.
+
+    Args:
+        file: the graph.
+        rows: what to run.
+        tokenizer: says how rows are padded.
+        settings: of the rule by name, for a graph that has them as inputs.
+        options: of the session.
+    """
     import onnxruntime
 
-    # With all optimizations, as others will run it.
-    session = onnxruntime.InferenceSession(
-        file, session_options(), providers=["CPUExecutionProvider"]
-    )
+    # With all optimizers, as others will run it.
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
     answers = []
     for arrays in padded_batches(rows, padding_values(tokenizer), _BATCH):
         arrays[MASK] = (arrays[ATTENTION_BIAS][:, 0, 0] == 0).astype(np.int64)
+        arrays |= settings
         answers.append(session.run([LOGITS, EXIT], {name: arrays[name] for name in names}))
     logits = np.concatenate([logits for logits, _ in answers])
     exits = np.concatenate([exits for _, exits in answers])

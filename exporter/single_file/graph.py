@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from ...runtime.artifact.manifest import (
@@ -27,7 +28,7 @@ from ...runtime.artifact.manifest import (
 from ...runtime.rules.rules import ExitRule
 from .exit_0_nodes import ExitZeroNodes
 from .nodes import Tensor, Writer
-from .rules import RuleNodes, State
+from .rules import RuleNodes, State, as_inputs, settings_of
 
 MASK = "attention_mask"
 TYPES = "token_type_ids"
@@ -36,6 +37,7 @@ _IR_VERSION = 10
 _IDS = "input_ids"
 _ROWS = "rows"
 _BATCH = "batch"
+_SEQUENCE = "sequence"
 
 
 def single_graph(
@@ -43,7 +45,7 @@ def single_graph(
     manifest: Manifest,
     rule: ExitRule,
     exit_0: ExitZeroNodes | None,
-    compact: bool = True,
+    for_plan: bool = False,
 ) -> ir.Model:
     """One graph that answers each row at its own exit.
 
@@ -51,14 +53,17 @@ def single_graph(
     `[batch, sequence]` int64. Its outputs are `logits`, `[batch, labels]` float32, and `exit`,
     `[batch]` int64. A row that the model cannot read has NaN as its logits, see `_readable`.
 
+    Rows that have stopped leave. TensorRT builds no such graph, so it has a form of its own: all
+    rows run until the last one has stopped, both branches of an `If` give the same shapes, and the
+    settings of the rule are inputs, see `as_inputs`.
+
     Args:
         protos: the graphs of a target by name, each an `onnx.ModelProto`, whose weights get other
             names.
         manifest: says how segments call them.
         rule: the rule.
         exit_0: exit 0; None: leave it out.
-        compact: whether rows that have stopped leave. Otherwise all rows run until the last one has
-            stopped: for runtimes that do not have `NonZero`.
+        for_plan: whether it is for TensorRT.
 
     Raises:
         RuleError: the rule has no form as a graph, or does not fit the exits.
@@ -73,27 +78,43 @@ def single_graph(
     inputs: State = {}  # of all rows
     for name in (_IDS, MASK, TYPES):
         if name == MASK or any(name in names for names in reads):
-            value = ir.val(name, ir.DataType.INT64, (_BATCH, "sequence"))
+            value = ir.val(name, ir.DataType.INT64, (_BATCH, _SEQUENCE))
             top.inputs.append(value)
             inputs[name] = Tensor(writer, value)
     padding = 1 - inputs[MASK].astype(np.float32)
-    inputs[ATTENTION_BIAS] = (padding * MASK_FILL)[:, None][:, None]
+    bias_types = [
+        value.dtype
+        for part in parts.values()
+        for value in part.inputs
+        if value.name == ATTENTION_BIAS and value.dtype is not None
+    ]
+    bias = (padding * MASK_FILL)[:, None][:, None]
+    inputs[ATTENTION_BIAS] = bias.astype(bias_types[0].numpy()) if bias_types else bias
     calls = Counter(name for segment in manifest.segments for name in segment.calls)
     for name, part in parts.items():
         if calls[name] > 1:  # a block whose weights several branches share
             move_weights(part, top, f"{name}/")
-    nodes = RuleNodes(writer, rule, manifest.task, manifest.exits)
+    settings = settings_of(rule, manifest.task, manifest.exits)
+    if for_plan:
+        held = {name: _input(writer, name, each) for name, each in as_inputs(settings).items()}
+    else:
+        held = {name: writer.initializer(name, each) for name, each in settings.items()}
+    nodes = RuleNodes(held, rule, manifest.task, manifest.exits)
     state: State = {}  # of the rule, for all rows
     if exit_0 is not None:
         is_token = inputs[MASK].astype(np.bool_)
         logits = exit_0.logits(inputs[_IDS], is_token, inputs.get(TYPES))
         state = nodes.step(0, logits, {})
+    sizes = {}
+    if for_plan:
+        shape = inputs[MASK].then("Shape")
+        sizes = {_BATCH: shape[:1], _SEQUENCE: shape[1:]}
     handed_on: State = {}  # from segment to segment, for the rows that are left
     for number, segment in enumerate(manifest.segments, start=1):
         is_first = not state
         name = f"exit_{number:02d}"
         with contextlib.nullcontext(top) if is_first else writer.branch(name) as branch:
-            rows_leave = compact and not is_first
+            rows_leave = not (for_plan or is_first)
             tensors = inputs | handed_on
             if rows_leave:
                 tensors = _of_rows_left(inputs, handed_on, state["stopped"])
@@ -115,7 +136,8 @@ def single_graph(
             if key in later and key not in inputs and tensor is not handed_on.get(key)
         }
         if not is_first:
-            results = _guarded(writer, branch, state, new, after)
+            before = state | handed_on if for_plan else state
+            results = _guarded(writer, branch, before, new | after, sizes)
             new = {key: results[key] for key in new}
             after = {key: results[key] for key in after}
         handed_on |= new
@@ -125,9 +147,11 @@ def single_graph(
         LOGITS: readable[:, None].then("Where", state[LOGITS], np.nan),
         EXIT: state[EXIT].then("Identity"),
     }
+    shapes = {LOGITS: (_BATCH, len(manifest.task.labels)), EXIT: (_BATCH,)}
     for name, tensor in answers.items():
         output = tensor.value
         output.name = name
+        output.shape = ir.Shape(shapes[name])
         top.outputs.append(output)
     model = ir.Model(top, ir_version=_IR_VERSION)
     tidy = ir.passes.Sequential(
@@ -204,29 +228,34 @@ def _rename_batch(part: ir.Graph, name: str) -> None:
             value.shape = ir.Shape(sizes)
 
 
-def _guarded(writer: Writer, branch: ir.Graph, before: State, new: State, after: State) -> State:
+def _guarded(
+    writer: Writer, branch: ir.Graph, before: State, results: State, sizes: State
+) -> State:
     """Run a branch only if not all rows have stopped.
 
     Args:
         writer: adds the `If`.
         branch: the branch.
-        before: what was carried on before.
-        new: the tensors that later segments need.
-        after: what the rule carries on.
+        before: what was carried on before, which a skipped branch hands on.
+        results: what the branch gives. A skipped one gives zeros for what it has not before, which
+            nothing reads.
+        sizes: of the dimensions of these zeros that vary, `[1]` int64 by their names; empty: 1.
 
     Returns:
-        `new` and `after` as outputs of the `If`.
+        The results as outputs of the `If`.
     """
-    results = new | after
     with writer.branch(f"{branch.name}_skipped") as skipped:
         for name, tensor in results.items():
-            if name in after:
+            if name in before:
                 # A branch cannot return a tensor from outside.
                 kept = before[name].then("Identity")
             else:
-                # Nothing reads it, so it has one row; the width is for the analysis of shapes.
-                sizes = [size if isinstance(size, int) else 1 for size in tensor.shape]
-                kept = writer.constant(np.zeros(sizes, tensor.dtype))
+                # The width is for the analysis of shapes.
+                fixed = [size if isinstance(size, int) else 1 for size in tensor.shape]
+                kept = writer.constant(np.zeros(fixed, tensor.dtype))
+                if sizes:
+                    lengths = [sizes.get(str(size), [1]) for size in tensor.shape]
+                    kept = kept.then("Expand", writer.node("Concat", *lengths, axis=0))
             skipped.outputs.append(kept.value)
     branch.outputs.extend(tensor.value for tensor in results.values())
     branches = {"then_branch": skipped, "else_branch": branch}
@@ -236,11 +265,19 @@ def _guarded(writer: Writer, branch: ir.Graph, before: State, new: State, after:
         output.name = f"after_{branch.name}/{name}"
         output.type = tensor.value.type
         output.shape = tensor.value.shape
-        if name in new:  # a skipped branch gives another batch and sequence
-            fixed = [size if isinstance(size, int) else None for size in tensor.shape]
-            output.shape = ir.Shape(fixed)
+        if name not in before:  # a skipped branch gives another batch and sequence
+            varies = [size if isinstance(size, int) else None for size in tensor.shape]
+            output.shape = ir.Shape(varies)
     made = (Tensor(writer, output) for output in node.outputs)
     return dict(zip(results, made, strict=True))
+
+
+def _input(writer: Writer, name: str, setting: NDArray[Any]) -> Tensor:
+    """A setting as an input of the graph, and as the rule computes with it."""
+    value = ir.val(name, ir.DataType.from_numpy(setting.dtype), setting.shape)
+    writer.graph.inputs.append(value)
+    tensor = Tensor(writer, value)
+    return tensor.astype(np.float64) if setting.dtype == np.float32 else tensor
 
 
 def append(

@@ -9,6 +9,7 @@ README.md              the model card
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -20,13 +21,21 @@ from tokenizers import Tokenizer
 from ... import __version__
 from ...calibration.scoring import AGREEMENT
 from ...runtime.artifact.folder import BAD_JSON, EnginesFolder
-from ...runtime.artifact.manifest import CLASSIFIER_NAME
+from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest
 from ...runtime.artifact.operating_point import OperatingPoint
 from ...runtime.encoding import read_tokenizer
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError
 from ...runtime.rules.rules import ExitRule
 from ...runtime.rules.words import rule_in_words
+from ...runtime.targets import rule_of
 from ..markdown import MarkdownFormatter
+from .plan import Plan
+from .rules import SETTINGS, as_inputs, differ_in_settings_only, settings_of
+
+_NO_PROMISE = (
+    "The plan has not run yet. What was measured holds for the target in `measured_on`. Nothing is "
+    "promised on a GPU until the rule is calibrated there."
+)
 
 
 @dataclass(frozen=True)
@@ -34,9 +43,12 @@ class Packed:
     """What was packed.
 
     Attributes:
-        file: the graph.
-        target: whose graphs it holds.
-        operating_point: the one inside; None: the default rule of the engines folder.
+        file: the graph or the plan.
+        target: whose graphs it holds, or that the plan is for.
+        precision: of the target.
+        operating_point: the one inside, or for a plan, the one that `settings` are of; None: the
+            default rule of the engines folder.
+        measured_on: the target on which the operating point was measured; None: none was.
         rule: the rule inside.
         exits: the numbers of its exits.
         no_exit_0: why exit 0 of the model was left out; empty: it was not.
@@ -49,7 +61,9 @@ class Packed:
 
     file: Path
     target: str
+    precision: str
     operating_point: str | None
+    measured_on: str | None
     rule: ExitRule
     exits: range
     no_exit_0: str
@@ -79,25 +93,34 @@ def load_tokenizer(engines: EnginesFolder) -> Tokenizer:
 
 
 def write_files(
-    engines: EnginesFolder, folder: Path, file: Path, packed: Packed, model: Any, is_large: bool
+    engines: EnginesFolder,
+    folder: Path,
+    file: Path,
+    packed: Packed,
+    model: Any,
+    is_large: bool,
+    plan: Plan | None,
 ) -> None:
     """Write the files.
 
     Args:
         engines: the engines folder, without exit 0 if it was left out.
         folder: where to write them.
-        file: the graph, relative to this folder.
+        file: the graph or the plan, relative to this folder.
         packed: what was packed.
         model: the graph, an `onnx_ir.Model`.
         is_large: whether its weights lie beside it.
+        plan: the plan that was built from it; None: there is none.
 
     Raises:
         ArtifactError: the configuration of the classifier is damaged.
     """
     manifest = engines.manifest
     spec = manifest.tokenizer
-    target = manifest.targets[packed.target]
-    point = target.operating_points.get(packed.operating_point or "")
+    points = {}
+    if packed.measured_on is not None:
+        points = manifest.targets[packed.measured_on].operating_points
+    point = points.get(packed.operating_point or "")
     tokenizer = load_tokenizer(engines)
     tokenizer.save(str(folder / "tokenizer.json"))
     path = engines.file(CLASSIFIER_NAME, manifest.files[CLASSIFIER_NAME])
@@ -106,16 +129,20 @@ def write_files(
     except BAD_JSON as error:
         problem = str(error) or type(error).__name__
         raise ArtifactError(f"{path} is not a configuration: {problem}", EXPORT_AGAIN) from error
+    measured = {"measured": point} if plan is None else _of_plan(plan, packed, manifest, points)
     # What transformers.js calls the file: q8 for model_quantized.onnx, fp32 for model.onnx.
     dtype = "q8" if file.stem.endswith("_quantized") else "fp32"
     for_js = {"dtype": dtype, "use_external_data_format": is_large}
+    if plan is None:
+        classifier["transformers.js_config"] = for_js
+    names = [str(value.name) for value in model.graph.inputs]
     contents = {
-        "config.json": {**classifier, "transformers.js_config": for_js},
+        "config.json": classifier,
         "tokenizer_config.json": {
             # The class that takes tokenizer.json as it is.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": spec.max_length,
-            "model_input_names": [value.name for value in model.graph.inputs],
+            "model_input_names": [name for name in names if not name.startswith(SETTINGS)],
             "pad_token": tokenizer.id_to_token(spec.pad_id),
             "padding_side": "right",
             "clean_up_tokenization_spaces": False,
@@ -124,16 +151,16 @@ def write_files(
             **packed.to_dict(),
             "fpabee_version": __version__,
             "layers": manifest.exit_layers,
-            "measured": point,
+            **measured,
         },
     }
     for name, content in contents.items():
         text = msgspec.json.format(msgspec.json.encode(content), indent=2)
         (folder / name).write_bytes(text + b"\n")
     texts = MarkdownFormatter()
-    measured = "Nothing is promised: the rule was not calibrated for this file.\n"
+    promises = "Nothing is promised: the rule was not calibrated for this file.\n"
     if point is not None:
-        measured = texts.format(
+        promises = texts.format(
             _template("measured"),
             manifest=manifest,
             packed=packed,
@@ -152,17 +179,66 @@ def write_files(
         _template("card"),
         manifest=manifest,
         packed=packed,
-        target=target,
         labels=", ".join(manifest.task.labels),
         exits=", ".join(f"{n} after layer {layer}" for n, layer in layers),
         rule=rule_in_words(packed.rule),
+        settings="initializers" if plan is None else "inputs",
         exit_0=packed.no_exit_0 or ("inside" if packed.exits[0] == 0 else "the model has none"),
     )
     subfolder = "/".join(file.parent.parts)
-    use = Template(_template("use")).substitute(file=file.as_posix(), subfolder=subfolder)
+    fields = {"file": file.as_posix(), "subfolder": subfolder}
+    name = "use"
+    if plan is not None:
+        fields = _how_to_build(plan)
+        name = "use_plan"
+    use = Template(_template(name)).substitute(fields)
     metadata = _metadata(manifest.base_model, is_for_js=bool(subfolder))
-    page = f"---\n{metadata}\n---\n\n{card}{measured}{use}"
+    warning = "" if plan is None else f"{_NO_PROMISE}\n"
+    page = f"---\n{metadata}\n---\n\n{card}{warning}{promises}{use}"
     (folder / "README.md").write_text(page, encoding="utf-8")
+
+
+def _of_plan(
+    plan: Plan, packed: Packed, manifest: Manifest, points: Mapping[str, OperatingPoint]
+) -> dict[str, Any]:
+    """What `fpabee.json` says of a plan.
+
+    Args:
+        plan: the plan.
+        packed: what was packed.
+        manifest: that of the engines folder.
+        points: the operating points by name. Those with another rule need another plan.
+    """
+
+    def settings(rule: ExitRule) -> dict[str, Any]:
+        inputs = as_inputs(settings_of(rule, manifest.task, manifest.exits))
+        return {name: value.tolist() for name, value in inputs.items()}
+
+    served = {}
+    for name, point in points.items():
+        if point.rule["name"] != packed.rule.name:
+            continue
+        _, rule = rule_of(manifest, packed.measured_on or "", name)
+        if differ_in_settings_only(rule, packed.rule, manifest.task, manifest.exits):
+            served[name] = {"settings": settings(rule), "measured": point}
+    return {
+        "promise": _NO_PROMISE,
+        "plan": plan,
+        "settings": settings(packed.rule),
+        "operating_points": served,
+    }
+
+
+def _how_to_build(plan: Plan) -> dict[str, str]:
+    """The fields of `use_plan.md`: the shapes as `trtexec` reads them, and what runs the plan."""
+    fields = {"onnx": plan.onnx, "plan": plan.file}
+    fields["versions"] = ", ".join(map(" ".join, plan.versions.items()))
+    fields["gpus"] = ", ".join(plan.compute_capabilities)
+    names = [spec.name for spec in plan.inputs if "batch" in spec.shape]
+    for end in ("min", "opt", "max"):
+        sizes = (getattr(plan.shapes.batch, end), getattr(plan.shapes.sequence, end))
+        fields[end] = ",".join(f"{name}:{'x'.join(map(str, sizes))}" for name in names)
+    return fields
 
 
 def _metadata(base_model: str, is_for_js: bool) -> Any:

@@ -1,30 +1,40 @@
-"""Pack an engines folder into one ONNX file, in a folder that other libraries read."""
+"""Pack an engines folder into one ONNX file, or one TensorRT plan, in a folder of its own."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import onnx
 
 from ...calibration.progress import Progress, silent
 from ...runtime.artifact.folder import EnginesFolder
-from ...runtime.artifact.manifest import CLASSIFIER_NAME
+from ...runtime.artifact.manifest import CLASSIFIER_NAME, Target
 from ...runtime.artifact.reference import read_reference
+from ...runtime.backends.tensorrt import MODULES
+from ...runtime.encoding import EncodedRow, TextEncoder
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.targets import rule_of, target_of
 from ..onnx_file import graphs_of, load_graphs
 from ..paths import check_new, resolved
 from ..staging import staging
+from ..targets.builders import BUILDERS, FP16, Builder
 from ..targets.check import FP32_TARGET
-from .check import check_single_graph
+from ..targets.fp16 import lowered_graphs
+from ..targets.plans import PlanOptions
+from ..targets.tensorrt import plans_record
+from .check import check_single_graph, logits_of_segments
 from .exit_0_nodes import ExitZeroNodes, PairMarks
 from .graph import TYPES, single_graph
 from .hub_files import Packed, load_tokenizer, write_files
+from .plan import build_plan
 
 # Protobuf refuses 2 GiB; the nodes need little of it.
 _MOST_BYTES = 2**31 - 2**26
+_PLANS = [name for name, builder in BUILDERS.items() if builder.backend in MODULES]
 
 
 def pack(
@@ -33,6 +43,7 @@ def pack(
     target: str | None = None,
     operating_point: str | None = None,
     for_transformers_js: bool = False,
+    plans: PlanOptions | None = None,
     progress: Progress = silent,
 ) -> Packed:
     """Write a model with its exits and a rule as one ONNX graph, in a folder of its own.
@@ -40,15 +51,22 @@ def pack(
     Before the folder appears, the graph runs the reference texts with the rule and with two other
     thresholds: its logits must be those of the segments, and its exits those of `simulate`.
 
+    For a target of TensorRT, a plan is built from the graph. The settings of the rule are inputs of
+    it, so one plan serves all operating points with this rule; `fpabee.json` has their settings.
+    The plan does not run before it is written.
+
     Args:
         engines: an engines folder.
         output: the folder to write, which must not exist yet, or be empty.
-        target: a target for CPUs in fp32 or int8, whose graphs are packed; default: the default
-            target, or if that has another precision, `onnxruntime-fp32`.
-        operating_point: one of the target's; default: its default point, or if it has none the
-            default rule of the folder.
+        target: a target for CPUs in fp32 or int8, whose graphs are packed; or one of TensorRT,
+            such as `tensorrt-rtx-fp16`, that this machine can build, which the folder need not
+            have. Default: the default target, or if that cannot be packed, `onnxruntime-fp32`.
+        operating_point: one of the target's, or if the folder does not have the target, of its
+            default target; default: the default point, or if there is none the default rule of the
+            folder.
         for_transformers_js: whether the graph is `onnx/model.onnx`, or in int8
             `onnx/model_quantized.onnx`, instead of `model.onnx`.
+        plans: shapes and GPUs of a plan; default: `PlanOptions()`.
         progress: called with (what, done, total).
 
     Returns:
@@ -56,9 +74,12 @@ def pack(
 
     Raises:
         ArtifactError: the engines folder is damaged, or the output folder exists.
-        BackendError: the folder has no such target, or it does not run ONNX graphs in fp32 or int8.
+        BackendError: the folder has no such target, or it does not run ONNX graphs in fp32 or int8;
+            or the plan cannot be built.
+        InputError: the model does not take the shapes of `plans`.
         RuleError: the target has no such point, or its rule cannot be a graph.
-        CheckError: the graph does not agree with the segments; nothing is written.
+        CheckError: the graph does not agree with the segments, or fp16 changes answers; nothing is
+            written.
 
     Example:
         ```python
@@ -71,67 +92,139 @@ def pack(
     place = resolved(output)
     check_new(place, [engines])
     source = EnginesFolder.read(engines)
-    targets = source.manifest.targets
+    if CLASSIFIER_NAME not in source.manifest.files:
+        raise ArtifactError(f"{engines} has no {CLASSIFIER_NAME}", EXPORT_AGAIN)
+    if target in _PLANS:
+        contents = _for_plan(source, BUILDERS[target], plans or PlanOptions(), progress)
+    else:
+        contents = _for_cpu(source, target)
+    protos = contents.protos
+    point, rule = rule_of(source.manifest, contents.measured_on, operating_point)
+    exit_0 = ExitZero.load(source)
+    marks = None
+    no_exit_0 = ""
+    if exit_0 is not None:
+        inputs = {value.name for proto in protos.values() for value in proto.graph.input}
+        marks = PairMarks.of(load_tokenizer(source), TYPES in inputs)
+    rows = _rows(source, marks)
+    if exit_0 is not None and marks is None:
+        no_exit_0 = "no token types or separators say where the second text of a pair begins"
+        source = source.with_manifest(exit_0=None)
+        exit_0 = None
+        point = None
+        rule = msgspec.structs.replace(rule, exit_0_threshold=None)
+    inside = None if exit_0 is None or marks is None else ExitZeroNodes(exit_0, marks)
+    manifest = source.manifest
+    progress("pack", 0, 2)
+    # First, because the weights of the graphs are moved.
+    expected = logits_of_segments(manifest, protos, exit_0, rows, contents.precision)
+    model = single_graph(protos, manifest, rule, inside, contents.plan is not None)
+    weights = [value.const_value for part in model.graphs() for value in part.initializers.values()]
+    is_large = sum(weight.nbytes for weight in weights if weight is not None) > _MOST_BYTES
+    with staging(place) as folder:
+        file = Path("model.onnx")
+        if for_transformers_js:
+            file = Path("onnx", "model_quantized.onnx" if contents.precision == "int8" else file)
+        (folder / file).parent.mkdir(exist_ok=True)
+        progress("check", 1, 2)
+        near_ties, difference = check_single_graph(
+            model, rule, manifest, rows, expected, contents.precision, folder / file, is_large
+        )
+        onnx.checker.check_model(folder / file)
+        plan = None
+        if contents.plan is not None:
+            progress(f"build {contents.target}", 0, 1)
+            plan = build_plan(model, folder / file, contents.plan)
+            file = Path(plan.file)
+        packed = Packed(
+            file=place / file,
+            target=contents.target,
+            precision=contents.precision,
+            operating_point=point,
+            measured_on=contents.measured_on if point else None,
+            rule=rule,
+            exits=manifest.exits,
+            no_exit_0=no_exit_0,
+            rows=len(rows),
+            near_ties=near_ties,
+            max_logit_difference=difference,
+        )
+        write_files(source, folder, file, packed, model, is_large, plan)
+    return packed
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What the graph is made of.
+
+    Attributes:
+        target: the name of the target.
+        precision: its precision.
+        measured_on: the name of the target whose operating points it takes.
+        protos: its graphs by name, each an `onnx.ModelProto`.
+        plan: the record of the target, if it is a plan.
+    """
+
+    target: str
+    precision: str
+    measured_on: str
+    protos: dict[str, Any]
+    plan: Target | None = None
+
+
+def _for_cpu(engines: EnginesFolder, target: str | None) -> _Contents:
+    """What a target for CPUs is packed from.
+
+    Raises:
+        BackendError: the folder has no such target, or it cannot be packed.
+    """
+    targets = engines.manifest.targets
     packable = [
         name
         for name, each in targets.items()
         if each.precision in ("fp32", "int8") and not each.on_gpu
     ]
-    default = source.manifest.default_target
+    default = engines.manifest.default_target
     default = default if default in packable else FP32_TARGET
-    name = target_of(source, target or default)
+    name = target_of(engines, target or default)
     if name not in packable:
         raise BackendError(
             f"target {name} does not run ONNX graphs in fp32 or int8, so they cannot be packed",
-            f"choose a `target` from {', '.join(packable)}" if packable else EXPORT_AGAIN,
+            f"choose a `target` from {', '.join([*packable, *_PLANS])}",
         )
-    if CLASSIFIER_NAME not in source.manifest.files:
-        raise ArtifactError(f"{engines} has no {CLASSIFIER_NAME}", EXPORT_AGAIN)
-    point, rule = rule_of(source.manifest, name, operating_point)
-    reference, _ = read_reference(source)
-    graphs = graphs_of(source.manifest, targets[name])
-    inside = None
-    separators: tuple[str, ...] = ()
-    no_exit_0 = ""
-    exit_0 = ExitZero.load(source)
-    if exit_0 is not None:
-        has_types = any(value.name == TYPES for graph in graphs.values() for value in graph.inputs)
-        marks = PairMarks.of(load_tokenizer(source), has_types)
-        if marks is None:
-            no_exit_0 = "no token types or separators say where the second text of a pair begins"
-            source = source.with_manifest(exit_0=None)
-            point = None
-            rule = msgspec.structs.replace(rule, exit_0_threshold=None)
-        else:
-            inside = ExitZeroNodes(exit_0, marks)
-            separators = marks.texts
-    progress("pack", 0, 2)
-    model = single_graph(load_graphs(source, graphs), source.manifest, rule, inside)
-    weights = [value.const_value for part in model.graphs() for value in part.initializers.values()]
-    is_large = sum(weight.nbytes for weight in weights if weight is not None) > _MOST_BYTES
-    # Exit 0 of the graph takes a text with separators in its midst for a pair.
-    texts = [text for text in reference if not any(token in "".join(text) for token in separators)]
-    is_int8 = targets[name].precision == "int8"
-    with staging(place) as folder:
-        file = Path("model.onnx")
-        if for_transformers_js:
-            file = Path("onnx", "model_quantized.onnx" if is_int8 else file)
-        (folder / file).parent.mkdir(exist_ok=True)
-        progress("check", 1, 2)
-        rows, near_ties, difference = check_single_graph(
-            source, name, rule, model, folder / file, texts, is_large
-        )
-        onnx.checker.check_model(folder / file)
-        packed = Packed(
-            file=place / file,
-            target=name,
-            operating_point=point,
-            rule=rule,
-            exits=source.manifest.exits,
-            no_exit_0=no_exit_0,
-            rows=rows,
-            near_ties=near_ties,
-            max_logit_difference=difference,
-        )
-        write_files(source, folder, file, packed, model, is_large)
-    return packed
+    protos = load_graphs(engines, graphs_of(engines.manifest, targets[name]))
+    return _Contents(name, targets[name].precision, name, protos)
+
+
+def _for_plan(
+    engines: EnginesFolder, builder: Builder, options: PlanOptions, progress: Progress
+) -> _Contents:
+    """What a plan is built from. Graphs in fp16 that the folder does not have are made, see `fp16`.
+
+    Raises:
+        FpabeeError: this machine cannot build it, or fp16 changes too many answers.
+    """
+    error = builder.why_not()
+    if error is not None:
+        raise error
+    manifest = engines.manifest
+    record = plans_record(engines, builder.backend, builder.precision, options)
+    measured_on = record.name if record.name in manifest.targets else manifest.default_target
+    if builder.precision == FP16 and FP16 not in manifest.precisions:
+        protos = lowered_graphs(engines, None, progress)
+    else:
+        protos = load_graphs(engines, manifest.graphs_in(builder.precision))
+    return _Contents(record.name, builder.precision, measured_on, protos, record)
+
+
+def _rows(engines: EnginesFolder, marks: PairMarks | None) -> list[EncodedRow]:
+    """The reference texts, except those that exit 0 of a graph takes for pairs.
+
+    Args:
+        engines: the engines folder.
+        marks: how exit 0 recognises pairs: texts with separators in their midst look like some.
+    """
+    reference, _ = read_reference(engines)
+    separators = () if marks is None else marks.texts
+    texts = [text for text in reference if not any(each in "".join(text) for each in separators)]
+    return TextEncoder(engines.path, engines.manifest.tokenizer).encode(texts)

@@ -6,6 +6,7 @@ exit, so what is computed for a row that has stopped does not matter.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
@@ -17,7 +18,6 @@ from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.errors import RuleError
 from ...runtime.rules.measures import Outputs
 from ...runtime.rules.rules import RULES, Confidence, ExitRule, ThresholdRule, Uncertainty
-from .nodes import Writer
 
 SETTINGS = "fpabee."
 """The names of the initializers that hold settings begin with this, see `settings_of`."""
@@ -34,7 +34,7 @@ State = dict[str, Any]
 
 
 def settings_of(rule: ExitRule, task: Task, exits: range) -> dict[str, NDArray[Any]]:
-    """The settings of a rule as a graph holds them, by the names of its initializers.
+    """The settings of a rule, by the names that they have as initializers or inputs of a graph.
 
         fpabee.thresholds           [exits] float64, from exit 1: a row gives its signal where the
                                     score of the rule is below; for confidence it is 1 - max p
@@ -80,6 +80,34 @@ def settings_of(rule: ExitRule, task: Task, exits: range) -> dict[str, NDArray[A
     return {SETTINGS + name: np.asarray(value) for name, value in settings.items()}
 
 
+def as_inputs(settings: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Settings as inputs of a plan: float32 instead of float64, and finite, as JSON wants them."""
+    return {
+        name: np.asarray(np.nan_to_num(value.astype(np.float32)))
+        if value.dtype == np.float64
+        else value
+        for name, value in settings.items()
+    }
+
+
+def differ_in_settings_only(rule: ExitRule, other: ExitRule, task: Task, exits: range) -> bool:
+    """Whether one graph serves both rules, with other settings.
+
+    Raises:
+        RuleError: see `settings_of`.
+    """
+    forms = [
+        {
+            "rule": type(each),
+            "measure": getattr(each, "measure", None),
+            "deciding labels": [*_deciding(each)],
+            "settings": [*settings_of(each, task, exits)],
+        }
+        for each in (rule, other)
+    ]
+    return forms[0] == forms[1]
+
+
 def _deciding(rule: ExitRule) -> dict[int, float]:
     """The thresholds of the labels that decide, by their numbers."""
     thresholds = rule.label_thresholds if isinstance(rule, Confidence) else ()
@@ -87,23 +115,19 @@ def _deciding(rule: ExitRule) -> dict[int, float]:
 
 
 class RuleNodes:
-    """A rule in a graph. Its settings are initializers, so that a tool can change them.
+    """A rule in a graph.
 
     Args:
-        writer: adds the nodes.
+        tensors: its settings, see `settings_of`, as tensors of the graph.
         rule: the rule.
         task: the task.
         exits: the numbers of the exits.
-
-    Raises:
-        RuleError: see `settings_of`.
     """
 
-    def __init__(self, writer: Writer, rule: ExitRule, task: Task, exits: range) -> None:
-        settings: dict[str, Any] = {
-            name.removeprefix(SETTINGS): writer.initializer(name, value)
-            for name, value in settings_of(rule, task, exits).items()
-        }
+    def __init__(
+        self, tensors: Mapping[str, Any], rule: ExitRule, task: Task, exits: range
+    ) -> None:
+        settings = {name.removeprefix(SETTINGS): tensor for name, tensor in tensors.items()}
         self._problem_type = task.problem_type
         self._label_thresholds = settings.get("label_thresholds", ())
         self._settings = settings

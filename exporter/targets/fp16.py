@@ -29,7 +29,7 @@ from ...runtime.check import Logits
 from ...runtime.encoding import Text, TextEncoder, padded_batches, padding_values
 from ...runtime.errors import ModelError
 from ...runtime.rules.rules import ExitRule
-from ..onnx_file import graph_runs, in_head, load_graphs
+from ..onnx_file import chain_logits, in_head, load_graphs
 from .check import check_logits
 
 _BATCH = 16
@@ -67,19 +67,13 @@ def lowered_graphs(
     rows = TextEncoder(engines.path, manifest.tokenizer).encode(texts)
 
     def open_session(name: str) -> Any:
+        progress("emulate the chain", [*protos].index(name), len(protos))
         options = session_options()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         return cpu_session(emulate(protos[name]).SerializeToString(), options)
 
-    calls = sum(len(segment.calls) for segment in manifest.segments)
     batches = padded_batches(rows, padding_values(manifest.tokenizer), _BATCH)
-    logits: dict[int, list[Logits]] = {}
-    for run in graph_runs(manifest, batches, open_session):
-        if run.batch == 0:
-            progress("emulate the chain", run.call, calls)
-        if LOGITS in run.outputs:
-            logits.setdefault(run.call, []).append(run.outputs[LOGITS])
-    emulated = np.stack([np.concatenate(part) for part in logits.values()])
+    emulated = chain_logits(manifest, batches, open_session)
     # Without exit 0, which no precision changes.
     exact = expected[-len(emulated) :]
     rule = ExitRule.from_dict(manifest.default_rule)

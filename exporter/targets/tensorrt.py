@@ -94,14 +94,7 @@ def build_plans(
                 ],
                 compute_capabilities=options.compute_capabilities,
             )
-            is_rtx = str(int(target.backend == RTX))
-            error = run_worker("plan_worker", request, POLYGRAPHY_USE_TENSORRT_RTX=is_rtx)
-            if error:
-                raise BackendError(
-                    f"{target.name}: {graph_name}: {error}",
-                    "if memory is lacking, free some, or build for smaller shapes; else run the "
-                    "graphs without plans, on onnxruntime-fp32, and please report this",
-                )
+            build_in_worker(request, target, graph_name)
             sha256 = sha256_of(plan)
             file = unique_name(graph_name, sha256, ".plan")
             plan.rename(new / file)
@@ -109,3 +102,24 @@ def build_plans(
             files[graph_name] = BuiltFile(file=path, sha256=sha256, onnx_sha256=graph.sha256)
             progress(f"{target.name} {graph_name}", len(files), len(graphs))
     return files
+
+
+def build_in_worker(request: PlanRequest, target: Target, what: str) -> None:
+    """Build one plan.
+
+    Args:
+        request: what to build.
+        target: the record of the target.
+        what: what is built, for messages.
+
+    Raises:
+        BackendError: it could not be built.
+    """
+    is_rtx = str(int(target.backend == RTX))
+    error = run_worker("plan_worker", request, POLYGRAPHY_USE_TENSORRT_RTX=is_rtx)
+    if error:
+        raise BackendError(
+            f"{target.name}: {what}: {error}",
+            "if memory is lacking, free some, or build for smaller shapes; else run the graphs "
+            "without plans, on onnxruntime-fp32, and please report this",
+        )

@@ -12,8 +12,7 @@ import rich_click as click
 
 from ..exporter.targets.build import BuildResult, build_targets
 from ..exporter.targets.builders import BUILDERS
-from ..exporter.targets.plans import PlanOptions
-from ..runtime.errors import FpabeeError, InputError
+from ..runtime.errors import FpabeeError
 from ..runtime.files import read_rows
 from ..runtime.targets import why_not
 from . import options
@@ -23,20 +22,13 @@ from .console import echo, step_progress
 _NAMES = "; ".join(f"{name}: {builder.needs}" for name, builder in BUILDERS.items())
 
 
-def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
-    """Compute capabilities such as `8.6`, from `86` or `8.6`."""
-    parts = [part.strip() for part in value.split(",")]
-    named = [f"{p[:-1]}.{p[-1]}" if p.isdigit() and len(p) > 1 else p for p in parts]
-    return tuple(dict.fromkeys(named))
-
-
 @command(
     examples="""
 fpabee-build engines/ openvino-fp32
 fpabee-build engines/ onnxruntime-int8 openvino-int8 --texts texts.jsonl
 fpabee-build engines/ tensorrt-fp16 --batch 1,1,4
 """,
-    panels={**READING, "TensorRT plans": "--sm --batch --sequence"},
+    panels={**READING, **options.PLANS},
 )
 @click.argument("engines", type=options.PATH, help="Engines folder.")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...", help=f"Targets. {_NAMES}.")
@@ -48,29 +40,13 @@ fpabee-build engines/ tensorrt-fp16 --batch 1,1,4
 @options.quiet
 @options.as_json
 @options.columns
-@options.option(
-    "--sm compute_capabilities",
-    "SM,SM,...",
-    "Compute capabilities to build tensorrt-rtx plans for.",
-    callback=_capabilities,
-    default="86,89,120",
-)
-@options.numbers("--batch", "N,N,N", "Smallest, typical and largest batch.", default="1,8,32")
-@options.numbers(
-    "--sequence",
-    "N,N,N",
-    "Smallest, typical and largest number of tokens in a row.",
-    default="16,64,128",
-)
+@options.plans
 def main(
     engines: Path,
     names: tuple[str, ...],
     texts: Path | None,
     quiet: bool,
     as_json: bool,
-    batch: tuple[int, int, int],
-    sequence: tuple[int, int, int],
-    compute_capabilities: tuple[str, ...],
     **settings: Any,
 ) -> None:
     """Add targets to ENGINES, each checked against the model. Does not need PyTorch.
@@ -78,10 +54,7 @@ def main(
     A target is a library and a precision. One that fails its check leaves the folder as it was.
     """
     options.only_with("columns", texts, "--texts")
-    try:
-        plans = PlanOptions(batch, sequence, compute_capabilities)
-    except InputError as error:
-        raise click.UsageError(in_terms_of_options(error)) from error
+    plans = options.plan_options(settings)
     rows = read_rows(texts, options.read_options(settings)) if texts is not None else ()
     with step_progress(quiet) as progress:
         result = build_targets(engines, names, [row.content for row in rows], plans, progress)

@@ -8,15 +8,19 @@ from contextlib import suppress
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 from click import get_current_context
 from click.core import ParameterSource
 
+from ..runtime.errors import InputError
 from ..runtime.files import ReadOptions
 from ..runtime.rules.rules import RULES, ExitRule
-from .command import option_of
+from .command import in_terms_of_options, option_of
+
+if TYPE_CHECKING:
+    from ..exporter.targets.plans import PlanOptions
 
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
@@ -162,6 +166,55 @@ columns = option(
     multiple=True,
 )
 """Where texts and labels are; `read_options` reads it."""
+
+
+PLANS = {"TensorRT plans": "--sm --batch --sequence"}
+"""The panel of the options that `plans` adds."""
+
+
+def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]:
+    """Compute capabilities such as `8.6`, from `86` or `8.6`."""
+    parts = [part.strip() for part in value.split(",")]
+    named = [f"{p[:-1]}.{p[-1]}" if p.isdigit() and len(p) > 1 else p for p in parts]
+    return tuple(dict.fromkeys(named))
+
+
+def plans(function: Function) -> Function:
+    """The options for shapes and GPUs of plans; `plan_options` reads them."""
+    for decorate in reversed(
+        (
+            option(
+                "--sm compute_capabilities",
+                "SM,SM,...",
+                "Compute capabilities to build tensorrt-rtx plans for.",
+                callback=_capabilities,
+                default="86,89,120",
+            ),
+            numbers("--batch", "N,N,N", "Smallest, typical and largest batch.", default="1,8,32"),
+            numbers(
+                "--sequence",
+                "N,N,N",
+                "Smallest, typical and largest number of tokens in a row.",
+                default="16,64,128",
+            ),
+        )
+    ):
+        function = decorate(function)
+    return function
+
+
+def plan_options(settings: dict[str, Any]) -> PlanOptions:
+    """How plans are built; takes the options of `plans` out of the settings.
+
+    Raises:
+        click.UsageError: sizes do not ascend, or TensorRT for RTX does not support a GPU.
+    """
+    from ..exporter.targets.plans import PlanOptions
+
+    try:
+        return PlanOptions(**{each.name: settings.pop(each.name) for each in fields(PlanOptions)})
+    except InputError as error:
+        raise click.UsageError(in_terms_of_options(error)) from error
 
 
 def chosen_rule(default: ExitRule, text: str) -> ExitRule:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import rich_click as click
 
@@ -21,15 +22,21 @@ _TRANSFORMERS_JS = "transformers.js"
     examples="""
 fpabee-pack engines/ -o classifier/
 fpabee-pack engines/ -o web/ --layout transformers.js
+fpabee-pack engines/ -o plan/ --target tensorrt-rtx-fp16
 """,
-    panels={},
+    panels=options.PLANS,
 )
 @options.engines
 @options.path("-o --output", "Folder to write, which must not exist yet.", "DIR", required=True)
 @options.option(
     "--operating-point", "NAME", "Operating point to pack. Default: that of the target."
 )
-@options.target
+@options.option(
+    "--target",
+    "NAME",
+    "Target to pack, also one of TensorRT that the folder does not have. Default: the default "
+    "target of the folder, or onnxruntime-fp32.",
+)
 @options.choice(
     "--layout",
     "LAYOUT",
@@ -39,6 +46,7 @@ fpabee-pack engines/ -o web/ --layout transformers.js
 )
 @options.quiet
 @options.as_json
+@options.plans
 def main(
     engines: Path,
     output: Path,
@@ -47,18 +55,26 @@ def main(
     layout: str,
     quiet: bool,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Write the model of ENGINES as one ONNX file with the exits and the rule inside.
 
     Any runtime for ONNX runs it, in any language, with one text or batches of them: in a batch,
     each text leaves at its own exit.
+
+    For a target of TensorRT, a plan for GPUs is built from the file. The settings of the rule are
+    inputs of the plan, so that it serves all operating points with the same rule.
     """
+    is_plan = (target or "").startswith("tensorrt")
+    options.only_with("batch sequence compute_capabilities", is_plan, "a target of TensorRT")
+    options.not_with("layout", is_plan, "a target of TensorRT")
+    plans = options.plan_options(settings)
     require("graphs")
     from ..exporter.single_file import pack
 
     with step_progress(quiet) as progress:
         for_js = layout == _TRANSFORMERS_JS
-        packed = pack(engines, output, target, operating_point, for_js, progress)
+        packed = pack(engines, output, target, operating_point, for_js, plans, progress)
     if as_json:
         click.echo(json.dumps(packed.to_dict() | {"file": str(packed.file)}))
         return
@@ -67,15 +83,21 @@ def main(
     echo(f"rule inside: {rule_in_words(packed.rule)}")
     if packed.operating_point is None:
         echo("nothing is promised: the rule was not calibrated for this file")
+    elif is_plan:
+        echo(f"nothing is promised on a GPU: the rule was calibrated on {packed.measured_on}")
     if packed.no_exit_0:
         echo(f"without exit 0: {packed.no_exit_0}")
-    elif packed.operating_point is None:
+    elif packed.operating_point is None and not is_plan:
         command_line = shlex.join(["fpabee-calibrate", str(engines), "--target", packed.target])
         echo(f"calibrate that target first, with your rows: {command_line} --data dev.jsonl")
+    kind = "the plan's graph was " if is_plan else ""
     echo(
-        f"verified on {packed.rows} texts: logits differ by at most "
+        f"{kind}verified on {packed.rows} texts: logits differ by at most "
         f"{packed.max_logit_difference:.1e} of their size, exits are equal; {packed.near_ties} "
         "texts were too close to a threshold to compare"
     )
+    if is_plan:
+        echo("the plan itself has not run: run it on your GPU")
+        return
     upload = shlex.join(["hf", "upload", "OWNER/NAME", str(output)])
     echo(f"to upload it to the Hugging Face hub: {upload}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,15 @@ _PADDING = 7
 
 @dataclass
 class Consumer:
-    """A program that knows the packed folder only: it tokenizes with what is in it."""
+    """A program that knows the packed folder only: it tokenizes with what is in it.
+
+    Attributes:
+        folder: the folder.
+        settings: of the rule, which are inputs of the graph of a plan.
+    """
 
     folder: Path
+    settings: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         load: Any = AutoTokenizer.from_pretrained
@@ -45,15 +51,15 @@ class Consumer:
         second = [text[1] for text in texts if isinstance(text, tuple)] or None
         encoded = self.tokenizer(first, second, padding=True, truncation=True, return_tensors="np")
         names = [each.name for each in self.session.get_inputs()]
-        assert set(names) == {*encoded}
+        assert set(names) == {*encoded, *self.settings}
         most = self.tokenizer.model_max_length - encoded["input_ids"].shape[1]
         extra = [(0, 0), (0, min(padding, most))]
         # Any token may stand where the mask says that there is none.
         ids = {"input_ids": _PADDING}
         return {
             name: np.pad(encoded[name].astype(np.int64), extra, constant_values=ids.get(name, 0))
-            for name in names
-        }
+            for name in encoded
+        } | self.settings
 
     def onnxruntime(self, inputs: Inputs) -> Answers:
         """The answers of ONNX Runtime to a batch."""

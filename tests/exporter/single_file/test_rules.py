@@ -64,7 +64,9 @@ class Case:
         )
         writer = Writer(name)
         exits = range(self.first_exit, self.first_exit + count)
-        nodes = RuleNodes(writer, self.rule, task, exits)
+        settings = settings_of(self.rule, task, exits).items()
+        tensors = {key: writer.initializer(key, value) for key, value in settings}
+        nodes = RuleNodes(tensors, self.rule, task, exits)
         value = ir.val("given", ir.DataType.FLOAT, (count, "batch", labels))
         writer.graph.inputs.append(value)
         state: State = {}
