@@ -199,10 +199,10 @@ class Cuda:
 
     def _check(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
         """The values that a function of the driver returned after its status."""
-        status, *values = result
+        status = result[0]
+        if status == 0:
+            return result[1:]
         code = int(status)
-        if code == 0:
-            return tuple(values)
         _, text = self._driver.cuGetErrorString(status)
         reason = (text or b"unknown").decode()
         # As long as there is no context, it may be another process that has the device for itself.

@@ -133,12 +133,8 @@ class DeviceBackend(Backend):
         """
 
     def _free(self) -> None:
-        with suppress(BackendError):  # the device has failed, so nothing can be freed
-            self._free_on_device()
-
-    @on_device
-    def _free_on_device(self) -> None:
-        super()._free()
+        with suppress(BackendError), self.cuda:  # if the device has failed, nothing can be freed
+            super()._free()
 
 
 class DeviceExecution(Execution):

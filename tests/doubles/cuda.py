@@ -60,7 +60,8 @@ def one_at_a_time(kind: type[Any]) -> type[Any]:
                     self.calls[_method.__name__] += 1
                     if _method.__name__ in vars(Cuda):
                         self.must_be_current()
-                        self._check((self.dead,))
+                        if self.dead:
+                            self._check((self.dead,))
                     return _method(self, *arguments, **others)
 
             setattr(kind, name, functools.wraps(method)(locked))

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 
-from fpabee.runtime import BackendError, machine
+from fpabee.runtime import BackendError, MissingExtraError, machine
 from fpabee.runtime.backends import cuda
 from fpabee.runtime.backends.cuda import PTX
 from fpabee.runtime.machine import CudaDevice
 
 from ...doubles.device import set_gpu
+
+ROOT = Path(__file__).parents[3]
 
 _LIBRARY = r"""
 #include <stdio.h>
@@ -253,3 +255,21 @@ def test_a_gpu_is_chosen_by_its_number(devices: Callable[..., Sequence[CudaDevic
 def test_errors_that_end_the_use_of_a_device(code: int, is_final: bool) -> None:
     """Not those that refuse a call while another thread captures a graph (900 to 908)."""
     assert cuda.is_final(code) == is_final
+
+
+@pytest.mark.parametrize(("version", "ending"), [(12, "cu12"), (13, "cu13"), (14, "cu13")])
+@pytest.mark.parametrize("extra", ["gpu", "tensorrt", "tensorrt-rtx"])
+def test_hints_name_extras_that_exist(
+    extra: str, version: int, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_gpu(monkeypatch, CudaDevice("", "8.6", (version, 4)))
+    assert cuda.packages(extra) == f"'fpabee[{extra}-{ending}]'"
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert {f"{extra}-{ending}", "cuda"} <= project["optional-dependencies"].keys()
+
+
+def test_the_bindings_are_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'fpabee\[cuda\]'"):
+        cuda.Cuda(0)
