@@ -31,7 +31,13 @@ typedef unsigned long long Address;
 static int depth;
 static char memory[64];
 #define CALL(...) \
-  do { printf(__VA_ARGS__); puts(""); fflush(stdout); if (depth != 1) return 201; } while (0)
+  do { \
+    printf(depth == 1 ? "" : "without a context: "); \
+    printf(__VA_ARGS__); \
+    puts(""); \
+    fflush(stdout); \
+    if (depth != 1) return 201; \
+  } while (0)
 static int other(void) { return 0; }
 static int device(int *device, int number) { *device = number; return 0; }
 static int retain(Address *context, int device) { *context = 100 + device; return 0; }
