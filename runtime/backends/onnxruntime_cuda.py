@@ -11,6 +11,7 @@ import functools
 import io
 import logging
 import re
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,7 @@ class OnnxRuntimeCudaBackend(HostBackend):
         session = self.graph(graph)
         outputs = [spec.name for spec in self.graphs[graph].outputs]
         inputs = {spec.name: tensors[spec.name] for spec in self.graphs[graph].inputs}
+        backend = weakref.proxy(self)  # no cycle, as in `HostExecution`
 
         def run() -> None:
             try:
@@ -89,8 +91,9 @@ class OnnxRuntimeCudaBackend(HostBackend):
                 code = re.search(r"CUDA failure (\d+)", str(error))
                 if code is None or not is_final(int(code[1])):
                     raise
-                self._failed = f"GPU {self._device} has failed: ONNX Runtime reports {code[0]}"
-                raise BackendError(self._failed, START_AGAIN) from error
+                reason = f"GPU {backend._device} has failed: ONNX Runtime reports {code[0]}"
+                backend._failed = reason
+                raise BackendError(reason, START_AGAIN) from error
             for name, value in zip(outputs, values, strict=True):
                 tensors[name][...] = value
 
