@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fpabee.runtime import BackendError, Budget, Engine
+from fpabee.runtime import BackendError, Budget, Engine, Entropy
 from fpabee.runtime.backends import cuda as cuda_module
 from fpabee.runtime.backends import tensorrt
 from fpabee.runtime.machine import CudaDevice
@@ -18,6 +18,8 @@ from ...doubles.device import GPU, Double
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 ALL = Budget(exit=3)
+SOME_STOP_FIRST = Entropy(threshold=0.3)
+"""Some of the texts, but not all, stop at exit 1 of BERT."""
 APPLICATION = "the context of the application"
 BACKENDS = ["tensorrt", "tensorrt-rtx"]
 
@@ -49,9 +51,9 @@ def test_the_application_keeps_its_context(
         assert application == [APPLICATION]
         engine.core.backend.drop_idle()
         assert application == [APPLICATION]
-        engine.predict(TEXTS)
+        engine.predict(TEXTS, rule=SOME_STOP_FIRST)
     assert application == [APPLICATION]
-    assert used.calls["malloc"]
+    assert used.calls["gather"]
     assert not used.memory_of
     assert not used.events
     assert not other.calls

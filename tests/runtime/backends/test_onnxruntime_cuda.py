@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,3 +164,16 @@ def test_a_gpu_that_has_failed_is_not_called_again(
             with pytest.raises(BackendError, match=r"GPU 0 has failed: .* 700 -> start this"):
                 engine.predict(["rain"])
         assert fails.call_count == 1
+
+
+def test_an_engine_that_nobody_closes_is_freed_at_once(double: Callable[..., Double]) -> None:
+    """Not when the garbage collector runs next, which knows nothing of memory on the GPU."""
+    engine = double(backend="onnxruntime").load()
+    engine.predict(["rain"])
+    backend = weakref.ref(engine.core.backend)
+    gc.disable()
+    try:
+        del engine
+        assert backend() is None
+    finally:
+        gc.enable()
