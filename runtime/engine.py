@@ -66,6 +66,7 @@ class Engine:
         max_length: int | None = None,
         check: bool = False,
         revision: str | None = None,
+        device: int = 0,
     ) -> Engine:
         """Load an engines folder.
 
@@ -82,6 +83,9 @@ class Engine:
                 and the largest value is what the model and the target take.
             check: run `check` at once. It loads all segments.
             revision: a branch, a tag or a commit on the hub; default: its main branch.
+            device: the number of the GPU, from 0, among those that `CUDA_VISIBLE_DEVICES` leaves.
+                A target for the CPU has only device 0. With TensorRT, the CUDA device and
+                context of the calling thread stay as they are.
 
         Returns:
             The engine; close it, or use it in a `with` statement.
@@ -89,8 +93,8 @@ class Engine:
         Raises:
             ArtifactError: the folder is missing, damaged, or of another version; the hub does not
                 provide it; or it would run TensorRT plans from there without being asked.
-            BackendError: the target does not exist, it cannot run here, or `threads` is
-                impossible.
+            BackendError: the target does not exist, it cannot run here or on this device, or
+                `threads` or `device` is impossible.
             InputError: `max_length` is not a whole number, or leaves no room for text.
             MissingExtraError: the target's inference library is not installed, or the package that
                 downloads from the hub.
@@ -109,7 +113,7 @@ class Engine:
         point = None
         if rule is None:
             point, rule = rule_here(engines, name, operating_point)
-        backend = open_backend(engines, name, threads)
+        backend = open_backend(engines, name, threads, device)
         try:
             engine = cls(engines, backend, rule, point, max_length)
             if check:

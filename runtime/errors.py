@@ -30,6 +30,8 @@ EXPORT_AGAIN = "export the model again"
 """For an engines folder whose content cannot be used."""
 COPY_AGAIN = "copy the engines folder again, or export the model again"
 """For an engines folder that may have been damaged on its way."""
+START_AGAIN = "start this process again"
+"""For a GPU that has failed."""
 
 
 class FpabeeError(Exception):

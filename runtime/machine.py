@@ -6,7 +6,7 @@ import ctypes
 import os
 import platform
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import metadata, util
 from pathlib import Path
@@ -69,7 +69,7 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True)
 class CudaDevice:
-    """The first GPU, or why there is none.
+    """A GPU, or why there is none.
 
     Attributes:
         name: the driver's name for it.
@@ -87,39 +87,59 @@ class CudaDevice:
     process: int = field(default_factory=os.getpid, compare=False)
 
 
-@cache
-def cuda_device() -> CudaDevice:
-    """The first CUDA device of this process, as its driver says, without any CUDA package.
+def cuda_device(number: int = 0) -> CudaDevice:
+    """A CUDA device of this process, as its driver says, without any CUDA package.
 
     TensorRT's classes can crash the interpreter on a machine without a GPU, so this comes first.
+
+    Args:
+        number: the device, from 0, among those that `CUDA_VISIBLE_DEVICES` leaves.
     """
+    devices = cuda_devices()
+    if number < len(devices):
+        return devices[number]
+    numbers = "the only one is 0" if len(devices) == 1 else f"they are 0 to {len(devices) - 1}"
+    missing = f"there is no CUDA device {number}: {numbers}"
+    return replace(devices[0], error=devices[0].error or missing)
+
+
+@cache
+def cuda_devices() -> tuple[CudaDevice, ...]:
+    """All CUDA devices of this process; if none can be used, one that says why."""
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
         driver = ctypes.CDLL(name)
     except OSError:
-        return CudaDevice(error="no NVIDIA driver is installed")
+        return (CudaDevice(error="no NVIDIA driver is installed"),)
     status = driver.cuInit(0)
     count = ctypes.c_int()
     if status == 0:
         status = driver.cuDeviceGetCount(ctypes.byref(count))
     if status != 0:
-        return CudaDevice(error=f"the NVIDIA driver finds no GPU (error {status})")
+        return (CudaDevice(error=f"the NVIDIA driver finds no GPU (error {status})"),)
     if count.value == 0:
-        return CudaDevice(error="there is no CUDA device")
+        return (CudaDevice(error="there is no CUDA device"),)
     version = ctypes.c_int()
     driver.cuDriverGetVersion(ctypes.byref(version))
     cuda = (version.value // 1000, version.value % 1000 // 10)
     if cuda < _OLDEST_CUDA:
-        return CudaDevice(
-            error=f"its driver is for CUDA {cuda[0]}.{cuda[1]}; install one for CUDA 12.4 or later "
+        old = (
+            f"its driver is for CUDA {cuda[0]}.{cuda[1]}; install one for CUDA 12.4 or later "
             "(NVIDIA driver 550, JetPack 6.1)"
         )
+        return (CudaDevice(error=old),)
+    return tuple(_described(driver, number, cuda) for number in range(count.value))
+
+
+def _described(driver: ctypes.CDLL, number: int, cuda: tuple[int, int]) -> CudaDevice:
+    device = ctypes.c_int()
+    driver.cuDeviceGet(ctypes.byref(device), number)
     text = ctypes.create_string_buffer(256)
-    driver.cuDeviceGetName(text, len(text), 0)
+    driver.cuDeviceGetName(text, len(text), device)
     parts = []
     for attribute in _COMPUTE_CAPABILITY:
         value = ctypes.c_int()
-        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0)
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
         parts.append(str(value.value))
     return CudaDevice(text.value.decode(errors="replace"), ".".join(parts), cuda)
 

@@ -200,19 +200,24 @@ def backend_class(target: Target) -> type[Backend]:
     )
 
 
-def open_backend(engines: EnginesFolder, name: str, threads: int | None) -> Backend:
+def open_backend(
+    engines: EnginesFolder, name: str, threads: int | None = None, device: int = 0
+) -> Backend:
     """The backend of a target.
 
     Args:
         engines: the engines folder.
         name: the target's name.
         threads: CPU threads, at most 1024; default: the cores that this process may use.
+        device: the number of the GPU, from 0; a CPU has only 0.
 
     Raises:
         ArtifactError: a file of the target is missing or damaged.
-        BackendError: the target cannot run on this machine, or `threads` is out of range.
+        BackendError: the target cannot run on this machine or device, or `threads` is out of
+            range.
         MissingExtraError: the target's inference library is not installed.
     """
     if threads is not None:
         threads = whole_number("threads", threads, BackendError, MOST_THREADS)
-    return backend_class(engines.manifest.targets[name])(engines, name, threads)
+    device = whole_number("device", device, BackendError, least=0)
+    return backend_class(engines.manifest.targets[name])(engines, name, threads, device)

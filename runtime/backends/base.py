@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ..artifact.folder import EnginesFolder, resolve
 from ..artifact.manifest import LOGITS, NEXT, BuiltFile, Graph, Manifest, Target, TensorSpec
 from ..encoding import EncodedRow, padding_values
-from ..errors import BackendError
+from ..errors import START_AGAIN, BackendError
 from .forks import Origin
 
 Rows = NDArray[np.intp]
@@ -391,6 +391,7 @@ class Backend(ABC):
         name: the target's name.
         threads: CPU threads; default: the cores that this process may use. Backends on a GPU
             ignore it.
+        device: the number of the GPU; those on a CPU have only 0.
 
     Attributes:
         most_executions: a call waits for an execution if as many are lent.
@@ -417,12 +418,14 @@ class Backend(ABC):
     in_flight: ClassVar[int] = 1
     joins: ClassVar[bool] = False
 
-    def __init__(self, engines: EnginesFolder, name: str, threads: int | None = None) -> None:
+    def __init__(
+        self, engines: EnginesFolder, name: str, threads: int | None = None, device: int = 0
+    ) -> None:
         manifest = engines.manifest
         self.name = name
         self.origin = Origin(self, "this engine")
         self.target = manifest.targets[name]
-        self.check(self.target, name)
+        self.check(self.target, name, device)
         self.graphs = manifest.graphs_of(self.target)
         self.stages = plan_buffers(manifest)
         self.segments = len(self.stages)
@@ -432,6 +435,7 @@ class Backend(ABC):
         self._engines = engines.absolute()
         self._shapes = manifest.shapes
         self._threads = threads
+        self._device = device
         self._lock = threading.Lock()
         self._loaded: dict[str, Any] = {}
         self._freed = False
@@ -447,12 +451,13 @@ class Backend(ABC):
 
     @staticmethod
     @abstractmethod
-    def check(target: Target, name: str) -> None:
+    def check(target: Target, name: str, device: int = 0) -> None:
         """Check that a target can run on this machine, without loading any of its files.
 
         Args:
             target: the target's record.
             name: its name, for messages.
+            device: the number of the GPU.
 
         Raises:
             MissingExtraError: the inference library is not installed.
@@ -463,11 +468,18 @@ class Backend(ABC):
     def limits(self) -> Limits:
         """The shapes that this target runs."""
 
+    @property
+    def failed(self) -> str:
+        """Why nothing can run until the process starts again; empty unless a device has failed."""
+        return ""
+
     def check_open(self) -> None:
-        """Raise `BackendError` if the backend is closed, or was made in another process."""
+        """Raise `BackendError` if it is closed, has failed, or was made in another process."""
         self.origin.check()
         if self._closed:
             raise _closed()
+        if self.failed:
+            raise BackendError(self.failed, START_AGAIN)
 
     def check_out(self) -> Execution:
         """An execution for one call, which must be given back.

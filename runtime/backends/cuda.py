@@ -10,13 +10,14 @@ import ctypes
 import functools
 import os
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BackendError, MissingExtraError
+from ..errors import START_AGAIN, BackendError, MissingExtraError
 from ..machine import CudaDevice, cuda_device
 
 PTX = Path(__file__).with_name("gather.ptx")
@@ -35,29 +36,60 @@ _THREADS = 256
 """Threads of a block."""
 _GATHERED_BYTES = 8192
 """Bytes of a row that a block gathers, in words of 8 bytes."""
-_DRIVER_TOO_OLD = 35  # cudaErrorInsufficientDriver: cuda-bindings are for a newer CUDA
+# Numbers of errors.
+_UNAVAILABLE = 46  # CUDA_ERROR_DEVICE_UNAVAILABLE
+_FIRST_FINAL = 700  # CUDA_ERROR_ILLEGAL_ADDRESS
+_CAPTURES = range(900, 909)  # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED and those after it
 
 
 class Cuda:
-    """CUDA's runtime library on the first device, through `cuda-bindings`.
+    """The CUDA driver on one device, through `cuda-bindings`.
 
-    Every method raises `BackendError` if CUDA reports an error.
+    It uses the primary context of the device, as CUDA's runtime library and PyTorch do, and keeps
+    it until the process ends. The context is current only within `with cuda:`, in the thread of
+    this statement, so an application finds the context that it had. Every other method must be
+    called there.
+
+    Every method raises `BackendError` if the driver reports an error.
+
+    Args:
+        device: number of the device.
+
+    Attributes:
+        failed: why the device cannot be used any more in this process; empty if it can.
 
     Raises:
         MissingExtraError: `cuda-bindings` is not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: int) -> None:
         try:
-            from cuda.bindings import runtime
+            from cuda.bindings import driver
         except ImportError as error:
-            # Not an extra: each backend on a GPU has its own, and all of them contain this package.
             raise MissingExtraError(
-                "cuda-bindings is not installed",
-                f"pip install 'cuda-bindings{'>=13' if cuda_device().cuda[0] > 12 else '<13'}'",
+                "cuda-bindings is not installed", "pip install 'fpabee[cuda]'"
             ) from error
-        self._runtime: Any = runtime
-        self._check(runtime.cudaSetDevice(0))
+        self.failed = ""
+        self._context: Any = None
+        self._driver: Any = driver
+        self._number = device
+        self._check(driver.cuInit(0))
+        (handle,) = self._check(driver.cuDeviceGet(device))
+        (self._context,) = self._check(driver.cuDevicePrimaryCtxRetain(handle))
+        ptx = np.frombuffer(PTX.read_bytes() + b"\0", np.uint8)
+        with self:  # the driver compiles the kernel for this GPU now, and not in the first call
+            (module,) = self._check(driver.cuModuleLoadData(ptx.ctypes.data))
+            (self._gather_rows,) = self._check(driver.cuModuleGetFunction(module, b"gather_rows"))
+
+    def __enter__(self) -> None:
+        """Make the device's context current in this thread, also if it is current already."""
+        if self.failed:
+            raise BackendError(self.failed, START_AGAIN)
+        self._check(self._driver.cuCtxPushCurrent(self._context))
+
+    def __exit__(self, *error: object) -> None:
+        """Make current what was current before."""
+        self._check(self._driver.cuCtxPopCurrent())
 
     def malloc(self, size: int) -> int:
         """Allocate `size` bytes of device memory, and return their address.
@@ -65,8 +97,8 @@ class Cuda:
         Raises:
             BackendError: too little memory is free.
         """
-        status, pointer = self._runtime.cudaMalloc(size)
-        if status == self._runtime.cudaError_t.cudaErrorMemoryAllocation:
+        status, pointer = self._driver.cuMemAlloc(size)
+        if status == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise self.no_room(size)
         self._check((status,))
         return int(pointer)
@@ -82,11 +114,11 @@ class Cuda:
 
     def free(self, pointer: int) -> None:
         """Free device memory."""
-        self._check(self._runtime.cudaFree(pointer))
+        self._check(self._driver.cuMemFree(pointer))
 
     def memory(self) -> tuple[int, int]:
         """Free and total device memory, in bytes."""
-        free, total = self._check(self._runtime.cudaMemGetInfo())
+        free, total = self._check(self._driver.cuMemGetInfo())
         return int(free), int(total)
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> PinnedArray:
@@ -96,48 +128,49 @@ class Cuda:
         """
         count = int(np.prod(shape))
         size = max(1, count * dtype.itemsize)
-        (pointer,) = self._check(
-            self._runtime.cudaHostAlloc(size, self._runtime.cudaHostAllocDefault)
-        )
-        memory = (ctypes.c_uint8 * size).from_address(int(pointer))
-        weakref.finalize(memory, self._runtime.cudaFreeHost, int(pointer))
+        (address,) = self._check(self._driver.cuMemHostAlloc(size, 0))
+        pointer = int(address)
+        memory = (ctypes.c_uint8 * size).from_address(pointer)
+        # When the process ends, the driver frees it. A forked process must not call the driver.
+        weakref.finalize(memory, self._free_pinned, pointer).atexit = False
         array = np.ctypeslib.as_array(memory).view(np.uint8)[: count * dtype.itemsize]
-        return PinnedArray(array.view(dtype).reshape(shape), int(pointer))
+        return PinnedArray(array.view(dtype).reshape(shape), pointer)
+
+    def _free_pinned(self, pointer: int) -> None:
+        """Free pinned memory, in whichever thread the last view of it is gone."""
+        with suppress(BackendError), self:  # the device has failed, and nobody can be told here
+            self._check(self._driver.cuMemFreeHost(pointer))
 
     def copy(self, to: int, source: int, size: int, stream: int) -> None:
         """Enqueue a copy of `size` bytes between two addresses, on the host or the device."""
-        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDefault
-        self._check(self._runtime.cudaMemcpyAsync(to, source, size, kind, stream))
+        self._check(self._driver.cuMemcpyAsync(to, source, size, stream))
 
     def stream(self) -> int:
         """Create a stream that does not wait for the default stream."""
-        flag = self._runtime.cudaStreamNonBlocking
-        return int(self._check(self._runtime.cudaStreamCreateWithFlags(flag))[0])
-
-    def synchronize(self, stream: int) -> None:
-        """Wait until all work in a stream is done."""
-        self._check(self._runtime.cudaStreamSynchronize(stream))
+        flag = self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+        return int(self._check(self._driver.cuStreamCreate(int(flag)))[0])
 
     def destroy_stream(self, stream: int) -> None:
         """Destroy a stream."""
-        self._check(self._runtime.cudaStreamDestroy(stream))
+        self._check(self._driver.cuStreamDestroy(stream))
 
     def event(self) -> int:
-        """Create an event."""
-        flag = self._runtime.cudaEventDisableTiming
-        return int(self._check(self._runtime.cudaEventCreateWithFlags(flag))[0])
+        """Create an event; a thread that waits for it sleeps instead of keeping a core busy."""
+        flags = self._driver.CUevent_flags
+        flag = int(flags.CU_EVENT_DISABLE_TIMING) | int(flags.CU_EVENT_BLOCKING_SYNC)
+        return int(self._check(self._driver.cuEventCreate(flag))[0])
 
     def record(self, event: int, stream: int) -> None:
         """Let an event mark the current end of a stream."""
-        self._check(self._runtime.cudaEventRecord(event, stream))
+        self._check(self._driver.cuEventRecord(event, stream))
 
     def wait(self, event: int) -> None:
         """Wait until the stream reaches the mark; returns at once if there is none."""
-        self._check(self._runtime.cudaEventSynchronize(event))
+        self._check(self._driver.cuEventSynchronize(event))
 
     def destroy_event(self, event: int) -> None:
         """Destroy an event."""
-        self._check(self._runtime.cudaEventDestroy(event))
+        self._check(self._driver.cuEventDestroy(event))
 
     def gather(self, plan: NDArray[np.void], rows: int, stream: int) -> None:
         """Enqueue `gather_rows`, see `gather.cu`.
@@ -162,41 +195,33 @@ class Cuda:
             values.ctypes.data,
             0,  # no other options
         )
-        self._check_driver(status)
-
-    @functools.cached_property
-    def _driver(self) -> Any:
-        from cuda.bindings import driver
-
-        return driver
-
-    @functools.cached_property
-    def _gather_rows(self) -> Any:
-        """The kernel, which the driver compiles for this GPU."""
-        ptx = np.frombuffer(PTX.read_bytes() + b"\0", np.uint8)
-        (module,) = self._check_driver(self._driver.cuModuleLoadData(ptx.ctypes.data))
-        (kernel,) = self._check_driver(self._driver.cuModuleGetFunction(module, b"gather_rows"))
-        return kernel
-
-    def _check_driver(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The same for the driver's own functions, whose errors have the same numbers."""
-        return self._check((self._runtime.cudaError_t(int(result[0])), *result[1:]))
+        self._check(status)
 
     def _check(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
-        status, *values = result
-        if int(status) != 0:
-            _, text = self._runtime.cudaGetErrorString(status)
-            hint = "check the driver with nvidia-smi, and close other programs that use the GPU"
-            if int(status) == _DRIVER_TOO_OLD:
-                hint = (
-                    "install a newer NVIDIA driver, or cuda-bindings for the CUDA version of this "
-                    "driver, which nvidia-smi shows"
-                )
-            raise BackendError(
-                f"CUDA: {text.decode() if isinstance(text, bytes) else text} (error {int(status)})",
-                hint,
-            )
-        return tuple(values)
+        """The values that a function of the driver returned after its status."""
+        status = result[0]
+        if status == 0:
+            return result[1:]
+        code = int(status)
+        _, text = self._driver.cuGetErrorString(status)
+        reason = (text or b"unknown").decode()
+        # As long as there is no context, it may be another process that has the device for itself.
+        if is_final(code) and self._context is not None:
+            self.failed = f"GPU {self._number} has failed: {reason} (CUDA error {code})"
+            raise BackendError(self.failed, START_AGAIN)
+        raise BackendError(
+            f"CUDA: {reason} (error {code})",
+            "check the driver with nvidia-smi, and close other programs that use the GPU",
+        )
+
+
+def is_final(code: int) -> bool:
+    """Whether an error of CUDA means that this process cannot use the device again.
+
+    Such an error breaks the context of the device, and every later call returns it again. Those
+    about the capture of graphs are refusals: another thread of the application captures one.
+    """
+    return code == _UNAVAILABLE or (code >= _FIRST_FINAL and code not in _CAPTURES)
 
 
 class PinnedArray(NamedTuple):
@@ -207,9 +232,9 @@ class PinnedArray(NamedTuple):
 
 
 @functools.cache
-def cuda() -> Cuda:
-    """CUDA's runtime library, loaded once."""
-    return Cuda()
+def cuda(device: int) -> Cuda:
+    """The driver on a device, made once."""
+    return Cuda(device)
 
 
 def packages(extra: str) -> str:
@@ -218,26 +243,25 @@ def packages(extra: str) -> str:
     Args:
         extra: an extra of fpabee without the version of CUDA: `gpu`, `tensorrt` or `tensorrt-rtx`.
     """
-    if cuda_device().cuda[0] != 12:
-        return f"'fpabee[{extra}-cu13]'"
-    library = "'onnxruntime-gpu[cuda,cudnn]<1.27'" if extra == "gpu" else f"{extra}-cu12"
-    return f"'cuda-bindings>=12.9.1,<13' {library} polygraphy"
+    return f"'fpabee[{extra}-cu{12 if cuda_device().cuda[0] == 12 else 13}]'"
 
 
-def required_gpu(target: str) -> CudaDevice:
-    """The first GPU.
+def required_gpu(target: str, number: int = 0) -> CudaDevice:
+    """The GPU of a target.
 
     Args:
         target: name of the target that needs it, for messages.
+        number: of the GPU.
 
     Raises:
         BackendError: no GPU can be used.
     """
-    device = cuda_device()
+    device = cuda_device(number)
     if device.error:
+        other_target = "choose another `target`, such as onnxruntime-fp32"
         raise BackendError(
             f"target {target} needs an NVIDIA GPU, but {device.error}",
-            "choose another `target`, such as onnxruntime-fp32",
+            f"give another `device`, or {other_target}" if number else other_target,
         )
     check_not_forked(target)
     return device

@@ -1,4 +1,4 @@
-"""Run segments on a CUDA device: what TensorRT and ONNX Runtime's CUDA provider share.
+"""Run segments on a CUDA device: buffers, copies, events, and the order of all of them.
 
 Each group's buffers have runners of their own, whose shapes and addresses never change. Segments
 run one after another, so all runners of an execution share scratch memory, and those of the same
@@ -7,15 +7,20 @@ memory, with an event to wait for.
 
 Rows are regrouped by one kernel for each tensor, which comes as PTX. All of this runs in the stream
 of the segments, so buffers can be used again without waiting.
+
+An application may use CUDA, too. Methods that call the driver, or a library that does, are marked
+`on_device`: they find the context of the device, and the application finds its own afterwards.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -39,11 +44,27 @@ from .base import (
 )
 from .cuda import GATHER, PinnedArray, cuda
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
 # Unused buffers keep up to this much device memory.
 _FREE_BYTES = 256 * 2**20
 
 Runner = Callable[[], object]
 """Enqueues one graph at one shape, with fixed addresses, in its stream."""
+
+
+def on_device(
+    verb: Callable[Concatenate[Any, _Arguments], _Result],
+) -> Callable[Concatenate[Any, _Arguments], _Result]:
+    """Let a method run while the context of its object's `cuda` is current in this thread."""
+
+    @functools.wraps(verb)
+    def run(self: Any, /, *arguments: _Arguments.args, **others: _Arguments.kwargs) -> _Result:
+        with self.cuda:
+            return verb(self, *arguments, **others)
+
+    return run
 
 
 class _Memory(NamedTuple):
@@ -70,24 +91,30 @@ class _Prepared(NamedTuple):
 
 
 class DeviceBackend(Backend):
-    """A backend on the first CUDA device; see `Backend`.
+    """A backend on a CUDA device; see `Backend`.
 
     Attributes:
         most_executions: two keep the device busy: one runs while the other waits for the host.
             Each has contexts and buffers of its own for every shape.
-        cuda: the driver.
-        stream: the stream of all executions; None if each makes its own.
+        cuda: the driver on the device.
     """
 
     most_executions = 2
     in_flight = 2
     joins = True
-    stream: int | None = None
 
-    def __init__(self, engines: EnginesFolder, name: str, threads: int | None = None) -> None:
-        super().__init__(engines, name, threads)
-        self.cuda = cuda()
+    def __init__(
+        self, engines: EnginesFolder, name: str, threads: int | None = None, device: int = 0
+    ) -> None:
+        super().__init__(engines, name, threads, device)
+        self.cuda = cuda(device)
 
+    @property
+    def failed(self) -> str:
+        """Why the device cannot be used any more; see `Backend.failed`."""
+        return self.cuda.failed
+
+    @on_device
     def open(self) -> DeviceExecution:
         """A new execution."""
         return DeviceExecution(self)
@@ -105,14 +132,19 @@ class DeviceBackend(Backend):
             execution: has the stream to run in, and keeps what runners share.
         """
 
+    def _free(self) -> None:
+        with suppress(BackendError), self.cuda:  # if the device has failed, nothing can be freed
+            super()._free()
+
 
 class DeviceExecution(Execution):
-    """Runs segments in a stream; see `Execution`.
+    """Runs segments in a stream of its own; see `Execution`.
 
     Args:
-        backend: the backend, which may have one stream for all of its executions.
+        backend: the backend.
 
     Attributes:
+        cuda: the driver on the device.
         stream: the stream.
         shared: what runners of the same shape and graph share.
     """
@@ -120,30 +152,37 @@ class DeviceExecution(Execution):
     def __init__(self, backend: DeviceBackend) -> None:
         super().__init__(backend, _FREE_BYTES)
         self.backend: DeviceBackend = weakref.proxy(backend)  # no cycle, as in `HostExecution`
-        self.stream = backend.cuda.stream() if backend.stream is None else backend.stream
-        self._cuda = backend.cuda
+        self.cuda = backend.cuda
+        self.stream = self.cuda.stream()
+        try:
+            self._end = self.cuda.event()
+        except BackendError:
+            self.cuda.destroy_stream(self.stream)
+            raise
         self._scratch = [(0, 0)]  # sizes and addresses
         # Tensors by name: the inputs of segment 1, and logits.
         self._on_host = {*self._stages[0].live, LOGITS}
         self.shared = WeakValueDictionary[tuple[Bucket, str], Any]()
 
+    @on_device
     def enqueue(self, hidden: Hidden) -> Outputs:
         """Enqueue a segment without waiting for it."""
         prepared: _Prepared = self._prepared(hidden)
         for run in prepared.runners:
             run()
-        self._cuda.copy(
+        self.cuda.copy(
             prepared.pinned.pointer, prepared.logits, prepared.pinned.array.nbytes, self.stream
         )
-        self._cuda.record(prepared.event, self.stream)
+        self.cuda.record(prepared.event, self.stream)
         hidden.segment += 1
-        logits = prepared.pinned.array[: hidden.rows]
+        return partial(self._wait_for, prepared.event, prepared.pinned.array[: hidden.rows])
 
-        def outputs() -> NDArray[np.float32]:
-            self._cuda.wait(prepared.event)
-            return logits
+    @on_device
+    def _wait_for(self, event: int, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        self.cuda.wait(event)
+        return logits
 
-        return outputs
+    regroup = on_device(Execution.regroup)
 
     def scratch(self, size: int) -> int:
         """The address of memory for intermediate results, which all graphs share in turn.
@@ -161,33 +200,40 @@ class DeviceExecution(Execution):
         """Allocate device memory, and free what no call uses if there is too little."""
         for free_some in (partial(self._shrink, 0), self.backend.drop_idle):
             try:
-                return self._cuda.malloc(size)
+                return self.cuda.malloc(size)
             except BackendError:
                 free_some()
-        return self._cuda.malloc(size)
+        return self.cuda.malloc(size)
 
+    @on_device
     def close(self) -> None:
         """Free everything."""
         super().close()
-        self._cuda.synchronize(self.stream)
+        self._wait_for_all()
         for _, pointer in self._scratch[1:]:
-            self._cuda.free(pointer)
+            self.cuda.free(pointer)
         del self._scratch[1:]
-        if self.backend.stream is None:
-            self._cuda.destroy_stream(self.stream)
+        self.cuda.destroy_event(self._end)
+        self.cuda.destroy_stream(self.stream)
 
+    def _wait_for_all(self) -> None:
+        """Wait until the device has done what is enqueued, without keeping a core busy."""
+        self.cuda.record(self._end, self.stream)
+        self.cuda.wait(self._end)
+
+    @on_device
     def _free(self, hidden: Hidden) -> None:
-        self._cuda.synchronize(self.stream)
+        self._wait_for_all()
         for prepared in hidden.prepared.values():
-            self._cuda.destroy_event(prepared.event)
+            self.cuda.destroy_event(prepared.event)
         for memory in hidden.buffers.values():
-            self._cuda.free(memory.address)
+            self.cuda.free(memory.address)
         super()._free(hidden)
 
     def _allocate(self, spec: TensorSpec, bucket: Bucket) -> _Memory:
         pinned = None
         if spec.name in self._on_host:
-            pinned = self._cuda.pinned(shape_of(spec, bucket), dtype_of(spec))
+            pinned = self.cuda.pinned(shape_of(spec, bucket), dtype_of(spec))
         return _Memory(self.malloc(nbytes_of(spec, bucket)), pinned)
 
     def _prepare(self, hidden: Hidden) -> _Prepared:
@@ -200,15 +246,16 @@ class DeviceExecution(Execution):
             runners.append(self.backend.runner(graph, hidden.bucket, addresses, self))
         logits: _Memory = self._buffer(hidden, stage.logits)
         assert logits.pinned is not None
-        return _Prepared(self._cuda.event(), runners, logits.address, logits.pinned)
+        return _Prepared(self.cuda.event(), runners, logits.address, logits.pinned)
 
+    @on_device
     def _write(self, hidden: Hidden, encoded: Sequence[EncodedRow]) -> None:
         if 0 in hidden.prepared:  # until it has run, the pinned memory may still be read
-            self._cuda.wait(hidden.prepared[0].event)
+            self.cuda.wait(hidden.prepared[0].event)
         for name, buffer in self._stages[0].live.items():
             address, pinned = self._buffer(hidden, buffer)
             write_rows(pinned.array, name, encoded, self._padding[name])
-            self._cuda.copy(address, pinned.pointer, pinned.array.nbytes, self.stream)
+            self.cuda.copy(address, pinned.pointer, pinned.array.nbytes, self.stream)
 
     def _gather(
         self, spec: TensorSpec, buffer: BufferName, sources: Sequence[tuple[Hidden, Rows]],
@@ -265,4 +312,4 @@ class DeviceExecution(Execution):
             plan["to"] = to + first * pitch
             plan["sources"][0, :count] = sources[first : first + count]
             plan["widths"][0, :count] = widths[first : first + count]
-            self._cuda.gather(plan, count, self.stream)
+            self.cuda.gather(plan, count, self.stream)

@@ -73,7 +73,7 @@ class HostBackend(Backend):
     most_executions = max(4, usable_cores())
 
     library: ClassVar[str]
-    update: ClassVar[str]
+    update: str
     free_bytes: ClassVar[int] = 32 * 2**20
 
     @abstractmethod
@@ -99,8 +99,13 @@ class HostBackend(Backend):
         """The exceptions that the library raises."""
 
     @staticmethod
-    def check(target: Target, name: str) -> None:
+    def check(target: Target, name: str, device: int = 0) -> None:
         """Check that this CPU computes the target's precision; see `Backend.check`."""
+        if device != 0:
+            raise BackendError(
+                f"target {name} runs on the CPU, which has no device {device}",
+                "choose a `target` for GPUs, or leave out `device`",
+            )
         if target.precision.startswith("int8") and not multiplies_int8():
             raise BackendError(
                 f"target {name} needs a CPU with VNNI instructions, and this one has none",

@@ -57,10 +57,10 @@ class OnnxRuntimeBackend(HostBackend):
     failures = staticmethod(ort_errors)
 
     @staticmethod
-    def check(target: Target, name: str) -> None:
+    def check(target: Target, name: str, device: int = 0) -> None:
         """Check that exactly one ONNX Runtime is installed; see `HostBackend.check`."""
         check_installed()
-        HostBackend.check(target, name)
+        HostBackend.check(target, name, device)
 
     def tensor(self, array: NDArray[Any], spec: TensorSpec) -> Any:
         """An `OrtValue` over an array's memory."""

@@ -1,7 +1,7 @@
-"""ONNX Runtime's CUDA provider: the ONNX graphs as they are, hidden states on the device.
+"""ONNX Runtime's CUDA provider: the ONNX graphs as they are, for GPUs that no plans were built for.
 
-For GPUs that no plans were built for, and for those that TensorRT for RTX does not support.
-Buffers and regrouping are in `device.py`. All sessions run in one stream.
+Each segment reads arrays of the host and writes arrays of the host, so hidden states are copied to
+the GPU and back. Plans of TensorRT keep them there.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ import contextlib
 import functools
 import io
 import logging
+import re
+import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from ..artifact.folder import EnginesFolder
-from ..artifact.manifest import Target
-from ..errors import ArtifactError, BackendError, first_line
-from .base import Bucket, Limits, is_out_of_memory, shape_of
-from .cuda import packages, required_gpu
-from .device import DeviceBackend, DeviceExecution, Runner
+from ..artifact.manifest import Target, TensorSpec
+from ..errors import START_AGAIN, BackendError
+from .base import Limits
+from .cuda import is_final, packages, required_gpu
+from .host import HostBackend, Run
 from .onnxruntime import check_installed, new_session, ort_errors, session_options
 
 logger = logging.getLogger(__name__)
@@ -29,23 +32,29 @@ logger = logging.getLogger(__name__)
 PROVIDER = "CUDAExecutionProvider"
 
 _GROUP_TOKENS = 4096
-_MAX_BATCH = 256
-_LENGTH_STEP = 16
 # Their inputs are sizes, which the host knows.
 _SHAPE_NODES = {"Shape", "Squeeze", "Unsqueeze", "Concat", "Range"}
 
 
-class OnnxRuntimeCudaBackend(DeviceBackend):
+class OnnxRuntimeCudaBackend(HostBackend):
     """Graphs as sessions of the CUDA provider; see `Backend`."""
 
-    def __init__(self, engines: EnginesFolder, name: str, threads: int | None = None) -> None:
-        super().__init__(engines, name, threads)
-        self.stream: int = self.cuda.stream()
+    most_executions = 2  # one copies while the other computes
+    joins = True
+    library = "ONNX Runtime"
+    failures = staticmethod(ort_errors)
+
+    def __init__(
+        self, engines: EnginesFolder, name: str, threads: int | None = None, device: int = 0
+    ) -> None:
+        super().__init__(engines, name, threads, device)
+        self.update = f"pip install -U {packages('gpu')}"
+        self._failed = ""
 
     @staticmethod
-    def check(target: Target, name: str) -> None:
+    def check(target: Target, name: str, device: int = 0) -> None:
         """Check that there are a GPU and the CUDA provider; see `Backend.check`."""
-        required_gpu(name)  # first, because the import takes long
+        required_gpu(name, device)  # first, because the import takes long
         check_installed()
         import onnxruntime as ort
 
@@ -55,64 +64,47 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
                 f"pip uninstall -y onnxruntime && pip install {packages('gpu')}",
             )
 
+    @property
+    def failed(self) -> str:
+        """Why the device cannot be used any more; see `Backend.failed`."""
+        return self._failed
+
     def limits(self) -> Limits:
-        """Batches in powers of two, so that few shapes need memory, and few lengths.
+        """As on the CPU, but a GPU needs more tokens to be busy."""
+        return replace(super().limits(), group_tokens=_GROUP_TOKENS)
 
-        The lengths suit the matrix units of a GPU.
-        """
-        longest = self._shapes.sequence.max
-        rows = min(_MAX_BATCH, self._shapes.batch.max)
-        powers_of_two = [2**power for power in range(rows.bit_length()) if 2**power < rows]
-        return Limits(
-            max_batch=rows,
-            max_sequence=longest,
-            group_tokens=_GROUP_TOKENS,
-            batch_sizes=(*powers_of_two, rows),
-            sequence_lengths=(*range(_LENGTH_STEP, longest, _LENGTH_STEP), longest),
-        )
+    def tensor(self, array: NDArray[Any], spec: TensorSpec) -> NDArray[Any]:
+        """The array."""
+        return array
 
-    def runner(
-        self, graph: str, bucket: Bucket, addresses: Mapping[str, int], execution: DeviceExecution
-    ) -> Runner:
-        """A session of a graph, bound to addresses on the device."""
+    def bind(self, graph: str, tensors: Mapping[str, NDArray[Any]]) -> Run:
+        """A run of a graph, which copies its outputs into their arrays."""
         session = self.graph(graph)
-        binding = session.io_binding()
-        record = self.graphs[graph]
-        for specs, bind in (
-            (record.inputs, binding.bind_input),
-            (record.outputs, binding.bind_output),
-        ):
-            for spec in specs:
-                shape = list(shape_of(spec, bucket))
-                bind(spec.name, "cuda", 0, np.dtype(spec.dtype), shape, addresses[spec.name])
-        options = run_options()
+        outputs = [spec.name for spec in self.graphs[graph].outputs]
+        inputs = {spec.name: tensors[spec.name] for spec in self.graphs[graph].inputs}
+        backend = weakref.proxy(self)  # no cycle, as in `HostExecution`
 
         def run() -> None:
             try:
-                session.run_with_iobinding(binding, options)
+                values = session.run(outputs, inputs)
             except ort_errors() as error:
-                raise BackendError(
-                    f"ONNX Runtime failed in {graph} on the GPU: {first_line(error)}",
-                    "check the free device memory with nvidia-smi"
-                    if is_out_of_memory(error)
-                    else "export the model again, or choose another `target`",
-                ) from error
+                code = re.search(r"CUDA failure (\d+)", str(error))
+                if code is None or not is_final(int(code[1])):
+                    raise
+                reason = f"GPU {backend._device} has failed: ONNX Runtime reports {code[0]}"
+                backend._failed = reason
+                raise BackendError(reason, START_AGAIN) from error
+            for name, value in zip(outputs, values, strict=True):
+                tensors[name][...] = value
 
         return run
 
-    def _load(self, name: str) -> Any:
+    def read(self, name: str) -> Any:
+        """A session, all of which is on the GPU."""
         import onnxruntime as ort
 
-        file = self._file(name)
-        path = self._engines.graph(file)
         problems = _preload()
-        try:
-            session = create_session(path, self.stream)
-        except ort_errors() as error:
-            raise ArtifactError(
-                f"ONNX Runtime cannot load {path} on the GPU: {first_line(error)}",
-                f"pip install -U {packages('gpu')}, or choose another `target`",
-            ) from error
+        session = create_session(self._engines.graph(self._file(name)), self._device)
         if session.get_providers()[0] != PROVIDER:
             raise BackendError(
                 f"ONNX Runtime put {name} on {session.get_providers()[0]}, not on the GPU"
@@ -131,22 +123,18 @@ class OnnxRuntimeCudaBackend(DeviceBackend):
             )
         return session
 
-    def _free(self) -> None:
-        super()._free()  # sessions must be freed before the stream that they use
-        self.cuda.destroy_stream(self.stream)
 
-
-def create_session(path: Path, stream: int) -> Any:
-    """A session on the first GPU.
+def create_session(path: Path, device: int) -> Any:
+    """A session on a GPU.
 
     Args:
         path: the ONNX file.
-        stream: the CUDA stream that it runs in.
+        device: the number of the GPU.
     """
     options = session_options(threads=1)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     # As in plans, heads in fp32 are not rounded to TF32.
-    settings = {"device_id": "0", "user_compute_stream": str(stream), "use_tf32": "0"}
+    settings = {"device_id": str(device), "use_tf32": "0"}
     return new_session(path, options, providers=[(PROVIDER, settings)])
 
 
@@ -174,12 +162,3 @@ def _preload() -> str:
     with contextlib.redirect_stdout(printed):
         ort.preload_dlls()
     return printed.getvalue().partition("\n")[0]
-
-
-def run_options() -> Any:
-    """Options of a run that returns before the device has finished."""
-    import onnxruntime as ort
-
-    options = ort.RunOptions()
-    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    return options

@@ -84,8 +84,10 @@ class OpenVinoBackend(HostBackend):
     # It takes long to make an infer request, so more of them are kept than by default.
     free_bytes = 256 * 2**20
 
-    def __init__(self, engines: EnginesFolder, name: str, threads: int | None = None) -> None:
-        super().__init__(engines, name, threads)
+    def __init__(
+        self, engines: EnginesFolder, name: str, threads: int | None = None, device: int = 0
+    ) -> None:
+        super().__init__(engines, name, threads, device)
         self._is_bf16 = self.target.precision.endswith(BF16)
         if self._is_bf16 and HIDDEN_STATES in self.specs:
             spec = self.specs[HIDDEN_STATES]
@@ -100,7 +102,7 @@ class OpenVinoBackend(HostBackend):
         }
 
     @staticmethod
-    def check(target: Target, name: str) -> None:
+    def check(target: Target, name: str, device: int = 0) -> None:
         """Check that OpenVINO is installed and runs this precision here; see `HostBackend.check`.
 
         Raises:
@@ -112,7 +114,7 @@ class OpenVinoBackend(HostBackend):
                 "choose another `target`, such as openvino-fp32",
             )
         _core()
-        HostBackend.check(target, name)
+        HostBackend.check(target, name, device)
 
     @staticmethod
     def failures() -> tuple[type[Exception], ...]:

@@ -19,11 +19,11 @@ from typing import Any
 from ..artifact.folder import EnginesFolder
 from ..artifact.manifest import Target
 from ..errors import ArtifactError, BackendError, MissingExtraError
-from ..machine import cuda_device
+from ..machine import CudaDevice, cuda_device
 from . import compiled_cache
 from .base import Bucket, Execution, Limits, shape_of
 from .cuda import packages, required_gpu
-from .device import DeviceBackend, DeviceExecution, Runner
+from .device import DeviceBackend, DeviceExecution, Runner, on_device
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +106,18 @@ class TensorRtBackend(DeviceBackend):
         ArtifactError: a plan was built from another graph than the one in the folder.
     """
 
-    def __init__(self, engines: EnginesFolder, name: str, threads: int | None = None) -> None:
-        super().__init__(engines, name, threads)
+    def __init__(
+        self, engines: EnginesFolder, name: str, threads: int | None = None, device: int = 0
+    ) -> None:
+        super().__init__(engines, name, threads, device)
         self.trt: Any = importlib.import_module(MODULES[self.target.backend])
         self._log = error_logger(self.trt)
-        self._runtime = self.trt.Runtime(self._log)
+        with self.cuda:
+            self._runtime = self.trt.Runtime(self._log)
         self._compiled = None
         if self.target.backend == "tensorrt-rtx":
-            self._compiled = RuntimeCache(_cache_key(self.target, self.trt.__version__))
+            key = _cache_key(self.target, self.trt.__version__, cuda_device(device))
+            self._compiled = RuntimeCache(key)
         for graph, file in self.target.files.items():
             if file.onnx_sha256 != self.graphs[graph].sha256:
                 raise ArtifactError(
@@ -123,7 +127,7 @@ class TensorRtBackend(DeviceBackend):
                 )
 
     @staticmethod
-    def check(target: Target, name: str) -> None:
+    def check(target: Target, name: str, device: int = 0) -> None:
         """Check the library, its version and the GPU; see `Backend.check`."""
         module = MODULES[target.backend]
         if util.find_spec(module) is None:
@@ -131,7 +135,7 @@ class TensorRtBackend(DeviceBackend):
                 f"target {name} needs {module}, which is not installed",
                 f"pip install {packages(target.backend)}, or choose another `target`",
             )
-        gpu = required_gpu(name)
+        gpu = required_gpu(name, device)
         if gpu.compute_capability not in target.compute_capabilities:
             raise BackendError(
                 f"target {name} is for compute capability "
@@ -234,6 +238,7 @@ class TensorRtBackend(DeviceBackend):
             context.set_device_memory(execution.scratch(size), size)
         return PlanContext(context, execution.stream)
 
+    @on_device
     def _load(self, name: str) -> Any:
         file = self._file(name)
         path = self._engines.file(file.file, file.sha256)
@@ -259,9 +264,8 @@ class TensorRtBackend(DeviceBackend):
         super()._free()
 
 
-def _cache_key(target: Target, version: str) -> str:
+def _cache_key(target: Target, version: str, gpu: CudaDevice) -> str:
     """A hash of the plans, the library's version and the GPU, which decide what is compiled."""
-    gpu = cuda_device()
     plans = sorted(file.sha256 for file in target.files.values())
     parts = [plans, version, gpu.name, gpu.compute_capability]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

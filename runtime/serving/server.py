@@ -55,10 +55,11 @@ STATUSES = {
     421: "the request names a host that this server does not accept",
     429: "the queue is full; try again later",
     500: "the model failed on one of the texts",
-    503: "the server is stopping",
+    503: "the server is stopping, or its GPU has failed",
 }
 """What each status of an error means."""
 
+_STOPPING = "the server is stopping"
 _CLIENT_LEFT = 499
 # Clients that send a body as they make it need fewer than ten for each of 256 texts.
 _MOST_CHUNKS = 4096
@@ -392,8 +393,9 @@ class Service:
         return bytes(body)
 
     async def _health(self, _: Request) -> Response:
-        if self.scheduler.is_closed:
-            raise HTTPException(503, STATUSES[503])
+        reason = _STOPPING if self.scheduler.is_closed else self.engine.core.backend.failed
+        if reason:
+            raise HTTPException(503, reason)
         return _json({"status": "ok"})
 
     async def _info(self, _: Request) -> Response:
@@ -439,7 +441,7 @@ class Service:
         elif self.scheduler.is_closed:
             status = 503
         else:
-            status = 500
+            status = 503 if self.engine.core.backend.failed else 500
             logger.error("%s", error, exc_info=error)
         return _error(status, str(error), type(error).__name__, headers)
 
@@ -451,7 +453,7 @@ def _stoppable(respond: _Respond) -> _Respond:
         try:
             return await respond(request)
         except asyncio.CancelledError:
-            raise HTTPException(503, STATUSES[503], {"Connection": "close"}) from None
+            raise HTTPException(503, _STOPPING, {"Connection": "close"}) from None
 
     return run
 

@@ -134,7 +134,7 @@ def test_targets_that_cannot_run_say_why(
 
     assert reasons() == {"onnxruntime-fp32": "", made.target: ""}
     none = CudaDevice(error="no NVIDIA driver is installed")
-    monkeypatch.setattr("fpabee.runtime.backends.cuda.cuda_device", lambda: none)
+    monkeypatch.setattr("fpabee.runtime.backends.cuda.cuda_device", lambda number: none)
     assert "needs an NVIDIA GPU, but no NVIDIA driver" in reasons()[made.target]
     lines = run(folder).stdout.splitlines()
     assert any(line.startswith(f"{made.target} cannot run here: ") for line in lines)

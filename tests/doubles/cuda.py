@@ -3,7 +3,8 @@
 Device memory is NumPy memory behind made-up addresses: every access is checked for bounds
 and for freed memory. Streams are queues that run only when someone waits, which is as late as
 the driver may run them. Freeing memory waits for all of them. Reading pinned memory before its
-event gives NaN. Threads may share the double; only one call runs at a time.
+event gives NaN. A call in a thread whose current context is another one fails. Threads may share
+the double; only one call runs at a time.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fpabee.runtime.backends.cuda import GATHER, Cuda, PinnedArray
-from fpabee.runtime.errors import BackendError
+from fpabee.runtime.backends.cuda import GATHER, Cuda, PinnedArray, is_final
 
 _GAP = 1 << 20
+_OF_THREAD = threading.local()
 
 Work = Callable[[], None]
 
@@ -33,8 +35,21 @@ class _Stream:
     queue: list[Work | int] = field(default_factory=list)  # an int is an event
 
 
+def contexts() -> list[object]:
+    """The stack of contexts of this thread, the current one last."""
+    stack: list[object] = _OF_THREAD.__dict__.setdefault("contexts", [])
+    return stack
+
+
+def current() -> FakeCuda:
+    """The device whose context is current in this thread."""
+    context = contexts()[-1] if contexts() else None
+    assert isinstance(context, FakeCuda), f"the current context is {context}, not that of a device"
+    return context
+
+
 def one_at_a_time(kind: type[Any]) -> type[Any]:
-    """Lock every public method of a class that has a lock."""
+    """Lock every public method of a class that has a lock; calls of CUDA need its context."""
     for name, method in list(vars(kind).items()):
         if callable(method) and not name.startswith("_"):
 
@@ -43,6 +58,10 @@ def one_at_a_time(kind: type[Any]) -> type[Any]:
             ) -> Any:
                 with self._lock:
                     self.calls[_method.__name__] += 1
+                    if _method.__name__ in vars(Cuda):
+                        self.must_be_current()
+                        if self.dead:
+                            self._check((self.dead,))
                     return _method(self, *arguments, **others)
 
             setattr(kind, name, functools.wraps(method)(locked))
@@ -55,15 +74,28 @@ class FakeCuda(Cuda):
 
     Args:
         room: device memory in bytes.
+        number: that of the device.
 
     Attributes:
         fails_at: calls that fail once, by name: 1 is the next call, 2 the one after it.
+        error: the number of the error with which they fail.
+        dead: the number of the error that every call gives; 0: none.
         calls: how often each method was called.
         frees: how often device memory was freed; each waits for the whole device.
         idle: how often the device had nothing left to do when a wait ended.
     """
 
-    def __init__(self, room: int = 1 << 30) -> None:
+    def __init__(self, room: int = 1 << 30, number: int = 0) -> None:
+        self.failed = ""
+        self._number = number
+        self._context = self
+        self._driver = SimpleNamespace(
+            cuCtxPushCurrent=self._push,
+            cuCtxPopCurrent=lambda: (0, contexts().pop()),
+            cuGetErrorString=lambda status: (0, b"made up"),
+        )
+        self.error = 2
+        self.dead = 0
         self.room = room
         self.memory_of: dict[int, NDArray[np.uint8]] = {}
         self.pinned_of: weakref.WeakValueDictionary[int, NDArray[np.uint8]]
@@ -77,6 +109,17 @@ class FakeCuda(Cuda):
         self.calls: Counter[str] = Counter()
         self._next = itertools.count((1 << 40) + 256, 1 << 30)  # aligned as the driver's
         self._handles = itertools.count(1)
+
+    # -- contexts
+
+    def _push(self, context: object) -> tuple[int]:
+        if not self.dead:
+            contexts().append(context)
+        return (self.dead,)
+
+    def must_be_current(self) -> None:
+        """Fail if the context of this device is not the current one of this thread."""
+        assert current() is self, "the context of another device is current"
 
     # -- memory
 
@@ -158,7 +201,8 @@ class FakeCuda(Cuda):
         self.streams[handle] = _Stream()
         return handle
 
-    def synchronize(self, stream: int) -> None:
+    def run_all(self, stream: int) -> None:
+        """Run all work of a stream."""
         state = self.streams[stream]
         while state.queue:
             self._step(state)
@@ -197,8 +241,11 @@ class FakeCuda(Cuda):
     def fails(self, call: str) -> bool:
         """Whether this call of a kind is the one that fails."""
         self.fails_at[call] = self.fails_at.get(call, 0) - 1
-        return self.fails_at[call] == 0
+        fails = self.fails_at[call] == 0
+        if fails and is_final(self.error):
+            self.dead = self.error
+        return fails
 
     def _may_fail(self, call: str) -> None:
         if self.fails(call):
-            raise BackendError(f"CUDA: {call} failed (error 2)", "")
+            self._check((self.error,))

@@ -42,6 +42,8 @@ class Double:
     """Doubles of the driver and of TensorRT, and the folder whose target they run.
 
     Attributes:
+        cuda: the first device.
+        second: another one.
         builds: what was built, each with the names of the graphs that were timed before.
         unwritten: see `plans_of`.
     """
@@ -50,6 +52,7 @@ class Double:
     target: str
     cuda: FakeCuda
     trt: FakeTensorRt
+    second: FakeCuda = field(default_factory=lambda: FakeCuda(number=1))
     builds: list[tuple[PlanRequest, list[str]]] = field(default_factory=list)
     unwritten: list[Manifest] = field(default_factory=list)
 
@@ -83,17 +86,17 @@ class Double:
 def set_gpu(patch: pytest.MonkeyPatch, gpu: CudaDevice = GPU) -> None:
     """Let the code find this GPU."""
     for module in (machine, cuda, tensorrt, targets, builders):
-        patch.setattr(module, "cuda_device", lambda: gpu)
+        patch.setattr(module, "cuda_device", lambda number=0: gpu)
 
 
 def serve(patch: pytest.MonkeyPatch, folder: Path, backend: str = "tensorrt") -> Double:
     """Let doubles run the plans of an engines folder, and build those of TensorRT."""
-    cuda = FakeCuda()
     name = tensorrt.MODULES[backend]
     unwritten = list[Manifest]()
-    trt = FakeTensorRt(cuda, plans_of(folder, unwritten), name)
+    trt = FakeTensorRt(plans_of(folder, unwritten), name)
     patch.setitem(sys.modules, name, trt)
-    patch.setattr(device, "cuda", lambda: cuda)
+    double = Double(folder, "", FakeCuda(), trt, unwritten=unwritten)
+    patch.setattr(device, "cuda", lambda number: (double.cuda, double.second)[number])
     patch.setattr(metadata, "packages_distributions", _packages)
     set_gpu(patch)
     engine_of = check.engine_of
@@ -103,7 +106,6 @@ def serve(patch: pytest.MonkeyPatch, folder: Path, backend: str = "tensorrt") ->
         return engine_of(engines, *others)
 
     patch.setattr(check, "engine_of", noted)
-    double = Double(folder, "", cuda, trt, unwritten=unwritten)
     if backend == "tensorrt":
         patch.setattr(targets, "run_worker", double.build)
     return double
@@ -168,22 +170,15 @@ def install_cuda_provider(
     name = f"onnxruntime-{precision}-cuda"
     target = Target(backend="onnxruntime", precision=precision, device="cuda", tolerance=None)
     _add_target(folder, name, target)
-    cuda = serve_cuda_provider(patch)
-    return Double(folder, name, cuda, FakeTensorRt(cuda, lambda content: None))
+    serve_cuda_provider(patch)
+    return Double(folder, name, FakeCuda(), FakeTensorRt(lambda content: None))
 
 
-def serve_cuda_provider(patch: pytest.MonkeyPatch) -> FakeCuda:
+def serve_cuda_provider(patch: pytest.MonkeyPatch) -> None:
     """Let doubles run the graphs of all folders as ONNX Runtime's CUDA provider."""
-    cuda = FakeCuda()
-    patch.setattr(device, "cuda", lambda: cuda)
-    check = staticmethod(lambda target, name: None)
+    check = staticmethod(lambda target, name, device=0: None)
     patch.setattr(onnxruntime_cuda.OnnxRuntimeCudaBackend, "check", check)
-    patch.setattr(
-        onnxruntime_cuda,
-        "create_session",
-        lambda path, stream: FakeCudaSession(cuda, path, stream),
-    )
-    return cuda
+    patch.setattr(onnxruntime_cuda, "create_session", FakeCudaSession)
 
 
 def _add_target(folder: Path, name: str, target: Target) -> None:

@@ -1,8 +1,8 @@
 """A double of TensorRT's runtime, over the double of the driver.
 
+It works on the device whose context is current in the thread, as CUDA's runtime library does.
 Contexts run ONNX graphs with ONNX Runtime at the given addresses. They refuse what TensorRT
-refuses: shapes outside the profile, too little scratch memory,
-and the default stream.
+refuses: shapes outside the profile, too little scratch memory, and the default stream.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fpabee.exporter.targets.plans import profile_of
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.manifest import Graph, Manifest, Shapes
 
-from .cuda import FakeCuda
-from .onnxruntime_cuda import DeviceGraph
+from .cuda import current
+from .onnxruntime_cuda import shared_session
 
 SCRATCH = 4096
 
@@ -60,10 +63,10 @@ def plans_of(folder: Path, unwritten: Sequence[Manifest] = ()) -> Callable[[byte
 class FakeContext:
     """An execution context that runs its graph with ONNX Runtime."""
 
-    def __init__(self, trt: FakeTensorRt, plan: Plan) -> None:
-        self.trt = trt
+    def __init__(self, plan: Plan) -> None:
+        self.cuda = current()
         self.plan = plan
-        self.graph = DeviceGraph(trt.cuda, plan.onnx)
+        self.session = shared_session(plan.onnx.read_bytes())
         self.profile: Shapes | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
@@ -100,11 +103,12 @@ class FakeContext:
         self.scratch = (address, size)
 
     def execute_async_v3(self, stream: int) -> bool:
-        cuda = self.trt.cuda
+        cuda = self.cuda
+        cuda.must_be_current()
         assert stream != 0, "the default stream"
         assert self.config() is not None, "the configuration was freed"
         assert self.is_eager, "slow kernels would run until better ones are compiled"
-        if cuda.fails("run"):
+        if cuda.fails("run") or cuda.dead:
             return False
         need = self.update_device_memory_size_for_shapes()
         address, size = self.scratch
@@ -118,18 +122,25 @@ class FakeContext:
         self, shapes: dict[str, Any], addresses: dict[str, int], scratch: int, need: int
     ) -> None:
         if need:
-            self.trt.cuda.view(scratch, need).fill(0xA5)
-        self.graph.run(
-            {s.name: (addresses[s.name], s.dtype, shapes[s.name]) for s in self.plan.graph.inputs},
-            {s.name: (addresses[s.name], s.dtype) for s in self.plan.graph.outputs},
-        )
+            self.cuda.view(scratch, need).fill(0xA5)
+        inputs = {
+            spec.name: self._array(addresses[spec.name], spec.dtype, shapes[spec.name])
+            for spec in self.plan.graph.inputs
+        }
+        outputs = self.plan.graph.outputs
+        values = self.session.run([spec.name for spec in outputs], inputs)
+        for spec, value in zip(outputs, values, strict=True):
+            self._array(addresses[spec.name], spec.dtype, value.shape)[...] = value
+
+    def _array(self, pointer: int, dtype: Any, shape: Any) -> NDArray[Any]:
+        memory = self.cuda.view(pointer, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        return np.asarray(memory.view(dtype).reshape(shape))
 
 
 class FakeTensorRt(types.ModuleType):
     """The module `tensorrt` or `tensorrt_rtx`, with the names that the runtime uses.
 
     Args:
-        cuda: the driver.
         plans: finds a plan by its bytes; None: it cannot be loaded.
         name: the module's name.
     """
@@ -168,19 +179,18 @@ class FakeTensorRt(types.ModuleType):
 
     def __init__(
         self,
-        cuda: FakeCuda,
         plans: Callable[[bytes], Plan | None],
         name: str = "tensorrt",
     ) -> None:
         super().__init__(name)
         self.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        self.cuda = cuda
         self.plans = plans
         self.contexts: list[FakeContext] = []
         self.contexts_left = sys.maxsize
 
     def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802
         """A runtime that reports to a logger."""
+        current()
         return FakeRuntime(self, logger)
 
 
@@ -192,6 +202,7 @@ class FakeRuntime:
         self._logger = logger
 
     def deserialize_cuda_engine(self, content: bytes) -> FakeEngine | None:
+        current()
         plan = self._trt.plans(content)
         if plan is None:
             self._refuse("Version tag does not match")
@@ -263,7 +274,7 @@ class FakeEngine:
         assert strategy is self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if len(self._trt.contexts) >= self._trt.contexts_left:
             return None
-        context = FakeContext(self._trt, self._plan)
+        context = FakeContext(self._plan)
         if config is not None:
             assert config.cache is not None
             config.cache.content += 1

@@ -33,7 +33,6 @@ from ...doubles.device import Double, run_through, set_gpu
 from ...doubles.tensorrt import FakeContext, FakeEngine
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
-BACKENDS = ["tensorrt", "onnxruntime"]
 FAILURES = ["malloc", "pinned", "event", "stream", "run"]
 
 
@@ -50,9 +49,8 @@ def nothing_is_left(double: Double) -> bool:
     return not any((cuda.memory_of, cuda.streams, cuda.events))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_threads_at_the_same_time(backend: str, double: Callable[..., Double]) -> None:
-    made = double(backend=backend)
+def test_threads_at_the_same_time(double: Callable[..., Double]) -> None:
+    made = double()
     start = threading.Barrier(3)
     with made.load() as engine, Engine.load(made.folder) as usual:
 
@@ -71,12 +69,11 @@ def test_threads_at_the_same_time(backend: str, double: Callable[..., Double]) -
     assert nothing_is_left(made)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_closing_during_a_call(
-    backend: str, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The call is answered and then frees everything; later calls are refused."""
-    made = double(backend=backend)
+    made = double()
     begun = threading.Event()
     closed = threading.Event()
     engine = made.load()
@@ -163,7 +160,7 @@ def test_idle_executions_make_room(
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["tensorrt", "onnxruntime"])
 def test_a_forked_process_is_refused_before_a_library_is_called(
     backend: str, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,7 +316,7 @@ class Calls(RuleBasedStateMachine):
         assert nothing_is_left(self.double)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "tensorrt-rtx"])
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 def test_any_order_of_calls_with_failures(backend: str, double: Callable[..., Double]) -> None:
     """No use after free, no leak, and the logits of every group are right."""
     made = double(backend=backend, batch=(1, 2, 4))

@@ -1,7 +1,9 @@
-"""ONNX Runtime's CUDA provider over a double of the driver: no fallback to the CPU is silent."""
+"""ONNX Runtime's CUDA provider, with sessions on the CPU: no fallback to the CPU is silent."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,6 @@ from fpabee.runtime.backends.onnxruntime_cuda import (
     OnnxRuntimeCudaBackend,
     create_session,
     nodes_on_cpu,
-    run_options,
 )
 from fpabee.runtime.machine import CudaDevice
 
@@ -39,11 +40,13 @@ def test_a_fallback_is_never_silent(
     """Neither of single nodes nor of a whole session; and each graph is loaded once."""
     made = double(backend="onnxruntime")
     loaded: list[str] = []
+    devices = set[int]()
     create = onnxruntime_cuda.create_session
 
-    def counted(path: Path, stream: int) -> Any:
+    def counted(path: Path, device: int) -> Any:
         loaded.append(path.name)
-        return create(path, stream)
+        devices.add(device)
+        return create(path, device)
 
     monkeypatch.setattr(onnxruntime_cuda, "create_session", counted)
     nodes = [node("slow/conv", "Conv"), node("size", "Shape")]
@@ -53,8 +56,9 @@ def test_a_fallback_is_never_silent(
     ]
     ask = "get_provider_graph_assignment_info"
     monkeypatch.setattr(FakeCudaSession, ask, lambda self: parts)
-    with made.load() as engine:
+    with made.load(device=1) as engine:
         engine.predict(["rain"])
+    assert devices == {1}
     assert "segment_01: nodes run on the CPU, such as slow/conv (1 in all)" in caplog.text
     assert len(loaded) == len(set(loaded)) > 1
     monkeypatch.setattr(FakeCudaSession, "get_providers", lambda self: ["CPUExecutionProvider"])
@@ -100,7 +104,7 @@ def test_it_needs_a_gpu_and_the_cuda_provider(monkeypatch: pytest.MonkeyPatch) -
         OnnxRuntimeCudaBackend.check(target, "x")
 
 
-def test_the_whole_session_runs_on_the_gpu_in_the_given_stream(
+def test_the_whole_session_runs_on_the_chosen_gpu(
     engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[tuple[Any, dict[str, Any]]] = []
@@ -109,11 +113,9 @@ def test_the_whole_session_runs_on_the_gpu_in_the_given_stream(
     )
     create_session(engines["bert"] / "x.onnx", 7)
     ((options, others),) = made
-    settings = {"device_id": "0", "user_compute_stream": "7", "use_tf32": "0"}
+    settings = {"device_id": "7", "use_tf32": "0"}
     assert others == {"providers": [("CUDAExecutionProvider", settings)], "enable_fallback": 0}
     assert options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
-    entry = "disable_synchronize_execution_providers"
-    assert run_options().get_run_config_entry(entry) == "1", "a run does not wait for the device"
 
 
 def test_cuda_libraries_are_loaded_and_standard_output_stays_clean(
@@ -132,7 +134,7 @@ def test_a_graph_that_cannot_be_loaded_at_all(
     made = double(backend="onnxruntime")
     fails = Mock(side_effect=RuntimeError("CUDA failure 100\nat line 7"))
     monkeypatch.setattr(onnxruntime_cuda, "create_session", fails)
-    message = r"segment_01\.onnx on the GPU: CUDA failure 100 -> .*fpabee\[gpu-cu13\]"
+    message = rf"load {made.target} of .*: CUDA failure 100 -> .*fpabee\[gpu-cu13\]"
     with made.load() as engine, pytest.raises(ArtifactError, match=message):
         engine.predict(["rain"])
 
@@ -142,12 +144,36 @@ def test_a_run_that_fails_names_its_graph(
     error: type[Exception], double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = double(backend="onnxruntime")
-    message = r"segment_01 on the GPU: out of memory.*nvidia-smi"
+    message = r"segment_01 on 1 rows .*: out of memory.* not enough free memory"
     with made.load() as engine:
         with monkeypatch.context() as patch:
             fails = Mock(side_effect=error("out of memory"))
-            patch.setattr(FakeCudaSession, "run_with_iobinding", fails)
+            patch.setattr(FakeCudaSession, "run", fails)
             with pytest.raises(BackendError, match=message):
                 engine.predict(["rain"])
         assert len(engine.predict(["rain"])) == 1, "it can be tried again"
-    assert made.cuda.memory_of == {}
+
+
+def test_a_gpu_that_has_failed_is_not_called_again(
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails = Mock(side_effect=RuntimeError("CUDA failure 700: an illegal memory access ; GPU=0"))
+    with double(backend="onnxruntime").load() as engine:
+        monkeypatch.setattr(FakeCudaSession, "run", fails)
+        for _ in range(2):
+            with pytest.raises(BackendError, match=r"GPU 0 has failed: .* 700 -> start this"):
+                engine.predict(["rain"])
+        assert fails.call_count == 1
+
+
+def test_an_engine_that_nobody_closes_is_freed_at_once(double: Callable[..., Double]) -> None:
+    """Not when the garbage collector runs next, which knows nothing of memory on the GPU."""
+    engine = double(backend="onnxruntime").load()
+    engine.predict(["rain"])
+    backend = weakref.ref(engine.core.backend)
+    gc.disable()
+    try:
+        del engine
+        assert backend() is None
+    finally:
+        gc.enable()

@@ -54,12 +54,14 @@ def test_the_kernel_copies_what_its_double_copies(aligned: bool, tmp_path: Path)
     random = np.random.default_rng(5)
     cuda = FakeCuda()
     unit = 8 if aligned else 1
-    stream = cuda.stream()
+    with cuda:
+        stream = cuda.stream()
     for _ in range(50):
         rows = int(random.integers(1, 9))
         most = int(random.integers(1, 20))
-        target = cuda.malloc(rows * most * unit)
-        source = cuda.malloc(3 * most * unit)
+        with cuda:
+            target = cuda.malloc(rows * most * unit)
+            source = cuda.malloc(3 * most * unit)
         memory = cuda.view(target, rows * most * unit)
         cuda.view(source, 3 * most * unit)[:] = random.integers(0, 256, 3 * most * unit)
         widths = random.integers(0, most + 1, rows) * unit
@@ -67,8 +69,9 @@ def test_the_kernel_copies_what_its_double_copies(aligned: bool, tmp_path: Path)
         plan["to"], plan["pitch"], plan["fill"] = target, most * unit, random.integers(1 << 62)
         plan["widths"][0, :rows] = widths
         plan["sources"][0, :rows] = source + random.integers(0, 2 * most + 1, rows) * unit
-        cuda.gather(plan, rows, stream)
-        cuda.synchronize(stream)
+        with cuda:
+            cuda.gather(plan, rows, stream)
+        cuda.run_all(stream)
         expected = memory.copy()
         memory[:] = 0x5A
         for name, address in (("to", target), ("sources", source)):

@@ -21,7 +21,6 @@ from fpabee.runtime import (
     FPabee,
 )
 from fpabee.runtime.backends import compiled_cache
-from fpabee.runtime.backends import cuda as cuda_module
 from fpabee.runtime.backends.device import DeviceExecution
 from fpabee.runtime.machine import CudaDevice
 from fpabee.runtime.rules.runner import RuleRunner
@@ -90,8 +89,8 @@ def test_unused_buffers_are_freed_when_memory_is_short(double: Callable[..., Dou
     made = double()
     with made.load() as engine:
         engine.predict(["rain"])
-        free, total = made.cuda.memory()
-        made.cuda.room = total - free + 1024
+        total = made.cuda.room
+        made.cuda.room = made.used() + 1024
         assert len(engine.predict(["rain rain"])) == 1
         made.cuda.room = 64
         with pytest.raises(BackendError, match="no room"):
@@ -201,24 +200,3 @@ def test_rtx_keeps_what_the_device_compiled(
     assert "for another driver" in caplog.text
     set_gpu(monkeypatch, CudaDevice("Another GPU", "8.6", (13, 0)))
     assert kept(made) == [b"compiled 3"] * 2, "what another GPU compiled is not read"
-
-
-def test_cuda_errors_say_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
-    driver = cuda_module.Cuda.__new__(cuda_module.Cuda)
-    driver._runtime = runtime
-    good = runtime.cudaError_t.cudaSuccess
-    full = runtime.cudaError_t.cudaErrorMemoryAllocation
-    monkeypatch.setattr(runtime, "cudaMalloc", lambda size: (full, 0))
-    monkeypatch.setattr(runtime, "cudaMemGetInfo", lambda: (good, 3 << 20, 8 << 30))
-    with pytest.raises(BackendError, match=r"no room for 64\.0 MiB: 3 of 8192 MiB are free"):
-        driver.malloc(64 << 20)
-    monkeypatch.setattr(runtime, "cudaGetErrorString", lambda status: (good, b"launch failed"))
-    for name, says in (
-        ("cudaErrorLaunchFailure", r"CUDA: launch failed \(error 719\).*nvidia-smi"),
-        ("cudaErrorInsufficientDriver", r"\(error 35\) -> .*newer NVIDIA driver, or cuda-bindings"),
-    ):
-        error = getattr(runtime.cudaError_t, name)
-        monkeypatch.setattr(runtime, "cudaStreamSynchronize", lambda stream, error=error: (error,))
-        with pytest.raises(BackendError, match=says):
-            driver.synchronize(1)

@@ -29,6 +29,7 @@ from fpabee.runtime.serving.metrics import Metrics
 from fpabee.runtime.serving.server import ServerLimits, Service
 
 from ...closeness import assert_close, assert_probabilities
+from ...doubles.device import install
 
 LIMITS = ServerLimits(max_body=5000, max_texts=3, body_seconds=5.0)
 HEADERS = {"Content-Type": "application/json"}
@@ -67,8 +68,8 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, max_rows: int = 10) -> Iterator[Server]:
-    with Engine.load(folder) as engine:
+def serving(folder: Path, max_rows: int = 10, target: str | None = None) -> Iterator[Server]:
+    with Engine.load(folder, target) as engine:
         server = Server(engine, max_rows)
         yield server
         server.scheduler.close()
@@ -309,6 +310,30 @@ def test_a_failing_model(
             assert ("it failed" in caplog.text) == isinstance(error, BackendError)
             assert "\nfpabee_failed_rows_total 0.0\n" not in server.client.get("/metrics").text
         assert server.post("/classify", {"input": "a"}).status_code == 200
+
+
+def test_a_gpu_that_has_failed(
+    engine_copy: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A balancer sends requests elsewhere, and a supervisor starts the process again."""
+    double = install(monkeypatch, engine_copy())
+    with serving(double.folder, target=double.target) as server:
+        assert server.post("/classify", {"input": "a"}).status_code == 200
+        assert server.client.get("/health").status_code == 200
+        double.cuda.error = 700
+        double.cuda.fails_at["run"] = 1
+        # TensorRT does not say why, so the answer may come before the driver is asked.
+        assert server.post("/classify", {"input": "a"}).status_code in (500, 503)
+        assert "segment" in caplog.text, "what failed first is in the log"
+        for _ in range(2):
+            response = server.post("/classify", {"input": "a"})
+            assert response.status_code == 503
+            assert "700" in server.check("/classify", response)["error"]
+            health = server.client.get("/health")
+            assert health.status_code == 503
+            assert "700" in health.json()["error"]
 
 
 def test_metrics_info_health_and_page(

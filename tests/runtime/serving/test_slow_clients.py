@@ -22,7 +22,7 @@ from fpabee.runtime import Engine
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.metrics import Metrics
-from fpabee.runtime.serving.server import STATUSES, ServerLimits, Service, listen, serve
+from fpabee.runtime.serving.server import ServerLimits, Service, listen, serve
 
 from .test_serve import ask
 
@@ -292,7 +292,7 @@ def test_a_request_that_outlasts_a_stop_gets_an_error(
         assert runs.wait(WAIT)
         server.should_exit = True
         status, connection, error = asked.result(WAIT)
-        assert (status, connection, error) == (503, "close", STATUSES[503])
+        assert (status, connection, error) == (503, "close", "the server is stopping")
         thread.join(WAIT)
 
 
