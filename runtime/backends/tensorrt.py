@@ -94,9 +94,14 @@ class RuntimeCache:
 
     def save(self) -> None:
         """Write the cache if contexts were made since the last time, and if possible."""
-        if self._is_new:
-            self._is_new = False
-            compiled_cache.write(self._key, bytes(self._cache.serialize()))
+        if not self._is_new:
+            return
+        self._is_new = False
+        content = self._cache.serialize()
+        if content is None:
+            logger.info("compiled graphs are not kept: TensorRT for RTX could not serialize them")
+            return
+        compiled_cache.write(self._key, bytes(content))
 
 
 class TensorRtBackend(DeviceBackend):
@@ -162,10 +167,12 @@ class TensorRtBackend(DeviceBackend):
 
     def give_back(self, execution: Execution, failed: bool = False) -> None:
         """Also keep what the device compiled, because many processes end without closing."""
-        if self._compiled is not None and not failed:
-            with self._lock:
-                self._compiled.save()
-        super().give_back(execution, failed)
+        try:
+            if self._compiled is not None and not failed and not self.origin.is_elsewhere:
+                with self._lock:
+                    self._compiled.save()
+        finally:
+            super().give_back(execution, failed)
 
     def runner(
         self, graph: str, bucket: Bucket, addresses: Mapping[str, int], execution: DeviceExecution
@@ -254,9 +261,11 @@ class TensorRtBackend(DeviceBackend):
         return engine
 
     def _free(self) -> None:
-        if self._compiled is not None:
-            self._compiled.save()
-        super()._free()
+        try:
+            if self._compiled is not None:
+                self._compiled.save()
+        finally:
+            super()._free()
 
 
 def _cache_key(target: Target, version: str) -> str:
