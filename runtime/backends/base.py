@@ -610,5 +610,5 @@ class Backend(ABC):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a run failed because of too little memory; only the error's message shows this."""
-    words = r"failed to allocate|bad.alloc|alloc_failed|out of memory"
+    words = r"failed to allocate|bad.alloc|alloc_failed|out.?of.?memory"
     return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))

@@ -176,6 +176,7 @@ def test_a_worker_that_dies_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "ended with code -15"),
         ("import no_such_module", "No module named 'no_such_module'"),
         ("print('[E] no importer\\nand more'); exit(1)", "no importer"),
+        ("print('[E] no memory\\n[V] ...\\n[E] no plan'); exit(1)", "no memory; no plan"),
     ):
         command = [sys.executable, "-c", code]
         with monkeypatch.context() as patch:

@@ -31,7 +31,7 @@ from fpabee.runtime.rules.runner import RuleRunner
 
 from ...bad_input.cases import changed_heads
 from ...doubles.device import Double, install, run_through, set_gpu
-from ...doubles.tensorrt import FakeRuntimeCache
+from ...doubles.tensorrt import FakeContext, FakeRuntimeCache
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 RULE = FPabee(threshold=0.45)
@@ -176,6 +176,40 @@ def test_a_plan_that_does_not_load_says_why(
     made.trt.plans = lambda content: None
     with made.load() as engine, pytest.raises(ArtifactError, match=message):
         engine.predict(["rain"])
+
+
+@pytest.mark.parametrize(
+    ("call", "fails"),
+    [
+        ("execute_async_v3", False),
+        ("set_tensor_address", False),
+        ("set_input_shape", False),
+        ("set_optimization_profile_async", False),
+        ("infer_shapes", ["tokens"]),
+    ],
+)
+def test_a_call_that_fails_says_why(
+    call: str, fails: Any, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first error is the cause; errors of earlier calls have nothing to do with it."""
+    made = double()
+
+    def refuses(*_: Any) -> Any:
+        made.trt.report(*reasons)
+        return fails
+
+    with made.load() as engine:
+        made.trt.report("an earlier error")
+        monkeypatch.setattr(FakeContext, call, refuses)
+        reasons = ["no kernel\n", "no segment"]
+        with pytest.raises(BackendError, match=r": no kernel; no segment -> build the target"):
+            engine.predict(["rain"])
+        reasons = ["OutOfMemory (Requested size was 8 bytes.)"]
+        with pytest.raises(BackendError, match=r": OutOfMemory [^;]* -> use fewer threads"):
+            engine.predict(["rain"])
+        reasons = []
+        with pytest.raises(BackendError, match="no reason"):
+            engine.predict(["rain"])
 
 
 def test_rtx_keeps_what_the_device_compiled(
