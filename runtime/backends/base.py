@@ -402,6 +402,7 @@ class Backend(ABC):
             rule is applied to another.
         joins: whether the undecided rows of several groups are joined, as long as they fit into
             one. Devices need full groups; on a CPU this gains almost nothing.
+        prepares_shapes: whether the first run of each padded shape takes much longer than others.
         name: the target's name.
         origin: the process that made the backend, the only one that can use it.
         target: the target's record in the manifest.
@@ -420,6 +421,7 @@ class Backend(ABC):
     most_executions: ClassVar[int]
     in_flight: ClassVar[int] = 1
     joins: ClassVar[bool] = False
+    prepares_shapes: ClassVar[bool] = False
 
     def __init__(self, engines: EnginesFolder, name: str, threads: int | None = None) -> None:
         manifest = engines.manifest

@@ -171,6 +171,8 @@ class TensorRtBackend(DeviceBackend):
         ArtifactError: a plan was built from another graph than the one in the folder.
     """
 
+    prepares_shapes = True
+
     def __init__(self, engines: EnginesFolder, name: str, threads: int | None = None) -> None:
         super().__init__(engines, name, threads)
         self.trt: Any = importlib.import_module(MODULES[self.target.backend])

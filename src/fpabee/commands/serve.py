@@ -74,7 +74,7 @@ def main(
             name = engines.resolve().name
             hosts = (host, *allowed_hosts)
             app = Service(engine, scheduler, metrics, limits, name, hosts).app
-            engine.warm_up(tokens=1)
+            scheduler.warm_up()
             # The server handles signals while it runs, and then sends them to this handler again.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit())
             address = listener.getsockname()
