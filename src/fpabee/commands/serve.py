@@ -61,8 +61,9 @@ def main(
     require("serve")
     from ..runtime.serving.metrics import Metrics
     from ..runtime.serving.scheduler import Scheduler
-    from ..runtime.serving.server import ServerLimits, Service, listen, serve
+    from ..runtime.serving.server import ServerLimits, Service, listen, raise_file_limit, serve
 
+    raise_file_limit()
     limits = ServerLimits(max_texts=min(ServerLimits.max_texts, max_rows))
     with (
         Engine.load(engines, check=check, **loading) as engine,

@@ -226,6 +226,18 @@ def test_a_server_on_a_gpu_has_prepared_all_shapes(
     assert len(made.cuda.streams) == 0
 
 
+def test_the_server_may_open_as_many_files_as_the_system_allows(
+    bert: Path, asked: Callable[..., Any]
+) -> None:
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, most), most))
+    try:
+        asked(lambda _: None, bert)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > min(512, most - 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
+
+
 @pytest.mark.usefixtures("short_target")
 def test_texts_longer_than_the_target_takes_are_truncated(
     bert: Path, asked: Callable[..., Any]
