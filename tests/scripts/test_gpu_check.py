@@ -8,7 +8,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,33 +102,35 @@ def test_a_part_that_crashes_or_hangs_does_not_lose_what_it_or_others_found(
     assert ends(int((fake / "logs" / "hangs.log").read_text("utf-8").split()[-1]))
 
 
-def test_a_check_that_is_stopped_keeps_what_it_has(
-    fake: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_check, "PARTS", dict.fromkeys(("works", "hangs", "skips"), 500.0))
+@pytest.fixture
+def run(fake: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Runs the command with some parts."""
+
+    def run(*parts: str) -> Any:
+        monkeypatch.setattr(gpu_check, "PARTS", dict.fromkeys(parts, 500.0))
+        return CliRunner().invoke(gpu_check.main, ["--output", str(fake)])
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_a_check_that_is_stopped_keeps_what_it_has(fake: Path, run: Callable[..., Any]) -> None:
     log = fake / "logs" / "hangs.log"
 
     def stop() -> None:
         while not (log.exists() and log.read_text("utf-8").count("\n") == 2):
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
-    assert gpu_check.check(fake, "minilm", 600) == ["hangs"]
+    assert "error: hangs;" in run("works", "hangs", "skips").output
     assert states(fake) == {"works": "done", "hangs": "interrupted"}
     assert "the check was stopped; hangs |" in (fake / "gpu_check.md").read_text("utf-8")
     assert ends(int(log.read_text("utf-8").split()[-1]))
 
 
-def test_exit_codes(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(*parts: str) -> Any:
-        monkeypatch.setattr(gpu_check, "PARTS", dict.fromkeys(parts, 500.0))
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            return CliRunner().invoke(gpu_check.main, ["--output", str(fake)])
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-
+def test_exit_codes(fake: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("works", "skips").exit_code == 0
     for bad, says in (("fails", "error: fails"), ("differs", r"error: Labels\. \(tensorrt\)")):
         done = run("works", bad)

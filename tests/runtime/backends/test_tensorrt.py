@@ -249,12 +249,13 @@ def test_a_cache_that_cannot_be_kept_loses_no_answer(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
+    made = double(backend="tensorrt-rtx")
     if problem == "full disk":
         full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
         monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
     else:
         monkeypatch.setattr(FakeRuntimeCache, "serialize", lambda cache: None)
-    with double(backend="tensorrt-rtx").load() as engine:
+    with made.load() as engine:
         for number in range(1, 4):
             assert len(engine.predict(["rain " * 10 * number])) == 1
             assert len(caplog.messages) == number

@@ -22,6 +22,9 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from fpabee.runtime import Entropy
+from fpabee.runtime.artifact.folder import EnginesFolder
+
 from ...conftest import WORDS
 from ...doubles.device import install
 from ..running import Run, check_refused
@@ -209,6 +212,8 @@ def test_a_server_on_a_gpu_has_prepared_all_shapes(
     """A burst of texts of mixed lengths, which stop at different exits, waits for no context."""
     shapes: dict[str, Any] = {"batch_sizes": (1, 4, 16), "sequence_lengths": (8, 16, 32, 64)}
     made = install(monkeypatch, engine_copy(), backend=backend, batch=(1, 4, 16), **shapes)
+    rule = Entropy(threshold=0.3).to_dict()
+    EnginesFolder.read(made.folder).with_manifest(default_rule=rule).write()
     draw = random.Random(0)
     texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for _ in range(100)]
 
