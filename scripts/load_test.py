@@ -70,9 +70,27 @@ class Client:
             for task in late:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        self._close()
+        return len(tasks), self._answers
+
+    async def in_turns(
+        self, bodies: Sequence[bytes], clients: int, seconds: float
+    ) -> list[tuple[float, float]]:
+        """The same of clients that send a request as soon as their last one is answered."""
+        choose = random.Random(clients)
+        ends = time.perf_counter() + seconds
+
+        async def send_and_wait() -> None:
+            while (now := time.perf_counter()) < ends:
+                await self._ask(choose.choice(bodies), now)
+
+        await asyncio.gather(*(send_and_wait() for _ in range(clients)))
+        self._close()
+        return self._answers
+
+    def _close(self) -> None:
         for _, writer in self._idle:
             writer.close()
-        return len(tasks), self._answers
 
     async def _ask(self, body: bytes, due: float) -> None:
         while self._idle:

@@ -15,9 +15,8 @@ PORTABLE = ("8.6", "8.9", "12.0")
 
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 
-_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MOST_ONE_ROW_LENGTHS = 4
-_LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_SHORT = 8  # tokens; shorter rows are not faster
 
 
 @dataclass(frozen=True)
@@ -101,13 +100,25 @@ def _one_row_lengths(options: PlanOptions) -> list[int]:
 
 
 def batch_sizes_of(options: PlanOptions) -> tuple[int, ...]:
-    """The batch sizes to pad to."""
-    return _sizes(_BATCH_SIZES, options.batch)
+    """The batch sizes to pad to: the smallest, four times as many and so on, and the largest.
+
+    For every padded shape, each segment needs an execution context, for which TensorRT for RTX also
+    compiles kernels, and a server prepares all of them before its first request. So there are few
+    shapes. A small batch takes a GPU about as long as one row, so these steps are larger than those
+    of lengths.
+    """
+    fewest, _, most = options.batch
+    return _steps(fewest, most, 4)
 
 
 def sequence_lengths_of(options: PlanOptions) -> tuple[int, ...]:
-    """The lengths to pad to."""
-    return _sizes(_LENGTHS, options.sequence)
+    """The lengths to pad to: the smallest, twice as many tokens and so on, and the largest.
+
+    They are few as well, see `batch_sizes_of`. The typical length is one of them, because a profile
+    ends there.
+    """
+    low, typical, high = options.sequence
+    return tuple(sorted({*_steps(max(low, min(_SHORT, typical)), high, 2), typical}))
 
 
 def profile_of(spec: TensorSpec, shapes: Shapes) -> list[tuple[int, ...]]:
@@ -122,7 +133,9 @@ def profile_of(spec: TensorSpec, shapes: Shapes) -> list[tuple[int, ...]]:
     return [shape_of(spec, bucket) for bucket in buckets]
 
 
-def _sizes(common: tuple[int, ...], limits: tuple[int, int, int]) -> tuple[int, ...]:
-    """A few sizes within the limits, so that prepared CUDA graphs are used again."""
-    inside = {size for size in common if limits[0] < size < limits[2]}
-    return tuple(sorted(inside | set(limits)))
+def _steps(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
+    """The smallest size, each next one `factor` times as large, and the largest."""
+    sizes = [smallest]
+    while sizes[-1] * factor < largest:
+        sizes.append(sizes[-1] * factor)
+    return tuple(sorted({*sizes, largest}))

@@ -31,6 +31,7 @@ def run_worker(module: str, request: msgspec.Struct, **environment: str) -> str:
     if done.returncode == -_SIGKILL:
         return "the system ended the process, as happens when memory runs out"
     lines = done.stdout.decode(errors="replace").strip().splitlines()
-    # What TensorRT says itself; the exception says little.
+    # What TensorRT says itself, the cause first; the exception says little.
     errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
-    return (errors or lines or [f"the process ended with code {done.returncode}"])[-1]
+    ended = f"the process ended with code {done.returncode}"
+    return "; ".join(errors) or (lines or [ended])[-1]

@@ -8,11 +8,13 @@ to the engine: only the outputs of exit heads reach it.
 
 from __future__ import annotations
 
+import math
 import re
 import threading
+import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -32,6 +34,8 @@ Rows = NDArray[np.intp]
 BufferName = tuple[str, int]
 
 _TOKEN_BYTES = 16  # of an `EncodedRow`
+# A call that waits gives up if no other call has ended for so long. One window of rows takes less.
+_PATIENCE_SECONDS = 60.0
 
 # NumPy lacks these types, so their bits are handled as integers.
 _DTYPES = {"bfloat16": np.dtype(np.uint16)}
@@ -399,6 +403,7 @@ class Backend(ABC):
             rule is applied to another.
         joins: whether the undecided rows of several groups are joined, as long as they fit into
             one. Devices need full groups; on a CPU this gains almost nothing.
+        prepares_shapes: whether the first run of each padded shape takes much longer than others.
         name: the target's name.
         origin: the process that made the backend, the only one that can use it.
         target: the target's record in the manifest.
@@ -417,6 +422,7 @@ class Backend(ABC):
     most_executions: ClassVar[int]
     in_flight: ClassVar[int] = 1
     joins: ClassVar[bool] = False
+    prepares_shapes: ClassVar[bool] = False
 
     def __init__(
         self, engines: EnginesFolder, name: str, threads: int | None = None, device: int = 0
@@ -443,7 +449,8 @@ class Backend(ABC):
         self._given_back = threading.Condition(self._pool_lock)
         self._idle: list[Execution] = []
         self._lent = 0
-        self._waiting = 0
+        self._waiting = deque[object]()  # calls, in order of their arrival
+        self._last_end = -math.inf  # of a call, in seconds of `time.monotonic`
         self._closed = False
         # Hashing waits until a file is loaded, but a missing one is reported now.
         for graph in self.graphs:
@@ -484,22 +491,18 @@ class Backend(ABC):
     def check_out(self) -> Execution:
         """An execution for one call, which must be given back.
 
-        Waits for one if as many as possible are lent. A call that is waiting when the backend is
-        closed still gets one.
+        Waits for one if as many as possible are lent; the call that has waited longest gets the
+        next one. A call that is waiting when the backend is closed still gets one.
 
         Raises:
-            BackendError: the backend is closed, there is no memory for another execution, or this
-                process was forked after the backend was made.
+            BackendError: the backend is closed, all executions are lent and no call has ended for
+                60 seconds, there is no memory for another execution, or this process was forked
+                after the backend was made.
         """
         self.origin.check()  # before the lock, which a fork may have copied while it was held
         with self._pool_lock:
             self.check_open()
-            if self._lent >= self.most_executions:
-                self._waiting += 1
-                try:
-                    self._given_back.wait_for(lambda: self._lent < self.most_executions)
-                finally:
-                    self._waiting -= 1
+            self._wait_for_turn()
             self._lent += 1
             if self._idle:
                 return self._idle.pop()
@@ -508,6 +511,26 @@ class Backend(ABC):
         except BaseException:
             self._end_call(None)
             raise
+
+    def _wait_for_turn(self) -> None:
+        """Wait, with the lock of the pool, until an execution can be lent to this call."""
+        call = object()
+        arrival = time.monotonic()
+        self._waiting.append(call)
+        try:
+            while self._waiting[0] is not call or self._lent >= self.most_executions:
+                patience = max(arrival, self._last_end) + _PATIENCE_SECONDS - time.monotonic()
+                if patience <= 0:
+                    raise BackendError(
+                        f"target {self.name} runs at most {self.most_executions} calls at a time, "
+                        f"and none of them has ended for {_PATIENCE_SECONDS:g} seconds",
+                        "if no call should take so long, the device may hang: start the process "
+                        "again; to answer the texts of many threads, use one Scheduler",
+                    )
+                self._given_back.wait(patience)
+        finally:
+            self._waiting.remove(call)
+            self._given_back.notify_all()  # it may be the turn of the next one
 
     def give_back(self, execution: Execution, failed: bool = False) -> None:
         """Return an execution to the pool.
@@ -519,13 +542,14 @@ class Backend(ABC):
         if self.origin.is_elsewhere:
             self._idle.append(execution)  # so that it is not freed
             return
-        if failed:
-            try:
-                execution.recover()
-            except BackendError:  # the device has failed, so nothing can be freed
-                self._end_call(None)
-                return
-        self._end_call(execution)
+        usable = None
+        try:
+            with suppress(BackendError):  # the device has failed, so nothing can be freed
+                if failed:
+                    execution.recover()
+                usable = execution
+        finally:
+            self._end_call(usable)
 
     def drop_idle(self) -> None:
         """Close the executions that no call uses."""
@@ -574,10 +598,10 @@ class Backend(ABC):
     def _end_call(self, execution: Execution | None) -> None:
         with self._pool_lock:
             self._lent -= 1
+            self._last_end = time.monotonic()
             if execution is not None:
                 self._idle.append(execution)
-            if self._waiting:
-                self._given_back.notify()
+            self._given_back.notify_all()
         self._free_if_done()
 
     def _free_if_done(self) -> None:
@@ -600,5 +624,5 @@ class Backend(ABC):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a run failed because of too little memory; only the error's message shows this."""
-    words = r"failed to allocate|bad.alloc|alloc_failed|out of memory"
+    words = r"failed to allocate|bad.alloc|alloc_failed|out.?of.?memory"
     return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))

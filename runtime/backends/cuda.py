@@ -237,13 +237,18 @@ def cuda(device: int) -> Cuda:
     return Cuda(device)
 
 
+_FOR_CUDA_12 = {"gpu": "'onnxruntime-gpu[cuda,cudnn]<1.27'", "tensorrt": "'tensorrt-cu12<12'"}
+
+
 def packages(extra: str) -> str:
     """What `pip install` needs for this machine's version of CUDA.
 
     Args:
         extra: an extra of fpabee without the version of CUDA: `gpu`, `tensorrt` or `tensorrt-rtx`.
     """
-    return f"'fpabee[{extra}-cu{12 if cuda_device().cuda[0] == 12 else 13}]'"
+    if cuda_device().cuda[0] != 12:
+        return f"'fpabee[{extra}-cu13]'"
+    return f"'fpabee[commands,cuda]' {_FOR_CUDA_12.get(extra, f'{extra}-cu12')}"
 
 
 def required_gpu(target: str, number: int = 0) -> CudaDevice:

@@ -10,18 +10,20 @@ import importlib
 import json
 import logging
 import shlex
-from collections.abc import Mapping
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata, util
 from typing import Any
 
 from ..artifact.folder import EnginesFolder
-from ..artifact.manifest import Target
+from ..artifact.manifest import Shapes, Target
 from ..errors import ArtifactError, BackendError, MissingExtraError
 from ..machine import CudaDevice, cuda_device
 from . import compiled_cache
-from .base import Bucket, Execution, Limits, shape_of
+from .base import Bucket, Execution, Limits, is_out_of_memory, shape_of
 from .cuda import packages, required_gpu
 from .device import DeviceBackend, DeviceExecution, Runner, on_device
 
@@ -30,6 +32,58 @@ logger = logging.getLogger(__name__)
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 _HEADER_BYTES = 64
+_MOST_ERRORS = 1000  # that are kept; an operation reports far fewer
+_LESS_MEMORY = "use fewer threads, or close other programs that use the GPU"
+
+
+class ErrorLog:
+    """The errors that TensorRT reports, which is the only place where it says why something failed.
+
+    The first error of an operation is the cause; those after it name what failed because of it.
+    Threads share the log, so an operation may also see errors of others that ran meanwhile.
+
+    Attributes:
+        count: how many errors were reported until now; an operation notes it when it begins.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+        self._latest = deque[str](maxlen=_MOST_ERRORS)
+
+    def add(self, message: str) -> None:
+        """Keep an error."""
+        with self._lock:
+            self._latest.append(message.strip())
+            self.count += 1
+
+    def since(self, begun: int) -> str:
+        """The errors of an operation, the first one first.
+
+        Args:
+            begun: `count` when it began.
+        """
+        with self._lock:
+            first = max(0, len(self._latest) - (self.count - begun))
+            return "; ".join([*self._latest][first:]) or "TensorRT gives no reason"
+
+    def must(self, done: bool, what: str, begun: int) -> None:
+        """Raise an error, with its reasons, unless an operation is done.
+
+        Args:
+            done: whether it is.
+            what: what failed otherwise.
+            begun: `count` when it began.
+
+        Raises:
+            BackendError: it is not.
+        """
+        if done:
+            return
+        error = BackendError(f"{what}: {self.since(begun)}", "build the target again")
+        if is_out_of_memory(error):
+            error.hint = _LESS_MEMORY
+        raise error
 
 
 @dataclass(eq=False)
@@ -39,22 +93,25 @@ class PlanContext:
     Attributes:
         context: the object of the library.
         stream: the stream that it runs in.
+        errors: what the library reports.
         addresses: the addresses that are set, by the name of the input or output.
     """
 
     context: Any
     stream: int
+    errors: ErrorLog
     addresses: Mapping[str, int] = field(default_factory=dict)
 
     def run(self, addresses: Mapping[str, int]) -> None:
         """Enqueue the plan in the stream, at the addresses of inputs and outputs by name."""
+        begun = self.errors.count
         if self.addresses != addresses:
             for name, address in addresses.items():
                 done = self.context.set_tensor_address(name, address)
-                _must(done, f"TensorRT does not accept the address of {name}")
+                self.errors.must(done, f"TensorRT does not accept the address of {name}", begun)
             self.addresses = addresses
         done = self.context.execute_async_v3(self.stream)
-        _must(done, "TensorRT could not start a segment")
+        self.errors.must(done, "TensorRT could not start a segment", begun)
 
 
 class RuntimeCache:
@@ -64,10 +121,12 @@ class RuntimeCache:
 
     Args:
         key: its name in the cache.
+        errors: what the library reports.
     """
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, errors: ErrorLog) -> None:
         self._key = key
+        self._errors = errors
         self._cache: Any = None
         self._is_new = False
         self._configs: dict[str, Any] = {}  # they must live as long as the contexts made with them
@@ -94,9 +153,15 @@ class RuntimeCache:
 
     def save(self) -> None:
         """Write the cache if contexts were made since the last time, and if possible."""
-        if self._is_new:
-            self._is_new = False
-            compiled_cache.write(self._key, bytes(self._cache.serialize()))
+        if not self._is_new:
+            return
+        self._is_new = False
+        begun = self._errors.count
+        content = self._cache.serialize()
+        if content is None:
+            logger.info("compiled graphs are not kept: %s", self._errors.since(begun))
+            return
+        compiled_cache.write(self._key, bytes(content))
 
 
 class TensorRtBackend(DeviceBackend):
@@ -106,18 +171,21 @@ class TensorRtBackend(DeviceBackend):
         ArtifactError: a plan was built from another graph than the one in the folder.
     """
 
+    prepares_shapes = True
+
     def __init__(
         self, engines: EnginesFolder, name: str, threads: int | None = None, device: int = 0
     ) -> None:
         super().__init__(engines, name, threads, device)
         self.trt: Any = importlib.import_module(MODULES[self.target.backend])
-        self._log = error_logger(self.trt)
+        self._errors = ErrorLog()
+        self._logger = error_logger(self.trt, self._errors)  # must live as long as the runtime
         with self.cuda:
-            self._runtime = self.trt.Runtime(self._log)
+            self._runtime = self.trt.Runtime(self._logger)
         self._compiled = None
         if self.target.backend == "tensorrt-rtx":
             key = _cache_key(self.target, self.trt.__version__, cuda_device(device))
-            self._compiled = RuntimeCache(key)
+            self._compiled = RuntimeCache(key, self._errors)
         for graph, file in self.target.files.items():
             if file.onnx_sha256 != self.graphs[graph].sha256:
                 raise ArtifactError(
@@ -166,10 +234,12 @@ class TensorRtBackend(DeviceBackend):
 
     def give_back(self, execution: Execution, failed: bool = False) -> None:
         """Also keep what the device compiled, because many processes end without closing."""
-        if self._compiled is not None and not failed:
-            with self._lock:
-                self._compiled.save()
-        super().give_back(execution, failed)
+        try:
+            if self._compiled is not None and not failed and not self.origin.is_elsewhere:
+                with self._lock:
+                    self._compiled.save()
+        finally:
+            super().give_back(execution, failed)
 
     def runner(
         self, graph: str, bucket: Bucket, addresses: Mapping[str, int], execution: DeviceExecution
@@ -186,14 +256,9 @@ class TensorRtBackend(DeviceBackend):
         Raises:
             BackendError: no profile includes the shape.
         """
-        fitting = [
-            (shapes.batch.max, shapes.sequence.max - shapes.sequence.min, number)
-            for number, shapes in enumerate(self.target.profiles)
-            if shapes.batch.min <= bucket.batch <= shapes.batch.max
-            and shapes.sequence.min <= bucket.sequence <= shapes.sequence.max
-        ]
-        if fitting:
-            return min(fitting)[-1]
+        number = profile_for(self.target.profiles, bucket)
+        if number is not None:
+            return number
         ranges = "; ".join(
             f"{p.batch.min} to {p.batch.max} rows of {p.sequence.min} to {p.sequence.max} tokens"
             for p in self.target.profiles
@@ -207,6 +272,8 @@ class TensorRtBackend(DeviceBackend):
     def _context(self, graph: str, bucket: Bucket, execution: DeviceExecution) -> PlanContext:
         """A context of a graph with its shapes set, which uses scratch memory of the execution."""
         engine = self.graph(graph)
+        errors = self._errors
+        begun = errors.count
         with self._lock:
             how = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
             if self._compiled is not None:
@@ -219,49 +286,64 @@ class TensorRtBackend(DeviceBackend):
         if context is None:
             free, total = self.cuda.memory()
             raise BackendError(
-                f"{self.name}: no execution context for {graph}: {self._log.last}; "
+                f"{self.name}: no execution context for {graph}: {errors.since(begun)}; "
                 f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB of device memory are free",
-                "use fewer threads, or close other programs that use the GPU",
+                _LESS_MEMORY,
             )
         done = context.set_optimization_profile_async(self._profile(bucket), execution.stream)
-        _must(done, f"{graph} does not accept its profile")
+        errors.must(done, f"{graph} does not accept its profile", begun)
         for spec in self.graphs[graph].inputs:
             shape = shape_of(spec, bucket)
             done = context.set_input_shape(spec.name, shape)
-            _must(done, f"{graph} does not accept {spec.name} of shape {list(shape)}")
+            errors.must(done, f"{graph} does not accept {spec.name} of shape {list(shape)}", begun)
         missing = context.infer_shapes()
-        _must(not missing, f"{graph} lacks the shapes of {', '.join(missing)}")
+        errors.must(not missing, f"{graph} lacks the shapes of {', '.join(missing)}", begun)
         # Enough for every shape, so that the memory rarely has to grow.
         need = int(context.update_device_memory_size_for_shapes())
         size = max(need, int(engine.device_memory_size_v2))
         if size:
             context.set_device_memory(execution.scratch(size), size)
-        return PlanContext(context, execution.stream)
+        return PlanContext(context, execution.stream, errors)
 
     @on_device
     def _load(self, name: str) -> Any:
         file = self._file(name)
         path = self._engines.file(file.file, file.sha256)
         plan = path.read_bytes()
+        begun = self._errors.count
         if self._compiled is not None:
             validity, _ = self._runtime.get_engine_validity(plan[:_HEADER_BYTES])
             if validity == self.trt.EngineValidity.INVALID:
                 raise ArtifactError(
                     f"{path} was not built for this GPU and this release of TensorRT for RTX: "
-                    f"{self._log.last}",
+                    f"{self._errors.since(begun)}",
                     rebuild(self.target),
                 )
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             if self.cuda.memory()[0] < len(plan):
                 raise self.cuda.no_room(len(plan))
-            raise ArtifactError(f"{path} cannot be loaded: {self._log.last}", rebuild(self.target))
+            reasons = self._errors.since(begun)
+            raise ArtifactError(f"{path} cannot be loaded: {reasons}", rebuild(self.target))
         return engine
 
     def _free(self) -> None:
-        if self._compiled is not None:
-            self._compiled.save()
-        super()._free()
+        try:
+            if self._compiled is not None:
+                self._compiled.save()
+        finally:
+            super()._free()
+
+
+def profile_for(profiles: Sequence[Shapes], bucket: Bucket) -> int | None:
+    """The number of the narrowest optimization profile for a shape; None: there is none."""
+    fitting = [
+        (shapes.batch.max, shapes.sequence.max - shapes.sequence.min, number)
+        for number, shapes in enumerate(profiles)
+        if shapes.batch.min <= bucket.batch <= shapes.batch.max
+        and shapes.sequence.min <= bucket.sequence <= shapes.sequence.max
+    ]
+    return min(fitting)[-1] if fitting else None
 
 
 def _cache_key(target: Target, version: str, gpu: CudaDevice) -> str:
@@ -295,27 +377,20 @@ def library_version(module: str) -> str:
     return str(getattr(importlib.import_module(module), "__version__", "unknown"))
 
 
-def error_logger(trt: Any) -> Any:
-    """A logger that keeps the last error as `last` instead of printing it.
-
-    It is the only place where TensorRT says why something failed.
+def error_logger(trt: Any, errors: ErrorLog) -> Any:
+    """A logger that keeps errors instead of printing them, and drops everything else.
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
+        errors: where it keeps them.
     """
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.last = "no reason given"
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.last = message
+                errors.add(message)
 
     return Logger()
-
-
-def _must(done: bool, what: str) -> None:
-    if not done:
-        raise BackendError(what, "build the target again")

@@ -173,3 +173,17 @@ def fits(rows: int, longest: int, limits: Limits) -> bool:
     most = max(limits.group_tokens, limits.bucket(1, longest).sequence)
     bucket = limits.bucket(rows, longest)
     return rows <= limits.max_batch and bucket.batch * bucket.sequence <= most
+
+
+def shapes(limits: Limits) -> list[tuple[int, int]]:
+    """The fewest rows, and the tokens, of every padded shape that a group can have.
+
+    If any batch size is possible, only those of a single row; if any length is, none.
+    """
+    fewest = [1, *(size + 1 for size in limits.batch_sizes[:-1])]
+    return [
+        (rows, tokens)
+        for tokens in limits.sequence_lengths
+        for rows in fewest
+        if rows == 1 or fits(rows, tokens, limits)
+    ]

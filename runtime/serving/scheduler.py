@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..backends.base import Limits
 from ..backends.forks import Origin
 from ..chain.chain import Chain, Decision, not_finite
-from ..chain.groups import Group, RowNumbers, fits
+from ..chain.groups import Group, RowNumbers, fits, shapes
 from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
 from ..errors import BackendError, InputError, OverloadedError, seconds_of, whole_number
@@ -147,6 +147,22 @@ class Scheduler:
         with self._accepted(len(texts)) as futures:
             self._queue(futures, self._core.encode(texts), deadline_ms, max_exit, arrived)
         return futures
+
+    def warm_up(self) -> None:
+        """Load the segments, and prepare what would make the first rows wait.
+
+        On a GPU, every padded shape runs once, as each takes longer at first. This can take
+        minutes when TensorRT for RTX compiles for a GPU for the first time. On a CPU, one short row
+        runs. The rows of a scheduler run in one execution at a time, so only this one is prepared:
+        other calls of the engine at the same time prepare their own.
+
+        Raises:
+            BackendError: the engine is closed, or memory is lacking.
+            ArtifactError: a segment is missing or damaged.
+        """
+        every = shapes(self._core.limits) if self._core.backend.prepares_shapes else []
+        for rows, tokens in every or [(1, 1)]:
+            self._core.time_exits(rows, tokens)
 
     async def classify(
         self,

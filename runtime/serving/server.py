@@ -100,6 +100,20 @@ def _most_files() -> float:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
+def raise_file_limit() -> None:
+    """Let this process open as many files as the system allows: each connection is one.
+
+    The usual limit, 1024 or 256, is for programs that still call `select`.
+    """
+    if sys.platform == "win32":
+        return
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS may have no limit, but allows less than that
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 class _Listener(socket.socket):
     """Closes connections for which the process has too few file descriptors.
 

@@ -95,7 +95,7 @@ class FakeContext:
         return True
 
     def update_device_memory_size_for_shapes(self) -> int:
-        return SCRATCH * max(shape[0] for shape in self.shapes.values())
+        return SCRATCH * max(shape[0] for shape in self.shapes.values() if shape)
 
     def set_device_memory(self, address: int, size: int) -> None:
         assert address % 256 == 0
@@ -185,27 +185,33 @@ class FakeTensorRt(types.ModuleType):
         super().__init__(name)
         self.__spec__ = importlib.machinery.ModuleSpec(name, None)
         self.plans = plans
+        self.logger: Any = None
         self.contexts: list[FakeContext] = []
         self.contexts_left = sys.maxsize
 
     def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802
         """A runtime that reports to a logger."""
         current()
-        return FakeRuntime(self, logger)
+        self.logger = logger
+        return FakeRuntime(self)
+
+    def report(self, *messages: str) -> None:
+        """Report errors."""
+        for message in messages:
+            self.logger.log(self.ILogger.Severity.ERROR, message)
 
 
 class FakeRuntime:
     """Loads plans."""
 
-    def __init__(self, trt: FakeTensorRt, logger: Any) -> None:
+    def __init__(self, trt: FakeTensorRt) -> None:
         self._trt = trt
-        self._logger = logger
 
     def deserialize_cuda_engine(self, content: bytes) -> FakeEngine | None:
         current()
         plan = self._trt.plans(content)
         if plan is None:
-            self._refuse("Version tag does not match")
+            self._trt.report("Version tag does not match")
             return None
         return FakeEngine(self._trt, plan)
 
@@ -213,9 +219,6 @@ class FakeRuntime:
         assert len(header) == 64
         validity = self._trt.EngineValidity
         return (validity.INVALID if self._trt.plans(header) is None else validity.VALID), 0
-
-    def _refuse(self, reason: str) -> None:
-        self._logger.log(self._trt.ILogger.Severity.ERROR, reason)
 
 
 class FakeRuntimeCache:

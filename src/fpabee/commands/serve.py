@@ -61,8 +61,9 @@ def main(
     require("serve")
     from ..runtime.serving.metrics import Metrics
     from ..runtime.serving.scheduler import Scheduler
-    from ..runtime.serving.server import ServerLimits, Service, listen, serve
+    from ..runtime.serving.server import ServerLimits, Service, listen, raise_file_limit, serve
 
+    raise_file_limit()
     limits = ServerLimits(max_texts=min(ServerLimits.max_texts, max_rows))
     with (
         Engine.load(engines, check=check, **loading) as engine,
@@ -74,7 +75,7 @@ def main(
             name = engines.resolve().name
             hosts = (host, *allowed_hosts)
             app = Service(engine, scheduler, metrics, limits, name, hosts).app
-            engine.warm_up(tokens=1)
+            scheduler.warm_up()
             # The server handles signals while it runs, and then sends them to this handler again.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit())
             address = listener.getsockname()

@@ -21,6 +21,7 @@ from fpabee.exporter.targets.plan_worker import PlanRequest
 from fpabee.exporter.targets.plans import (
     RTX_CAPABILITIES,
     PlanOptions,
+    batch_sizes_of,
     fitted,
     profiles_of,
     sequence_lengths_of,
@@ -100,8 +101,8 @@ def test_every_graph_becomes_one_rtx_plan(
     assert seen == [(number, len(graphs)) for number in range(len(graphs) + 1)]
     assert (target.compute_capabilities, target.tolerance) == (capabilities, None)
     assert [(p.sequence.min, p.sequence.max) for p in target.profiles] == [(8, 16), (17, 32)]
-    assert target.batch_sizes == (1, 2, 4)
-    assert target.sequence_lengths == (8, 16, 24, 32)
+    assert target.batch_sizes == (1, 4)
+    assert target.sequence_lengths == (8, 16, 32)
     assert next(iter(target.files.values())).file.startswith(f"targets/tensorrt-rtx-{precision}/")
 
 
@@ -127,11 +128,31 @@ def test_shapes_end_where_the_model_ends(engines: Mapping[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("batch", "sequence", "batches", "lengths"),
+    [
+        ((1, 8, 32), (16, 64, 128), (1, 4, 16, 32), (16, 32, 64, 128)),
+        ((1, 1, 1), (64, 64, 64), (1,), (64,)),
+        ((2, 4, 8), (1, 48, 100), (2, 8), (8, 16, 32, 48, 64, 100)),
+        ((1, 4, 8), (1, 4, 20), (1, 4, 8), (4, 8, 16, 20)),
+    ],
+)
+def test_there_are_few_shapes_to_prepare(
+    batch: tuple[int, int, int],
+    sequence: tuple[int, int, int],
+    batches: tuple[int, ...],
+    lengths: tuple[int, ...],
+) -> None:
+    options = PlanOptions(batch, sequence)
+    assert batch_sizes_of(options) == batches
+    assert sequence_lengths_of(options) == lengths
+
+
+@pytest.mark.parametrize(
     ("sequence", "typical"),
     [
         ((16, 64, 128), [16, 32, 64, 128]),
         ((16, 128, 512), [64, 128, 256, 512]),
-        ((16, 64, 100), [24, 48, 100]),
+        ((16, 64, 100), [16, 32, 100]),
     ],
 )
 def test_few_profiles_are_tuned_for_a_single_row(
@@ -176,6 +197,7 @@ def test_a_worker_that_dies_says_how(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "ended with code -15"),
         ("import no_such_module", "No module named 'no_such_module'"),
         ("print('[E] no importer\\nand more'); exit(1)", "no importer"),
+        ("print('[E] no memory\\n[V] ...\\n[E] no plan'); exit(1)", "no memory; no plan"),
     ):
         command = [sys.executable, "-c", code]
         with monkeypatch.context() as patch:

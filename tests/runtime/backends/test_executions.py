@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 
 from fpabee.runtime import BackendError, Engine
 from fpabee.runtime.artifact.folder import EnginesFolder
+from fpabee.runtime.backends import base
 from fpabee.runtime.backends.base import Backend, Bucket
 from fpabee.runtime.backends.cuda import required_gpu
 from fpabee.runtime.encoding import TextEncoder
@@ -105,13 +106,65 @@ def test_a_call_waits_for_one_of_two_executions(double: Callable[..., Double]) -
     lent = [backend.check_out() for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(engine.predict, TEXTS) for _ in range(2)]
-        assert until(lambda: backend._waiting == 2)
+        assert until(lambda: len(backend._waiting) == 2)
         engine.close()
         backend.give_back(lent.pop(), failed=True)
         assert [len(answer.result(60)) for answer in answers] == [len(TEXTS)] * 2
         assert len(made.cuda.streams) == 2
         backend.give_back(lent.pop())
     assert nothing_is_left(made)
+
+
+def test_the_call_that_has_waited_longest_is_next(double: Callable[..., Double]) -> None:
+    """A thread that calls in a loop would otherwise keep the others waiting."""
+    with double().load() as engine, ThreadPoolExecutor(1) as pool:
+        backend = engine.core.backend
+        order = []
+
+        def other() -> None:
+            execution = backend.check_out()
+            order.append("other")
+            backend.give_back(execution)
+
+        lent = [backend.check_out() for _ in range(2)]
+        waits = pool.submit(other)
+        assert until(lambda: len(backend._waiting) == 1)
+        backend.give_back(lent.pop())
+        lent.append(backend.check_out())
+        order.append("the loop")
+        waits.result(60)
+        for execution in lent:
+            backend.give_back(execution)
+    assert order == ["other", "the loop"]
+
+
+def test_no_call_waits_for_ever(
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two calls hang on the device; each of the others gets an error in time."""
+    monkeypatch.setattr(base, "_PATIENCE_SECONDS", 0.1)
+    with double().load() as engine, ThreadPoolExecutor(3) as pool:
+        backend = engine.core.backend
+        lent = [backend.check_out() for _ in range(2)]
+        for answer in [pool.submit(engine.predict, TEXTS) for _ in range(3)]:
+            with pytest.raises(BackendError, match=r"at most 2 calls .* 0\.1 seconds -> .*start"):
+                answer.result(60)
+        for execution in lent:
+            backend.give_back(execution)
+        assert len(engine.predict(TEXTS)) == len(TEXTS)
+
+
+def test_an_execution_that_cannot_recover_makes_room_for_another(
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with double().load() as engine:
+        backend = engine.core.backend
+        for _ in range(3):
+            execution = backend.check_out()
+            monkeypatch.setattr(execution, "recover", Mock(side_effect=MemoryError))
+            with pytest.raises(MemoryError):
+                backend.give_back(execution, failed=True)
+        assert len(engine.predict(TEXTS)) == len(TEXTS)
 
 
 @pytest.mark.parametrize("death", [SystemExit, MemoryError, BackendError])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ from fpabee.runtime.rules.runner import RuleRunner
 
 from ...bad_input.cases import changed_heads
 from ...doubles.device import Double, install, run_through, set_gpu
+from ...doubles.tensorrt import FakeContext, FakeRuntimeCache
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 RULE = FPabee(threshold=0.45)
@@ -173,6 +177,40 @@ def test_a_plan_that_does_not_load_says_why(
         engine.predict(["rain"])
 
 
+@pytest.mark.parametrize(
+    ("call", "fails"),
+    [
+        ("execute_async_v3", False),
+        ("set_tensor_address", False),
+        ("set_input_shape", False),
+        ("set_optimization_profile_async", False),
+        ("infer_shapes", ["tokens"]),
+    ],
+)
+def test_a_call_that_fails_says_why(
+    call: str, fails: Any, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first error is the cause; errors of earlier calls have nothing to do with it."""
+    made = double()
+
+    def refuses(*_: Any) -> Any:
+        made.trt.report(*reasons)
+        return fails
+
+    with made.load() as engine:
+        made.trt.report("an earlier error")
+        monkeypatch.setattr(FakeContext, call, refuses)
+        reasons = ["no kernel\n", "no segment"]
+        with pytest.raises(BackendError, match=r": no kernel; no segment -> build the target"):
+            engine.predict(["rain"])
+        reasons = ["OutOfMemory (Requested size was 8 bytes.)"]
+        with pytest.raises(BackendError, match=r": OutOfMemory [^;]* -> use fewer threads"):
+            engine.predict(["rain"])
+        reasons = []
+        with pytest.raises(BackendError, match="no reason"):
+            engine.predict(["rain"])
+
+
 def test_rtx_keeps_what_the_device_compiled(
     double: Callable[..., Double],
     monkeypatch: pytest.MonkeyPatch,
@@ -200,3 +238,38 @@ def test_rtx_keeps_what_the_device_compiled(
     assert "for another driver" in caplog.text
     set_gpu(monkeypatch, CudaDevice("Another GPU", "8.6", (13, 0)))
     assert kept(made) == [b"compiled 3"] * 2, "what another GPU compiled is not read"
+
+
+@pytest.mark.parametrize("problem", ["nothing to serialize", "full disk"])
+def test_a_cache_that_cannot_be_kept_loses_no_answer(
+    problem: str,
+    double: Callable[..., Double],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    made = double(backend="tensorrt-rtx")
+    if problem == "full disk":
+        full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+    else:
+        monkeypatch.setattr(FakeRuntimeCache, "serialize", lambda cache: None)
+    with made.load() as engine:
+        for number in range(1, 4):
+            assert len(engine.predict(["rain " * 10 * number])) == 1
+            assert len(caplog.messages) == number
+    assert {message.split(":")[0] for message in caplog.messages} == {
+        "compiled graphs are not kept"
+    }
+
+
+def test_an_error_of_the_cache_leaves_the_execution_to_others(
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with double(backend="tensorrt-rtx").load() as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeRuntimeCache, "serialize", Mock(side_effect=MemoryError))
+            for number in range(1, 4):
+                with pytest.raises(MemoryError):
+                    engine.predict(["rain " * 10 * number])
+        assert len(engine.predict(["rain"])) == 1

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fpabee.runtime.backends.base import Bucket, Limits
-from fpabee.runtime.chain.groups import split
+from fpabee.runtime.chain.groups import shapes, split
 
 row_lengths = st.lists(st.integers(1, 64), max_size=60)
 some_limits = st.builds(
@@ -38,6 +38,20 @@ def test_every_row_is_in_one_group_of_similar_rows_within_the_budget(
         assert len(rows) == 1 or padded(limits.bucket(len(rows), rows[0])) <= limits.group_tokens
         descending += rows
     assert descending == sorted(lengths, reverse=True)
+
+
+@given(row_lengths, some_limits)
+def test_every_group_has_one_of_the_shapes_as_its_rows_leave(
+    lengths: list[int], limits: Limits
+) -> None:
+    if not (limits.batch_sizes and limits.sequence_lengths):
+        return
+    buckets = {limits.bucket(*shape) for shape in shapes(limits)}
+    for group in split(np.array(lengths, np.intp), limits):
+        left = [lengths[row] for row in group]
+        while left:
+            assert limits.bucket(len(left), max(left)) in buckets
+            left.pop(0)
 
 
 def test_groups_are_as_large_as_the_budget_allows() -> None:

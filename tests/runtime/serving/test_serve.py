@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import random
 import resource
 import signal
 import socket
@@ -21,6 +22,11 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from fpabee.runtime import Entropy
+from fpabee.runtime.artifact.folder import EnginesFolder
+
+from ...conftest import WORDS
+from ...doubles.device import install
 from ..running import Run, check_refused
 
 WAIT = 60
@@ -194,6 +200,47 @@ def test_metrics_begin_at_zero(without_special_tokens: Path, asked: Callable[...
     counts = [line for line in text.splitlines() if "_total" in line or "_count" in line]
     assert counts
     assert all(line.startswith("#") or line.endswith(" 0.0") for line in counts)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_a_server_on_a_gpu_has_prepared_all_shapes(
+    backend: str,
+    engine_copy: Callable[..., Path],
+    asked: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A burst of texts of mixed lengths, which stop at different exits, waits for no context."""
+    shapes: dict[str, Any] = {"batch_sizes": (1, 4, 16), "sequence_lengths": (8, 16, 32, 64)}
+    made = install(monkeypatch, engine_copy(), backend=backend, batch=(1, 4, 16), **shapes)
+    rule = Entropy(threshold=0.3).to_dict()
+    EnginesFolder.read(made.folder).with_manifest(default_rule=rule).write()
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for _ in range(100)]
+
+    def asks(client: TestClient) -> tuple[int, int]:
+        before = len(made.trt.contexts)
+        exits = set()
+        for count in (1, 3, 40, 100):
+            answers = client.post("/classify", json={"input": texts[:count]}).json()["data"]
+            exits |= {answer["exit"] for answer in answers}
+        assert len(exits) > 1
+        return before, len(made.trt.contexts)
+
+    (before, after), _ = asked(asks, made.folder, "--target", made.target)
+    assert before == after > 0
+    assert len(made.cuda.streams) == 0
+
+
+def test_the_server_may_open_as_many_files_as_the_system_allows(
+    bert: Path, asked: Callable[..., Any]
+) -> None:
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, most), most))
+    try:
+        asked(lambda _: None, bert)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > min(512, most - 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
 
 
 @pytest.mark.usefixtures("short_target")

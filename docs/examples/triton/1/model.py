@@ -20,7 +20,7 @@ class TritonPythonModel:
         """Load the engines folder that lies beside this file."""
         self.engine = Engine.load(Path(args["model_repository"], args["model_version"], "engines"))
         self.scheduler = Scheduler(self.engine, max_rows=1000)
-        self.engine.warm_up(tokens=1)
+        self.scheduler.warm_up()
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
