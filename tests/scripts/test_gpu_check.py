@@ -162,7 +162,7 @@ def test_the_driver_is_tried(works: bool, monkeypatch: pytest.MonkeyPatch) -> No
     gpu_check.smoke(lambda *row: rows.append(row))
     assert rows[-1][0] == gpu_check.CHECKS
     assert rows[-1][-1] == (gpu_check.GOOD if works else gpu_check.BAD)
-    assert calls.memory_of == calls.streams == calls.events == {}
+    assert not any((calls.memory_of, calls.streams, calls.events))
 
 
 @pytest.fixture
@@ -220,11 +220,11 @@ def test_wrong_answers_are_bad(model: Path) -> None:
     texts = (model / "texts.txt").read_text("utf-8").splitlines()
     with Engine.load(model / "chain") as engine:
         full = engine.trace(texts)
-        wrong = SimpleNamespace(
+        other = replace(full, exits=full.exits * 0, logits=full.logits + 1)
+        wrong: Any = SimpleNamespace(
             manifest=engine.manifest,
-            trace=lambda texts, rule=None: full if rule is None else shifted,
+            trace=lambda texts, rule=None: full if rule is None else other,
         )
-        shifted = replace(full, exits=full.exits * 0, logits=full.logits + 1)
         for check in (gpu_check.same_exits, gpu_check.same_logits):
             found, good = check(wrong, texts)
             assert not good, found
