@@ -404,7 +404,7 @@ def same_exits(engine: Engine, texts: Sequence[str]) -> tuple[str, bool]:
     expected = simulate(
         full.logits, rule, task.problem_type, task.label_thresholds, full.first_exit
     )
-    different = np.count_nonzero(engine.trace(texts, rule=rule).exits != expected.exits)
+    different = int(np.count_nonzero(engine.trace(texts, rule=rule).exits != expected.exits))
     spread = len(set(expected.exits.tolist()))
     found = f"{different} of {len(texts)} rows stop elsewhere; {spread} exits are used"
     return found, bool(different <= MOST_DIFFERENT * len(texts))

@@ -40,6 +40,7 @@ def test_every_row_is_in_one_group_of_similar_rows_within_the_budget(
     assert descending == sorted(lengths, reverse=True)
 
 
+@example([5], Limits(8, 64, group_tokens=50, batch_sizes=(2, 8), sequence_lengths=(64,)))
 @given(row_lengths, some_limits)
 def test_every_group_has_one_of_the_shapes_as_its_rows_leave(
     lengths: list[int], limits: Limits
