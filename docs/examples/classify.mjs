@@ -1,8 +1,7 @@
 // Classifies texts, one a line: node classify.mjs web < texts.txt
-// Before: npm install onnxruntime-node @huggingface/tokenizers --onnxruntime-node-install=skip
-// (the option leaves out CUDA, which is large)
+// Before: ONNXRUNTIME_NODE_INSTALL=skip npm install onnxruntime-node @huggingface/tokenizers
+// (the variable leaves out CUDA, which is large)
 import { readFileSync } from 'node:fs';
-import { createInterface } from 'node:readline';
 import { Tokenizer } from '@huggingface/tokenizers';
 import * as ort from 'onnxruntime-node';
 
@@ -17,14 +16,26 @@ const most = settings.model_max_length;
 // A text that is too long keeps its last special token.
 const cut = (ids) => (ids.length > most ? [...ids.slice(0, most - 1), ids.at(-1)] : ids);
 
-for await (const text of createInterface({ input: process.stdin })) {
-  const encoded = tokenizer.encode(text, { return_token_type_ids: true });
-  const tensors = { ...encoded, input_ids: encoded.ids };
+// One batch: its rows are padded on the right, and each leaves at its own exit.
+const classify = async (texts) => {
+  const rows = texts.map((text) => tokenizer.encode(text, { return_token_type_ids: true }));
+  const longest = Math.min(most, Math.max(...rows.map((row) => row.ids.length)));
   const feeds = {};
   for (const name of session.inputNames) {
-    const ids = cut(tensors[name]);
-    feeds[name] = new ort.Tensor('int64', ids, [1, ids.length]);
+    const padded = rows.flatMap((row) => {
+      const ids = cut(name === 'input_ids' ? row.ids : row[name]);
+      return [...ids, ...Array(longest - ids.length).fill(0)];
+    });
+    feeds[name] = new ort.Tensor('int64', padded, [rows.length, longest]);
   }
   const { logits, exit } = await session.run(feeds);
-  console.log(`${id2label[logits.data.indexOf(Math.max(...logits.data))]} from exit ${exit.data[0]}`);
-}
+  const labels = logits.dims[1];
+  return rows.map((_, row) => {
+    const own = logits.data.slice(row * labels, (row + 1) * labels);
+    return `${id2label[own.indexOf(Math.max(...own))]} from exit ${exit.data[row]}`;
+  });
+};
+
+const texts = readFileSync(0, 'utf-8').replace(/\n$/, '').split('\n');
+for (let start = 0; start < texts.length; start += 32)
+  console.log((await classify(texts.slice(start, start + 32))).join('\n'));

@@ -1,7 +1,8 @@
 """Classifies texts with Spark: spark-submit spark_classify.py FOLDER TEXTS ANSWERS.
 
 FOLDER is what fpabee-pack wrote, at the same path on each machine. TEXTS are Parquet files with a
-column `text`. ANSWERS, a new folder, has their columns and `label` and `exit`.
+column `text`. ANSWERS, a new folder, has their columns and `label` and `exit`. A null is an empty
+text. This file imports itself, so it keeps its name.
 """
 
 import json
@@ -32,7 +33,7 @@ def classify(batches, folder, rows=32):
     tokenizer, session, labels = load(folder)
     names = [each.name for each in session.get_inputs()]
     for batch in batches:
-        texts = np.array([tokenizer.encode(text) for text in batch["text"]], object)
+        texts = np.array([tokenizer.encode(text or "") for text in batch["text"]], object)
         answers = np.empty((2, len(texts)), np.int64)
         by_length = np.argsort([len(text) for text in texts])
         for start in range(0, len(texts), rows):
@@ -45,6 +46,8 @@ def classify(batches, folder, rows=32):
                 "token_type_ids": [text.type_ids for text in texts[alike]],
             }
             logits, exits = session.run(None, {name: np.array(tensors[name]) for name in names})
+            if np.isnan(logits).any():
+                raise ValueError("the model could not read a text")
             answers[:, alike] = logits.argmax(axis=1), exits
         yield batch.assign(label=labels[answers[0]], exit=answers[1])
 
