@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -46,6 +46,7 @@ from fpabee.exporter.staging import staging
 from fpabee.exporter.targets import PlanOptions, build_targets
 from fpabee.exporter.targets.backends import RTX, TENSORRT
 from fpabee.exporter.targets.builders import BUILDERS
+from fpabee.exporter.targets.plans import RTX_CAPABILITIES
 from fpabee.runtime import Bucket, Budget, Engine, Entropy, read_manifest, simulate
 from fpabee.runtime.artifact.folder import is_engines_folder
 from fpabee.runtime.artifact.manifest import Graph
@@ -83,6 +84,7 @@ SECONDS = sum(PARTS.values())
 LEAST_SECONDS = 5.0  # a part is not started if less time is left
 SHAPES = (Bucket(1, 16), Bucket(1, 128), Bucket(16, 64))  # of what is timed, without padding
 PLANS = PlanOptions(batch=(1, 8, 32), sequence=(16, 64, 128))
+PACKED_BATCH = (1, 1, 32)  # that of fpabee-pack
 TEXTS = 500
 RUNS = 3  # the first ones are not timed
 REPEATS = 200
@@ -176,7 +178,12 @@ def build(folder: Path, library: str, emit: Emit) -> None:
     name = f"{library}-fp16"
     if error := BUILDERS[name].why_not():
         raise Skipped(str(error))
-    options = replace(PLANS, compute_capabilities=(cuda_device().compute_capability,))
+    options = PLANS
+    if library == RTX:
+        here = cuda_device().compute_capability
+        if here not in RTX_CAPABILITIES:
+            raise Skipped(f"TensorRT for RTX does not support compute capability {here}")
+        options = replace(PLANS, compute_capabilities=(here,))
     for model in ("chain", "one"):
         if target_in(folder / model, library):
             emit(NOTE, f"{model} was built before")
@@ -189,7 +196,7 @@ def build(folder: Path, library: str, emit: Emit) -> None:
     packed = folder / f"packed-{library}"
     if not packed.exists():
         started = time.perf_counter()
-        pack(folder / "chain", packed, name, plans=options)
+        pack(folder / "chain", packed, name, plans=replace(options, batch=PACKED_BATCH))
         emit(NOTE, f"the packed plan was built in {time.perf_counter() - started:.0f} s")
 
 
@@ -224,6 +231,7 @@ class BarePlan:
     ) -> None:
         trt: Any = import_module(MODULES[library])
         self._calls = cuda(0)
+        self._addresses: list[int] = []
         with self._calls:
             self._load(trt, path, library, inputs, outputs, profile)
 
@@ -259,7 +267,7 @@ class BarePlan:
         self._memory = {}
         for name, (shape, dtype) in {**shapes, **outputs}.items():
             pinned = self._calls.pinned(shape, dtype)
-            address = self._calls.malloc(max(1, pinned.array.nbytes))
+            address = self._allocated(max(1, pinned.array.nbytes))
             done = self._context.set_tensor_address(name, address)
             self._must(done, f"{name} cannot be at an address")
             self._memory[name] = pinned, address
@@ -268,7 +276,22 @@ class BarePlan:
         self.outputs = {name: self._memory[name][0].array for name in outputs}
         size = int(self._context.update_device_memory_size_for_shapes())
         if size:
-            self._context.set_device_memory(self._calls.malloc(size), size)
+            self._context.set_device_memory(self._allocated(size), size)
+
+    def _allocated(self, size: int) -> int:
+        """The address of new device memory, which `close` frees."""
+        address = self._calls.malloc(size)
+        self._addresses.append(address)
+        return address
+
+    def close(self) -> None:
+        """Free everything."""
+        with self._calls:
+            del self._context, self._engine, self._runtime
+            for address in self._addresses:
+                self._calls.free(address)
+            self._calls.destroy_event(self._event)
+            self._calls.destroy_stream(self._stream)
 
     def run(self) -> None:
         """Copy the inputs to the device, run, copy the outputs back, and wait for them."""
@@ -357,16 +380,19 @@ def measure(folder: Path, library: str, emit: Emit) -> None:
         stops = {"all stop at exit 1": 1, "half-way": (last + 1) // 2, "never": last}
         for bucket in SHAPES:
             rows = exact_rows(engine, folder, bucket)
-            runs: dict[str, Callable[[], Any]] = {
-                "plain engine": plain_engine(folder / "one", library, rows, bucket).run
-            }
-            for name, number in stops.items():
-                rule = Budget(exit=number)
-                runs[f"chain, {name}"] = partial(engine.run_encoded, rows, rule)
-                runs[f"packed plan, {name}"] = packed_plan(folder, library, rows, number).run
-            for name, (p50, p99) in times(runs).items():
-                shape = f"{bucket.batch} x {bucket.sequence}"
-                emit(TIMES, library, name, shape, f"{p50:.3g}", f"{p99:.3g}")
+            with ExitStack() as stack:
+                plain = closing(plain_engine(folder / "one", library, rows, bucket))
+                runs: dict[str, Callable[[], Any]] = {
+                    "plain engine": stack.enter_context(plain).run
+                }
+                for name, number in stops.items():
+                    rule = Budget(exit=number)
+                    runs[f"chain, {name}"] = partial(engine.run_encoded, rows, rule)
+                    packed = closing(packed_plan(folder, library, rows, number))
+                    runs[f"packed plan, {name}"] = stack.enter_context(packed).run
+                for name, (p50, p99) in times(runs).items():
+                    shape = f"{bucket.batch} x {bucket.sequence}"
+                    emit(TIMES, library, name, shape, f"{p50:.3g}", f"{p99:.3g}")
         for check in (same_model, same_exits, same_logits, same_in_threads):
             what = (check.__doc__ or "").rstrip(".")
             found, good = check(engine, texts_of(folder))

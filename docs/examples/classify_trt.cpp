@@ -5,6 +5,7 @@
 //   g++ -std=c++17 -O2 classify_trt.cpp -o classify_trt -I$CUDA/include -L$CUDA/lib64 -lnvinfer -lcudart
 // For TensorRT for RTX, take its folders `include` and `lib`, and -ltensorrt_rtx for -lnvinfer.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <fstream>
 #include <iostream>
@@ -88,6 +89,7 @@ int main(int argc, char** argv) try {
     std::istringstream words(line);
     texts.emplace_back(std::istream_iterator<std::int64_t>(words),
                        std::istream_iterator<std::int64_t>());
+    must(words.eof(), "a line holds something else than token ids: " + line);
     tokens = std::max(tokens, texts.back().size());
   }
   if (texts.empty()) return 0;
@@ -115,8 +117,9 @@ int main(int argc, char** argv) try {
   const std::unique_ptr<nvinfer1::ICudaEngine> engine(
       runtime->deserializeCudaEngine(content.data(), content.size()));
   must(engine != nullptr, "the plan cannot be loaded");
-  const std::unique_ptr<nvinfer1::IExecutionContext> context(engine->createExecutionContext());
-  must(context != nullptr, "there is no memory for the plan");
+  const std::unique_ptr<nvinfer1::IExecutionContext> context(engine->createExecutionContext(
+      nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
+  must(context != nullptr, "there is no context for the plan");
   cudaStream_t stream;
   must(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
 
@@ -131,13 +134,17 @@ int main(int argc, char** argv) try {
                                 : size == "sequence" ? static_cast<std::int64_t>(tokens)
                                                      : size.get<std::int64_t>();
     must(context->setInputShape(name.c_str(), shape), "the shape of " + name + " does not fit");
-    void* address = value.data();
-    if (engine->getTensorLocation(name.c_str()) == nvinfer1::TensorLocation::kDEVICE) {
-      must(cudaMalloc(&address, value.size()));
-      must(cudaMemcpyAsync(address, value.data(), value.size(), cudaMemcpyHostToDevice, stream));
-    }
+    must(engine->getTensorLocation(name.c_str()) == nvinfer1::TensorLocation::kDEVICE,
+         name + " is not read from the device");
+    void* address;
+    must(cudaMalloc(&address, value.size()));
+    must(cudaMemcpyAsync(address, value.data(), value.size(), cudaMemcpyHostToDevice, stream));
     must(context->setInputTensorAddress(name.c_str(), address), "no address for " + name);
   }
+  const auto size = context->updateDeviceMemorySizeForShapes();
+  void* memory = nullptr;
+  if (size > 0) must(cudaMalloc(&memory, size));
+  context->setDeviceMemoryV2(memory, size);
   const std::size_t labels = context->getTensorShape("logits").d[1];
   std::vector<float> logits(texts.size() * labels);
   std::vector<std::int64_t> exits(texts.size());
@@ -155,7 +162,11 @@ int main(int argc, char** argv) try {
   must(cudaStreamSynchronize(stream));
   auto row = logits.begin();
   for (const std::int64_t number : exits) {
-    std::cout << std::max_element(row, row + labels) - row << " from exit " << number << "\n";
+    // NaN: the model cannot read the row. If several labels may be right, compare each logit.
+    if (std::all_of(row, row + labels, [](float logit) { return std::isfinite(logit); }))
+      std::cout << std::max_element(row, row + labels) - row << " from exit " << number << "\n";
+    else
+      std::cout << "no answer\n";
     row += labels;
   }
 } catch (const std::exception& error) {

@@ -65,7 +65,8 @@ class PairMarks:
                 for place, token in enumerate(self.separators)
             ]
             begins = functools.reduce(np.bitwise_and, matches)
-        second = (begins.astype(np.int64).then("CumSum", 1) > 0) & mask
+        # TensorRT sums no integers here.
+        second = (begins.astype(np.float32).then("CumSum", 1) > 0) & mask
         return second & (np.add.reduce(second.astype(np.int64), axis=1, keepdims=True) > self.after)
 
 

@@ -34,6 +34,8 @@ from .plan import build_plan
 
 # Protobuf refuses 2 GiB; the nodes need little of it.
 _MOST_BYTES = 2**31 - 2**26
+# TensorRT chooses kernels for the typical shape, and a plan serves single texts above all.
+_SHAPES = PlanOptions(batch=(1, 1, 32))
 _PLANS = [name for name, builder in BUILDERS.items() if builder.backend in MODULES]
 
 
@@ -66,7 +68,7 @@ def pack(
             folder.
         for_transformers_js: whether the graph is `onnx/model.onnx`, or in int8
             `onnx/model_quantized.onnx`, instead of `model.onnx`.
-        plans: shapes and GPUs of a plan; default: `PlanOptions()`.
+        plans: shapes and GPUs of a plan; default: typically one row.
         progress: called with (what, done, total).
 
     Returns:
@@ -95,7 +97,7 @@ def pack(
     if CLASSIFIER_NAME not in source.manifest.files:
         raise ArtifactError(f"{engines} has no {CLASSIFIER_NAME}", EXPORT_AGAIN)
     if target in _PLANS:
-        contents = _for_plan(source, BUILDERS[target], plans or PlanOptions(), progress)
+        contents = _for_plan(source, BUILDERS[target], plans or _SHAPES, progress)
     else:
         contents = _for_cpu(source, target)
     protos = contents.protos

@@ -134,7 +134,10 @@ CALLS: dict[str, tuple[str, list[Any]]] = {
         EXPORTS,
         ["model", Path("out"), ExportOptions((2, 4), MULTI, 12, [("a", "b"), ("c", "d")], True)],
     ),
-    "pack engines -o one": (PACKS, [ENGINES, Path("one"), None, None, False, PlanOptions()]),
+    "pack engines -o one": (
+        PACKS,
+        [ENGINES, Path("one"), None, None, False, PlanOptions((1, 1, 32))],
+    ),
     "pack engines -o one --target tensorrt-fp16 --sm 8.9,120 --batch 1,2,4 --sequence 8,16,32": (
         PACKS,
         [

@@ -173,6 +173,27 @@ def test_the_driver_is_tried(works: bool, monkeypatch: pytest.MonkeyPatch) -> No
     assert left == []
 
 
+@pytest.mark.parametrize("capability", ["8.7", "9.0"])
+def test_gpus_without_tensorrt_for_rtx_build_with_tensorrt(
+    capability: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "cuda_device", lambda: CudaDevice("Orin", capability, (12, 6)))
+    monkeypatch.setattr(type(BUILDERS["tensorrt-fp16"]), "why_not", lambda self: None)
+    with pytest.raises(gpu_check.Skipped, match=f"not support compute capability {capability}"):
+        gpu_check.build(model, "tensorrt-rtx", print)
+    targets: list[str] = []
+    result = SimpleNamespace(refused={})
+
+    def build_targets(folder: Path, names: list[str], plans: PlanOptions) -> SimpleNamespace:
+        targets.extend(names)
+        return result
+
+    monkeypatch.setattr(gpu_check, "build_targets", build_targets)
+    monkeypatch.setattr(gpu_check, "pack", lambda *_, **__: None)
+    gpu_check.build(model, "tensorrt", lambda *_: None)
+    assert targets == ["tensorrt-fp16", "tensorrt-fp16"]
+
+
 @pytest.fixture
 def model(engine_copy: Callable[..., Path], tmp_path: Path) -> Path:
     """What the part `model` makes, but tiny."""
@@ -221,6 +242,7 @@ def test_a_library_is_measured_and_judged(
         else:
             assert last == gpu_check.GOOD, found
     assert tables.count(gpu_check.TIMES) == len(names) * len(shapes)
+    assert list(chain.cuda.memory_of) == [], "memory of bare plans is freed"
     with Engine.load(model / "one", FP32_TARGET) as usual:
         encoded = gpu_check.exact_rows(usual, model, shapes[1])
         bare = gpu_check.plain_engine(model / "one", library, encoded, shapes[1])

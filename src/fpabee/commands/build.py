@@ -40,7 +40,7 @@ fpabee-build engines/ tensorrt-fp16 --batch 1,1,4
 @options.quiet
 @options.as_json
 @options.columns
-@options.plans
+@options.plans(batch="1,8,32")
 def main(
     engines: Path,
     names: tuple[str, ...],

@@ -179,28 +179,35 @@ def _capabilities(_: click.Context, __: click.Parameter, value: str) -> tuple[st
     return tuple(dict.fromkeys(named))
 
 
-def plans(function: Function) -> Function:
-    """The options for shapes and GPUs of plans; `plan_options` reads them."""
-    for decorate in reversed(
-        (
-            option(
-                "--sm compute_capabilities",
-                "SM,SM,...",
-                "Compute capabilities to build tensorrt-rtx plans for.",
-                callback=_capabilities,
-                default="86,89,120",
-            ),
-            numbers("--batch", "N,N,N", "Smallest, typical and largest batch.", default="1,8,32"),
-            numbers(
-                "--sequence",
-                "N,N,N",
-                "Smallest, typical and largest number of tokens in a row.",
-                default="16,64,128",
-            ),
-        )
-    ):
-        function = decorate(function)
-    return function
+def plans(batch: str) -> Decorator:
+    """The options for shapes and GPUs of plans; `plan_options` reads them.
+
+    Args:
+        batch: the default of `--batch`.
+    """
+    decorators = (
+        option(
+            "--sm compute_capabilities",
+            "SM,SM,...",
+            "Compute capabilities to build tensorrt-rtx plans for.",
+            callback=_capabilities,
+            default="86,89,120",
+        ),
+        numbers("--batch", "N,N,N", "Smallest, typical and largest batch.", default=batch),
+        numbers(
+            "--sequence",
+            "N,N,N",
+            "Smallest, typical and largest number of tokens in a row.",
+            default="16,64,128",
+        ),
+    )
+
+    def decorate(function: Function) -> Function:
+        for each in reversed(decorators):
+            function = each(function)
+        return function
+
+    return decorate
 
 
 def plan_options(settings: dict[str, Any]) -> PlanOptions:

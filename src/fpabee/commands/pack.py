@@ -46,7 +46,7 @@ fpabee-pack engines/ -o plan/ --target tensorrt-rtx-fp16
 )
 @options.quiet
 @options.as_json
-@options.plans
+@options.plans(batch="1,1,32")
 def main(
     engines: Path,
     output: Path,
