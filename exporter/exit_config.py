@@ -8,6 +8,8 @@ from enum import Enum
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import ModelError
 
+COPY_CONFIG = "copy config.json again from where the model was trained"
+
 
 class Pooling(str, Enum):
     """How the hidden states of a row become one vector for an exit's classifier."""
@@ -20,6 +22,8 @@ class Pooling(str, Enum):
     """The first token as it is."""
     BOTH = "both"
     """The mean and the first token, one after the other."""
+    ATTENTION = "attention"
+    """Weighted means over real tokens: each exit learns queries that say which tokens count."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class MultiExitConfig:
         hidden_layers: how many exits, from the first on, have a hidden layer before their
             classifier. With `Pooling.CLS`, the pooler is this layer for all of them.
         hidden_width: of these hidden layers; 0 means that of the encoder.
+        queries: how many weighted means an exit takes with `Pooling.ATTENTION`; otherwise 0.
         label_thresholds: for multi-label, see `Task.label_thresholds`; empty means 0.5.
     """
 
@@ -63,6 +68,7 @@ class MultiExitConfig:
     last_head: LastHead | None = None
     hidden_layers: int = 0
     hidden_width: int = 0
+    queries: int = 0
     label_thresholds: tuple[float, ...] = ()
 
     def with_hidden_layers(self) -> MultiExitConfig:
@@ -75,14 +81,15 @@ class MultiExitConfig:
         return replace(self, hidden_layers=min(2, len(self.exits) - 1) if helps else 0)
 
     def validate(self, layers: int) -> None:
-        """Check the exits against the depth of an encoder.
+        """Check the exits against the depth of an encoder, and their heads.
 
         Args:
             layers: its number of layers.
 
         Raises:
-            ModelError: the exits are not ascending layers between 1 and `layers`, or more of them
-                have a hidden layer than there are.
+            ModelError: the exits are not ascending layers between 1 and `layers`, more of them
+                have a hidden layer than there are, or the pooling does not fit the queries or the
+                last head.
         """
         inside = [layer for layer in range(1, layers + 1) if layer in self.exits]
         if not inside or list(self.exits) != inside:
@@ -93,5 +100,17 @@ class MultiExitConfig:
         if not 0 <= self.hidden_layers <= len(self.exits):
             raise ModelError(
                 f"hidden_layers is {self.hidden_layers}, but there are {len(self.exits)} exits",
-                "copy config.json again from where the model was trained",
+                COPY_CONFIG,
+            )
+        if self.queries < 0 or (self.queries > 0) != (self.pooling is Pooling.ATTENTION):
+            raise ModelError(
+                f"queries is {self.queries}, and pooling is {self.pooling.value!r}; expected at "
+                f"least 1 with {Pooling.ATTENTION.value!r}, and 0 with any other pooling",
+                COPY_CONFIG,
+            )
+        if self.last_head and self.last_head.pooling in (Pooling.BOTH, Pooling.ATTENTION):
+            raise ModelError(
+                f"the last head has pooling {self.last_head.pooling.value!r}; expected one token "
+                "or the mean",
+                COPY_CONFIG,
             )

@@ -102,7 +102,7 @@ def make_optimizer(model: MultiExitModel, options: TrainOptions) -> torch.optim.
 
 def is_head(name: str) -> bool:
     """Whether a weight belongs to the exits and not to the encoder."""
-    return name.startswith(("classifiers.", "pooler.", "hidden.")) or ".pooler." in name
+    return name.startswith(("classifiers.", "pooler.", "hidden.", "queries.")) or ".pooler." in name
 
 
 def exit_loss(
