@@ -36,6 +36,20 @@ def token_weights(attention_bias: Tensor) -> Tensor:
     return torch.softmax(attention_bias.squeeze(1), dim=-1)
 
 
+def new_queries(hidden: int, count: int) -> nn.Linear:
+    """Queries of `Pooling.ATTENTION` that have learnt nothing: all tokens count alike.
+
+    From random queries, exits learn to agree with the classifier far less often.
+
+    Args:
+        hidden: the size of the states.
+        count: how many there are.
+    """
+    queries = nn.Linear(hidden, count, bias=False)
+    nn.init.zeros_(queries.weight)
+    return queries
+
+
 class Transform(nn.Module):
     """The part of a head between pooling and classifier: a dense layer, an activation, a norm.
 
@@ -167,9 +181,7 @@ class MultiExitModel(nn.Module):
             Transform(nn.Linear(pooled, width), "gelu") for _ in range(config.hidden_layers)
         )
         attending = len(config.exits) - (config.last_head is not None) if config.queries else 0
-        self.queries = nn.ModuleList(
-            nn.Linear(hidden, config.queries, bias=False) for _ in range(attending)
-        )
+        self.queries = nn.ModuleList(new_queries(hidden, config.queries) for _ in range(attending))
         self.last_head: Transform | None = None
         if (form := config.last_head) is not None:
             norm = None if form.norm_eps is None else nn.LayerNorm(hidden, eps=form.norm_eps)

@@ -191,6 +191,16 @@ def test_variants_give_the_same_and_computing_ahead_changes_nothing(variant: str
         assert_exported(torch.stack(logits)[:, rows], expected[:, rows])
 
 
+def test_new_queries_weigh_all_tokens_alike() -> None:
+    config = MultiExitConfig((1, 2), ("a", "b"), pooling=Pooling.ATTENTION, queries=3)
+    model = MultiExitModel(build_encoder(VARIANTS["electra with wide embeddings"]), config)
+    states = torch.randn(2, 5, 16)
+    weights = torch.tensor([[[1 / 3] * 3 + [0.0] * 2], [[0.2] * 5]])
+    means = torch.stack([states[0, :3].mean(dim=0), states[1].mean(dim=0)])
+    for head in model.parts[2]:
+        torch.testing.assert_close(head.pool(states, weights), means.repeat(1, 3))
+
+
 TEXTS: tuple[Text, ...] = (
     "good film",
     "",
