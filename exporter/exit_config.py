@@ -8,6 +8,9 @@ from enum import Enum
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import ModelError
 
+QUERIES = 4
+"""The most queries of an exit of a new model: more gain nothing."""
+_NARROWER = 6
 COPY_CONFIG = "copy config.json again from where the model was trained"
 
 
@@ -24,6 +27,15 @@ class Pooling(str, Enum):
     """The mean and the first token, one after the other."""
     ATTENTION = "attention"
     """Weighted means over real tokens: each exit learns queries that say which tokens count."""
+
+
+def attending_width(hidden: int) -> int:
+    """The width of the hidden layer of a new exit that attends, which costs little.
+
+    Args:
+        hidden: the size of the encoder's states.
+    """
+    return hidden // _NARROWER
 
 
 @dataclass(frozen=True)
@@ -71,11 +83,22 @@ class MultiExitConfig:
     queries: int = 0
     label_thresholds: tuple[float, ...] = ()
 
-    def with_hidden_layers(self) -> MultiExitConfig:
-        """The same for a new model, with hidden layers where they help.
+    def with_hidden_layers(self, hidden: int) -> MultiExitConfig:
+        """The same for a new model, with queries and hidden layers where they help.
 
-        They help the first two exits, which see few layers, to tell more than two classes apart.
+        After means, hidden layers help the first two exits, which see few layers, to tell more than
+        two classes apart.
+
+        Args:
+            hidden: the size of the encoder's states.
         """
+        if self.pooling is Pooling.ATTENTION:
+            return replace(
+                self,
+                queries=QUERIES,
+                hidden_layers=len(self.exits),
+                hidden_width=attending_width(hidden),
+            )
         is_single = self.problem_type is ProblemType.SINGLE_LABEL
         helps = is_single and len(self.labels) > 2 and self.pooling is Pooling.MEAN
         return replace(self, hidden_layers=min(2, len(self.exits) - 1) if helps else 0)

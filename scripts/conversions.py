@@ -467,7 +467,7 @@ def _form(chosen: dict[str, Any]) -> tuple[str, str]:
     agreement = " ".join(f"{100 * share:.1f}" for share in chosen["agreement"])
     form = chosen["form"]
     hidden = f"hidden layer of {form['width']}" if form["width"] else "linear"
-    queries = f" ({form['queries']})" if form["queries"] else ""
+    queries = f" with {form['queries']} queries" if form.get("queries") else ""
     return f"{form['pooling']}{queries}, {hidden}, every {form['every']}", agreement
 
 

@@ -20,16 +20,14 @@ from torch.nn.utils import parametrize
 from ...calibration.progress import Progress
 from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer
 from ...calibration.settings import StopScores, settings_lists
-from ..exit_config import Pooling
+from ..exit_config import QUERIES, Pooling, attending_width
 from ..model import Head, MultiExitModel, Transform, new_queries
 from ..training.trainer import label_loss, probabilities
 from .classifier import Classifier
 from .options import Chosen, Form
 from .states import States
 
-# The hidden layer of heads that attend is so many times narrower than the encoder.
-_NARROWER = 6
-_QUERIES = (1, 4)
+_QUERIES = (1, QUERIES)
 _LR = 2e-3
 _WEIGHT_DECAY = 0.02
 _DROPOUT = 0.2
@@ -58,7 +56,7 @@ Numbers = NDArray[np.intp]
 
 def forms_for(classifier: Classifier) -> list[Form]:
     """The forms that compete, the cheapest first."""
-    width = int(classifier.model.config.hidden_size) // _NARROWER
+    width = attending_width(int(classifier.model.config.hidden_size))
     attending = [Form(Pooling.ATTENTION, width, queries) for queries in _QUERIES]
     return [Form(Pooling.BOTH), *attending]
 
@@ -155,7 +153,7 @@ def _first(head: Head) -> nn.Linear:
 def _pool(heads: Sequence[Head], states: States, numbers: Numbers) -> Tensor:
     """What heads pool: `[rows, layers - 1, pooled size]`."""
     tokens, weights = states.batch(numbers)
-    every = zip(heads, tokens.unbind(2), strict=True)
+    every = zip(heads, tokens, strict=True)
     return torch.stack([head.pool(each, weights) for head, each in every], dim=1)
 
 

@@ -62,16 +62,19 @@ class States:
             places: which of `rows`.
 
         Returns:
-            The states `[places, tokens, layers - 1, hidden]` float32, and their weights
+            The states `[layers - 1, places, tokens, hidden]` float32, and their weights
             `[places, 1, tokens]`, see `token_weights`.
         """
         starts = self.starts[places, None]
         lengths = self.starts[places + 1, None] - starts
         token = np.arange(lengths.max())
         # Padding repeats the last token.
-        states = self.tokens[starts + np.minimum(token, lengths - 1)]
+        states = torch.from_numpy(self.tokens[starts + np.minimum(token, lengths - 1)])
+        by_layer = states.permute(2, 0, 1, 3).to(
+            torch.float32, memory_format=torch.contiguous_format
+        )
         weights = np.where(token < lengths, np.float32(1) / lengths, np.float32(0))
-        return torch.from_numpy(states).float(), torch.from_numpy(weights).float()[:, None]
+        return by_layer, torch.from_numpy(weights).float()[:, None]
 
 
 class _WithStates(nn.Module):

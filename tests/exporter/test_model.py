@@ -159,8 +159,9 @@ def test_logits_are_those_of_a_plain_forward_pass(
     )
     torch.manual_seed(3)  # for the heads
     model = MultiExitModel(model.backbone.encoder, config).eval()
-    for each in model.queries:
-        torch.nn.init.normal_(each.weight)
+    for name, weight in model.named_parameters():
+        if name.startswith("queries."):
+            torch.nn.init.normal_(weight)
     logits = model(**inputs)
     assert logits.dtype == torch.float32
     assert_exported(logits, by_hand(model, inputs))
@@ -280,7 +281,7 @@ def test_the_first_two_exits_of_new_models_have_a_hidden_layer() -> None:
         ((1, 2, 3), "abc", {"problem_type": ProblemType.MULTI_LABEL}, 0),
     ):
         settings: dict[str, Any] = {"pooling": Pooling.MEAN} | changes
-        config = MultiExitConfig(exits, tuple(labels), **settings).with_hidden_layers()
+        config = MultiExitConfig(exits, tuple(labels), **settings).with_hidden_layers(24)
         assert config.hidden_layers == expected
 
 

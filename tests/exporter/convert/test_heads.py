@@ -96,7 +96,7 @@ def test_stored_heads_give_the_same_logits(form: Form, make: Make, quick: None) 
     tokens, weights = states.batch(numbers)
     with torch.no_grad():
         for number, layer in enumerate(config.exits[:-1]):
-            found = model.parts[2][number](tokens[:, :, layer - 1], weights)
+            found = model.parts[2][number](tokens[layer - 1], weights)
             assert_exported(found, expected[layer - 1])
 
 
@@ -112,8 +112,7 @@ def test_a_state_that_hardly_varies_costs_no_precision(form: Form, make: Make, q
     tokens, weights = states.batch(numbers)
     with torch.no_grad():
         exact = [
-            head.double()(tokens[:, :, n].double(), weights.double())
-            for n, head in enumerate(heads)
+            head.double()(tokens[n].double(), weights.double()) for n, head in enumerate(heads)
         ]
     assert_exported(found, torch.stack(exact))
 

@@ -63,7 +63,7 @@ def test_heads_see_in_training_what_they_see_in_the_model(
         for number, head in enumerate(model.parts[2][:2]):
             head.norm = nn.Identity()  # the states are normalised already
             with torch.no_grad():
-                found = head(tokens[:, :, number], weights)
+                found = head(tokens[number], weights)
             assert_close(found, every[:, number], REQUIREMENTS["fp16"].tie)
         assert_exported(every[:, 2], logits[taught])
 
