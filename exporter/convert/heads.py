@@ -8,7 +8,6 @@ weights.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +21,7 @@ from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer
 from ...calibration.settings import StopScores, settings_lists
 from ..exit_config import QUERIES, Pooling, attending_width
 from ..model import Head, MultiExitModel, Transform, new_queries
-from ..training.trainer import label_loss, probabilities
+from ..training.trainer import label_loss, one_thread, probabilities
 from .classifier import Classifier
 from .options import Chosen, Form
 from .states import States
@@ -91,6 +90,7 @@ class _Scaled(nn.Module):
         return weight * self.scale
 
 
+@one_thread()
 def train_heads(
     form: Form, classifier: Classifier, states: States, logits: NDArray[np.float32], count: int
 ) -> list[Head]:
@@ -107,34 +107,33 @@ def train_heads(
     heads = make_heads(form, classifier)
     targets = probabilities(torch.from_numpy(logits), classifier.problem_type)
     hidden = int(classifier.model.config.hidden_size)
-    with _one_thread():
-        # Heads that have not learnt anything pool the means.
-        some = np.arange(0, count, -(-count // _MEASURED))
-        with torch.no_grad():
-            pooled = torch.cat([_pool(heads, states, part) for part in _parts(some)])
-        center = pooled.mean(dim=0)
-        scale = 1 / torch.maximum(pooled.std(dim=0), center.abs() / _MOST_RATIO).clamp_min(1e-6)
-        for head, factor in zip(heads, scale, strict=True):
-            parametrize.register_parametrization(_first(head), "weight", _Scaled(factor))
-            if head.queries is not None:
-                by_token = _Scaled(factor[:hidden])
-                parametrize.register_parametrization(head.queries, "weight", by_token)
-        steps = min(_MOST_STEPS, _EPOCHS * -(-count // _BATCH))
-        own = [weight for head in heads for weight in head.parameters()]
-        optimizer = torch.optim.AdamW(own, lr=_LR, weight_decay=_WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=steps)
-        batches = _batches(states.lengths[:count])
-        for _ in range(steps):
-            numbers = next(batches)
-            every = _pool(heads, states, numbers) - center
-            losses = [
-                label_loss(head.classify(each), targets[numbers], classifier.problem_type)
-                for head, each in zip(heads, every.unbind(1), strict=True)
-            ]
-            torch.autograd.backward(torch.stack(losses).sum())
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+    # Heads that have not learnt anything pool the means.
+    some = np.arange(0, count, -(-count // _MEASURED))
+    with torch.no_grad():
+        pooled = torch.cat([_pool(heads, states, part) for part in _parts(some)])
+    center = pooled.mean(dim=0)
+    scale = 1 / torch.maximum(pooled.std(dim=0), center.abs() / _MOST_RATIO).clamp_min(1e-6)
+    for head, factor in zip(heads, scale, strict=True):
+        parametrize.register_parametrization(_first(head), "weight", _Scaled(factor))
+        if head.queries is not None:
+            by_token = _Scaled(factor[:hidden])
+            parametrize.register_parametrization(head.queries, "weight", by_token)
+    steps = min(_MOST_STEPS, _EPOCHS * -(-count // _BATCH))
+    own = [weight for head in heads for weight in head.parameters()]
+    optimizer = torch.optim.AdamW(own, lr=_LR, weight_decay=_WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=steps)
+    batches = _batches(states.lengths[:count])
+    for _ in range(steps):
+        numbers = next(batches)
+        every = _pool(heads, states, numbers) - center
+        losses = [
+            label_loss(head.classify(each), targets[numbers], classifier.problem_type)
+            for head, each in zip(heads, every.unbind(1), strict=True)
+        ]
+        torch.autograd.backward(torch.stack(losses).sum())
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
     for head, middle in zip(heads, center, strict=True):
         head.eval()
         for linear in filter(None, (head.queries, _first(head))):
@@ -172,17 +171,6 @@ def _batches(lengths: NDArray[np.int64]) -> Iterator[Numbers]:
             batches = range(0, len(some), _BATCH)
             for number in torch.randperm(len(batches)).tolist():
                 yield some[batches[number] : batches[number] + _BATCH]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let PyTorch compute with one thread: beside other work, two of them wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @torch.no_grad()

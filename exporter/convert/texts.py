@@ -25,6 +25,7 @@ _SHARES = (0.4, 0.1, 0.4)
 # The same if other texts train and choose, and the share of those that train.
 _SHARES_WITHOUT_TRAINING = (0.0, 0.0, 0.9)
 _SHARE_OF_TRAIN_TEXTS = 0.8
+_FEWEST_TRAIN_TEXTS = 100
 
 Numbers = NDArray[np.intp]
 
@@ -102,15 +103,15 @@ def split(
             if known.isdisjoint(places)
         ]
         removed = len(others.rows) - len(new)
+        if len(new) < _FEWEST_TRAIN_TEXTS:
+            raise InputError(
+                f"{removed:,} of {len(others.rows):,} distinct train texts are among the other "
+                f"texts, and {len(new):,} are left; expected at least {_FEWEST_TRAIN_TEXTS}",
+                "give more `train_texts`, or leave them out",
+            )
         share = _SHARE_OF_TRAIN_TEXTS
         numbers = _dealt([others.places[number] for number in new], (share, 1 - share))
         train, choose = (len(every) + part for part in numbers[:2])
-        if not (len(train) and len(choose)):
-            raise InputError(
-                f"{removed:,} of {len(others.rows):,} distinct train texts are among the other "
-                f"texts; the {len(new):,} that are left are too few to train and choose",
-                "give other `train_texts`, or leave them out",
-            )
         every += [others.rows[number] for number in new]
     if not all(map(len, (train, choose, calibrate, report))):
         raise InputError(

@@ -68,7 +68,7 @@ def test_train_texts_of_a_group_that_certifies_are_left_out() -> None:
         ([Row("same")] * 30, "all 30 train texts are equal"),
         ([*ROWS[:50], *[Row("")] * 50], "50 of 100 train texts are empty"),
         (ROWS[7:100], "93 of 93 distinct train texts are among .* `train_texts`"),
-        ([*ROWS, Row("new")], "4,000 of 4,001 .* the 1 that are left are too few"),
+        ([*ROWS, Row("new")], "4,000 of 4,001 .* 1 are left; expected at least 100"),
     ],
 )
 def test_train_texts_that_teach_nothing_are_refused(train_rows: list[Row], message: str) -> None:
