@@ -24,7 +24,7 @@ from ..runtime.errors import ModelError, first_line
 from ..runtime.hub import answers, hub_errors, repository_of
 from .backbones import build_encoder, family_of
 from .exit_0_files import CONFIG_BLOCK, EXIT_0_FILE
-from .exit_config import MultiExitConfig, Pooling
+from .exit_config import COPY_CONFIG, MultiExitConfig, Pooling
 from .model import MultiExitModel
 from .paths import TRAINED, check_model_dir
 from .staging import system_errors
@@ -51,7 +51,6 @@ _LARGEST = {
     "max_position_embeddings": 2**20,
 }
 _LARGEST_OF_OTHERS = 1e38
-_COPY_CONFIG = "copy config.json again from where the model was trained"
 CONFIG_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -130,7 +129,7 @@ def _build(
         raise ModelError(
             f"no encoder can be built from {folder / 'config.json'}: "
             f"{type(error).__name__}: {first_line(error)}",
-            _COPY_CONFIG,
+            COPY_CONFIG,
         ) from error
 
 
@@ -168,7 +167,7 @@ def load_pretrained(model_class: Any, folder: Path, config: Any) -> tuple[Any, l
     except (*CONFIG_ERRORS, ImportError) as error:
         raise ModelError(
             f"no model can be made from {folder}: {type(error).__name__}: {first_line(error)}",
-            _COPY_CONFIG,
+            COPY_CONFIG,
         ) from error
     for name, stored, expected in sorted(loaded["mismatched_keys"]):
         # If only the number of labels differs, the error says so.
@@ -394,7 +393,7 @@ def load_config(folder: Path) -> Any:
         raise ModelError(
             f"{path} is not a valid configuration: {type(error).__name__}: "
             f"{' '.join(str(error).split())}",
-            _COPY_CONFIG,
+            COPY_CONFIG,
         ) from error
 
 
@@ -444,8 +443,8 @@ def _exit_config(
     except (ValueError, TypeError, msgspec.ValidationError) as error:
         raise ModelError(
             f"{folder / 'config.json'} has a wrong {CONFIG_BLOCK!r} block: {error}",
-            "give exits as a list of layers, hidden_layers and hidden_width as numbers, and "
-            f"pooling as {', '.join(kind.value for kind in Pooling)}",
+            "give exits as a list of layers, hidden_layers, hidden_width and queries as numbers, "
+            f"and pooling as {', '.join(kind.value for kind in Pooling)}",
         ) from error
     exits = exit_config.exits
     thresholds = exit_config.label_thresholds

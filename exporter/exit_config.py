@@ -8,6 +8,11 @@ from enum import Enum
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import ModelError
 
+QUERIES = 4
+"""The most queries of an exit of a new model: more gain nothing."""
+_NARROWER = 6
+COPY_CONFIG = "copy config.json again from where the model was trained"
+
 
 class Pooling(str, Enum):
     """How the hidden states of a row become one vector for an exit's classifier."""
@@ -20,6 +25,17 @@ class Pooling(str, Enum):
     """The first token as it is."""
     BOTH = "both"
     """The mean and the first token, one after the other."""
+    ATTENTION = "attention"
+    """Weighted means over real tokens: each exit learns queries that say which tokens count."""
+
+
+def attending_width(hidden: int) -> int:
+    """The width of the hidden layer of a new exit that attends, which costs little.
+
+    Args:
+        hidden: the size of the encoder's states.
+    """
+    return hidden // _NARROWER
 
 
 @dataclass(frozen=True)
@@ -53,6 +69,7 @@ class MultiExitConfig:
         hidden_layers: how many exits, from the first on, have a hidden layer before their
             classifier. With `Pooling.CLS`, the pooler is this layer for all of them.
         hidden_width: of these hidden layers; 0 means that of the encoder.
+        queries: how many weighted means an exit takes with `Pooling.ATTENTION`; otherwise 0.
         label_thresholds: for multi-label, see `Task.label_thresholds`; empty means 0.5.
     """
 
@@ -63,26 +80,39 @@ class MultiExitConfig:
     last_head: LastHead | None = None
     hidden_layers: int = 0
     hidden_width: int = 0
+    queries: int = 0
     label_thresholds: tuple[float, ...] = ()
 
-    def with_hidden_layers(self) -> MultiExitConfig:
-        """The same for a new model, with hidden layers where they help.
+    def with_hidden_layers(self, hidden: int) -> MultiExitConfig:
+        """The same for a new model, with queries and hidden layers where they help.
 
-        They help the first two exits, which see few layers, to tell more than two classes apart.
+        After means, hidden layers help the first two exits, which see few layers, to tell more than
+        two classes apart.
+
+        Args:
+            hidden: the size of the encoder's states.
         """
+        if self.pooling is Pooling.ATTENTION:
+            return replace(
+                self,
+                queries=QUERIES,
+                hidden_layers=len(self.exits),
+                hidden_width=attending_width(hidden),
+            )
         is_single = self.problem_type is ProblemType.SINGLE_LABEL
         helps = is_single and len(self.labels) > 2 and self.pooling is Pooling.MEAN
         return replace(self, hidden_layers=min(2, len(self.exits) - 1) if helps else 0)
 
     def validate(self, layers: int) -> None:
-        """Check the exits against the depth of an encoder.
+        """Check the exits against the depth of an encoder, and their heads.
 
         Args:
             layers: its number of layers.
 
         Raises:
-            ModelError: the exits are not ascending layers between 1 and `layers`, or more of them
-                have a hidden layer than there are.
+            ModelError: the exits are not ascending layers between 1 and `layers`, more of them
+                have a hidden layer than there are, or the pooling does not fit the queries or the
+                last head.
         """
         inside = [layer for layer in range(1, layers + 1) if layer in self.exits]
         if not inside or list(self.exits) != inside:
@@ -93,5 +123,17 @@ class MultiExitConfig:
         if not 0 <= self.hidden_layers <= len(self.exits):
             raise ModelError(
                 f"hidden_layers is {self.hidden_layers}, but there are {len(self.exits)} exits",
-                "copy config.json again from where the model was trained",
+                COPY_CONFIG,
+            )
+        if self.queries < 0 or (self.queries > 0) != (self.pooling is Pooling.ATTENTION):
+            raise ModelError(
+                f"queries is {self.queries}, and pooling is {self.pooling.value!r}; expected at "
+                f"least 1 with {Pooling.ATTENTION.value!r}, and 0 with any other pooling",
+                COPY_CONFIG,
+            )
+        if self.last_head and self.last_head.pooling in (Pooling.BOTH, Pooling.ATTENTION):
+            raise ModelError(
+                f"the last head has pooling {self.last_head.pooling.value!r}; expected one token "
+                "or the mean",
+                COPY_CONFIG,
             )

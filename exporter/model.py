@@ -3,8 +3,9 @@
 The state dict has the layout of PABEE, F-PABEE, PCEE-BERT and EPEE training code: the encoder under
 its usual prefix, with the pooler (which only `Pooling.CLS` uses), and
 `classifiers.{i}.weight/bias` for exit i from 0. Our additions are `pooler.dense`, for families
-whose encoder has no pooler, `hidden.{i}.dense`, for exits with a hidden layer, and
-`last_head.dense` and `last_head.norm`, for a last exit that was the head of a plain classifier.
+whose encoder has no pooler, `hidden.{i}.dense`, for exits with a hidden layer,
+`queries.{i}`, for exits with `Pooling.ATTENTION`, and `last_head.dense` and `last_head.norm`, for a
+last exit that was the head of a plain classifier.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..calibration.progress import Progress, silent
-from ..runtime.artifact.manifest import ATTENTION_BIAS
+from ..runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
 from ..runtime.encoding import EncodedRow, padded_inputs
 from .backbones import family_of
 from .backbones.base import Backbone, Block, Embeddings, attention_bias
@@ -33,6 +34,20 @@ def token_weights(attention_bias: Tensor) -> Tensor:
     """
     # Its softmax is 1/n on each of the n real tokens, and 0 on padding.
     return torch.softmax(attention_bias.squeeze(1), dim=-1)
+
+
+def new_queries(hidden: int, count: int) -> nn.Linear:
+    """Queries of `Pooling.ATTENTION` that have learnt nothing: all tokens count alike.
+
+    From random queries, exits learn to agree with the classifier far less often.
+
+    Args:
+        hidden: the size of the states.
+        count: how many there are.
+    """
+    queries = nn.Linear(hidden, count, bias=False)
+    nn.init.zeros_(queries.weight)
+    return queries
 
 
 class Transform(nn.Module):
@@ -67,6 +82,7 @@ class Head(nn.Module):
         classifier: from the size of what is before it to labels.
         pooling: how hidden states are pooled.
         pooler: between pooling and classifier; None: nothing.
+        queries: scores each token for each query, with `Pooling.ATTENTION`; otherwise None.
         norm: before pooling; None: no norm.
         dropout: before the classifier, in training.
     """
@@ -76,20 +92,22 @@ class Head(nn.Module):
         classifier: nn.Linear,
         pooling: Pooling,
         pooler: Transform | None = None,
+        queries: nn.Linear | None = None,
         norm: nn.Module | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.pooling = pooling
         self.norm = nn.Identity() if norm is None else norm
+        self.queries = queries
         self.pooler = nn.Identity() if pooler is None else pooler
         self.classifier = classifier
         self.dropout = nn.Dropout(dropout)
 
     @property
-    def mean(self) -> bool:
+    def weighs(self) -> bool:
         """Whether token weights are read."""
-        return self.pooling in (Pooling.MEAN, Pooling.BOTH)
+        return self.pooling in (Pooling.MEAN, Pooling.BOTH, Pooling.ATTENTION)
 
     def forward(self, hidden_states: Tensor, token_weights: Tensor | None) -> Tensor:
         """Logits `[rows, labels]`.
@@ -97,16 +115,29 @@ class Head(nn.Module):
         Args:
             hidden_states: `[rows, sequence, hidden]`.
             token_weights: `[rows, 1, sequence]`, see the function of this name; None is allowed
-                unless `mean`.
+                unless `weighs`.
         """
+        return self.classify(self.pool(hidden_states, token_weights))
+
+    def pool(self, hidden_states: Tensor, token_weights: Tensor | None) -> Tensor:
+        """`[rows, pooled size]`; for the arguments, see `forward`."""
         pooled = []
-        if self.mean:
+        if self.weighs:
             assert token_weights is not None
-            pooled.append((token_weights @ self.norm(hidden_states)).squeeze(1))
-        if self.pooling is not Pooling.MEAN:
+            states = self.norm(hidden_states)
+            if self.queries is None:
+                pooled.append((token_weights @ states).squeeze(1))
+            else:
+                pooled.append((self.attend(states, token_weights) @ states).flatten(1))
+        if self.pooling in (Pooling.CLS, Pooling.FIRST, Pooling.BOTH):
             pooled.append(self.norm(hidden_states[:, 0]))
-        joined = torch.cat(pooled, dim=-1) if len(pooled) > 1 else pooled[0]
-        return self.classify(joined)
+        return torch.cat(pooled, dim=-1) if len(pooled) > 1 else pooled[0]
+
+    def attend(self, states: Tensor, token_weights: Tensor) -> Tensor:
+        """The weights `[rows, queries, sequence]` of the tokens, which are 0 on padding."""
+        assert self.queries is not None
+        scores = self.queries(states).transpose(1, 2)
+        return torch.softmax(torch.where(token_weights > 0, scores, MASK_FILL), dim=-1)
 
     def classify(self, pooled: Tensor) -> Tensor:
         """Logits `[rows, labels]` of `[rows, pooled size]`."""
@@ -138,7 +169,7 @@ class MultiExitModel(nn.Module):
         config.validate(len(layers))
         self.add_module(self.backbone.prefix, encoder)
         hidden = int(encoder.config.hidden_size)
-        pooled = 2 * hidden if config.pooling is Pooling.BOTH else hidden
+        pooled = hidden * (2 if config.pooling is Pooling.BOTH else max(1, config.queries))
         width = config.hidden_width or hidden
         sizes = [width if n < config.hidden_layers else pooled for n in range(len(config.exits))]
         if config.last_head is not None:
@@ -149,6 +180,8 @@ class MultiExitModel(nn.Module):
         self.hidden = nn.ModuleList(
             Transform(nn.Linear(pooled, width), "gelu") for _ in range(config.hidden_layers)
         )
+        attending = len(config.exits) - (config.last_head is not None) if config.queries else 0
+        self.queries = nn.ModuleList(new_queries(hidden, config.queries) for _ in range(attending))
         self.last_head: Transform | None = None
         if (form := config.last_head) is not None:
             norm = None if form.norm_eps is None else nn.LayerNorm(hidden, eps=form.norm_eps)
@@ -173,8 +206,9 @@ class MultiExitModel(nn.Module):
             dense = self.backbone.pooler()
             pooler = self.pooler if dense is None else Transform(dense)
         classifier = cast(nn.Linear, self.classifiers[number])
+        queries = cast(nn.Linear, self.queries[number]) if number < len(self.queries) else None
         backbone = self.backbone
-        return Head(classifier, pooling, pooler, backbone.norm(), backbone.head_dropout())
+        return Head(classifier, pooling, pooler, queries, backbone.norm(), backbone.head_dropout())
 
     def train(self, mode: bool = True) -> MultiExitModel:
         """Set the mode of the model and of the heads, which are not registered modules."""

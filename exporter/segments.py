@@ -48,7 +48,7 @@ class GraphModule(nn.Module):
 
     Args:
         model: the whole model.
-        mean: whether any head of the cut takes the mean over tokens.
+        weighs: whether any head of the cut reads token weights.
         token_types: whether the tokenizer gives token types.
         embeddings: for the first part.
         blocks: the layers to run.
@@ -63,7 +63,7 @@ class GraphModule(nn.Module):
     def __init__(
         self,
         model: MultiExitModel,
-        mean: bool,
+        weighs: bool,
         token_types: bool,
         embeddings: Embeddings | None,
         blocks: Sequence[Block],
@@ -80,17 +80,17 @@ class GraphModule(nn.Module):
             self.inputs.append(_TOKEN_IDS)
             if token_types and model.backbone.token_types:
                 self.inputs.append(_TOKEN_TYPES)
-            if blocks or mean:
+            if blocks or weighs:
                 self.inputs.append(ATTENTION_BIAS)
             self.outputs += [NEXT + name for name in model.backbone.carried]
             # The first part makes the token weights for the heads of all parts.
-            if mean and not is_last:
+            if weighs and not is_last:
                 self.outputs.append(NEXT + TOKEN_WEIGHTS)
         else:
             self.inputs.append(HIDDEN_STATES)
             if blocks:
                 self.inputs.append(ATTENTION_BIAS)
-            if head is not None and head.mean:
+            if head is not None and head.weighs:
                 self.inputs.append(TOKEN_WEIGHTS)
             if blocks:
                 self.inputs += model.backbone.carried
@@ -144,7 +144,7 @@ def cut(model: MultiExitModel, exits: Sequence[int], token_types: bool = True) -
     heads = [model.parts[2][number - 1] for number in exits]
     positions = model.backbone.max_positions()
     blocks = model.parts[1]
-    mean = any(head.mean for head in heads)
+    weighs = any(head.weighs for head in heads)
 
     def part(
         embeddings: Embeddings | None = None,
@@ -152,7 +152,7 @@ def cut(model: MultiExitModel, exits: Sequence[int], token_types: bool = True) -
         head: Head | None = None,
         is_last: bool = False,
     ) -> GraphModule:
-        return GraphModule(model, mean, token_types, embeddings, blocks, head, is_last).eval()
+        return GraphModule(model, weighs, token_types, embeddings, blocks, head, is_last).eval()
 
     modules: dict[str, GraphModule] = {}
     block_names: dict[int, str] = {}

@@ -54,6 +54,7 @@ from fpabee.calibration.trace import trace_rows
 from fpabee.commands.command import exits_with_one_line
 from fpabee.commands.convert import to_dict
 from fpabee.exporter.convert import convert, heads
+from fpabee.exporter.convert.options import Form
 from fpabee.exporter.convert.texts import split
 from fpabee.exporter.exit_config import Pooling
 from fpabee.exporter.training.workflow import has_fast_bf16
@@ -211,8 +212,7 @@ def run_conversion(model: Path, texts: Path, engines: Path) -> dict[str, Any]:
 
 def with_linear_heads(model: Path, texts: Path, engines: Path) -> dict[str, Any]:
     """The same conversion, but all heads are linear and see the mean of the tokens."""
-    only_mean = {Pooling.MEAN: slice(0, 1)}
-    with mock.patch.multiple(heads, _WIDTHS=(0,), _TAKEN=only_mean):
+    with mock.patch.object(heads, "forms_for", return_value=[Form(Pooling.MEAN)]):
         return run_conversion(model, texts, engines)
 
 
@@ -467,7 +467,8 @@ def _form(chosen: dict[str, Any]) -> tuple[str, str]:
     agreement = " ".join(f"{100 * share:.1f}" for share in chosen["agreement"])
     form = chosen["form"]
     hidden = f"hidden layer of {form['width']}" if form["width"] else "linear"
-    return f"{form['pooling']}, {hidden}, every {form['every']}", agreement
+    queries = f" with {form['queries']} queries" if form.get("queries") else ""
+    return f"{form['pooling']}{queries}, {hidden}, every {form['every']}", agreement
 
 
 @click.command(context_settings={"show_default": True})

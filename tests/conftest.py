@@ -7,7 +7,7 @@ import random
 import shutil
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,28 @@ def engines(tiny_models: Mapping[str, Path], shared_root: Path) -> Mapping[str, 
 
 
 @pytest.fixture(scope="session")
+def attending_models(shared_root: Path) -> Mapping[str, Path]:
+    """The tiny models with heads that attend, with two queries and a hidden layer."""
+    return MadeOnce(
+        shared_root / "attending_models",
+        lambda family, folder: make_model(family, folder, queries=2),
+    )
+
+
+@pytest.fixture(scope="session")
+def attending_engines(
+    attending_models: Mapping[str, Path], shared_root: Path
+) -> Mapping[str, Path]:
+    """The engines folders of these models. Read-only."""
+    from fpabee.exporter import export
+
+    return MadeOnce(
+        shared_root / "attending_engines",
+        lambda family, folder: export(attending_models[family], folder),
+    )
+
+
+@pytest.fixture(scope="session")
 def exit_0_engines(engines: Mapping[str, Path], shared_root: Path) -> Mapping[str, Path]:
     """The same folders with an exit 0. Read-only."""
 
@@ -342,7 +364,9 @@ def set_points() -> Callable[..., None]:
     return write
 
 
-def make_model(family: str, folder: Path, width: int = 32, layers: int = 3, **sizes: int) -> Path:
+def make_model(
+    family: str, folder: Path, width: int = 32, layers: int = 3, queries: int = 0, **sizes: int
+) -> Path:
     """Write a model_dir with random weights and an exit after every layer.
 
     Args:
@@ -350,6 +374,7 @@ def make_model(family: str, folder: Path, width: int = 32, layers: int = 3, **si
         folder: where to.
         width: of the hidden states.
         layers: how many.
+        queries: of heads that attend; 0: the heads are the family's tiny ones.
         sizes: other settings than the family's tiny ones.
     """
     import torch
@@ -377,6 +402,14 @@ def make_model(family: str, folder: Path, width: int = 32, layers: int = 3, **si
         **(tiny.config | sizes),
     )
     multi_exit = MultiExitConfig(exits, tiny.labels, tiny.problem_type, Pooling(tiny.pooling))
+    if queries:
+        multi_exit = replace(
+            multi_exit,
+            pooling=Pooling.ATTENTION,
+            queries=queries,
+            hidden_layers=layers,
+            hidden_width=24,
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED + list(_TINY).index(family))
         model = MultiExitModel(build_encoder(config), multi_exit)
@@ -396,6 +429,8 @@ def _spread(model: Any) -> None:
             init.normal_(weight, std=1.0)
         elif name.endswith("bias"):
             init.normal_(weight, std=0.1)
+        elif name.startswith("queries."):
+            init.normal_(weight, std=0.5)
     akin = init.normal_(model.classifiers[0].weight.detach().clone(), std=1.0)
     for classifier in model.classifiers:
         init.normal_(classifier.weight, std=0.3)

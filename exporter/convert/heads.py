@@ -1,119 +1,191 @@
 """The heads of the early exits: trained on stored states, in a form that suits the texts.
 
-Which form is best depends on the data: with few texts, a hidden layer is certain where it should
-not be. So every form is trained on one part of the texts, and another part chooses. The inputs are
-standardised, which becomes part of the first linear layer.
+Which form is best depends on the data, so every form is trained on one part of the texts, and
+another part chooses. Training sees pooled states as standardised, which becomes part of the
+weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ...calibration.progress import Progress
 from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer
 from ...calibration.settings import StopScores, settings_lists
-from ..exit_config import Pooling
-from ..model import Head, MultiExitModel, Transform
-from ..training.trainer import label_loss, probabilities
+from ..exit_config import QUERIES, Pooling, attending_width
+from ..model import Head, MultiExitModel, Transform, new_queries
+from ..training.trainer import label_loss, one_thread, probabilities
 from .classifier import Classifier
 from .options import Chosen, Form
+from .states import States
 
-_WIDTHS = (0, 64, 192, 384)
+_QUERIES = (1, QUERIES)
 _LR = 2e-3
 _WEIGHT_DECAY = 0.02
 _DROPOUT = 0.2
 _BATCH = 128
 _EPOCHS = 25
 _MOST_STEPS = 2000
+# Batches of a group have rows of similar length, which saves padding.
+_GROUP = 4
 # All heads together may cost this share of what the layers of the classifier cost, for one text.
 _MOST_COST = 0.05
 # What a head costs, in weights of a layer. Each of these is multiplied by all tokens, so a weight
 # of a head costs less; but each head is called. Fitted to times of a MiniLM with one thread and 32
-# tokens: a hidden layer of 384 on the mean and the first token takes 7 %, a linear layer 1 to 3 %.
+# tokens: four queries and a hidden layer of 64 take 1 to 3 %, a linear layer 0 to 2 %.
 _COST_OF_CALL = 50_000
 _COST_OF_WEIGHT = 1 / 3
+# The inputs of heads are standardised by at most so many texts.
+_MEASURED = 2000
 # Forms are compared at these multiples of the share of decisions that may change.
 _AT = (0.5, 1.0, 2.0)
 # A mean divided by its deviation counts as at most so much. Where it is thousands, as for the first
 # token after a layer or two, the folded layer would subtract large numbers, and lose precision.
 _MOST_RATIO = 20.0
-# What of the mean and the first token each pooling takes.
-_TAKEN = {Pooling.MEAN: slice(0, 1), Pooling.FIRST: slice(1, 2), Pooling.BOTH: slice(0, 2)}
+
+Numbers = NDArray[np.intp]
+
+
+def forms_for(classifier: Classifier) -> list[Form]:
+    """The forms that compete, the cheapest first."""
+    width = attending_width(int(classifier.model.config.hidden_size))
+    attending = [Form(Pooling.ATTENTION, width, queries) for queries in _QUERIES]
+    return [Form(Pooling.BOTH), *attending]
 
 
 def make_heads(form: Form, classifier: Classifier) -> list[Head]:
-    """New heads, one for each layer but the last."""
-    inputs = int(classifier.model.config.hidden_size) * (1 + (form.pooling is Pooling.BOTH))
+    """New heads without the norm of the encoder, one for each layer but the last."""
+    hidden = int(classifier.model.config.hidden_size)
+    inputs = hidden * (2 if form.pooling is Pooling.BOTH else max(1, form.queries))
 
     def make() -> Head:
-        hidden = Transform(nn.Linear(inputs, form.width), "gelu") if form.width else None
+        dense = Transform(nn.Linear(inputs, form.width), "gelu") if form.width else None
         last = nn.Linear(form.width or inputs, len(classifier.labels))
-        return Head(last, form.pooling, hidden, classifier.backbone.norm(), _DROPOUT)
+        queries = new_queries(hidden, form.queries) if form.queries else None
+        return Head(last, form.pooling, dense, queries, dropout=_DROPOUT)
 
     return [make() for _ in range(classifier.layers - 1)]
 
 
-def train_heads(form: Form, classifier: Classifier, states: Tensor, logits: Tensor) -> list[Head]:
+class _Scaled(nn.Module):
+    """Weights of inputs as they would be for inputs that are scaled.
+
+    Args:
+        scale: `[inputs]` what the inputs would be multiplied by.
+    """
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """`[outputs, inputs]` from weights of this shape."""
+        return weight * self.scale
+
+
+@one_thread()
+def train_heads(
+    form: Form, classifier: Classifier, states: States, logits: NDArray[np.float32], count: int
+) -> list[Head]:
     """Train the heads of all layers but the last on what the classifier predicts.
 
     Args:
         form: their form.
         classifier: the classifier.
-        states: `[rows, layers - 1, 2, hidden]`, see `run_classifier`.
-        logits: `[rows, labels]` of the classifier.
+        states: of texts, see `run_classifier`.
+        logits: `[texts, labels]` of the classifier.
+        count: how many of the texts train, from the first on.
     """
     torch.manual_seed(0)
     heads = make_heads(form, classifier)
-    taken = _TAKEN[form.pooling]
-    center = states.mean(dim=0)[:, taken].flatten(1)
-    spread = states.std(dim=0)[:, taken].flatten(1)
-    scale = 1 / torch.maximum(spread, center.abs() / _MOST_RATIO).clamp_min(1e-6)
-    targets = probabilities(logits, classifier.problem_type)
-    steps = min(_MOST_STEPS, _EPOCHS * -(-len(states) // _BATCH))
-    # The norm belongs to the encoder.
-    own = [
-        w for head in heads for part in (head.pooler, head.classifier) for w in part.parameters()
-    ]
+    targets = probabilities(torch.from_numpy(logits), classifier.problem_type)
+    hidden = int(classifier.model.config.hidden_size)
+    # Heads that have not learnt anything pool the means.
+    some = np.arange(0, count, -(-count // _MEASURED))
+    with torch.no_grad():
+        pooled = torch.cat([_pool(heads, states, part) for part in _parts(some)])
+    center = pooled.mean(dim=0)
+    scale = 1 / torch.maximum(pooled.std(dim=0), center.abs() / _MOST_RATIO).clamp_min(1e-6)
+    for head, factor in zip(heads, scale, strict=True):
+        parametrize.register_parametrization(_first(head), "weight", _Scaled(factor))
+        if head.queries is not None:
+            by_token = _Scaled(factor[:hidden])
+            parametrize.register_parametrization(head.queries, "weight", by_token)
+    steps = min(_MOST_STEPS, _EPOCHS * -(-count // _BATCH))
+    own = [weight for head in heads for weight in head.parameters()]
     optimizer = torch.optim.AdamW(own, lr=_LR, weight_decay=_WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=steps)
-    done = 0
-    while done < steps:
-        for numbers in torch.split(torch.randperm(len(states)), _BATCH)[: steps - done]:
-            inputs = (states[numbers][:, :, taken].flatten(2) - center) * scale
-            every = [
-                head.classify(part) for head, part in zip(heads, inputs.unbind(1), strict=True)
-            ]
-            losses = [label_loss(each, targets[numbers], classifier.problem_type) for each in every]
-            torch.autograd.backward(torch.stack(losses).sum())
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            done += 1
-    for head, middle, factor in zip(heads, center, scale, strict=True):
+    batches = _batches(states.lengths[:count])
+    for _ in range(steps):
+        numbers = next(batches)
+        every = _pool(heads, states, numbers) - center
+        losses = [
+            label_loss(head.classify(each), targets[numbers], classifier.problem_type)
+            for head, each in zip(heads, every.unbind(1), strict=True)
+        ]
+        torch.autograd.backward(torch.stack(losses).sum())
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    for head, middle in zip(heads, center, strict=True):
         head.eval()
-        first = head.pooler.dense if isinstance(head.pooler, Transform) else head.classifier
+        for linear in filter(None, (head.queries, _first(head))):
+            parametrize.remove_parametrizations(linear, "weight")
         with torch.no_grad():
-            first.weight.mul_(factor)
+            first = _first(head)
             first.bias.sub_(first.weight @ middle)
     return heads
 
 
+def _first(head: Head) -> nn.Linear:
+    """The first linear layer after pooling."""
+    return head.pooler.dense if isinstance(head.pooler, Transform) else head.classifier
+
+
+def _pool(heads: Sequence[Head], states: States, numbers: Numbers) -> Tensor:
+    """What heads pool: `[rows, layers - 1, pooled size]`."""
+    tokens, weights = states.batch(numbers)
+    every = zip(heads, tokens, strict=True)
+    return torch.stack([head.pool(each, weights) for head, each in every], dim=1)
+
+
+def _parts(numbers: Numbers) -> list[Numbers]:
+    """Numbers of rows in their order, in batches."""
+    return np.array_split(numbers, range(_BATCH, len(numbers), _BATCH))
+
+
+def _batches(lengths: NDArray[np.int64]) -> Iterator[Numbers]:
+    """Numbers of rows in random batches, each row once in a pass, without end."""
+    while True:
+        order = torch.randperm(len(lengths)).numpy()
+        for group in range(0, len(order), _GROUP * _BATCH):
+            some = order[group : group + _GROUP * _BATCH]
+            some = some[np.argsort(lengths[some], kind="stable")]
+            batches = range(0, len(some), _BATCH)
+            for number in torch.randperm(len(batches)).tolist():
+                yield some[batches[number] : batches[number] + _BATCH]
+
+
 @torch.no_grad()
-def logits_of(heads: Sequence[Head], states: Tensor) -> NDArray[np.float32]:
-    """The logits `[exits, rows, labels]` of heads, for the states of as many layers."""
-    inputs = states[:, :, _TAKEN[heads[0].pooling]].flatten(2)
-    return np.stack([head.classify(inputs[:, n]).numpy() for n, head in enumerate(heads)])
+def logits_of(heads: Sequence[Head], states: States, numbers: Numbers) -> NDArray[np.float32]:
+    """The logits `[exits, numbers, labels]` of heads for some rows of the states."""
+    parts = [
+        torch.stack([head.classify(each) for head, each in zip(heads, every, strict=True)])
+        for every in (_pool(heads, states, some).unbind(1) for some in _parts(numbers))
+    ]
+    return torch.cat(parts, dim=1).numpy()
 
 
 def choose_form(
     classifier: Classifier,
-    states: NDArray[np.float32],
+    states: States,
     logits: NDArray[np.float32],
     trained: int,
     share: float,
@@ -124,29 +196,28 @@ def choose_form(
 
     Args:
         classifier: the classifier, with at least two layers.
-        states: `[rows, layers - 1, 2, hidden]`, see `run_classifier`.
+        states: of rows, see `run_classifier`.
         logits: `[rows, labels]` of the classifier.
         trained: how many rows train; the rows after them choose.
         share: of the decisions that may change.
         decision_thresholds: see `LabelledLogits`.
         progress: called with (what, done, total).
     """
-    forms = [Form(pooling, width) for pooling in _TAKEN for width in _WIDTHS]
+    forms = forms_for(classifier)
     shares = {form: cost_of_heads(form, classifier) for form in forms}
     fit = [form for form in forms if shares[form] <= _MOST_COST or form == forms[0]]
-    every_state = torch.from_numpy(states)
-    every_logit = torch.from_numpy(logits)
+    others = np.arange(trained, len(states))
     candidates = []
     for number, form in enumerate(fit):
         progress("choose heads", number, len(fit))
-        heads = train_heads(form, classifier, every_state[:trained], every_logit[:trained])
-        exits = logits_of(heads, every_state[trained:])
+        heads = train_heads(form, classifier, states, logits, trained)
+        exits = logits_of(heads, states, others)
         for every in (1, 2):
             own = replace(form, every=every)
             layers = np.array([*own.exits(classifier.layers), classifier.layers])
             rows = LabelledLogits(
                 np.concatenate([exits[layers[:-1] - 1], logits[None, trained:]]),
-                np.ones(len(states) - trained, np.intp),
+                np.ones(len(others), np.intp),
                 None,
                 classifier.problem_type,
                 decision_thresholds=decision_thresholds,
@@ -182,7 +253,7 @@ def cost_of_heads(form: Form, classifier: Classifier) -> float:
     # A layer that is shared counts each time.
     layers = sum(_weights(layer) for layer in classifier.backbone.layers())
     heads = make_heads(form, classifier)
-    weights = sum(_weights(head.pooler) + _weights(head.classifier) for head in heads)
+    weights = sum(map(_weights, heads))
     return (len(heads) * _COST_OF_CALL + weights * _COST_OF_WEIGHT) / layers
 
 
@@ -197,3 +268,5 @@ def store(heads: Sequence[Head], form: Form, model: MultiExitModel) -> None:
         model.classifiers[number].load_state_dict(head.classifier.state_dict())
         if form.width:
             model.hidden[number].load_state_dict(head.pooler.state_dict())
+        if head.queries is not None:
+            model.queries[number].load_state_dict(head.queries.state_dict())

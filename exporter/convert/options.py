@@ -20,6 +20,9 @@ class ConvertOptions:
 
     Attributes:
         bound: what is promised on new texts, against the decisions of the classifier.
+        train_texts: a file of other texts, from which the exits learn; then all texts certify or
+            are reported on. The classifier may have been trained on them. Those that are among the
+            texts, too, are left out.
         adapter: the folder of a PEFT adapter, which is merged into the classifier.
         all_targets: also build and certify the targets in int8, where this machine can.
         problem_type: the task, if the classifier does not name it.
@@ -37,6 +40,7 @@ class ConvertOptions:
     """
 
     bound: Bound = field(default_factory=lambda: Bound(changed_answers=0.01))
+    train_texts: Path | None = None
     adapter: Path | None = None
     all_targets: bool = False
     problem_type: ProblemType | None = None
@@ -60,11 +64,13 @@ class Form:
     Attributes:
         pooling: what they see.
         width: of their hidden layer; 0: there is none.
+        queries: how many weighted means they take, see `Pooling.ATTENTION`.
         every: there is an exit after every so many layers, counted back from the last.
     """
 
     pooling: Pooling
     width: int = 0
+    queries: int = 0
     every: int = 1
 
     def exits(self, layers: int) -> tuple[int, ...]:
@@ -101,8 +107,9 @@ class Conversion:
         targets: what each target promises and gives; the first is in fp32.
         exit_layers: the layer of each exit, exit 0 first.
         chosen: the heads of the early exits.
-        rows: how many texts were read.
+        rows: how many texts were read, without train texts.
         texts: how many of them are distinct.
+        train_texts: how many other distinct texts trained and chose; 0: none were given.
         parts: how many texts trained, chose, certified, and were reported on.
         traffic: share of the texts of the report with another decision than the classifier's in
             the default target, where a text counts as often as it occurs.
@@ -119,6 +126,7 @@ class Conversion:
     chosen: Chosen
     rows: int
     texts: int
+    train_texts: int
     parts: tuple[int, int, int, int]
     traffic: float
     accuracy: tuple[float, float] | None

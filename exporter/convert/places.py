@@ -49,7 +49,7 @@ def check_places(
         MissingExtraError: an adapter needs `peft`, or the texts pyarrow.
     """
     target = resolved(output)
-    inputs = (classifier, texts, options.adapter)
+    inputs = (classifier, texts, options.train_texts, options.adapter)
     partial = partial_of(target)
     check_apart(partial, inputs)
     check_output(target, options.force, inputs)
@@ -57,7 +57,7 @@ def check_places(
         with _held(partial):
             pass
     check_model_dir(classifier)
-    Inputs([texts], options.reading)
+    Inputs([each for each in (texts, options.train_texts) if each], options.reading)
     if options.adapter is not None:
         check_adapter(options.adapter)
     return target

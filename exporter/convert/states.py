@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +24,93 @@ from torch import Tensor, nn
 from ...calibration.progress import Progress
 from ...runtime.artifact.folder import write_whole
 from ...runtime.encoding import EncodedRow
-from ..backbones.base import attention_bias
-from ..model import predict, token_weights
+from ..model import predict
 from .classifier import Classifier
 
-_BLOCK = 512  # rows whose states are in memory at once
+_BATCH = 32  # small, because long texts need much memory
+_MOST_BYTES = 4 * 2**30  # of states in a file
+_FEWEST_TOKENS = 32  # of a text whose tokens are not all kept
+_LARGEST = 65504.0  # of fp16
+
+
+@dataclass(frozen=True)
+class States:
+    """What heads of all layers but the last read: states of the tokens of rows, after the norm.
+
+    Attributes:
+        rows: numbers of the rows, ascending if those that were asked for are.
+        starts: `[rows + 1]` where the tokens of each row begin.
+        tokens: `[tokens, layers - 1, hidden]` float16; the first token of each row comes first.
+    """
+
+    rows: NDArray[np.intp]
+    starts: NDArray[np.int64]
+    tokens: NDArray[np.float16]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """`[rows]` how many tokens each row has here."""
+        return np.diff(self.starts)
+
+    def batch(self, places: NDArray[np.intp]) -> tuple[Tensor, Tensor]:
+        """The states of some rows, padded to the longest of them.
+
+        Args:
+            places: which of `rows`.
+
+        Returns:
+            The states `[layers - 1, places, tokens, hidden]` float32, and their weights
+            `[places, 1, tokens]`, see `token_weights`.
+        """
+        starts = self.starts[places, None]
+        lengths = self.starts[places + 1, None] - starts
+        token = np.arange(lengths.max())
+        # Padding repeats the last token.
+        states = torch.from_numpy(self.tokens[starts + np.minimum(token, lengths - 1)])
+        by_layer = states.permute(2, 0, 1, 3).to(
+            torch.float32, memory_format=torch.contiguous_format
+        )
+        weights = np.where(token < lengths, np.float32(1) / lengths, np.float32(0))
+        return by_layer, torch.from_numpy(weights).float()[:, None]
 
 
 class _WithStates(nn.Module):
-    """A classifier that also gives the pooled states of every layer but the last.
+    """A classifier that also gives states of every layer but the last.
 
     Args:
         classifier: the classifier.
+        most: the most tokens of a row.
     """
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Classifier, most: int) -> None:
         super().__init__()
         self.model = classifier.model
+        self.most = most
         self._norm = classifier.backbone.norm() or nn.Identity()
         # ALBERT gives the states of every layer of a group, which counts as one layer here.
         self._step = getattr(self.model.config, "inner_group_num", 1)
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """`[rows, labels + values]`: the logits, then the states `[layers - 1, 2, hidden]`."""
+        """`[rows, labels + values]`: the logits, then the states `[tokens, layers - 1, hidden]`.
+
+        Of longer rows, there are tokens at even distances, and the first.
+        """
         output = self.model(**inputs, output_hidden_states=True)
-        weights = token_weights(attention_bias(inputs["attention_mask"]))
+        lengths = inputs["attention_mask"].sum(dim=1, keepdim=True)
+        kept = lengths.clamp_max(self.most)
+        token = torch.arange(int(kept.max()), device=lengths.device)
+        place = (token * lengths // kept).clamp_max(lengths - 1)
+        row = torch.arange(len(lengths), device=lengths.device)[:, None]
         # The first states are the embeddings.
-        states = map(self._norm, output.hidden_states[self._step : -1 : self._step])
-        pooled = [
-            part for hidden in states for part in ((weights @ hidden).squeeze(1), hidden[:, 0])
+        states = [
+            self._norm(hidden[row, place])
+            for hidden in output.hidden_states[self._step : -1 : self._step]
         ]
-        return torch.cat([output.logits, *pooled], dim=1)
+        values = torch.stack(states, dim=2).clamp(-_LARGEST, _LARGEST).flatten(1)
+        return torch.cat([output.logits, values], dim=1)
 
 
 def run_classifier(
@@ -63,8 +120,11 @@ def run_classifier(
     taught: NDArray[np.intp],
     folder: Path,
     progress: Progress,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+) -> tuple[NDArray[np.float32], States]:
     """Run all rows once, unless the folder has the results already.
+
+    States fill at most 4 GiB. Where those of all tokens are more, long texts contribute tokens at
+    even distances, but at least 32; and where even that is too much, fewer texts take part.
 
     Args:
         classifier: the classifier.
@@ -75,8 +135,7 @@ def run_classifier(
         progress: called with (what, rows done, rows).
 
     Returns:
-        The logits `[rows, labels]`, and the states `[taught, layers - 1, 2, hidden]`, in which the
-        mean over tokens comes before the first token; the latter are mapped from a file.
+        The logits `[rows, labels]`, and the states, which are mapped from a file.
 
     Raises:
         OSError: there is no space for the states.
@@ -84,36 +143,62 @@ def run_classifier(
     """
     logits_file = folder / "logits.npy"
     states_file = folder / "states.npy"
+    hidden = int(classifier.model.config.hidden_size)
+    shape = (classifier.layers - 1, hidden)
+    lengths = np.array([len(row) for row in rows])
+    most_tokens = _MOST_BYTES // (2 * shape[0] * shape[1])
+    most, kept = _fitting(lengths[taught], most_tokens)
+    numbers_kept = taught[kept]
+    tokens = lengths[numbers_kept].clip(max=most)
+    starts = np.concatenate([[0], np.cumsum(tokens)])
     if not logits_file.is_file():
-        model = _WithStates(classifier)
+        model = _WithStates(classifier, most)
         labels = len(classifier.labels)
-        hidden = int(classifier.model.config.hidden_size)
-        shape = (len(taught), classifier.layers - 1, 2, hidden)
         logits = np.empty((len(rows), labels), np.float32)
         place = np.full(len(rows), -1)
-        place[taught] = np.arange(len(taught))
+        place[numbers_kept] = np.arange(len(numbers_kept))
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        # Rows of similar length are in one block.
-        order = np.argsort([len(row) for row in rows], kind="stable")
-        with _new_file(states_file, shape) as states:
-            for start in range(0, len(rows), _BLOCK):
+        # Rows of similar length are in one batch.
+        order = np.argsort(lengths, kind="stable")
+        with _new_file(states_file, (int(starts[-1]), *shape)) as states:
+            for start in range(0, len(rows), _BATCH):
                 progress("classify the texts", start, len(rows))
-                numbers = order[start : start + _BLOCK]
+                numbers = order[start : start + _BATCH]
                 some = [rows[number] for number in numbers]
-                # In small batches, because long texts need much memory.
-                outputs = predict(model, some, padding, lambda each: each, batch=32)
+                outputs = predict(model, some, padding, lambda each: each, batch=_BATCH)
                 logits[numbers] = outputs[:, :labels]
-                kept = place[numbers] >= 0
-                states[place[numbers[kept]]] = outputs[kept, labels:].reshape(-1, *shape[1:])
+                values = outputs[:, labels:].reshape(len(numbers), -1, *shape)
+                for n, at in enumerate(place[numbers]):
+                    if at >= 0:
+                        states[starts[at] : starts[at + 1]] = values[n, : tokens[at]]
             states.flush()
             content = io.BytesIO()
             np.save(content, logits)
             write_whole(logits_file, content.getvalue())  # last: it says that both are complete
-    return np.load(logits_file), np.load(states_file, mmap_mode="c")
+    states = np.load(states_file, mmap_mode="c")
+    return np.load(logits_file), States(numbers_kept, starts, states)
+
+
+def _fitting(lengths: NDArray[np.intp], most_tokens: int) -> tuple[int, NDArray[np.intp]]:
+    """How many tokens a row contributes at most, and which rows take part.
+
+    Args:
+        lengths: tokens of each row.
+        most_tokens: the most tokens of all rows together.
+    """
+    longest = int(lengths.max())
+    fewest = min(longest, _FEWEST_TOKENS)
+    limits = range(longest, fewest - 1, -1)
+    most = next((n for n in limits if lengths.clip(max=n).sum() <= most_tokens), fewest)
+    count = len(lengths)
+    if lengths.clip(max=most).sum() > most_tokens:
+        count = most_tokens // most
+    # At even distances, so that each part keeps its share.
+    return most, np.arange(count) * len(lengths) // count
 
 
 @contextmanager
-def _new_file(path: Path, shape: tuple[int, ...]) -> Iterator[np.memmap[Any, np.dtype[np.float32]]]:
+def _new_file(path: Path, shape: tuple[int, ...]) -> Iterator[np.memmap[Any, np.dtype[np.float16]]]:
     """Numbers that are mapped from a new file, which is deleted if an error comes before the end.
 
     Its space is reserved first: the system ends a process for which there is no space when it
@@ -123,7 +208,7 @@ def _new_file(path: Path, shape: tuple[int, ...]) -> Iterator[np.memmap[Any, np.
         OSError: there is not enough space.
     """
     try:
-        values = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+        values = np.lib.format.open_memmap(path, "w+", np.float16, shape)
         if hasattr(os, "posix_fallocate"):
             with path.open("rb+") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

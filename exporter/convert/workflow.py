@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -22,8 +23,13 @@ from numpy.typing import NDArray
 
 from ... import __version__
 from ...calibration.calibrate import calibrate
-from ...calibration.goals import CalibrationOptions
-from ...calibration.guarantee import check_possible, decision_thresholds, needs_in_words
+from ...calibration.goals import Bound, CalibrationOptions
+from ...calibration.guarantee import (
+    check_possible,
+    decision_thresholds,
+    needs_in_words,
+    rows_needed,
+)
 from ...calibration.progress import Progress, silent
 from ...calibration.result import Calibration, Report
 from ...calibration.scoring import AGREEMENT, Scorer, same_answers
@@ -32,7 +38,7 @@ from ...runtime.artifact.folder import EnginesFolder, sha256_of
 from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.encoding import EncodedRow, Text
-from ...runtime.errors import RowError
+from ...runtime.errors import InputError, RowError
 from ...runtime.files import read_rows
 from ...runtime.files.rows import data_sha256, encode_labels
 from ...runtime.quality import Labels
@@ -56,12 +62,14 @@ from .classifier import Classifier
 from .heads import choose_form, store, train_heads
 from .options import Chosen, Conversion, ConvertOptions
 from .places import check_places, unfinished
-from .states import run_classifier
+from .states import States, run_classifier
 from .texts import Texts, split
 
 logger = logging.getLogger(__name__)
 
 _SEED = 42
+# The summary recommends more texts if fewer than so many times the least certify.
+_FEW = 2
 # Above this accuracy, the classifier has probably been trained on these texts.
 _TOO_GOOD = 0.98
 
@@ -76,8 +84,8 @@ def convert(
     """Turn a classifier and texts without labels into an engines folder with a guarantee.
 
     Half of the distinct texts train exits and exit 0 on the predictions of the classifier, 40 %
-    certify, and 10 % are reported on. The weights stay, so full depth gives the logits of the
-    classifier.
+    certify, and 10 % are reported on; with `train_texts`, 90 % certify. The weights stay, so full
+    depth gives the logits of the classifier.
 
     Args:
         classifier: a folder or hub id of an `AutoModelForSequenceClassification`.
@@ -89,7 +97,8 @@ def convert(
 
     Raises:
         ModelError: the classifier or the adapter cannot be used.
-        InputError: the texts are too few or too similar, or a promise cannot be kept.
+        InputError: the texts or train texts are too few or too similar, or a promise cannot be
+            kept.
         RowError: a row cannot be read.
         ArtifactError: the output folder exists, or cannot be written.
         MissingExtraError: a package that is needed is not installed.
@@ -113,11 +122,15 @@ def convert(
     check_installed()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    teacher = Classifier(classifier, options.problem_type, options.adapter)
-    given = split(read_rows(texts, options.reading), options.group_column)
-    certify = f"{len(given.calibrate):,} of {len(given.rows):,} distinct texts certify"
+    others = (
+        None if options.train_texts is None else read_rows(options.train_texts, options.reading)
+    )
+    given = split(read_rows(texts, options.reading), options.group_column, others)
+    too_few = _too_few(given, options.bound)
+    certify = f"{len(given.calibrate):,} of {len(given.own):,} distinct texts certify"
     for line in (certify, *needs_in_words(options.bound, has_exit_0=True)):
         logger.warning(line)
+    teacher = Classifier(classifier, options.problem_type, options.adapter)
     work = _Work(teacher, given, options, progress)
     with unfinished(target, work.fingerprint) as folder:
         conversion = work.run(folder)
@@ -125,10 +138,40 @@ def convert(
             left.unlink()
         with staging(target) as new:
             # Again, because it may have appeared meanwhile.
-            check_output(target, options.force, (teacher.folder, texts, options.adapter))
+            inputs = (teacher.folder, texts, options.train_texts, options.adapter)
+            check_output(target, options.force, inputs)
             new.rmdir()
             (folder / "engines").replace(new)
-    return replace(conversion, folder=Path(output), seconds=round(time.perf_counter() - started, 1))
+    return replace(
+        conversion,
+        folder=Path(output),
+        warnings=(*conversion.warnings, *too_few),
+        seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+def _too_few(texts: Texts, bound: Bound) -> list[str]:
+    """What to say of the number of texts, if few certify.
+
+    Raises:
+        InputError: too few certify, even if no decision changes.
+    """
+    level = (1 - bound.confidence) / 2  # with exit 0, two lists are tested
+    least = max(rows_needed(share, 1 - bound.confidence)[0] for share in bound.shares.values())
+    good = max(rows_needed(share, level)[1] for share in bound.shares.values())
+    certify = len(texts.calibrate)
+    texts_for_one = len(texts.own) / certify
+    many = 100 * math.ceil(good * texts_for_one / 100)
+    if certify < least:
+        raise InputError(
+            f"{certify:,} of {len(texts.own):,} distinct texts certify, and {least:,} are the "
+            f"least; about {100 * math.ceil(least * texts_for_one / 100):,} distinct texts are "
+            f"needed, and {many:,} give a good chance",
+            "give more texts, or allow more",
+        )
+    if certify < _FEW * least:
+        return [f"few texts certify; {many:,} distinct texts would probably save more layers"]
+    return []
 
 
 class _Work:
@@ -167,7 +210,7 @@ class _Work:
     @property
     def fingerprint(self) -> str:
         """A hash of everything that decides the result."""
-        settings = replace(self.options, force=False, threads=None)
+        settings = replace(self.options, train_texts=None, force=False, threads=None)
         folders = (self.teacher.folder, self.options.adapter)
         files = [path for folder in folders if folder for path in sorted(folder.iterdir())]
         content = [
@@ -198,6 +241,8 @@ class _Work:
         export(model_dir, engines, wanted, self.progress)
         refusals = self._add_targets(engines)
         conversion = self._certify(engines, logits, chosen)
+        if removed := texts.removed:
+            refusals.append(f"{removed:,} train texts were left out: they are among the others")
         return replace(conversion, warnings=(*refusals, *conversion.warnings))
 
     def _train(
@@ -205,7 +250,7 @@ class _Work:
         model_dir: Path,
         rows: Sequence[EncodedRow],
         logits: NDArray[np.float32],
-        states: NDArray[np.float32],
+        states: States,
     ) -> Chosen:
         """Train the exits and exit 0, and write the model."""
         texts = self.texts
@@ -214,7 +259,7 @@ class _Work:
             Examples([rows[n] for n in numbers], targets[numbers])
             for numbers in (texts.train, texts.choose)
         )
-        model, chosen = self._model(states, logits[texts.taught])
+        model, chosen = self._model(states, logits[states.rows])
         exit_0 = learn(train, choose, self.plain, _SEED, self.progress)
         save_checkpoint(model, model_dir)
         with system_errors(model_dir):
@@ -222,12 +267,10 @@ class _Work:
         save_exit_0(model_dir, exit_0)
         return chosen
 
-    def _model(
-        self, states: NDArray[np.float32], logits: NDArray[np.float32]
-    ) -> tuple[MultiExitModel, Chosen]:
+    def _model(self, states: States, logits: NDArray[np.float32]) -> tuple[MultiExitModel, Chosen]:
         """The weights of the classifier, and heads of the form that suits the texts."""
         teacher = self.teacher
-        count = len(self.texts.train)
+        count = int(np.isin(states.rows, self.texts.train).sum())
         thresholds = decision_thresholds(self.task, self.options.bound.thresholds)
         share = min(self.options.bound.shares.values())
         chosen = choose_form(teacher, states, logits, count, share, thresholds, self.progress)
@@ -238,11 +281,12 @@ class _Work:
             config,
             hidden_layers=hidden,
             hidden_width=form.width,
+            queries=form.queries,
             label_thresholds=self.task.label_thresholds,
         )
         model = teacher.multi_exit(config)
         self.progress("train heads", 0, 1)
-        heads = train_heads(form, teacher, torch.from_numpy(states), torch.from_numpy(logits))
+        heads = train_heads(form, teacher, states, logits, len(states))
         store(heads, form, model)
         return model, chosen
 
@@ -308,7 +352,8 @@ class _Work:
             exit_layers=folder.manifest.exit_layers,
             chosen=chosen,
             rows=int(texts.weights.sum()),
-            texts=len(texts.rows),
+            texts=len(texts.own),
+            train_texts=len(texts.rows) - len(texts.own),
             parts=texts.sizes,
             traffic=float(np.average(changed, weights=texts.weights[texts.report])),
             accuracy=self._accuracy(logits, answers, warnings),
@@ -322,7 +367,7 @@ class _Work:
         """The accuracy of the classifier and of a target on the texts of the report.
 
         Args:
-            logits: `[rows, labels]` of the classifier, for all texts.
+            logits: `[rows, labels]` of the classifier, for all texts and train texts.
             answers: of the target, for the texts of the report, see `encode_labels`.
             warnings: where to add what makes the result less useful.
         """
@@ -330,7 +375,8 @@ class _Work:
         if expected is None:
             return None
         problem_type = self.task.problem_type
-        of_classifier = Outputs(logits, problem_type, self.task.label_thresholds).answers
+        own = logits[: len(self.texts.own)]
+        of_classifier = Outputs(own, problem_type, self.task.label_thresholds).answers
         right = same_answers(of_classifier, expected, problem_type)
         if right.mean() > _TOO_GOOD:
             warnings.append(
@@ -343,7 +389,7 @@ class _Work:
 
     def _labels(self, warnings: list[str]) -> Labels | None:
         """The labels of all texts; None if some have none, or one that the classifier lacks."""
-        rows = self.texts.rows
+        rows = self.texts.own
         given = [row.labels for row in rows if row.labels is not None]
         if len(given) < len(rows):
             if given:

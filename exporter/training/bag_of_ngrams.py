@@ -22,7 +22,7 @@ from ...runtime.exit_0 import ExitZero, ngrams
 from ..exit_0_files import unigrams_of
 from ..model import MultiExitModel, predict
 from .examples import Examples
-from .trainer import as_probabilities, label_loss, probabilities
+from .trainer import as_probabilities, label_loss, one_thread, probabilities
 
 _WIDTH = 64
 _BUCKETS = 65536
@@ -157,6 +157,7 @@ def train_exit_0(
     return learn(mixed, dev, model, seed, progress)
 
 
+@one_thread()
 def learn(
     train: Examples, dev: Examples, model: MultiExitModel, seed: int, progress: Progress
 ) -> ExitZero:

@@ -10,6 +10,7 @@ from ...runtime.artifact.folder import check_outside
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.errors import InputError
 from ...runtime.files import Inputs, ReadOptions
+from ..exit_config import Pooling
 from ..paths import check_apart, check_model_dir, resolved
 
 REPORT_NAME = "training.json"
@@ -40,6 +41,7 @@ class TrainOptions:
         distill: share of the targets of all exits but the last that comes from the last exit
             instead of the labels (self-distillation as in FastBERT, arXiv 2004.02178). 0 gives
             the loss of F-PABEE.
+        pooling: how exits see the text. With attention, each has four queries and a hidden layer.
         epochs: passes over the training rows; may be a fraction. Default: see `epochs_for`.
         lr: learning rate of the encoder.
         batch_size: rows per step.
@@ -62,6 +64,7 @@ class TrainOptions:
     problem_type: ProblemType | None = None
     exits: tuple[int, ...] | None = None
     distill: float = 0.5
+    pooling: Pooling = Pooling.MEAN
     epochs: float | None = None
     lr: float = 5e-5
     batch_size: int = 32

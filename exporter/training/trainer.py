@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ def make_optimizer(model: MultiExitModel, options: TrainOptions) -> torch.optim.
 
 def is_head(name: str) -> bool:
     """Whether a weight belongs to the exits and not to the encoder."""
-    return name.startswith(("classifiers.", "pooler.", "hidden.")) or ".pooler." in name
+    return name.startswith(("classifiers.", "pooler.", "hidden.", "queries.")) or ".pooler." in name
 
 
 def exit_loss(
@@ -158,6 +159,20 @@ def probabilities(logits: Tensor, problem_type: ProblemType) -> Tensor:
     """The probabilities `[..., labels]` of logits `[..., labels]`."""
     is_single = problem_type is ProblemType.SINGLE_LABEL
     return logits.softmax(dim=-1) if is_single else logits.sigmoid()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch compute with one thread, which trains small models no slower.
+
+    Beside other work, several threads would wait for each other most of the time.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def exit_scores(

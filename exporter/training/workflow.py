@@ -31,7 +31,7 @@ from ..checkpoint import (
     save_checkpoint,
 )
 from ..exit_0_files import save_exit_0
-from ..exit_config import MultiExitConfig, Pooling
+from ..exit_config import MultiExitConfig
 from ..model import MultiExitModel, by_row, predict
 from ..staging import system_errors
 from ..tokenizer import load_tokenizer, pad_id
@@ -170,8 +170,9 @@ def build_model(options: TrainOptions, rows: Sequence[Row]) -> tuple[MultiExitMo
     exits = options.exits or tuple(range(1, encoder.config.num_hidden_layers + 1))
     labels = label_names(rows, options.train)
     problem_type = options.problem_type or ProblemType.SINGLE_LABEL
-    exit_config = MultiExitConfig(exits, labels, problem_type, Pooling.MEAN)
-    model = MultiExitModel(encoder, exit_config.with_hidden_layers())
+    exit_config = MultiExitConfig(exits, labels, problem_type, options.pooling)
+    hidden = int(encoder.config.hidden_size)
+    model = MultiExitModel(encoder, exit_config.with_hidden_layers(hidden))
     return model, load_tokenizer(folder, model)
 
 

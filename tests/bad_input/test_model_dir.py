@@ -183,6 +183,12 @@ CONFIGS = [
     Case("more hidden layers than exits", config(fpabee={"pooling": "mean", "hidden_layers": 9}),
          "hidden_layers", "9"),
     Case("an unknown pooling", config(fpabee={"pooling": "max"}), "'max'"),
+    Case("attention without queries", config(fpabee={"pooling": "attention"}), "queries", "0"),
+    Case("queries without attention", config(fpabee={"pooling": "mean", "queries": 4}), "4"),
+    Case("more queries than the weights have",
+         config(fpabee={"pooling": "attention", "queries": 10**9}), "queries.0.weight"),
+    Case("a last head that attends", config(fpabee={"pooling": "mean", "last_head": {
+         "pooling": "attention", "activation": "tanh"}}), "last head", "'attention'"),
     Case("too few label thresholds", config(fpabee={"pooling": "mean", "label_thresholds": [0.4]}),
          "label_thresholds", "[0.4]", "4"),
     Case("a label threshold above 1",

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from fpabee.calibration import Bound, CalibrationOptions, Goal
 from fpabee.exporter import ExportOptions
 from fpabee.exporter.convert import ConvertOptions, places
+from fpabee.exporter.exit_config import Pooling
 from fpabee.exporter.targets import PlanOptions
 from fpabee.exporter.training import TrainOptions
 from fpabee.runtime import ProblemType
@@ -102,8 +103,8 @@ CALLS: dict[str, tuple[str, list[Any]]] = {
     ),
     "convert model rows.csv": (CONVERTS, ["model", Path("rows.csv"), ENGINES, ConvertOptions()]),
     "convert model rows.csv -o out --changed 2 --missed 3 --false-alarms 4 --threshold bad=0.7 "
-    "--confidence 90 --adapter lora --all-targets --group-column id --max-length 64 --threads 2 "
-    f"--force --problem-type multi_label_classification {READING}": (
+    "--confidence 90 --adapter lora --train-texts dev.csv --all-targets --group-column id "
+    f"--max-length 64 --threads 2 --force --problem-type multi_label_classification {READING}": (
         CONVERTS,
         [
             "model",
@@ -118,6 +119,7 @@ CALLS: dict[str, tuple[str, list[Any]]] = {
                     thresholds={"bad": 0.7},
                 ),
                 adapter=Path("lora"),
+                train_texts=Path("dev.csv"),
                 all_targets=True,
                 problem_type=MULTI,
                 max_length=64,
@@ -170,8 +172,8 @@ CALLS: dict[str, tuple[str, list[Any]]] = {
         [Path("model"), TrainOptions(train="rows.csv", dev="dev.csv", backbone="encoder")],
     ),
     f"{TRAIN} --test dev.csv --problem-type multi_label_classification --exits 2,4 --distill 0 "
-    "--epochs 0.5 --lr 1e-4 --batch-size 4 --max-length 64 --seed 7 --bf16 --force --no-exit-0 "
-    f"{READING}": (
+    "--pooling attention --epochs 0.5 --lr 1e-4 --batch-size 4 --max-length 64 --seed 7 --bf16 "
+    f"--force --no-exit-0 {READING}": (
         TRAINS,
         [
             Path("model"),
@@ -183,6 +185,7 @@ CALLS: dict[str, tuple[str, list[Any]]] = {
                 problem_type=MULTI,
                 exits=(2, 4),
                 distill=0.0,
+                pooling=Pooling.ATTENTION,
                 epochs=0.5,
                 lr=1e-4,
                 batch_size=4,

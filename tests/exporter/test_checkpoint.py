@@ -52,12 +52,21 @@ def test_checkpoint_without_our_block_has_an_exit_per_layer_at_the_first_token()
     assert not model.training
 
 
-def test_save_and_load_give_the_same_model(tiny_models: Mapping[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("pooling", "queries"), [(Pooling.MEAN, 0), (Pooling.ATTENTION, 3)])
+def test_save_and_load_give_the_same_model(
+    pooling: Pooling, queries: int, tiny_models: Mapping[str, Path], tmp_path: Path
+) -> None:
     encoder = load_checkpoint(tiny_models["bert"]).backbone.encoder
     labels = ("no", "ja", "да")
     task = ProblemType.MULTI_LABEL
     config = MultiExitConfig(
-        (1, 3), labels, task, Pooling.MEAN, hidden_layers=1, label_thresholds=(0.5, 0.25, 0.75)
+        (1, 3),
+        labels,
+        task,
+        pooling,
+        hidden_layers=1,
+        queries=queries,
+        label_thresholds=(0.5, 0.25, 0.75),
     )
     model = MultiExitModel(encoder, config).eval()
     save_checkpoint(model, tmp_path / "saved")
@@ -71,7 +80,8 @@ def test_save_and_load_give_the_same_model(tiny_models: Mapping[str, Path], tmp_
     heads = {f"classifiers.{i}.{kind}" for i in range(2) for kind in ("weight", "bias")}
     theirs = {"bert.pooler.dense.weight", "bert.embeddings.word_embeddings.weight"}
     assert heads | theirs <= names, "those of published training code"
-    assert {name.split(".")[0] for name in names} == {"bert", "classifiers", "hidden"}
+    ours = {"classifiers", "hidden", *["queries"] * (queries > 0)}
+    assert {name.split(".")[0] for name in names} == {"bert", *ours}
 
 
 def test_safetensors_is_preferred_and_half_precision_becomes_float32(bert: Path) -> None:

@@ -123,27 +123,45 @@ def by_hand(model: MultiExitModel, inputs: dict[str, Tensor]) -> Tensor:
             pooled = torch.tanh(dense(hidden[layer][:, 0]))
         else:
             rows = zip(hidden[layer], inputs["attention_mask"].bool(), strict=True)
-            pooled = torch.stack([row[real].mean(dim=0) for row, real in rows])
+            tokens = [row[real] for row, real in rows]
+            if model.exit_config.pooling is Pooling.MEAN:
+                pooled = torch.stack([row.mean(dim=0) for row in tokens])
+            else:
+                queries = model.get_submodule(f"queries.{number}").weight
+                attention = [(row @ queries.T).softmax(dim=0).T @ row for row in tokens]
+                pooled = torch.stack(attention).flatten(1)
             if number < len(model.hidden):
                 pooled = functional.gelu(model.get_submodule(f"hidden.{number}.dense")(pooled))
         logits.append(classifier(pooled))
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize(("pooling", "hidden_layers"), [(Pooling.CLS, 0), (Pooling.MEAN, 2)])
+@pytest.mark.parametrize(
+    ("pooling", "hidden_layers", "queries"),
+    [(Pooling.CLS, 0, 0), (Pooling.MEAN, 2, 0), (Pooling.ATTENTION, 2, 3)],
+)
 @pytest.mark.parametrize("family", sorted(_FAMILIES))
 @torch.no_grad()
 def test_logits_are_those_of_a_plain_forward_pass(
-    family: str, pooling: Pooling, hidden_layers: int, tiny_models: Mapping[str, Path]
+    family: str,
+    pooling: Pooling,
+    hidden_layers: int,
+    queries: int,
+    tiny_models: Mapping[str, Path],
 ) -> None:
     model = load_checkpoint(tiny_models[family])
     inputs = batch(model)
     if pooling is model.exit_config.pooling:
         fast = load_checkpoint(tiny_models[family], attention=None)
         assert_exported(fast(**inputs), model(**inputs))
-    config = replace(model.exit_config, pooling=pooling, hidden_layers=hidden_layers)
+    config = replace(
+        model.exit_config, pooling=pooling, hidden_layers=hidden_layers, queries=queries
+    )
     torch.manual_seed(3)  # for the heads
     model = MultiExitModel(model.backbone.encoder, config).eval()
+    for name, weight in model.named_parameters():
+        if name.startswith("queries."):
+            torch.nn.init.normal_(weight)
     logits = model(**inputs)
     assert logits.dtype == torch.float32
     assert_exported(logits, by_hand(model, inputs))
@@ -174,6 +192,16 @@ def test_variants_give_the_same_and_computing_ahead_changes_nothing(variant: str
         assert_exported(torch.stack(logits)[:, rows], expected[:, rows])
 
 
+def test_new_queries_weigh_all_tokens_alike() -> None:
+    config = MultiExitConfig((1, 2), ("a", "b"), pooling=Pooling.ATTENTION, queries=3)
+    model = MultiExitModel(build_encoder(VARIANTS["electra with wide embeddings"]), config)
+    states = torch.randn(2, 5, 16)
+    weights = torch.tensor([[[1 / 3] * 3 + [0.0] * 2], [[0.2] * 5]])
+    means = torch.stack([states[0, :3].mean(dim=0), states[1].mean(dim=0)])
+    for head in model.parts[2]:
+        torch.testing.assert_close(head.pool(states, weights), means.repeat(1, 3))
+
+
 TEXTS: tuple[Text, ...] = (
     "good film",
     "",
@@ -190,12 +218,33 @@ LONGEST = 64
 
 
 # XLM-RoBERTa and CamemBERT are RoBERTa with other tokenizers: see test_tokenizer.py.
-@pytest.mark.parametrize("family", sorted(_FAMILIES.keys() - {"xlm-roberta", "camembert"}))
+EXPORTED = sorted(_FAMILIES.keys() - {"xlm-roberta", "camembert"})
+
+
+@pytest.mark.parametrize("family", EXPORTED)
 def test_the_engine_gives_the_models_logits(
     family: str, engines: Mapping[str, Path], tiny_models: Mapping[str, Path]
 ) -> None:
-    model = load_checkpoint(tiny_models[family])
-    tokenizer = AutoTokenizer.from_pretrained(tiny_models[family])
+    check_engine(engines[family], tiny_models[family])
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[] if family in ("albert", "bert") else pytest.mark.slow)
+        for family in EXPORTED
+    ],
+)
+def test_heads_that_attend_give_the_models_logits(
+    family: str, attending_engines: Mapping[str, Path], attending_models: Mapping[str, Path]
+) -> None:
+    check_engine(attending_engines[family], attending_models[family])
+
+
+def check_engine(folder: Path, model_dir: Path) -> None:
+    """The engine gives the logits of the model, for texts alone and together."""
+    model = load_checkpoint(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
     expected = []
     lengths = []
     for text in TEXTS:
@@ -205,7 +254,7 @@ def test_the_engine_gives_the_models_logits(
         with torch.no_grad():
             expected.append(model(**row)[:, 0].numpy())
     assert lengths.count(LONGEST) == 3, "two pairs and a text are too long"
-    with Engine.load(engines[family]) as engine:
+    with Engine.load(folder) as engine:
         together = engine.trace(TEXTS)
         alone = np.concatenate([engine.trace([text]).logits for text in TEXTS], axis=1)
         task = engine.manifest.task
@@ -232,7 +281,7 @@ def test_the_first_two_exits_of_new_models_have_a_hidden_layer() -> None:
         ((1, 2, 3), "abc", {"problem_type": ProblemType.MULTI_LABEL}, 0),
     ):
         settings: dict[str, Any] = {"pooling": Pooling.MEAN} | changes
-        config = MultiExitConfig(exits, tuple(labels), **settings).with_hidden_layers()
+        config = MultiExitConfig(exits, tuple(labels), **settings).with_hidden_layers(24)
         assert config.hidden_layers == expected
 
 

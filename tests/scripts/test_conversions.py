@@ -37,7 +37,7 @@ def test_the_tables_say_what_was_found() -> None:
     assert test == {"changed": 2, "accuracy": 2 / 3}
     point = {"certificate": {"promises": []}, "held_out": {"mean_depth": 3.0}}
     target = {"target": conversions.FP32, "points": [point]}
-    form = {"pooling": "mean", "width": 64, "every": 1}
+    form = {"pooling": "attention", "width": 64, "queries": 4, "every": 1}
     found: dict[str, Any] = {
         "classifier": {"rows": 3, "accuracy": 0.5},
         "all": {
@@ -59,7 +59,7 @@ def test_the_tables_say_what_was_found() -> None:
         "| trec-42 | all | 1,234 | `onnxruntime-fp32` | yes | 50.0% | 40.0% | 2 of 3 | 66.7% "
         "| 50.0% | 61 s |",
         "| trec-42 | exit 0 alone |  |  |  |  | 10.0% | 1 of 3 |  | 50.0% |  |",
-        "| trec-42 | all | mean, hidden layer of 64, every 1 | 80.0 95.0 |",
+        "| trec-42 | all | attention with 4 queries, hidden layer of 64, every 1 | 80.0 95.0 |",
         "| trec-42 | `onnxruntime-fp32` | 2.00 | 1.50 |",
     ):
         assert line in lines

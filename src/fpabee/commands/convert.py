@@ -55,6 +55,11 @@ fpabee-convert my-guard texts.txt --missed 2 --threshold attack=0.7
 @options.number("--missed", "Of the texts that the classifier flags, at most X % are not flagged.")
 @options.number("--false-alarms", "Of the others, at most X % are flagged.")
 @promises.thresholds
+@options.path(
+    "--train-texts",
+    "Other texts, which only train, such as those of the classifier's own training. Then nine "
+    "tenths of TEXTS certify.",
+)
 @options.path("--adapter", "PEFT adapter to merge into the classifier.", "DIR")
 @options.flag("--all-targets", "Build and certify every target for CPUs that this machine can.")
 @options.path("--single-file", "Also write one ONNX file with the exits and the rule.", "DIR")
@@ -134,7 +139,9 @@ def main(
 def _show(result: Conversion) -> None:
     """The result in plain words."""
     train, choose, calibrate, report = (f"{count:,}" for count in result.parts)
-    echo(f"{result.folder}: made with {result.rows:,} texts, {result.texts:,} of them distinct")
+    others = f", and {result.train_texts:,} train texts" if result.train_texts else ""
+    distinct = f"{result.texts:,} of them distinct"
+    echo(f"{result.folder}: made with {result.rows:,} texts, {distinct}{others}")
     echo(
         f"{train} trained exits, {choose} chose the best, {calibrate} certified them; the other "
         f"{report} decided nothing"
@@ -162,7 +169,8 @@ def _heads(chosen: Chosen) -> str:
     agrees = f"exits agree with the classifier on {agreement} %"
     layer = f"a hidden layer of {form.width}" if form.width else "linear"
     every = "" if form.every == 1 else f" after every {form.every} layers"
-    return f"{layer} on {_SEEN[form.pooling]}{every}; {agrees}"
+    seen = f"{form.queries} weighted means of the tokens" if form.queries else _SEEN[form.pooling]
+    return f"{layer} on {seen}{every}; {agrees}"
 
 
 def to_dict(result: Conversion) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import rich_click as click
 from click import get_current_context
 from rich.table import Table
 
+from ..exporter.exit_config import Pooling
 from ..exporter.training.options import TrainOptions, check_training
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import InputError
@@ -27,7 +28,7 @@ from .console import echo, step_progress, table_console
 fpabee-train --backbone ENCODER --train a.jsonl --dev b.jsonl -o model_dir
 """,
     panels={
-        "Exits": "--no-exit-0 --exits --distill",
+        "Exits": "--no-exit-0 --exits --distill --pooling",
         "Optimisation": "--epochs --lr --batch-size --max-length --seed --bf16",
         **READING,
     },
@@ -54,6 +55,13 @@ fpabee-train --backbone ENCODER --train a.jsonl --dev b.jsonl -o model_dir
     "How much early exits are trained on the output of the last exit instead of the labels, from "
     "0 to 1. 0 gives the loss of F-PABEE.",
     TrainOptions.distill,
+)
+@options.choice(
+    "--pooling",
+    "KIND",
+    "How exits see the text.",
+    Pooling,
+    default=TrainOptions.pooling.value,
 )
 @options.number(
     "--epochs",

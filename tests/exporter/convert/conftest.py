@@ -132,7 +132,7 @@ def texts(shared_root: Path) -> Path:
 
 def quickly(patch: pytest.MonkeyPatch) -> None:
     """Lets a conversion take a few seconds: few forms, few steps, one target."""
-    patch.setattr(heads, "_WIDTHS", (0, 8))
+    patch.setattr(heads, "_QUERIES", (2,))
     patch.setattr(heads, "_MOST_STEPS", 60)
     patch.setattr(heads, "_LR", 0.03)
     patch.setattr(heads, "cost_of_heads", lambda *_: 0.01)

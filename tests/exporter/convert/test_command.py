@@ -98,7 +98,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 
     def convert(*given: Any) -> Conversion:
         noted.append(given)
-        form = Form(Pooling.BOTH, 64, every=2)
+        form = Form(Pooling.ATTENTION, 64, 4, every=2)
         return Conversion(
             folder=Path("engines"),
             default_target="openvino-bf16",
@@ -111,6 +111,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
             chosen=Chosen((0.81, 0.938), form, 0.021, 0.4),
             rows=4000,
             texts=3000,
+            train_texts=1500,
             parts=(1200, 300, 1200, 300),
             traffic=0.004,
             accuracy=(0.955, 0.95),
@@ -136,7 +137,7 @@ def test_the_summary_says_what_is_guaranteed_and_what_is_not(
     assert ["openvino-bf16", "changed-1", "(default)", *numbers] in table
     output = " ".join(lines)
     for fact in (
-        "4,000 texts, 3,000 of them distinct",
+        "4,000 texts, 3,000 of them distinct, and 1,500 train texts",
         "1,200 trained exits, 300 chose the best, 1,200 certified them; the other 300 decided",
         "tested on 1,199 and 150 of 1,200 texts",
         "at most 1 % changed answers and at most 2 % missed of 'bad', with 95 % confidence",
@@ -145,7 +146,7 @@ def test_the_summary_says_what_is_guaranteed_and_what_is_not(
         "31 changed answers in 1200 texts",
         "0.40% of the answers change",
         "accuracy: 0.9500; that of the classifier: 0.9550",
-        "a hidden layer of 64 on the mean and the first token after every 2 layers",
+        "a hidden layer of 64 on 4 weighted means of the tokens after every 2 layers",
         "agree with the classifier on 81, 94 %",
     ):
         assert fact in output
@@ -153,7 +154,17 @@ def test_the_summary_says_what_is_guaranteed_and_what_is_not(
     assert {"warning: something is odd", "one file: one", next_step} <= {*lines}
     found = json.loads(run("model", "texts.jsonl", "--json").stdout)
     assert found["targets"][1]["points"][0]["certificate"]["confidence"] == 95
-    assert found["chosen"]["form"]["pooling"] == "both"
+    assert found["chosen"]["form"]["pooling"] == "attention"
+
+
+def test_train_texts_are_handed_on_and_must_be_there(calls: list[Any]) -> None:
+    result = run("model", "texts.jsonl", "--train-texts", "more.jsonl")
+    assert result.exit_code == 1
+    assert "more.jsonl" in result.stderr
+    assert not calls
+    Path("more.jsonl").touch()
+    assert run("model", "texts.jsonl", "--train-texts", "more.jsonl").exit_code == 0
+    assert calls[0][3].train_texts == Path("more.jsonl")
 
 
 @pytest.mark.parametrize("place", ["full", "engines", "engines/one", "."])

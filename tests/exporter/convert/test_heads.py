@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from fpabee.calibration.progress import silent
 from fpabee.exporter.convert.classifier import Classifier
@@ -19,6 +21,7 @@ from fpabee.exporter.convert.heads import (
     train_heads,
 )
 from fpabee.exporter.convert.options import Form
+from fpabee.exporter.convert.states import States
 from fpabee.exporter.exit_config import Pooling
 
 from ...closeness import assert_exported
@@ -26,22 +29,27 @@ from ...closeness import assert_exported
 Make = Callable[..., Path]
 
 
-def made_up(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """States in which only the first token says what the classifier decides, and its logits."""
-    torch.manual_seed(0)
-    states = 3 + 5 * torch.randn(rows, 2, 2, 32)
-    logits = states[:, 0, 1, :3] - 3
-    states[:, 1, 1, :3] = states[:, 0, 1, :3]
-    return states, logits
+def made_up(rows: int) -> tuple[States, NDArray[np.float32]]:
+    """States of tokens of which one says what the classifier decides, and its logits.
+
+    It may be any token, and differs from the others.
+    """
+    random = np.random.default_rng(0)
+    starts = np.concatenate([[0], np.cumsum(random.integers(3, 9, rows))])
+    tokens = random.normal(3, 5, (starts[-1], 2, 32))
+    telling = random.integers(starts[:-1], starts[1:])
+    tokens[:, :, 3] = 0
+    tokens[telling, :, 3] = 30
+    logits = tokens[telling, 0, :3] - 3
+    tokens[telling, 1, :3] = tokens[telling, 0, :3]
+    states = States(np.arange(rows), starts, tokens.astype(np.float16))
+    return states, logits.astype(np.float32)
 
 
 def test_the_form_whose_exits_agree_is_chosen(make: Make, quick: None) -> None:
     classifier = Classifier(make("bert"))
-    states, logits = made_up(900)
-    given = states.numpy(), logits.numpy(), 600, 0.01, ()
-    chosen = choose_form(classifier, *given, silent)
-    assert chosen.form is not None
-    assert chosen.form.pooling in (Pooling.FIRST, Pooling.BOTH)
+    chosen = choose_form(classifier, *made_up(900), 600, 0.01, (), silent)
+    assert chosen.form.queries > 0
     assert min(chosen.agreement) > 0.85
     assert 0 < chosen.saved < 2 / 3
 
@@ -62,42 +70,70 @@ def test_heads_that_cost_too_much_are_not_chosen(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fpabee.exporter.convert.heads._MOST_COST", 0.0)
-    states, logits = made_up(60)
-    given = states.numpy(), logits.numpy(), 40, 0.01, ()
-    chosen = choose_form(Classifier(make("bert")), *given, silent)
-    assert chosen.form is not None
-    assert (chosen.form.pooling, chosen.form.width) == (Pooling.MEAN, 0)
+    chosen = choose_form(Classifier(make("bert")), *made_up(60), 40, 0.01, (), silent)
+    assert (chosen.form.pooling, chosen.form.width) == (Pooling.BOTH, 0)
 
 
-@pytest.mark.parametrize("form", [Form(Pooling.MEAN), Form(Pooling.BOTH, 8, every=2)])
+FORMS = [Form(Pooling.BOTH), Form(Pooling.MEAN, 8), Form(Pooling.ATTENTION, 8, 3, every=2)]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_stored_heads_give_the_same_logits(form: Form, make: Make, quick: None) -> None:
     classifier = Classifier(make("bert"))
     states, logits = made_up(200)
-    heads = train_heads(form, classifier, states, logits)
-    expected = logits_of(heads, states)
+    heads = train_heads(form, classifier, states, logits, 150)
+    numbers = np.arange(200)
+    expected = logits_of(heads, states, numbers)
     config = classifier.exit_config(form.exits(classifier.layers), form.pooling)
-    hidden = len(config.exits) - 1 if form.width else 0
-    config = replace(config, hidden_layers=hidden, hidden_width=form.width)
+    config = replace(
+        config,
+        hidden_layers=len(config.exits) - 1 if form.width else 0,
+        hidden_width=form.width,
+        queries=form.queries,
+    )
     model = classifier.multi_exit(config).eval()
     store(heads, form, model)
+    tokens, weights = states.batch(numbers)
     with torch.no_grad():
         for number, layer in enumerate(config.exits[:-1]):
-            taken = states[:, layer - 1]
-            inputs = taken.flatten(1) if form.pooling is Pooling.BOTH else taken[:, 0]
-            found = model.parts[2][number].classify(inputs)
+            found = model.parts[2][number](tokens[layer - 1], weights)
             assert_exported(found, expected[layer - 1])
 
 
-@pytest.mark.parametrize("width", [0, 8])
-def test_a_state_that_hardly_varies_costs_no_precision(width: int, make: Make, quick: None) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_state_that_hardly_varies_costs_no_precision(form: Form, make: Make, quick: None) -> None:
     """The first token after an early layer of MPNet: a mean 11,000 times its deviation."""
     classifier = Classifier(make("bert"))
     states, logits = made_up(200)
-    states[:, :, 1, 5:9] = 1 + 1e-4 * states[:, :, 1, 5:9]
-    heads = train_heads(Form(Pooling.FIRST, width), classifier, states, logits)
-    found = logits_of(heads, states)
-    exact = logits_of([head.double() for head in heads], states.double())
-    assert_exported(found, exact)
+    states.tokens[:, :, 5:9] = 1 + 1e-4 * states.tokens[:, :, 5:9]
+    heads = train_heads(form, classifier, states, logits, 200)
+    numbers = np.arange(200)
+    found = logits_of(heads, states, numbers)
+    tokens, weights = states.batch(numbers)
+    with torch.no_grad():
+        exact = [
+            head.double()(tokens[n].double(), weights.double()) for n, head in enumerate(heads)
+        ]
+    assert_exported(found, torch.stack(exact))
+
+
+def test_training_uses_one_thread_and_gives_the_others_back(make: Make, quick: None) -> None:
+    seen: set[int] = set()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+
+    class Noting(States):
+        def batch(self, places: NDArray[np.intp]) -> tuple[torch.Tensor, torch.Tensor]:
+            seen.add(torch.get_num_threads())
+            return super().batch(places)
+
+    states, logits = made_up(60)
+    noting = Noting(states.rows, states.starts, states.tokens)
+    try:
+        train_heads(FORMS[0], Classifier(make("bert")), noting, logits, 60)
+        assert (seen, torch.get_num_threads()) == ({1}, 3)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_exits_are_counted_from_the_last_layer() -> None:

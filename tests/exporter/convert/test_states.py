@@ -11,21 +11,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from torch import nn
 from transformers import AutoTokenizer
 
 from fpabee.calibration.progress import silent
+from fpabee.exporter.convert import states as states_module
 from fpabee.exporter.convert.classifier import Classifier
-from fpabee.exporter.convert.heads import _TAKEN
 from fpabee.exporter.convert.states import _new_file, run_classifier
 from fpabee.exporter.exit_config import Pooling
 from fpabee.exporter.model import by_row, predict
 from fpabee.exporter.training.examples import encoded_rows
+from fpabee.runtime.check import REQUIREMENTS
+from fpabee.runtime.encoding import EncodedRow
 from fpabee.runtime.files import Row
 
-from ...closeness import assert_exported
+from ...closeness import assert_close, assert_exported
 from .conftest import KINDS, TEXTS
 
 PADDING = {"input_ids": 0}
+
+
+def encoded(ids: NDArray[np.int64]) -> EncodedRow:
+    return EncodedRow(ids, np.zeros_like(ids), truncated=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -39,17 +47,63 @@ def test_heads_see_in_training_what_they_see_in_the_model(
     logits, states = run_classifier(classifier, rows, PADDING, taught, tmp_path, silent)
     expected = predict(classifier.model, rows, PADDING, lambda output: output.logits)
     assert_exported(logits, expected)
-    assert states.shape == (4, 2, 2, 32)
-    for pooling, taken in _TAKEN.items():
-        config = replace(classifier.exit_config((1, 2), pooling), hidden_layers=2, hidden_width=5)
+    assert states.rows.tolist() == taught.tolist()
+    assert states.lengths.tolist() == [len(rows[number]) for number in taught]
+    assert states.tokens.shape == (states.lengths.sum(), 2, 32)
+    tokens, weights = states.batch(np.arange(4))
+    for pooling, queries in ((Pooling.BOTH, 0), (Pooling.FIRST, 0), (Pooling.ATTENTION, 3)):
+        config = replace(
+            classifier.exit_config((1, 2), pooling),
+            hidden_layers=2,
+            hidden_width=5,
+            queries=queries,
+        )
         model = classifier.multi_exit(config).eval()
         every = predict(model, [rows[number] for number in taught], PADDING, by_row)
-        inputs = torch.from_numpy(states)[:, :, taken].flatten(2)
-        with torch.no_grad():
-            found = [head.classify(inputs[:, n]) for n, head in enumerate(model.parts[2][:2])]
-        assert_exported(torch.stack(found, 1), every[:, :2])
+        for number, head in enumerate(model.parts[2][:2]):
+            head.norm = nn.Identity()  # the states are normalised already
+            with torch.no_grad():
+                found = head(tokens[number], weights)
+            assert_close(found, every[:, number], REQUIREMENTS["fp16"].tie)
         assert_exported(every[:, 2], logits[taught])
-    assert pooling is Pooling.BOTH
+
+
+@pytest.mark.parametrize(
+    ("most_tokens", "kept", "lengths"),
+    [(1000, [0, 1, 2, 3], [40, 3, 33, 36]), (108, [0, 1, 2, 3], [36, 3, 33, 36]),
+     (99, [0, 1, 2, 3], [32, 3, 32, 32]), (70, [0, 2], [32, 32])],
+)  # fmt: skip
+def test_states_are_bounded(
+    most_tokens: int,
+    kept: list[int],
+    lengths: list[int],
+    make: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    classifier = Classifier(make("bert"))
+    all_lengths = np.array([40, 5, 3, 33, 36])
+    rows = [encoded(np.arange(4, 4 + length)) for length in all_lengths]
+    taught = np.array([0, 2, 3, 4])
+    monkeypatch.setattr(states_module, "_MOST_BYTES", most_tokens * 2 * 2 * 32)
+    _, states = run_classifier(classifier, rows, PADDING, taught, tmp_path, silent)
+    assert states.rows.tolist() == taught[kept].tolist()
+    assert states.lengths.tolist() == lengths
+    ids = torch.from_numpy(rows[0].input_ids)[None]
+    with torch.no_grad():
+        hidden = classifier.model(ids, output_hidden_states=True).hidden_states
+    place = np.arange(lengths[0]) * 40 // lengths[0]
+    found = states.tokens[: lengths[0], 1].astype(np.float32)
+    np.testing.assert_allclose(found, hidden[2][0, place], rtol=1e-3, atol=1e-3)
+
+
+def test_a_state_beyond_fp16_is_cut_off(make: Callable[..., Path], tmp_path: Path) -> None:
+    classifier = Classifier(make("bert"))
+    with torch.no_grad():
+        classifier.model.bert.encoder.layer[0].output.LayerNorm.bias[0] = -1e6
+    rows = [encoded(np.array([4, 5, 6]))]
+    _, states = run_classifier(classifier, rows, PADDING, np.arange(1), tmp_path, silent)
+    assert (states.tokens[:, 0, 0] == -65504).all()
 
 
 def test_a_finished_run_is_read(
@@ -60,9 +114,11 @@ def test_a_finished_run_is_read(
     rows = encoded_rows([Row(text) for text in TEXTS[:10]], tokenizer, 32)
     given = classifier, rows, PADDING, np.arange(5), tmp_path, silent
     logits, states = run_classifier(*given)
-    monkeypatch.setattr(classifier, "model", None)
-    for found, expected in zip(run_classifier(*given), (logits, states), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    monkeypatch.setattr(classifier.model, "forward", None)
+    again, states_again = run_classifier(*given)
+    np.testing.assert_array_equal(again, logits)
+    for field in ("rows", "starts", "tokens"):
+        np.testing.assert_array_equal(getattr(states_again, field), getattr(states, field))
 
 
 @pytest.mark.parametrize("reserves", [True, False])
@@ -76,7 +132,7 @@ def test_a_disk_without_space_for_the_states_is_an_error_and_they_are_deleted(
         monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     else:
         monkeypatch.delattr(os, "posix_fallocate", raising=False)
-        monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
+        monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 50}))
     with pytest.raises(OSError, match="No space left"), _new_file(tmp_path / "states.npy", (5, 9)):
         pytest.fail("nothing may be written to it")
     assert not [*tmp_path.iterdir()]
@@ -84,5 +140,5 @@ def test_a_disk_without_space_for_the_states_is_an_error_and_they_are_deleted(
 
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve space")
 def test_the_space_of_states_is_reserved_before_they_are_written(tmp_path: Path) -> None:
-    with _new_file(tmp_path / "states.npy", (2**18,)):
+    with _new_file(tmp_path / "states.npy", (2**19,)):
         assert (tmp_path / "states.npy").stat().st_blocks * 512 >= 2**20

@@ -38,6 +38,44 @@ def test_groups_stay_together_and_one_text_of_each_calibrates() -> None:
     assert texts.sizes[0] > 1200
 
 
+def test_train_texts_train_and_choose_and_nothing_else() -> None:
+    others = [Row(f"text {number}") for number in range(3500, 6000)]
+    texts = split([*ROWS, ROWS[3]], None, [*others, *others[-5:]])
+    train, choose, calibrate, report = texts.sizes
+    assert texts.own == ROWS
+    assert texts.removed == 500
+    assert train + choose == 2000
+    assert set(texts.taught) == set(range(4000, 6000))
+    assert {texts.rows[number].text for number in texts.taught} == {
+        row.text for row in others[500:]
+    }
+    assert calibrate + report == 4000
+    np.testing.assert_allclose(choose / 2000, 0.2, atol=0.03)
+    np.testing.assert_allclose(report / 4000, 0.1, atol=0.03)
+
+
+def test_train_texts_of_a_group_that_certifies_are_left_out() -> None:
+    others = [Row(f"other {n}", fields={"dialogue": n}) for n in range(700, 900)]
+    texts = split(ROWS, "dialogue", others)
+    assert texts.removed == 100
+    assert {texts.rows[number].fields["dialogue"] for number in texts.taught} == {*range(800, 900)}
+
+
+@pytest.mark.parametrize(
+    ("train_rows", "message"),
+    [
+        ([], "there are no train texts"),
+        ([Row("same")] * 30, "all 30 train texts are equal"),
+        ([*ROWS[:50], *[Row("")] * 50], "50 of 100 train texts are empty"),
+        (ROWS[7:100], "93 of 93 distinct train texts are among .* `train_texts`"),
+        ([*ROWS, Row("new")], "4,000 of 4,001 .* 1 are left; expected at least 100"),
+    ],
+)
+def test_train_texts_that_teach_nothing_are_refused(train_rows: list[Row], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        split(ROWS, None, train_rows)
+
+
 @pytest.mark.parametrize("nothing", [None, ""])  # as JSON and as CSV say it
 def test_a_row_without_a_group_is_one_of_its_own(nothing: str | None) -> None:
     rows = [Row(row.text, fields={"dialogue": nothing}) for row in ROWS[1:]]
@@ -51,7 +89,7 @@ def test_a_row_without_a_group_is_one_of_its_own(nothing: str | None) -> None:
         ([Row("same")] * 30, None, "all 30 texts are equal"),
         ([*ROWS[:50], *[Row(" ")] * 50], None, "50 of 100 texts are empty .* `text_column`"),
         (ROWS[:4], None, "4 distinct texts are too few"),
-        (ROWS, "speaker", 'no row has a field "speaker" -> correct `group_column`'),
+        (ROWS, "speaker", 'no row of the texts has a field "speaker" -> correct `group_column`'),
         ([], None, "there are no texts"),
     ],
 )

@@ -15,10 +15,12 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from fpabee.calibration import Bound, calibrate
 from fpabee.calibration.scoring import Scorer
 from fpabee.exporter.convert import ConvertOptions, convert, workflow
+from fpabee.exporter.convert.classifier import Classifier
 from fpabee.exporter.convert.texts import split
 from fpabee.exporter.convert.workflow import _Work
 from fpabee.exporter.model import predict
@@ -26,6 +28,7 @@ from fpabee.exporter.staging import staging
 from fpabee.exporter.targets.builders import INT8_TARGETS, OPENVINO_TARGETS
 from fpabee.exporter.targets.check import FP32_TARGET
 from fpabee.exporter.tokenizer import load_tokenizer
+from fpabee.exporter.training import bag_of_ngrams
 from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.runtime import Budget, Engine, ExitRule
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
@@ -56,11 +59,12 @@ def test_what_certifies_has_neither_trained_nor_chosen(
     assert {tuple(row.input_ids) for row in rows}.isdisjoint(tuple(r.input_ids) for r in untaught)
     # The heads see the same rows: the logits of the classifier for them.
     logits = predict(model, rows, {"input_ids": 0}, lambda output: output[-1])
-    for name in ("choose_form", "train_heads"):
-        states, given = calls[name][-2:] if name == "train_heads" else calls[name][1:3]
+    for name, first in (("choose_form", 1), ("train_heads", 2)):
+        states, given = calls[name][first : first + 2]
         assert_exported(given, logits)
-        assert states.shape == (train + choose, 2, 2, 32)
+        assert len(states) == train + choose
     assert calls["choose_form"][3] == train
+    assert calls["train_heads"][4] == train + choose
 
 
 def test_the_result_is_what_the_engine_does(converted: Converted) -> None:
@@ -187,6 +191,53 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
         assert any(0.5 < each.probabilities[2] <= 0.7 for each in found)
 
 
+def test_exits_learn_from_train_texts_and_the_others_certify(
+    telling: Mapping[str, Path], quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, others = TEXTS[:400], TEXTS[380:]
+    files = []
+    for name, some in (("texts.jsonl", texts), ("others.jsonl", others)):
+        rows = [json.dumps({"text": text, "label": "yes"}) for text in some]
+        files.append(tmp_path / name)
+        files[-1].write_text("\n".join(rows))
+    taught: list[Examples] = []
+
+    def noting(train: Examples, choose: Examples, *given: Any) -> Any:
+        taught.extend((train, choose))
+        return bag_of_ngrams.learn(train, choose, *given)
+
+    monkeypatch.setattr(workflow, "learn", noting)
+    options = replace(OPTIONS, train_texts=files[1])
+    result = convert(telling[SINGLE.value], files[0], tmp_path / "engines", options)
+    train, choose, calibrate, report = result.parts
+    assert [len(part.rows) for part in taught] == [train, choose]
+    assert train + choose == result.train_texts == len(TEXTS) - 400
+    assert calibrate + report == result.texts == result.rows == 400
+    assert calibrate > 330
+    assert "20 train texts were left out" in " ".join(result.warnings)
+    tokenizer = AutoTokenizer.from_pretrained(telling[SINGLE.value])
+    new = encoded_rows([Row(text) for text in TEXTS[400:]], tokenizer, 64)
+    expected = {tuple(row.input_ids) for row in new}
+    assert {tuple(row.input_ids) for part in taught for row in part.rows} == expected
+    assert result.accuracy is not None
+
+
+def test_few_texts_are_said_before_the_model_is_loaded(
+    telling: Mapping[str, Path],
+    texts: Path,
+    quick: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workflow, "Classifier", lambda *_: 1 / 0)
+    with pytest.raises(InputError, match=r"distinct texts are needed, and [0-9,]+ give a good"):
+        convert(telling[SINGLE.value], texts, tmp_path / "engines")
+    monkeypatch.setattr(workflow, "_FEW", 1000)
+    monkeypatch.setattr(workflow, "Classifier", Classifier)
+    result = convert(telling[SINGLE.value], texts, tmp_path / "engines", OPTIONS)
+    assert "few texts certify" in result.warnings[-1]
+
+
 def stopped(what: str, *_: int) -> None:
     """Interrupt a conversion when the model is trained."""
     if what.startswith("segment"):
@@ -299,11 +350,11 @@ BAD: dict[str, tuple[Bound, str]] = {
     "unknown label": (Bound(changed_answers=0.1, thresholds={"x": 0.5}), "no label 'x'"),
     "too few texts": (
         Bound(changed_answers=0.001),
-        "changed answers needs at least 2,995 texts .* there are 2",
+        r"2\d\d of 6\d\d distinct texts certify, and 2,995 are the least; about [67],\d00",
     ),
     "too few flagged texts": (
-        Bound(missed=0.01, thresholds={"yes": 0.5}),
-        "missed of 'yes' needs at least 299 texts",
+        Bound(missed=0.02, thresholds={"yes": 0.5}),
+        "missed of 'yes' needs at least 149 texts",
     ),
     "nothing is flagged": (
         Bound(changed_answers=0.1, thresholds={"yes": 1 - 1e-12}),
@@ -338,11 +389,11 @@ def test_what_is_in_the_way_stays(
 
 
 def test_labels_of_some_texts_are_not_ignored_in_silence() -> None:
-    texts = SimpleNamespace(rows=[Row("rain", labels=("yes",)), Row("sun"), Row("book")])
+    texts = SimpleNamespace(own=[Row("rain", labels=("yes",)), Row("sun"), Row("book")])
     work: Any = SimpleNamespace(texts=texts)
     warnings: list[str] = []
     assert _Work._labels(work, warnings) is None
     assert warnings == ["accuracy is not known: only 1 of 3 texts have a label"]
-    texts.rows = [Row("rain"), Row("sun")]
+    texts.own = [Row("rain"), Row("sun")]
     assert _Work._labels(work, warnings) is None
     assert len(warnings) == 1, "nobody expects an accuracy"

@@ -180,6 +180,26 @@ def test_answers_are_those_of_the_engine_in_every_batch(
                 assert_equal(engine, texts, consumer.in_batches(run, texts, size, padding=1))
 
 
+@pytest.mark.parametrize(
+    "family", ["albert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("bert", "mpnet"))]
+)
+def test_heads_that_attend_give_the_answers_of_the_engine(
+    family: str,
+    attending_engines: Mapping[str, Path],
+    set_points: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("openvino")
+    folder = Path(shutil.copytree(attending_engines[family], tmp_path / "engines"))
+    set_points(folder, FP32, fast=Confidence(threshold=0.7))
+    pack(folder, tmp_path / "packed", FP32, "fast")
+    consumer = Consumer(tmp_path / "packed")
+    with Engine.load(folder, FP32, "fast") as engine:
+        for run in (consumer.onnxruntime, consumer.openvino()):
+            for size in (1, 7):
+                assert_equal(engine, SINGLE, consumer.in_batches(run, SINGLE, size))
+
+
 def test_rows_that_have_stopped_leave(packed: Callable[..., tuple[Path, Packed]]) -> None:
     _, made = packed("bert", RULES["bert"])
     consumer = Consumer(made.file.parent)

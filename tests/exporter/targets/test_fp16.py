@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from fpabee.exporter.onnx_file import in_head
 from fpabee.exporter.targets import BuildResult, build_targets, check, fp16
 from fpabee.exporter.targets.fp16 import emulate, lower
 from fpabee.runtime import CheckError, ModelError, read_manifest
@@ -67,6 +68,25 @@ def test_graphs_are_written_beside_those_of_fp32(
         ends = [*proto.graph.input, *proto.graph.output]
         for value, spec in zip(ends, [*graph.inputs, *graph.outputs], strict=True):
             assert (value.name, value.type.tensor_type.elem_type) == (spec.name, kinds[spec.dtype])
+
+
+def test_heads_that_attend_stay_in_fp32(
+    attending_engines: Mapping[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(attending_engines["bert"], tmp_path / "engines"))
+    added = add_fp16(folder)
+    assert added.refused == {}
+    for graph in added.manifest.graphs_in("fp16").values():
+        graph_of_exit = onnx.shape_inference.infer_shapes(onnx.load(folder / graph.file)).graph
+        values = [*graph_of_exit.value_info, *graph_of_exit.input, *graph_of_exit.output]
+        types = {value.name: value.type.tensor_type.elem_type for value in values}
+        types |= {weight.name: weight.data_type for weight in graph_of_exit.initializer}
+        computed = ("MatMul", "Gemm", "Softmax", "Gelu")
+        nodes = [n for n in graph_of_exit.node if in_head(n.name) and n.op_type in computed]
+        kinds = [node.op_type for node in nodes]
+        assert [kinds.count(kind) for kind in computed[:3]] == [2, 2, 1]
+        for name in (name for node in nodes for name in (*node.input, *node.output)):
+            assert types[name] == TensorProto.FLOAT, name
 
 
 def test_more_texts_are_also_checked_with_exit_0(

@@ -41,7 +41,7 @@ from fpabee.runtime.artifact.untrusted.graph_content import check_graph
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.backends.onnxruntime import cpu_session
 from fpabee.runtime.check import REQUIREMENTS, Agreement
-from fpabee.runtime.encoding import Text
+from fpabee.runtime.encoding import Text, TextEncoder
 
 from ...bad_input.cases import contents
 from ...closeness import assert_close
@@ -124,8 +124,8 @@ def check_content(proto: Any) -> int:
     for node in proto.graph.node:
         if node.op_type == "QuantizeLinear":
             assert types[node.input[2]] == onnx.TensorProto.UINT8
-        if in_head(node.name) and node.op_type == "Gemm":
-            assert types[node.input[1]] == onnx.TensorProto.FLOAT
+        if in_head(node.name) and node.op_type in ("Gemm", "MatMul"):
+            assert "DequantizeLinear" not in [made_by.get(name) for name in node.input], node.name
         if node.op_type == "MatMul" and not in_head(node.name):
             kinds = [made_by.get(name) == "DequantizeLinear" for name in node.input]
             assert kinds[0] == kinds[1], node.name
@@ -162,6 +162,24 @@ def test_both_libraries_run_the_same_graphs(
     # The libraries round halves differently, and bf16 rounds the rest.
     for other in logits[1:]:
         assert np.abs(logits[0] - other).mean() < 0.05
+
+
+@pytest.mark.parametrize(
+    "family", ["bert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("albert", "mpnet"))]
+)
+def test_heads_that_attend_are_not_quantized(
+    family: str, attending_engines: Mapping[str, Path]
+) -> None:
+    """Neither their products with weights nor those of weights of tokens with states."""
+    engines = EnginesFolder.read(attending_engines[family])
+    rows = TextEncoder(engines.path, engines.manifest.tokenizer).encode(TEXTS[:8])
+    attending = 0
+    for name, batches in graph_inputs(engines, rows):
+        proto = int8.quantized(engines.path / engines.manifest.graphs[name].file, batches)
+        check_content(proto)
+        heads = [node.op_type for node in proto.graph.node if in_head(node.name)]
+        attending += heads.count("MatMul") == 2 and heads.count("Softmax") == 1
+    assert attending == 3
 
 
 def test_int8_that_changes_answers_is_not_kept(

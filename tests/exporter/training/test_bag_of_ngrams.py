@@ -19,6 +19,7 @@ from fpabee.exporter.exit_config import MultiExitConfig
 from fpabee.exporter.training import TrainOptions, bag_of_ngrams
 from fpabee.exporter.training.bag_of_ngrams import BagOfNgrams, Vocabulary, train_exit_0
 from fpabee.exporter.training.examples import Examples, encoded_rows
+from fpabee.exporter.training.trainer import label_loss
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError, ModelError
 from fpabee.runtime.exit_0 import ExitZero
@@ -71,6 +72,25 @@ def test_it_learns_half_from_the_labels_and_half_from_the_last_exit(
     _, logits = learn(rows, [[1, 0], [0, 0]] * 100, Stub(MULTI, [20.0, 20.0]))
     found = torch.from_numpy(logits).sigmoid().numpy()
     np.testing.assert_allclose(found[:2], [[1, 0.5], [0.5, 0.5]], atol=0.1)
+
+
+def test_training_uses_one_thread_and_gives_the_others_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: set[int] = set()
+    threads = torch.get_num_threads()
+
+    def noting(*given: Any) -> Tensor:
+        seen.add(torch.get_num_threads())
+        return label_loss(*given)
+
+    monkeypatch.setattr(bag_of_ngrams, "label_loss", noting)
+    torch.set_num_threads(3)
+    try:
+        learn([Row("good"), Row("bad")] * 5, [0, 1] * 5, Stub(SINGLE, [0.0, 0.0]))
+        assert (seen, torch.get_num_threads()) == ({1}, 3)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("labels", [3, 70])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fpabee.calibration.progress import silent
+from fpabee.exporter.exit_config import Pooling
 from fpabee.exporter.training import TrainOptions, trainer
 from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.exporter.training.trainer import exit_loss, make_optimizer, train_exits
@@ -57,17 +58,18 @@ def test_exits_learn_from_the_targets_and_the_last_exit(
     torch.testing.assert_close(gradients[-1], wanted[-1])
 
 
+@pytest.mark.parametrize(("pooling", "weights"), [(Pooling.MEAN, 8), (Pooling.ATTENTION, 12)])
 def test_exits_have_their_own_learning_rate_and_biases_do_not_decay(
-    options: Callable[..., TrainOptions],
+    pooling: Pooling, weights: int, options: Callable[..., TrainOptions]
 ) -> None:
-    settings = options(lr=0.25)
+    settings = options(lr=0.25, pooling=pooling)
     rows = [Row("x", labels=(label,)) for label in "abc"]
     model, _ = build_model(settings, rows)
     groups = make_optimizer(model, settings).param_groups
     group_of = {id(value): group for group in groups for value in group["params"]}
     by_name = {name: group_of[id(value)] for name, value in model.named_parameters()}
-    exits = {name for name in by_name if re.search("pooler|classifiers|hidden", name)}
-    assert len(exits) == 8
+    exits = {name for name in by_name if re.search("pooler|classifiers|hidden|queries", name)}
+    assert len(exits) == weights
     assert {by_name[name]["lr"] for name in exits} == {5e-3}
     assert {by_name[name]["lr"] for name in by_name.keys() - exits} == {0.25}
     assert sum(len(group["params"]) for group in groups) == len(by_name)

@@ -122,6 +122,16 @@ def test_a_multi_label_training_can_start_from_another_model_dir(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+def test_exits_may_attend(options: Options, tmp_path: Path) -> None:
+    train(tmp_path / "model", options(pooling=Pooling.ATTENTION))
+    trained = load_checkpoint(tmp_path / "model")
+    config = trained.exit_config
+    assert (config.pooling, config.queries, config.hidden_layers) == (Pooling.ATTENTION, 4, 2)
+    named = trained.named_parameters()
+    learnt = [weight.abs().max() > 0 for name, weight in named if name.startswith("queries.")]
+    assert learnt == [True, True]
+
+
 def test_rows_are_truncated_and_the_report_says_how_many_epochs_there_were(
     options: Options, write_rows: WriteRows, calls: list[Call], tmp_path: Path
 ) -> None:
