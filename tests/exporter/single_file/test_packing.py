@@ -191,7 +191,7 @@ def test_heads_that_attend_give_the_answers_of_the_engine(
 ) -> None:
     pytest.importorskip("openvino")
     folder = Path(shutil.copytree(attending_engines[family], tmp_path / "engines"))
-    set_points(folder, FP32, fast=Confidence(threshold=0.7))
+    set_points(folder, FP32, fast=Pabee(patience=1))
     pack(folder, tmp_path / "packed", FP32, "fast")
     consumer = Consumer(tmp_path / "packed")
     with Engine.load(folder, FP32, "fast") as engine:
