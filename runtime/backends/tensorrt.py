@@ -198,12 +198,12 @@ class TensorRtBackend(DeviceBackend):
         self, engines: EnginesFolder, name: str, threads: int | None = None, device: int = 0
     ) -> None:
         super().__init__(engines, name, threads, device)
+        self._compiled: RuntimeCache | None = None  # what is freed also if nothing else is made
         self.trt: Any = importlib.import_module(MODULES[self.target.backend])
         self._errors = ErrorLog()
         self._logger = error_logger(self.trt, self._errors)  # must live as long as the runtime
         with self.cuda:
             self._runtime = self.trt.Runtime(self._logger)
-        self._compiled: RuntimeCache | None = None
         if self.target.backend == "tensorrt-rtx":
             key = _cache_key(self.target, self.trt.__version__, cuda_device(device))
             self._compiled = RuntimeCache(key, self._errors)
@@ -245,10 +245,12 @@ class TensorRtBackend(DeviceBackend):
         """The shapes of the target's profiles."""
         profiles = self.target.profiles
         typical = profiles[0]
+        longest = max(shapes.sequence.max for shapes in profiles)
         return Limits(
             max_batch=max(shapes.batch.max for shapes in profiles),
-            max_sequence=max(shapes.sequence.max for shapes in profiles),
-            group_tokens=typical.batch.max * typical.sequence.opt,
+            max_sequence=longest,
+            # A group is padded to the smallest batch, so it may as well be full.
+            group_tokens=max(typical.batch.max * typical.sequence.opt, typical.batch.min * longest),
             batch_sizes=self.target.batch_sizes,
             sequence_lengths=self.target.sequence_lengths,
         )
