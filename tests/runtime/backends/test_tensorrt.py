@@ -7,6 +7,7 @@ import gc
 import logging
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from fpabee.runtime import (
     Entropy,
     FPabee,
 )
-from fpabee.runtime.backends import compiled_cache
+from fpabee.runtime.backends import compiled_cache, device
 from fpabee.runtime.backends.device import DeviceExecution
 from fpabee.runtime.backends.tensorrt import ErrorLog, PlanContext
 from fpabee.runtime.machine import CudaDevice
@@ -98,6 +99,9 @@ def test_unused_buffers_are_freed_when_memory_is_short(double: Callable[..., Dou
         total = made.cuda.room
         made.cuda.room = made.used() + 1024
         assert len(engine.predict(["rain rain"])) == 1
+        execution: Any = engine.core.backend.check_out()
+        assert len({bucket for bucket, _ in execution.shared}) == 1, "contexts are freed, too"
+        engine.core.backend.give_back(execution)
         made.cuda.room = 64
         with pytest.raises(BackendError, match="no room"):
             engine.predict(["rain rain rain"])
@@ -132,21 +136,66 @@ def test_contexts_are_freed_at_once(double: Callable[..., Double]) -> None:
         with engine.core.chain() as chain:
             run_through(engine, chain, ["rain"])
             execution: Any = chain.execution
-            assert len(execution.shared) == 3
+            contexts = [weakref.ref(context) for context in execution.shared.values()]
+            assert len(contexts) == 3
         gc.disable()
         try:
             engine.core.backend.drop_idle()
-            assert not execution.shared
+            assert not any(context() for context in contexts)
         finally:
             gc.enable()
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_an_engine_that_nobody_closes_is_freed_at_once(
+    backend: str, double: Callable[..., Double]
+) -> None:
+    """Not when the garbage collector runs next, which knows nothing of memory on the GPU."""
+    made = double(backend=backend)
+    engine = made.load()
+    engine.predict(TEXTS, rule=SOME_STOP_FIRST)
+    gc.disable()
+    try:
+        del engine
+        left = (made.cuda.memory_of, made.cuda.streams, made.cuda.events)
+        assert not any(left)
+    finally:
+        gc.enable()
+    assert not made.cuda.freed_elsewhere
+
+
+def test_an_engine_that_cannot_be_made_has_nothing_to_free(double: Callable[..., Double]) -> None:
+    made = double()
+    with pytest.raises(IndexError):
+        made.load(device=2)
+    made.change_plan("segment_01", onnx_sha256="0" * 64)
+    with pytest.raises(ArtifactError, match="built from another graph"):
+        made.load()
+    gc.collect()
+
+
+def test_an_engine_of_another_process_is_not_freed(double: Callable[..., Double]) -> None:
+    made = double()
+    engine = made.load()
+    engine.predict(["rain"])
+    engine.core.backend.origin.is_elsewhere = True
+    calls = made.cuda.calls.copy()
+    del engine
+    gc.collect()
+    assert made.cuda.calls == calls
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_warming_up_makes_what_it_is_asked_for(
-    rows: int, backend: str, double: Callable[..., Double]
+    rows: int,
+    backend: str,
+    double: Callable[..., Double],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Even if there is no room to keep buffers of every shape."""
     shapes = {"batch_sizes": (1, 2, 8, 64), "sequence_lengths": (8, 16, 24, 64)}
+    monkeypatch.setattr(device, "_FREE_BYTES", 0)
     made = double(backend=backend, **shapes)
     with made.load() as engine:
         engine.warm_up(rows, tokens=16)
