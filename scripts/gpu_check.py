@@ -58,6 +58,7 @@ from fpabee.runtime.backends.tensorrt import (
     RuntimeCache,
     error_logger,
     profile_for,
+    succeeds,
 )
 from fpabee.runtime.check import REQUIREMENTS
 from fpabee.runtime.encoding import Arrays, EncodedRow, padded_inputs, padding_values
@@ -257,12 +258,14 @@ class BarePlan:
             how = self._cache.config(trt, path.name, self._engine)
         self._context = self._engine.create_execution_context(how)
         self._must(self._context is not None, "there is no execution context")
-        done = self._context.set_optimization_profile_async(profile, self._stream)
+        set_profile = self._context.set_optimization_profile_async
+        done = succeeds(set_profile, profile, self._stream)
         self._must(done, f"it has no profile {profile}")
         for name, array in inputs.items():
             done = self._context.set_input_shape(name, array.shape)
             self._must(done, f"{name} cannot be of shape {array.shape}")
-        self._must(not self._context.infer_shapes(), "an input has no shape")
+        done = succeeds(lambda: not self._context.infer_shapes())
+        self._must(done, "an input has no shape")
         shapes = {name: (array.shape, array.dtype) for name, array in inputs.items()}
         self._memory = {}
         for name, (shape, dtype) in {**shapes, **outputs}.items():

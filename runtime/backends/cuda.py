@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -36,10 +37,33 @@ _THREADS = 256
 """Threads of a block."""
 _GATHERED_BYTES = 8192
 """Bytes of a row that a block gathers, in words of 8 bytes."""
-# Numbers of errors.
-_UNAVAILABLE = 46  # CUDA_ERROR_DEVICE_UNAVAILABLE
-_FIRST_FINAL = 700  # CUDA_ERROR_ILLEGAL_ADDRESS
-_CAPTURES = range(900, 909)  # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED and those after it
+_FINAL = {
+    4: "CUDA_ERROR_DEINITIALIZED",
+    46: "CUDA_ERROR_DEVICE_UNAVAILABLE",
+    201: "CUDA_ERROR_INVALID_CONTEXT",
+    214: "CUDA_ERROR_ECC_UNCORRECTABLE",
+    220: "CUDA_ERROR_NVLINK_UNCORRECTABLE",
+    226: "CUDA_ERROR_CONTAINED",
+    700: "CUDA_ERROR_ILLEGAL_ADDRESS",
+    702: "CUDA_ERROR_LAUNCH_TIMEOUT",
+    709: "CUDA_ERROR_CONTEXT_IS_DESTROYED",
+    710: "CUDA_ERROR_ASSERT",
+    714: "CUDA_ERROR_HARDWARE_STACK_ERROR",
+    715: "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+    716: "CUDA_ERROR_MISALIGNED_ADDRESS",
+    717: "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+    718: "CUDA_ERROR_INVALID_PC",
+    719: "CUDA_ERROR_LAUNCH_FAILED",
+    721: "CUDA_ERROR_TENSOR_MEMORY_LEAK",
+    805: "CUDA_ERROR_MPS_CONNECTION_FAILED",
+    806: "CUDA_ERROR_MPS_RPC_FAILURE",
+    807: "CUDA_ERROR_MPS_SERVER_NOT_READY",
+    808: "CUDA_ERROR_MPS_MAX_CLIENTS_REACHED",
+    809: "CUDA_ERROR_MPS_MAX_CONNECTIONS_REACHED",
+    810: "CUDA_ERROR_MPS_CLIENT_TERMINATED",
+    999: "CUDA_ERROR_UNKNOWN",
+}
+"""Errors after which a process cannot use the device again; the runtime library has the same."""
 
 
 class Cuda:
@@ -218,10 +242,10 @@ class Cuda:
 def is_final(code: int) -> bool:
     """Whether an error of CUDA means that this process cannot use the device again.
 
-    Such an error breaks the context of the device, and every later call returns it again. Those
-    about the capture of graphs are refusals: another thread of the application captures one.
+    Such an error breaks the context of the device, and every later call returns it again. All
+    others are refusals of one call, such as those while another thread captures a graph.
     """
-    return code == _UNAVAILABLE or (code >= _FIRST_FINAL and code not in _CAPTURES)
+    return code in _FINAL
 
 
 class PinnedArray(NamedTuple):
@@ -231,10 +255,14 @@ class PinnedArray(NamedTuple):
     pointer: int
 
 
-@functools.cache
+_made = functools.cache(Cuda)
+_making = threading.Lock()
+
+
 def cuda(device: int) -> Cuda:
     """The driver on a device, made once."""
-    return Cuda(device)
+    with _making:  # a cache alone would let two threads make one each
+        return _made(device)
 
 
 _FOR_CUDA_12 = {"gpu": "'onnxruntime-gpu[cuda,cudnn]<1.27'", "tensorrt": "'tensorrt-cu12<12'"}

@@ -15,13 +15,13 @@ An application may use CUDA, too. Methods that call the driver, or a library tha
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
-from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,6 +132,14 @@ class DeviceBackend(Backend):
             execution: has the stream to run in, and keeps what runners share.
         """
 
+    def __del__(self) -> None:
+        """Free what is on the device, which is known by its address only, if nobody has closed it.
+
+        When the process ends, the driver frees it.
+        """
+        if hasattr(self, "cuda") and not sys.is_finalizing():  # otherwise it was never made
+            self.close()
+
     def _free(self) -> None:
         with suppress(BackendError), self.cuda:  # if the device has failed, nothing can be freed
             super()._free()
@@ -146,7 +154,8 @@ class DeviceExecution(Execution):
     Attributes:
         cuda: the driver on the device.
         stream: the stream.
-        shared: what runners of the same shape and graph share.
+        shared: what runners of the same shape and graph share. It takes long to make, so it stays
+            when unused buffers are freed, unless memory is short.
     """
 
     def __init__(self, backend: DeviceBackend) -> None:
@@ -162,7 +171,7 @@ class DeviceExecution(Execution):
         self._scratch = [(0, 0)]  # sizes and addresses
         # Tensors by name: the inputs of segment 1, and logits.
         self._on_host = {*self._stages[0].live, LOGITS}
-        self.shared = WeakValueDictionary[tuple[Bucket, str], Any]()
+        self.shared: dict[tuple[Bucket, str], Any] = {}
 
     @on_device
     def enqueue(self, hidden: Hidden) -> Outputs:
@@ -198,18 +207,23 @@ class DeviceExecution(Execution):
 
     def malloc(self, size: int) -> int:
         """Allocate device memory, and free what no call uses if there is too little."""
-        for free_some in (partial(self._shrink, 0), self.backend.drop_idle):
+        for free_some in (self._free_unused, self.backend.drop_idle):
             try:
                 return self.cuda.malloc(size)
             except BackendError:
                 free_some()
         return self.cuda.malloc(size)
 
+    def _free_unused(self) -> None:
+        self._shrink(0)
+        self.shared.clear()  # runners that are still needed keep theirs
+
     @on_device
     def close(self) -> None:
         """Free everything."""
         super().close()
         self._wait_for_all()
+        self.shared.clear()
         for _, pointer in self._scratch[1:]:
             self.cuda.free(pointer)
         del self._scratch[1:]

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 PROVIDER = "CUDAExecutionProvider"
 
+# cuBLAS and cuDNN number errors in their own way, and call all that break the device this.
+_FAILURE = re.compile(r"CUDA failure (\d+)|(?:CUBLAS|CUDNN) failure \d+: \w*EXECUTION_FAILED")
 _GROUP_TOKENS = 4096
 # Their inputs are sizes, which the host knows.
 _SHAPE_NODES = {"Shape", "Squeeze", "Unsqueeze", "Concat", "Range"}
@@ -88,10 +90,10 @@ class OnnxRuntimeCudaBackend(HostBackend):
             try:
                 values = session.run(outputs, inputs)
             except ort_errors() as error:
-                code = re.search(r"CUDA failure (\d+)", str(error))
-                if code is None or not is_final(int(code[1])):
+                failure = _FAILURE.search(str(error))
+                if failure is None or (failure[1] and not is_final(int(failure[1]))):
                     raise
-                reason = f"GPU {backend._device} has failed: ONNX Runtime reports {code[0]}"
+                reason = f"GPU {backend._device} has failed: ONNX Runtime reports {failure[0]}"
                 backend._failed = reason
                 raise BackendError(reason, START_AGAIN) from error
             for name, value in zip(outputs, values, strict=True):

@@ -12,7 +12,8 @@ import logging
 import shlex
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata, util
@@ -48,7 +49,8 @@ class ErrorLog:
 
     def __init__(self) -> None:
         self.count = 0
-        self._lock = threading.Lock()
+        # The garbage collector may free an object of the library, which logs, while it is held.
+        self._lock = threading.RLock()
         self._latest = deque[str](maxlen=_MOST_ERRORS)
 
     def add(self, message: str) -> None:
@@ -86,6 +88,21 @@ class ErrorLog:
         raise error
 
 
+def succeeds(call: Callable[..., bool], *arguments: object) -> bool:
+    """Whether a call of TensorRT succeeds.
+
+    If they fail, some return false, and others raise an error that gives no reason.
+
+    Args:
+        call: returns whether it is done.
+        arguments: its arguments.
+    """
+    try:
+        return call(*arguments)
+    except RuntimeError:
+        return False
+
+
 @dataclass(eq=False)
 class PlanContext:
     """An execution context at one shape, which all runners of this shape share.
@@ -106,6 +123,7 @@ class PlanContext:
         """Enqueue the plan in the stream, at the addresses of inputs and outputs by name."""
         begun = self.errors.count
         if self.addresses != addresses:
+            self.addresses = {}  # until all are set, they are a mixture
             for name, address in addresses.items():
                 done = self.context.set_tensor_address(name, address)
                 self.errors.must(done, f"TensorRT does not accept the address of {name}", begun)
@@ -152,14 +170,17 @@ class RuntimeCache:
         return runtime_config
 
     def save(self) -> None:
-        """Write the cache if contexts were made since the last time, and if possible."""
+        """Write the cache if contexts were made since the last time, and if possible.
+
+        The context of the device must be current, because the library asks for its driver.
+        """
         if not self._is_new:
             return
         self._is_new = False
         begun = self._errors.count
         content = self._cache.serialize()
         if content is None:
-            logger.info("compiled graphs are not kept: %s", self._errors.since(begun))
+            logger.warning("compiled graphs are not kept: %s", self._errors.since(begun))
             return
         compiled_cache.write(self._key, bytes(content))
 
@@ -177,12 +198,12 @@ class TensorRtBackend(DeviceBackend):
         self, engines: EnginesFolder, name: str, threads: int | None = None, device: int = 0
     ) -> None:
         super().__init__(engines, name, threads, device)
+        self._compiled: RuntimeCache | None = None  # what is freed also if nothing else is made
         self.trt: Any = importlib.import_module(MODULES[self.target.backend])
         self._errors = ErrorLog()
         self._logger = error_logger(self.trt, self._errors)  # must live as long as the runtime
         with self.cuda:
             self._runtime = self.trt.Runtime(self._logger)
-        self._compiled = None
         if self.target.backend == "tensorrt-rtx":
             key = _cache_key(self.target, self.trt.__version__, cuda_device(device))
             self._compiled = RuntimeCache(key, self._errors)
@@ -224,10 +245,12 @@ class TensorRtBackend(DeviceBackend):
         """The shapes of the target's profiles."""
         profiles = self.target.profiles
         typical = profiles[0]
+        longest = max(shapes.sequence.max for shapes in profiles)
         return Limits(
             max_batch=max(shapes.batch.max for shapes in profiles),
-            max_sequence=max(shapes.sequence.max for shapes in profiles),
-            group_tokens=typical.batch.max * typical.sequence.opt,
+            max_sequence=longest,
+            # A group is padded to the smallest batch, so it may as well be full.
+            group_tokens=max(typical.batch.max * typical.sequence.opt, typical.batch.min * longest),
             batch_sizes=self.target.batch_sizes,
             sequence_lengths=self.target.sequence_lengths,
         )
@@ -235,9 +258,9 @@ class TensorRtBackend(DeviceBackend):
     def give_back(self, execution: Execution, failed: bool = False) -> None:
         """Also keep what the device compiled, because many processes end without closing."""
         try:
-            if self._compiled is not None and not failed and not self.origin.is_elsewhere:
+            if not failed and not self.origin.is_elsewhere:
                 with self._lock:
-                    self._compiled.save()
+                    self._save()
         finally:
             super().give_back(execution, failed)
 
@@ -290,14 +313,15 @@ class TensorRtBackend(DeviceBackend):
                 f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB of device memory are free",
                 _LESS_MEMORY,
             )
-        done = context.set_optimization_profile_async(self._profile(bucket), execution.stream)
+        set_profile = context.set_optimization_profile_async
+        done = succeeds(set_profile, self._profile(bucket), execution.stream)
         errors.must(done, f"{graph} does not accept its profile", begun)
         for spec in self.graphs[graph].inputs:
             shape = shape_of(spec, bucket)
             done = context.set_input_shape(spec.name, shape)
             errors.must(done, f"{graph} does not accept {spec.name} of shape {list(shape)}", begun)
-        missing = context.infer_shapes()
-        errors.must(not missing, f"{graph} lacks the shapes of {', '.join(missing)}", begun)
+        done = succeeds(lambda: not context.infer_shapes())
+        errors.must(done, f"{graph} cannot infer its shapes", begun)
         # Enough for every shape, so that the memory rarely has to grow.
         need = int(context.update_device_memory_size_for_shapes())
         size = max(need, int(engine.device_memory_size_v2))
@@ -327,11 +351,18 @@ class TensorRtBackend(DeviceBackend):
             raise ArtifactError(f"{path} cannot be loaded: {reasons}", rebuild(self.target))
         return engine
 
+    def _save(self) -> None:
+        """Keep what the device compiled; one that has failed has nothing to keep."""
+        if self._compiled is not None:
+            with suppress(BackendError), self.cuda:
+                self._compiled.save()
+
     def _free(self) -> None:
         try:
-            if self._compiled is not None:
-                self._compiled.save()
+            self._save()
         finally:
+            with suppress(BackendError), self.cuda:
+                self._compiled = None  # of the engines, so it goes before them
             super()._free()
 
 

@@ -48,6 +48,17 @@ def current() -> FakeCuda:
     return context
 
 
+class OnDevice:
+    """An object of a library that must be made and freed in the context of a device."""
+
+    def __init__(self) -> None:
+        self.cuda = current()
+
+    def __del__(self) -> None:
+        if contexts()[-1:] != [self.cuda]:
+            self.cuda.freed_elsewhere.append(type(self).__name__)
+
+
 def one_at_a_time(kind: type[Any]) -> type[Any]:
     """Lock every public method of a class that has a lock; calls of CUDA need its context."""
     for name, method in list(vars(kind).items()):
@@ -83,6 +94,7 @@ class FakeCuda(Cuda):
         calls: how often each method was called.
         frees: how often device memory was freed; each waits for the whole device.
         idle: how often the device had nothing left to do when a wait ended.
+        freed_elsewhere: kinds of objects of a library that were freed in another context.
     """
 
     def __init__(self, room: int = 1 << 30, number: int = 0) -> None:
@@ -104,6 +116,7 @@ class FakeCuda(Cuda):
         self.events: dict[int, bool] = {}
         self.frees = 0
         self.idle = 0
+        self.freed_elsewhere: list[str] = []
         self.fails_at: dict[str, int] = {}
         self._lock = threading.RLock()
         self.calls: Counter[str] = Counter()

@@ -24,7 +24,7 @@ from fpabee.exporter.targets.plans import profile_of
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.manifest import Graph, Manifest, Shapes
 
-from .cuda import current
+from .cuda import OnDevice, current
 from .onnxruntime_cuda import shared_session
 
 SCRATCH = 4096
@@ -221,22 +221,24 @@ class FakeRuntime:
         return (validity.INVALID if self._trt.plans(header) is None else validity.VALID), 0
 
 
-class FakeRuntimeCache:
+class FakeRuntimeCache(OnDevice):
     """What was compiled, represented by the number of contexts made with it."""
 
     content = 0
 
     def serialize(self) -> bytes:
+        self.cuda.must_be_current()
         return b"compiled %d" % self.content
 
     def deserialize(self, content: bytes) -> bool:
+        self.cuda.must_be_current()
         if not content.startswith(b"compiled "):
             return False
         self.content = int(content.split()[1])
         return True
 
 
-class FakeRuntimeConfig:
+class FakeRuntimeConfig(OnDevice):
     """The configuration of contexts."""
 
     strategy: Any = None
@@ -256,10 +258,11 @@ class FakeRuntimeConfig:
         return True
 
 
-class FakeEngine:
+class FakeEngine(OnDevice):
     """Makes contexts."""
 
     def __init__(self, trt: FakeTensorRt, plan: Plan) -> None:
+        super().__init__()
         self._trt = trt
         self._plan = plan
 

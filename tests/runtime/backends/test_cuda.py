@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -255,12 +259,35 @@ def test_a_gpu_is_chosen_by_its_number(devices: Callable[..., Sequence[CudaDevic
         cuda.required_gpu("x", 3)
 
 
-@pytest.mark.parametrize(
-    ("code", "is_final"), [(2, False), (46, True), (700, True), (719, True), (900, False)]
-)
-def test_errors_that_end_the_use_of_a_device(code: int, is_final: bool) -> None:
-    """Not those that refuse a call while another thread captures a graph (900 to 908)."""
-    assert cuda.is_final(code) == is_final
+@pytest.mark.parametrize("code", [2, 701, 704, 705, 711, 720, 800, 801, *range(900, 913)])
+def test_errors_that_refuse_one_call(code: int) -> None:
+    """Such as those while another thread captures a graph (900 to 908)."""
+    assert not cuda.is_final(code)
+
+
+@pytest.mark.parametrize(("code", "name"), cuda._FINAL.items())
+def test_errors_that_end_the_use_of_a_device(code: int, name: str) -> None:
+    """Older bindings lack the newest ones."""
+    driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+    assert getattr(driver.CUresult, name, code) == code
+    assert cuda.is_final(code)
+
+
+def test_threads_share_what_is_made_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    both_make = threading.Barrier(2)
+
+    def make(device: int) -> object:
+        with suppress(threading.BrokenBarrierError):
+            both_make.wait(0.5)
+        made.append(object())
+        return made[-1]
+
+    monkeypatch.setattr(cuda, "_made", functools.cache(make))
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(cuda.cuda, [0, 0])
+    assert first is second
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("version", [12, 13, 14])

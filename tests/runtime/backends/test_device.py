@@ -53,6 +53,7 @@ def test_the_application_keeps_its_context(
         assert application == [APPLICATION]
         engine.predict(TEXTS, rule=SOME_STOP_FIRST)
     assert application == [APPLICATION]
+    assert not used.freed_elsewhere
     assert used.calls["gather"]
     assert not used.memory_of
     assert not used.events

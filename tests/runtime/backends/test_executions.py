@@ -47,7 +47,7 @@ def until(happens: Callable[[], bool]) -> bool:
 
 def nothing_is_left(double: Double) -> bool:
     cuda = double.cuda
-    return not any((cuda.memory_of, cuda.streams, cuda.events))
+    return not any((cuda.memory_of, cuda.streams, cuda.events, cuda.freed_elsewhere))
 
 
 def test_threads_at_the_same_time(double: Callable[..., Double]) -> None:

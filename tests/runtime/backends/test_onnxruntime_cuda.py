@@ -154,16 +154,41 @@ def test_a_run_that_fails_names_its_graph(
         assert len(engine.predict(["rain"])) == 1, "it can be tried again"
 
 
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "CUDA failure 700: an illegal memory access",
+        "CUBLAS failure 13: CUBLAS_STATUS_EXECUTION_FAILED",
+        "CUDNN failure 5003: CUDNN_STATUS_EXECUTION_FAILED_CUDART",
+    ],
+)
 def test_a_gpu_that_has_failed_is_not_called_again(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+    reason: str, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fails = Mock(side_effect=RuntimeError("CUDA failure 700: an illegal memory access ; GPU=0"))
+    fails = Mock(side_effect=RuntimeError(f"{reason} ; GPU=0"))
     with double(backend="onnxruntime").load() as engine:
         monkeypatch.setattr(FakeCudaSession, "run", fails)
         for _ in range(2):
-            with pytest.raises(BackendError, match=r"GPU 0 has failed: .* 700 -> start this"):
+            with pytest.raises(
+                BackendError, match=r"GPU 0 has failed: .* failure .* -> start this"
+            ):
                 engine.predict(["rain"])
         assert fails.call_count == 1
+
+
+@pytest.mark.parametrize(
+    "reason", ["CUDA failure 2: out of memory", "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED"]
+)
+def test_a_gpu_that_lacks_memory_is_called_again(
+    reason: str, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The libraries number their errors differently."""
+    fails = Mock(side_effect=RuntimeError(f"{reason} ; GPU=0"))
+    with double(backend="onnxruntime").load() as engine:
+        monkeypatch.setattr(FakeCudaSession, "run", fails)
+        with pytest.raises(BackendError, match=reason):
+            engine.predict(["rain"])
+        assert not engine.core.backend.failed
 
 
 def test_an_engine_that_nobody_closes_is_freed_at_once(double: Callable[..., Double]) -> None:

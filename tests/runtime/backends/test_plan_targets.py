@@ -18,6 +18,7 @@ from fpabee.exporter.targets.plans import (
 from fpabee.runtime import BackendError, Engine, MissingExtraError
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
 from fpabee.runtime.backends.base import Bucket
+from fpabee.runtime.chain.groups import split
 from fpabee.runtime.targets import open_backend
 
 from ...doubles.device import Double
@@ -79,6 +80,16 @@ def test_one_context_serves_all_groups_of_a_shape(
     shapes = [tuple(context.shapes["attention_bias"]) for context in made.trt.contexts]
     assert len(shapes) == 3 * len(set(shapes)), "one for each segment and shape"
     assert len(set(shapes)) == 3
+
+
+def test_rows_fill_the_smallest_batch(double: Callable[..., Double]) -> None:
+    """Also those of the longest rows: one of them alone would be padded to as many."""
+    options = PlanOptions(batch=(32, 32, 32), compute_capabilities=())
+    made = double(profiles=profiles_of(options), batch_sizes=batch_sizes_of(options))
+    with made.load() as engine:
+        for length in sequence_lengths_of(options):
+            groups = split(np.full(64, length), engine.core.limits)
+            assert [len(rows) for rows in groups] == [32, 32]
 
 
 @pytest.mark.parametrize("batch", [(1, 8, 32), (2, 4, 8)])

@@ -6,6 +6,8 @@ import errno
 import gc
 import logging
 import tempfile
+import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,8 +25,9 @@ from fpabee.runtime import (
     Entropy,
     FPabee,
 )
-from fpabee.runtime.backends import compiled_cache
+from fpabee.runtime.backends import compiled_cache, device
 from fpabee.runtime.backends.device import DeviceExecution
+from fpabee.runtime.backends.tensorrt import ErrorLog, PlanContext
 from fpabee.runtime.machine import CudaDevice
 from fpabee.runtime.rules.runner import RuleRunner
 
@@ -96,6 +99,9 @@ def test_unused_buffers_are_freed_when_memory_is_short(double: Callable[..., Dou
         total = made.cuda.room
         made.cuda.room = made.used() + 1024
         assert len(engine.predict(["rain rain"])) == 1
+        execution: Any = engine.core.backend.check_out()
+        assert len({bucket for bucket, _ in execution.shared}) == 1, "contexts are freed, too"
+        engine.core.backend.give_back(execution)
         made.cuda.room = 64
         with pytest.raises(BackendError, match="no room"):
             engine.predict(["rain rain rain"])
@@ -130,21 +136,66 @@ def test_contexts_are_freed_at_once(double: Callable[..., Double]) -> None:
         with engine.core.chain() as chain:
             run_through(engine, chain, ["rain"])
             execution: Any = chain.execution
-            assert len(execution.shared) == 3
+            contexts = [weakref.ref(context) for context in execution.shared.values()]
+            assert len(contexts) == 3
         gc.disable()
         try:
             engine.core.backend.drop_idle()
-            assert not execution.shared
+            assert not any(context() for context in contexts)
         finally:
             gc.enable()
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_an_engine_that_nobody_closes_is_freed_at_once(
+    backend: str, double: Callable[..., Double]
+) -> None:
+    """Not when the garbage collector runs next, which knows nothing of memory on the GPU."""
+    made = double(backend=backend)
+    engine = made.load()
+    engine.predict(TEXTS, rule=SOME_STOP_FIRST)
+    gc.disable()
+    try:
+        del engine
+        left = (made.cuda.memory_of, made.cuda.streams, made.cuda.events)
+        assert not any(left)
+    finally:
+        gc.enable()
+    assert not made.cuda.freed_elsewhere
+
+
+def test_an_engine_that_cannot_be_made_has_nothing_to_free(double: Callable[..., Double]) -> None:
+    made = double()
+    with pytest.raises(IndexError):
+        made.load(device=2)
+    made.change_plan("segment_01", onnx_sha256="0" * 64)
+    with pytest.raises(ArtifactError, match="built from another graph"):
+        made.load()
+    gc.collect()
+
+
+def test_an_engine_of_another_process_is_not_freed(double: Callable[..., Double]) -> None:
+    made = double()
+    engine = made.load()
+    engine.predict(["rain"])
+    engine.core.backend.origin.is_elsewhere = True
+    calls = made.cuda.calls.copy()
+    del engine
+    gc.collect()
+    assert made.cuda.calls == calls
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_warming_up_makes_what_it_is_asked_for(
-    rows: int, backend: str, double: Callable[..., Double]
+    rows: int,
+    backend: str,
+    double: Callable[..., Double],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Even if there is no room to keep buffers of every shape."""
     shapes = {"batch_sizes": (1, 2, 8, 64), "sequence_lengths": (8, 16, 24, 64)}
+    monkeypatch.setattr(device, "_FREE_BYTES", 0)
     made = double(backend=backend, **shapes)
     with made.load() as engine:
         engine.warm_up(rows, tokens=16)
@@ -183,8 +234,12 @@ def test_a_plan_that_does_not_load_says_why(
         ("execute_async_v3", False),
         ("set_tensor_address", False),
         ("set_input_shape", False),
-        ("set_optimization_profile_async", False),
+        (
+            "set_optimization_profile_async",
+            RuntimeError("Error in set optimization profile async."),
+        ),
         ("infer_shapes", ["tokens"]),
+        ("infer_shapes", RuntimeError("")),
     ],
 )
 def test_a_call_that_fails_says_why(
@@ -195,6 +250,8 @@ def test_a_call_that_fails_says_why(
 
     def refuses(*_: Any) -> Any:
         made.trt.report(*reasons)
+        if isinstance(fails, Exception):
+            raise fails
         return fails
 
     with made.load() as engine:
@@ -209,6 +266,53 @@ def test_a_call_that_fails_says_why(
         reasons = []
         with pytest.raises(BackendError, match="no reason"):
             engine.predict(["rain"])
+
+
+def test_an_object_that_is_freed_meanwhile_may_log() -> None:
+    """The garbage collector runs in any thread, also in one that is adding an error."""
+    errors = ErrorLog()
+
+    class Collects(str):
+        def strip(self, *_: Any) -> str:
+            errors.add("freed in a wrong context")
+            return super().strip()
+
+    thread = threading.Thread(target=errors.add, args=(Collects("no kernel"),), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert errors.since(0) == "freed in a wrong context; no kernel"
+
+
+def test_addresses_that_were_refused_are_set_again() -> None:
+    """Groups share a context, which a call that fails leaves with a mixture of their addresses."""
+    context = FakeAddresses()
+    plan = PlanContext(context, 1, ErrorLog())
+    one = {"tokens": 256, "logits": 512}
+    plan.run(one)
+    context.refused.add(1024)
+    with pytest.raises(BackendError, match="address of logits"):
+        plan.run({"tokens": 768, "logits": 1024})
+    plan.run(one)
+    assert context.ran == [one, one]
+
+
+class FakeAddresses:
+    """An execution context that only notes the addresses at which it runs."""
+
+    def __init__(self) -> None:
+        self.addresses: dict[str, int] = {}
+        self.refused = set[int]()
+        self.ran: list[dict[str, int]] = []
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        if address not in self.refused:
+            self.addresses[name] = address
+        return address not in self.refused
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.ran.append(dict(self.addresses))
+        return True
 
 
 def test_rtx_keeps_what_the_device_compiled(
@@ -240,9 +344,12 @@ def test_rtx_keeps_what_the_device_compiled(
     assert kept(made) == [b"compiled 3"] * 2, "what another GPU compiled is not read"
 
 
-@pytest.mark.parametrize("problem", ["nothing to serialize", "full disk"])
+@pytest.mark.parametrize(
+    ("problem", "level"), [("nothing to serialize", "WARNING"), ("full disk", "INFO")]
+)
 def test_a_cache_that_cannot_be_kept_loses_no_answer(
     problem: str,
+    level: str,
     double: Callable[..., Double],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -258,9 +365,22 @@ def test_a_cache_that_cannot_be_kept_loses_no_answer(
         for number in range(1, 4):
             assert len(engine.predict(["rain " * 10 * number])) == 1
             assert len(caplog.messages) == number
+    assert {record.levelname for record in caplog.records} == {level}
     assert {message.split(":")[0] for message in caplog.messages} == {
         "compiled graphs are not kept"
     }
+
+
+def test_a_device_that_fails_before_the_cache_is_kept_loses_no_answer(
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = double(backend="tensorrt-rtx")
+    serialize = Mock()
+    monkeypatch.setattr(FakeRuntimeCache, "serialize", serialize)
+    with made.load() as engine, engine.core.chain() as chain:
+        run_through(engine, chain, ["rain"])
+        made.cuda.failed = "another engine has broken the context"
+    assert not serialize.called
 
 
 def test_an_error_of_the_cache_leaves_the_execution_to_others(
