@@ -17,7 +17,6 @@ from fpabee.calibration.guarantee import (
     Certified,
     binomial_tail,
     certify,
-    decision_thresholds,
     most_losses,
     rows_needed,
     share_interval,
@@ -28,6 +27,7 @@ from fpabee.calibration.scoring import Scorer
 from fpabee.calibration.settings import StopScores, exits_of, settings_lists
 from fpabee.runtime import Budget, Confidence, ExitRule, ProblemType, simulate
 from fpabee.runtime.artifact.manifest import Task
+from fpabee.runtime.predictions import decision_thresholds
 
 from .conftest import make_rows, search_on, two_exits, with_costs
 
