@@ -35,7 +35,7 @@ MOST_WAITING = 64
 """While so many rows are answered and wait to run on, no further rows are chosen."""
 _CONFIDENCE = 0.95
 # The bets, as multiples of the permitted odds.
-_ODDS = np.array([1.5, 2.0, 3.0, 6.0])
+_ODDS = (1.5, 2.0, 3.0, 6.0)
 _ROWS_OF_A_START = 100
 # The depth at calibration counts like that of so many rows.
 _ROWS_OF_CALIBRATION = 100
@@ -66,13 +66,13 @@ class RateTest:
     """
 
     def __init__(self, permitted: float, level: float) -> None:
-        odds = _ODDS * permitted / (1 - permitted)
-        rates = odds / (1 + odds)
-        self._gains = rates / permitted
-        self._losses = (1 - rates) / (1 - permitted)
+        odds = [each * permitted / (1 - permitted) for each in _ODDS]
+        rates = [each / (1 + each) for each in odds]
+        self._if_changed = [rate / permitted for rate in rates]
+        self._if_not = [(1 - rate) / (1 - permitted) for rate in rates]
         self._enough = 1 / level
         # Bets on the same rate have the same gains, whenever they began.
-        self._bets = np.zeros(len(_ODDS))
+        self._bets = [0.0] * len(rates)
         self._not_begun = 1.0
         self.rows = 0
         self.changed = 0
@@ -82,14 +82,17 @@ class RateTest:
         """Add the next row."""
         if self.rows % _ROWS_OF_A_START == 0:
             start = 1 + self.rows // _ROWS_OF_A_START
-            self._bets += 1 / (start * (start + 1)) / len(self._bets)
+            part = 1 / (start * (start + 1)) / len(self._bets)
+            self._bets = [bet + part for bet in self._bets]
             self._not_begun = 1 / (start + 1)
         self.rows += 1
         self.changed += is_changed
-        self._bets *= self._gains if is_changed else self._losses
-        if self._bets.sum() + self._not_begun >= self._enough:
+        factors = self._if_changed if is_changed else self._if_not
+        self._bets = [bet * factor for bet, factor in zip(self._bets, factors, strict=True)]
+        if sum(self._bets) + self._not_begun >= self._enough:
             self.is_broken = True
-            self._bets[:] = 0.0  # nothing more is to be shown, and the numbers stay finite
+            # Nothing more is to be shown, and the numbers stay finite.
+            self._bets = [0.0] * len(self._bets)
 
     def interval(self) -> tuple[float, float]:
         """The 95 % confidence sequence of the rate: it holds at all times together.

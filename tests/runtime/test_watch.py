@@ -66,7 +66,7 @@ def test_no_bet_is_expected_to_gain(monkeypatch: pytest.MonkeyPatch) -> None:
         for is_changed in rows:
             test.add(is_changed)
         chance = 0.2 ** sum(rows) * 0.8 ** (10 - sum(rows))
-        expected += chance * (float(test._bets.sum()) + test._not_begun)
+        expected += chance * (sum(test._bets) + test._not_begun)
     assert expected == pytest.approx(1.0)
 
 
