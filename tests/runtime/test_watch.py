@@ -140,8 +140,7 @@ def test_no_more_is_spent_than_may_be(
 
 
 def test_results_count_in_the_order_of_arrival(chooser: Watch) -> None:
-    chooser._pays = np.inf
-    chooser._row_share = lambda _: 1.0  # type: ignore[method-assign]
+    chooser._pays = 1e9  # all rows are chosen
     first, second, third = chooser.choose("early", 3)
     other = np.eye(4, dtype=np.float32)
     assert second.stopped(1, other[0])
@@ -162,8 +161,7 @@ def test_results_count_in_the_order_of_arrival(chooser: Watch) -> None:
 
 
 def test_no_coin_is_tossed_while_many_rows_wait(chooser: Watch) -> None:
-    chooser._pays = np.inf
-    chooser._row_share = lambda _: 1.0  # type: ignore[method-assign]
+    chooser._pays = 1e9  # all rows are chosen
     rows = chooser.choose("early", MOST_WAITING)
     for row in rows:
         assert chooser.watched("early").is_paused is False  # type: ignore[union-attr]
@@ -335,8 +333,9 @@ def test_several_threads(promised: Callable[..., Path]) -> None:
         assert engine.core.watch._waiting == 0
 
 
+@pytest.mark.parametrize("rule", [EARLY, Budget(exit=3)], ids=["answered", "unanswered"])
 def test_lost_rows_do_not_hold_up_others(
-    promised: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    rule: ExitRule, promised: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enqueue = HostExecution.enqueue
 
@@ -345,7 +344,7 @@ def test_lost_rows_do_not_hold_up_others(
             raise BackendError("made up")
         return enqueue(execution, hidden)
 
-    with Engine.load(promised(), watch=100.0) as engine:
+    with Engine.load(promised(early=rule), watch=100.0) as engine:
         with monkeypatch.context() as patch:
             patch.setattr(HostExecution, "enqueue", fails)
             with pytest.raises(BackendError, match="made up"):

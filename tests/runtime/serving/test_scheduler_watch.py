@@ -214,6 +214,29 @@ def test_a_failure_loses_its_rows_only(
         assert engine.watched.rows == 1
 
 
+def test_a_failure_of_other_rows_loses_no_watched_rows(engine: Engine, gate: Gate) -> None:
+    with Scheduler(engine) as scheduler:
+        answer = scheduler.submit("the plot")
+        assert gate.at() == (0, 1)
+        gate.step()
+        assert gate.at() == (1, 1)
+        assert answer.result(WAIT).exit == 1
+
+        def fails(number: int, hidden: Any) -> None:
+            if number == 0:
+                raise BackendError("made up")
+
+        gate.fails = fails
+        lost = scheduler.submit("rain")
+        gate.open()
+        with pytest.raises(BackendError, match="made up"):
+            lost.result(WAIT)
+        gate.fails = lambda number, hidden: None
+        idle(scheduler)
+        assert engine.watched is not None
+        assert engine.watched.rows == 1
+
+
 def test_a_row_counts_for_the_point_by_which_it_ran(
     engine_copy: Callable[..., Path], set_points: Callable[..., None], gate: Gate
 ) -> None:
