@@ -166,6 +166,7 @@ class _Promise:
     """The promise of one operating point, and its rows.
 
     Attributes:
+        operating_point: its name.
         test: the test.
         permitted: the permitted rate.
         mean_depth: layers that ran for a row at calibration.
@@ -175,6 +176,7 @@ class _Promise:
             order by which the test is exact.
     """
 
+    operating_point: str
     test: RateTest
     permitted: float
     mean_depth: float
@@ -248,7 +250,7 @@ class Watch:
                 "calibrate for changed answers, or leave out `watch`",
             )
         self._promises = {
-            name: _promise(manifest, points[name], rate, FALSE_ALARM / len(rates))
+            name: _promise(manifest, name, points[name], rate, FALSE_ALARM / len(rates))
             for name, rate in rates.items()
         }
         # Layers for watching that each layer for an answer pays for.
@@ -319,7 +321,7 @@ class Watch:
             return None
         with self._lock:
             return Watched(
-                operating_point=operating_point or "",
+                operating_point=promise.operating_point,
                 permitted=promise.permitted,
                 row_share=self._row_share(promise),
                 rows=promise.test.rows,
@@ -366,9 +368,10 @@ class Watch:
                 promise.test.add(result)
         if promise.test.is_broken and not was_broken:
             logger.warning(
-                "the promise does not hold for these texts: %d of %d watched rows changed their "
-                "answer, more than the %.2f %% that are permitted; calibrate again with texts of "
-                "today, or use another operating point",
+                "the promise of operating point %s does not hold for these texts: %d of %d watched "
+                "rows changed their answer, and %.2f %% are permitted; calibrate again with texts "
+                "of today",
+                promise.operating_point,
                 promise.test.changed,
                 promise.test.rows,
                 100 * promise.permitted,
@@ -386,9 +389,12 @@ def _permitted(point: OperatingPoint) -> float | None:
     return None
 
 
-def _promise(manifest: Manifest, point: OperatingPoint, rate: float, level: float) -> _Promise:
+def _promise(
+    manifest: Manifest, name: str, point: OperatingPoint, rate: float, level: float
+) -> _Promise:
     assert point.certificate is not None
     return _Promise(
+        operating_point=name,
         test=RateTest(rate, level),
         permitted=rate,
         mean_depth=min(point.mean_depth, float(manifest.model.layers)),
