@@ -19,12 +19,13 @@ from ..runtime.errors import InputError
 from ..runtime.files import Row, read_rows
 from ..runtime.files.rows import data_sha256
 from ..runtime.machine import hardware
+from ..runtime.predictions import decision_thresholds
 from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import Budget, ExitRule
 from .choose import PARTS, Search
 from .costs import StoppingCosts, measure_costs, measure_speedup
 from .goals import Bound, CalibrationOptions
-from .guarantee import Certified, certify, decision_thresholds, needs_in_words
+from .guarantee import Certified, certify, needs_in_words
 from .progress import Progress, silent
 from .result import Calibration, Outcome, Point, Report, outcome, with_points
 from .scoring import AGREEMENT, METRICS, LabelledLogits, Scorer

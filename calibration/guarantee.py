@@ -19,16 +19,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from ..runtime.artifact.manifest import ProblemType, Task
+from ..runtime.artifact.manifest import Task
 from ..runtime.artifact.operating_point import Certificate, Promise
 from ..runtime.errors import InputError
+from ..runtime.predictions import decision_thresholds
 from ..runtime.rules.measures import Array, Integers
 from ..runtime.rules.rules import Budget, ExitRule
 from .costs import StoppingCosts, observed_losses
@@ -62,27 +63,6 @@ class Certified:
     rule: ExitRule | None
     certificate: Certificate | None = None
     failed: str = ""
-
-
-def decision_thresholds(task: Task, thresholds: Mapping[str, float]) -> tuple[float, ...]:
-    """What `LabelledLogits.decision_thresholds` is for thresholds by label.
-
-    In a model with one label for each text, only the named labels decide; in a multi-label model
-    all labels do.
-
-    Raises:
-        InputError: the model does not have a named label.
-    """
-    for label in thresholds:
-        if label not in task.labels:
-            raise InputError(
-                f"the model has no label {label!r}", f"choose from {', '.join(task.labels)}"
-            )
-    if not thresholds and not task.label_thresholds:
-        return ()
-    usual = 0.5 if task.problem_type is ProblemType.MULTI_LABEL else 1.0
-    values = task.label_thresholds or (usual,) * len(task.labels)
-    return tuple(map(thresholds.get, task.labels, values))
 
 
 def check_possible(bound: Bound, task: Task, reference: NDArray[np.float32]) -> None:
@@ -170,8 +150,19 @@ def certify(
         confidence=100 * bound.confidence,
         promises=tuple(test.promise for test in tests),
         label_thresholds=dict(bound.thresholds),
+        full_depth_changes=full_depth_changes(costs.scorer, bound.confidence),
     )
     return Certified(best, certificate)
+
+
+def full_depth_changes(scorer: Scorer, confidence: float) -> float:
+    """See `Certificate.full_depth_changes`; the exact bound of Clopper and Pearson (1934)."""
+    if scorer.rows.reference is None:
+        return 0.0
+    changed = int(scorer.changed[-1].sum())
+    # An interval leaves half of the rest above it.
+    _, most = share_interval(changed, len(scorer.rows), 2 * confidence - 1)
+    return 100 * most
 
 
 class _Test:

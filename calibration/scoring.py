@@ -95,11 +95,7 @@ class LabelledLogits:
         """
         every = self.logits if self.reference is None else [*self.logits, self.reference]
         outputs = map(self._outputs, every)
-        if self.decision_thresholds:
-            thresholds = self.decision_thresholds
-            decisions = [(each.margins(thresholds) > 0).astype(np.int64) for each in outputs]
-        else:
-            decisions = [each.answers for each in outputs]
+        decisions = [each.decisions(self.decision_thresholds) for each in outputs]
         return np.stack(decisions[: len(self.logits)]), decisions[-1]
 
     def _outputs(self, logits: NDArray[np.float32]) -> Outputs:

@@ -71,6 +71,7 @@ from .rules.rules import (
     ThresholdRule,
 )
 from .rules.runner import Simulation, simulate
+from .watch import Watched
 
 __all__ = [
     "RULES",
@@ -130,6 +131,7 @@ __all__ = [
     "ThresholdRule",
     "TokenizerSpec",
     "Trace",
+    "Watched",
     "read_manifest",
     "read_rows",
     "simulate",

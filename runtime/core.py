@@ -14,6 +14,7 @@ from time import perf_counter
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from .artifact.folder import EnginesFolder
 from .backends.base import Backend, row_bytes
@@ -23,9 +24,10 @@ from .encoding import EncodedRow, Text, TextEncoder, blocks
 from .errors import InputError, whole_number
 from .exit_0 import ExitZero
 from .predictions import Prediction, Stopped, Tally, Trace, make_predictions, outputs_of
-from .rules.measures import Mask
+from .rules.measures import Integers, Mask
 from .rules.rules import Budget, ExitRule
 from .rules.runner import RuleRunner
+from .watch import Watch
 
 _WINDOW_BYTES = 256 * 2**20
 
@@ -54,6 +56,7 @@ class Core:
             give none. One attribute, so that a thread never sees the rule of one point with the
             name of another.
         tally: counts of what was answered.
+        watch: chooses the rows that are watched; None: none are.
 
     Raises:
         ArtifactError: the tokenizer or exit 0 is missing or damaged.
@@ -87,6 +90,7 @@ class Core:
         self.max_length = self._encoder.limit
         self.tally = Tally((0,) * len(self._exits))
         self._tally_lock = threading.Lock()
+        self.watch: Watch | None = None
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts.
@@ -158,7 +162,27 @@ class Core:
             BackendError: the engine is closed, or this process was forked after it was loaded.
         """
         self.check_open()
-        return Chain(self.backend, self.limits, self._exit_0, self.clock)
+        return Chain(self.backend, self.limits, self._exit_0, self.full_depth, self.clock)
+
+    def choose_watched(
+        self, rows: int, runner: RuleRunner, deadline: float = math.inf
+    ) -> NDArray[np.object_]:
+        """Which of some rows are watched, see `Watch.choose`.
+
+        Args:
+            rows: how many rows.
+            runner: their rule. Only rows by the engine's own rule are watched.
+            deadline: as in `run`. Rows with a deadline are not watched.
+        """
+        point, usual = self.in_use
+        if self.watch is None or runner is not usual or deadline < math.inf:
+            return np.full(rows, None)
+        return self.watch.choose(point, rows)
+
+    def count_depth(self, exits: Integers) -> None:
+        """Count the layers of rows that were answered at these exits: they pay for watching."""
+        if self.watch is not None:
+            self.watch.ran(exits)
 
     def run(
         self, rows: Sequence[EncodedRow], runner: RuleRunner, deadline: float = math.inf
@@ -177,12 +201,18 @@ class Core:
         exits = np.zeros(len(rows), np.int64)
         limited = np.zeros(len(rows), np.bool_)
         logits = np.zeros((len(rows), len(self.manifest.task.labels)), np.float32)
-        for decision in self.decisions(rows, runner, deadline):
-            if len(decision.stopped):
-                stopped = decision.rows[decision.stopped]
-                exits[stopped] = decision.exit
-                limited[stopped] = decision.limited
-                logits[stopped] = decision.logits[decision.stopped]
+        watched = self.choose_watched(len(rows), runner, deadline)
+        try:
+            for decision in self.decisions(rows, runner, deadline, watched):
+                if len(decision.stopped):
+                    stopped = decision.rows[decision.stopped]
+                    exits[stopped] = decision.exit
+                    limited[stopped] = decision.limited
+                    logits[stopped] = decision.logits[decision.stopped]
+        finally:
+            for row in filter(None, watched):
+                row.lost()
+        self.count_depth(exits)
         return Stopped(rows, exits, logits, limited)
 
     def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Trace:
@@ -261,13 +291,25 @@ class Core:
         return RuleRunner(rule, task.problem_type, self._exits, task.label_thresholds)
 
     def decisions(
-        self, rows: Sequence[EncodedRow], runner: RuleRunner, deadline: float = math.inf
+        self,
+        rows: Sequence[EncodedRow],
+        runner: RuleRunner,
+        deadline: float = math.inf,
+        watched: NDArray[np.object_] | None = None,
     ) -> Iterator[Decision]:
         """Run a window of rows until the rule or the deadline has stopped all of them.
 
-        The arguments and errors are those of `run`.
+        The other arguments and the errors are those of `run`.
+
+        Args:
+            rows: the rows of the window.
+            runner: their rule.
+            deadline: as in `run`.
+            watched: as `choose_watched` gives it; default: no row is watched.
         """
         window = Group.of(np.arange(len(rows)), rows, runner, deadline, self.limits)
+        if watched is not None:
+            window.watched = watched
         with self.chain() as chain:
             for decision in chain.run(window):
                 if len(decision.failed):

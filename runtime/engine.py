@@ -22,6 +22,7 @@ from .hub import engines_folder
 from .predictions import Prediction, Tally, Trace
 from .rules.rules import ExitRule
 from .targets import open_backend, rule_here, target_of
+from .watch import Watch, Watched
 
 _LEAST_TOKENS = 8
 
@@ -67,6 +68,7 @@ class Engine:
         check: bool = False,
         revision: str | None = None,
         device: int = 0,
+        watch: float | None = None,
     ) -> Engine:
         """Load an engines folder.
 
@@ -86,6 +88,10 @@ class Engine:
             device: the number of the GPU, from 0, among those that `CUDA_VISIBLE_DEVICES` leaves.
                 A target for the CPU has only device 0. With TensorRT, the CUDA device and
                 context of the calling thread stay as they are.
+            watch: watch the promise of the operating point about changed answers, and spend at most
+                this percentage of all layers that run on it, such as 1.0; see `watched`. Some rows
+                run on to full depth after they are answered, so calls that have such rows return
+                later. Rows with a deadline, `max_exit` or a rule of their own are not watched.
 
         Returns:
             The engine; close it, or use it in a `with` statement.
@@ -95,11 +101,12 @@ class Engine:
                 provide it; or it would run TensorRT plans from there without being asked.
             BackendError: the target does not exist, it cannot run here or on this device, or
                 `threads` or `device` is impossible.
-            InputError: `max_length` is not a whole number, or leaves no room for text.
+            InputError: `max_length` is not a whole number, or leaves no room for text; or `watch`
+                is not a percentage.
             MissingExtraError: the target's inference library is not installed, or the package that
                 downloads from the hub.
             RuleError: the operating point or rule does not exist or does not fit the model, or
-                both are given.
+                both are given; or there is no promise to watch.
             CheckError: with `check`, the target is not the model that was exported.
         """
         if rule is not None and operating_point is not None:
@@ -113,9 +120,11 @@ class Engine:
         point = None
         if rule is None:
             point, rule = rule_here(engines, name, operating_point)
+        watching = None if watch is None else Watch(engines.manifest, name, watch, point)
         backend = open_backend(engines, name, threads, device)
         try:
             engine = cls(engines, backend, rule, point, max_length)
+            engine.core.watch = watching
             if check:
                 engine.check()
         except BaseException:
@@ -298,6 +307,9 @@ class Engine:
     def use(self, operating_point: str) -> None:
         """Switch to another operating point of the target, for calls that begin from now on.
 
+        Each point has a test of its own if promises are watched, which goes on when the point is
+        used again. A point that promises nothing about changed answers is not watched.
+
         Args:
             operating_point: its name.
 
@@ -319,6 +331,19 @@ class Engine:
             BackendError: this process was forked after the engine was loaded.
         """
         return self.core.reset_tally()
+
+    @property
+    def watched(self) -> Watched | None:
+        """What watching the promise of the operating point in use has shown since the load.
+
+        None if nothing is watched: without `watch` in `load`, or if this point promises nothing
+        about changed answers.
+
+        Raises:
+            BackendError: this process was forked after the engine was loaded.
+        """
+        self.core.backend.origin.check()
+        return None if self.core.watch is None else self.core.watch.watched(self.operating_point)
 
     @property
     def rule(self) -> ExitRule:

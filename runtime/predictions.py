@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import add
 from typing import NamedTuple
@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact.manifest import Manifest, ProblemType
+from .artifact.manifest import Manifest, ProblemType, Task
 from .encoding import EncodedRow
+from .errors import InputError
 from .rules.measures import Integers, Mask, Outputs
 
 
@@ -136,6 +137,34 @@ class Tally:
 def outputs_of(manifest: Manifest, logits: NDArray[np.float32]) -> Outputs:
     """The outputs of rows of a model, from their logits `[rows, labels]`."""
     return Outputs(logits, manifest.task.problem_type, manifest.task.label_thresholds)
+
+
+def decision_thresholds(task: Task, thresholds: Mapping[str, float]) -> tuple[float, ...]:
+    """The probability above which each label is flagged, if that is what is decided.
+
+    In a model with one label for each text, only the named labels decide; in a multi-label model
+    all labels do.
+
+    Args:
+        task: the task.
+        thresholds: the probability by label.
+
+    Returns:
+        `[labels]`, 1 for labels that decide nothing; empty if the answer is the decision.
+
+    Raises:
+        InputError: the model does not have a named label.
+    """
+    for label in thresholds:
+        if label not in task.labels:
+            raise InputError(
+                f"the model has no label {label!r}", f"choose from {', '.join(task.labels)}"
+            )
+    if not thresholds and not task.label_thresholds:
+        return ()
+    usual = 0.5 if task.problem_type is ProblemType.MULTI_LABEL else 1.0
+    values = task.label_thresholds or (usual,) * len(task.labels)
+    return tuple(map(thresholds.get, task.labels, values))
 
 
 class Stopped(NamedTuple):

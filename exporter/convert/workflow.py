@@ -24,12 +24,7 @@ from numpy.typing import NDArray
 from ... import __version__
 from ...calibration.calibrate import calibrate
 from ...calibration.goals import Bound, CalibrationOptions
-from ...calibration.guarantee import (
-    check_possible,
-    decision_thresholds,
-    needs_in_words,
-    rows_needed,
-)
+from ...calibration.guarantee import check_possible, needs_in_words, rows_needed
 from ...calibration.progress import Progress, silent
 from ...calibration.result import Calibration, Report
 from ...calibration.scoring import AGREEMENT, Scorer, same_answers
@@ -41,6 +36,7 @@ from ...runtime.encoding import EncodedRow, Text
 from ...runtime.errors import InputError, RowError
 from ...runtime.files import read_rows
 from ...runtime.files.rows import data_sha256, encode_labels
+from ...runtime.predictions import decision_thresholds
 from ...runtime.quality import Labels
 from ...runtime.rules.measures import Integers, Mask, Outputs
 from ...runtime.rules.rules import Budget

@@ -46,11 +46,15 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
         promises: what is bounded; they hold together.
         label_thresholds: the probability above which a label is flagged, by label; the promises
             hold for these thresholds only.
+        full_depth_changes: an upper bound on the percentage of texts for which this target at full
+            depth decides otherwise than the reference, at the same confidence; 0 if full depth is
+            the reference.
     """
 
     confidence: float
     promises: tuple[Promise, ...]
     label_thresholds: dict[str, float] = {}
+    full_depth_changes: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.0
 
     def __str__(self) -> str:
         *most, last = map(str, self.promises)

@@ -15,6 +15,7 @@ from ..backends.base import Backend, Bucket, Execution, Limits
 from ..errors import BackendError
 from ..exit_0 import ExitZero
 from ..rules.measures import Mask
+from ..rules.runner import RuleRunner
 from .groups import Group, RowNumbers, Running, fits, split
 
 _NONE: RowNumbers = np.zeros(0, np.intp)
@@ -55,10 +56,12 @@ class Chain:
         backend: its pool lends what runs segments, when the first row needs it.
         limits: the shapes that it runs.
         exit_0: the classifier before layer 1; None: there is none.
+        full_depth: the rule of watched rows after their answer; None: no rows are watched.
         clock: the time in seconds, of deadlines too.
 
     Attributes:
         running: the groups whose segments run, oldest first.
+        watched: groups of answered rows that run on, see `next_watched`.
         seconds: how long the last segment took.
         current: the group that an error of a step belongs to.
     """
@@ -66,8 +69,10 @@ class Chain:
     backend: Backend
     limits: Limits
     exit_0: ExitZero | None = None
+    full_depth: RuleRunner | None = None
     clock: Callable[[], float] = perf_counter
     running: deque[Group] = field(default_factory=deque, init=False)
+    watched: list[Group] = field(default_factory=list, init=False)
     seconds: float = field(default=0.0, init=False)
     current: Group | None = field(default=None, init=False)
     _finished: float = field(default=0.0, init=False)
@@ -84,13 +89,17 @@ class Chain:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        for group in [*self.watched]:
+            group.lose_watched()
+            if error is None:
+                self.drop(group)
         lent = self._lent
         self._lent = None
         if lent is not None:
             self.backend.give_back(lent, failed=error is not None)
 
     def run(self, window: Group) -> Iterator[Decision]:
-        """Run rows until all of them have stopped.
+        """Run rows until all of them have stopped; then those of them that are watched run on.
 
         Args:
             window: any number of rows. They are split into groups of similar length, and each
@@ -106,8 +115,10 @@ class Chain:
         yield from self.ask_exit_0(window)
         parts = split(window.lengths, self.limits)
         waiting = deque([window] if len(parts) == 1 else map(window.take, parts))
-        while waiting or self.running:
+        while waiting or self.running or self.watched:
             group = self._next(waiting)
+            if group is None and not self.running:
+                group = self.next_watched()
             if group is not None:
                 yield from self.stop_late(group)
                 if not len(group):
@@ -115,7 +126,7 @@ class Chain:
             decision = self.step(group)
             if decision is not None:
                 yield decision
-                if len(decision.group):
+                if len(decision.group) and not decision.group.is_answered:
                     waiting.append(decision.group)
 
     def _next(self, waiting: deque[Group]) -> Group | None:
@@ -132,6 +143,21 @@ class Chain:
                 return None
             self.join(first, same[1:])
         return waiting.popleft()
+
+    def next_watched(self) -> Group | None:
+        """The group of answered rows that takes the next step; None if there is none.
+
+        Callers ask for it when no other rows are left. The rows that have the longest way to go run
+        first, so that others can join them.
+        """
+        ready = [group for group in self.watched if group.running is None]
+        if not ready:
+            return None
+        first = min(ready, key=lambda group: group.segment)
+        if first.hidden is not None:
+            same = [group for group in ready if group.segment == first.segment]
+            self.join(first, [group for group in same if group is not first])
+        return first
 
     def step(self, group: Group | None) -> Decision | None:
         """Start the next segment of a group, and finish the oldest one if enough are in flight.
@@ -231,7 +257,10 @@ class Chain:
             group.running = None
         if group.hidden is not None:
             self.execution.release(group.hidden)
+        if group in self.watched:
+            self.watched.remove(group)
         group.rows = group.rows[:0].copy()  # not a view, which would hold the rows
+        group.watched = group.watched[:0].copy()
         group.lengths = group.lengths[:0]
         group.deadlines = group.deadlines[:0]
         group.hidden = None
@@ -279,8 +308,39 @@ class Chain:
         going[failed] = True
         stopped = np.flatnonzero(~going)
         going[failed] = False
+        self._watch(group, exit_number, logits, stopped, failed)
         self.keep(group, going)
+        if group.is_answered:  # nobody waits for these logits
+            return Decision(group, exit_number, rows, logits)
         return Decision(group, exit_number, rows, logits, stopped, failed)
+
+    def _watch(
+        self,
+        group: Group,
+        exit_number: int,
+        logits: NDArray[np.float32],
+        stopped: RowNumbers,
+        failed: RowNumbers,
+    ) -> None:
+        """Tell watched rows what has happened to them; those that are answered now run on."""
+        for row in group.watched_in(failed).values():
+            row.lost()
+        watched = group.watched_in(stopped)
+        run_on = [n for n, row in watched.items() if row.stopped(exit_number, logits[n])]
+        if not run_on:
+            return
+        assert self.full_depth is not None
+        places = np.array(run_on)
+        part = group.take(places)
+        part.runner = self.full_depth
+        part.is_answered = True
+        if group.hidden is None:
+            self.watched += map(part.take, split(part.lengths, self.limits))
+        else:
+            places = group.places[places]
+            part.hidden = self.execution.regroup([group.hidden], [places], self._bucket([part]))
+            part.places = np.arange(len(part))
+            self.watched.append(part)
 
     def _gather(self, groups: Sequence[Group]) -> None:
         """Copy the rows of groups into new hidden states, which belong to the first one."""

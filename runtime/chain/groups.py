@@ -13,6 +13,7 @@ from ..backends.base import Hidden, Limits, Outputs
 from ..encoding import EncodedRow
 from ..errors import BackendError
 from ..rules.runner import PatienceState, RuleRunner
+from ..watch import WatchedRow
 
 RowNumbers = NDArray[np.intp]
 
@@ -41,6 +42,8 @@ class Group:
         lengths: `[rows]` how many tokens they have.
         deadlines: `[rows]` when their answers should be there, in seconds of the chain's clock.
         state: what the rule remembers of them.
+        watched: `[rows]` a `WatchedRow`, or None for rows that are not watched.
+        is_answered: whether they are answered, and only run on because they are watched.
         hidden: their hidden states; None before segment 1.
         places: `[rows]` where they are in the hidden states, and in the logits of a segment.
         running: the segment that runs; None between two segments.
@@ -52,6 +55,8 @@ class Group:
     lengths: NDArray[np.intp]
     deadlines: NDArray[np.float64]
     state: PatienceState
+    watched: NDArray[np.object_]
+    is_answered: bool = False
     hidden: Hidden | None = None
     places: RowNumbers = field(default_factory=lambda: np.zeros(0, np.intp))
     running: Running | None = None
@@ -91,6 +96,7 @@ class Group:
             lengths=lengths,
             deadlines=np.full(count, deadline),
             state=runner.start(count),
+            watched=np.full(count, None),
         )
 
     def __len__(self) -> int:
@@ -112,14 +118,16 @@ class Group:
         return self.segment
 
     def take(self, rows: RowNumbers) -> Group:
-        """A new group of some of the rows, given by their places, before segment 1."""
+        """A new group of some of the rows, given by their places, without hidden states."""
         return Group(
             runner=self.runner,
             rows=self.rows[rows],
-            encoded=self.encoded[rows],
+            encoded=self.encoded[rows] if self.hidden is None else self.encoded,
             lengths=self.lengths[rows],
             deadlines=self.deadlines[rows],
             state=self.state.take(rows),
+            watched=self.watched[rows],
+            is_answered=self.is_answered,
         )
 
     def keep(self, rows: RowNumbers) -> None:
@@ -128,6 +136,7 @@ class Group:
         self.lengths = self.lengths[rows]
         self.deadlines = self.deadlines[rows]
         self.state = self.state.take(rows)
+        self.watched = self.watched[rows]
         if self.hidden is None:
             self.encoded = self.encoded[rows]
         else:
@@ -141,6 +150,17 @@ class Group:
         self.lengths = np.concatenate([group.lengths for group in groups])
         self.deadlines = np.concatenate([group.deadlines for group in groups])
         self.state = PatienceState.join([group.state for group in groups])
+        self.watched = np.concatenate([group.watched for group in groups])
+
+    def watched_in(self, rows: RowNumbers) -> dict[int, WatchedRow]:
+        """Those of the rows at the given places that are watched, by their places."""
+        pairs = zip(rows.tolist(), self.watched[rows].tolist(), strict=True)
+        return {place: row for place, row in pairs if row is not None}
+
+    def lose_watched(self) -> None:
+        """Nothing will be known about its watched rows."""
+        for row in self.watched_in(np.arange(len(self))).values():
+            row.lost()
 
 
 def split(lengths: NDArray[np.intp], limits: Limits) -> list[RowNumbers]:

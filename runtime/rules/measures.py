@@ -146,6 +146,19 @@ class Outputs:
         thresholds = self._label_thresholds if len(self._label_thresholds) else 0.5
         return (self.probabilities > thresholds).astype(np.int64)
 
+    def decisions(self, label_thresholds: Sequence[float] = ()) -> Integers:
+        """What is decided: the answers, or which labels are above thresholds.
+
+        Args:
+            label_thresholds: as in `margins`; empty: the answer is the decision.
+
+        Returns:
+            As `answers`, or with thresholds `[rows, labels]` of 0 and 1; int64.
+        """
+        if not label_thresholds:
+            return self.answers
+        return (self.margins(label_thresholds) > 0).astype(np.int64)
+
     def take(self, rows: NDArray[np.intp] | Mask) -> Outputs:
         """The outputs of some of the rows, given by their numbers or as a mask."""
         return Outputs(self.logits[rows], self._problem_type, self._label_thresholds)

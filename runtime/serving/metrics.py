@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from ..engine import Engine
 from ..predictions import Prediction
@@ -18,7 +20,8 @@ class Metrics:
     """Counts what schedulers do. Their worker threads call all methods but `refused` and `text`.
 
     Args:
-        engine: their engine. If it has an operating point, its drift is shown.
+        engine: their engine. If it has an operating point, its drift is shown; if its promise is
+            watched, what that has shown.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -47,6 +50,7 @@ class Metrics:
         self._batch = made(Histogram, "batch_rows", "Rows in a run of a segment.", buckets=_ROWS)
         help = "Distance of the exits from those at calibration (total variation), from 0 to 1."
         self._drift = made(Gauge, "drift", help)
+        self._registry.register(_OfWatching(engine))
 
     def started(self, seconds: Sequence[float]) -> None:
         """Count the seconds until the first segment of rows, or until their answer at exit 0."""
@@ -85,3 +89,52 @@ class Metrics:
         drift = tally.drift(point.exits) if point and tally.rows else float("nan")
         self._drift.set(drift)
         return generate_latest(self._registry)
+
+
+class _OfWatching(Collector):
+    """What `Engine.watched` shows of the operating point in use; nothing if it is not watched."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics as they are now."""
+        watched = self._engine.watched
+        if watched is None:
+            return
+        low, high = watched.interval
+        shares = {
+            "estimate": watched.estimate,
+            "low": low,
+            "high": high,
+            "permitted": watched.permitted,
+        }
+        labels = ("operating_point",)
+        names = (watched.operating_point,)
+        rows = CounterMetricFamily(
+            "fpabee_watched_rows", "Rows that have run to full depth to be watched.", labels=labels
+        )
+        rows.add_metric(names, watched.rows)
+        yield rows
+        changed = CounterMetricFamily(
+            "fpabee_watched_changed_answers",
+            "Watched rows whose answer was another one at full depth.",
+            labels=labels,
+        )
+        changed.add_metric(names, watched.changed_answers)
+        yield changed
+        share = GaugeMetricFamily(
+            "fpabee_watched_changed_share",
+            "Share of changed answers: estimate, 95 % confidence sequence, and what is permitted.",
+            labels=(*labels, "of"),
+        )
+        for of, value in shares.items():
+            share.add_metric((*names, of), value)
+        yield share
+        broken = GaugeMetricFamily(
+            "fpabee_promise_broken",
+            "1 if the promise about changed answers does not hold for this traffic.",
+            labels=labels,
+        )
+        broken.add_metric(names, watched.is_broken)
+        yield broken

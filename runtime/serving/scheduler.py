@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,8 @@ from ..predictions import Prediction, Stopped
 
 if TYPE_CHECKING:
     from .metrics import Metrics
+
+logger = logging.getLogger(__name__)
 
 _MOST_ROWS = 1000
 # Longer texts of a request are tokenized in another thread than that of the event loop. It is one
@@ -296,6 +299,7 @@ class Scheduler:
             if rows and tokens >= most:
                 state = f"the unanswered rows have {tokens} tokens, expected fewer than {most}"
                 raise self._full(state, len(rows))
+            group.watched = self._core.choose_watched(len(rows), runner, ends)
             self._tokens.update(zip(futures, lengths, strict=True))
             self._arrived += [group] if rows else []
             self._changed.notify()
@@ -312,10 +316,14 @@ class Scheduler:
         while self._wait():
             try:
                 with self._core.chain() as chain:
-                    while self._arrived or self._waiting or self._groups:
+                    while self._is_busy or (chain.watched and not self._closed):
                         self._try_step(chain)
             except Exception as error:  # noqa: BLE001 - it belongs to all rows
                 self._fail_all(error)
+
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self._arrived or self._waiting or self._groups)
 
     def _fail_all(self, error: Exception) -> None:
         # Not in the function that catches the error: the futures hold it, and its traceback that
@@ -326,6 +334,7 @@ class Scheduler:
             self._waiting = []
             self._groups = []
         for group in groups:
+            group.lose_watched()
             self._fail(group.rows, error)
 
     def _wait(self) -> bool:
@@ -343,18 +352,24 @@ class Scheduler:
             lost = chain.current
             if lost is None:
                 raise
+            lost.lose_watched()
+            if lost.is_answered:
+                logger.error("watched rows failed after their answer", exc_info=error)
             self._fail(lost.rows, error)
             self._waiting = [group for group in self._waiting if group is not lost]
             self._groups = [group for group in self._groups if group is not lost]
             chain.drop(lost)
-            chain.execution.recover([group.hidden for group in self._groups if group.hidden])
+            others = [*self._groups, *chain.watched]
+            chain.execution.recover([group.hidden for group in others if group.hidden])
 
     def _step(self, chain: Chain) -> None:
         """Take new rows, and let one group take a step of the chain."""
         self._admit(chain)
         self._clear(chain)
         group = self._choose(chain)
-        if group is not None and self._metrics is not None:
+        if not (self._waiting or self._groups):
+            group = chain.next_watched()
+        if group is not None and not group.is_answered and self._metrics is not None:
             self._metrics.ran(len(group))
             if group.hidden is None:
                 now = self._core.clock()
@@ -386,10 +401,15 @@ class Scheduler:
             self._some_cancelled = False
         for group in (*self._waiting, *self._groups):
             if self._cancels:
+                group.lose_watched()
+                group.watched = np.full(len(group), None)
                 for row in group.rows:
                     row.future.cancel()
             if some_cancelled:
-                chain.keep(group, np.array([not row.future.done() for row in group.rows]))
+                # Watched rows run on, because those that clients do not wait for may be special.
+                pairs = zip(group.rows, group.watched, strict=True)
+                kept = [watched is not None or not row.future.done() for row, watched in pairs]
+                chain.keep(group, np.array(kept))
             if len(group) and group.running is None:
                 for decision in chain.stop_late(group):
                     self._answer(decision)
@@ -469,6 +489,7 @@ class Scheduler:
             )
             missed = np.array([now > row.deadline for row in rows])
             predictions = self._core.answers(stopped, missed)
+            self._core.count_depth(stopped.exits)
         except Exception as error:
             self._fail(rows, error)  # they have left their group
             raise

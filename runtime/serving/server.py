@@ -431,6 +431,7 @@ class Service:
                 "max_input_length": self.engine.max_length,
                 "max_client_batch_size": self.limits.max_texts,
                 "max_body": self.limits.max_body,
+                "watched": self.engine.watched,
             }
         )
 

@@ -180,6 +180,8 @@ SERVING = [
          "--allowed-host"),
     Case("a pattern as a host", serve("--allowed-host", "*.example.com"), "'*.example.com'",
          "--allowed-host"),
+    Case("a folder without a promise to watch", serve("--watch", 1), "changed answers", "--watch",
+         "--operating-point"),
     Case("an empty name of a host", serve("--allowed-host", ""), "''", "--allowed-host"),
 ]  # fmt: skip
 
@@ -195,6 +197,7 @@ SETTINGS = [
 
 # What is given, and what the message names.
 USAGE: list[tuple[Make, str]] = [
+    *((serve("--watch", share), "--watch") for share in (0, -1, 100.5, "nan", "inf", "some")),
     (run("--rule", "fpabee threshold"), "'threshold' is not a setting"),
     (run("--rule", " "), "--rule is empty"),
     (run("--rule", "patience=1 patience=2"), "patience twice"),

@@ -17,7 +17,6 @@ from fpabee.calibration.guarantee import (
     Certified,
     binomial_tail,
     certify,
-    decision_thresholds,
     most_losses,
     rows_needed,
     share_interval,
@@ -28,6 +27,7 @@ from fpabee.calibration.scoring import Scorer
 from fpabee.calibration.settings import StopScores, exits_of, settings_lists
 from fpabee.runtime import Budget, Confidence, ExitRule, ProblemType, simulate
 from fpabee.runtime.artifact.manifest import Task
+from fpabee.runtime.predictions import decision_thresholds
 
 from .conftest import make_rows, search_on, two_exits, with_costs
 
@@ -267,6 +267,13 @@ def test_decisions_are_compared_with_the_reference_where_there_is_one() -> None:
         None,
         Budget(exit=2),
     )
+    found = certified(rows, Bound(changed_answers=0.02), "agreement")
+    assert found.certificate is not None
+    most = found.certificate.full_depth_changes / 100
+    assert binomial_tail(12, 2000, most) == pytest.approx(0.05), "the one-sided exact bound"
+    found = certified(replace(rows, reference=None), Bound(changed_answers=0.02), "agreement")
+    assert found.certificate is not None
+    assert found.certificate.full_depth_changes == 0, "full depth is its own reference"
     found = certified(rows, Bound(changed_answers=0.005), "agreement")
     assert (found.rule, found.certificate) == (None, None)
     assert found.failed.startswith("full depth has 12 changed answers in 1829 texts; ")

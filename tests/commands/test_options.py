@@ -159,12 +159,13 @@ CALLS: dict[str, tuple[str, list[Any]]] = {
         LOADS,
         [ENGINES, "fast", "safe", {"max_length": 9, "threads": 2}],
     ),
-    "serve engines --target fast --operating-point safe --max-length 9 --threads 2 --check": (
+    "serve engines --target fast --operating-point safe --max-length 9 --threads 2 --check "
+    "--watch 1": (
         LOADS,
         [
             ENGINES,
             {"target": "fast", "operating_point": "safe", "max_length": 9, "threads": 2}
-            | {"check": True},
+            | {"check": True, "watch": 1.0},
         ],
     ),
     TRAIN: (

@@ -19,6 +19,7 @@ from .console import echo
     examples="""
 fpabee-serve engines/
 fpabee-serve engines/ --port 8080 --operating-point fast
+fpabee-serve engines/ --watch 1
 fpabee-serve engines/ --host 0.0.0.0 --allowed-host texts.example.com
 """,
     panels={},
@@ -47,6 +48,14 @@ fpabee-serve engines/ --host 0.0.0.0 --allowed-host texts.example.com
 @options.count("--max-length", "Truncate texts to this many tokens.")
 @options.threads
 @options.flag("--check", "First check on the reference texts that the target matches the model.")
+@options.number(
+    "--watch",
+    "Watch the promise about changed answers: run some texts on to full depth after their answer. "
+    "At most this percentage of the layers is spent on it.",
+    min=0,
+    max=100,
+    min_open=True,
+)
 @options.count("--max-rows", "Most rows that are unanswered at a time; more are refused.", 1000)
 def main(
     engines: Path,

@@ -35,6 +35,7 @@ console.log(JSON.stringify({
   sent,
   model: shown("model").textContent,
   settings: shown("settings").textContent,
+  watched: [shown("watched").textContent, shown("watched").className],
   depth: shown("depth").textContent,
   ladder: shown("ladder").children.map((step) => [step.textContent, step.className]),
   scores: shown("scores").children.map((row) => [row.className, ...cells(row)]),

@@ -59,6 +59,7 @@ def test_an_answer_is_shown(shown: Callable[..., Any], pair: str) -> None:
     found = shown("rain " * 200, pair)
     assert found["sent"] == [found["was_sent"]]
     assert (found["model"], found["settings"]) == ("tiny", "operating point safe, onnxruntime-fp32")
+    assert found["watched"] == ["", ""]
     (answer,) = found["expected"]["data"]
     assert answer["exit"] == 3
     for fact in (answer["label"], "exit 3", "3 of 3 layers", " ms", "too long"):
@@ -72,6 +73,27 @@ def test_an_answer_is_shown(shown: Callable[..., Any], pair: str) -> None:
     assert found["scores"][0][:2] == ["predicted", answer["label"]]
     assert [row[0] for row in found["scores"][1:]] == [""] * (len(ranked) - 1)
     assert (found["hidden"], found["error"]) == (False, "")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_watched_promise_is_shown(shown: Callable[..., Any], paused: bool, broken: bool) -> None:
+    info = {
+        **{"model_id": "tiny", "operating_point": "changed-1", "target": "onnxruntime-fp32"},
+        **{"exits": [0, 1, 2, 3], "exit_layers": [0, 1, 2, 3], "layers": 3, "labels": []},
+    }
+    watched = {
+        **{"permitted": 0.0125, "row_share": 0.0079, "rows": 300, "changed_answers": 7},
+        **{"interval": [0.0052, 0.0648], "is_paused": paused, "is_broken": broken},
+    }
+    body = json.dumps(info | {"watched": watched})
+    text, style = shown("rain", info={"status": 200, "body": body})["watched"]
+    for fact in ("7 of 300", "0.52 % to 6.48 %", "1.25 %"):
+        assert fact in text
+    assert ("0.79 %" in text) == (not paused)
+    assert ("64" in text) == paused
+    assert ("Calibrate again" in text) == broken
+    assert style == ("broken" if broken else "")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ from fpabee.runtime.serving.metrics import Metrics
 from fpabee.runtime.serving.server import ServerLimits, Service
 
 from ...closeness import assert_close, assert_probabilities
+from ...conftest import WORDS
 from ...doubles.device import install
+from ..watching import promising
 
 LIMITS = ServerLimits(max_body=5000, max_texts=3, body_seconds=5.0)
 HEADERS = {"Content-Type": "application/json"}
@@ -68,8 +70,10 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, max_rows: int = 10, target: str | None = None) -> Iterator[Server]:
-    with Engine.load(folder, target) as engine:
+def serving(
+    folder: Path, max_rows: int = 10, target: str | None = None, watch: float | None = None
+) -> Iterator[Server]:
+    with Engine.load(folder, target, watch=watch) as engine:
         server = Server(engine, max_rows)
         yield server
         server.scheduler.close()
@@ -334,6 +338,41 @@ def test_a_gpu_that_has_failed(
             health = server.client.get("/health")
             assert health.status_code == 503
             assert "700" in health.json()["error"]
+
+
+def test_a_watched_promise_is_in_metrics_and_info(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+) -> None:
+    folder = promising(engine_copy(), set_points, early=Budget(exit=1))
+    texts = [f"rain {word}" for word in WORDS]
+    with serving(folder) as server:
+        assert server.client.get("/info").json()["watched"] is None
+        assert "fpabee_watched" not in server.client.get("/metrics").text
+    with serving(folder, watch=100.0) as server:
+        assert '\nfpabee_promise_broken{operating_point="early"} 0.0\n' in (
+            server.client.get("/metrics").text
+        )
+        server.engine.predict(texts * 20)
+        watched = server.engine.watched
+        assert watched is not None
+        assert 0 < watched.changed_answers < watched.rows
+        text = server.client.get("/metrics").text
+        low, high = watched.interval
+        point = 'operating_point="early"'
+        for line in (
+            f"watched_rows_total{{{point}}} {20 * len(texts)}.0",
+            f"watched_changed_answers_total{{{point}}} {watched.changed_answers}.0",
+            f'watched_changed_share{{of="estimate",{point}}} {watched.estimate}',
+            f'watched_changed_share{{of="low",{point}}} {low}',
+            f'watched_changed_share{{of="high",{point}}} {high}',
+            f'watched_changed_share{{of="permitted",{point}}} 0.01',
+            f"promise_broken{{{point}}} 1.0",
+        ):
+            assert f"\nfpabee_{line}\n" in text
+        info = server.client.get("/info").json()["watched"]
+        assert info["rows"] == watched.rows
+        assert info["interval"] == [low, high]
+        assert info["is_broken"] is True
 
 
 def test_metrics_info_health_and_page(

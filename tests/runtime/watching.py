@@ -1,0 +1,46 @@
+"""Engines folders whose operating points promise something about changed answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from fpabee.runtime import Certificate, ExitRule, Prediction, Promise, read_manifest
+from fpabee.runtime.artifact.folder import EnginesFolder
+from fpabee.runtime.artifact.manifest import with_operating_points
+
+
+def promising(
+    folder: Path,
+    set_points: Callable[..., None],
+    at_most: float = 1.0,
+    of: str = "changed_answers",
+    full_depth_changes: float = 0.0,
+    target: str = "",
+    **rules: ExitRule,
+) -> Path:
+    """Gives a folder operating points with this promise; the first one is the default."""
+    set_points(folder, target=target, default=next(iter(rules)), **rules)
+    manifest = read_manifest(folder)
+    name = target or manifest.default_target
+    before = manifest.targets[name]
+    certificate = Certificate(
+        confidence=95.0,
+        promises=(Promise(of=of, at_most=at_most, rows=300),),
+        full_depth_changes=full_depth_changes,
+    )
+    points = {
+        point: replace(each, certificate=certificate)
+        for point, each in before.operating_points.items()
+    }
+    changed = with_operating_points(before, points, before.default_operating_point)
+    EnginesFolder(folder, manifest).with_target(name, changed).write()
+    return folder
+
+
+def count_changes(answers: Sequence[Prediction], full_depth: Sequence[Prediction]) -> int:
+    """How many answers have other labels than those at full depth."""
+    pairs = zip(answers, full_depth, strict=True)
+    return sum(answer.labels != late.labels for answer, late in pairs)
