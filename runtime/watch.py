@@ -256,9 +256,9 @@ class Watch:
         # Layers for watching that each layer for an answer pays for.
         share = float(percent) / 100
         self._pays = share / max(1 - share, 1e-9)
-        self._layers = manifest.model.layers
+        self._layers = manifest.exit_layers[-1]
         self._coin = np.random.default_rng()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # who is told of an alarm may ask what is known
         self._waiting = 0
         self._answered = 0
         self._layers_for_answers = 0
@@ -397,6 +397,6 @@ def _promise(
         operating_point=name,
         test=RateTest(rate, level),
         permitted=rate,
-        mean_depth=min(point.mean_depth, float(manifest.model.layers)),
+        mean_depth=min(point.mean_depth, float(manifest.exit_layers[-1])),
         label_thresholds=decision_thresholds(manifest.task, point.certificate.label_thresholds),
     )
