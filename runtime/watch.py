@@ -138,12 +138,12 @@ class Watched:
         row_share: the share of rows that is chosen, which follows from the depth of the rows.
         rows: how many watched rows have run to full depth.
         changed_answers: how many of them were answered otherwise than at full depth.
-        interval: a 95 % confidence sequence for the share of changed answers: it may be looked at
-            at any time.
+        interval: a 95 % confidence sequence for the share of changed answers, if it is the same
+            for all rows: it may be looked at at any time.
         is_paused: whether no rows are chosen, because 64 wait to run on.
-        is_broken: whether the promise does not hold for this traffic. If it holds, this is
-            reported with a probability of at most 0.1 % in the life of a process, however often it
-            is looked at.
+        is_broken: whether the promise does not hold, at least not for the rows of late, so the
+            interval may be below what is permitted. If it holds, this is reported with a
+            probability of at most 0.1 % in the life of a process, however often it is looked at.
     """
 
     operating_point: str
@@ -256,9 +256,9 @@ class Watch:
         # Layers for watching that each layer for an answer pays for.
         share = float(percent) / 100
         self._pays = share / max(1 - share, 1e-9)
-        self._layers = manifest.model.layers
+        self._layers = manifest.exit_layers[-1]
         self._coin = np.random.default_rng()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # who is told of an alarm may ask what is known
         self._waiting = 0
         self._answered = 0
         self._layers_for_answers = 0
@@ -397,6 +397,6 @@ def _promise(
         operating_point=name,
         test=RateTest(rate, level),
         permitted=rate,
-        mean_depth=min(point.mean_depth, float(manifest.model.layers)),
+        mean_depth=min(point.mean_depth, float(manifest.exit_layers[-1])),
         label_thresholds=decision_thresholds(manifest.task, point.certificate.label_thresholds),
     )

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """Send a server usual texts, then other ones, until it says that its promise is broken.
 
-    python scripts/watch_traffic.py engines/ --usual trec.jsonl --new sst2.jsonl -- --watch 1
+    python scripts/watch_traffic.py engines/ --usual trec.jsonl --new sst2.jsonl -- --watch 100
 
 SERVER is the address of a running server, or an engines folder, for which `fpabee-serve` is started
-with the options after `--`. Requests have 16 texts each, drawn at random from the file, and four
-clients send them one after another. It prints what the server has watched after the usual texts,
-and at the alarm, or after as many new texts if there is none.
+with the options after `--`. One client sends requests of 16 texts each, drawn at random from the
+file, and pauses after each of them, because watched texts run on when no other text waits. It
+prints what the server has watched after the usual texts, and at the alarm, or after as many new
+texts if there is none.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,8 +28,8 @@ from fpabee.commands.command import exits_with_one_line
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.files import read_rows
 
-CLIENTS = 4
 TEXTS = 16
+PAUSE_SECONDS = 0.05
 JSON = {"Content-Type": "application/json"}
 
 
@@ -51,14 +52,13 @@ def send(host: str, texts: Sequence[Text], most: int, until_alarm: bool) -> tupl
     """Send texts at random; returns how many were sent, and what was watched then."""
     choose = random.Random(0)
     sent = 0
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        while sent < most:
-            requests = [choose.choices(texts, k=TEXTS) for _ in range(CLIENTS)]
-            list(pool.map(lambda some: ask(host, "/classify", some), requests))
-            sent += CLIENTS * TEXTS
-            watched = ask(host, "/info")["watched"]
-            if until_alarm and watched["is_broken"]:
-                break
+    while sent < most:
+        ask(host, "/classify", choose.choices(texts, k=TEXTS))
+        sent += TEXTS
+        time.sleep(PAUSE_SECONDS)
+        watched = ask(host, "/info")["watched"]
+        if until_alarm and watched["is_broken"]:
+            break
     return sent, watched
 
 

@@ -41,5 +41,5 @@ def test_traffic(
         done = CliRunner().invoke(watch_traffic.main, [server, *map(str, arguments)])
     assert done.exit_code == 0, done.output
     *_, first, second = done.output.splitlines()
-    assert first.startswith("| usual | 320 |")
+    assert first.startswith("| usual | 304 |")
     assert second.startswith("| new | ")
