@@ -94,7 +94,7 @@ def converted(change: Change) -> Make:
     """A conversion of a changed model, of which one file cannot be read."""
 
     def make(place: Place) -> Arguments:
-        texts = place.file("texts.txt", "rain\n")
+        texts = place.file("texts.txt", "".join(f"rain {number}\n" for number in range(1000)))
         return ["convert", place.model(change), texts, "-o", place.root / "out", "--quiet"]
 
     return make
