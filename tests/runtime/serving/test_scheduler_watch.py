@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fpabee.runtime import BackendError, Budget, Confidence, Engine, ExitRule
-from fpabee.runtime.backends.host import HostBackend
+from fpabee.runtime.backends.host import HostBackend, HostExecution
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.metrics import Metrics
 from fpabee.runtime.watch import MOST_WAITING
@@ -46,8 +47,11 @@ def idle(scheduler: Scheduler) -> None:
     """Wait until nothing runs: a text with a deadline is not watched, and is answered last."""
     watch = scheduler._core.watch
     assert watch is not None
-    while watch._waiting:
+    for _ in range(1000):
+        if not watch._waiting:
+            return
         scheduler.submit("rain", deadline_ms=1e6).result(WAIT)
+    pytest.fail("watched rows are never done")
 
 
 PLACES = [(device, exit_0) for device in (False, True) for exit_0 in (False, True)]
@@ -232,6 +236,26 @@ def test_a_failure_of_other_rows_loses_no_watched_rows(engine: Engine, gate: Gat
         with pytest.raises(BackendError, match="made up"):
             lost.result(WAIT)
         gate.fails = lambda number, hidden: None
+        idle(scheduler)
+        assert engine.watched is not None
+        assert engine.watched.rows == 1
+
+
+def test_rows_without_numbers_at_full_depth_hold_up_no_others(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enqueue = HostExecution.enqueue
+
+    def spoils(execution: Any, hidden: Any) -> Any:
+        logits = enqueue(execution, hidden)()
+        return lambda: logits * np.nan if hidden.segment == 3 else logits
+
+    with Scheduler(engine) as scheduler:
+        with monkeypatch.context() as patch:
+            patch.setattr(HostExecution, "enqueue", spoils)
+            assert scheduler.submit("the plot").result(WAIT).exit == 1
+            idle(scheduler)
+        scheduler.submit("rain").result(WAIT)
         idle(scheduler)
         assert engine.watched is not None
         assert engine.watched.rows == 1
