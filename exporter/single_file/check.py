@@ -37,6 +37,8 @@ _BATCH = 16
 _LEAST_BESIDE = 1024
 # Most of the texts, as a share, whose exit rounding may decide.
 _MOST_TIES = 0.02
+# In fp16 more: ONNX Runtime does not round between graphs that one segment calls, as in ALBERT.
+_MOST_TIES_IN_FP16 = 0.5
 # Thresholds that are tried besides those of the rule: quantiles of its scores on the texts.
 _QUANTILES = (0.3, 0.7)
 
@@ -94,6 +96,7 @@ def check_single_graph(
     Raises:
         CheckError: logits or exits differ, or too many exits cannot be compared.
     """
+    most_ties = _MOST_TIES_IN_FP16 if precision == "fp16" else _MOST_TIES
     required = EXPORT_LIMIT if precision == "fp32" else REQUIREMENTS[precision].tie
     task = manifest.task
     first = manifest.exits[0]
@@ -129,12 +132,12 @@ def check_single_graph(
         close = exits_near_ties(expected, each, task, rounding * logit_sizes(expected), first)
         ties = max(ties, int(close.sum()))
         wrong = int(((exits != simulation) & ~close).sum())
-        if wrong or not difference <= required or ties > max(1, _MOST_TIES * len(rows)):
+        if wrong or not difference <= required or ties > max(1, most_ties * len(rows)):
             raise CheckError(
                 f"the graph does not agree with its segments, with {rule_in_words(each)}, on "
                 f"{len(rows)} texts: logits differ by {difference:.1e} "
                 f"of their size (at most {required:.0e} allowed), {wrong} exits differ, and {ties} "
-                f"are too close to a threshold to compare (at most {_MOST_TIES:.0%} allowed)",
+                f"are too close to a threshold to compare (at most {most_ties:.0%} allowed)",
                 "pack another target; if it is the exits that are too close, export again with "
                 "more `texts`, on which the file is checked as well",
             )
