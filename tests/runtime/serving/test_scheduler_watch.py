@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -209,8 +210,10 @@ def test_a_failure_loses_its_rows_only(
                 lost.result(WAIT)
         else:
             assert lost.result(WAIT).exit == 1
-            idle(scheduler)
-            assert "watched rows failed" in caplog.text
+            until = time.monotonic() + WAIT
+            while "watched rows failed" not in caplog.text:
+                assert time.monotonic() < until
+                time.sleep(0.001)
         gate.fails = lambda number, hidden: None
         assert scheduler.submit("rain").result(WAIT).exit == 1
         idle(scheduler)
