@@ -95,7 +95,7 @@ RUNTIMES = {"onnxruntime": in_onnxruntime, "openvino": in_openvino}
 
 
 def batches_of(rows: Sequence[EncodedRow], padding: Any) -> list[Arrays]:
-    """Batches of rows of similar length, none of which is as long as another one.
+    """Batches of rows of similar length; no two batches have the same length.
 
     Args:
         rows: repeated if they are too few.

@@ -36,7 +36,7 @@ class Texts:
 
     Attributes:
         rows: the first row of each distinct text; those that only train and choose come last.
-        weights: `[own]` how often each text occurs, of those that are no train texts.
+        weights: `[own]` how often each text occurs; there are none for train texts.
         train: numbers of the texts that train heads and exit 0.
         choose: numbers of the texts that choose the form of the heads, and end the training of
             exit 0; then they train the heads as well.

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import Shapes, Target, TensorSpec
+from ..targets.backends import RTX
 from ..targets.plan_worker import PlanRequest
 from ..targets.plans import profile_of
 from ..targets.tensorrt import build_in_worker
@@ -50,8 +51,8 @@ def build_plan(model: ir.Model, graph: Path, target: Target) -> Plan:
     Args:
         model: the graph.
         graph: the file that holds it.
-        target: the record of a target of plans, see `plans_record`. All of its profiles become one,
-            because a branch of a plan is chosen by the rows and not by their shape.
+        target: the record of a target of plans, see `plans_record`. Its profiles become one, so
+            that an application need not choose between them.
 
     Raises:
         BackendError: it could not be built.
@@ -68,7 +69,7 @@ def build_plan(model: ir.Model, graph: Path, target: Target) -> Plan:
             plan=str(path),
             timing_cache=str(Path(temporary, "timing.cache")),
             profiles=[{spec.name: profile_of(spec, shapes) for spec in inputs}],
-            compute_capabilities=target.compute_capabilities if target.device == "" else (),
+            compute_capabilities=target.compute_capabilities if target.backend == RTX else (),
         )
         build_in_worker(request, target, path.name)
     return Plan(

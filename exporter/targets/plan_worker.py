@@ -81,7 +81,8 @@ def rtx_config(request: PlanRequest) -> Any:
     def change(builder: Any, network: Any, config: Any) -> None:
         # Otherwise products in fp32 would round their inputs to 10 bits.
         config.clear_flag(flags.TF32)
-        config.set_flag(flags.REQUIRE_USER_ALLOCATION)  # else runs cannot be captured
+        # A run allocates nothing by itself: its memory is that of the execution.
+        config.set_flag(flags.REQUIRE_USER_ALLOCATION)
 
     capabilities = [tuple(map(int, each.split("."))) for each in request.compute_capabilities]
     config = CreateConfigRTX(compute_capabilities=capabilities, **_settings(request))

@@ -229,7 +229,7 @@ class Cuda:
         code = int(status)
         _, text = self._driver.cuGetErrorString(status)
         reason = (text or b"unknown").decode()
-        # As long as there is no context, it may be another process that has the device for itself.
+        # Before the context exists, another process may have the device for itself, and end.
         if is_final(code) and self._context is not None:
             self.failed = f"GPU {self._number} has failed: {reason} (CUDA error {code})"
             raise BackendError(self.failed, START_AGAIN)

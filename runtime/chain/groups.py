@@ -198,7 +198,7 @@ def fits(rows: int, longest: int, limits: Limits) -> bool:
 def shapes(limits: Limits) -> list[tuple[int, int]]:
     """The fewest rows, and the tokens, of every padded shape that a group can have.
 
-    If any batch size is possible, only those of a single row; if any length is, none.
+    Limits without batch sizes have those of a single row, and limits without lengths have none.
     """
     fewest = [1, *(size + 1 for size in limits.batch_sizes[:-1])]
     return [

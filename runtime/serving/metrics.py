@@ -111,30 +111,35 @@ class _OfWatching(Collector):
         }
         labels = ("operating_point",)
         names = (watched.operating_point,)
-        rows = CounterMetricFamily(
-            "fpabee_watched_rows", "Rows that have run to full depth to be watched.", labels=labels
+        families = (
+            (
+                CounterMetricFamily,
+                "fpabee_watched_rows",
+                "Rows that have run to full depth to be watched.",
+                watched.rows,
+            ),
+            (
+                CounterMetricFamily,
+                "fpabee_watched_changed_answers",
+                "Watched rows whose answer was another one at full depth.",
+                watched.changed_answers,
+            ),
+            (
+                GaugeMetricFamily,
+                "fpabee_promise_broken",
+                "1 if the promise about changed answers does not hold for this traffic.",
+                watched.is_broken,
+            ),
         )
-        rows.add_metric(names, watched.rows)
-        yield rows
-        changed = CounterMetricFamily(
-            "fpabee_watched_changed_answers",
-            "Watched rows whose answer was another one at full depth.",
-            labels=labels,
-        )
-        changed.add_metric(names, watched.changed_answers)
-        yield changed
+        for kind, name, description, value in families:
+            family = kind(name, description, labels=labels)
+            family.add_metric(names, value)
+            yield family
         share = GaugeMetricFamily(
             "fpabee_watched_changed_share",
             "Share of changed answers: estimate, 95 % confidence sequence, and what is permitted.",
             labels=(*labels, "of"),
         )
-        for of, value in shares.items():
-            share.add_metric((*names, of), value)
+        for of, rate in shares.items():
+            share.add_metric((*names, of), rate)
         yield share
-        broken = GaugeMetricFamily(
-            "fpabee_promise_broken",
-            "1 if the promise about changed answers does not hold for this traffic.",
-            labels=labels,
-        )
-        broken.add_metric(names, watched.is_broken)
-        yield broken
