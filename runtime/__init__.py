@@ -21,6 +21,7 @@ expected, and its hint says what to do.
 
 from .artifact.folder import read_manifest
 from .artifact.manifest import (
+    Activation,
     BuiltFile,
     ExitZeroSpec,
     Graph,
@@ -53,7 +54,9 @@ from .errors import (
     RuleError,
 )
 from .files import ReadOptions, Row, TextFormat, read_rows
+from .files.queries import Query, read_queries
 from .predictions import Prediction, Tally, Trace
+from .ranking import Ranked
 from .rules.measures import Measure, Outputs
 from .rules.rules import (
     RULES,
@@ -69,12 +72,14 @@ from .rules.rules import (
     Signal,
     Threshold,
     ThresholdRule,
+    TopK,
 )
 from .rules.runner import Simulation, simulate
 from .watch import Watched
 
 __all__ = [
     "RULES",
+    "Activation",
     "Agreement",
     "ArtifactError",
     "BackendError",
@@ -110,7 +115,9 @@ __all__ = [
     "Prediction",
     "ProblemType",
     "Promise",
+    "Query",
     "Range",
+    "Ranked",
     "ReadOptions",
     "Requirements",
     "Row",
@@ -130,9 +137,11 @@ __all__ = [
     "Threshold",
     "ThresholdRule",
     "TokenizerSpec",
+    "TopK",
     "Trace",
     "Watched",
     "read_manifest",
+    "read_queries",
     "read_rows",
     "simulate",
 ]

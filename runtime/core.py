@@ -24,6 +24,7 @@ from .encoding import EncodedRow, Text, TextEncoder, blocks
 from .errors import InputError, whole_number
 from .exit_0 import ExitZero
 from .predictions import Prediction, Stopped, Tally, Trace, make_predictions, outputs_of
+from .ranking import Ranked, RankedQuery, ranked
 from .rules.measures import Integers, Mask
 from .rules.rules import Budget, ExitRule
 from .rules.runner import RuleRunner
@@ -215,6 +216,58 @@ class Core:
         self.count_depth(exits)
         return Stopped(rows, exits, logits, limited)
 
+    def rank(
+        self,
+        rows: Sequence[EncodedRow],
+        runner: RuleRunner,
+        deadline: float = math.inf,
+        top_k: int | None = None,
+        with_left: bool = False,
+    ) -> list[Ranked]:
+        """Run the documents of a query, and put them in order.
+
+        The other arguments and the errors are those of `run`.
+
+        Args:
+            rows: the query with each of its documents.
+            runner: decides which documents leave early.
+            deadline: as in `run`.
+            top_k: see `ranked`.
+            with_left: see `ranked`.
+
+        Raises:
+            InputError: the documents have too many tokens.
+        """
+        self.check_query(rows)
+        query = RankedQuery(runner.rule, self._exits, len(rows))
+        window = Group.of(np.arange(len(rows)), rows, self.full_depth, deadline, self.limits)
+        with self.chain() as chain:
+            for decision in chain.run(window, query.going):
+                if len(decision.failed):
+                    raise not_finite(self.backend.name, decision.exit)
+                if decision.limited:
+                    query.stop(decision.rows)
+                else:
+                    query.passed(decision.exit, decision.rows, decision.logits)
+        stopped = Stopped(rows, query.exits, query.logits[:, None], query.limited)
+        missed = np.full(len(rows), self.clock() > deadline)
+        self.count(stopped, missed)
+        return ranked(stopped, ~query.going, self.manifest.task.activation, top_k, with_left)
+
+    def check_query(self, rows: Sequence[EncodedRow]) -> None:
+        """Refuse a query whose documents need more memory than a window of rows may take.
+
+        Raises:
+            InputError: they have too many tokens.
+        """
+        if sum(self._row_bytes(len(row)) for row in rows) > self.window_bytes:
+            tokens = sum(map(len, rows))
+            raise InputError(
+                f"{len(rows)} documents with their query have {tokens:,} tokens, which need more "
+                f"than {self.window_bytes // 2**20} MiB",
+                "give fewer documents at a time, or a smaller `max_length`",
+            )
+
     def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Trace:
         """Run tokenized rows as one window, see `Engine.run_encoded`."""
         first = self._exits[0]
@@ -235,6 +288,11 @@ class Core:
             stopped: the rows.
             missed: `[rows]` whether the deadline was missed.
         """
+        self.count(stopped, missed)
+        return make_predictions(self.manifest, stopped, missed)
+
+    def count(self, stopped: Stopped, missed: Mask) -> None:
+        """Count rows in the tally; the arguments are those of `answers`."""
         numbers = stopped.exits - self._exits[0]
         counts = Tally(
             exits=tuple(np.bincount(numbers, minlength=len(self._exits)).tolist()),
@@ -244,7 +302,6 @@ class Core:
         )
         with self._tally_lock:
             self.tally += counts
-        return make_predictions(self.manifest, stopped, missed)
 
     def reset_tally(self) -> Tally:
         """Start the tally again from zero, see `Engine.reset_tally`."""

@@ -20,6 +20,7 @@ from .encoding import EncodedRow, Text, TextEncoder
 from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of, whole_number
 from .hub import engines_folder
 from .predictions import Prediction, Tally, Trace
+from .ranking import Ranked, top_of
 from .rules.rules import ExitRule
 from .targets import open_backend, rule_here, target_of
 from .watch import Watch, Watched
@@ -184,9 +185,8 @@ class Engine:
                 target's logits are not finite at an exit that a row reached.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
-        deadline = math.inf
-        if deadline_ms is not None:
-            deadline = self.core.clock() + seconds_of("deadline_ms", deadline_ms)
+        self._check_task(ranks=False)
+        deadline = self._deadline(deadline_ms)
         runner = self.core.runner(rule, full_depth=full_depth, max_exit=max_exit)
         windows = [self.core.run(rows, runner, deadline) for rows in self.core.windows(texts)]
         missed = self.core.clock() > deadline
@@ -216,9 +216,84 @@ class Engine:
         Raises:
             FpabeeError: as in `predict`, when the predictions are taken.
         """
+        self._check_task(ranks=False)
         runner = self.core.runner(rule, full_depth=full_depth, max_exit=max_exit)
         for rows in self.core.windows(texts):
             yield from self.core.answers(self.core.run(rows, runner), np.zeros(len(rows), np.bool_))
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        *,
+        deadline_ms: float | None = None,
+        full_depth: bool = False,
+        all: bool = False,
+    ) -> list[Ranked]:
+        """Rank documents by how well they answer a query.
+
+        Documents that cannot be among the best leave after a few layers. Those that are returned
+        have run all layers, so their scores and their order are those of the whole model. Which
+        documents leave depends on the others, so the documents of a query belong into one call.
+
+        A deadline is a budget for the whole call. Documents that would miss it are ranked by the
+        last exit that they have passed, and marked `deadline_limited`.
+
+        Args:
+            query: the query.
+            documents: the documents.
+            top_k: how many documents are returned at most; default: as many as the operating point
+                promises, or all of them at full depth.
+            deadline_ms: milliseconds for the call.
+            full_depth: run every layer for every document.
+            all: return all documents; those that left early come last, by their predicted scores.
+
+        Returns:
+            The best documents, best first; equal scores keep the order of the documents.
+
+        Raises:
+            InputError: the model is a classifier; `top_k` is more than the operating point
+                promises; the documents have too many tokens for one call; or something is not a
+                text.
+            BackendError: as in `predict`.
+            ArtifactError: as in `predict`.
+
+        Example:
+            ```python
+            from fpabee.runtime import Engine
+
+            with Engine.load("reranker-engines/") as engine:
+                for best in engine.rank("a fast web server", ["nginx is ...", "A spreadsheet ..."]):
+                    print(best.index, best.score, best.exit)
+            ```
+        """
+        self._check_task(ranks=True)
+        deadline = self._deadline(deadline_ms)
+        runner = self.core.runner(full_depth=full_depth)
+        most = top_of(runner.rule, top_k)
+        if isinstance(documents, str):
+            raise InputError("the documents are one string", "give a list: [document]")
+        rows = self.core.encode([(query, document) for document in documents])
+        return self.core.rank(rows, runner, deadline, most, with_left=all)
+
+    def _check_task(self, ranks: bool) -> None:
+        """Refuse a call that belongs to the other task.
+
+        Raises:
+            InputError: the model is for the other task.
+        """
+        if self.manifest.task.ranks != ranks:
+            what = "ranks documents" if self.manifest.task.ranks else "classifies texts"
+            raise InputError(
+                f"this model {what}", f"call {'`predict`' if ranks else '`rank`'} instead"
+            )
+
+    def _deadline(self, deadline_ms: float | None) -> float:
+        """When a call that begins now ends, in seconds of the core's clock."""
+        if deadline_ms is None:
+            return math.inf
+        return self.core.clock() + seconds_of("deadline_ms", deadline_ms)
 
     def trace(self, texts: Sequence[Text], *, rule: ExitRule | None = None) -> Trace:
         """Compute the logits of every exit.
@@ -271,9 +346,12 @@ class Engine:
                 f"no text of the reference fits the {limits.max_sequence} tokens of {self.target}",
                 "export the model again with shorter `texts`",
             )
-        logits = self.run_encoded([rows[n] for n in fits], self.core.full_depth.rule).logits
+        full_depth = self.core.full_depth.rule
+        logits = self.run_encoded([rows[n] for n in fits], full_depth).logits
+        # The reference has pairs, and no queries with their documents.
+        rule = full_depth if self.rule.ranks else self.rule
         agreement = compare(
-            logits, expected[:, fits], self.rule, manifest.task, required, manifest.exits[0]
+            logits, expected[:, fits], rule, manifest.task, required, manifest.exits[0]
         )
         what = f"target {self.target} is not the model that was exported,"
         must_pass(agreement, what, COPY_AGAIN)

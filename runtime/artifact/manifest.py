@@ -22,7 +22,7 @@ import msgspec
 from ..errors import ArtifactError
 from .operating_point import Count, OperatingPoint, RuleSettings, Sha256
 
-SCHEMA_VERSION = "1.0-draft.4"  # becomes "1.0", and is frozen, with the release
+SCHEMA_VERSION = "1.0-draft.5"  # becomes "1.0", and is frozen, with the release
 MANIFEST_NAME = "manifest.json"
 REFERENCE_NAME = "reference.npz"
 EXIT_0_NAME = "exit_0.npz"
@@ -55,21 +55,37 @@ class ProblemType(str, Enum):
     """One label for each row: softmax over the logits."""
     MULTI_LABEL = "multi_label_classification"
     """Any number of labels for each row: a sigmoid for each logit."""
+    RANKING = "regression"
+    """One logit for each row, a query and a document: how well the document answers the query."""
+
+
+class Activation(str, Enum):
+    """What makes the score of a document from its logit, with the order unchanged."""
+
+    SIGMOID = "sigmoid"
+    IDENTITY = "identity"
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """The classification task.
+    """The task.
 
     Attributes:
-        problem_type: single-label or multi-label.
-        labels: label names in the order of the logits.
+        problem_type: single-label, multi-label, or ranking.
+        labels: label names in the order of the logits; one for ranking.
         label_thresholds: for multi-label: a label is predicted if its probability is above its
             threshold; empty means 0.5 for all labels.
+        activation: for ranking: what makes the score of a logit.
     """
 
     problem_type: ProblemType
     labels: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     label_thresholds: tuple[Annotated[float, msgspec.Meta(ge=0, le=1)], ...] = ()
+    activation: Activation = Activation.SIGMOID
+
+    @property
+    def ranks(self) -> bool:
+        """Whether rows are documents of queries."""
+        return self.problem_type is ProblemType.RANKING
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
@@ -276,7 +292,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         fpabee_version: version of fpabee that wrote it.
         versions: versions of the libraries that exported the model.
         model: the model that was exported.
-        task: the classification task.
+        task: the task.
         tokenizer: how texts become model inputs.
         shapes: the sizes that the graphs accept.
         graphs: ONNX graphs in fp32, by name.

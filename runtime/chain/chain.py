@@ -98,12 +98,14 @@ class Chain:
         if lent is not None:
             self.backend.give_back(lent, failed=error is not None)
 
-    def run(self, window: Group) -> Iterator[Decision]:
+    def run(self, window: Group, going: Mask | None = None) -> Iterator[Decision]:
         """Run rows until all of them have stopped; then those of them that are watched run on.
 
         Args:
             window: any number of rows. They are split into groups of similar length, and each
                 group takes a segment in turn.
+            going: whether the row of each number goes on. The caller may stop rows by clearing it,
+                and they leave before the next segment of their group. None: only the rule does.
 
         Yields:
             The decision about each group at each exit.
@@ -120,6 +122,8 @@ class Chain:
             if group is None and not self.running:
                 group = self.next_watched()
             if group is not None:
+                if going is not None:
+                    self.keep(group, going[group.rows])
                 yield from self.stop_late(group)
                 if not len(group):
                     continue

@@ -106,6 +106,8 @@ class ExitRule(msgspec.Struct, frozen=True, kw_only=True, tag_field="name"):
     """Whether a signal needs the exit before; `signal` is then not called without one."""
     uses_labels: ClassVar[bool] = False
     """Whether the rule compares predicted labels, so that a near tie of labels can move an exit."""
+    ranks: ClassVar[bool] = False
+    """Whether rows are documents that are compared with each other."""
 
     min_exit: _Exit = 0
     max_exit: Annotated[_Exit | None, msgspec.Meta(description="give a whole number from 0")] = None
@@ -282,9 +284,10 @@ class ExitRule(msgspec.Struct, frozen=True, kw_only=True, tag_field="name"):
         """
         values = dict(settings)
         name = values.pop("name", None)
-        kind = RULES.get(name) if isinstance(name, str) else None
+        kind = _BY_NAME.get(name) if isinstance(name, str) else None
         if kind is None:
-            raise RuleError(f"exit rule {name!r} does not exist", f"choose from {', '.join(RULES)}")
+            known = ", ".join(_BY_NAME)
+            raise RuleError(f"exit rule {name!r} does not exist", f"choose from {known}")
         try:
             return kind(**values)
         except TypeError as error:  # a name that is missing or unknown
@@ -543,6 +546,48 @@ class Budget(ExitRule, tag="budget", frozen=True, kw_only=True):
         return scores
 
 
+class TopK(ThresholdRule, tag="top-k", frozen=True, kw_only=True):
+    """For rankings: a document stops when it can no longer be among the best of its query.
+
+    Each exit predicts the final logit. The score of a document is its prediction minus the `top`th
+    largest prediction of its query. Rows are the documents of one query that have not stopped, so
+    that a document which is out never keeps another one in. The documents that never stop have the
+    logits of the whole model. (Cascade ranking; for transformers, see Xin et al. 2020 and
+    arXiv 2510.15620.)
+
+    Attributes:
+        threshold: minus the margin by which a document has to be behind, in logits; one for all
+            exits, or one for each exit.
+        top: how many documents are wanted.
+    """
+
+    ranks: ClassVar[bool] = True
+
+    top: Annotated[int, msgspec.Meta(ge=1, description="give a whole number from 1")]
+
+    def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
+        """How far documents are before the `top`th; infinity if there are no more than `top`."""
+        return before_top(now.logits[:, 0], self.top)
+
+
+def before_top(logits: Array, top: int) -> Array:
+    """How far logits `[..., documents]` are before the `top`th largest of their query.
+
+    Args:
+        logits: predictions of the documents of queries; minus infinity for those that have stopped.
+        top: how many documents are wanted.
+
+    Returns:
+        Of the same shape; infinity where a query has no more than `top` documents.
+    """
+    if logits.shape[-1] <= top:
+        return np.full(logits.shape, np.inf)
+    limits: Array = np.partition(logits, -top, axis=-1)[..., -top, None]
+    # Minus infinity: fewer than `top` documents are left, so none of them stops.
+    return np.where(np.isneginf(limits), np.inf, logits - np.where(np.isneginf(limits), 0, limits))
+
+
 _ALL = (FPabee, Pabee, Entropy, Confidence, Energy, Pcee, Epee, Budget)
 RULES: dict[str, type[ExitRule]] = {str(rule.__struct_config__.tag): rule for rule in _ALL}
-"""The class of each rule by its name."""
+"""The class of each rule of classification by its name."""
+_BY_NAME = RULES | {str(TopK.__struct_config__.tag): TopK}

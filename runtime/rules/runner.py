@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..artifact.manifest import ProblemType
 from ..errors import RuleError
 from .measures import Array, Floats, Integers, Mask, Outputs
-from .rules import ExitRule
+from .rules import Budget, ExitRule
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +69,15 @@ class RuleRunner:
             raise RuleError(
                 f"the rule is {rule!r}, a {type(rule).__name__}",
                 "give a rule such as FPabee(threshold=0.2), or ExitRule.from_dict(...)",
+            )
+        # `Budget` compares nothing, so it fits any task.
+        if rule.ranks != (self.problem_type is ProblemType.RANKING) and not isinstance(
+            rule, Budget
+        ):
+            what = "rankings" if rule.ranks else "classification"
+            raise RuleError(
+                f"rule {rule.name} is for {what}, and the task is {self.problem_type.value}",
+                "give budget, or top-k for rankings and one of the other rules for classification",
             )
         rule.check_exits(self.exits)
         self.last = self.exits[-1] if rule.max_exit is None else rule.max_exit

@@ -1,0 +1,216 @@
+"""Ranking: documents that cannot be among the best of their query leave after a few layers.
+
+A row is a query with one of its documents. Each exit predicts the final logit. *An exit of a query
+is decided when all its documents have passed it*, whatever groups they run in. So the exits of a
+query depend on the logits of its documents only, and `exits_of_query` reproduces them. Documents
+that leave do so before their group's next segment; the others run all layers, and have the logits
+and the order of the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .artifact.manifest import Activation, ProblemType
+from .errors import InputError
+from .predictions import Stopped
+from .rules.measures import Floats, Integers, Mask
+from .rules.rules import ExitRule, TopK
+from .rules.runner import RuleRunner
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A document of a ranking.
+
+    Attributes:
+        index: the place of the document among those that were given, from 0.
+        score: of the document; the whole model's if it ran all layers, otherwise predicted.
+        exit: the exit that gave the score; the last one is the whole model.
+        truncated: whether query and document had more tokens than the model takes.
+        deadline_limited: whether the deadline stopped the document; its score is predicted then.
+    """
+
+    index: int
+    score: float
+    exit: int
+    truncated: bool = False
+    deadline_limited: bool = False
+
+
+class RankedQuery:
+    """The documents of one query on their way through the exits.
+
+    Args:
+        rule: decides which documents leave: `TopK`, or `Budget` for all layers.
+        exits: the numbers of the exits of the model.
+        documents: how many documents there are.
+
+    Attributes:
+        going: `[documents]` whether a document still goes on; changes in place.
+        exits: `[documents]` int64, the exit of each document: where it left, or the last one that
+            it has passed.
+        limited: `[documents]` whether a deadline stopped a document.
+
+    Raises:
+        RuleError: the rule does not fit.
+    """
+
+    def __init__(self, rule: ExitRule, exits: range, documents: int) -> None:
+        self._runner = RuleRunner(rule, ProblemType.RANKING, exits)
+        self._state = self._runner.start(documents)
+        self._numbers = exits
+        self._next = exits[0]
+        self._logits = np.full((len(exits), documents), np.nan, np.float32)
+        self.going = np.ones(documents, np.bool_)
+        self.exits = np.full(documents, exits[0], np.int64)
+        self.limited = np.zeros(documents, np.bool_)
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """`[documents]` the logit of each document at its exit."""
+        places = self.exits - self._numbers[0]
+        at_exit: NDArray[np.float32] = self._logits[places, np.arange(len(places))]
+        return at_exit
+
+    def passed(
+        self, exit_number: int, documents: NDArray[np.intp], logits: NDArray[np.float32]
+    ) -> NDArray[np.intp]:
+        """Note the logits of documents at an exit, and decide the exits that all have passed.
+
+        Args:
+            exit_number: the exit.
+            documents: the numbers of the documents.
+            logits: `[documents, 1]` at this exit.
+
+        Returns:
+            The numbers of the documents that leave now, with their exits in `exits`.
+        """
+        self._logits[exit_number - self._numbers[0], documents] = logits[:, 0]
+        still = documents[self.going[documents]]
+        self.exits[still] = exit_number
+        return np.concatenate([np.zeros(0, np.intp), *self._decided()])
+
+    def stop(self, documents: NDArray[np.intp]) -> None:
+        """Documents have been stopped by a deadline, after which nothing is decided any more."""
+        self.limited[documents] = True
+
+    def _decided(self) -> Iterator[NDArray[np.intp]]:
+        """The documents that leave at each exit which can be decided now."""
+        while self._next < self._numbers[-1] and not self.limited.any():
+            left = np.flatnonzero(self.going)
+            logits = self._logits[self._next - self._numbers[0], left]
+            if np.isnan(logits).any():
+                return
+            stops, _ = self._runner.decide(self._next, self._state, logits[:, None])
+            if stops is not None:
+                self._state = self._state.take(np.flatnonzero(~stops))
+                leaving = left[stops]
+                self.going[leaving] = False
+                self.exits[leaving] = self._next
+                yield leaving
+            self._next += 1
+
+
+def exits_of_query(logits: NDArray[np.float32], rule: ExitRule, exits: range) -> Integers:
+    """The exits `[documents]` of one query: those of a live run that gives these logits.
+
+    Args:
+        logits: `[exits, documents]` at full depth.
+        rule: the rule.
+        exits: the numbers of the exits.
+
+    Raises:
+        RuleError: the rule does not fit.
+    """
+    query = RankedQuery(rule, exits, logits.shape[1])
+    every = np.arange(logits.shape[1])
+    for number, at_exit in zip(exits, logits, strict=True):
+        query.passed(number, every, at_exit[:, None])
+    return query.exits
+
+
+def top_of(rule: ExitRule, top_k: int | None) -> int | None:
+    """How many documents a ranking returns; None: all that ran all layers.
+
+    Args:
+        rule: the rule of the ranking.
+        top_k: how many were asked for; None: as many as the rule looks for.
+
+    Raises:
+        InputError: the rule looks for fewer.
+    """
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise InputError(f"`top_k` is {top_k!r}", "give a whole number from 1")
+    if not isinstance(rule, TopK):
+        return top_k
+    if top_k is not None and top_k > rule.top:
+        raise InputError(
+            f"`top_k` is {top_k}, but documents behind the best {rule.top} leave early",
+            f"give `top_k` up to {rule.top}, run at full depth, or convert the model again",
+        )
+    return rule.top if top_k is None else top_k
+
+
+def ranked(
+    stopped: Stopped,
+    left: Mask,
+    activation: Activation,
+    top_k: int | None = None,
+    with_left: bool = False,
+) -> list[Ranked]:
+    """The documents of a query, best first.
+
+    The order is that of the logits, and equal logits keep the order of the documents. Documents
+    that left early come after all others.
+
+    Args:
+        stopped: the documents, with their exits and logits.
+        left: `[documents]` whether a document left before the last exit, by the rule.
+        activation: what makes a score of a logit.
+        top_k: most documents to return; None: all.
+        with_left: also return those that left early, whatever `top_k` is.
+    """
+    logits = stopped.logits[:, 0].astype(np.float64)
+    scores = 1 / (1 + np.exp(-logits)) if activation is Activation.SIGMOID else logits
+    order = np.lexsort((-logits, left))
+    if not with_left:
+        order = order[: np.count_nonzero(~left)][:top_k]
+    return [
+        Ranked(
+            index=int(number),
+            score=float(scores[number]),
+            exit=int(stopped.exits[number]),
+            truncated=stopped.rows[number].truncated,
+            deadline_limited=bool(stopped.limited[number]),
+        )
+        for number in order
+    ]
+
+
+def changed_sets(final: Floats, left: Mask, reference: Floats, top: int) -> Mask:
+    """Whether the `top` best documents of queries are not the best of a reference: `[queries]`.
+
+    Documents whose reference is equal to that of the last of the best are as good as it, such as
+    documents that are given twice.
+
+    Args:
+        final: `[queries, documents]` logits of the last exit.
+        left: `[queries, documents]` whether a document left before; it is never among the best.
+        reference: `[queries, documents]` the logits that it should have.
+        top: how many documents are wanted.
+    """
+    if final.shape[1] <= top:
+        return np.zeros(len(final), np.bool_)
+    chosen = np.argsort(-np.where(left, -np.inf, final), axis=1, kind="stable")[:, :top]
+    limits = np.partition(reference, -top, axis=1)[:, -top]
+    worst = np.take_along_axis(reference, chosen, axis=1).min(axis=1)
+    return np.asarray(worst < limits - _SAME * np.maximum(np.abs(limits), 1))
+
+
+# Equal documents differ by as much as rows differ with their batch, see `check.BATCH_LIMIT`.
+_SAME = 1e-5
