@@ -34,7 +34,7 @@ from ..runtime.errors import ModelError
 from ..runtime.exit_0 import ExitZero
 from ..runtime.hub import repository_of
 from ..runtime.rules.measures import Measure
-from ..runtime.rules.rules import FPabee
+from ..runtime.rules.rules import Budget, FPabee
 from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
 from .exit_0_files import CONFIG_BLOCK, export_exit_0, load_exit_0
@@ -200,6 +200,11 @@ def _write(
     write_reference(folder, texts, logits)
     backbone = model.backbone
     longest = tokenizer.max_length
+    task = Task(
+        problem_type=model.exit_config.problem_type,
+        labels=model.exit_config.labels,
+        label_thresholds=model.exit_config.label_thresholds,
+    )
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         fpabee_version=__version__,
@@ -211,11 +216,7 @@ def _write(
             shared_layers=backbone.shared_layers,
             pooling=model.exit_config.pooling.value,
         ),
-        task=Task(
-            problem_type=model.exit_config.problem_type,
-            labels=model.exit_config.labels,
-            label_thresholds=model.exit_config.label_thresholds,
-        ),
+        task=task,
         tokenizer=tokenizer,
         shapes=Shapes(
             batch=Range(min=1, opt=32, max=_MAX_BATCH),
@@ -232,7 +233,7 @@ def _write(
             )
         },
         default_target=FP32_TARGET,
-        default_rule=DEFAULT_RULE.to_dict(),
+        default_rule=(Budget(exit=len(exits)) if task.ranks else DEFAULT_RULE).to_dict(),
         exit_0=export_exit_0(folder, exit_0) if exit_0 else None,
         base_model=base_model,
     )

@@ -194,10 +194,12 @@ def make_predictions(manifest: Manifest, stopped: Stopped, missed: Mask) -> list
     outputs = outputs_of(manifest, stopped.logits)
     labels = manifest.task.labels
     chosen = outputs.answers.tolist()
-    if manifest.task.problem_type is ProblemType.MULTI_LABEL:
-        chosen = [[n for n, is_predicted in enumerate(row) if is_predicted] for row in chosen]
-    else:
+    if manifest.task.problem_type is ProblemType.SINGLE_LABEL:
         chosen = [[number] for number in chosen]
+    elif manifest.task.ranks:  # what a document answers depends on the others, see `ranking`
+        chosen = [[] for _ in stopped.rows]
+    else:
+        chosen = [[n for n, is_predicted in enumerate(row) if is_predicted] for row in chosen]
     columns = zip(
         stopped.rows,
         chosen,

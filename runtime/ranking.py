@@ -9,7 +9,6 @@ and the order of the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +68,7 @@ class RankedQuery:
         self.going = np.ones(documents, np.bool_)
         self.exits = np.full(documents, exits[0], np.int64)
         self.limited = np.zeros(documents, np.bool_)
+        self._final = np.zeros(documents, np.bool_)
 
     @property
     def logits(self) -> NDArray[np.float32]:
@@ -88,19 +88,38 @@ class RankedQuery:
             logits: `[documents, 1]` at this exit.
 
         Returns:
-            The numbers of the documents that leave now, with their exits in `exits`.
+            The numbers of the documents whose exits are final from now on. Documents that are ahead
+            of others wait for them, even at the last exit.
         """
         self._logits[exit_number - self._numbers[0], documents] = logits[:, 0]
         still = documents[self.going[documents]]
         self.exits[still] = exit_number
-        return np.concatenate([np.zeros(0, np.intp), *self._decided()])
+        self._decide()
+        return self._settled()
 
-    def stop(self, documents: NDArray[np.intp]) -> None:
-        """Documents have been stopped by a deadline, after which nothing is decided any more."""
+    def stop(self, documents: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Note that a deadline has stopped documents, after which nothing is decided any more.
+
+        Args:
+            documents: the numbers of the documents.
+
+        Returns:
+            As `passed`.
+        """
         self.limited[documents] = True
+        return self._settled()
 
-    def _decided(self) -> Iterator[NDArray[np.intp]]:
-        """The documents that leave at each exit which can be decided now."""
+    def _settled(self) -> NDArray[np.intp]:
+        """The documents whose exits have become final since the last call."""
+        last = self._numbers[-1]
+        is_decided = self._next == last or self.limited.any()
+        final = ~self.going | self.limited | (is_decided & (self.exits == last))
+        new = np.flatnonzero(final & ~self._final)
+        self._final |= final
+        return new
+
+    def _decide(self) -> None:
+        """Let documents leave at each exit which can be decided now."""
         while self._next < self._numbers[-1] and not self.limited.any():
             left = np.flatnonzero(self.going)
             logits = self._logits[self._next - self._numbers[0], left]
@@ -112,7 +131,6 @@ class RankedQuery:
                 leaving = left[stops]
                 self.going[leaving] = False
                 self.exits[leaving] = self._next
-                yield leaving
             self._next += 1
 
 
@@ -195,8 +213,7 @@ def ranked(
 def changed_sets(final: Floats, left: Mask, reference: Floats, top: int) -> Mask:
     """Whether the `top` best documents of queries are not the best of a reference: `[queries]`.
 
-    Documents whose reference is equal to that of the last of the best are as good as it, such as
-    documents that are given twice.
+    Documents with equal references may stand for each other, such as one that is given twice.
 
     Args:
         final: `[queries, documents]` logits of the last exit.
@@ -207,9 +224,10 @@ def changed_sets(final: Floats, left: Mask, reference: Floats, top: int) -> Mask
     if final.shape[1] <= top:
         return np.zeros(len(final), np.bool_)
     chosen = np.argsort(-np.where(left, -np.inf, final), axis=1, kind="stable")[:, :top]
-    limits = np.partition(reference, -top, axis=1)[:, -top]
-    worst = np.take_along_axis(reference, chosen, axis=1).min(axis=1)
-    return np.asarray(worst < limits - _SAME * np.maximum(np.abs(limits), 1))
+    best = np.sort(reference, axis=1)[:, -top:]
+    found = np.sort(np.take_along_axis(reference, chosen, axis=1), axis=1)
+    differs = np.abs(found - best) > _SAME * np.maximum(np.abs(best), 1)
+    return np.asarray(differs.any(axis=1))
 
 
 # Equal documents differ by as much as rows differ with their batch, see `check.BATCH_LIMIT`.

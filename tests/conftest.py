@@ -247,6 +247,18 @@ def attending_engines(
 
 
 @pytest.fixture(scope="session")
+def ranking_engines(shared_root: Path) -> Mapping[str, Path]:
+    """The engines folders of the tiny models as rerankers: one logit for a pair. Read-only."""
+    from fpabee.exporter import export
+
+    def make(family: str, folder: Path) -> None:
+        model = make_model(family, folder.with_name(f"{folder.name}-model"), ranks=True)
+        export(model, folder)
+
+    return MadeOnce(shared_root / "ranking_engines", make)
+
+
+@pytest.fixture(scope="session")
 def exit_0_engines(engines: Mapping[str, Path], shared_root: Path) -> Mapping[str, Path]:
     """The same folders with an exit 0. Read-only."""
 
@@ -365,7 +377,13 @@ def set_points() -> Callable[..., None]:
 
 
 def make_model(
-    family: str, folder: Path, width: int = 32, layers: int = 3, queries: int = 0, **sizes: int
+    family: str,
+    folder: Path,
+    width: int = 32,
+    layers: int = 3,
+    queries: int = 0,
+    ranks: bool = False,
+    **sizes: int,
 ) -> Path:
     """Write a model_dir with random weights and an exit after every layer.
 
@@ -375,6 +393,7 @@ def make_model(
         width: of the hidden states.
         layers: how many.
         queries: of heads that attend; 0: the heads are the family's tiny ones.
+        ranks: whether it gives one logit for a query and a document.
         sizes: other settings than the family's tiny ones.
     """
     import torch
@@ -402,6 +421,9 @@ def make_model(
         **(tiny.config | sizes),
     )
     multi_exit = MultiExitConfig(exits, tiny.labels, tiny.problem_type, Pooling(tiny.pooling))
+    if ranks:
+        ranking = ProblemType.RANKING
+        multi_exit = MultiExitConfig(exits, ("score",), ranking, Pooling(tiny.pooling))
     if queries:
         multi_exit = replace(
             multi_exit,

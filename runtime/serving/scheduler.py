@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,8 @@ from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
 from ..errors import BackendError, InputError, OverloadedError, seconds_of, whole_number
 from ..predictions import Prediction, Stopped
+from ..ranking import Ranked, RankedQuery, ranked, top_of
+from ..rules.measures import Mask
 
 if TYPE_CHECKING:
     from .metrics import Metrics
@@ -52,6 +54,8 @@ class _Row:
         deadline: when it should be answered, in the same seconds.
         turn: the round that it belongs to, see `Scheduler`. Rows of a round are in the order of
             their arrival.
+        query: the query that it is a document of; None for classification.
+        place: of the document in its query, from 0.
     """
 
     encoded: EncodedRow
@@ -59,6 +63,21 @@ class _Row:
     arrived: float
     deadline: float
     turn: int
+    query: _Query | None = None
+    place: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Query:
+    """A query whose documents run.
+
+    Attributes:
+        ranking: decides which documents leave.
+        rows: its documents.
+    """
+
+    ranking: RankedQuery
+    rows: list[_Row] = field(default_factory=list)
 
 
 class Scheduler:
@@ -70,7 +89,8 @@ class Scheduler:
     whose logits are not finite numbers gets an error alone.
 
     Calls take turns: in each round, a call starts rows of about as many tokens as fit into a group.
-    So a text does not wait for all texts of a long list that was submitted before it.
+    So a text does not wait for all texts of a long list that was submitted before it. Queries with
+    their documents run in the order of their arrival, and the documents of a query go side by side.
 
     Args:
         engine: the engine, which the scheduler does not close.
@@ -109,6 +129,7 @@ class Scheduler:
         self._waiting: list[Group] = []  # before segment 1; one for each rule, in order of turns
         self._round = 0
         self._groups: list[Group] = []
+        self._some_left = False
         self._thread = threading.Thread(target=self._work, name="fpabee scheduler", daemon=True)
         self._thread.start()
 
@@ -196,6 +217,52 @@ class Scheduler:
             self._queue(futures, rows, deadline_ms, max_exit, arrived)
             return await asyncio.gather(*map(asyncio.wrap_future, futures))
 
+    async def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        deadline_ms: float | None = None,
+        *,
+        all: bool = False,
+        check: Callable[[Sequence[EncodedRow]], object] | None = None,
+    ) -> list[Ranked]:
+        """Rank documents in asyncio, see `Engine.rank`; a query is admitted whole or refused.
+
+        Args:
+            query: as in `Engine.rank`.
+            documents: as in `Engine.rank`.
+            top_k: as in `Engine.rank`.
+            deadline_ms: as in `submit`.
+            all: as in `Engine.rank`.
+            check: as in `classify`.
+
+        Returns:
+            As `Engine.rank`. Cancelling this cancels the documents.
+
+        Raises:
+            FpabeeError: as in `submit` and `Engine.rank`.
+        """
+        arrived = self._core.clock()
+        runner = self._core.runner()
+        most = top_of(runner.rule, top_k)
+        asked = _Query(RankedQuery(runner.rule, self._core.manifest.exits, len(documents)))
+        with self._accepted(len(documents)) as futures:
+            rows = await self._encode([(query, document) for document in documents])
+            self._core.check_query(rows)
+            if check is not None:
+                check(rows)
+            self._queue(futures, rows, deadline_ms, None, arrived, asked)
+            answers = await asyncio.gather(*map(asyncio.wrap_future, futures))
+        stopped = Stopped(
+            rows=rows,
+            exits=np.array([answer.exit for answer in answers], np.int64),
+            logits=np.array([answer.logits for answer in answers], np.float32).reshape(-1, 1),
+            limited=np.array([answer.deadline_limited for answer in answers], np.bool_),
+        )
+        activation = self._core.manifest.task.activation
+        return ranked(stopped, ~asked.ranking.going, activation, most, all)
+
     @property
     def is_closed(self) -> bool:
         """Whether new rows are refused."""
@@ -277,21 +344,29 @@ class Scheduler:
         deadline_ms: float | None,
         max_exit: int | None,
         arrived: float,
+        query: _Query | None = None,
     ) -> None:
-        """Hand accepted rows to the worker."""
+        """Hand accepted rows to the worker; those of a query are its documents, in their order."""
         ends = math.inf if deadline_ms is None else arrived + seconds_of("deadline_ms", deadline_ms)
         self._core.check_open()
         runner = self._core.runner(max_exit=max_exit)
         limits = self._core.limits
+        if query is not None:
+            runner = self._core.full_depth  # the query decides who leaves
         lengths = [len(row) for row in encoded]
         # Not this round, which might never end if rows could join it.
         turns = [self._round + 1 + (n - 1) // limits.group_tokens for n in accumulate(lengths)]
+        if query is not None:
+            turns = [self._round] * len(turns)  # queries are in the order of their arrival
         rows = [
-            _Row(row, future, arrived, ends, turn)
-            for row, future, turn in zip(encoded, futures, turns, strict=True)
+            _Row(row, future, arrived, ends, turn, query, place)
+            for place, (row, future, turn) in enumerate(zip(encoded, futures, turns, strict=True))
         ]
         named = np.fromiter(rows, np.object_, len(rows))
         group = Group.of(named, encoded, runner, ends, limits)
+        if query is not None:
+            query.rows += rows
+            group.keep(np.argsort(-group.lengths, kind="stable"))
         with self._changed:
             self._check_open()
             tokens = sum(self._tokens.values())
@@ -395,10 +470,10 @@ class Scheduler:
                 group.keep(np.argsort([row.turn for row in group.rows], kind="stable"))
 
     def _clear(self, chain: Chain) -> None:
-        """Drop the rows that are cancelled, and answer those that would miss their deadline."""
+        """Drop the rows that are answered or cancelled, and answer those that would be late."""
         with self._changed:
-            some_cancelled = self._some_cancelled or self._cancels
-            self._some_cancelled = False
+            some_cancelled = self._some_cancelled or self._cancels or self._some_left
+            self._some_cancelled = self._some_left = False
         for group in (*self._waiting, *self._groups):
             if self._cancels:
                 group.lose_watched()
@@ -419,6 +494,8 @@ class Scheduler:
     def _choose(self, chain: Chain) -> Group | None:
         """The group that runs next, which may be a new one."""
         ready = self._joined(chain)
+        if self._core.manifest.task.ranks:
+            return self._next_of_queries(chain, ready)
         now = self._core.clock()
 
         def gain(group: Group) -> tuple[float, int]:
@@ -442,12 +519,33 @@ class Scheduler:
         group = waiting.take(places)
         if best is not None and not is_urgent and gain(group) <= gain(best):
             return best
-        chain.keep(waiting, ~np.isin(np.arange(len(waiting)), places))
-        self._waiting = [each for each in self._waiting if len(each)]
-        self._groups.append(group)
+        self._begin(chain, group, waiting, places)
         if not is_urgent:
             self._round = group.rows[0].turn
         return group
+
+    def _next_of_queries(self, chain: Chain, ready: Sequence[Group]) -> Group | None:
+        """The group of the oldest query that is the farthest behind, which may be a new one.
+
+        So all documents of a query pass an exit before any of them goes on.
+        """
+        best = min(ready, key=lambda group: (_arrival(group), group.segment), default=None)
+        if not self._waiting or (best is not None and _arrival(best) < _arrival(self._waiting[0])):
+            return best
+        (waiting,) = self._waiting  # they have one rule
+        first = int(np.argmin([row.arrived for row in waiting.rows]))
+        same = [row.query is waiting.rows[first].query for row in waiting.rows]
+        own = np.flatnonzero(same)  # others would run ahead of their own query
+        places = own[_similar(waiting.lengths[own], 0, chain.limits)]
+        group = waiting.take(places)
+        self._begin(chain, group, waiting, places)
+        return group
+
+    def _begin(self, chain: Chain, group: Group, waiting: Group, places: RowNumbers) -> None:
+        """Let a new group go on without the group in which its rows waited, at these places."""
+        chain.keep(waiting, ~np.isin(np.arange(len(waiting)), places))
+        self._waiting = [each for each in self._waiting if len(each)]
+        self._groups.append(group)
 
     def _joined(self, chain: Chain) -> list[Group]:
         """The groups that wait for a segment, joined as far as they fit."""
@@ -471,21 +569,55 @@ class Scheduler:
         if len(decision.failed):
             error = not_finite(self._core.backend.name, decision.exit)
             self._fail(decision.rows[decision.failed], error)
-        numbers = [
-            number
-            for number in decision.stopped.tolist()
-            if not decision.rows[number].future.done()
-        ]
+        if self._core.manifest.task.ranks:
+            for query, places in _queries(decision).items():
+                self._pass(query, decision, places)
+            return
+        at = decision.stopped
+        exits = np.full(len(at), decision.exit)
+        limited = np.full(len(at), decision.limited)
+        self._give(decision.rows[at].tolist(), exits, decision.logits[at], limited)
+
+    def _pass(self, query: _Query, decision: Decision, places: RowNumbers) -> None:
+        """Tell a query what happened to its documents at these places, and answer some of them."""
+        documents = np.array([row.place for row in decision.rows[places]], np.intp)
+        ranking = query.ranking
+        if decision.limited:
+            settled = ranking.stop(documents)
+        else:
+            settled = ranking.passed(decision.exit, documents, decision.logits[places])
+        if len(settled):
+            rows = [query.rows[number] for number in settled]
+            limited = ranking.limited[settled]
+            self._give(rows, ranking.exits[settled], ranking.logits[settled, None], limited)
+            self._some_left = True
+
+    def _give(
+        self,
+        rows: Sequence[_Row],
+        exits: NDArray[np.int64],
+        logits: NDArray[np.float32],
+        limited: Mask,
+    ) -> None:
+        """Give rows their answers, except those that are cancelled.
+
+        Args:
+            rows: the rows.
+            exits: `[rows]` their exits.
+            logits: `[rows, labels]` at these exits.
+            limited: `[rows]` whether a deadline stopped them.
+        """
+        numbers = [number for number, row in enumerate(rows) if not row.future.done()]
         if not numbers:
             return
         now = self._core.clock()
-        rows = decision.rows[numbers].tolist()
+        rows = [rows[number] for number in numbers]
         try:
             stopped = Stopped(
                 rows=[row.encoded for row in rows],
-                exits=np.full(len(rows), decision.exit),
-                logits=decision.logits[numbers],
-                limited=np.full(len(rows), decision.limited),
+                exits=exits[numbers],
+                logits=logits[numbers],
+                limited=limited[numbers],
             )
             missed = np.array([now > row.deadline for row in rows])
             predictions = self._core.answers(stopped, missed)
@@ -496,7 +628,7 @@ class Scheduler:
         if self._metrics is not None:
             seconds = [now - row.arrived for row in rows]
             self._metrics.answered(predictions, seconds)
-            if decision.exit == 0:
+            if stopped.exits[0] == 0:
                 self._metrics.started(seconds)
         for row, prediction in zip(rows, predictions, strict=True):
             with suppress(InvalidStateError):  # it was cancelled in the meantime
@@ -521,6 +653,21 @@ def _worth(group: Group, left: int, now: float) -> float:
     """
     age = max(0.0, now - float(min(row.arrived for row in group.rows)))
     return age * int(group.lengths.sum()) / left
+
+
+def _queries(decision: Decision) -> dict[_Query, RowNumbers]:
+    """The queries of a decision, and where their documents are; failed ones are left out."""
+    places: dict[_Query, list[int]] = {}
+    failed = {*decision.failed.tolist()}
+    for place, row in enumerate(decision.rows.tolist()):
+        if row.query is not None and place not in failed:
+            places.setdefault(row.query, []).append(place)
+    return {query: np.array(each, np.intp) for query, each in places.items()}
+
+
+def _arrival(group: Group) -> float:
+    """When the oldest row of a group arrived."""
+    return float(min(row.arrived for row in group.rows))
 
 
 def _turn(group: Group) -> tuple[int, float]:

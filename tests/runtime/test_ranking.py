@@ -1,0 +1,272 @@
+"""Rankings: who leaves depends on the documents of a query only, however they run."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fpabee.runtime import (
+    Activation,
+    Budget,
+    Confidence,
+    Engine,
+    InputError,
+    OverloadedError,
+    Ranked,
+    RuleError,
+    TopK,
+)
+from fpabee.runtime.backends.host import HostBackend
+from fpabee.runtime.chain.chain import Chain
+from fpabee.runtime.encoding import EncodedRow
+from fpabee.runtime.predictions import Stopped
+from fpabee.runtime.ranking import RankedQuery, changed_sets, exits_of_query, ranked
+from fpabee.runtime.rules.rules import before_top
+from fpabee.runtime.serving import Scheduler
+
+from ..conftest import WORDS
+
+QUERY = "play the good music"
+TOP = 3
+RULE = TopK(top=TOP, threshold=(-0.3, -0.2, 0.0))
+
+
+def documents(count: int, seed: int = 0) -> list[str]:
+    """Documents of different lengths."""
+    drawn = random.Random(seed)
+    return [" ".join(drawn.choices(WORDS, k=1 + n % 40)) for n in range(count)]
+
+
+@pytest.fixture(params=[False, True], ids=["", "joins"])
+def joins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run as on a CPU, and as on a device: groups join, and two are in flight."""
+    if request.param:
+        monkeypatch.setattr(HostBackend, "joins", True)
+        monkeypatch.setattr(HostBackend, "in_flight", 2)
+
+
+@pytest.fixture
+def engine(ranking_engines: Mapping[str, Path]) -> Iterator[Engine]:
+    with Engine.load(ranking_engines["bert"], rule=RULE) as engine:
+        yield engine
+
+
+def expected(engine: Engine, some: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The best documents in order, and the exit of each document, from the logits alone."""
+    logits = engine.trace([(QUERY, each) for each in some]).logits[..., 0]
+    exits = exits_of_query(logits, engine.rule, engine.manifest.exits)
+    last = engine.manifest.exits[-1]
+    best = np.where(exits == last, logits[-1], -np.inf)
+    order = np.argsort(-best, kind="stable")[: min(TOP, (exits == last).sum())]
+    return order.tolist(), exits.tolist()
+
+
+def exits_of(found: Sequence[Ranked]) -> list[int]:
+    return [each.exit for each in sorted(found, key=lambda each: each.index)]
+
+
+@pytest.mark.usefixtures("joins")
+@pytest.mark.parametrize("count", [1, TOP, TOP + 1, 30, 130])
+def test_the_best_are_those_of_the_logits_in_any_groups(
+    engine: Engine, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = documents(count)
+    best, exits = expected(engine, some)
+    for tokens in (64, 1024):
+        limits = dataclasses.replace(engine.core.limits, group_tokens=tokens)
+        monkeypatch.setattr(engine.core, "limits", limits)
+        assert [each.index for each in engine.rank(QUERY, some)] == best
+        assert exits_of(engine.rank(QUERY, some, all=True)) == exits
+    if count == 130:
+        assert len({*exits}) == 3  # some leave at each exit
+
+
+def test_survivors_have_the_scores_of_the_whole_model(engine: Engine) -> None:
+    some = documents(60)
+    whole = {each.index: each for each in engine.rank(QUERY, some, full_depth=True)}
+    assert len(whole) == 60
+    found = engine.rank(QUERY, some, all=True)
+    last = engine.manifest.exits[-1]
+    survivors = [each for each in found if each.exit == last]
+    assert TOP <= len(survivors) < 60
+    assert found[: len(survivors)] == survivors  # the others come last
+    for each in survivors:
+        assert each.score == pytest.approx(whole[each.index].score, abs=1e-5)
+    assert [each.score for each in survivors] == sorted((e.score for e in survivors), reverse=True)
+    assert engine.rank(QUERY, some, top_k=2) == engine.rank(QUERY, some)[:2]
+
+
+def test_equal_documents_keep_their_order(engine: Engine) -> None:
+    assert [each.index for each in engine.rank(QUERY, ["the sun"] * 5)] == [0, 1, 2]
+
+
+def test_no_documents_have_no_ranking(engine: Engine) -> None:
+    assert engine.rank(QUERY, []) == []
+    (only,) = engine.rank("", [""])
+    assert (only.index, only.exit) == (0, engine.manifest.exits[-1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e: e.rank(QUERY, documents(5), top_k=4), "`top_k` is 4"),
+        (lambda e: e.rank(QUERY, documents(5), top_k=0), "`top_k` is 0"),
+        (lambda e: e.rank(QUERY, "one string"), "one string"),
+        (lambda e: e.rank(QUERY, [3]), "text 1 is a tuple"),
+        (lambda e: e.rank(QUERY, documents(5), deadline_ms=float("nan")), "deadline_ms"),
+        (lambda e: e.predict([(QUERY, "a")]), "ranks documents"),
+        (lambda e: next(e.stream([(QUERY, "a")])), "ranks documents"),
+    ],
+)
+def test_bad_calls_are_refused(
+    engine: Engine, call: Callable[[Engine], object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        call(engine)
+
+
+def test_too_many_tokens_are_refused(engine: Engine) -> None:
+    engine.core.window_bytes = 2**16
+    with pytest.raises(InputError, match="200 documents with their query have"):
+        engine.rank(QUERY, documents(200))
+
+
+def test_tasks_are_not_mixed(
+    engines: Mapping[str, Path], ranking_engines: Mapping[str, Path]
+) -> None:
+    with Engine.load(engines["bert"]) as engine, pytest.raises(InputError, match="classifies"):
+        engine.rank(QUERY, documents(3))
+    with pytest.raises(RuleError, match="confidence is for classification"):
+        Engine.load(ranking_engines["bert"], rule=Confidence(threshold=0.9))
+    with pytest.raises(RuleError, match="top-k is for rankings"):
+        Engine.load(engines["bert"], rule=RULE)
+
+
+def test_the_check_of_a_ranker_passes(engine: Engine) -> None:
+    assert engine.check().passed
+
+
+def test_a_deadline_ranks_by_the_last_exit_that_was_passed(
+    ranking_engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def soon(chain: Chain, segments: int = 1) -> float:
+        """Too late as soon as a segment has run."""
+        return chain.clock() + 60.0 * (chain.seconds > 0)
+
+    monkeypatch.setattr(Chain, "soon", soon)
+    some = documents(10)
+    with Engine.load(ranking_engines["bert"], rule=TopK(top=TOP, threshold=-99.0)) as engine:
+        logits = engine.trace([(QUERY, each) for each in some]).logits[0, :, 0]
+        found = engine.rank(QUERY, some, deadline_ms=30_000.0, all=True)
+        with Scheduler(engine) as scheduler:
+            served = asyncio.run(scheduler.rank(QUERY, some, deadline_ms=30_000.0, all=True))
+    assert found == served
+    assert [each.index for each in found] == np.argsort(-logits, kind="stable").tolist()
+    assert all(each.deadline_limited and each.exit == 1 for each in found)
+
+
+@pytest.mark.usefixtures("joins")
+def test_the_scheduler_ranks_like_the_engine(engine: Engine) -> None:
+    sets = [documents(count, seed) for seed, count in enumerate((40, 1, 90, 12, 0))]
+
+    async def every() -> list[list[Ranked]]:
+        with Scheduler(engine) as scheduler:
+            return await asyncio.gather(*(scheduler.rank(QUERY, some, all=True) for some in sets))
+
+    for some, found in zip(sets, asyncio.run(every()), strict=True):
+        alone = engine.rank(QUERY, some, all=True)
+        assert [each.index for each in found] == [each.index for each in alone]
+        assert exits_of(found) == exits_of(alone)
+    assert engine.tally.rows == 2 * sum(map(len, sets))
+
+
+def test_a_query_is_admitted_whole_or_refused(engine: Engine) -> None:
+    async def ask() -> None:
+        with Scheduler(engine, max_rows=10) as scheduler:
+            with pytest.raises(OverloadedError, match="11 more were submitted"):
+                await scheduler.rank(QUERY, documents(11))
+            assert len(await scheduler.rank(QUERY, documents(10))) == TOP
+
+    asyncio.run(ask())
+
+
+def test_documents_leave_before_the_next_segment(engine: Engine) -> None:
+    """Layers that run are those of the exits: nobody goes on who has left."""
+    ran = []
+    enqueue = Chain.enqueue
+
+    def counted(chain: Chain, group: object) -> None:
+        enqueue(chain, group)  # type: ignore[arg-type]
+        ran.append(len(group))  # type: ignore[arg-type]
+
+    some = documents(130)
+    exits = expected(engine, some)[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Chain, "enqueue", counted)
+        engine.rank(QUERY, some)
+        assert sum(ran) == sum(exits)
+        ran.clear()
+        with Scheduler(engine) as scheduler:
+            asyncio.run(scheduler.rank(QUERY, some))
+        assert sum(ran) == sum(exits)
+
+
+@given(
+    st.integers(1, 4),
+    st.lists(st.lists(st.integers(-5, 5), min_size=9, max_size=9), min_size=3, max_size=3),
+    st.integers(0, 5),
+)
+def test_the_order_in_which_groups_pass_does_not_matter(
+    top: int, values: list[list[int]], margin: int
+) -> None:
+    logits = np.array(values, np.float32)
+    rule = TopK(top=top, threshold=-float(margin))
+    exits = range(1, 4)
+    want = exits_of_query(logits, rule, exits)
+    query = RankedQuery(rule, exits, 9)
+    parts = [np.arange(0, 5), np.arange(5, 9)]
+    # The first part is a segment ahead, as on a device.
+    for number, part in [(1, 0), (2, 0), (1, 1), (2, 1), (3, 0), (3, 1)]:
+        query.passed(number, parts[part], logits[number - 1, parts[part], None])
+    assert query.exits.tolist() == want.tolist()
+    # Nobody of the best by the predictions of an exit leaves at it.
+    for number in exits[:-1]:
+        left = want >= number
+        before = before_top(np.where(left, logits[number - 1], -np.inf), top)
+        assert (before[want == number] < -margin).all()
+
+
+def test_changed_sets_allow_equals() -> None:
+    reference = np.array([[3.0, 2.0, 2.0, 1.0]])
+    left = np.zeros((1, 4), np.bool_)
+    assert not changed_sets(np.array([[3.0, 1.0, 2.0, 0.0]]), left, reference, 2)[0]
+    assert changed_sets(np.array([[3.0, 0.0, 0.0, 2.0]]), left, reference, 2)[0]
+    assert changed_sets(reference, left | (reference == 3.0), reference, 2)[0]
+    assert not changed_sets(reference, left, -reference, 4)[0]
+
+
+def test_scores_have_the_activation() -> None:
+    logits = np.array([[-2.0], [2.0]], np.float32)
+    flags = np.zeros(2, np.bool_)
+    ids = np.zeros(2, np.int64)
+    rows = [EncodedRow(ids, ids, truncated=False)] * 2
+    stopped = Stopped(rows, np.array([3, 3]), logits, flags)
+    assert [each.score for each in ranked(stopped, flags, Activation.IDENTITY)] == [2.0, -2.0]
+    first, second = ranked(stopped, flags, Activation.SIGMOID)
+    assert first.score == pytest.approx(0.8808, abs=1e-4)
+    assert first.score + second.score == pytest.approx(1.0)
+
+
+def test_full_depth_needs_no_promise(ranking_engines: Mapping[str, Path]) -> None:
+    with Engine.load(ranking_engines["bert"]) as engine:
+        assert engine.rule == Budget(exit=3)
+        assert len(engine.rank(QUERY, documents(12))) == 12
+        assert len(engine.rank(QUERY, documents(12), top_k=5)) == 5
