@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.artifact.folder import BAD_JSON
-from ..runtime.artifact.manifest import ProblemType
+from ..runtime.artifact.manifest import Activation, ProblemType
 from ..runtime.errors import ModelError, first_line
 from ..runtime.hub import answers, hub_errors, repository_of
 from .backbones import build_encoder, family_of
@@ -444,7 +444,8 @@ def _exit_config(
         raise ModelError(
             f"{folder / 'config.json'} has a wrong {CONFIG_BLOCK!r} block: {error}",
             "give exits as a list of layers, hidden_layers, hidden_width and queries as numbers, "
-            f"and pooling as {', '.join(kind.value for kind in Pooling)}",
+            f"pooling as {', '.join(kind.value for kind in Pooling)}, "
+            f"and activation as {' or '.join(kind.value for kind in Activation)}",
         ) from error
     exits = exit_config.exits
     thresholds = exit_config.label_thresholds
@@ -465,7 +466,10 @@ def _exit_config(
 
 
 def problem_type_of(folder: Path, config: Any, asked: ProblemType | None) -> ProblemType:
-    """The task that the checkpoint names or the caller asks for; default: single-label.
+    """The task that the checkpoint names or the caller asks for.
+
+    A model that names none and has one label ranks, as in sentence-transformers; one with more is
+    single-label.
 
     Args:
         folder: the model_dir, for the message.
@@ -473,8 +477,8 @@ def problem_type_of(folder: Path, config: Any, asked: ProblemType | None) -> Pro
         asked: the task that the caller asks for.
 
     Raises:
-        ModelError: they contradict each other, or the configuration names a task that does not
-            exist.
+        ModelError: they contradict each other, the configuration names a task that does not exist,
+            or it is a regression with several outputs.
     """
     try:
         named = ProblemType(config.problem_type) if config.problem_type else None
@@ -488,7 +492,15 @@ def problem_type_of(folder: Path, config: Any, asked: ProblemType | None) -> Pro
             f"{folder} was trained for {named.value}, not for {asked.value}",
             "leave out `problem_type`",
         )
-    return named or asked or ProblemType.SINGLE_LABEL
+    labels = len(config.id2label)
+    usual = ProblemType.RANKING if labels == 1 else ProblemType.SINGLE_LABEL
+    task = named or asked or usual
+    if task is ProblemType.RANKING and labels != 1:
+        raise ModelError(
+            f"{folder} is a regression model with {labels} labels",
+            "give a classifier, or a reranker, which has one label",
+        )
+    return task
 
 
 def label_names(folder: Path, config: Any, outputs: int) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from ..runtime.artifact.manifest import ProblemType
+from ..runtime.artifact.manifest import Activation, ProblemType
 from ..runtime.errors import ModelError
 
 QUERIES = 4
@@ -63,7 +63,7 @@ class MultiExitConfig:
     Attributes:
         exits: the layer of each exit, counted from 1, ascending.
         labels: label names in the order of the logits.
-        problem_type: single-label or multi-label classification.
+        problem_type: single-label or multi-label classification, or ranking.
         pooling: what the heads see.
         last_head: the head of the last exit, if it differs from the others.
         hidden_layers: how many exits, from the first on, have a hidden layer before their
@@ -71,6 +71,7 @@ class MultiExitConfig:
         hidden_width: of these hidden layers; 0 means that of the encoder.
         queries: how many weighted means an exit takes with `Pooling.ATTENTION`; otherwise 0.
         label_thresholds: for multi-label, see `Task.label_thresholds`; empty means 0.5.
+        activation: for ranking, see `Task.activation`; None means sigmoid.
     """
 
     exits: tuple[int, ...]
@@ -82,6 +83,7 @@ class MultiExitConfig:
     hidden_width: int = 0
     queries: int = 0
     label_thresholds: tuple[float, ...] = ()
+    activation: Activation | None = None
 
     def with_hidden_layers(self, hidden: int) -> MultiExitConfig:
         """The same for a new model, with queries and hidden layers where they help.

@@ -19,6 +19,7 @@ from ..runtime.artifact.manifest import (
     REFERENCE_NAME,
     SCHEMA_VERSION,
     VERIFICATION_NAME,
+    Activation,
     Manifest,
     Model,
     ProblemType,
@@ -204,6 +205,7 @@ def _write(
         problem_type=model.exit_config.problem_type,
         labels=model.exit_config.labels,
         label_thresholds=model.exit_config.label_thresholds,
+        activation=model.exit_config.activation or Activation.SIGMOID,
     )
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,

@@ -1,6 +1,8 @@
-"""A trained classifier (`AutoModelForSequenceClassification`), and the model with exits of it.
+"""A trained classifier or reranker, and the model with exits of it.
 
-The last exit takes over the head of the classifier and gives its logits. The other exits are new.
+It is an `AutoModelForSequenceClassification`; with one label it is a reranker, such as a
+`CrossEncoder` of sentence-transformers. The last exit takes over its head and gives its logits. The
+other exits are new.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...runtime.artifact.manifest import ProblemType
+from ...runtime.artifact.manifest import Activation, ProblemType
 from ...runtime.check import EXPORT_LIMIT, logit_differences
 from ...runtime.errors import ModelError, first_line
 from ...runtime.hub import repository_of
@@ -28,13 +30,28 @@ from ..checkpoint import (
 )
 from ..exit_config import LastHead, MultiExitConfig, Pooling
 from ..model import MultiExitModel
+from .cross_encoder import activation_of
 from .places import check_adapter
 
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
+def named_task(source: str | Path, asked: ProblemType | None = None) -> ProblemType:
+    """The task of a model, which its configuration names; its weights are not loaded.
+
+    Args:
+        source: a folder or a hub id.
+        asked: the task, if the model does not name it.
+
+    Raises:
+        ModelError: there is no such model, or its configuration is damaged or contradicts `asked`.
+    """
+    folder = resolve_model_dir(source)
+    return problem_type_of(folder, load_config(folder), asked)
+
+
 class Classifier:
-    """A trained classifier without early exits.
+    """A trained classifier or reranker without early exits.
 
     Args:
         source: a folder or a hub id.
@@ -46,14 +63,15 @@ class Classifier:
         model: the Hugging Face model, in eval mode and float32.
         labels: in the order of its logits.
         problem_type: its task.
+        activation: what makes a score of a logit of a reranker; None: it is a classifier.
         backbone: the adapter of the family, for the encoder of this model.
         layers: how many layers the encoder has.
         base_model: the hub id that it was given by; empty: a folder, or an adapter changed it.
 
     Raises:
         ModelError: files are missing or damaged, the family is not supported, there is no
-            trained head, the model is a regression or has one layer, or the adapter cannot be
-            merged.
+            trained head, the model is a regression with several outputs or has one layer, the
+            scores of a reranker have another activation, or the adapter cannot be merged.
         MissingExtraError: an adapter is given, and `peft` is not installed.
     """
 
@@ -66,19 +84,17 @@ class Classifier:
         self.folder = resolve_model_dir(source)
         self.base_model = "" if adapter else repository_of(source) or ""
         config = load_config(self.folder)
-        if config.problem_type == "regression" or len(config.id2label) == 1:
-            raise ModelError(
-                f"{self.folder} is a regression model, which has no classes",
-                "give a classifier with at least two labels",
-            )
         self.problem_type = problem_type_of(self.folder, config, problem_type)
+        self.activation: Activation | None = None
+        if self.problem_type is ProblemType.RANKING:
+            self.activation = activation_of(self.folder, config)
         self.model = _load(self.folder, config, adapter)
         self.backbone = family_of(config.model_type)(self.model.base_model)
         self.layers = len(self.backbone.layers())
         if self.layers < 2:
             raise ModelError(
                 f"{self.folder} has one layer, so there is no exit before its last",
-                "give a classifier with at least two layers",
+                "give a model with at least two layers",
             )
         parts = self.backbone.classifier_parts()
         outputs = self.model.get_submodule(parts.classifier).out_features
@@ -96,8 +112,14 @@ class Classifier:
         parts = self.backbone.classifier_parts()
         norm = self.model.get_submodule(parts.norm) if parts.norm else None
         head = LastHead(Pooling(parts.pooling), parts.activation, norm.eps if norm else None)
-        exits = (*exits, self.layers)
-        return MultiExitConfig(exits, self.labels, self.problem_type, pooling, head)
+        return MultiExitConfig(
+            exits=(*exits, self.layers),
+            labels=self.labels,
+            problem_type=self.problem_type,
+            pooling=pooling,
+            last_head=head,
+            activation=self.activation,
+        )
 
     def multi_exit(self, config: MultiExitConfig) -> MultiExitModel:
         """A multi-exit model whose last exit gives the logits of the classifier.
@@ -147,8 +169,7 @@ def _load(folder: Path, config: Any, adapter: Path | None) -> Any:
         missing = [name for name in missing if not given.intersection(name.split("."))]
     if missing:
         raise ModelError(
-            f"{folder} is not a trained classifier: it lacks {len(missing)} weights, first "
-            f"{missing[0]!r}",
+            f"{folder} has no trained head: it lacks {len(missing)} weights, first {missing[0]!r}",
             "give a trained AutoModelForSequenceClassification",
         )
     return model.eval()

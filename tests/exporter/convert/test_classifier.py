@@ -144,10 +144,10 @@ def without_labels(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no head": (without_head, "not a trained classifier: it lacks 2 weights, first 'classifier"),
+    "no head": (without_head, "no trained head: it lacks 2 weights, first 'classifier"),
     "regression": (lambda f: change_config(f, problem_type="regression"), "is a regression model"),
     "one layer": (lambda f: change_config(f, num_hidden_layers=1), "has one layer"),
-    "one label": (lambda f: change_config(f, id2label={"0": "x"}), "is a regression model"),
+    "one label": (lambda f: change_config(f, id2label={"0": "x"}), "names 1 labels, but the heads"),
     "truncated": (truncate, r"model\.safetensors cannot be read"),
     "a pickle with a class": (pickled({"a": LABELS, "b": Path()}), "it holds more than weights"),
     "a task of no kind": (lambda f: change_config(f, problem_type="odd"), "problem_type 'odd'"),
