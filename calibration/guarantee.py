@@ -365,12 +365,13 @@ def rows_needed(share: float, level: float) -> tuple[int, int]:
     return least, math.ceil(rows / 20) * 20
 
 
-def needs_in_words(bound: Bound, has_exit_0: bool) -> list[str]:
+def needs_in_words(bound: Bound, has_exit_0: bool, what: str = "texts") -> list[str]:
     """How many texts each promise needs, such as `at most 1 % missed of ...: 299 texts are ...`.
 
     Args:
         bound: what is asked for.
         has_exit_0: whether two lists are tested, so that each gets half of the level.
+        what: what a promise is about: texts, or queries with their documents.
     """
     lines = []
     for of, share in bound.shares.items():
@@ -379,6 +380,6 @@ def needs_in_words(bound: Bound, has_exit_0: bool) -> list[str]:
             good = rows_needed(share, (1 - bound.confidence) / 2)[1]
         rows = {"missed": "flagged texts", "false_alarms": "texts that are not flagged"}
         name = "points of drop" if of == "drop" else f"% {of.replace('_', ' ')}"
-        counts = f"{least:,} {rows.get(of, 'texts')} are the least, and {good:,} give a good chance"
+        counts = f"{least:,} {rows.get(of, what)} are the least, and {good:,} give a good chance"
         lines.append(f"at most {100 * share:g} {name}: {counts}")
     return lines

@@ -7,8 +7,8 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ...calibration.progress import Progress
-from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer
-from ...calibration.settings import StopScores, settings_lists
 from ..exit_config import QUERIES, Pooling, attending_width
 from ..model import Head, MultiExitModel, Transform, new_queries
-from ..training.trainer import label_loss, one_thread, probabilities
+from ..training.trainer import one_thread
 from .classifier import Classifier
 from .options import Chosen, Form
 from .states import States
@@ -44,13 +42,48 @@ _COST_OF_CALL = 50_000
 _COST_OF_WEIGHT = 1 / 3
 # The inputs of heads are standardised by at most so many texts.
 _MEASURED = 2000
-# Forms are compared at these multiples of the share of decisions that may change.
-_AT = (0.5, 1.0, 2.0)
 # A mean divided by its deviation counts as at most so much. Where it is thousands, as for the first
 # token after a layer or two, the folded layer would subtract large numbers, and lose precision.
 _MOST_RATIO = 20.0
 
 Numbers = NDArray[np.intp]
+
+Judge = Callable[[NDArray[np.float32], NDArray[np.float64]], "Judged"]
+"""Judges early exits by their logits and costs, see `choose_form`."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What heads learn from rows.
+
+    Attributes:
+        targets: `[rows, labels]` what they should give, in the terms of the loss.
+        weights: `[rows]` how much each row counts.
+        loss: the losses `[rows]` of outputs `[rows, labels]` for targets `[rows, labels]`.
+        mean: of the logits that outputs stand for: outputs are standardised logits.
+        deviation: of the logits.
+    """
+
+    targets: Tensor
+    weights: Tensor
+    loss: Callable[[Tensor, Tensor], Tensor]
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    def loss_of(self, outputs: Tensor, numbers: Numbers) -> Tensor:
+        """The mean loss of outputs `[numbers, labels]` for some rows."""
+        weights = self.weights[numbers]
+        losses = self.loss(outputs, self.targets[numbers])
+        return (losses * weights).sum() / weights.sum()
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How heads do on rows that did not train them; the attributes are those of `Chosen`."""
+
+    agreement: tuple[float, ...]
+    saved: float
+    errors: tuple[float, ...] = ()
 
 
 def forms_for(classifier: Classifier) -> list[Form]:
@@ -92,20 +125,19 @@ class _Scaled(nn.Module):
 
 @one_thread()
 def train_heads(
-    form: Form, classifier: Classifier, states: States, logits: NDArray[np.float32], count: int
+    form: Form, classifier: Classifier, states: States, lesson: Lesson, count: int
 ) -> list[Head]:
     """Train the heads of all layers but the last on what the classifier predicts.
 
     Args:
         form: their form.
         classifier: the classifier.
-        states: of texts, see `run_classifier`.
-        logits: `[texts, labels]` of the classifier.
-        count: how many of the texts train, from the first on.
+        states: of rows, see `run_classifier`.
+        lesson: of these rows.
+        count: how many of the rows train, from the first on.
     """
     torch.manual_seed(0)
     heads = make_heads(form, classifier)
-    targets = probabilities(torch.from_numpy(logits), classifier.problem_type)
     hidden = int(classifier.model.config.hidden_size)
     # Heads that have not learnt anything pool the means.
     some = np.arange(0, count, -(-count // _MEASURED))
@@ -127,7 +159,7 @@ def train_heads(
         numbers = next(batches)
         every = _pool(heads, states, numbers) - center
         losses = [
-            label_loss(head.classify(each), targets[numbers], classifier.problem_type)
+            lesson.loss_of(head.classify(each), numbers)
             for head, each in zip(heads, every.unbind(1), strict=True)
         ]
         torch.autograd.backward(torch.stack(losses).sum())
@@ -141,6 +173,9 @@ def train_heads(
         with torch.no_grad():
             first = _first(head)
             first.bias.sub_(first.weight @ middle)
+            last = head.classifier
+            last.weight.mul_(lesson.deviation)
+            last.bias.mul_(lesson.deviation).add_(lesson.mean)
     return heads
 
 
@@ -186,10 +221,9 @@ def logits_of(heads: Sequence[Head], states: States, numbers: Numbers) -> NDArra
 def choose_form(
     classifier: Classifier,
     states: States,
-    logits: NDArray[np.float32],
+    lesson: Lesson,
     trained: int,
-    share: float,
-    decision_thresholds: tuple[float, ...],
+    judge: Judge,
     progress: Progress,
 ) -> Chosen:
     """Train every form on some rows, and choose by the other rows.
@@ -197,10 +231,10 @@ def choose_form(
     Args:
         classifier: the classifier, with at least two layers.
         states: of rows, see `run_classifier`.
-        logits: `[rows, labels]` of the classifier.
+        lesson: of these rows.
         trained: how many rows train; the rows after them choose.
-        share: of the decisions that may change.
-        decision_thresholds: see `LabelledLogits`.
+        judge: judges early exits by their logits `[exits, rows, labels]` for the rows that choose,
+            and by what they and full depth cost, `[exits + 1]`, as shares of all layers.
         progress: called with (what, done, total).
     """
     forms = forms_for(classifier)
@@ -210,35 +244,25 @@ def choose_form(
     candidates = []
     for number, form in enumerate(fit):
         progress("choose heads", number, len(fit))
-        heads = train_heads(form, classifier, states, logits, trained)
-        exits = logits_of(heads, states, others)
+        heads = train_heads(form, classifier, states, lesson, trained)
+        logits = logits_of(heads, states, others)
         for every in (1, 2):
             own = replace(form, every=every)
             layers = np.array([*own.exits(classifier.layers), classifier.layers])
-            rows = LabelledLogits(
-                np.concatenate([exits[layers[:-1] - 1], logits[None, trained:]]),
-                np.ones(len(others), np.intp),
-                None,
-                classifier.problem_type,
-                decision_thresholds=decision_thresholds,
-            )
-            # A text pays for the heads that it meets.
+            # A row pays for the heads that it meets.
             heads_met = np.arange(1, len(layers) + 1).clip(max=len(layers) - 1)
             costs = layers / classifier.layers + heads_met * shares[form] / (classifier.layers - 1)
-            scorer = Scorer(rows, AGREEMENT)
-            agreement = tuple(float(share) for share in 1 - scorer.changed[:-1].mean(axis=1))
-            saved = _saved(scorer, costs, share)
-            candidates.append(Chosen(agreement, own, shares[form], saved))
+            judged = judge(logits[layers[:-1] - 1], costs)
+            candidates.append(
+                Chosen(
+                    agreement=judged.agreement,
+                    form=own,
+                    heads_cost=shares[form],
+                    saved=judged.saved,
+                    errors=judged.errors,
+                )
+            )
     return max(candidates, key=lambda each: each.saved)
-
-
-def _saved(scorer: Scorer, costs: NDArray[np.float64], share: float) -> float:
-    """How much less than full depth rows cost, where about that share of decisions changes."""
-    rows = scorer.rows
-    places = rows.at(StopScores(rows).exits(settings_lists(rows)[0]))
-    changed = scorer.changed[places].mean(axis=1)
-    saved = 1 - costs[places[0]].mean(axis=1)
-    return float(np.mean([saved[changed <= at * share].max(initial=0.0) for at in _AT]))
 
 
 def cost_of_heads(form: Form, classifier: Classifier) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...calibration.goals import Bound
+from ...calibration.ranking import RankingPoint
 from ...calibration.result import Calibration
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.errors import BackendError, InputError, whole_number
@@ -19,10 +20,13 @@ class ConvertOptions:
     """The settings of a conversion.
 
     Attributes:
-        bound: what is promised on new texts, against the decisions of the classifier.
+        bound: what is promised on new texts, against the decisions of the classifier. None: at most
+            1 % of the decisions change; of a reranker, the best documents of at most 5 % of the
+            queries.
+        top: how many of the best documents a reranker promises; None: 10. Not for classifiers.
         train_texts: a file of other texts, from which the exits learn; then all texts certify or
             are reported on. The classifier may have been trained on them. Those that are among the
-            texts, too, are left out.
+            texts, too, are left out. A reranker needs queries.
         adapter: the folder of a PEFT adapter, which is merged into the classifier.
         all_targets: also build and certify the targets in int8, where this machine can.
         problem_type: the task, if the classifier does not name it.
@@ -31,15 +35,17 @@ class ConvertOptions:
         group_column: the field that names the group of a row, such as its dialogue. Groups stay
             together, and one text of each certifies.
         threads: CPU threads, at most 1024; None: all cores.
-        reading: how the texts are read.
+        reading: how the texts are read; files of queries have only one way.
         force: replace an existing engines folder.
 
     Raises:
-        InputError: the drop of a metric is bounded, which needs labels.
+        InputError: the drop of a metric is bounded, which needs labels; or `top` is not a whole
+            number from 1.
         BackendError: `threads` is out of range.
     """
 
-    bound: Bound = field(default_factory=lambda: Bound(changed_answers=0.01))
+    bound: Bound | None = None
+    top: int | None = None
     train_texts: Path | None = None
     adapter: Path | None = None
     all_targets: bool = False
@@ -53,7 +59,9 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         if self.threads is not None:
             whole_number("threads", self.threads, BackendError, MOST_THREADS)
-        if self.bound.drop is not None:
+        if self.top is not None:
+            whole_number("top", self.top, InputError)
+        if self.bound is not None and self.bound.drop is not None:
             raise InputError("the drop of a metric needs labels", "bound `changed_answers` instead")
 
 
@@ -83,18 +91,22 @@ class Chosen:
     """The heads of the early exits, judged on texts that did not train them.
 
     Attributes:
-        agreement: by exit from exit 1, the share of texts with the decision of the classifier.
+        agreement: by exit from exit 1, the share of texts with the decision of the classifier; for
+            a ranking, the rank correlation with the scores of the reranker.
         form: the form that saves most.
         heads_cost: what all heads cost as a share of what the layers of the classifier cost, see
             `cost_of_heads`.
         saved: the share of the layers that is saved without exit 0 where about as many decisions
             change as may; heads count as parts of layers.
+        errors: for a ranking, by exit, how far predictions are from the final logit among the
+            documents near the top; in logits.
     """
 
     agreement: tuple[float, ...]
     form: Form
     heads_cost: float
     saved: float
+    errors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,14 +117,15 @@ class Conversion:
         folder: the engines folder.
         default_target: the target that runs if none is named.
         targets: what each target promises and gives; the first is in fp32.
-        exit_layers: the layer of each exit, exit 0 first.
+        rankings: the same for a reranker, which has no `targets`.
+        exit_layers: the layer of each exit, exit 0 first, which a reranker does not have.
         chosen: the heads of the early exits.
-        rows: how many texts were read, without train texts.
+        rows: how many texts were read, without train texts; or queries with documents.
         texts: how many of them are distinct.
         train_texts: how many other distinct texts trained and chose; 0: none were given.
         parts: how many texts trained, chose, certified, and were reported on.
         traffic: share of the texts of the report with another decision than the classifier's in
-            the default target, where a text counts as often as it occurs.
+            the default target, where a text counts as often as it occurs; None: a reranker.
         accuracy: share of texts of the report with exactly the right answer: of the classifier, and
             of the default target; None: no labels.
         warnings: what makes the result less useful.
@@ -122,13 +135,14 @@ class Conversion:
     folder: Path
     default_target: str
     targets: tuple[Calibration, ...]
+    rankings: tuple[RankingPoint, ...]
     exit_layers: tuple[int, ...]
     chosen: Chosen
     rows: int
     texts: int
     train_texts: int
     parts: tuple[int, int, int, int]
-    traffic: float
+    traffic: float | None
     accuracy: tuple[float, float] | None
     warnings: tuple[str, ...]
     seconds: float

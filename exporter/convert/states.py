@@ -29,7 +29,6 @@ from .classifier import Classifier
 
 _BATCH = 32  # small, because long texts need much memory
 _MOST_BYTES = 4 * 2**30  # of states in a file
-_FEWEST_TOKENS = 32  # of a text whose tokens are not all kept
 _LARGEST = 65504.0  # of fp16
 
 
@@ -120,11 +119,15 @@ def run_classifier(
     taught: NDArray[np.intp],
     folder: Path,
     progress: Progress,
+    units: NDArray[np.intp] | None = None,
+    needed: NDArray[np.intp] | None = None,
+    fewest_tokens: int = 32,
 ) -> tuple[NDArray[np.float32], States]:
-    """Run all rows once, unless the folder has the results already.
+    """Run rows once, unless the folder has the results already.
 
-    States fill at most 4 GiB. Where those of all tokens are more, long texts contribute tokens at
-    even distances, but at least 32; and where even that is too much, fewer texts take part.
+    States fill at most 4 GiB. Where those of all tokens are more, long rows contribute tokens at
+    even distances, but at least `fewest_tokens`; and where even that is too much, fewer units take
+    part.
 
     Args:
         classifier: the classifier.
@@ -133,9 +136,14 @@ def run_classifier(
         taught: numbers of the rows whose states are kept.
         folder: where logits and states are kept; states may be larger than the memory.
         progress: called with (what, rows done, rows).
+        units: `[taught]` the unit of each of these rows, such as its query; all rows of a unit take
+            part, or none. None: each row is one.
+        needed: numbers of the rows that are run even if their states are not kept; None: all.
+        fewest_tokens: of a row whose tokens are not all kept.
 
     Returns:
-        The logits `[rows, labels]`, and the states, which are mapped from a file.
+        The logits `[rows, labels]`, NaN for rows that were not run; and the states, which are
+        mapped from a file.
 
     Raises:
         OSError: there is no space for the states.
@@ -147,22 +155,25 @@ def run_classifier(
     shape = (classifier.layers - 1, hidden)
     lengths = np.array([len(row) for row in rows])
     most_tokens = _MOST_BYTES // (2 * shape[0] * shape[1])
-    most, kept = _fitting(lengths[taught], most_tokens)
+    if units is None:
+        units = np.arange(len(taught))
+    most, kept = _fitting(lengths[taught], units, most_tokens, fewest_tokens)
     numbers_kept = taught[kept]
     tokens = lengths[numbers_kept].clip(max=most)
     starts = np.concatenate([[0], np.cumsum(tokens)])
     if not logits_file.is_file():
         model = _WithStates(classifier, most)
         labels = len(classifier.labels)
-        logits = np.empty((len(rows), labels), np.float32)
+        logits = np.full((len(rows), labels), np.nan, np.float32)
         place = np.full(len(rows), -1)
         place[numbers_kept] = np.arange(len(numbers_kept))
         model.to("cuda" if torch.cuda.is_available() else "cpu")
+        run = np.arange(len(rows)) if needed is None else np.union1d(numbers_kept, needed)
         # Rows of similar length are in one batch.
-        order = np.argsort(lengths, kind="stable")
+        order = run[np.argsort(lengths[run], kind="stable")]
         with _new_file(states_file, (int(starts[-1]), *shape)) as states:
-            for start in range(0, len(rows), _BATCH):
-                progress("classify the texts", start, len(rows))
+            for start in range(0, len(order), _BATCH):
+                progress("classify the texts", start, len(order))
                 numbers = order[start : start + _BATCH]
                 some = [rows[number] for number in numbers]
                 outputs = predict(model, some, padding, lambda each: each, batch=_BATCH)
@@ -179,22 +190,29 @@ def run_classifier(
     return np.load(logits_file), States(numbers_kept, starts, states)
 
 
-def _fitting(lengths: NDArray[np.intp], most_tokens: int) -> tuple[int, NDArray[np.intp]]:
+def _fitting(
+    lengths: NDArray[np.intp], units: NDArray[np.intp], most_tokens: int, fewest: int
+) -> tuple[int, NDArray[np.intp]]:
     """How many tokens a row contributes at most, and which rows take part.
 
     Args:
         lengths: tokens of each row.
+        units: the unit of each row.
         most_tokens: the most tokens of all rows together.
+        fewest: tokens of a row whose tokens are not all kept.
     """
     longest = int(lengths.max())
-    fewest = min(longest, _FEWEST_TOKENS)
+    fewest = min(longest, fewest)
     limits = range(longest, fewest - 1, -1)
     most = next((n for n in limits if lengths.clip(max=n).sum() <= most_tokens), fewest)
-    count = len(lengths)
-    if lengths.clip(max=most).sum() > most_tokens:
-        count = most_tokens // most
-    # At even distances, so that each part keeps its share.
-    return most, np.arange(count) * len(lengths) // count
+    _, place = np.unique(units, return_inverse=True)
+    tokens = np.bincount(place, lengths.clip(max=most))
+    kept = np.arange(len(tokens))
+    while tokens[kept].sum() > most_tokens:
+        count = int(len(kept) * most_tokens / tokens[kept].sum())
+        # At even distances, so that each part keeps its share.
+        kept = np.arange(count) * len(tokens) // count
+    return most, np.flatnonzero(np.isin(place, kept))
 
 
 @contextmanager

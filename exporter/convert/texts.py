@@ -1,7 +1,8 @@
-"""Distinct texts, and what each of them is for: nothing that certifies has trained or chosen.
+"""Distinct texts or queries, and what each is for: nothing that certifies has trained or chosen.
 
 A keyed hash decides, so that a text is always in the same part, whatever else is in the file. Exact
-duplicates are one text with a weight, because a binomial tail would take them for news.
+duplicates are one text with a weight, because a binomial tail would take them for news. A query has
+the hash of its own text, so that its documents stay together.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...runtime.encoding import Text
 from ...runtime.errors import InputError
-from ...runtime.files import Row
 
 _KEY = b"fpabee-convert"
 # The shares of the texts that train, choose, and certify; the rest is for the report.
@@ -30,12 +31,27 @@ _FEWEST_TRAIN_TEXTS = 100
 Numbers = NDArray[np.intp]
 
 
+class Unit(Protocol):
+    """What is dealt as a whole: a text, or a query with its documents."""
+
+    @property
+    def content(self) -> Text:
+        """What two of them have in common that are the same."""
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """The other fields of its row, one of which may name a group."""
+
+
+AnyUnit = TypeVar("AnyUnit", bound=Unit)
+
+
 @dataclass(frozen=True)
-class Texts:
-    """Distinct texts and their parts.
+class Texts(Generic[AnyUnit]):
+    """Distinct texts, or queries, and their parts.
 
     Attributes:
-        rows: the first row of each distinct text; those that only train and choose come last.
+        units: the first one of each distinct text; those that only train and choose come last.
         weights: `[own]` how often each text occurs; there are none for train texts.
         train: numbers of the texts that train heads and exit 0.
         choose: numbers of the texts that choose the form of the heads, and end the training of
@@ -46,7 +62,7 @@ class Texts:
             are among the other texts.
     """
 
-    rows: Sequence[Row]
+    units: Sequence[AnyUnit]
     weights: NDArray[np.int64]
     train: Numbers
     choose: Numbers
@@ -55,9 +71,9 @@ class Texts:
     removed: int = 0
 
     @property
-    def own(self) -> Sequence[Row]:
+    def own(self) -> Sequence[AnyUnit]:
         """The distinct texts without the train texts."""
-        return self.rows[: len(self.weights)]
+        return self.units[: len(self.weights)]
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -71,52 +87,54 @@ class Texts:
 
 
 def split(
-    rows: Iterable[Row],
+    units: Iterable[AnyUnit],
     group_column: str | None = None,
-    train_rows: Iterable[Row] | None = None,
-) -> Texts:
-    """Remove duplicates, and deal the texts into parts.
+    train_units: Iterable[AnyUnit] | None = None,
+    what: str = "texts",
+) -> Texts[AnyUnit]:
+    """Remove duplicates, of which the first stays, and deal the texts into parts.
 
     Args:
-        rows: the rows.
-        group_column: the field that names the group of a row; groups stay together, and one text
-            of each certifies. A row without it, or with an empty cell, is a group of its own.
-        train_rows: other rows that train and choose; then none of `rows` do. Those that are among
-            `rows`, or whose group is, are left out. None: a half of `rows` trains and chooses.
+        units: the texts, or queries with their documents.
+        group_column: the field that names the group of a text; groups stay together, and one text
+            of each certifies. A text without it, or with an empty cell, is a group of its own.
+        train_units: others that train and choose; then none of `units` do. Those that are among
+            `units`, or whose group is, are left out. None: a half of `units` trains and chooses.
+        what: what messages call them.
 
     Raises:
         InputError: all texts are equal, half of them are empty, there are far too few, or no row
             has a group.
     """
-    distinct = _Distinct(rows, group_column, "texts")
-    every = [*distinct.rows]
+    distinct = _Distinct(units, group_column, what)
+    every = [*distinct.units]
     removed = 0
-    if train_rows is None:
+    if train_units is None:
         train, choose, calibrate, report = _dealt(distinct.places, _SHARES)
     else:
         _, _, calibrate, report = _dealt(distinct.places, _SHARES_WITHOUT_TRAINING)
-        others = _Distinct(train_rows, group_column, "train texts")
+        others = _Distinct(train_units, group_column, f"train {what}")
         known = {*distinct.own, *distinct.places}
         new = [
             number
             for number, places in enumerate(zip(others.own, others.places, strict=True))
             if known.isdisjoint(places)
         ]
-        removed = len(others.rows) - len(new)
+        removed = len(others.units) - len(new)
         if len(new) < _FEWEST_TRAIN_TEXTS:
             raise InputError(
-                f"{removed:,} of {len(others.rows):,} distinct train texts are among the other "
-                f"texts, and {len(new):,} are left; expected at least {_FEWEST_TRAIN_TEXTS}",
+                f"{removed:,} of {len(others.units):,} distinct train {what} are among the other "
+                f"{what}, and {len(new):,} are left; expected at least {_FEWEST_TRAIN_TEXTS}",
                 "give more `train_texts`, or leave them out",
             )
         share = _SHARE_OF_TRAIN_TEXTS
         numbers = _dealt([others.places[number] for number in new], (share, 1 - share))
         train, choose = (len(every) + part for part in numbers[:2])
-        every += [others.rows[number] for number in new]
+        every += [others.units[number] for number in new]
     if not all(map(len, (train, choose, calibrate, report))):
         raise InputError(
-            f"{len(every):,} distinct texts are too few to train, choose, certify and report",
-            "give more texts; about 800 are the least for 1 % of changed decisions",
+            f"{len(every):,} distinct {what} are too few to train, choose, certify and report",
+            f"give more {what}; about 800 are the least for 1 %, and 150 for 5 %",
         )
     # Of each group the text with the smallest hash; texts that share a place are a group.
     by_hash = sorted(calibrate, key=distinct.own.__getitem__, reverse=True)
@@ -125,17 +143,17 @@ def split(
     return Texts(every, distinct.weights, train, choose, calibrate, report, removed)
 
 
-class _Distinct:
+class _Distinct(Generic[AnyUnit]):
     """The distinct texts of a file.
 
     Args:
-        rows: its rows.
+        units: all of its texts.
         group_column: as in `split`.
         name: what messages call the texts.
 
     Attributes:
-        rows: the first row of each distinct text.
-        weights: `[rows]` how often each text occurs.
+        units: the first one of each distinct text.
+        weights: `[units]` how often each text occurs.
         own: a hash of each text.
         places: a hash of the group of each text, or of the text if it has none.
 
@@ -143,26 +161,28 @@ class _Distinct:
         InputError: all texts are equal, half of them are empty, or no row has a group.
     """
 
-    def __init__(self, rows: Iterable[Row], group_column: str | None, name: str) -> None:
-        first: dict[Any, Row] = {}
-        counts: Counter[Any] = Counter()
-        for row in rows:
-            first.setdefault(row.content, row)
-            counts[row.content] += 1
+    def __init__(self, units: Iterable[AnyUnit], group_column: str | None, name: str) -> None:
+        first: dict[Text, AnyUnit] = {}
+        counts: Counter[Text] = Counter()
+        for unit in units:
+            first.setdefault(unit.content, unit)
+            counts[unit.content] += 1
         total = counts.total()
         if len(first) < 2:
             problem = f"all {total:,} {name} are equal" if first else f"there are no {name}"
-            raise InputError(problem, "give texts like those to classify")
+            raise InputError(problem, "give texts like those of the application")
         empty = sum(n for text, n in counts.items() if not "".join(text).strip())
         if 2 * empty >= total:
             raise InputError(
                 f"{empty:,} of {total:,} {name} are empty",
                 "leave them out, or name the column of the texts with `text_column`",
             )
-        self.rows = list(first.values())
-        self.weights = np.array([counts[row.content] for row in self.rows])
-        self.own = [_place([row.text, row.text_pair]) for row in self.rows]
-        groups = [row.fields.get(group_column) if group_column else None for row in self.rows]
+        self.units = list(first.values())
+        self.weights = np.array([counts[text] for text in first])
+        # A single text has the hash of a pair without a second text.
+        pairs = [(text, None) if isinstance(text, str) else text for text in first]
+        self.own = [_place(pair) for pair in pairs]
+        groups = [unit.fields.get(group_column) if group_column else None for unit in self.units]
         self.places = [
             place if group in (None, "") else _place(group)
             for place, group in zip(self.own, groups, strict=True)

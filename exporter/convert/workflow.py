@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import util
 from pathlib import Path
 
@@ -22,23 +23,17 @@ import torch
 from numpy.typing import NDArray
 
 from ... import __version__
-from ...calibration.calibrate import calibrate
-from ...calibration.goals import Bound, CalibrationOptions
-from ...calibration.guarantee import check_possible, needs_in_words, rows_needed
+from ...calibration.guarantee import needs_in_words, rows_needed
 from ...calibration.progress import Progress, silent
-from ...calibration.result import Calibration, Report
-from ...calibration.scoring import AGREEMENT, Scorer, same_answers
-from ...calibration.settings import exits_of
+from ...calibration.ranking import RankingPoint
+from ...calibration.result import Calibration
 from ...runtime.artifact.folder import EnginesFolder, sha256_of
 from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.encoding import EncodedRow, Text
-from ...runtime.errors import InputError, RowError
-from ...runtime.files import read_rows
-from ...runtime.files.rows import data_sha256, encode_labels
+from ...runtime.errors import InputError
+from ...runtime.files.rows import data_sha256
 from ...runtime.predictions import decision_thresholds
-from ...runtime.quality import Labels
-from ...runtime.rules.measures import Integers, Mask, Outputs
 from ...runtime.rules.rules import Budget
 from ...runtime.targets import runnable_targets
 from ..checkpoint import save_checkpoint
@@ -51,23 +46,18 @@ from ..targets.build import build_targets
 from ..targets.builders import INT8_TARGETS, OPENVINO_TARGETS, buildable
 from ..targets.check import FP32_TARGET
 from ..tokenizer import load_tokenizer, pad_id, row_limit
-from ..training.bag_of_ngrams import learn
-from ..training.examples import Examples, encoded_rows
-from ..training.trainer import probabilities
-from .classifier import Classifier
+from ..training.examples import encoded_rows
+from .classifier import Classifier, named_task
 from .heads import choose_form, store, train_heads
 from .options import Chosen, Conversion, ConvertOptions
 from .places import check_places, unfinished
 from .states import States, run_classifier
-from .texts import Texts, split
+from .tasks import TASKS, Classification, Ranking, is_certified
 
 logger = logging.getLogger(__name__)
 
-_SEED = 42
 # The summary recommends more texts if fewer than so many times the least certify.
 _FEW = 2
-# Above this accuracy, the classifier has probably been trained on these texts.
-_TOO_GOOD = 0.98
 
 
 def convert(
@@ -83,18 +73,25 @@ def convert(
     certify, and 10 % are reported on; with `train_texts`, 90 % certify. The weights stay, so full
     depth gives the logits of the classifier.
 
+    A model with one label is a reranker. It needs queries with their documents instead of texts,
+    gets no exit 0, and the guarantee is about the set of the best documents of a query.
+
     Args:
-        classifier: a folder or hub id of an `AutoModelForSequenceClassification`.
+        classifier: a folder or hub id of an `AutoModelForSequenceClassification`, such as a
+            `CrossEncoder`.
         texts: a file in any format of `runtime.read_rows`: texts like those to classify, which the
-            classifier was not trained on. If there are labels, accuracy is reported as well.
+            classifier was not trained on. If there are labels, accuracy is reported as well. For a
+            reranker, each line has `query` and `documents`; those without documents are left out.
+            Of texts or queries that are there twice, the first is taken.
         output: the engines folder to write.
-        options: default: at most 1 % of the decisions change, with 95 % confidence.
+        options: default: at most 1 % of the decisions change, or the best 10 documents of at most
+            5 % of the queries, with 95 % confidence.
         progress: called with (what, done, total).
 
     Raises:
         ModelError: the classifier or the adapter cannot be used.
-        InputError: the texts or train texts are too few or too similar, or a promise cannot be
-            kept.
+        InputError: the texts or train texts are too few or too similar, a promise cannot be kept,
+            or an option is for the other task.
         RowError: a row cannot be read.
         ArtifactError: the output folder exists, or cannot be written.
         MissingExtraError: a package that is needed is not installed.
@@ -118,16 +115,15 @@ def convert(
     check_installed()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    others = (
-        None if options.train_texts is None else read_rows(options.train_texts, options.reading)
-    )
-    given = split(read_rows(texts, options.reading), options.group_column, others)
-    too_few = _too_few(given, options.bound)
-    certify = f"{len(given.calibrate):,} of {len(given.own):,} distinct texts certify"
-    for line in (certify, *needs_in_words(options.bound, has_exit_0=True)):
+    given = TASKS[named_task(classifier, options.problem_type)](texts, options)
+    too_few = _too_few(given)
+    what = given.what
+    of = f"{len(given.texts.own):,} distinct {what}"
+    certify = f"{len(given.texts.calibrate):,} of {of} certify"
+    for line in (certify, *needs_in_words(given.bound, given.has_exit_0, what)):
         logger.warning(line)
     teacher = Classifier(classifier, options.problem_type, options.adapter)
-    work = _Work(teacher, given, options, progress)
+    work = _Work(teacher, given, progress)
     with unfinished(target, work.fingerprint) as folder:
         conversion = work.run(folder)
         for left in folder.glob("engines/.manifest-*"):  # by a process that was killed
@@ -146,27 +142,30 @@ def convert(
     )
 
 
-def _too_few(texts: Texts, bound: Bound) -> list[str]:
+def _too_few(given: Classification | Ranking) -> list[str]:
     """What to say of the number of texts, if few certify.
 
     Raises:
         InputError: too few certify, even if no decision changes.
     """
-    level = (1 - bound.confidence) / 2  # with exit 0, two lists are tested
+    bound = given.bound
+    what = given.what
+    level = (1 - bound.confidence) / (1 + given.has_exit_0)  # with exit 0, two lists are tested
     least = max(rows_needed(share, 1 - bound.confidence)[0] for share in bound.shares.values())
     good = max(rows_needed(share, level)[1] for share in bound.shares.values())
-    certify = len(texts.calibrate)
-    texts_for_one = len(texts.own) / certify
+    certify = len(given.texts.calibrate)
+    own = len(given.texts.own)
+    texts_for_one = own / certify
     many = 100 * math.ceil(good * texts_for_one / 100)
     if certify < least:
         raise InputError(
-            f"{certify:,} of {len(texts.own):,} distinct texts certify, and {least:,} are the "
-            f"least; about {100 * math.ceil(least * texts_for_one / 100):,} distinct texts are "
+            f"{certify:,} of {own:,} distinct {what} certify, and {least:,} are the "
+            f"least; about {100 * math.ceil(least * texts_for_one / 100):,} distinct {what} are "
             f"needed, and {many:,} give a good chance",
-            "give more texts, or allow more",
+            f"give more {what}, or allow more",
         )
     if certify < _FEW * least:
-        return [f"few texts certify; {many:,} distinct texts would probably save more layers"]
+        return [f"few {what} certify; {many:,} distinct {what} would probably save more layers"]
     return []
 
 
@@ -175,8 +174,7 @@ class _Work:
 
     Args:
         teacher: the classifier.
-        texts: the texts and their parts.
-        options: the settings.
+        given: the task with its texts.
         progress: called with (what, done, total).
 
     Raises:
@@ -185,20 +183,21 @@ class _Work:
     """
 
     def __init__(
-        self, teacher: Classifier, texts: Texts, options: ConvertOptions, progress: Progress
+        self, teacher: Classifier, given: Classification | Ranking, progress: Progress
     ) -> None:
         self.teacher = teacher
-        self.texts = texts
-        self.options = options
+        self.given = given
+        self.options = given.options
         self.progress = progress
         self.task = Task(problem_type=teacher.problem_type, labels=teacher.labels)
-        thresholds = decision_thresholds(self.task, options.bound.thresholds)
+        thresholds = decision_thresholds(self.task, given.bound.thresholds)
         if self.task.problem_type is ProblemType.MULTI_LABEL:
             # What is promised about labels is said of those that the folder predicts.
             self.task = msgspec.structs.replace(self.task, label_thresholds=thresholds)
         self.plain = teacher.multi_exit(teacher.exit_config(()))
         self.tokenizer = load_tokenizer(teacher.folder, self.plain)
-        self.max_length = row_limit(teacher.folder, self.tokenizer, self.plain, options.max_length)
+        longest = self.options.max_length
+        self.max_length = row_limit(teacher.folder, self.tokenizer, self.plain, longest)
         self.padding = {"input_ids": pad_id(self.tokenizer, self.plain)}
         if "token_type_ids" in self.tokenizer.model_input_names:
             self.padding["token_type_ids"] = self.tokenizer.pad_token_type_id
@@ -209,24 +208,33 @@ class _Work:
         settings = replace(self.options, train_texts=None, force=False, threads=None)
         folders = (self.teacher.folder, self.options.adapter)
         files = [path for folder in folders if folder for path in sorted(folder.iterdir())]
+        texts = self.given.texts
         content = [
             __version__,
             msgspec.to_builtins(settings, enc_hook=str),
-            data_sha256(self.texts.rows, labels=False),
-            [part.tolist() for part in (self.texts.taught, self.texts.calibrate)],
+            data_sha256(self.given.rows, labels=False),
+            [part.tolist() for part in (texts.taught, texts.calibrate)],
             [sha256_of(path) for path in files if path.is_file()],
         ]
         return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
 
     def run(self, folder: Path) -> Conversion:
         """Do all that is not done yet, and leave the engines folder in `engines`."""
-        texts = self.texts
-        bound = self.options.bound
-        rows = encoded_rows(texts.rows, self.tokenizer, self.max_length)
+        given = self.given
+        taught = given.texts.taught
+        rows = encoded_rows(given.rows, self.tokenizer, self.max_length)
         logits, states = run_classifier(
-            self.teacher, rows, self.padding, texts.taught, folder, self.progress
+            self.teacher,
+            rows,
+            self.padding,
+            given.numbers(taught),
+            folder,
+            self.progress,
+            units=np.repeat(np.arange(len(taught)), given.lengths(taught)),
+            needed=given.needed,
+            fewest_tokens=given.fewest_tokens,
         )
-        check_possible(bound, self.task, logits[texts.calibrate])
+        given.check_possible(self.task, logits)
         model_dir = folder / "model"
         engines = folder / "engines"
         for left in (model_dir, engines):  # by a run that was stopped
@@ -237,8 +245,9 @@ class _Work:
         export(model_dir, engines, wanted, self.progress)
         refusals = self._add_targets(engines)
         conversion = self._certify(engines, logits, chosen)
-        if removed := texts.removed:
-            refusals.append(f"{removed:,} train texts were left out: they are among the others")
+        if removed := given.texts.removed:
+            what = f"train {given.what}"
+            refusals.append(f"{removed:,} {what} were left out: they are among the others")
         return replace(conversion, warnings=(*refusals, *conversion.warnings))
 
     def _train(
@@ -249,27 +258,23 @@ class _Work:
         states: States,
     ) -> Chosen:
         """Train the exits and exit 0, and write the model."""
-        texts = self.texts
-        targets = probabilities(torch.from_numpy(logits), self.task.problem_type).numpy()
-        train, choose = (
-            Examples([rows[n] for n in numbers], targets[numbers])
-            for numbers in (texts.train, texts.choose)
-        )
-        model, chosen = self._model(states, logits[states.rows])
-        exit_0 = learn(train, choose, self.plain, _SEED, self.progress)
+        model, chosen = self._model(states, logits)
+        exit_0 = self.given.exit_0(self.task, rows, logits, self.plain, self.progress)
         save_checkpoint(model, model_dir)
         with system_errors(model_dir):
             self.tokenizer.save_pretrained(model_dir)
-        save_exit_0(model_dir, exit_0)
+        if exit_0 is not None:
+            save_exit_0(model_dir, exit_0)
         return chosen
 
     def _model(self, states: States, logits: NDArray[np.float32]) -> tuple[MultiExitModel, Chosen]:
         """The weights of the classifier, and heads of the form that suits the texts."""
         teacher = self.teacher
-        count = int(np.isin(states.rows, self.texts.train).sum())
-        thresholds = decision_thresholds(self.task, self.options.bound.thresholds)
-        share = min(self.options.bound.shares.values())
-        chosen = choose_form(teacher, states, logits, count, share, thresholds, self.progress)
+        given = self.given
+        lesson = given.lesson(self.task, logits, states.rows)
+        count = int(np.isin(states.rows, given.numbers(given.texts.train)).sum())
+        judge = partial(given.judge, self.task, logits, states.rows[count:])
+        chosen = choose_form(teacher, states, lesson, count, judge, self.progress)
         form = chosen.form
         config = teacher.exit_config(form.exits(teacher.layers), form.pooling)
         hidden = len(config.exits) - 1 if form.width else 0
@@ -282,12 +287,12 @@ class _Work:
         )
         model = teacher.multi_exit(config)
         self.progress("train heads", 0, 1)
-        heads = train_heads(form, teacher, states, logits, len(states))
+        heads = train_heads(form, teacher, states, lesson, len(states))
         store(heads, form, model)
         return model, chosen
 
     def _add_targets(self, engines: Path) -> list[str]:
-        """Complete the engines folder, whose texts run to full depth where there is no point.
+        """Complete the engines folder, whose rows run to full depth where there is no point.
 
         Returns:
             Why targets were not built.
@@ -303,106 +308,38 @@ class _Work:
         if self.options.all_targets and util.find_spec("nncf") is not None:
             names += buildable(INT8_TARGETS)
             # Ranges come from texts that do not certify.
-            texts = [self.texts.rows[number].content for number in self.texts.taught]
+            taught = self.given.numbers(self.given.texts.taught)
+            texts = [self.given.rows[number].content for number in taught]
         result = build_targets(engines, names, texts, progress=self.progress)
         return [f"{name} was not built: {error}" for name, error in result.refused.items()]
 
     def _certify(self, engines: Path, logits: NDArray[np.float32], chosen: Chosen) -> Conversion:
         """Certify the targets; the default is the fastest at full depth, if it has a point."""
-        texts = self.texts
-        bound = self.options.bound
+        given = self.given
+        texts = given.texts
         folder = EnginesFolder.read(engines)
         fastest = folder.manifest.default_target
         others = runnable_targets(folder) if self.options.all_targets else [fastest]
-        certifying = [texts.rows[number] for number in texts.calibrate]
-        reported = [texts.rows[number] for number in texts.report]
-        report = Report(reported, "texts that decided nothing", logits[texts.report])
-        targets = []
-        for name in dict.fromkeys([FP32_TARGET, *others]):
-            options = CalibrationOptions(
-                goals={bound.point: bound},
-                metric=AGREEMENT,
-                target=name,
-                threads=self.options.threads,
-            )
-            targets.append(
-                calibrate(
-                    engines,
-                    certifying,
-                    options,
-                    self.progress,
-                    reference=logits[texts.calibrate],
-                    report=report,
-                )
-            )
-        by_name = {each.target: each for each in targets}
-        if by_name[fastest].points[0].certificate is None:
+        by_name = {
+            name: given.certify(engines, name, logits, chosen, self.progress)
+            for name in dict.fromkeys([FP32_TARGET, *others])
+        }
+        if not is_certified(by_name[fastest]):
             fastest = FP32_TARGET
         EnginesFolder.read(engines).with_manifest(default_target=fastest).write()
-        warnings: list[str] = []
-        changed, answers = _decided(by_name[fastest])
         return Conversion(
             folder=engines,
             default_target=fastest,
-            targets=tuple(targets),
+            targets=tuple(each for each in by_name.values() if isinstance(each, Calibration)),
+            rankings=tuple(each for each in by_name.values() if isinstance(each, RankingPoint)),
             exit_layers=folder.manifest.exit_layers,
             chosen=chosen,
             rows=int(texts.weights.sum()),
             texts=len(texts.own),
-            train_texts=len(texts.rows) - len(texts.own),
+            train_texts=len(texts.units) - len(texts.own),
             parts=texts.sizes,
-            traffic=float(np.average(changed, weights=texts.weights[texts.report])),
-            accuracy=self._accuracy(logits, answers, warnings),
-            warnings=tuple(warnings),
+            traffic=given.traffic(by_name[fastest]),
+            accuracy=given.accuracy(self.task, logits, by_name[fastest]),
+            warnings=tuple(given.warnings),
             seconds=0.0,
         )
-
-    def _accuracy(
-        self, logits: NDArray[np.float32], answers: Integers, warnings: list[str]
-    ) -> tuple[float, float] | None:
-        """The accuracy of the classifier and of a target on the texts of the report.
-
-        Args:
-            logits: `[rows, labels]` of the classifier, for all texts and train texts.
-            answers: of the target, for the texts of the report, see `encode_labels`.
-            warnings: where to add what makes the result less useful.
-        """
-        expected = self._labels(warnings)
-        if expected is None:
-            return None
-        problem_type = self.task.problem_type
-        own = logits[: len(self.texts.own)]
-        of_classifier = Outputs(own, problem_type, self.task.label_thresholds).answers
-        right = same_answers(of_classifier, expected, problem_type)
-        if right.mean() > _TOO_GOOD:
-            warnings.append(
-                f"the classifier is right on {right.mean():.1%} of these texts: if it was "
-                "trained on them, the guarantee does not hold for new texts"
-            )
-        report = self.texts.report
-        converted = same_answers(answers, expected[report], problem_type)
-        return float(right[report].mean()), float(converted.mean())
-
-    def _labels(self, warnings: list[str]) -> Labels | None:
-        """The labels of all texts; None if some have none, or one that the classifier lacks."""
-        rows = self.texts.own
-        given = [row.labels for row in rows if row.labels is not None]
-        if len(given) < len(rows):
-            if given:
-                known = f"{len(given):,} of {len(rows):,}"
-                warnings.append(f"accuracy is not known: only {known} texts have a label")
-            return None
-        try:
-            places = [row.where for row in rows]
-            return encode_labels(given, self.task.labels, self.task.problem_type, places)
-        except RowError as error:
-            warnings.append(f"accuracy is not known: {error.message}")
-            return None
-
-
-def _decided(result: Calibration) -> tuple[Mask, Integers]:
-    """For the texts of the report: whether the decision changed, and the answers."""
-    assert result.test is not None
-    scorer = Scorer(result.test, AGREEMENT)
-    at = result.test.at(exits_of(result.points[0].rule, result.test))
-    return scorer.changed[at], scorer.answers[at]

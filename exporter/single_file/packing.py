@@ -11,11 +11,11 @@ import onnx
 
 from ...calibration.progress import Progress, silent
 from ...runtime.artifact.folder import EnginesFolder
-from ...runtime.artifact.manifest import CLASSIFIER_NAME, Target
+from ...runtime.artifact.manifest import CLASSIFIER_NAME, ProblemType, Target
 from ...runtime.artifact.reference import read_reference
 from ...runtime.backends.tensorrt import MODULES
 from ...runtime.encoding import EncodedRow, TextEncoder
-from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError
+from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError, InputError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.targets import rule_of, target_of
 from ..onnx_file import graphs_of, load_graphs
@@ -37,6 +37,19 @@ _MOST_BYTES = 2**31 - 2**26
 # TensorRT chooses kernels for the typical shape, and a plan serves single texts above all.
 _SHAPES = PlanOptions(batch=(1, 1, 32))
 _PLANS = [name for name, builder in BUILDERS.items() if builder.backend in MODULES]
+
+
+def check_packable(task: ProblemType) -> None:
+    """Refuse models that cannot be one file.
+
+    Raises:
+        InputError: it is a reranker.
+    """
+    if task is ProblemType.RANKING:
+        raise InputError(
+            "a reranker cannot be packed into one file yet",
+            "use its engines folder with fpabee-run, fpabee-serve or Engine.rank",
+        )
 
 
 def pack(
@@ -78,7 +91,7 @@ def pack(
         ArtifactError: the engines folder is damaged, or the output folder exists.
         BackendError: the folder has no such target, or it does not run ONNX graphs in fp32 or int8;
             or the plan cannot be built.
-        InputError: the model does not take the shapes of `plans`.
+        InputError: the model ranks, or does not take the shapes of `plans`.
         RuleError: the target has no such point, or its rule cannot be a graph.
         CheckError: the graph does not agree with the segments, or fp16 changes answers; nothing is
             written.
@@ -94,6 +107,7 @@ def pack(
     place = resolved(output)
     check_new(place, [engines])
     source = EnginesFolder.read(engines)
+    check_packable(source.manifest.task.problem_type)
     if CLASSIFIER_NAME not in source.manifest.files:
         raise ArtifactError(f"{engines} has no {CLASSIFIER_NAME}", EXPORT_AGAIN)
     if target in _PLANS:

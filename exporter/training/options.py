@@ -80,6 +80,11 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not bound < value < math.inf:
                 raise InputError(f"{name} is {value}", f"give `{name}` above {bound}")
+        if self.problem_type is ProblemType.RANKING:
+            raise InputError(
+                "rerankers cannot be trained here",
+                "train one with sentence-transformers, and convert it",
+            )
         if not 0 <= self.distill <= 1:
             raise InputError(f"distill is {self.distill}", "give `distill` from 0 to 1")
 

@@ -138,16 +138,25 @@ def exit_loss(
 
 
 def label_loss(logits: Tensor, targets: Tensor, problem_type: ProblemType) -> Tensor:
-    """The cross-entropy, or for multi-label the binary cross-entropy of every label.
+    """The mean of `label_losses`, whose arguments these are."""
+    return label_losses(logits, targets, problem_type).mean()
+
+
+def label_losses(logits: Tensor, targets: Tensor, problem_type: ProblemType) -> Tensor:
+    """The cross-entropy of rows, or for multi-label the mean binary cross-entropy of their labels.
 
     Args:
         logits: `[rows, labels]`.
         targets: probabilities `[rows, labels]`.
         problem_type: the task.
+
+    Returns:
+        `[rows]`.
     """
     if problem_type is ProblemType.SINGLE_LABEL:
-        return functional.cross_entropy(logits, targets)
-    return functional.binary_cross_entropy_with_logits(logits, targets)
+        return functional.cross_entropy(logits, targets, reduction="none")
+    losses = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return losses.mean(dim=-1)
 
 
 def as_probabilities(targets: Tensor, labels: int) -> Tensor:

@@ -61,6 +61,11 @@ class Query:
         )
 
     @property
+    def content(self) -> str:
+        """What makes two queries the same, whatever their documents are."""
+        return self.text
+
+    @property
     def pairs(self) -> list[tuple[str, str]]:
         """The query with each of its documents, as the model reads them."""
         return [(self.text, document) for document in self.documents]

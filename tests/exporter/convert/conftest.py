@@ -18,14 +18,15 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from fpabee.calibration import Bound
 from fpabee.exporter.backbones import _FAMILIES
-from fpabee.exporter.convert import Conversion, ConvertOptions, convert, heads, workflow
+from fpabee.exporter.convert import Conversion, ConvertOptions, convert, heads, tasks, workflow
 from fpabee.exporter.training import bag_of_ngrams
 from fpabee.runtime.artifact.manifest import ProblemType
 
 from ...conftest import WORDS, MadeOnce
 from ...doubles.hub import serve
 
-SINGLE, MULTI = ProblemType
+SINGLE = ProblemType.SINGLE_LABEL
+MULTI = ProblemType.MULTI_LABEL
 LABELS = ("no", "perhaps", "yes")
 # Families, with settings that change their heads.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -89,15 +90,18 @@ TEXTS = tuple(
 )
 
 
-def make_telling(source: Path, folder: Path, problem_type: str) -> Path:
+def make_telling(
+    source: Path, folder: Path, problem_type: str | None, labels: Sequence[str] = LABELS
+) -> Path:
     """Write a BERT classifier whose decisions differ from text to text.
 
     Args:
         source: a tiny model, whose encoder and tokenizer it gets.
         folder: where to.
-        problem_type: its task.
+        problem_type: its task, if it names it.
+        labels: in the order of its logits.
     """
-    config = classifier_config(source, LABELS, problem_type)
+    config = classifier_config(source, labels, problem_type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         build: Any = AutoModelForSequenceClassification.from_config
@@ -119,6 +123,50 @@ def telling(tiny_models: Mapping[str, Path], shared_root: Path) -> Mapping[str, 
     return MadeOnce(
         shared_root / "telling", lambda task, folder: make_telling(source, folder, task)
     )
+
+
+QUERIES = [
+    {
+        "query": " ".join(random.Random(seed).choices(WORDS, k=6)),
+        "documents": [
+            " ".join(random.Random(100 * seed + n).choices(WORDS, k=1 + n % 9))
+            for n in range(5 + seed % 4)
+        ],
+    }
+    for seed in range(320)
+]
+
+
+def make_reranker(source: Path, folder: Path, identity: bool = False) -> Path:
+    """Write a BERT reranker, as sentence-transformers writes it, whose scores differ.
+
+    Args:
+        source: a tiny model, whose encoder and tokenizer it gets.
+        folder: where to.
+        identity: whether its scores are its logits; otherwise their sigmoid.
+    """
+    make_telling(source, folder, None, ("score",))
+    name = "linear.Identity" if identity else "activation.Sigmoid"
+    settings = {"model_type": "CrossEncoder", "activation_fn": f"torch.nn.modules.{name}"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reranker(tiny_models: Mapping[str, Path], shared_root: Path) -> Path:
+    """A reranker whose scores differ from document to document. Read-only."""
+    rerankers = MadeOnce(
+        shared_root / "rerankers", lambda _, folder: make_reranker(tiny_models["bert"], folder)
+    )
+    return rerankers["bert"]
+
+
+@pytest.fixture(scope="session")
+def queries(shared_root: Path) -> Path:
+    """A file of some hundred distinct queries, of which every tenth is there twice."""
+    path = shared_root / "queries.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*QUERIES, *QUERIES[::10]])))
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -176,8 +224,9 @@ def converted(
     folder = tmp_path_factory.mktemp("converted") / "engines"
     with pytest.MonkeyPatch.context() as patch:
         quickly(patch)
-        for name in ("choose_form", "train_heads", "learn", "calibrate"):
-            patch.setattr(workflow, name, noting(name, getattr(workflow, name)))
+        for module, names in ((workflow, "choose_form train_heads"), (tasks, "learn calibrate")):
+            for name in names.split():
+                patch.setattr(module, name, noting(name, getattr(module, name)))
         with serve(folder.parent / "cache") as hub:
             hub.add("owner/name", telling[SINGLE.value])
             result = convert("owner/name", texts, folder, OPTIONS)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from fpabee.calibration import Bound
 from fpabee.calibration.choose import Search
 from fpabee.calibration.costs import StoppingCosts
+from fpabee.calibration.ranking import QueryTimes, RankingOutcome, RankingPoint
 from fpabee.calibration.result import Calibration, Outcome, Point
 from fpabee.calibration.scoring import LabelledLogits
 from fpabee.commands.convert import main
@@ -27,7 +28,7 @@ from fpabee.exporter import single_file
 from fpabee.exporter.convert import Conversion, workflow
 from fpabee.exporter.convert.options import Chosen, Form
 from fpabee.exporter.exit_config import Pooling
-from fpabee.runtime import Confidence
+from fpabee.runtime import Budget, Confidence, TopK
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.artifact.operating_point import Certificate, Promise
 
@@ -107,6 +108,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
                 certified("openvino-bf16", CERTIFICATE, 4.8),
                 certified("openvino-int8", None, 6.0),
             ),
+            rankings=(),
             exit_layers=(0, 2, 4, 6),
             chosen=Chosen((0.81, 0.938), form, 0.021, 0.4),
             rows=4000,
@@ -157,6 +159,75 @@ def test_the_summary_says_what_is_guaranteed_and_what_is_not(
     assert found["chosen"]["form"]["pooling"] == "attention"
 
 
+def ranked(target: str, changed: int, certificate: Certificate | None) -> RankingPoint:
+    """What a target with six layers promises of rankings, or why it does not."""
+    outcome = RankingOutcome(
+        queries=60, changed=changed, changed_at_full_depth=1, mean_depth=2.94, exits=(900, 2100)
+    )
+    return RankingPoint(
+        target=target,
+        name="changed-5",
+        top=10,
+        rule=TopK(top=10, threshold=(-0.5, 0.0)) if certificate else Budget(exit=2),
+        chosen_on=replace(outcome, queries=540),
+        held_out=outcome,
+        times=QueryTimes(documents=100, milliseconds=812.4, full_depth_milliseconds=1624.8),
+        layers=6,
+        certificate=certificate,
+        refusal="" if certificate else "full depth changes 31 of 540 queries, and 18 may change",
+    )
+
+
+def test_the_summary_of_a_ranking_counts_the_queries_that_changed(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = workflow.convert("model", "queries.jsonl")
+    promises = (Promise(of="changed_answers", at_most=5.0, rows=528),)
+    certificate = Certificate(confidence=95.0, promises=promises, label_thresholds={})
+    points = (
+        ranked("onnxruntime-fp32", 3, certificate),
+        ranked("openvino-bf16", 2, certificate),
+        ranked("openvino-int8", 9, None),
+    )
+    result = replace(made, targets=(), rankings=points, traffic=None, accuracy=None)
+    monkeypatch.setattr(workflow, "convert", lambda *_: result)
+    lines = run("model", "texts.jsonl", "--top", 10).stdout.splitlines()
+    table = [line.split() for line in lines if line.startswith(("openvino", "onnxruntime"))]
+    numbers = ["2.94", "812.4", "2.00", "2", "of", "60"]
+    assert ["openvino-bf16", "changed-5", "(default)", *numbers] in table
+    assert max(map(len, lines)) <= 80
+    output = " ".join(lines)
+    for fact in (
+        "4,000 queries, 3,000 of them distinct, and 1,500 train queries",
+        "other top 10",
+        "ms for 100",
+        "at most 5 % of new queries have another top 10, with 95 % confidence",
+        "tested on 528 of 540 queries",
+        "3 of 60 have one (95 %: 1.04 to 13.92 %)",
+        "openvino-int8 changed-5: No guarantee",
+        "full depth changes 31 of 540 queries",
+        "rank correlation of the exits with the reranker: 81, 94 %",
+    ):
+        assert fact in output
+    assert "next: fpabee-run engines queries.jsonl" in lines
+    found = json.loads(run("model", "texts.jsonl", "--json").stdout)
+    assert [point["held_out"]["changed"] for point in found["rankings"]] == [3, 2, 9]
+    assert found["rankings"][0]["times"]["documents"] == 100
+
+
+def test_what_a_ranking_cannot_be_is_known_before_the_conversion(
+    calls: list[Any], reranker: Path, tmp_path: Path
+) -> None:
+    result = run(reranker, "texts.jsonl", "--single-file", "one")
+    assert result.exit_code == 1
+    assert "cannot be packed into one file yet -> " in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not calls
+    result = run(reranker, "texts.jsonl", "--problem-type", "regression")
+    assert result.exit_code == 2
+    assert run(reranker, "texts.jsonl", "--top", "0").exit_code == 2
+
+
 def test_train_texts_are_handed_on_and_must_be_there(calls: list[Any]) -> None:
     result = run("model", "texts.jsonl", "--train-texts", "more.jsonl")
     assert result.exit_code == 1
@@ -183,6 +254,7 @@ def test_where_the_file_cannot_be_is_known_before_the_conversion(
     ("arguments", "message", "code"),
     [
         ("--missed 1", "--missed can be used only with --threshold", 2),
+        ("--confidence 90", "--confidence can be used only with --changed", 2),
         ("--threshold bad=0.7 --threshold bad=0.5", "--threshold gives bad twice", 2),
         ("--changed 0", "changed_answers is 0 %", 1),
     ],

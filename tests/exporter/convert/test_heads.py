@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from fpabee.calibration.progress import silent
 from fpabee.exporter.convert.classifier import Classifier
 from fpabee.exporter.convert.heads import (
+    Judged,
+    Lesson,
     choose_form,
     cost_of_heads,
     logits_of,
@@ -23,14 +26,16 @@ from fpabee.exporter.convert.heads import (
 from fpabee.exporter.convert.options import Form
 from fpabee.exporter.convert.states import States
 from fpabee.exporter.exit_config import Pooling
+from fpabee.exporter.training.trainer import label_losses, probabilities
 
 from ...closeness import assert_exported
+from .conftest import SINGLE
 
 Make = Callable[..., Path]
 
 
-def made_up(rows: int) -> tuple[States, NDArray[np.float32]]:
-    """States of tokens of which one says what the classifier decides, and its logits.
+def made_up(rows: int) -> tuple[States, Lesson]:
+    """States of tokens of which one says what the classifier decides, and what it decides.
 
     It may be any token, and differs from the others.
     """
@@ -43,12 +48,27 @@ def made_up(rows: int) -> tuple[States, NDArray[np.float32]]:
     logits = tokens[telling, 0, :3] - 3
     tokens[telling, 1, :3] = tokens[telling, 0, :3]
     states = States(np.arange(rows), starts, tokens.astype(np.float16))
-    return states, logits.astype(np.float32)
+    targets = probabilities(torch.from_numpy(logits.astype(np.float32)), SINGLE)
+    return states, Lesson(targets, torch.ones(rows), partial(label_losses, problem_type=SINGLE))
+
+
+def judge(lesson: Lesson) -> Callable[[NDArray[np.float32], NDArray[np.float64]], Judged]:
+    """Judges exits by how often they agree with a lesson, and by what they save."""
+
+    def judged(exits: NDArray[np.float32], costs: NDArray[np.float64]) -> Judged:
+        answers = lesson.targets.numpy()[-exits.shape[1] :].argmax(axis=-1)
+        agreement = (exits.argmax(axis=-1) == answers).mean(axis=1)
+        return Judged(
+            tuple(map(float, agreement)), float(agreement @ (1 - costs[:-1]) / len(exits))
+        )
+
+    return judged
 
 
 def test_the_form_whose_exits_agree_is_chosen(make: Make, quick: None) -> None:
     classifier = Classifier(make("bert"))
-    chosen = choose_form(classifier, *made_up(900), 600, 0.01, (), silent)
+    states, lesson = made_up(900)
+    chosen = choose_form(classifier, states, lesson, 600, judge(lesson), silent)
     assert chosen.form.queries > 0
     assert min(chosen.agreement) > 0.85
     assert 0 < chosen.saved < 2 / 3
@@ -70,7 +90,9 @@ def test_heads_that_cost_too_much_are_not_chosen(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fpabee.exporter.convert.heads._MOST_COST", 0.0)
-    chosen = choose_form(Classifier(make("bert")), *made_up(60), 40, 0.01, (), silent)
+    states, lesson = made_up(60)
+    classifier = Classifier(make("bert"))
+    chosen = choose_form(classifier, states, lesson, 40, judge(lesson), silent)
     assert (chosen.form.pooling, chosen.form.width) == (Pooling.BOTH, 0)
 
 
@@ -80,8 +102,8 @@ FORMS = [Form(Pooling.BOTH), Form(Pooling.MEAN, 8), Form(Pooling.ATTENTION, 8, 3
 @pytest.mark.parametrize("form", FORMS)
 def test_stored_heads_give_the_same_logits(form: Form, make: Make, quick: None) -> None:
     classifier = Classifier(make("bert"))
-    states, logits = made_up(200)
-    heads = train_heads(form, classifier, states, logits, 150)
+    states, lesson = made_up(200)
+    heads = train_heads(form, classifier, states, lesson, 150)
     numbers = np.arange(200)
     expected = logits_of(heads, states, numbers)
     config = classifier.exit_config(form.exits(classifier.layers), form.pooling)
@@ -104,9 +126,9 @@ def test_stored_heads_give_the_same_logits(form: Form, make: Make, quick: None) 
 def test_a_state_that_hardly_varies_costs_no_precision(form: Form, make: Make, quick: None) -> None:
     """The first token after an early layer of MPNet: a mean 11,000 times its deviation."""
     classifier = Classifier(make("bert"))
-    states, logits = made_up(200)
+    states, lesson = made_up(200)
     states.tokens[:, :, 5:9] = 1 + 1e-4 * states.tokens[:, :, 5:9]
-    heads = train_heads(form, classifier, states, logits, 200)
+    heads = train_heads(form, classifier, states, lesson, 200)
     numbers = np.arange(200)
     found = logits_of(heads, states, numbers)
     tokens, weights = states.batch(numbers)
@@ -115,6 +137,42 @@ def test_a_state_that_hardly_varies_costs_no_precision(form: Form, make: Make, q
             head.double()(tokens[n].double(), weights.double()) for n, head in enumerate(heads)
         ]
     assert_exported(found, torch.stack(exact))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_heads_give_logits_though_they_learn_standardised_ones(
+    form: Form, make: Make, quick: None
+) -> None:
+    classifier = Classifier(make("bert"))
+    states, lesson = made_up(200)
+    shifted = replace(lesson, mean=-7.0, deviation=3.0)
+    numbers = np.arange(200)
+    plain, found = (
+        logits_of(train_heads(form, classifier, states, each, 200), states, numbers)
+        for each in (lesson, shifted)
+    )
+    assert_exported(found, 3 * plain - 7)
+
+
+def test_rows_that_weigh_nothing_teach_nothing(make: Make, quick: None) -> None:
+    classifier = Classifier(make("bert"))
+    states, lesson = made_up(200)
+    first = torch.arange(200) < 100
+    other = replace(
+        lesson,
+        targets=torch.where(first[:, None], lesson.targets, lesson.targets.flip(-1)),
+        weights=first.float(),
+    )
+    numbers = np.arange(100)
+    found, wrong = (
+        logits_of(train_heads(FORMS[2], classifier, states, each, 200), states, numbers)
+        for each in (other, replace(other, weights=torch.ones(200)))
+    )
+    right = [
+        float((each.argmax(axis=-1) == lesson.targets[:100].argmax(dim=-1).numpy()).mean())
+        for each in (found, wrong)
+    ]
+    assert right[0] > right[1]
 
 
 def test_training_uses_one_thread_and_gives_the_others_back(make: Make, quick: None) -> None:
@@ -127,10 +185,10 @@ def test_training_uses_one_thread_and_gives_the_others_back(make: Make, quick: N
             seen.add(torch.get_num_threads())
             return super().batch(places)
 
-    states, logits = made_up(60)
+    states, lesson = made_up(60)
     noting = Noting(states.rows, states.starts, states.tokens)
     try:
-        train_heads(FORMS[0], Classifier(make("bert")), noting, logits, 60)
+        train_heads(FORMS[0], Classifier(make("bert")), noting, lesson, 60)
         assert (seen, torch.get_num_threads()) == ({1}, 3)
     finally:
         torch.set_num_threads(threads)

@@ -97,6 +97,26 @@ def test_states_are_bounded(
     np.testing.assert_allclose(found, hidden[2][0, place], rtol=1e-3, atol=1e-3)
 
 
+def test_a_unit_takes_part_with_all_its_rows_and_others_are_not_run(
+    make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = Classifier(make("bert"))
+    rows = [encoded(np.arange(4, 4 + length)) for length in (9, 8, 7, 6, 5, 4, 3)]
+    monkeypatch.setattr(states_module, "_MOST_BYTES", 25 * 2 * 2 * 32)
+    logits, states = run_classifier(
+        classifier,
+        rows,
+        PADDING,
+        np.array([5, 4, 3, 2, 1]),
+        tmp_path,
+        silent,
+        units=np.array([0, 0, 0, 1, 1]),
+        needed=np.array([6]),
+    )
+    assert states.rows.tolist() == [5, 4, 3]
+    assert np.flatnonzero(np.isfinite(logits[:, 0])).tolist() == [3, 4, 5, 6]
+
+
 def test_a_state_beyond_fp16_is_cut_off(make: Callable[..., Path], tmp_path: Path) -> None:
     classifier = Classifier(make("bert"))
     with torch.no_grad():

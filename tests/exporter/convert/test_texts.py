@@ -22,8 +22,8 @@ def test_every_distinct_text_is_in_one_part_and_keeps_it() -> None:
     np.testing.assert_allclose(shares, [0.4, 0.1, 0.4, 0.1], atol=0.03)
     assert texts.taught.tolist() == [*texts.train, *texts.choose]
     others = split(ROWS[2000:])
-    certified = {texts.rows[number].text for number in texts.calibrate}
-    assert {others.rows[number].text for number in others.calibrate} <= certified
+    certified = {texts.units[number].text for number in texts.calibrate}
+    assert {others.units[number].text for number in others.calibrate} <= certified
 
 
 def test_groups_stay_together_and_one_text_of_each_calibrates() -> None:
@@ -31,9 +31,9 @@ def test_groups_stay_together_and_one_text_of_each_calibrates() -> None:
     seen: dict[int, set[str]] = {}
     for name in ("train", "choose", "calibrate", "report"):
         for number in getattr(texts, name):
-            seen.setdefault(texts.rows[number].fields.get("dialogue", -1), set()).add(name)
+            seen.setdefault(texts.units[number].fields.get("dialogue", -1), set()).add(name)
     assert all(len(names) == 1 for names in seen.values())
-    groups = [texts.rows[number].fields.get("dialogue") for number in texts.calibrate]
+    groups = [texts.units[number].fields.get("dialogue") for number in texts.calibrate]
     assert len(set(groups)) == len(groups) > 250
     assert texts.sizes[0] > 1200
 
@@ -46,7 +46,7 @@ def test_train_texts_train_and_choose_and_nothing_else() -> None:
     assert texts.removed == 500
     assert train + choose == 2000
     assert set(texts.taught) == set(range(4000, 6000))
-    assert {texts.rows[number].text for number in texts.taught} == {
+    assert {texts.units[number].text for number in texts.taught} == {
         row.text for row in others[500:]
     }
     assert calibrate + report == 4000
@@ -58,7 +58,7 @@ def test_train_texts_of_a_group_that_certifies_are_left_out() -> None:
     others = [Row(f"other {n}", fields={"dialogue": n}) for n in range(700, 900)]
     texts = split(ROWS, "dialogue", others)
     assert texts.removed == 100
-    assert {texts.rows[number].fields["dialogue"] for number in texts.taught} == {*range(800, 900)}
+    assert {texts.units[number].fields["dialogue"] for number in texts.taught} == {*range(800, 900)}
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,15 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from fpabee.calibration import Bound, calibrate
 from fpabee.calibration.scoring import Scorer
-from fpabee.exporter.convert import ConvertOptions, convert, workflow
+from fpabee.exporter.convert import ConvertOptions, convert, tasks, workflow
 from fpabee.exporter.convert.classifier import Classifier
+from fpabee.exporter.convert.tasks import Classification
 from fpabee.exporter.convert.texts import split
-from fpabee.exporter.convert.workflow import _Work
 from fpabee.exporter.model import predict
 from fpabee.exporter.staging import staging
 from fpabee.exporter.targets.builders import INT8_TARGETS, OPENVINO_TARGETS
@@ -30,6 +31,7 @@ from fpabee.exporter.targets.check import FP32_TARGET
 from fpabee.exporter.tokenizer import load_tokenizer
 from fpabee.exporter.training import bag_of_ngrams
 from fpabee.exporter.training.examples import Examples, encoded_rows
+from fpabee.exporter.training.trainer import probabilities
 from fpabee.runtime import Budget, Engine, ExitRule
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
 from fpabee.runtime.encoding import Text
@@ -59,9 +61,10 @@ def test_what_certifies_has_neither_trained_nor_chosen(
     assert {tuple(row.input_ids) for row in rows}.isdisjoint(tuple(r.input_ids) for r in untaught)
     # The heads see the same rows: the logits of the classifier for them.
     logits = predict(model, rows, {"input_ids": 0}, lambda output: output[-1])
+    expected = probabilities(torch.from_numpy(logits), SINGLE)
     for name, first in (("choose_form", 1), ("train_heads", 2)):
-        states, given = calls[name][first : first + 2]
-        assert_exported(given, logits)
+        states, lesson = calls[name][first : first + 2]
+        assert_exported(lesson.targets, expected)
         assert len(states) == train + choose
     assert calls["choose_form"][3] == train
     assert calls["train_heads"][4] == train + choose
@@ -206,7 +209,7 @@ def test_exits_learn_from_train_texts_and_the_others_certify(
         taught.extend((train, choose))
         return bag_of_ngrams.learn(train, choose, *given)
 
-    monkeypatch.setattr(workflow, "learn", noting)
+    monkeypatch.setattr(tasks, "learn", noting)
     options = replace(OPTIONS, train_texts=files[1])
     result = convert(telling[SINGLE.value], files[0], tmp_path / "engines", options)
     train, choose, calibrate, report = result.parts
@@ -270,7 +273,7 @@ def test_all_targets_are_those_that_this_machine_can_build(
         with pytest.raises(KeyboardInterrupt):
             convert(telling[SINGLE.value], texts, tmp_path / "engines", options)
     given = split(read_rows(texts))
-    taught = [given.rows[number].content for number in given.taught]
+    taught = [given.units[number].content for number in given.taught]
     assert asked == [
         ([*OPENVINO_TARGETS], []),
         ([*OPENVINO_TARGETS, *INT8_TARGETS], taught),
@@ -390,10 +393,10 @@ def test_what_is_in_the_way_stays(
 
 def test_labels_of_some_texts_are_not_ignored_in_silence() -> None:
     texts = SimpleNamespace(own=[Row("rain", labels=("yes",)), Row("sun"), Row("book")])
-    work: Any = SimpleNamespace(texts=texts)
-    warnings: list[str] = []
-    assert _Work._labels(work, warnings) is None
-    assert warnings == ["accuracy is not known: only 1 of 3 texts have a label"]
+    given: Any = SimpleNamespace(texts=texts, warnings=[])
+    task: Any = None
+    assert Classification._labels(given, task) is None
+    assert given.warnings == ["accuracy is not known: only 1 of 3 texts have a label"]
     texts.own = [Row("rain"), Row("sun")]
-    assert _Work._labels(work, warnings) is None
-    assert len(warnings) == 1, "nobody expects an accuracy"
+    assert Classification._labels(given, task) is None
+    assert len(given.warnings) == 1, "nobody expects an accuracy"

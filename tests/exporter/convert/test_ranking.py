@@ -1,0 +1,284 @@
+"""Conversions of a tiny reranker: what they deal, teach, write, promise and refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from fpabee.calibration import Bound, calibrate
+from fpabee.calibration.ranking import Queries
+from fpabee.exporter import export
+from fpabee.exporter.checkpoint import load_checkpoint
+from fpabee.exporter.convert import Conversion, ConvertOptions, convert, tasks, workflow
+from fpabee.exporter.convert.heads import Lesson
+from fpabee.exporter.convert.tasks import Ranking
+from fpabee.exporter.single_file import pack
+from fpabee.exporter.training.options import TrainOptions
+from fpabee.runtime import Activation, Budget, Engine, ExitRule, ReadOptions, TopK
+from fpabee.runtime.artifact.folder import read_manifest
+from fpabee.runtime.artifact.manifest import ProblemType, Task
+from fpabee.runtime.errors import InputError, RowError
+
+from ...closeness import assert_exported
+from .conftest import QUERIES, make_reranker, quickly
+
+TOP = 2
+OPTIONS = ConvertOptions(bound=Bound(changed_answers=0.1), top=TOP)
+TASK = Task(problem_type=ProblemType.RANKING, labels=("score",))
+
+
+@dataclass
+class Converted:
+    """A conversion, the queries that certified and were reported on, and what heads learnt."""
+
+    folder: Path
+    result: Conversion
+    certifying: Queries
+    report: Queries
+    lesson: Lesson
+    taught: NDArray[np.intp]
+    given: Ranking
+
+
+@pytest.fixture(scope="module")
+def converted(reranker: Path, queries: Path, tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    """A conversion of the reranker. Read-only."""
+    calls: dict[str, Any] = {}
+
+    def noting(name: str, function: Any) -> Any:
+        def call(*given: Any) -> Any:
+            calls[name] = given
+            return function(*given)
+
+        return call
+
+    folder = tmp_path_factory.mktemp("converted") / "engines"
+    with pytest.MonkeyPatch.context() as patch:
+        quickly(patch)
+        patch.setattr(workflow, "train_heads", noting("heads", workflow.train_heads))
+        patch.setattr(workflow, "_too_few", noting("given", workflow._too_few))
+        certify = noting("certify", tasks.calibrate_ranking)
+        patch.setattr(tasks, "calibrate_ranking", certify)
+        result = convert(reranker, queries, folder, OPTIONS)
+    _, _, states, lesson, _ = calls["heads"]
+    certifying, report = calls["certify"][2:4]
+    (given,) = calls["given"]
+    return Converted(folder, result, certifying, report, lesson, states.rows, given)
+
+
+def scores_of(reranker: Path, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
+    """The logits of a reranker, one pair at a time."""
+    load: Any = AutoModelForSequenceClassification.from_pretrained
+    model = load(reranker).eval()
+    tokenizer = AutoTokenizer.from_pretrained(reranker)
+    with torch.no_grad():
+        every = [model(**tokenizer(*pair, return_tensors="pt")).logits[0, 0] for pair in pairs]
+    return torch.stack(every).numpy()
+
+
+def test_queries_are_dealt_with_all_their_documents(converted: Converted) -> None:
+    parts = converted.result.parts
+    assert sum(parts) == converted.result.texts == len(QUERIES)
+    assert converted.result.rows == len(QUERIES) + len(QUERIES[::10])
+    certified = {query.text for query in converted.certifying.queries}
+    reported = {query.text for query in converted.report.queries}
+    rows = converted.given.rows
+    taught = {rows[number].text for number in converted.taught}
+    assert certified.isdisjoint(taught)
+    assert reported.isdisjoint(taught | certified)
+    assert [len(certified), len(reported)] == [*parts[2:]]
+    assert len(taught) == parts[0] + parts[1]
+    documents = {query["query"]: query["documents"] for query in QUERIES}
+    for query in converted.certifying.queries:
+        assert list(query.documents) == documents[query.text]
+    pairs = [(rows[number].text, rows[number].text_pair) for number in converted.taught]
+    assert len(pairs) == sum(len(documents[text]) for text in taught)
+
+
+def test_heads_learn_the_logits_and_the_best_documents_count_more(
+    converted: Converted, reranker: Path
+) -> None:
+    lesson = converted.lesson
+    rows = [converted.given.rows[number] for number in converted.taught[:40]]
+    expected = scores_of(reranker, [(row.text, row.text_pair or "") for row in rows])
+    assert_exported(lesson.targets[:40] * lesson.deviation + lesson.mean, expected[:, None])
+    first = [number for number, row in enumerate(rows) if row.text == rows[0].text]
+    own = expected[first]
+    near = np.isin(np.arange(len(own)), np.argsort(-own)[: 2 * TOP])
+    assert lesson.weights[first].tolist() == np.where(near, 5.0, 1.0).tolist()
+    assert not near.all()
+
+
+def test_the_result_is_what_the_engine_does(converted: Converted, reranker: Path) -> None:
+    (point,) = converted.result.rankings
+    assert point.certificate is not None
+    assert converted.result.targets == ()
+    assert converted.result.traffic is None
+    assert isinstance(point.rule, TopK)
+    assert len(point.rule.threshold) == len(converted.result.exit_layers)  # type: ignore[arg-type]
+    assert len(converted.result.chosen.errors) == len(converted.result.exit_layers) - 1
+    assert point.chosen_on.mean_depth < 3
+    manifest = read_manifest(converted.folder)
+    assert manifest.exit_0 is None
+    assert manifest.task == TASK
+    assert ExitRule.from_dict(manifest.default_rule) == Budget(exit=manifest.exits[-1])
+    changed = 0
+    with Engine.load(converted.folder) as engine:
+        assert engine.operating_point == point.name == "changed-10"
+        for query in converted.report.queries:
+            found = engine.rank(query.text, query.documents)
+            logits = scores_of(reranker, query.pairs)
+            assert len(found) == min(TOP, len(query.documents))
+            best = np.argsort(-logits, kind="stable")[:TOP]
+            changed += {each.index for each in found} != {*best.tolist()}
+            expected = 1 / (1 + np.exp(-logits[[each.index for each in found]]))
+            assert_exported([each.score for each in found], expected)
+    assert changed == point.held_out.changed
+    assert point.held_out.queries == len(converted.report.queries)
+
+
+def test_the_order_at_full_depth_is_that_of_sentence_transformers(
+    converted: Converted, reranker: Path
+) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    model = library.CrossEncoder(str(reranker), device="cpu")
+    long = " ".join(["music and weather"] * 60)
+    with Engine.load(converted.folder) as engine:
+        for query in (QUERIES[0], QUERIES[3], {"query": "play", "documents": [long, "rain", ""]}):
+            text, documents = query["query"], query["documents"]
+            expected = model.rank(text, documents)
+            found = engine.rank(str(text), documents, full_depth=True)
+            assert [each.index for each in found] == [each["corpus_id"] for each in expected]
+            assert_exported([each.score for each in found], [each["score"] for each in expected])
+
+
+def test_a_model_dir_keeps_the_activation(tiny_models: Any, tmp_path: Path, quick: None) -> None:
+    source = make_reranker(tiny_models["bert"], tmp_path / "reranker", identity=True)
+    file = tmp_path / "queries.jsonl"
+    file.write_text("\n".join(map(json.dumps, QUERIES)))
+    kept: list[Path] = []
+
+    def progress(what: str, *_: int) -> None:
+        if what.startswith("segment") and not kept:
+            (steps,) = (tmp_path / "out.partial").iterdir()
+            kept.append(Path(shutil.copytree(steps / "model", tmp_path / "model_dir")))
+
+    convert(source, file, tmp_path / "out", OPTIONS, progress)
+    model = load_checkpoint(kept[0])
+    assert model.exit_config.problem_type is ProblemType.RANKING
+    assert model.exit_config.labels == ("score",)
+    manifest = export(kept[0], tmp_path / "again").manifest
+    assert manifest.task.activation is Activation.IDENTITY
+    assert ExitRule.from_dict(manifest.default_rule) == Budget(exit=manifest.exits[-1])
+    query = QUERIES[0]
+    with Engine.load(tmp_path / "out") as engine:
+        (best, *_) = engine.rank(str(query["query"]), query["documents"], full_depth=True)
+    logits = scores_of(source, [(str(query["query"]), each) for each in query["documents"]])
+    assert_exported([best.score], [logits.max()])
+
+
+def test_train_queries_train_and_those_that_certify_are_left_out(
+    reranker: Path, tmp_path: Path
+) -> None:
+    texts, others = QUERIES[:150], QUERIES[140:]
+    files = []
+    for name, some in (("queries.jsonl", texts), ("others.jsonl", others)):
+        files.append(tmp_path / name)
+        files[-1].write_text("\n".join(map(json.dumps, some)))
+    given = Ranking(files[0], replace(OPTIONS, train_texts=files[1]))
+    train, choose, certify, report = given.texts.sizes
+    assert train + choose == len(QUERIES) - 150
+    assert certify + report == 150
+    assert given.texts.removed == 10
+
+
+def write(tmp_path: Path, rows: Sequence[object]) -> Path:
+    path = tmp_path / "queries.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_queries_without_documents_are_counted_and_left_out(tmp_path: Path) -> None:
+    empty = [{"query": f"nothing {n}", "documents": []} for n in range(3)]
+    given = Ranking(write(tmp_path, [*QUERIES, *empty]), OPTIONS)
+    assert len(given.texts.units) == len(QUERIES)
+    assert given.warnings == ["3 queries have no documents"]
+
+
+def test_many_queries_that_cannot_change_are_said(tmp_path: Path) -> None:
+    short = [{**query, "documents": query["documents"][:TOP]} for query in QUERIES[:100]]
+    given = Ranking(write(tmp_path, [*short, *QUERIES[100:]]), OPTIONS)
+    (warning,) = given.warnings
+    fixed = sum(len(given.texts.units[n].documents) <= TOP for n in given.texts.calibrate)
+    assert f"{fixed} of {len(given.texts.calibrate)} queries that certify" in warning
+
+
+Give = Callable[[Path], tuple[Path, ConvertOptions]]
+
+
+def options(**changes: Any) -> Give:
+    return lambda tmp_path: (write(tmp_path, QUERIES), replace(OPTIONS, **changes))
+
+
+def rows(*given: object) -> Give:
+    return lambda tmp_path: (write(tmp_path, given), OPTIONS)
+
+
+MISSED = Bound(missed=0.1, thresholds={"score": 0.5})
+FEW = r"1\d\d of 320 distinct queries certify, and 299 are the least; about \d00 distinct queries"
+REFUSED: dict[str, tuple[Give, str]] = {
+    "missed texts": (options(bound=MISSED), "not about rankings -> bound `changed_answers`"),
+    "a group": (options(group_column="id"), "belong together.* -> leave out `group_column`"),
+    "a column": (options(reading=ReadOptions(text_column="q")), "fields query, documents and sc"),
+    "a large top": (options(top=8), "no more than 8 documents.* -> give a smaller `top`"),
+    "few queries": (options(bound=Bound(changed_answers=0.01)), FEW),
+    "no documents at all": (rows({"query": "a", "documents": []}), "there are no queries"),
+    "equal queries": (rows(*QUERIES[:1] * 9), "all 9 queries are equal"),
+    "texts": (rows({"text": "play music"}), 'no string field "query"'),
+    "no list": (rows({"query": "a", "documents": "b"}), "no list of texts in 'documents'"),
+    "no scores": (rows({"query": "a", "documents": ["b"], "scores": []}), "0 values in 'scores'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_promised_is_refused_before_the_model_is_loaded(
+    case: str, reranker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give, message = REFUSED[case]
+    monkeypatch.setattr(workflow, "Classifier", lambda *_: 1 / 0)
+    texts, wanted = give(tmp_path)
+    with pytest.raises((InputError, RowError), match=message) as caught:
+        convert(reranker, texts, tmp_path / "engines", wanted)
+    assert caught.value.hint
+    assert not (tmp_path / "engines").exists()
+
+
+def test_each_task_has_its_own_bound_and_its_own_options(
+    queries: Path, texts: Path, telling: Any, tmp_path: Path
+) -> None:
+    usual = ConvertOptions()
+    assert Ranking(queries, replace(usual, top=TOP)).bound == Bound(changed_answers=0.05)
+    assert tasks.Classification(texts, usual).bound == Bound(changed_answers=0.01)
+    with pytest.raises(InputError, match="`top` is given, but the model classifies"):
+        convert(telling["single_label_classification"], texts, tmp_path / "out", OPTIONS)
+    with pytest.raises(InputError, match="top is 0 -> give a whole number from 1"):
+        ConvertOptions(top=0)
+
+
+def test_what_is_not_for_rerankers_refuses_them(converted: Converted, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a reranker"):
+        calibrate(converted.folder, [])
+    with pytest.raises(InputError, match="a reranker cannot be packed into one file yet"):
+        pack(converted.folder, tmp_path / "one")
+    with pytest.raises(InputError, match="rerankers cannot be trained here"):
+        TrainOptions("train", "dev", "model", problem_type=ProblemType.RANKING)
