@@ -74,8 +74,8 @@ def calibrate(
         is not written into the manifest: not even full depth may decide like the reference.
 
     Raises:
-        InputError: the rows cannot be used, or no setting is fast enough; the manifest stays
-            unchanged.
+        InputError: the folder is a reranker, the rows cannot be used, or no setting is fast enough;
+            the manifest stays unchanged.
         ArtifactError: the folder is damaged, or cannot be written.
         BackendError: the target cannot run here.
 
@@ -102,7 +102,13 @@ def calibrate(
         held_rows = list(read_rows(options.test, options.reading))
         report = Report(held_rows, Path(options.test).name)
     # Rows run to full depth, so the target needs no operating point, not even a valid one.
-    rule = ExitRule.from_dict(EnginesFolder.read(path).manifest.default_rule)
+    manifest = EnginesFolder.read(path).manifest
+    if manifest.task.ranks:
+        raise InputError(
+            f"{path} is a reranker, whose promise is about queries with their documents",
+            "convert the model again with other queries or another bound",
+        )
+    rule = ExitRule.from_dict(manifest.default_rule)
     with Engine.load(path, options.target, threads=options.threads, rule=rule) as engine:
         task = engine.manifest.task
         without_drop = [bound for bound in options.bounds if bound.drop is None]

@@ -130,6 +130,15 @@ CALLS: dict[str, tuple[str, list[Any]]] = {
             ),
         ],
     ),
+    "convert model rows.csv --top 3 --changed 5": (
+        CONVERTS,
+        [
+            "model",
+            Path("rows.csv"),
+            ENGINES,
+            ConvertOptions(bound=Bound(changed_answers=0.05), top=3),
+        ],
+    ),
     "export model": (EXPORTS, ["model", ENGINES, ExportOptions(texts=[])]),
     "export model -o out --exits 2,4 --max-length 12 --texts rows.csv --force --problem-type "
     f"multi_label_classification {READING}": (

@@ -1,4 +1,4 @@
-"""`fpabee-convert`: a classifier and texts without labels become an engines folder."""
+"""`fpabee-convert`: a classifier or reranker and texts become an engines folder."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Any
 import msgspec
 import rich_click as click
 
-from ..exporter.convert.options import Chosen, Conversion, ConvertOptions
+from ..exporter.convert.options import Conversion, ConvertOptions
 from ..exporter.convert.places import check_places, partial_of
 from ..exporter.exit_config import Pooling
 from ..exporter.paths import check_apart, check_new, resolved
-from ..runtime.artifact.manifest import ProblemType
 from ..runtime.machine import require
-from . import options, points, promises
+from . import options, points, promises, rankings
 from .command import READING, command
 from .console import echo, hide_bars_of_hub, step_progress
 
@@ -33,6 +32,7 @@ _SEEN = {
 fpabee-convert my-classifier texts.jsonl -o engines/
 fpabee-convert my-classifier texts.csv --changed 0.5 --force
 fpabee-convert my-guard texts.txt --missed 2 --threshold attack=0.7
+fpabee-convert my-reranker queries.jsonl --top 10 --changed 5
 """,
     panels={
         "Texts and the classifier": "--group-column --max-length --problem-type",
@@ -40,18 +40,21 @@ fpabee-convert my-guard texts.txt --missed 2 --threshold attack=0.7
         **READING,
     },
 )
-@click.argument("classifier", help="Trained classifier: a folder, or an id on the hub.")
+@click.argument("classifier", help="Trained classifier or reranker: a folder, or an id on the hub.")
 @click.argument(
     "texts",
     type=options.PATH,
     help="Texts like those to classify, in any format of fpabee-run, without labels. Use texts "
-    "that the classifier was not trained on.",
+    "that the classifier was not trained on. For a reranker, lines of JSON with query and "
+    "documents.",
 )
 @options.path("-o --output", "Folder to write. Default: engines.", "DIR")
 @options.number(
     "--changed changed_answers",
-    "At most X % of the decisions differ from the classifier's. Default: 1.",
+    "At most X % of the decisions differ from the classifier's. Default: 1. Of a reranker, at most "
+    "X % of the queries have another top N. Default: 5.",
 )
+@options.count("--top", "The best N documents of a query are promised. Default: 10.")
 @options.number("--missed", "Of the texts that the classifier flags, at most X % are not flagged.")
 @options.number("--false-alarms", "Of the others, at most X % are flagged.")
 @promises.thresholds
@@ -77,7 +80,7 @@ fpabee-convert my-guard texts.txt --missed 2 --threshold attack=0.7
     "Number of tokens to which longer texts are truncated. Default: what the classifier supports.",
 )
 @options.choice(
-    "--problem-type", "TYPE", "Task of a classifier that does not name it.", ProblemType
+    "--problem-type", "TYPE", "Task of a classifier that does not name it.", options.CLASSIFICATION
 )
 @options.threads
 @options.columns
@@ -97,9 +100,14 @@ def main(
     Its weights stay. Exits and a bag of words learn to predict what it predicts on half of TEXTS.
     Most other texts certify that at most 1 % of its decisions change on new texts; the rest are
     only measured. An interrupted conversion continues when the same command is given again.
+
+    A model with one label is a reranker: a document that cannot reach the top N of its query leaves
+    early, and at most 5 % of new queries have another top N.
     """
-    shares = promises.taken_shares(settings) or {"changed_answers": 0.01}
-    bound = promises.bound_of(shares, thresholds, confidence)
+    shares = promises.taken_shares(settings)
+    # What is promised otherwise depends on the task, which the model names.
+    options.only_with("confidence thresholds", shares, "--changed, --missed or --false-alarms")
+    bound = promises.bound_of(shares, thresholds, confidence) if shares else None
     reading = options.read_options(settings)
     wanted = replace(msgspec.convert(settings | {"reading": reading}, ConvertOptions), bound=bound)
     folder = output or Path("engines")
@@ -114,13 +122,17 @@ def main(
         logging.getLogger("fpabee.exporter.convert").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
+    from ..exporter.convert.classifier import named_task
     from ..exporter.convert.workflow import convert
     from ..exporter.single_file import pack
+    from ..exporter.single_file.packing import check_packable
 
     # Its bars and warnings are about weights that are not used.
     of_transformers: Any = transformers_logging
     of_transformers.set_verbosity_error()
     of_transformers.disable_progress_bar()
+    if single_file is not None:
+        check_packable(named_task(classifier, wanted.problem_type))
     with step_progress(quiet) as progress:
         result = convert(classifier, texts, folder, wanted, progress)
     # Now, because the folder is there, even if it cannot be packed.
@@ -128,7 +140,8 @@ def main(
         click.echo(msgspec.json.encode(to_dict(result)).decode())
     else:
         _show(result)
-        echo(f"next: fpabee-run {shlex.quote(str(result.folder))} texts.txt")
+        inputs = "queries.jsonl" if result.rankings else "texts.txt"
+        echo(f"next: fpabee-run {shlex.quote(str(result.folder))} {inputs}")
     if single_file is not None:
         with step_progress(quiet) as progress:
             pack(result.folder, single_file, progress=progress)
@@ -139,34 +152,42 @@ def main(
 def _show(result: Conversion) -> None:
     """The result in plain words."""
     train, choose, calibrate, report = (f"{count:,}" for count in result.parts)
-    others = f", and {result.train_texts:,} train texts" if result.train_texts else ""
+    what = "queries" if result.rankings else "texts"
+    others = f", and {result.train_texts:,} train {what}" if result.train_texts else ""
     distinct = f"{result.texts:,} of them distinct"
-    echo(f"{result.folder}: made with {result.rows:,} texts, {distinct}{others}")
+    echo(f"{result.folder}: made with {result.rows:,} {what}, {distinct}{others}")
     echo(
         f"{train} trained exits, {choose} chose the best, {calibrate} certified them; the other "
         f"{report} decided nothing"
     )
-    points.show(result.targets, result.default_target)
-    if any(point.certificate for target in result.targets for point in target.points):
+    if result.rankings:
+        rankings.show(result.rankings, result.default_target)
+        certificates = [point.certificate for point in result.rankings]
+    else:
+        points.show(result.targets, result.default_target)
+        certificates = [point.certificate for each in result.targets for point in each.points]
+    if any(certificates):
         echo(
-            "a guarantee is about new texts, and holds only if the classifier was not trained on "
-            "the texts given here"
+            f"a guarantee is about new {what}, and holds only if the model was not trained on the "
+            f"{what} given here"
         )
-    if result.texts < result.rows:
+    if result.texts < result.rows and result.traffic is not None:
         echo(f"counted as often as they occur, {result.traffic:.2%} of the answers change")
     if result.accuracy is not None:
         classifier, converted = result.accuracy
         echo(f"accuracy: {converted:.4f}; that of the classifier: {classifier:.4f}")
-    echo(f"heads: {_heads(result.chosen)}")
+    echo(f"heads: {_heads(result)}")
     for warning in result.warnings:
         echo(f"warning: {warning}")
 
 
-def _heads(chosen: Chosen) -> str:
+def _heads(result: Conversion) -> str:
     """The heads of the exits, and how they agree with the classifier."""
-    form = chosen.form
-    agreement = ", ".join(f"{100 * share:.0f}" for share in chosen.agreement)
+    form = result.chosen.form
+    agreement = ", ".join(f"{100 * share:.0f}" for share in result.chosen.agreement)
     agrees = f"exits agree with the classifier on {agreement} %"
+    if result.rankings:
+        agrees = f"rank correlation of the exits with the reranker: {agreement} %"
     layer = f"a hidden layer of {form.width}" if form.width else "linear"
     every = "" if form.every == 1 else f" after every {form.every} layers"
     seen = f"{form.queries} weighted means of the tokens" if form.queries else _SEEN[form.pooling]
@@ -179,4 +200,5 @@ def to_dict(result: Conversion) -> dict[str, Any]:
     return content | {
         "folder": str(result.folder),
         "targets": [points.to_dict(target) for target in result.targets],
+        "rankings": [rankings.to_dict(point) for point in result.rankings],
     }

@@ -63,7 +63,7 @@ fpabee-export model_dir -o engines/ --exits 4,8,12
     "--problem-type",
     "TYPE",
     "Task of a checkpoint that does not name it.",
-    ProblemType,
+    options.CLASSIFICATION,
 )
 @options.count(
     "--max-length",

@@ -15,7 +15,6 @@ from rich.table import Table
 
 from ..exporter.exit_config import Pooling
 from ..exporter.training.options import TrainOptions, check_training
-from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import InputError
 from ..runtime.machine import require
 from . import options
@@ -44,7 +43,7 @@ fpabee-train --backbone ENCODER --train a.jsonl --dev b.jsonl -o model_dir
     "--problem-type",
     "TYPE",
     "Task. Default: single-label.",
-    ProblemType,
+    options.CLASSIFICATION,
 )
 @options.flag("--force", "Replace an existing model.")
 @options.quiet
