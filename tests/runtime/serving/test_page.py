@@ -116,12 +116,19 @@ def test_a_ranking_is_shown(ranker: Path, tmp_path: Path) -> None:
         ]
         for each in results
     ]
-    for fact in ("8 documents", f"{sum(exits) / 8:.1f} of 3 layers", " ms"):
+    for fact in (f"{sum(exits) / 8:.1f} of 3 layers", " ms"):
         assert fact in found["depth"]
     assert [step for step, _ in found["ladder"]] == [
         f"exit {number}, layer {number}: {exits.count(number)}" for number in (1, 2, 3)
     ]
     assert (found["hidden"], found["error"]) == (False, "")
+
+
+def test_a_query_without_documents_is_not_sent(ranker: Path, tmp_path: Path) -> None:
+    values = {"query": QUERY, "documents": " \n\n"}
+    found = on_page(tmp_path, ranker, values, "v1/rerank", {"query": QUERY, "documents": []})
+    assert (found["sent"], found["hidden"]) == ([], True)
+    assert "no documents" in found["error"]
 
 
 @pytest.mark.parametrize("broken", [False, True])
