@@ -1,0 +1,104 @@
+"""Rankings: simulated exits are those of a live run, and promises hold on new queries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from fpabee.calibration import Bound
+from fpabee.calibration.guarantee import binomial_tail
+from fpabee.calibration.ranking import (
+    QueryLogits,
+    certify,
+    errors_near_top,
+    saved,
+    settings,
+    stops_of,
+)
+from fpabee.runtime import Budget, TopK
+from fpabee.runtime.ranking import exits_of_query
+
+NOISE = np.array([0.8, 0.5, 0.2])
+TOP = 3
+
+
+def made_up(queries: int, seed: int, noise: NDArray[np.float64] = NOISE) -> QueryLogits:
+    """Queries of 1 to 40 documents, whose exits predict the last one with noise."""
+    drawn = np.random.default_rng(seed)
+    sizes = drawn.integers(1, 40, queries)
+    reference = drawn.normal(scale=2.0, size=sizes.sum())
+    early = reference + noise[:, None] * drawn.normal(size=(len(noise), len(reference)))
+    logits = np.concatenate([early, reference[None]]).astype(np.float32)
+    return QueryLogits(logits, np.cumsum([0, *sizes]), reference.astype(np.float32))
+
+
+@given(st.integers(1, 6), st.integers(0, 10**6), st.floats(0.05, 4.0))
+def test_exits_are_those_of_a_live_run(top: int, seed: int, factor: float) -> None:
+    rows = made_up(7, seed)
+    rule = TopK(top=top, threshold=tuple(-factor * np.append(NOISE, 0.0)))
+    exits = stops_of(rule, rows, top).exits
+    for start, end in zip(rows.starts, rows.starts[1:], strict=False):
+        own = exits_of_query(rows.logits[:, start:end], rule, rows.exits)
+        assert exits[start:end].tolist() == own.tolist()
+
+
+def test_full_depth_changes_nothing_but_rounding() -> None:
+    rows = made_up(50, 0)
+    stops = stops_of(Budget(exit=4), rows, TOP)
+    assert (stops.exits == 4).all()
+    assert not stops.changed.any()
+    rounded = QueryLogits(np.round(rows.logits), rows.starts, rows.reference)
+    assert stops_of(Budget(exit=4), rounded, TOP).changed.any()
+
+
+def test_errors_are_those_of_documents_near_the_top() -> None:
+    rows = made_up(400, 1)
+    rows.logits[:-1] += 5.0  # what all documents have in common does not count
+    assert errors_near_top(rows, TOP) == pytest.approx(NOISE, rel=0.1)
+
+
+def test_bolder_settings_stop_more_documents() -> None:
+    rows = made_up(60, 2)
+    errors = errors_near_top(rows, TOP)
+    depths = [stops_of(each, rows, TOP).exits.mean() for each in settings(errors, TOP)[::20]]
+    assert depths[0] > 3.5
+    assert depths[-1] < 2.5
+    costs = np.arange(1.0, 5.0)
+    assert saved(rows, errors, TOP, 0.05, costs) > 0.1
+    assert saved(rows, errors, TOP, 0.0, costs) < saved(rows, errors, TOP, 0.2, costs)
+
+
+def test_promises_hold_on_new_queries() -> None:
+    """Of 60 promises of at most 10 %, no more are broken than 5 % and chance explain."""
+    world = made_up(6000, 3)
+    errors = errors_near_top(made_up(100, 4), TOP)
+    drawn = np.random.default_rng(5)
+    bound = Bound(changed_answers=0.1)
+    broken = 0
+    depths = []
+    for _ in range(60):
+        certified = certify(world.take(drawn.integers(0, 3000, 120)), errors, TOP, bound)
+        assert certified.rule is not None
+        stops = stops_of(certified.rule, world, TOP)
+        broken += stops.changed.mean() > 0.1
+        depths.append(stops.exits.mean())
+    assert 1 - binomial_tail(broken - 1, 60, 0.05) > 0.001
+    assert np.mean(depths) < 3.5
+
+
+def test_too_few_queries_certify_nothing() -> None:
+    certified = certify(made_up(58, 6), NOISE, TOP, Bound(changed_answers=0.05))
+    assert (certified.rule, certified.certificate) == (None, None)
+    assert "58 queries are too few; 59 queries are the least" in certified.failed
+    assert certify(made_up(59, 6), NOISE, TOP, Bound(changed_answers=0.05)).certificate
+
+
+def test_rounding_that_changes_too_much_certifies_nothing() -> None:
+    rows = made_up(100, 7)
+    rounded = QueryLogits(np.round(rows.logits), rows.starts, rows.reference)
+    certified = certify(rounded, NOISE, TOP, Bound(changed_answers=0.05))
+    assert certified.rule is None
+    assert "full depth changes" in certified.failed
