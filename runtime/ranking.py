@@ -28,7 +28,10 @@ class Ranked:
 
     Attributes:
         index: the place of the document among those that were given, from 0.
-        score: of the document; the whole model's if it ran all layers, otherwise predicted.
+        score: of the document; the whole model's if it ran all layers, otherwise predicted. Of a
+            document that left early, it is below the scores of all that did not, so that sorting by
+            scores keeps the order.
+        logit: the logit from which the score comes.
         exit: the exit that gave the score; the last one is the whole model.
         truncated: whether query and document had more tokens than the model takes.
         deadline_limited: whether the deadline stopped the document; its score is predicted then.
@@ -36,6 +39,7 @@ class Ranked:
 
     index: int
     score: float
+    logit: float
     exit: int
     truncated: bool = False
     deadline_limited: bool = False
@@ -168,8 +172,8 @@ def top_of(rule: ExitRule, top_k: int | None) -> int | None:
         return top_k
     if top_k is not None and top_k > rule.top:
         raise InputError(
-            f"`top_k` is {top_k}, but documents behind the best {rule.top} leave early",
-            f"give `top_k` up to {rule.top}, run at full depth, or convert the model again",
+            f"the best {top_k} are wanted, but documents behind the best {rule.top} leave early",
+            f"ask for up to {rule.top}, run at full depth, or convert the model again",
         )
     return rule.top if top_k is None else top_k
 
@@ -193,15 +197,19 @@ def ranked(
         top_k: most documents to return; None: all.
         with_left: also return those that left early, whatever `top_k` is.
     """
-    logits = stopped.logits[:, 0].astype(np.float64)
+    predicted = stopped.logits[:, 0]
+    least = predicted[~left].min(initial=np.float32(np.inf))
+    below = np.nextafter(least, np.float32(-np.inf))
+    logits = np.where(left, np.minimum(predicted, below), predicted).astype(np.float64)
     scores = 1 / (1 + np.exp(-logits)) if activation is Activation.SIGMOID else logits
-    order = np.lexsort((-logits, left))
+    order = np.lexsort((-predicted, left))
     if not with_left:
         order = order[: np.count_nonzero(~left)][:top_k]
     return [
         Ranked(
             index=int(number),
             score=float(scores[number]),
+            logit=float(logits[number]),
             exit=int(stopped.exits[number]),
             truncated=stopped.rows[number].truncated,
             deadline_limited=bool(stopped.limited[number]),

@@ -9,7 +9,7 @@ from .engine import Engine
 from .errors import InputError, RowError
 from .files import ReadOptions, Row
 from .files.parquet import row_at
-from .files.records import RecordSchema, arrow_type
+from .files.records import RecordSchema, arrow_type, records
 from .hub import repository_of
 from .machine import require
 
@@ -84,9 +84,9 @@ class Classify:
                 if isinstance(item, RowError):
                     raise item
         answers = iter(self._engine.predict([row.content for row in items if isinstance(row, Row)]))
-        records = map(self._schema.flat, self._schema.records(items, answers))
+        made = map(self._schema.flat, records(items, answers, self._schema.record))
         types = pyarrow.schema([(name, arrow_type(name)) for name in self._names])
-        answered = pyarrow.Table.from_pylist(list(records), types)
+        answered = pyarrow.Table.from_pylist(list(made), types)
         for name in answered.column_names:
             batch = batch.append_column(name, answered[name])
         return batch

@@ -226,7 +226,7 @@ class Watch:
 
     Raises:
         InputError: `percent` is not a number above 0 and up to 100.
-        RuleError: the point promises nothing about changed answers.
+        RuleError: the point promises nothing about changed answers, or the model ranks documents.
     """
 
     def __init__(
@@ -236,6 +236,11 @@ class Watch:
         if not is_number or not 0 < percent <= 100:
             raise InputError(
                 f"watch is {percent!r}", "give `watch` as a percentage above 0 and up to 100"
+            )
+        if manifest.task.ranks:
+            raise RuleError(
+                "this model ranks documents, and only answers of classification are watched",
+                "leave out `watch`",
             )
         self._manifest = manifest
         points = manifest.targets[target].operating_points

@@ -21,9 +21,11 @@ import msgspec
 
 from ..artifact.folder import BAD_JSON, check_outside, lock
 from ..errors import FpabeeError, InputError
-from .formats import TextFormat, is_plain_file
-from .records import Record, RecordSchema, convert, records_of, to_json
+from .formats import is_plain_file
+from .records import Record, records_of, to_json
 from .sources import STANDARD_INPUT, Inputs
+
+Convert = Callable[[Path, Path], object]
 
 
 def check_output(output: Path, sources: Sequence[str]) -> None:
@@ -50,8 +52,7 @@ def check_output(output: Path, sources: Sequence[str]) -> None:
 @contextmanager
 def open_output(
     output: Path | None,
-    chosen: TextFormat,
-    schema: RecordSchema,
+    table: Convert | None,
     inputs: Inputs,
     settings: dict[str, Any],
     resume: bool,
@@ -63,8 +64,8 @@ def open_output(
 
     Args:
         output: the file; None for standard output.
-        chosen: its format; a pipe or a device takes JSON lines.
-        schema: what the records contain.
+        table: converts a file of JSON lines to another one, which is the output; None: the output
+            takes JSON lines.
         inputs: what is read; hashed only if the output is a file.
         settings: what is run on them.
         resume: whether to continue after the rows that an earlier run has done.
@@ -88,7 +89,7 @@ def open_output(
         partial = Partial(Path(os.path.realpath(output)), shared, resume)
         with closing(partial.records()) as completed:
             yield partial.write, completed
-        partial.finish(chosen, schema)
+        partial.finish(table)
     except BrokenPipeError:
         raise
     except BaseException as error:
@@ -163,7 +164,7 @@ class Partial:
         index = 0
         try:
             for index, record in zip(range(self.rows), records_of(self.path), strict=False):
-                if record["index"] != index or not {"exit", "error"} & record.keys():
+                if record["index"] != index or not {"exit", "results", "error"} & record.keys():
                     raise ValueError
                 yield record
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -177,13 +178,13 @@ class Partial:
         self._stream.flush()
         self.rows += 1
 
-    def finish(self, chosen: TextFormat, schema: RecordSchema) -> None:
-        """Turn the rows into the output, and delete everything else."""
+    def finish(self, table: Convert | None) -> None:
+        """Turn the rows into the output, and delete everything else; see `open_output`."""
         made = self.path
         try:
-            if chosen is not TextFormat.JSON_LINES:
+            if table is not None:
                 made = self.output.with_name(self.output.name + ".partial.out")
-                convert(self.path, made, chosen, schema)
+                table(self.path, made)
             with made.open("rb+") as stream:
                 os.fsync(stream.fileno())
             made.replace(self.output)

@@ -15,7 +15,7 @@ from .sources import read_rows
 QUERY_COLUMN = "query"
 _DOCUMENTS = "documents"
 _SCORES = "scores"
-READING = ReadOptions(text_column=QUERY_COLUMN)
+READING = ReadOptions(text_column=QUERY_COLUMN, text_pair_column="", label_column="")
 """How files of queries are read: JSON lines, or Parquet with lists."""
 
 

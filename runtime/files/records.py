@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -18,6 +18,8 @@ from .formats import TextFormat
 from .rows import LABEL_SEPARATOR, Row
 
 Record = dict[str, Any]
+ItemT = TypeVar("ItemT")
+AnswerT = TypeVar("AnswerT")
 
 _PROBABILITIES = "probabilities"
 _GROUP_ROWS = 16_384
@@ -28,7 +30,7 @@ _MAX_EXACT = 2**53
 
 @dataclass(frozen=True)
 class RecordSchema:
-    """What a record contains.
+    """What the record of a classified row contains.
 
     Attributes:
         labels: the labels of the model.
@@ -65,22 +67,6 @@ class RecordSchema:
             record[_PROBABILITIES] = {label: round(value, 6) for label, value in pairs}
         return record
 
-    def records(
-        self, items: Iterable[Row | RowError], answers: Iterator[Prediction], first: int = 0
-    ) -> Iterator[Record]:
-        """The records of rows, or of the errors of rows that have no answer.
-
-        Args:
-            items: the rows.
-            answers: those of the rows that could be read.
-            first: the index of the first row.
-        """
-        for index, item in enumerate(items, first):
-            if isinstance(item, RowError):
-                yield {"index": index, "error": str(item)}
-            else:
-                yield self.record(index, item, next(answers))
-
     @cached_property
     def results(self) -> tuple[str, ...]:
         """The columns of a table that hold the results of a row."""
@@ -116,6 +102,27 @@ class RecordSchema:
                     f"the label {label!r} contains {LABEL_SEPARATOR!r}, which separates labels",
                     "write JSON lines or Parquet",
                 )
+
+
+def records(
+    items: Iterable[ItemT | RowError],
+    answers: Iterator[AnswerT],
+    record: Callable[[int, ItemT, AnswerT], Record],
+    first: int = 0,
+) -> Iterator[Record]:
+    """The records of rows, or of the errors of rows that have no answer.
+
+    Args:
+        items: the rows.
+        answers: those of the rows that could be read.
+        record: makes the record of an index, a row and its answer.
+        first: the index of the first row.
+    """
+    for index, item in enumerate(items, first):
+        if isinstance(item, RowError):
+            yield {"index": index, "error": str(item)}
+        else:
+            yield record(index, item, next(answers))
 
 
 def to_json(value: Any) -> str:

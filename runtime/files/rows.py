@@ -56,9 +56,10 @@ class ReadOptions:
         input_format: the format, or its name; None: the suffix of the file name decides, and
             standard input is JSON lines if its first line starts with `{`, else plain text.
         text_column: the column or field that holds the text.
-        text_pair_column: the one with the second text; None: `text_pair`, if there is one.
+        text_pair_column: the one with the second text; None: `text_pair`, if there is one; empty:
+            there are no second texts.
         label_column: the one with the true label or labels; None: `labels` or `label`, if there
-            is one.
+            is one; empty: there are no labels.
 
     Example:
         ```python
@@ -76,13 +77,15 @@ class ReadOptions:
 
     @property
     def pair_column(self) -> str:
-        """The name of the column that holds the second text."""
-        return self.text_pair_column or _TEXT_PAIR
+        """The name of the column that holds the second text; empty if none does."""
+        return _TEXT_PAIR if self.text_pair_column is None else self.text_pair_column
 
     @property
     def label_columns(self) -> tuple[str, ...]:
         """The columns that may hold labels; the first one that has a value counts."""
-        return _LABELS if self.label_column is None else (self.label_column,)
+        if self.label_column is None:
+            return _LABELS
+        return (self.label_column,) if self.label_column else ()
 
     def check(self, names: Sequence[str], where: str) -> None:
         """Check that a table has the columns that will be read.
@@ -102,7 +105,7 @@ class ReadOptions:
             )
         for option in ("text_column", "text_pair_column", "label_column"):
             name = getattr(self, option)
-            if name is not None and name not in names:
+            if name and name not in names:
                 raise InputError(
                     f'{where} has no column "{name}"; it has: {", ".join(names)}',
                     f"set `{option}` to one of these, or rename it in the file",
@@ -125,13 +128,13 @@ class ReadOptions:
                 f'{where} has no string field "{self.text_column}"',
                 "give it one, or set `text_column` to the name of the field with the text",
             )
-        pair = content.get(self.pair_column)
+        pair = content.get(self.pair_column) if self.pair_column else None
         if pair is not None and not isinstance(pair, str):
             raise RowError(
                 f'{where}: "{self.pair_column}" is a {type(pair).__name__}',
                 "make it a string, or leave it out",
             )
-        used = (self.text_column, self.pair_column, *self.label_columns)
+        used = {self.text_column, self.pair_column, *self.label_columns} - {""}
         fields = {name: value for name, value in content.items() if name not in used}
         return Row(text, pair, self._labels(content, where, table), fields, where)
 

@@ -7,7 +7,7 @@ import logging
 import math
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -30,19 +30,11 @@ from ... import __version__
 from ..encoding import EncodedRow
 from ..engine import Engine
 from ..errors import FpabeeError, InputError, OverloadedError, RuleError, in_one_line
-from ..predictions import Prediction
 from .allowed_hosts import ANY_HOST, HEALTH, HostCheck
-from .messages import (
-    Asked,
-    ClassifyRequest,
-    Failure,
-    PredictRequest,
-    Source,
-    openapi,
-    request_of,
-    response_to,
-)
+from .classify import CLASSIFICATION
+from .messages import Asked, Failure, Formats, openapi
 from .metrics import Metrics
+from .rerank import RANKING
 from .scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
@@ -304,21 +296,28 @@ class Service:
     hosts: Collection[str] = (ANY_HOST,)
 
     def __post_init__(self) -> None:
+        ranks = self.engine.manifest.task.ranks
+        formats = RANKING if ranks else CLASSIFICATION
+        others = CLASSIFICATION if ranks else RANKING
+
+        async def refuse(_: Request) -> Response:
+            wrong = f"this model can {formats.what}, but not {others.what}"
+            raise HTTPException(404, f"{wrong} -> send requests to {', '.join(formats.paths)}")
+
+        def answers(usual: type[Asked]) -> _Respond:
+            return _stoppable(partial(self._answer, formats=formats, usual=usual))
+
         page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
         index = HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
-        formats: dict[str, type[Asked]] = {
-            "/classify": ClassifyRequest,
-            "/v1/classify": ClassifyRequest,
-            "/predict": PredictRequest,
-        }
         schema = _json(openapi(__version__, formats, STATUSES))
         app = Starlette(
             routes=[
                 Route("/", index, methods=["GET"]),
                 *(
-                    Route(path, _stoppable(partial(self._classify, usual=kind)), methods=["POST"])
-                    for path, kind in formats.items()
+                    Route(path, answers(usual), methods=["POST"])
+                    for path, usual in formats.paths.items()
                 ),
+                *(Route(path, refuse, methods=["POST"]) for path in others.paths),
                 Route(HEALTH, self._health),
                 Route("/info", self._info),
                 Route("/metrics", self._show_metrics),
@@ -332,8 +331,8 @@ class Service:
         refusal = _error(421, f"{STATUSES[421]} -> {hint}", "InvalidRequest")
         self.app = HostCheck(app, self.hosts, refusal)
 
-    async def _classify(self, request: Request, usual: type[Asked]) -> Response:
-        asked = await self._read(request, usual)
+    async def _answer(self, request: Request, formats: Formats, usual: type[Asked]) -> Response:
+        asked = await self._read(request, formats, usual)
         rows: list[EncodedRow] = []
 
         def check(some: Sequence[EncodedRow]) -> None:
@@ -344,30 +343,18 @@ class Service:
                     "shorten it, or set `truncate` to true",
                 )
 
-        engine = self.engine
-        predictions = await self._answers(request, asked, check)
-        source = Source(
-            model=self.name,
-            revision=engine.revision,
-            operating_point=engine.operating_point,
-            label_thresholds=engine.label_thresholds,
-        )
+        answers = await self._unless_left(request, asked.ask(self.scheduler, asked.texts, check))
         tokens = sum(map(len, rows))
-        response = _json(response_to(asked, predictions, engine.labels, source, tokens))
+        response = _json(asked.response(answers, self.engine, self.name, tokens))
         # Some formats have no room for it.
-        response.headers["X-Fpabee-Revision"] = source.revision
+        response.headers["X-Fpabee-Revision"] = self.engine.revision
         return response
 
-    async def _answers(
-        self,
-        request: Request,
-        asked: Asked,
-        check: Callable[[Sequence[EncodedRow]], object],
-    ) -> list[Prediction]:
+    async def _unless_left(
+        self, request: Request, asking: Coroutine[Any, Any, list[Any]]
+    ) -> list[Any]:
         """The answers; if the client leaves, its rows are cancelled."""
-        work = asyncio.ensure_future(
-            self.scheduler.classify(asked.texts, asked.deadline_ms, asked.max_exit, check)
-        )
+        work = asyncio.ensure_future(asking)
         left = asyncio.ensure_future(request.receive())
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
@@ -380,13 +367,13 @@ class Service:
             with suppress(asyncio.CancelledError, Exception):
                 await work
 
-    async def _read(self, request: Request, usual: type[Asked]) -> Asked:
+    async def _read(self, request: Request, formats: Formats, usual: type[Asked]) -> Asked:
         sent = request.headers.get("content-type", "application/json")
         if sent.partition(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, f"the content type is {sent}, expected application/json")
         try:
             body = await asyncio.wait_for(self._body(request), self.limits.body_seconds)
-            asked = request_of(body, usual)
+            asked = formats.request(body, usual)
         except asyncio.TimeoutError:
             raise HTTPException(408, STATUSES[408], {"Connection": "close"}) from None
         except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
@@ -423,6 +410,7 @@ class Service:
                 "operating_point": self.engine.operating_point,
                 "label_thresholds": self.engine.label_thresholds,
                 "rule": self.engine.rule.to_dict(),
+                "ranks": manifest.task.ranks,
                 "labels": self.engine.labels,
                 "multi_label": self.engine.multi_label,
                 "exits": list(manifest.exits),

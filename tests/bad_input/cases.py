@@ -54,6 +54,7 @@ class Place:
     root: Path
     models: Mapping[str, Path]
     shared: Mapping[str, Path]
+    rankers: Mapping[str, Path]
     patch: pytest.MonkeyPatch
     stdin: bytes = field(default=b"")
 

@@ -15,6 +15,7 @@ def place(
     tmp_path: Path,
     tiny_models: Mapping[str, Path],
     engines: Mapping[str, Path],
+    ranking_engines: Mapping[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Place:
-    return Place(tmp_path, tiny_models, engines, monkeypatch)
+    return Place(tmp_path, tiny_models, engines, ranking_engines, monkeypatch)

@@ -182,6 +182,9 @@ SERVING = [
          "--allowed-host"),
     Case("a folder without a promise to watch", serve("--watch", 1), "changed answers", "--watch",
          "--operating-point"),
+    Case("rankings that are watched",
+         lambda p: ["serve", p.rankers["bert"], "--port", 0, "--watch", 1],
+         "ranks documents", "--watch"),
     Case("an empty name of a host", serve("--allowed-host", ""), "''", "--allowed-host"),
 ]  # fmt: skip
 

@@ -116,14 +116,69 @@ FILES = [
     Case("standard input twice", lambda p: p.run("-", "-"), "standard input"),
 ]  # fmt: skip
 
+
+def query(content: object, *options: object) -> Make:
+    """A second line of queries; the first is good."""
+
+    def make(place: Place) -> Arguments:
+        text = content if isinstance(content, str) else json.dumps(content)
+        source = place.file("in.jsonl", '{"query": "rain", "documents": ["sun"]}\n' + text + "\n")
+        return place.run(source, *options, folder=place.rankers["bert"])
+
+    return make
+
+
+def too_many_tokens(place: Place) -> Arguments:
+    place.patch.setattr("fpabee.runtime.core._WINDOW_BYTES", 2**16)
+    return query({"query": "rain", "documents": ["sun"] * 500})(place)
+
+
+GOOD = {"query": "rain", "documents": ["sun", "film"]}
+QUERIES = [
+    Case("no query", query({"documents": ["sun"]}), "line 2", '"query"', "--column text=NAME"),
+    Case("no documents", query({"query": "rain"}), "line 2", "'documents'"),
+    Case("documents that are one text", query({"query": "rain", "documents": "sun"}), "line 2",
+         "'documents'"),
+    Case("a document that is a number", query({"query": "rain", "documents": ["sun", 5]}),
+         "line 2", "'documents'"),
+    Case("scores of another length", query(GOOD | {"scores": [1.0]}), "line 2", "1 values",
+         "'scores'", "2 documents"),
+    Case("a score that is no number", query(GOOD | {"scores": [1.0, "2"]}), "line 2", "'2'"),
+    Case("an infinite score", query('{"query": "a", "documents": ["b"], "scores": [1e999]}'),
+         "line 2", "out of range"),
+    Case("too many tokens in a query", too_many_tokens, "line 2", "500 documents", "tokens",
+         "--max-length"),
+    Case("plain texts for a ranker",
+         lambda p: p.run_texts(folder=p.rankers["bert"]), "texts.txt, line 1", "'documents'"),
+    Case("queries for a classifier", given("in.jsonl", json.dumps(GOOD)), '"text"'),
+    Case("rankings as CSV", query(GOOD, "--output", "out.csv"), "out.csv", ".jsonl"),
+    Case("rankings as Parquet", query(GOOD, "--output", "out.parquet"), "out.parquet", ".jsonl"),
+]  # fmt: skip
+
 USAGE = [
+    *(
+        Case(
+            f"{' '.join(option)} for rankings",
+            query(GOOD, *option),
+            option[0],
+            "ranks documents",
+            code=2,
+        )
+        for option in (
+            ("--metrics",),
+            ("--scores",),
+            ("--rule", "threshold=1"),
+            ("--column", "label=kind"),
+            ("--column", "text_pair=kind"),
+        )
+    ),
     Case("an unknown format", given("in.txt", "", "--input-format", "xml"), "'xml'", code=2),
     Case("no input", lambda p: ["run", p.shared["bert"]], "standard input", code=2),
     Case("a column twice", given("in.csv", "", "--column", "label=text"), "text", code=2),
 ]
 
 
-@each(ENCODINGS, JSON, TABLES, LABELLED, EMPTY, FILES, USAGE)
+@each(ENCODINGS, JSON, TABLES, LABELLED, EMPTY, FILES, QUERIES, USAGE)
 def test_a_bad_input(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     # Otherwise the rows before the bad one would be printed first.
     place.patch.setattr("fpabee.runtime.files.job.BLOCK_ROWS", 2**20)

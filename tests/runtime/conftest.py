@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from fpabee.commands import run as run_command
 from fpabee.commands import serve as serve_command
+from fpabee.runtime import TopK
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
 from fpabee.runtime.backends.base import Limits
 from fpabee.runtime.backends.host import HostBackend
@@ -54,6 +56,18 @@ def short_target(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def bert(engines: Mapping[str, Path]) -> Path:
     return engines["bert"]
+
+
+@pytest.fixture
+def ranker(
+    ranking_engines: Mapping[str, Path], set_points: Callable[..., None], tmp_path: Path
+) -> Path:
+    """An engines folder that ranks, with an operating point for the best three."""
+    folder = Path(shutil.copytree(ranking_engines["bert"], tmp_path / "ranker"))
+    set_points(
+        folder, default="changed-5", **{"changed-5": TopK(top=3, threshold=(-0.3, -0.2, 0.0))}
+    )
+    return folder
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def test_no_documents_have_no_ranking(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda e: e.rank(QUERY, documents(5), top_k=4), "`top_k` is 4"),
+        (lambda e: e.rank(QUERY, documents(5), top_k=4), "best 4 are wanted.* best 3 leave"),
         (lambda e: e.rank(QUERY, documents(5), top_k=0), "`top_k` is 0"),
         (lambda e: e.rank(QUERY, "one string"), "one string"),
         (lambda e: e.rank(QUERY, [3]), "text 1 is a tuple"),
@@ -263,6 +263,19 @@ def test_scores_have_the_activation() -> None:
     first, second = ranked(stopped, flags, Activation.SIGMOID)
     assert first.score == pytest.approx(0.8808, abs=1e-4)
     assert first.score + second.score == pytest.approx(1.0)
+
+
+def test_documents_that_left_have_scores_below_all_others() -> None:
+    """Also where the prediction was higher: some clients sort by the scores again."""
+    ids = np.zeros(2, np.int64)
+    rows = [EncodedRow(ids, ids, truncated=False)] * 4
+    logits = np.array([[3.0], [0.5], [1.0], [2.0]], np.float32)
+    left = np.array([True, False, False, True])
+    stopped = Stopped(rows, np.array([1, 3, 3, 2]), logits, np.zeros(4, np.bool_))
+    best = ranked(stopped, left, Activation.SIGMOID, with_left=True)
+    assert [each.index for each in best] == [2, 1, 0, 3]
+    assert best[1].score > best[2].score == best[3].score
+    assert best[1].logit > best[2].logit == pytest.approx(0.5)
 
 
 def test_full_depth_needs_no_promise(ranking_engines: Mapping[str, Path]) -> None:

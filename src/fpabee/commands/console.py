@@ -146,7 +146,7 @@ def row_progress(job: Job, quiet: bool) -> Iterator[Callable[[], None]]:
         job: whose rows are shown whenever what this gives is called.
         quiet: show nothing.
     """
-    with _display(quiet, "0 rows") as show:
+    with _display(quiet, f"0 {job.task.unit}") as show:
         due = perf_counter() + _UPDATE_SECONDS
 
         def advance() -> None:
@@ -154,6 +154,7 @@ def row_progress(job: Job, quiet: bool) -> Iterator[Callable[[], None]]:
             now = perf_counter()
             if now >= due:
                 due = now + _UPDATE_SECONDS
-                show(f"{job.rows} rows, {job.rows_per_second:.0f} rows/s", None, False)
+                rate = f"{job.rate:.0f} {job.task.part}/s"
+                show(f"{job.rows} {job.task.unit}, {rate}", None, False)
 
         yield advance

@@ -21,7 +21,11 @@ from ..running import Run, write_lines
 DOCS = Path(__file__).parents[3] / "docs"
 SCHEMA = json.loads((DOCS / "output.schema.json").read_text("utf-8"))
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
-FIELDS = set(SCHEMA["properties"])
+FIELDS = {
+    field
+    for kind in SCHEMA["anyOf"]
+    for field in SCHEMA["$defs"][kind["$ref"].rpartition("/")[2]]["properties"]
+}
 FLAGS = {
     "--with-text": {"text", "text_pair"},
     "--scores": {"probabilities"},

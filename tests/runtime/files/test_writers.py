@@ -14,7 +14,7 @@ from pyarrow import parquet
 from fpabee.runtime.errors import InputError, RowError
 from fpabee.runtime.files import Row, TextFormat, read_rows
 from fpabee.runtime.files.formats import output_format
-from fpabee.runtime.files.records import Record, RecordSchema, convert, to_json
+from fpabee.runtime.files.records import Record, RecordSchema, convert, records, to_json
 from fpabee.runtime.predictions import Prediction
 
 SINGLE = RecordSchema(("no", "yes"), multi_label=False)
@@ -52,7 +52,7 @@ def test_records() -> None:
 
 
 def error(index: int, *said: str) -> Record:
-    (found,) = MULTI.records([RowError(*said)], iter(()), index)
+    (found,) = records([RowError(*said)], iter(()), MULTI.record, index)
     return found
 
 

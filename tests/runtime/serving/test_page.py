@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from fpabee.runtime import Confidence
+from fpabee.runtime.serving.server import ServerLimits
 
+from ..test_ranking import QUERY, documents
 from .test_server import serving
 
 FULL = {"error": "the queue is full -> try again later", "error_type": "OverloadedError"}
@@ -24,34 +26,51 @@ def shown(
     engine_copy: Callable[..., Path], set_points: Callable[..., None], tmp_path: Path
 ) -> Callable[..., Any]:
     """Classifies a text on the page; the answers of some addresses may be replaced."""
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("node is not installed")
     folder = engine_copy(exit_0=True)
     set_points(folder, default="safe", safe=Confidence(threshold=1.0, exit_0_threshold=2.0))
 
     def run(text: str, pair: str = "", **replaced: Any) -> Any:
-        with serving(folder) as server:
-            page = server.client.get("/").text
-            sent = {"input": [[text, pair]] if pair else text}
-            responses = {
-                "info": server.client.get("/info"),
-                "classify": server.post("/classify", sent),
-            }
-        served = {
-            name: {"status": response.status_code, "body": response.text}
-            for name, response in responses.items()
-        }
-        (script,) = re.findall("<script>(.*)</script>", page, re.S)
-        (given := tmp_path / "given.json").write_text(
-            json.dumps({"script": script, "text": text, "pair": pair, "served": served | replaced})
-        )
-        command = [node, str(Path(__file__).with_name("page.mjs")), str(given)]
-        found = json.loads(subprocess.check_output(command, timeout=60))
-        assert not found["disabled"], "the next text can be sent"
-        return found | {"expected": responses["classify"].json(), "was_sent": sent}
+        sent = {"input": [[text, pair]] if pair else text}
+        values = {"text": text, "pair": pair}
+        return on_page(tmp_path, folder, values, "classify", sent, **replaced)
 
     return run
+
+
+def on_page(
+    place: Path, folder: Path, values: dict[str, str], address: str, sent: Any, **replaced: Any
+) -> Any:
+    """What a person sees who submits the form with these values.
+
+    Args:
+        place: where a file may be written.
+        folder: the engines folder.
+        values: of the inputs.
+        address: where the page sends its request to.
+        sent: the request that it should send.
+        **replaced: the answers of some addresses.
+    """
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed")
+    with serving(folder, limits=ServerLimits()) as server:
+        page = server.client.get("/").text
+        responses = {
+            "info": server.client.get("/info"),
+            address: server.post(f"/{address}", sent),
+        }
+    served = {
+        name: {"status": response.status_code, "body": response.text}
+        for name, response in responses.items()
+    }
+    (script,) = re.findall("<script>(.*)</script>", page, re.S)
+    (file := place / "page.json").write_text(
+        json.dumps({"script": script, "values": values, "served": served | replaced})
+    )
+    command = [node, str(Path(__file__).with_name("page.mjs")), str(file)]
+    seen = json.loads(subprocess.check_output(command, timeout=60))
+    assert not seen["disabled"], "the next text can be sent"
+    return seen | {"expected": responses[address].json(), "was_sent": sent}
 
 
 @pytest.mark.parametrize("pair", ["", "the film is not bad"])
@@ -73,6 +92,43 @@ def test_an_answer_is_shown(shown: Callable[..., Any], pair: str) -> None:
     assert found["scores"][0][:2] == ["predicted", answer["label"]]
     assert [row[0] for row in found["scores"][1:]] == [""] * (len(ranked) - 1)
     assert (found["hidden"], found["error"]) == (False, "")
+    assert (found["forms"], found["button"], found["titles"]) == (["classifies"], "Classify", [])
+
+
+def test_a_ranking_is_shown(ranker: Path, tmp_path: Path) -> None:
+    some = documents(8)
+    values = {"query": QUERY, "documents": "\n\n".join(some) + "\n"}
+    sent = {"query": QUERY, "documents": some}
+    found = on_page(tmp_path, ranker, values, "v1/rerank", sent)
+    assert found["sent"] == [sent]
+    assert (found["forms"], found["button"]) == (["ranks"], "Rank")
+    assert found["settings"] == "operating point changed-5, onnxruntime-fp32"
+    results = found["expected"]["results"]
+    exits = [each["exit"] for each in results]
+    assert min(exits) < max(exits) == 3
+    assert found["titles"] == ["Document", "Score", "Exit"]
+    assert found["scores"] == [
+        [
+            "early" if each["exit"] < 3 else "",
+            some[each["index"]],
+            f"{each['relevance_score']:.4f}",
+            each["exit"],
+        ]
+        for each in results
+    ]
+    for fact in (f"{sum(exits) / 8:.1f} of 3 layers", " ms"):
+        assert fact in found["depth"]
+    assert [step for step, _ in found["ladder"]] == [
+        f"exit {number}, layer {number}: {exits.count(number)}" for number in (1, 2, 3)
+    ]
+    assert (found["hidden"], found["error"]) == (False, "")
+
+
+def test_a_query_without_documents_is_not_sent(ranker: Path, tmp_path: Path) -> None:
+    values = {"query": QUERY, "documents": " \n\n"}
+    found = on_page(tmp_path, ranker, values, "v1/rerank", {"query": QUERY, "documents": []})
+    assert (found["sent"], found["hidden"]) == ([], True)
+    assert "no documents" in found["error"]
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -107,6 +163,6 @@ def test_a_watched_promise_is_shown(shown: Callable[..., Any], paused: bool, bro
 )
 def test_an_error_is_shown(shown: Callable[..., Any], replaced: Any, says: str) -> None:
     found = shown("rain", **replaced)
-    assert found["error"].startswith("The text was not classified: ")
+    assert found["error"].startswith("There is no answer: ")
     assert found["error"].endswith(says)
     assert found["hidden"]

@@ -47,11 +47,11 @@ Strict = jsonschema.validators.extend(
 class Server:
     """The application, without a network."""
 
-    def __init__(self, engine: Engine, max_rows: int) -> None:
+    def __init__(self, engine: Engine, max_rows: int, limits: ServerLimits) -> None:
         self.engine = engine
         self.metrics = Metrics(engine)
         self.scheduler = Scheduler(engine, max_rows, self.metrics)
-        app = Service(engine, self.scheduler, self.metrics, LIMITS, "tiny").app
+        app = Service(engine, self.scheduler, self.metrics, limits, "tiny").app
         self.client = TestClient(app, raise_server_exceptions=False)
         self.schema = self.client.get("/openapi.json").json()
 
@@ -71,10 +71,14 @@ class Server:
 
 @contextmanager
 def serving(
-    folder: Path, max_rows: int = 10, target: str | None = None, watch: float | None = None
+    folder: Path,
+    max_rows: int = 10,
+    target: str | None = None,
+    watch: float | None = None,
+    limits: ServerLimits = LIMITS,
 ) -> Iterator[Server]:
     with Engine.load(folder, target, watch=watch) as engine:
-        server = Server(engine, max_rows)
+        server = Server(engine, max_rows, limits)
         yield server
         server.scheduler.close()
 

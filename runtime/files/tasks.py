@@ -1,0 +1,231 @@
+"""What differs between the tasks in a job: what a row becomes, and what is written for it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+
+from ..encoding import EncodedRow, characters
+from ..engine import Engine
+from ..errors import InputError, RowError
+from ..predictions import Prediction
+from ..quality import Labels, evaluate
+from ..ranking import Ranked
+from ..rules.rules import ExitRule
+from .queries import QUERY_COLUMN, Query
+from .records import Record, RecordSchema
+from .rows import Row, encode_labels
+
+ItemT = TypeVar("ItemT")
+AnswerT = TypeVar("AnswerT")
+
+
+class Task(ABC, Generic[ItemT, AnswerT]):
+    """A task of a job. An item is what a row becomes.
+
+    Args:
+        engine: the engine that runs.
+        rule: the rule that decides; None for full depth.
+
+    Attributes:
+        engine: as given.
+        rule: as given.
+        unit: what the rows are called.
+        part: what those are called that have an exit of their own.
+    """
+
+    unit: ClassVar[str]
+    part: ClassVar[str]
+
+    def __init__(self, engine: Engine, rule: ExitRule | None) -> None:
+        self.engine = engine
+        self.rule = rule
+
+    @abstractmethod
+    def item(self, row: Row) -> ItemT:
+        """What a row becomes.
+
+        Raises:
+            RowError: the row cannot be answered, or not be scored although scores are wanted.
+        """
+
+    @abstractmethod
+    def size(self, item: ItemT) -> int:
+        """The characters of an item."""
+
+    @abstractmethod
+    def answers(self, items: Sequence[ItemT]) -> Iterator[AnswerT]:
+        """The answers of items, in their order."""
+
+    @abstractmethod
+    def record(self, index: int, item: ItemT, answer: AnswerT) -> Record:
+        """The record of an item; the index is that of its row."""
+
+    @abstractmethod
+    def parts(self, record: Record) -> list[Record]:
+        """What has an exit of its own in a record."""
+
+    @abstractmethod
+    def empty(self, item: ItemT) -> int:
+        """How many of these have an empty text."""
+
+    def count(self, item: ItemT, record: Record) -> None:
+        """Count what `scores` needs."""
+
+    def scores(self) -> dict[str, float]:
+        """The scores of the records that were counted; empty if there is nothing to score."""
+        return {}
+
+
+class Classification(Task[Row, Prediction]):
+    """Each row is a text, which gets labels.
+
+    Args:
+        engine: the engine that runs.
+        rule: the rule that decides; None for full depth.
+        schema: what is written for a row.
+        metrics: whether predictions are scored against the labels of the rows.
+    """
+
+    unit = part = "rows"
+
+    def __init__(
+        self, engine: Engine, rule: ExitRule | None, schema: RecordSchema, metrics: bool = False
+    ) -> None:
+        super().__init__(engine, rule)
+        self._schema = schema
+        self._metrics = metrics
+        self._task = engine.manifest.task
+        # How often each pair of true and predicted labels occurred.
+        self._answers: Counter[tuple[tuple[str, ...], tuple[str, ...]]] = Counter()
+
+    def item(self, row: Row) -> Row:
+        """The row itself."""
+        if self._metrics and row.labels is None:
+            raise RowError(
+                f"{row.where} has no label to score against",
+                "give every row a label, set `label_column`, or leave out `metrics`",
+            )
+        if self._metrics:
+            self._encoded([row.labels or ()], [row.where])
+        return row
+
+    def size(self, item: Row) -> int:
+        """The characters of a text or a pair."""
+        return characters(item.content)
+
+    def answers(self, items: Sequence[Row]) -> Iterator[Prediction]:
+        """The predictions; all rows of a block run together."""
+        texts = [row.content for row in items]
+        return self.engine.stream(texts, rule=self.rule, full_depth=self.rule is None)
+
+    def record(self, index: int, item: Row, answer: Prediction) -> Record:
+        """The record of a prediction."""
+        return self._schema.record(index, item, answer)
+
+    def parts(self, record: Record) -> list[Record]:
+        """The record itself."""
+        return [record]
+
+    def empty(self, item: Row) -> int:
+        """Whether the text is empty."""
+        return int(not item.text)
+
+    def count(self, item: Row, record: Record) -> None:
+        """Count the true labels together with the predicted ones."""
+        if self._metrics:
+            labels = record["labels"] if self.engine.multi_label else [record["label"]]
+            self._answers[item.labels or (), tuple(labels)] += 1
+
+    def scores(self) -> dict[str, float]:
+        """The scores of the rows so far, by `evaluate`."""
+        if not self._answers:
+            return {}
+        counts = list(self._answers.values())
+        expected, predicted = (
+            np.repeat(self._encoded(labels), counts, axis=0)
+            for labels in zip(*self._answers, strict=True)
+        )
+        return evaluate(predicted, expected, len(self._task.labels))
+
+    def _encoded(self, labels: Sequence[Sequence[str]], places: Sequence[str] = ()) -> Labels:
+        return encode_labels(labels, self._task.labels, self._task.problem_type, places)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedQuery:
+    """A query that is ready to run.
+
+    Attributes:
+        query: the query.
+        rows: the query with each of its documents, tokenized.
+    """
+
+    query: Query
+    rows: list[EncodedRow]
+
+
+class Ranking(Task[EncodedQuery, list[Ranked]]):
+    """Each row is a query with documents, which are put in order.
+
+    Args:
+        engine: the engine that runs.
+        rule: the rule that decides; None for full depth.
+        with_text: whether the query is repeated in its record.
+    """
+
+    unit = "queries"
+    part = "documents"
+    _NAMES = frozenset({"index", QUERY_COLUMN, "results", "error"})
+
+    def __init__(self, engine: Engine, rule: ExitRule | None, with_text: bool = False) -> None:
+        super().__init__(engine, rule)
+        self._with_text = with_text
+        self._runner = engine.core.runner(rule, full_depth=rule is None)
+
+    def item(self, row: Row) -> EncodedQuery:
+        """The query of a row, tokenized."""
+        query = Query.of(row)
+        rows = self.engine.core.encode(query.pairs)
+        try:
+            self.engine.core.check_query(rows)
+        except InputError as error:
+            raise RowError(f"{row.where}: {error.message}", error.hint) from error
+        return EncodedQuery(query, rows)
+
+    def size(self, item: EncodedQuery) -> int:
+        """The characters of a query with each of its documents."""
+        return sum(map(characters, item.query.pairs))
+
+    def answers(self, items: Sequence[EncodedQuery]) -> Iterator[list[Ranked]]:
+        """All documents of each query, best first; queries run one after another."""
+        for item in items:
+            yield self.engine.core.rank(item.rows, self._runner, with_left=True)
+
+    def record(self, index: int, item: EncodedQuery, answer: list[Ranked]) -> Record:
+        """The record of a ranking; a field of the input never replaces a result."""
+        results = [
+            {"index": each.index, "score": round(each.score, 6), "exit": each.exit}
+            | ({"truncated": True} if each.truncated else {})
+            for each in answer
+        ]
+        record: Record = {"index": index}
+        fields = item.query.fields.items()
+        record |= {name: value for name, value in fields if name not in self._NAMES}
+        if self._with_text:
+            record[QUERY_COLUMN] = item.query.text
+        return record | {"results": results}
+
+    def parts(self, record: Record) -> list[Record]:
+        """The documents."""
+        parts: list[dict[str, Any]] = record["results"]
+        return parts
+
+    def empty(self, item: EncodedQuery) -> int:
+        """How many documents are empty."""
+        return item.query.documents.count("")
