@@ -126,6 +126,7 @@ def pack(
             "cannot be recognised in a batch",
             "run the engines folder instead of a file",
         )
+    rows = [] if ranks else _rows(source, marks)
     if exit_0 is not None and marks is None:
         no_exit_0 = "no token types or separators say where the second text of a pair begins"
         source = source.with_manifest(exit_0=None)
@@ -140,7 +141,6 @@ def pack(
     if ranks:
         cases = _query_cases(manifest, protos, source, rule, contents.precision)
     else:
-        rows = _rows(source, marks)
         expected = logits_of_segments(manifest, protos, exit_0, rows, contents.precision)
         cases = Cases(manifest=manifest, rows=rows, expected=expected)
     model = single_graph(
