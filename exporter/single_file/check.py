@@ -11,13 +11,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ...runtime.artifact.manifest import ATTENTION_BIAS, LOGITS, Manifest, TokenizerSpec
+from ...runtime.artifact.manifest import ATTENTION_BIAS, LOGITS, Manifest
 from ...runtime.backends.onnxruntime import cpu_session, session_options
 from ...runtime.check import (
     EXPORT_LIMIT,
     REQUIREMENTS,
     Logits,
-    exits_near_ties,
     logit_differences,
     logit_sizes,
 )
@@ -26,9 +25,9 @@ from ...runtime.errors import CheckError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.rules.measures import Integers
 from ...runtime.rules.rules import ExitRule, ThresholdRule
-from ...runtime.rules.runner import Simulation, simulate
 from ...runtime.rules.words import rule_in_words
 from ..onnx_file import chain_logits
+from .cases import Cases
 from .graph import EXIT, MASK
 from .rules import as_inputs, settings_of
 
@@ -68,9 +67,7 @@ def logits_of_segments(
 def check_single_graph(
     model: ir.Model,
     rule: ExitRule,
-    manifest: Manifest,
-    rows: Sequence[EncodedRow],
-    expected: Logits,
+    cases: Cases,
     precision: str,
     file: Path,
     is_large: bool,
@@ -80,9 +77,7 @@ def check_single_graph(
     Args:
         model: the graph.
         rule: the rule.
-        manifest: says which exits and labels there are.
-        rows: what to run.
-        expected: the logits `[exits, rows, labels]` of the segments.
+        cases: what to run, and the logits of the segments.
         precision: of the graph.
         file: where to write it.
         is_large: whether its weights are written beside it, where every runtime looks for them.
@@ -97,14 +92,10 @@ def check_single_graph(
     # ONNX Runtime does not round to fp16 between graphs that one segment calls, as in ALBERT.
     most_ties = 1.0 if precision == "fp16" else _MOST_TIES
     required = EXPORT_LIMIT if precision == "fp32" else REQUIREMENTS[precision].tie
-    task = manifest.task
-    first = manifest.exits[0]
-
-    def simulated(rule: ExitRule) -> Simulation:
-        return simulate(expected, rule, task.problem_type, task.label_thresholds, first)
-
+    manifest = cases.manifest
+    rows = cases.rows
     rules = [rule]  # the last, so that the file keeps it
-    scores = simulated(rule).scores
+    scores = cases.scores(rule)
     scores = scores[np.isfinite(scores)]
     if isinstance(rule, ThresholdRule) and len(scores):
         others = np.quantile(scores, _QUANTILES).tolist()
@@ -112,26 +103,25 @@ def check_single_graph(
     difference = 0.0
     ties = 0
     for each in rules:
-        settings = settings_of(each, task, manifest.exits)
+        settings = settings_of(each, manifest.task, manifest.exits)
         for name, value in settings.items():
             if name in model.graph.initializers:  # one segment decides nothing
                 model.graph.initializers[name].const_value = ir.tensor(value, name=name)
         beside = f"{file.name}_data" if is_large else None
         ir.save(model, file, external_data=beside, size_threshold_bytes=_LEAST_BESIDE)
-        logits, exits = _run(
-            file, rows, manifest.tokenizer, as_inputs(settings), _options(precision)
-        )
-        simulation = simulated(each).exits
-        same = expected[exits - first, np.arange(len(rows))]
-        difference = float(
-            np.maximum(difference, logit_differences(logits, same).max())
-        )  # NaN stays NaN
+        logits, exits = _run(file, cases, as_inputs(settings), _options(precision))
+        differences = logit_differences(logits, cases.answers(exits))
+        difference = float(np.maximum(difference, differences.max()))  # NaN stays NaN
         # Settings may be rounded to float32.
         rounding = max(difference, float(np.finfo(np.float32).eps))
-        close = exits_near_ties(expected, each, task, rounding * logit_sizes(expected), first)
+        close = cases.near_ties(each, rounding * logit_sizes(cases.expected))
         ties = max(ties, int(close.sum()))
-        wrong = int(((exits != simulation) & ~close).sum())
-        if wrong or not difference <= required or ties > max(1, most_ties * len(rows)):
+        wrong = int(((exits != cases.exits(each)) & ~close).sum())
+        if (
+            wrong
+            or not difference <= required
+            or ties > max(cases.tied_together, most_ties * len(rows))
+        ):
             raise CheckError(
                 f"the graph does not agree with its segments, with {rule_in_words(each)}, on "
                 f"{len(rows)} texts: logits differ by {difference:.1e} "
@@ -158,8 +148,7 @@ def _options(precision: str) -> Any:
 
 def _run(
     file: Path,
-    rows: Sequence[EncodedRow],
-    tokenizer: TokenizerSpec,
+    cases: Cases,
     settings: Mapping[str, NDArray[Any]],
     options: Any,
 ) -> tuple[Logits, Integers]:
@@ -167,8 +156,7 @@ def _run(
 
     Args:
         file: the graph.
-        rows: what to run.
-        tokenizer: says how rows are padded.
+        cases: what to run.
         settings: of the rule by name, for a graph that has them as inputs.
         options: of the session.
     """
@@ -178,7 +166,8 @@ def _run(
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
     answers = []
-    for arrays in padded_batches(rows, padding_values(tokenizer), _BATCH):
+    padding = padding_values(cases.manifest.tokenizer)
+    for arrays in padded_batches(cases.rows, padding, cases.batch):
         arrays[MASK] = (arrays[ATTENTION_BIAS][:, 0, 0] == 0).astype(np.int64)
         arrays |= settings
         answers.append(session.run([LOGITS, EXIT], {name: arrays[name] for name in names}))

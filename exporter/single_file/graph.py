@@ -28,6 +28,8 @@ from ...runtime.artifact.manifest import (
 from ...runtime.rules.rules import ExitRule
 from .exit_0_nodes import ExitZeroNodes
 from .nodes import Tensor, Writer
+from .pair_marks import PairMarks
+from .query_nodes import QueryNodes
 from .rules import RuleNodes, State, as_inputs, settings_of
 
 MASK = "attention_mask"
@@ -46,12 +48,15 @@ def single_graph(
     rule: ExitRule,
     exit_0: ExitZeroNodes | None,
     for_plan: bool = False,
+    marks: PairMarks | None = None,
 ) -> ir.Model:
     """One graph that answers each row at its own exit.
 
     Its inputs are `input_ids`, `attention_mask` and, if the model reads them, `token_type_ids`, all
     `[batch, sequence]` int64. Its outputs are `logits`, `[batch, labels]` float32, and `exit`,
-    `[batch]` int64. A row that the model cannot read has NaN as its logits, see `_readable`.
+    `[batch]` int64. A row that the model cannot read has NaN as its logits, see `_readable`. In a
+    ranking, documents are compared with those of the same query in the batch, and the logits of
+    documents that leave are moved below those of all others, see `QueryNodes`.
 
     Rows that have stopped leave. TensorRT builds no such graph, so it has a form of its own: all
     rows run until the last one has stopped, both branches of an `If` give the same shapes, and the
@@ -64,6 +69,7 @@ def single_graph(
         rule: the rule.
         exit_0: exit 0; None: leave it out.
         for_plan: whether it is for TensorRT.
+        marks: how documents are recognised, for rankings; else None.
 
     Raises:
         RuleError: the rule has no form as a graph, or does not fit the exits.
@@ -99,10 +105,14 @@ def single_graph(
         held = {name: _input(writer, name, each) for name, each in as_inputs(settings).items()}
     else:
         held = {name: writer.initializer(name, each) for name, each in settings.items()}
-    nodes = RuleNodes(held, rule, manifest.task, manifest.exits)
+    readable = _readable(inputs, parts, manifest.tokenizer.max_length)
+    queries = None
+    is_token = inputs[MASK].astype(np.bool_)
+    if marks is not None:
+        queries = QueryNodes(inputs[_IDS], is_token, inputs.get(TYPES), marks, readable)
+    nodes = RuleNodes(held, rule, manifest.task, manifest.exits, queries)
     state: State = {}  # of the rule, for all rows
     if exit_0 is not None:
-        is_token = inputs[MASK].astype(np.bool_)
         logits = exit_0.logits(inputs[_IDS], is_token, inputs.get(TYPES))
         state = nodes.step(0, logits, {})
     sizes = {}
@@ -142,9 +152,12 @@ def single_graph(
             after = {key: results[key] for key in after}
         handed_on |= new
         state = after
-    readable = _readable(inputs, parts, manifest.tokenizer.max_length)
+    # OpenVINO gives numbers of other tensors if several nodes read an output of `If`.
+    logits = readable[:, None].then("Where", state[LOGITS], np.nan)
+    if queries is not None:
+        logits = queries.below_others(logits, state[EXIT] < manifest.exits[-1])
     answers = {
-        LOGITS: readable[:, None].then("Where", state[LOGITS], np.nan),
+        LOGITS: logits,
         EXIT: state[EXIT].then("Identity"),
     }
     shapes = {LOGITS: (_BATCH, len(manifest.task.labels)), EXIT: (_BATCH,)}

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import onnx
 
 from ...calibration.progress import Progress, silent
 from ...runtime.artifact.folder import EnginesFolder
-from ...runtime.artifact.manifest import CLASSIFIER_NAME, ProblemType, Target
+from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest, Target
 from ...runtime.artifact.reference import read_reference
 from ...runtime.backends.tensorrt import MODULES
 from ...runtime.encoding import EncodedRow, TextEncoder
-from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError, InputError
+from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError
 from ...runtime.exit_0 import ExitZero
+from ...runtime.rules.rules import ExitRule, TopK
 from ...runtime.targets import rule_of, target_of
 from ..onnx_file import graphs_of, load_graphs
 from ..paths import check_new, resolved
@@ -26,30 +29,23 @@ from ..targets.check import FP32_TARGET
 from ..targets.fp16 import lowered_graphs
 from ..targets.plans import PlanOptions
 from ..targets.tensorrt import plans_record
+from .cases import Cases, QueryCases
 from .check import check_single_graph, logits_of_segments
-from .exit_0_nodes import ExitZeroNodes, PairMarks
+from .exit_0_nodes import ExitZeroNodes
 from .graph import TYPES, single_graph
 from .hub_files import Packed, load_tokenizer, write_files
+from .pair_marks import PairMarks
 from .plan import build_plan
 
 # Protobuf refuses 2 GiB; the nodes need little of it.
 _MOST_BYTES = 2**31 - 2**26
 # TensorRT chooses kernels for the typical shape, and a plan serves single texts above all.
 _SHAPES = PlanOptions(batch=(1, 1, 32))
+# Queries on which a ranking is checked, their documents besides twice the best, and their words.
+_QUERIES = 8
+_LEAST_DOCUMENTS = 10
+_MOST_WORDS = 20
 _PLANS = [name for name, builder in BUILDERS.items() if builder.backend in MODULES]
-
-
-def check_packable(task: ProblemType) -> None:
-    """Refuse models that cannot be one file.
-
-    Raises:
-        InputError: it is a reranker.
-    """
-    if task is ProblemType.RANKING:
-        raise InputError(
-            "a reranker cannot be packed into one file yet",
-            "use its engines folder with fpabee-run, fpabee-serve or Engine.rank",
-        )
 
 
 def pack(
@@ -91,7 +87,7 @@ def pack(
         ArtifactError: the engines folder is damaged, or the output folder exists.
         BackendError: the folder has no such target, or it does not run ONNX graphs in fp32 or int8;
             or the plan cannot be built.
-        InputError: the model ranks, or does not take the shapes of `plans`.
+        InputError: the model does not take the shapes of `plans`.
         RuleError: the target has no such point, or its rule cannot be a graph.
         CheckError: the graph does not agree with the segments, or fp16 changes answers; nothing is
             written.
@@ -107,10 +103,12 @@ def pack(
     place = resolved(output)
     check_new(place, [engines])
     source = EnginesFolder.read(engines)
-    check_packable(source.manifest.task.problem_type)
     if CLASSIFIER_NAME not in source.manifest.files:
         raise ArtifactError(f"{engines} has no {CLASSIFIER_NAME}", EXPORT_AGAIN)
+    ranks = source.manifest.task.ranks
     if target in _PLANS:
+        if ranks:
+            raise BackendError("plans of rankings are not built yet", "choose a `target` for CPUs")
         contents = _for_plan(source, BUILDERS[target], plans or _SHAPES, progress)
     else:
         contents = _for_cpu(source, target)
@@ -119,10 +117,16 @@ def pack(
     exit_0 = ExitZero.load(source)
     marks = None
     no_exit_0 = ""
-    if exit_0 is not None:
+    if exit_0 is not None or ranks:
         inputs = {value.name for proto in protos.values() for value in proto.graph.input}
         marks = PairMarks.of(load_tokenizer(source), TYPES in inputs)
-    rows = _rows(source, marks)
+    if ranks and marks is None:
+        raise BackendError(
+            "no token types or separators say where a document begins, so documents of a query "
+            "cannot be recognised in a batch",
+            "run the engines folder instead of a file",
+        )
+    rows = [] if ranks else _rows(source, marks)
     if exit_0 is not None and marks is None:
         no_exit_0 = "no token types or separators say where the second text of a pair begins"
         source = source.with_manifest(exit_0=None)
@@ -133,8 +137,15 @@ def pack(
     manifest = source.manifest
     progress("pack", 0, 2)
     # First, because the weights of the graphs are moved.
-    expected = logits_of_segments(manifest, protos, exit_0, rows, contents.precision)
-    model = single_graph(protos, manifest, rule, inside, contents.plan is not None)
+    cases: Cases
+    if ranks:
+        cases = _query_cases(manifest, protos, source, rule, contents.precision)
+    else:
+        expected = logits_of_segments(manifest, protos, exit_0, rows, contents.precision)
+        cases = Cases(manifest=manifest, rows=rows, expected=expected)
+    model = single_graph(
+        protos, manifest, rule, inside, contents.plan is not None, marks if ranks else None
+    )
     weights = [value.const_value for part in model.graphs() for value in part.initializers.values()]
     is_large = sum(weight.nbytes for weight in weights if weight is not None) > _MOST_BYTES
     with staging(place) as folder:
@@ -144,7 +155,7 @@ def pack(
         (folder / file).parent.mkdir(exist_ok=True)
         progress("check", 1, 2)
         near_ties, difference = check_single_graph(
-            model, rule, manifest, rows, expected, contents.precision, folder / file, is_large
+            model, rule, cases, contents.precision, folder / file, is_large
         )
         onnx.checker.check_model(folder / file)
         plan = None
@@ -161,7 +172,7 @@ def pack(
             rule=rule,
             exits=manifest.exits,
             no_exit_0=no_exit_0,
-            rows=len(rows),
+            rows=len(cases.rows),
             near_ties=near_ties,
             max_logit_difference=difference,
         )
@@ -244,3 +255,32 @@ def _rows(engines: EnginesFolder, marks: PairMarks | None) -> list[EncodedRow]:
     separators = () if marks is None else marks.texts
     texts = [text for text in reference if not any(each in "".join(text) for each in separators)]
     return TextEncoder(engines.path, engines.manifest.tokenizer).encode(texts)
+
+
+def _query_cases(
+    manifest: Manifest,
+    protos: dict[str, Any],
+    engines: EnginesFolder,
+    rule: ExitRule,
+    precision: str,
+) -> QueryCases:
+    """Queries with documents, made of the words of the reference texts.
+
+    A batch holds all documents of a query and some of the next one, so that queries are mixed.
+    """
+    top = rule.top if isinstance(rule, TopK) else 1
+    reference, _ = read_reference(engines)
+    words = " ".join(" ".join(text) if isinstance(text, tuple) else text for text in reference)
+    documents = _LEAST_DOCUMENTS + 2 * top
+    draw = random.Random(0).choices
+    queries = np.repeat(np.arange(_QUERIES), documents)
+    names = [" ".join(draw(words.split(), k=3)) for _ in range(_QUERIES)]
+    texts = [
+        (names[query], " ".join(draw(words.split(), k=1 + place % _MOST_WORDS)))
+        for place, query in enumerate(queries)
+    ]
+    rows = TextEncoder(engines.path, manifest.tokenizer).encode(texts)
+    expected = logits_of_segments(manifest, protos, None, rows, precision)
+    return QueryCases(
+        manifest=manifest, rows=rows, expected=expected, batch=documents + top, queries=queries
+    )

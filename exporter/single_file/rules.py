@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.errors import RuleError
 from ...runtime.rules.measures import Outputs
-from ...runtime.rules.rules import RULES, Confidence, ExitRule, ThresholdRule, Uncertainty
+from ...runtime.rules.rules import (
+    EVERY_RULE,
+    Confidence,
+    ExitRule,
+    ThresholdRule,
+    Uncertainty,
+)
+from .query_nodes import QueryNodes
 
 SETTINGS = "fpabee."
 """The names of the initializers that hold settings begin with this, see `settings_of`."""
@@ -40,6 +47,7 @@ def settings_of(rule: ExitRule, task: Task, exits: range) -> dict[str, NDArray[A
                                     score of the rule is below; for confidence it is 1 - max p
         fpabee.patience             how many consecutive signals stop a row
         fpabee.exit                 of the rule `budget`
+        fpabee.top                  of the rule `top-k`
         fpabee.min_exit             as in `ExitRule`
         fpabee.max_exit             as in `ExitRule`
         fpabee.exit_0_uncertainty   a row stops at exit 0 where 1 - max p is below
@@ -56,15 +64,15 @@ def settings_of(rule: ExitRule, task: Task, exits: range) -> dict[str, NDArray[A
     Raises:
         RuleError: it is a rule of your own, or it does not fit the exits.
     """
-    if type(rule) not in RULES.values():
+    if type(rule) not in EVERY_RULE.values():
         raise RuleError(
             f"rule {rule.name} is a rule of your own, which has no form as a graph",
-            f"choose from {', '.join(RULES)}",
+            f"choose from {', '.join(EVERY_RULE)}",
         )
     rule.check_exits(exits)
     last = exits[-1]
     settings: dict[str, Any] = {
-        name: getattr(rule, name) for name in ("patience", "exit") if hasattr(rule, name)
+        name: getattr(rule, name) for name in ("patience", "exit", "top") if hasattr(rule, name)
     }
     settings["min_exit"] = rule.min_exit
     settings["max_exit"] = last if rule.max_exit is None else rule.max_exit
@@ -122,15 +130,22 @@ class RuleNodes:
         rule: the rule.
         task: the task.
         exits: the numbers of the exits.
+        queries: which documents are compared, for rankings; else None.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Any], rule: ExitRule, task: Task, exits: range
+        self,
+        tensors: Mapping[str, Any],
+        rule: ExitRule,
+        task: Task,
+        exits: range,
+        queries: QueryNodes | None = None,
     ) -> None:
         settings = {name.removeprefix(SETTINGS): tensor for name, tensor in tensors.items()}
         self._problem_type = task.problem_type
         self._label_thresholds = settings.get("label_thresholds", ())
         self._settings = settings
+        self._queries = queries if rule.ranks else None
         self._last = exits[-1]
         # The rule's own formulas add the nodes, because its settings are tensors.
         self._rule: Any = copy(rule)
@@ -176,6 +191,10 @@ class RuleNodes:
         signals = []
         if number == 0:
             signals = [self._rule.uncertainty(now) < settings["exit_0_uncertainty"]]
+        elif self._queries is not None:
+            margin = -self._rule.threshold_at(number)
+            left = stopped if earlier else None
+            signals = [self._queries.leave(now.logits[:, 0], left, margin, settings["top"])]
         elif earlier or not self._rule.compares_exits:
             signal = self._rule.signal(number, earlier, now)
             signals = [signal.agrees, *([] if signal.stop_now is None else [signal.stop_now])]

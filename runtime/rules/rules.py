@@ -284,9 +284,9 @@ class ExitRule(msgspec.Struct, frozen=True, kw_only=True, tag_field="name"):
         """
         values = dict(settings)
         name = values.pop("name", None)
-        kind = _BY_NAME.get(name) if isinstance(name, str) else None
+        kind = EVERY_RULE.get(name) if isinstance(name, str) else None
         if kind is None:
-            known = ", ".join(_BY_NAME)
+            known = ", ".join(EVERY_RULE)
             raise RuleError(f"exit rule {name!r} does not exist", f"choose from {known}")
         try:
             return kind(**values)
@@ -590,4 +590,5 @@ def before_top(logits: Array, top: int) -> Array:
 _ALL = (FPabee, Pabee, Entropy, Confidence, Energy, Pcee, Epee, Budget)
 RULES: dict[str, type[ExitRule]] = {str(rule.__struct_config__.tag): rule for rule in _ALL}
 """The class of each rule of classification by its name."""
-_BY_NAME = RULES | {str(TopK.__struct_config__.tag): TopK}
+EVERY_RULE: dict[str, type[ExitRule]] = RULES | {str(TopK.__struct_config__.tag): TopK}
+"""The same with the rule of rankings."""

@@ -1,0 +1,126 @@
+"""What the check of a graph runs, and what the segments and the rule say to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...runtime.artifact.manifest import Manifest
+from ...runtime.check import Logits, Tolerance, exits_near_ties, shifted
+from ...runtime.encoding import EncodedRow
+from ...runtime.ranking import exits_of_query
+from ...runtime.rules.measures import Array, Integers, Mask
+from ...runtime.rules.rules import ExitRule, TopK, before_top
+from ...runtime.rules.runner import simulate
+from .query_nodes import GAP
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cases:
+    """Texts, which do not depend on each other.
+
+    Attributes:
+        manifest: says which exits and labels there are.
+        rows: the texts.
+        expected: `[exits, rows, labels]` float32, what the segments give.
+        batch: how many rows are run together.
+    """
+
+    manifest: Manifest
+    rows: Sequence[EncodedRow]
+    expected: Logits
+    batch: int = 16
+
+    @property
+    def tied_together(self) -> int:
+        """How many rows one score near a threshold makes unsure."""
+        return 1
+
+    def exits(self, rule: ExitRule) -> Integers:
+        """The exit of each row: `[rows]`."""
+        task = self.manifest.task
+        thresholds = task.label_thresholds
+        first = self.manifest.exits[0]
+        return simulate(self.expected, rule, task.problem_type, thresholds, first).exits
+
+    def scores(self, rule: ExitRule) -> Array:
+        """What the rule compares with its threshold, in any shape; may not be finite."""
+        task = self.manifest.task
+        thresholds = task.label_thresholds
+        first = self.manifest.exits[0]
+        return simulate(self.expected, rule, task.problem_type, thresholds, first).scores
+
+    def near_ties(self, rule: ExitRule, tolerance: Tolerance) -> Mask:
+        """The rows whose exit may differ if logits move by a tolerance: `[rows]`."""
+        first = self.manifest.exits[0]
+        return exits_near_ties(self.expected, rule, self.manifest.task, tolerance, first)
+
+    def answers(self, exits: NDArray[np.integer[Any]]) -> Logits:
+        """The logits `[rows, labels]` of rows that stop at given exits."""
+        at_exit: Logits = self.expected[exits - self.manifest.exits[0], np.arange(len(exits))]
+        return at_exit
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryCases(Cases):
+    """Queries with their documents, which are compared within a batch.
+
+    Attributes:
+        queries: `[rows]` the number of the query of each row.
+    """
+
+    queries: NDArray[np.intp]
+
+    @property
+    def tied_together(self) -> int:
+        """See `Cases`."""
+        return max(map(len, self._compared()))
+
+    def exits(self, rule: ExitRule) -> Integers:
+        """See `Cases`."""
+        exits = np.zeros(len(self.rows), np.int64)
+        for rows in self._compared():
+            logits = self.expected[:, rows, 0]
+            exits[rows] = exits_of_query(logits, rule, self.manifest.exits)
+        return exits
+
+    def scores(self, rule: ExitRule) -> Array:
+        """See `Cases`: how far documents are before the last of the best, without the last exit."""
+        if not isinstance(rule, TopK):
+            return np.zeros(0)
+        every = [
+            before_top(self.expected[:-1, rows, 0].astype(np.float64), rule.top).ravel()
+            for rows in self._compared()
+        ]
+        return np.concatenate(every)
+
+    def near_ties(self, rule: ExitRule, tolerance: Tolerance) -> Mask:
+        """See `Cases`. A document that may stay may keep others from leaving, so all are unsure."""
+        by = 2 * float(np.max(tolerance))
+        low, high = (self.exits(shifted(rule, each)) for each in (-by, by))
+        unsure = np.zeros(len(self.rows), np.bool_)
+        for rows in self._compared():
+            unsure[rows] = (low[rows] != high[rows]).any()
+        return unsure
+
+    def answers(self, exits: NDArray[np.integer[Any]]) -> Logits:
+        """See `Cases`. Documents that left come after all others of their query in the batch."""
+        logits = super().answers(exits).copy()
+        for rows in self._compared():
+            left = exits[rows] < self.manifest.exits[-1]
+            if left.any() and not left.all():
+                lowest = logits[rows[~left]].min()
+                gap = np.maximum(abs(lowest), 1) * np.float32(GAP)
+                logits[rows[left]] += min(lowest - gap - logits[rows[left]].max(), np.float32(0))
+        return logits
+
+    def _compared(self) -> Iterator[NDArray[np.intp]]:
+        """The numbers of rows that are compared with each other."""
+        for start in range(0, len(self.rows), self.batch):
+            numbers = np.arange(start, min(start + self.batch, len(self.rows)))
+            for query in np.unique(self.queries[numbers]):
+                yield numbers[self.queries[numbers] == query]
