@@ -179,8 +179,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         if _is_model_dir(path.parent):
             raise ArtifactError(
                 f"{folder} holds a model, and no engines were made of it yet",
-                "make them with fpabee-convert if it is a classifier or a reranker, or with "
-                "fpabee-export if it has exits",
+                "convert it if it is a classifier or a reranker, or export it if it has exits",
             ) from error
         raise ArtifactError(
             f"{folder} is not an engines folder: it has no {MANIFEST_NAME}", hint
