@@ -150,6 +150,15 @@ class Engine:
         self.multi_label = self.manifest.task.problem_type is ProblemType.MULTI_LABEL
         self.max_length = self.core.max_length
 
+    def __call__(self, text: Text) -> Prediction:
+        """Classify one text; see `predict` for the errors.
+
+        Args:
+            text: a string, or a (text, text_pair) tuple.
+        """
+        (prediction,) = self.predict([text])
+        return prediction
+
     def predict(
         self,
         texts: Sequence[Text],

@@ -176,6 +176,11 @@ def read_manifest(folder: str | Path) -> Manifest:
             raise ArtifactError(f"engines folder {folder} {problem}", hint)
         content = _read_regular(path)
     except FileNotFoundError as error:
+        if _is_model_dir(path.parent):
+            raise ArtifactError(
+                f"{folder} holds a model, and no engines were made of it yet",
+                "convert it if it is a classifier or a reranker, or export it if it has exits",
+            ) from error
         raise ArtifactError(
             f"{folder} is not an engines folder: it has no {MANIFEST_NAME}", hint
         ) from error

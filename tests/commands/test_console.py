@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from queue import SimpleQueue
 from threading import Semaphore
+from typing import Any
 
 import pytest
+from rich import progress as bars
 from rich.table import Table
 
 from fpabee.commands import console as console_module
@@ -46,7 +48,7 @@ def test_steps_are_escaped_in_lines_and_in_the_bar_of_a_terminal(
         for done in range(3):
             progress(f"choose {NASTY}", done, 2)
         progress("write", 0, 0)
-    assert capsys.readouterr() == ("", f"choose {PLAIN} 0/2\nwrite 0/0\n")
+    assert capsys.readouterr() == ("", f"choose {PLAIN} 0/2\nwrite\n")
     with step_progress(quiet=True) as progress:
         progress("choose", 0, 1)
     assert capsys.readouterr() == ("", "")
@@ -106,3 +108,27 @@ def test_without_a_terminal_the_state_is_printed_every_half_minute(
         "train, loss 2.2 2/125 (0:01:00)",
         "train, loss 2.2 2/125 (0:01:30)",
     ]
+
+
+def test_the_clock_of_a_full_bar_runs_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rich keeps the time at which a task was first complete."""
+    now = 0.0
+    made: list[bars.Progress] = []
+
+    class Bar(bars.Progress):
+        def __init__(self, *columns: bars.ProgressColumn, **settings: Any) -> None:
+            super().__init__(*columns, get_time=lambda: now, **settings)
+            made.append(self)
+
+    monkeypatch.setattr(bars, "Progress", Bar)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with step_progress(quiet=False) as progress:
+        progress("first", 2, 2)
+        now = 75.0
+        progress("second", 1, 2)
+        (task,) = made[0].tasks
+        assert not task.finished
+        assert task.elapsed == 75.0
+    capsys.readouterr()

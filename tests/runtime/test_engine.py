@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import fpabee
 from fpabee.runtime import (
     ArtifactError,
     BackendError,
@@ -493,3 +494,14 @@ def test_predicting_needs_no_torch_transformers_or_onnx(engines: Mapping[str, Pa
         text=True,
     )
     assert done.stdout.split() == ["onnxruntime"]
+
+
+def test_one_text_has_one_answer(engines: Mapping[str, Path]) -> None:
+    with fpabee.Engine.load(engines["bert"]) as engine:
+        assert isinstance(engine, Engine)
+        for text in ("play music", ("play", "music")):
+            assert engine(text) == engine.predict([text])[0]
+        with pytest.raises(InputError, match="text 1 is a int"):
+            engine(3)  # type: ignore[arg-type]
+    with pytest.raises(AttributeError, match="no attribute 'engine_of'"):
+        fpabee.engine_of  # noqa: B018

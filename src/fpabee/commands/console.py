@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # `fpabee-run` starts without calibration
 _WIDE = 1000
 _UPDATE_SECONDS = 0.2
 _LINE_SECONDS = 30.0
+# A bar that has been full once stops its clock for ever.
+_NEARLY_FULL = 0.999
 _DECIMAL = re.compile(r"\d+\.\d+")
 
 _Show = Callable[[str, float | None, bool], None]
@@ -96,7 +98,7 @@ def _display(quiet: bool, text: str = "loading") -> Iterator[_Show]:
         nonlocal text
         text = printable(new)
         total = None if share is None else 1.0
-        bar.update(task, description=text, completed=share or 0.0, total=total)
+        bar.update(task, description=text, completed=min(share or 0.0, _NEARLY_FULL), total=total)
         if at_once and not is_bar:
             console.print(text, soft_wrap=True)
 
@@ -131,7 +133,9 @@ def step_progress(quiet: bool) -> Iterator[Progress]:
     def progress(what: str, done: int, total: int) -> None:
         nonlocal last
         step = _DECIMAL.sub("", what)
-        show(f"{what} {done}/{total}", done / total if total else None, step != last)
+        # A single step has no share that is done.
+        text = f"{what} {done}/{total}" if total > 1 else what
+        show(text, done / total if total > 1 else None, step != last)
         last = step
 
     with _display(quiet) as show:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from rich.cells import set_cell_size
+from rich.cells import cell_len, set_cell_size
 
 from ..calibration.report.words import exit_0_in_words, promise_in_words
 from ..calibration.result import Calibration, Point
@@ -14,9 +15,13 @@ from ..runtime.artifact.operating_point import Goal
 from ..runtime.rules.words import rule_in_words
 from .console import echo
 
+_WIDTH = 80
+# That of the first column, unless a name is longer: no name is cut, because people type it.
+_NAME_WIDTH = 41
+
 
 def show(results: Sequence[Calibration], default_target: str | None = None) -> None:
-    """Print a table of all operating points, and a sentence for each; it fits 80 columns.
+    """Print a table of all operating points, and sentences about each, in lines of 80 columns.
 
     Args:
         results: one for each target.
@@ -31,28 +36,34 @@ def show(results: Sequence[Calibration], default_target: str | None = None) -> N
     echo("")
     first = results[0].points[0]
     is_agreement = first.held_out.metric == AGREEMENT
-    echo(_line("", "layers", "times faster", "", "answers" if is_agreement else "points"))
     unit = "changed" if is_agreement else "lost"
-    echo(_line("target and operating point", "per text", "single text", "file", unit))
+    rows = [
+        ("", "layers", "times faster", "", "answers" if is_agreement else "points"),
+        ("target and operating point", "per text", "single text", "file", unit),
+    ]
     for result in results:
         for point in result.points:
             single, *_, file = [f"{ratio:.2f}" for ratio in (*point.measured.values(),) * 2]
             name = _name(point, result, default_target)
             layers = f"{point.chosen_on.mean_depth:.2f}"
             lost = _lost(point, is_agreement) if result.is_judged(point) else "unknown"
-            echo(_line(name, layers, single, file, lost))
+            rows.append((name, layers, single, file, lost))
+    width = max(_NAME_WIDTH, *(cell_len(name) for name, *_ in rows))
+    for name, layers, single, file, lost in rows:
+        left = set_cell_size(name, width)
+        echo(f"{left} {layers:>8} {single:>12} {file:>6} {lost:>8}".rstrip())
     for result in results:
         echo("")
         for point in result.points:
-            name = _name(point, result, default_target)
-            rule = f"{rule_in_words(point.rule)}; " if not point.refusal else ""
             goal = f"{point.goal}: " if isinstance(point.goal, Goal) else ""
-            echo(f"{name}: {goal}{rule}{promise_in_words(point, result)}")
+            rule = f"; {rule_in_words(point.rule)}" if not point.refusal else ""
+            promise = promise_in_words(point, result)
+            _echo_wrapped(f"{_name(point, result, default_target)}: {goal}{promise}{rule}")
         if result.rows.first_exit == 0:
             default = next(point for point in result.points if point.name == result.default)
-            echo(f"exit 0 answers at {default.name}: {exit_0_in_words(default)}")
+            _echo_wrapped(f"exit 0 answers at {default.name}: {exit_0_in_words(default)}")
         for warning in result.warnings:
-            echo(f"warning: {warning}")
+            _echo_wrapped(f"warning: {warning}")
 
 
 def to_dict(result: Calibration) -> dict[str, Any]:
@@ -92,7 +103,6 @@ def _lost(point: Point, is_agreement: bool) -> str:
     return f"{100 * (1 - held.score):.2f} %" if is_agreement else f"{held.drop:+.2f}"
 
 
-def _line(name: str, layers: str, single: str, file: str, lost: str) -> str:
-    """A line of the table, of 80 columns; a longer name loses its end."""
-    left = set_cell_size(name, 41)
-    return f"{left} {layers:>8} {single:>12} {file:>6} {lost:>8}".rstrip()
+def _echo_wrapped(text: str) -> None:
+    for line in textwrap.wrap(text, _WIDTH, break_long_words=False, break_on_hyphens=False):
+        echo(line)

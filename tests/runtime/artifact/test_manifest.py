@@ -109,6 +109,10 @@ def test_a_large_file_that_is_no_manifest_takes_hardly_more_memory_than_its_size
 
 def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
     assert "has no manifest.json -> give the folder that an export" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "holds a model" in refusal(tmp_path)
+    assert "convert it" in refusal(tmp_path)
     assert "does not exist -> give the folder that an export" in refusal(tmp_path / "nowhere")
 
 
