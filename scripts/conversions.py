@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from operator import eq, ne, truediv
 from pathlib import Path
 from typing import Any
@@ -274,7 +275,8 @@ def as_graph(model: Path, place: Path) -> Path:
             model, attn_implementation="eager"
         )
         example = dict(tokenized(AutoTokenizer.from_pretrained(model), ["one text", "two"]))
-        names = [*example]
+        # The exporter names inputs in the order of the function that takes them.
+        names = [name for name in signature(classifier.forward).parameters if name in example]
         axes = {name: {0: "rows", 1: "tokens"} for name in names}
         torch.onnx.export(
             classifier.eval(), (), str(file), kwargs=example, input_names=names,

@@ -312,8 +312,8 @@ def main(data: Path, work: Path, only: tuple[str, ...]) -> None:
     best = Results(folder / "best.json")
     rounds = Results(folder / "times.json")
     if "rank" in only:
-        rankers: dict[str, Ranker] = {"bm25": as_found}
-        rankers |= {f"pytorch-{layers}-layers": pytorch_ranker(models[layers]) for layers in models}
+        rankers = {f"pytorch-{layers}-layers": pytorch_ranker(models[layers]) for layers in models}
+        rankers["bm25"] = as_found
         rankers |= graph_rankers(models, work)
         for name, ranker in rankers.items():
             best.once(name, partial(best_documents, ranker, queries))
