@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from operator import eq, ne, truediv
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from reproduce import MINILM, MPNET
+from reproduce import MINILM, MPNET, backbone_of
 from systems import Text, read
 from transformers import (
     AutoModelForSequenceClassification,
@@ -120,8 +121,7 @@ def teach(run: Run, seed: int, data: Path, work: Path, layers: int | None = None
     names = sorted({label for each in labels for label in each})
     multi = any(len(each) > 1 for each in labels)
     torch.manual_seed(seed)
-    local = work / run.backbone
-    source = str(local) if local.is_dir() else f"sentence-transformers/{run.backbone}"
+    source = backbone_of(run.backbone, work)
     tokenizer = AutoTokenizer.from_pretrained(source)
     more: dict[str, Any] = {} if layers is None else {"num_hidden_layers": layers}
     model: Any = AutoModelForSequenceClassification.from_pretrained(
@@ -296,7 +296,8 @@ def as_graph(model: Path, place: Path) -> Path:
             model, attn_implementation="eager"
         )
         example = dict(tokenized(AutoTokenizer.from_pretrained(model), ["one text", "two"]))
-        names = [*example]
+        # The exporter names inputs in the order of the function that takes them.
+        names = [name for name in signature(classifier.forward).parameters if name in example]
         axes = {name: {0: "rows", 1: "tokens"} for name in names}
         torch.onnx.export(
             classifier.eval(), (), str(file), kwargs=example, input_names=names,
@@ -305,10 +306,12 @@ def as_graph(model: Path, place: Path) -> Path:
     return file
 
 
-def graph_runner(model: Path, file: Path, openvino: bool) -> Callable[[Sequence[Text]], object]:
-    """The classifier as one graph, on padded batches of texts in their order."""
+def graph_runner(
+    model: Path, file: Path, openvino: bool
+) -> Callable[[Sequence[Text]], NDArray[np.float32]]:
+    """A model as one graph: its logits `[texts, labels]`, on padded batches in their order."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    run: Callable[[dict[str, NDArray[np.int64]]], object]
+    run: Callable[[dict[str, NDArray[np.int64]]], Any]
     if openvino:
         import openvino as ov
 
@@ -319,10 +322,12 @@ def graph_runner(model: Path, file: Path, openvino: bool) -> Callable[[Sequence[
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         run = partial(session.run, None)
 
-    def predict(texts: Sequence[Text]) -> None:
+    def predict(texts: Sequence[Text]) -> NDArray[np.float32]:
+        parts = []
         for start in range(0, len(texts), BATCH):
             batch = tokenized(tokenizer, texts[start : start + BATCH])
-            run({name: value.numpy() for name, value in batch.items()})
+            parts.append(run({name: value.numpy() for name, value in batch.items()})[0])
+        return np.concatenate(parts)
 
     return predict
 
@@ -423,7 +428,7 @@ def tables(every: dict[str, dict[str, Any]]) -> Iterator[str]:
     """The results of classifiers by name, as Markdown."""
     heads_of = []
     times_of = []
-    yield from _head(
+    yield from table_head(
         "classifier",
         "conversion",
         "texts",
@@ -442,7 +447,7 @@ def tables(every: dict[str, dict[str, Any]]) -> Iterator[str]:
                 point = each["points"][0]
                 saved = 1 - point["held_out"]["mean_depth"] / made["exit_layers"][-1]
                 certified = "yes" if point["certificate"] else "no"
-                yield _row(
+                yield table_row(
                     name,
                     key,
                     f"{made['texts']:,}",
@@ -456,7 +461,7 @@ def tables(every: dict[str, dict[str, Any]]) -> Iterator[str]:
                 heads_of.append((name, key, *_form(chosen)))
         for key in ("exit 0 alone", HALF):
             if key in results:
-                yield _row(name, key, "", "", "", "", *_tested(results, results[key]), "")
+                yield table_row(name, key, "", "", "", "", *_tested(results, results[key]), "")
         rounds = results.get("times", {})
         for system, mine in rounds.items():
             ratios = [
@@ -464,17 +469,19 @@ def tables(every: dict[str, dict[str, Any]]) -> Iterator[str]:
                 for kind in ("single", "file")
             ]
             times_of.append((name, f"`{system}`", *(f"{ratio:.2f}" for ratio in ratios)))
-    yield from _head("classifier", "conversion", "heads", "agreement of exits 1, 2, ... in %")
-    yield from (_row(*cells) for cells in heads_of)
-    yield from _head("classifier", "system", "times faster, texts one by one", "file")
-    yield from (_row(*cells) for cells in times_of)
+    yield from table_head("classifier", "conversion", "heads", "agreement of exits 1, 2, ... in %")
+    yield from (table_row(*cells) for cells in heads_of)
+    yield from table_head("classifier", "system", "times faster, texts one by one", "file")
+    yield from (table_row(*cells) for cells in times_of)
 
 
-def _head(*cells: str) -> tuple[str, ...]:
-    return "", _row(*cells), _row(*("---" for _ in cells))
+def table_head(*cells: str) -> tuple[str, ...]:
+    """The first lines of a table in Markdown, after an empty one."""
+    return "", table_row(*cells), table_row(*("---" for _ in cells))
 
 
-def _row(*cells: str) -> str:
+def table_row(*cells: str) -> str:
+    """A row of a table in Markdown."""
     return f"| {' | '.join(cells)} |"
 
 

@@ -19,9 +19,11 @@ import json
 import lzma
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -56,24 +58,67 @@ def stanzas(file: str) -> Iterator[dict[str, str]]:
         yield dict(_FIELD.findall(stanza))
 
 
-def descriptions() -> dict[str, tuple[str, str]]:
-    """The section and the description of source packages, by name."""
+@dataclass(frozen=True)
+class Package:
+    """What the archive says about a binary package.
+
+    Attributes:
+        source: name of the source package that it is built from.
+        section: of the archive.
+        synopsis: one line.
+        description: the paragraphs below the synopsis, on one line.
+    """
+
+    source: str
+    section: str
+    synopsis: str
+    description: str
+
+
+def packages() -> Iterator[Package]:
+    """The binary packages that are described, in the order of the index."""
     key = "Description-md5"
     texts = {each[key]: each["Description-en"] for each in stanzas(DESCRIPTIONS) if each}
-    sections_and_texts: dict[str, tuple[str, str]] = {}
     for package in stanzas(PACKAGES):
-        # A line with only a dot separates paragraphs.
-        words = [word for word in texts.get(package.get(key, ""), "").split() if word != "."]
-        if len(words) >= WORDS:
+        if text := texts.get(package.get(key, "")):
+            synopsis, _, paragraphs = text.partition("\n")
+            # A line with only a dot separates paragraphs.
+            words = [word for word in paragraphs.split() if word != "."]
             source = package.get("Source", package["Package"]).split()[0]
-            sections_and_texts.setdefault(source, (package["Section"], " ".join(words)))
+            yield Package(
+                source=source,
+                section=package["Section"],
+                synopsis=" ".join(synopsis.split()),
+                description=" ".join(words),
+            )
+
+
+def descriptions() -> dict[str, tuple[str, str]]:
+    """The section and the description of source packages, by name."""
+    sections_and_texts: dict[str, tuple[str, str]] = {}
+    for package in packages():
+        text = f"{package.synopsis} {package.description}"
+        if len(text.split()) >= WORDS:
+            sections_and_texts.setdefault(package.source, (package.section, text))
     sections = Counter(section for section, _ in sections_and_texts.values()).most_common(SECTIONS)
     return {name: row for name, row in sections_and_texts.items() if row[0] in dict(sections)}
 
 
+def twelfth_of(name: str) -> int:
+    """One of twelve parts, 0 to 11, from the name of a package."""
+    return sha256(name.encode()).digest()[0] % 12
+
+
 def part_of(name: str) -> str:
     """Train, dev (1 of 12) or test (1 of 12), from the name of the package."""
-    return {0: "dev", 1: "test"}.get(sha256(name.encode()).digest()[0] % 12, "train")
+    return {0: "dev", 1: "test"}.get(twelfth_of(name), "train")
+
+
+def write_lines(place: Path, part: str, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as PLACE/PART.jsonl.gz."""
+    place.mkdir(parents=True, exist_ok=True)
+    with gzip.open(place / f"{part}.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 @click.command()
@@ -81,14 +126,12 @@ def part_of(name: str) -> str:
 @exits_with_one_line
 def main(data: Path) -> None:
     """Download the index, and write DATA/descriptions."""
-    lines: dict[str, list[str]] = {"train": [], "dev": [], "test": []}
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "dev": [], "test": []}
     for name, (section, text) in sorted(descriptions().items()):
-        lines[part_of(name)].append(json.dumps({"text": text, "label": section}) + "\n")
+        rows[part_of(name)].append({"text": text, "label": section})
     place = data / "descriptions"
-    place.mkdir(parents=True, exist_ok=True)
-    for part, mine in lines.items():
-        with gzip.open(place / f"{part}.jsonl.gz", "wt", encoding="utf-8") as file:
-            file.writelines(mine)
+    for part, mine in rows.items():
+        write_lines(place, part, mine)
         click.echo(f"{place / part}.jsonl.gz: {len(mine):,} descriptions")
 
 

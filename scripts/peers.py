@@ -254,7 +254,7 @@ def main(
         run = RUNS[name]
         place = work / "peers"
         run = dataclasses.replace(run, options=run.options | {"epochs": None})
-        backbone = reproduce.backbone_of(run, work)
+        backbone = reproduce.backbone_of(run.backbone, work)
         model = train_run(run, seed, data, backbone, place / f"{name}-{seed}")
         options = run.options | {"exits": (CUT,), "distill": 0.0, "exit_0": False}
         cut = dataclasses.replace(run, options=options)

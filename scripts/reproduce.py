@@ -97,10 +97,10 @@ for _name, _run in _EXIT_0.items():
     RUNS[_name + EXIT_0] = replace(_run, options=_options)
 
 
-def backbone_of(run: Run, work: Path) -> str:
-    """The encoder of a run: its folder in `work`, or else its name on the Hugging Face hub."""
-    folder = work / run.backbone
-    return str(folder) if folder.is_dir() else f"sentence-transformers/{run.backbone}"
+def backbone_of(name: str, work: Path) -> str:
+    """The encoder of a name: its folder in `work`, or else its place on the Hugging Face hub."""
+    folder = work / name
+    return str(folder) if folder.is_dir() else f"sentence-transformers/{name}"
 
 
 def train_run(run: Run, seed: int, data: Path, backbone: str, folder: Path) -> Path:
@@ -287,7 +287,7 @@ def main(data: Path, work: Path, only: tuple[str, ...], seeds: tuple[int, ...]) 
             if path.is_file():
                 continue
             model = work / f"{name}-{seed}"
-            engines = engines_of(train_run(run, seed, data, backbone_of(run, work), model))
+            engines = engines_of(train_run(run, seed, data, backbone_of(run.backbone, work), model))
             (dev, layers), (test, _) = (
                 trace(engines, data / run.data / f"{part}.jsonl.gz") for part in ("dev", "test")
             )

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import conversions
-from conversions import Run, compared, halves, tables, texts_for
+import pytest
+from conversions import (
+    Run,
+    as_graph,
+    compared,
+    graph_runner,
+    halves,
+    logits_of,
+    tables,
+    texts_for,
+)
+
+from ..closeness import assert_exported
+from ..exporter.convert.conftest import TEXTS, make_telling
 
 
 def test_the_texts_of_a_conversion_have_not_trained_the_classifier(tmp_path: Path) -> None:
@@ -30,6 +45,18 @@ def test_the_texts_of_a_conversion_have_not_trained_the_classifier(tmp_path: Pat
     chosen = some.read_text().splitlines()
     assert len(chosen) == 20
     assert {*chosen} < {*every.read_text().splitlines()}
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter of PyTorch
+def test_a_graph_gives_the_logits_of_its_classifier(
+    tiny_models: Mapping[str, Path], tmp_path: Path
+) -> None:
+    model = make_telling(tiny_models["bert"], tmp_path / "model", "single_label_classification")
+    texts = list(pairwise(TEXTS[:40]))
+    file = as_graph(model, tmp_path / "graph")
+    logits, _ = logits_of(model, texts)
+    # OpenVINO computes in bf16 on some processors.
+    assert_exported(graph_runner(model, file, openvino=False)(texts), logits)
 
 
 def test_the_tables_say_what_was_found() -> None:

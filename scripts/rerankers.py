@@ -1,0 +1,329 @@
+#!/usr/bin/env python
+"""Compare ways to rank documents faster: fewer layers for all of them, or for some.
+
+    python scripts/rerankers.py --data DATA --work WORK [--only teach]
+
+A reranker of six layers is trained with plain sentence-transformers code, on the queries that
+`package_queries.py` wrote to DATA. The alternative that everybody has is the same encoder, cut to
+its first layers before the same training. WORK/rerankers gets the models and what was found with
+the queries of `test`: the best documents of each system in `best.json`, the times of rounds in
+`times.json`, and in `table.md` how good the best documents are (MRR@10; a query whose description
+BM25 did not find counts as 0), in how many queries the best three are those of the six layers in
+PyTorch, and how long a query takes. Systems are timed in turns, and nothing else should run on the
+machine then. The training needs `sentence-transformers[train]`. The encoder is found as in
+`reproduce.py`. Finished steps are not repeated, so the script can be stopped at any time.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import truediv
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from conversions import (
+    BATCH,
+    ROUNDS,
+    Results,
+    as_graph,
+    graph_runner,
+    table_head,
+    table_row,
+)
+from reproduce import MINILM, backbone_of
+from torch.utils.data import BatchSampler, SequentialSampler
+
+from fpabee.commands.command import exits_with_one_line
+from fpabee.exporter.training.workflow import has_fast_bf16
+from fpabee.runtime.machine import cpu_name, usable_cores
+
+LAYERS = 6
+CUTS = (4, 3, 2)
+QUERIES = 4500
+NEGATIVES = 4
+EPOCHS = 1
+LEARNING_RATE = 1e-4
+MAX_LENGTH = 128
+POOL = 50 * BATCH
+SEED = 42
+
+STEPS = ("teach", "rank", "time")
+RANKS = 10
+TOP = 3
+TIMED = 100
+REFERENCE = f"pytorch-{LAYERS}-layers"
+BASELINE = f"onnxruntime-{LAYERS}-layers"
+
+Ranker = Callable[[str, Sequence[str]], list[int]]
+"""Returns the places of the documents of a query, best first."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query, and what BM25 found for it.
+
+    Attributes:
+        text: the query.
+        documents: its candidates, best first.
+        right: the place of the right one, if it is among them.
+    """
+
+    text: str
+    documents: list[str]
+    right: int | None
+
+
+def read_queries(data: Path, part: str) -> list[Query]:
+    """The queries of a part of the dataset."""
+    with gzip.open(data / "packages" / f"{part}.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = map(json.loads, file)
+        return [Query(row["query"], row["documents"], row["right"]) for row in rows]
+
+
+def pairs(
+    queries: Sequence[Query], length: Callable[[dict[str, Any]], int]
+) -> list[dict[str, Any]]:
+    """What trains a reranker: right documents, and some of the other candidates for each.
+
+    Args:
+        queries: those without a right document are left out.
+        length: the number of tokens of a pair.
+
+    Returns:
+        Pairs in batches of similar length, because a batch is padded to its longest text.
+    """
+    choose = random.Random(SEED)
+    rows: list[dict[str, Any]] = []
+    usable = [(query, query.right) for query in queries if query.right is not None]
+    for query, right in usable[:QUERIES]:
+        wrong = [place for place in range(len(query.documents)) if place != right]
+        for place in [right, *choose.sample(wrong, NEGATIVES)]:
+            label = float(place == right)
+            rows.append({"query": query.text, "document": query.documents[place], "label": label})
+    choose.shuffle(rows)
+    batches: list[list[dict[str, Any]]] = []
+    for start in range(0, len(rows), POOL):
+        pool = sorted(rows[start : start + POOL], key=length)
+        batches += [pool[first : first + BATCH] for first in range(0, len(pool), BATCH)]
+    choose.shuffle(batches)
+    return [row for batch in batches for row in batch]
+
+
+def in_order(dataset: Any, batch_size: int, drop_last: bool, **_: Any) -> Any:
+    """Batches in the order of the rows."""
+    return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
+
+
+def teach(layers: int, data: Path, work: Path) -> Path:
+    """Train a reranker from the first layers of the encoder; returns its folder."""
+    from datasets import Dataset
+    from sentence_transformers.cross_encoder import (
+        CrossEncoder,
+        CrossEncoderTrainer,
+        CrossEncoderTrainingArguments,
+    )
+    from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+
+    folder = work / "rerankers" / f"{MINILM}-packages-{layers}-layers"
+    if (folder / "config.json").is_file():
+        return folder
+    # On a CPU, dropout takes as long as the layers. One epoch needs none.
+    config = {
+        "num_hidden_layers": layers,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    model = CrossEncoder(
+        backbone_of(MINILM, work),
+        num_labels=1,
+        max_length=MAX_LENGTH,
+        device="cpu",
+        config_kwargs=config,
+        model_kwargs={"attn_implementation": "eager"},
+    )
+
+    def length(row: dict[str, Any]) -> int:
+        texts = (row["query"], row["document"])
+        return len(model.tokenizer(*texts, truncation=True, max_length=MAX_LENGTH)["input_ids"])
+
+    arguments = CrossEncoderTrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=BATCH,
+        learning_rate=LEARNING_RATE,
+        warmup_steps=0.1,
+        batch_sampler=in_order,
+        bf16=has_fast_bf16(),
+        use_cpu=True,
+        save_strategy="no",
+        logging_steps=20,
+        report_to="none",
+        seed=SEED,
+    )
+    CrossEncoderTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(pairs(read_queries(data, "teach"), length)),
+        loss=BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(float(NEGATIVES))),
+    ).train()
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def as_found(query: str, documents: Sequence[str]) -> list[int]:
+    """The order of BM25."""
+    return list(range(len(documents)))
+
+
+def pytorch_ranker(model: Path) -> Ranker:
+    """A reranker in sentence-transformers and fp32."""
+    from sentence_transformers import CrossEncoder
+
+    encoder = CrossEncoder(str(model), device="cpu")
+
+    def rank(query: str, documents: Sequence[str]) -> list[int]:
+        # The sigmoid of sentence-transformers would round large scores to equal ones.
+        raw = torch.nn.Identity()
+        ranked = encoder.rank(query, list(documents), activation_fn=raw, show_progress_bar=False)
+        return [int(each["corpus_id"]) for each in ranked]
+
+    return rank
+
+
+def graph_ranker(model: Path, file: Path, openvino: bool) -> Ranker:
+    """A reranker as one graph, on padded batches of documents that were sorted by length."""
+    predict = graph_runner(model, file, openvino)
+
+    def rank(query: str, documents: Sequence[str]) -> list[int]:
+        by_length = sorted(range(len(documents)), key=lambda place: len(documents[place]))
+        scores = np.empty(len(documents), np.float32)
+        scores[by_length] = predict([(query, documents[place]) for place in by_length])[:, 0]
+        order: list[int] = np.argsort(-scores, kind="stable").tolist()
+        return order
+
+    return rank
+
+
+def graph_rankers(models: dict[int, Path], work: Path) -> dict[str, Ranker]:
+    """The rerankers by their number of layers, in ONNX Runtime and in OpenVINO."""
+    rankers: dict[str, Ranker] = {}
+    for layers, model in models.items():
+        file = as_graph(model, work / "graphs" / model.name)
+        rankers[f"onnxruntime-{layers}-layers"] = graph_ranker(model, file, openvino=False)
+        rankers[f"openvino-{layers}-layers"] = graph_ranker(model, file, openvino=True)
+    return rankers
+
+
+def best_documents(ranker: Ranker, queries: Sequence[Query]) -> list[list[int]]:
+    """The places of the best documents of each query, best first."""
+    return [ranker(query.text, query.documents)[:RANKS] for query in queries]
+
+
+def quality(
+    best: list[list[int]], reference: list[list[int]], rights: Sequence[int | None]
+) -> dict[str, float]:
+    """The MRR of a system, and the share of queries with the best documents of the reference."""
+    reciprocal = [
+        1 / (1 + mine.index(right)) if right in mine else 0.0
+        for mine, right in zip(best, rights, strict=True)
+    ]
+    same = [{*mine[:TOP]} == {*theirs[:TOP]} for mine, theirs in zip(best, reference, strict=True)]
+    return {"mrr": statistics.mean(reciprocal), "same_top": statistics.mean(same)}
+
+
+def times(rankers: dict[str, Ranker], queries: Sequence[Query]) -> dict[str, dict[str, Any]]:
+    """What systems take for queries, one by one, in rounds in which they take turns.
+
+    Returns:
+        By the name of the system, a list with one number for each round: the `median` and the
+        99th percentile, `p99`, of milliseconds for a query, and documents in a second,
+        `documents_per_s`.
+    """
+    rounds: dict[str, dict[str, Any]] = {
+        name: {"median": [], "p99": [], "documents_per_s": []} for name in rankers
+    }
+    documents = sum(len(query.documents) for query in queries)
+    for number in range(ROUNDS + 1):
+        for name, ranker in rankers.items():
+            seconds = [_seconds(ranker, query) for query in queries]
+            if number > 0:  # The first round prepares shapes.
+                mine = rounds[name]
+                mine["median"].append(1e3 * statistics.median(seconds))
+                mine["p99"].append(1e3 * float(np.quantile(seconds, 0.99)))
+                mine["documents_per_s"].append(documents / sum(seconds))
+    return rounds
+
+
+def _seconds(ranker: Ranker, query: Query) -> float:
+    started = time.perf_counter()
+    ranker(query.text, query.documents)
+    return time.perf_counter() - started
+
+
+def table(
+    best: dict[str, list[list[int]]],
+    rounds: dict[str, dict[str, Any]],
+    rights: Sequence[int | None],
+) -> Iterator[str]:
+    """What is known of the systems, as Markdown. Ratios are medians of the ratios of rounds."""
+    yield from table_head(
+        "system",
+        f"MRR@{RANKS}",
+        f"same top {TOP}",
+        "ms for a query, median",
+        "99th percentile",
+        "documents a second",
+        "times faster, queries",
+        "documents",
+    )
+    for name, mine in best.items():
+        figures = quality(mine, best[REFERENCE], rights)
+        cells = [f"{figures['mrr']:.3f}", f"{figures['same_top']:.1%}"]
+        if taken := rounds.get(name):
+            base = rounds[BASELINE]
+            queries = map(truediv, base["median"], taken["median"])
+            documents = map(truediv, taken["documents_per_s"], base["documents_per_s"])
+            cells += [f"{statistics.median(numbers):.0f}" for numbers in taken.values()]
+            cells += [f"{statistics.median(ratios):.2f}" for ratios in (queries, documents)]
+        empty = [""] * (7 - len(cells))
+        yield table_row(f"`{name}`", *cells, *empty)
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--data", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--work", required=True, type=click.Path(path_type=Path))
+@click.option("--only", multiple=True, type=click.Choice(STEPS), default=STEPS)
+@exits_with_one_line
+def main(data: Path, work: Path, only: tuple[str, ...]) -> None:
+    """Train rerankers, find and time their best documents, and write the table."""
+    folder = work / "rerankers"
+    models = {layers: teach(layers, data, work) for layers in (LAYERS, *CUTS)}
+    queries = read_queries(data, "test")
+    best = Results(folder / "best.json")
+    rounds = Results(folder / "times.json")
+    if "rank" in only:
+        rankers = {f"pytorch-{layers}-layers": pytorch_ranker(models[layers]) for layers in models}
+        rankers["bm25"] = as_found
+        rankers |= graph_rankers(models, work)
+        for name, ranker in rankers.items():
+            best.once(name, partial(best_documents, ranker, queries))
+    if "time" in only:
+        some = queries[:: max(1, len(queries) // TIMED)]
+        rounds.once("rounds", lambda: times(graph_rankers(models, work), some))
+    head = f"{cpu_name()}, {usable_cores()} cores"
+    lines = table(best.known, rounds.known.get("rounds", {}), [query.right for query in queries])
+    (folder / "table.md").write_text("\n".join([head, *lines, ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
