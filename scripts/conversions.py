@@ -5,11 +5,12 @@
 
 Each classifier is fine-tuned with plain Transformers code on half of the training rows. The other
 half and dev, without their labels, are the texts of the conversion, which promises at most 1 %
-changed answers: those that differ from the answers of the classifier in PyTorch and fp32. Beside
-it there are conversions of fewer texts, of 1,000 texts and up to 4,000 others that only train, and
+changed answers: those that differ from the answers of the classifier in PyTorch and fp32. Beside it
+there are conversions of fewer texts, of 1,000 texts and up to 4,000 others that only train, and
 with linear heads; exit 0 alone, with all layers for the texts that it does not answer; and an
-encoder that was cut to its first half before the same training. With `--times`, conversions are timed against the classifier as one graph in ONNX Runtime
-and OpenVINO, in turns; nothing else should run on the machine then.
+encoder that was cut to its first half before the same training. With `--times`, conversions are
+timed against the classifier as one graph in ONNX Runtime and OpenVINO, in turns; nothing else
+should run on the machine then.
 
 DATA holds a folder for each dataset, with train, dev and test as `.jsonl.gz`; `descriptions.py`
 makes one of longer texts. Encoders are found as in `reproduce.py`. Finished steps are not repeated,
