@@ -5,11 +5,12 @@
 
 Each classifier is fine-tuned with plain Transformers code on half of the training rows. The other
 half and dev, without their labels, are the texts of the conversion, which promises at most 1 %
-changed answers: those that differ from the answers of the classifier in PyTorch and fp32. Beside
-it there are conversions of fewer texts, and with linear heads; exit 0 alone, with all layers for
-the texts that it does not answer; and an encoder that was cut to its first half before the same
-training. With `--times`, conversions are timed against the classifier as one graph in ONNX Runtime
-and OpenVINO, in turns; nothing else should run on the machine then.
+changed answers: those that differ from the answers of the classifier in PyTorch and fp32. Beside it
+there are conversions of fewer texts, of 1,000 texts and up to 4,000 others that only train, and
+with linear heads; exit 0 alone, with all layers for the texts that it does not answer; and an
+encoder that was cut to its first half before the same training. With `--times`, conversions are
+timed against the classifier as one graph in ONNX Runtime and OpenVINO, in turns; nothing else
+should run on the machine then.
 
 DATA holds a folder for each dataset, with train, dev and test as `.jsonl.gz`; `descriptions.py`
 makes one of longer texts. Encoders are found as in `reproduce.py`. Finished steps are not repeated,
@@ -54,7 +55,7 @@ from fpabee.calibration.settings import exits_of
 from fpabee.calibration.trace import trace_rows
 from fpabee.commands.command import exits_with_one_line
 from fpabee.commands.convert import to_dict
-from fpabee.exporter.convert import convert, heads
+from fpabee.exporter.convert import ConvertOptions, convert, heads
 from fpabee.exporter.convert.options import Form
 from fpabee.exporter.convert.texts import split
 from fpabee.exporter.exit_config import Pooling
@@ -65,6 +66,8 @@ from fpabee.runtime.machine import cpu_name, usable_cores
 
 FP32 = "onnxruntime-fp32"
 LINEAR = "linear heads"
+OTHERS = "1000 and others"
+OTHER_TEXTS = 4000
 HALF = "half the layers"
 BATCH = 32
 SINGLE = 200
@@ -175,10 +178,27 @@ def texts_for(run: Run, seed: int, size: int | None, data: Path, work: Path) -> 
     if size is not None:
         texts = random.Random(seed).sample(texts, size)
     file = work / "conversions" / f"{run.data}-{seed}-{size or 'all'}.jsonl"
+    write_texts(texts, file)
+    return file
+
+
+def other_texts(run: Run, seed: int, taken: Path, data: Path, work: Path) -> Path:
+    """Up to 4,000 texts that only train: of the conversion first, then of the classifier's own."""
+    train = read(str(data / run.data), "train")[0]
+    own, others = halves(run, seed, len(train))
+    known = {row.content for row in read_rows(taken)}
+    texts = [train[number] for number in (*others, *own)]
+    chosen = [text for text in dict.fromkeys(texts) if text not in known][:OTHER_TEXTS]
+    file = taken.with_name(f"{taken.stem}-others.jsonl")
+    write_texts(chosen, file)
+    return file
+
+
+def write_texts(texts: Sequence[Text], file: Path) -> None:
+    """Write texts or pairs without labels, in lines of JSON."""
     parts = [(text,) if isinstance(text, str) else text for text in texts]
     rows = [dict(zip(("text", "text_pair"), each, strict=False)) for each in parts]
     file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    return file
 
 
 def logits_of(model: Path, texts: Sequence[Text]) -> tuple[NDArray[np.float32], Any]:
@@ -201,10 +221,12 @@ def decisions(model: Path, texts: Sequence[Text]) -> list[set[str]]:
     return [{config.id2label[int(number)] for number in np.flatnonzero(row)} for row in chosen]
 
 
-def run_conversion(model: Path, texts: Path, engines: Path) -> dict[str, Any]:
+def run_conversion(
+    model: Path, texts: Path, engines: Path, others: Path | None = None
+) -> dict[str, Any]:
     """What a conversion says, and the seconds of CPU that it took."""
     started = time.process_time()
-    result = convert(model, texts, engines)
+    result = convert(model, texts, engines, ConvertOptions(train_texts=others))
     seconds = time.process_time() - started
     content: dict[str, Any] = msgspec.to_builtins(to_dict(result))
     return content | {"cpu_s": seconds}
@@ -391,6 +413,9 @@ def study(run: Run, seed: int, data: Path, work: Path, timed: bool, results: Res
     if seed == run.seeds[0]:
         for size in run.sizes:
             converted(str(size), size, run_conversion)
+        if 1000 in run.sizes:
+            others = other_texts(run, seed, texts_for(run, seed, 1000, data, work), data, work)
+            converted(OTHERS, 1000, partial(run_conversion, others=others))
         converted(LINEAR, None, with_linear_heads)
         cut = decisions(teach(run, seed, data, work, layers // 2), texts)
         results.once(HALF, lambda: compared(cut, teacher, right) | {"saved": 0.5})
