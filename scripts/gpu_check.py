@@ -167,7 +167,8 @@ def make_model(folder: Path, size: str, emit: Emit) -> None:
     texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for _ in range(TEXTS)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
-    make("bert", folder / "model", max_position_embeddings=PLANS.sequence[2], **SIZES[size])
+    sizes: dict[str, Any] = {"max_position_embeddings": PLANS.sequence[2], **SIZES[size]}
+    make("bert", folder / "model", **sizes)
     export(folder / "model", folder / "chain", ExportOptions(force=True))
     build_targets(folder / "chain", ["onnxruntime-fp16-cuda"])
     with staging(folder / "one") as new:

@@ -382,6 +382,7 @@ def make_model(
     width: int = 32,
     layers: int = 3,
     queries: int = 0,
+    *,
     ranks: bool = False,
     **sizes: int,
 ) -> Path:

@@ -119,7 +119,8 @@ class ConversionTask(ABC, Generic[AnyUnit]):
 
     def lengths(self, units: Numbers) -> Numbers:
         """How many rows each of some units has."""
-        return np.diff(self._starts)[units]
+        lengths: Numbers = np.diff(self._starts)[units]
+        return lengths
 
     @property
     @abstractmethod
@@ -538,4 +539,5 @@ def _distance(outputs: Tensor, targets: Tensor) -> Tensor:
 def _rank_correlation(some: NDArray[np.float32], others: NDArray[np.float32]) -> float:
     """Spearman's correlation of two numbers of each row."""
     ranks = [np.argsort(np.argsort(each, kind="stable")) for each in (some, others)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    correlations = np.asarray(np.corrcoef(np.stack(ranks)))
+    return float(correlations[0, 1])

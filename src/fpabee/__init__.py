@@ -12,6 +12,7 @@ with fpabee.Engine.load("engines/") as engine:
 ```
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +26,5 @@ __version__ = "1.0.0"
 def __getattr__(name: str) -> Any:
     if name != "Engine":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .runtime.engine import Engine
-
-    return Engine
+    # By its name: no room of this package imports it through here.
+    return importlib.import_module(f"{__name__}.runtime.engine").Engine

@@ -122,17 +122,13 @@ def main(
         logging.getLogger("fpabee.exporter.convert").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
-    from ..exporter.convert.classifier import named_task
     from ..exporter.convert.workflow import convert
     from ..exporter.single_file import pack
-    from ..exporter.single_file.packing import check_packable
 
     # Its bars and warnings are about weights that are not used.
     of_transformers: Any = transformers_logging
     of_transformers.set_verbosity_error()
     of_transformers.disable_progress_bar()
-    if single_file is not None:
-        check_packable(named_task(classifier, wanted.problem_type))
     with step_progress(quiet) as progress:
         result = convert(classifier, texts, folder, wanted, progress)
     # Now, because the folder is there, even if it cannot be packed.

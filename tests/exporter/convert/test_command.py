@@ -215,17 +215,11 @@ def test_the_summary_of_a_ranking_counts_the_queries_that_changed(
     assert found["rankings"][0]["times"]["documents"] == 100
 
 
-def test_what_a_ranking_cannot_be_is_known_before_the_conversion(
-    calls: list[Any], reranker: Path, tmp_path: Path
-) -> None:
-    result = run(reranker, "texts.jsonl", "--single-file", "one")
-    assert result.exit_code == 1
-    assert "cannot be packed into one file yet -> " in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert not calls
+def test_what_a_ranking_cannot_be_is_wrong_usage(calls: list[Any], reranker: Path) -> None:
     result = run(reranker, "texts.jsonl", "--problem-type", "regression")
     assert result.exit_code == 2
     assert run(reranker, "texts.jsonl", "--top", "0").exit_code == 2
+    assert not calls
 
 
 def test_train_texts_are_handed_on_and_must_be_there(calls: list[Any]) -> None:

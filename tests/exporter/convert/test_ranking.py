@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fpabee.calibration import Bound, calibrate
+from fpabee.calibration import Bound, calibrate, ranking
 from fpabee.calibration.ranking import Queries
 from fpabee.exporter import export
 from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.convert import Conversion, ConvertOptions, convert, tasks, workflow
+from fpabee.exporter.convert import Conversion, ConvertOptions, convert, heads, tasks, workflow
 from fpabee.exporter.convert.heads import Lesson
 from fpabee.exporter.convert.tasks import Ranking
 from fpabee.exporter.single_file import pack
@@ -65,9 +65,9 @@ def converted(reranker: Path, queries: Path, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("converted") / "engines"
     with pytest.MonkeyPatch.context() as patch:
         quickly(patch)
-        patch.setattr(workflow, "train_heads", noting("heads", workflow.train_heads))
+        patch.setattr(workflow, "train_heads", noting("heads", heads.train_heads))
         patch.setattr(workflow, "_too_few", noting("given", workflow._too_few))
-        certify = noting("certify", tasks.calibrate_ranking)
+        certify = noting("certify", ranking.calibrate_ranking)
         patch.setattr(tasks, "calibrate_ranking", certify)
         result = convert(reranker, queries, folder, OPTIONS)
     _, _, states, lesson, _ = calls["heads"]
@@ -275,10 +275,15 @@ def test_each_task_has_its_own_bound_and_its_own_options(
         ConvertOptions(top=0)
 
 
-def test_what_is_not_for_rerankers_refuses_them(converted: Converted, tmp_path: Path) -> None:
+def test_a_converted_reranker_is_packed_with_its_rule(converted: Converted, tmp_path: Path) -> None:
+    packed = pack(converted.folder, tmp_path / "one", "onnxruntime-fp32")
+    assert packed.operating_point == "changed-10"
+    assert isinstance(packed.rule, TopK)
+    assert packed.rule.top == TOP
+
+
+def test_what_is_not_for_rerankers_refuses_them(converted: Converted) -> None:
     with pytest.raises(InputError, match="is a reranker"):
         calibrate(converted.folder, [])
-    with pytest.raises(InputError, match="a reranker cannot be packed into one file yet"):
-        pack(converted.folder, tmp_path / "one")
     with pytest.raises(InputError, match="rerankers cannot be trained here"):
         TrainOptions("train", "dev", "model", problem_type=ProblemType.RANKING)
