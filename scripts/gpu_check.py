@@ -68,7 +68,7 @@ from fpabee.runtime.targets import why_not
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "build" / "gpu_check"
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "minilm": {"layers": 6, "width": 384, "num_attention_heads": 12, "intermediate_size": 1536},
     "base": {"layers": 12, "width": 768, "num_attention_heads": 12, "intermediate_size": 3072},
 }

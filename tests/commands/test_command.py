@@ -61,7 +61,7 @@ def test_a_hint_names_the_options_of_the_running_command() -> None:
 
 
 # Parameters of functions and of HTTP requests that no command has as an option.
-OTHERS = {"bound", "device", "goals", "truncate"}
+OTHERS = {"bound", "device", "goals", "predict", "rank", "truncate"}
 
 
 def _hints() -> Iterator[tuple[Path, str]]:
