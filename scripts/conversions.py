@@ -219,7 +219,7 @@ def with_linear_heads(model: Path, texts: Path, engines: Path) -> dict[str, Any]
 def exit_0_alone(model: Path, texts: Path, engines: Path, data: Path) -> dict[str, Any]:
     """Exit 0 answers texts of which it is certain, under the same promise; one graph the others."""
     dealt = split(list(read_rows(texts)))
-    calibrate = [dealt.rows[number] for number in dealt.calibrate]
+    calibrate = [dealt.units[number] for number in dealt.calibrate]
     measured = []
     with Engine.load(engines, FP32) as engine:
         labels = engine.manifest.task.labels

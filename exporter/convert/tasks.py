@@ -119,7 +119,7 @@ class ConversionTask(ABC, Generic[AnyUnit]):
 
     def lengths(self, units: Numbers) -> Numbers:
         """How many rows each of some units has."""
-        return np.diff(self._starts)[units]
+        return np.asarray(np.diff(self._starts)[units])
 
     @property
     @abstractmethod
@@ -537,5 +537,9 @@ def _distance(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _rank_correlation(some: NDArray[np.float32], others: NDArray[np.float32]) -> float:
     """Spearman's correlation of two numbers of each row."""
-    ranks = [np.argsort(np.argsort(each, kind="stable")) for each in (some, others)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(_ranks(some), _ranks(others))[0, 1])
+
+
+def _ranks(numbers: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The place of each number among all of them in ascending order."""
+    return np.argsort(np.argsort(numbers, kind="stable")).astype(np.float64)

@@ -25,7 +25,7 @@ from fpabee.calibration.result import Calibration, Outcome, Point
 from fpabee.calibration.scoring import LabelledLogits
 from fpabee.commands.convert import main
 from fpabee.exporter import single_file
-from fpabee.exporter.convert import Conversion, workflow
+from fpabee.exporter.convert import Conversion, classifier, workflow
 from fpabee.exporter.convert.options import Chosen, Form
 from fpabee.exporter.exit_config import Pooling
 from fpabee.runtime import Budget, Confidence, TopK
@@ -130,6 +130,7 @@ def test_the_summary_says_what_is_guaranteed_and_what_is_not(
 ) -> None:
     packed: list[Any] = []
     monkeypatch.setattr(single_file, "pack", lambda *given, **_: packed.append(given))
+    monkeypatch.setattr(classifier, "named_task", lambda *_: SINGLE)
     result = run("model", "texts.jsonl", "--single-file", "one")
     assert result.exit_code == 0, result.output
     assert packed == [(Path("engines"), Path("one"))]
