@@ -3,8 +3,8 @@
 `places` checks the paths, `classifier` loads the classifier, `texts` deals the texts into parts,
 `states` runs the classifier once, `heads` trains and chooses the heads of the exits, and `workflow`
 does all of it; `calibration` certifies every target. `tasks` has all that differs for a reranker,
-which gets queries with their documents instead of texts. Importing this package loads neither torch nor
-transformers; using `convert` does.
+which gets queries with their documents instead of texts. Importing this package loads neither torch
+nor transformers; using `convert` does.
 """
 
 from __future__ import annotations
