@@ -48,7 +48,7 @@ def check_packable(task: ProblemType) -> None:
     if task is ProblemType.RANKING:
         raise InputError(
             "a reranker cannot be packed into one file yet",
-            "use its engines folder with fpabee-run, fpabee-serve or Engine.rank",
+            "use its engines folder as it is",
         )
 
 
