@@ -119,8 +119,7 @@ class ConversionTask(ABC, Generic[AnyUnit]):
 
     def lengths(self, units: Numbers) -> Numbers:
         """How many rows each of some units has."""
-        lengths: Numbers = np.diff(self._starts)[units]
-        return lengths
+        return np.asarray(np.diff(self._starts)[units])
 
     @property
     @abstractmethod
@@ -538,6 +537,9 @@ def _distance(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _rank_correlation(some: NDArray[np.float32], others: NDArray[np.float32]) -> float:
     """Spearman's correlation of two numbers of each row."""
-    ranks = [np.argsort(np.argsort(each, kind="stable")) for each in (some, others)]
-    correlations = np.asarray(np.corrcoef(np.stack(ranks)))
-    return float(correlations[0, 1])
+    return float(np.corrcoef(_ranks(some), _ranks(others))[0, 1])
+
+
+def _ranks(numbers: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The place of each number among all of them in ascending order."""
+    return np.argsort(np.argsort(numbers, kind="stable")).astype(np.float64)

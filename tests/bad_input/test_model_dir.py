@@ -194,7 +194,8 @@ CONFIGS = [
     Case("a label threshold above 1",
          config(fpabee={"pooling": "mean", "label_thresholds": [0.4, 0.5, 0.5, 2]}), "2.0"),
     Case("labels without numbers", config(id2label={"a": "b"}), CONFIG),
-    Case("an unknown task", config(problem_type="odd"), "'odd'"),
+    Case("an unknown task", config(problem_type="odd"), "'odd'", "regression"),
+    Case("a regression with several outputs", config(problem_type="regression"), "4 labels"),
     Case("fewer labels than the heads give", config(id2label={"0": "a", "1": "b"}), "2", "4"),
     Case("a label twice", config(id2label={str(n): "a" for n in range(4)}), "'a'"),
 ]  # fmt: skip

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fpabee.calibration import Bound, calibrate, ranking
-from fpabee.calibration.ranking import Queries
+from fpabee.calibration import Bound, calibrate
+from fpabee.calibration.ranking import Queries, calibrate_ranking
 from fpabee.exporter import export
 from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.convert import Conversion, ConvertOptions, convert, heads, tasks, workflow
-from fpabee.exporter.convert.heads import Lesson
+from fpabee.exporter.convert import Conversion, ConvertOptions, convert, tasks, workflow
+from fpabee.exporter.convert.heads import Lesson, train_heads
 from fpabee.exporter.convert.tasks import Ranking
 from fpabee.exporter.single_file import pack
 from fpabee.exporter.training.options import TrainOptions
@@ -65,9 +65,9 @@ def converted(reranker: Path, queries: Path, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("converted") / "engines"
     with pytest.MonkeyPatch.context() as patch:
         quickly(patch)
-        patch.setattr(workflow, "train_heads", noting("heads", heads.train_heads))
+        patch.setattr(workflow, "train_heads", noting("heads", train_heads))
         patch.setattr(workflow, "_too_few", noting("given", workflow._too_few))
-        certify = noting("certify", ranking.calibrate_ranking)
+        certify = noting("certify", calibrate_ranking)
         patch.setattr(tasks, "calibrate_ranking", certify)
         result = convert(reranker, queries, folder, OPTIONS)
     _, _, states, lesson, _ = calls["heads"]
