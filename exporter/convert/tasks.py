@@ -119,7 +119,7 @@ class ConversionTask(ABC, Generic[AnyUnit]):
 
     def lengths(self, units: Numbers) -> Numbers:
         """How many rows each of some units has."""
-        return np.asarray(np.diff(self._starts)[units])
+        return np.asarray(np.diff(self._starts)[units], np.intp)
 
     @property
     @abstractmethod
