@@ -42,6 +42,9 @@ WORDS = (
 )
 # fmt: on
 
+CLASSIFICATION = (ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL)
+"""The tasks whose rows do not depend on each other."""
+
 _SEED = 20240607
 _POSITIONS = 64
 

@@ -103,7 +103,8 @@ def test_the_table_fits_80_columns_also_in_a_file(
         start = lines.index("") + 1
         table = lines[start : lines.index("", start)]
         assert max(map(cell_len, table)) <= 80
-        assert all(" 1.25   1.25 " in line for line in table[2:])
+        assert table[-1].count(" 1.25   1.25 ") == 1
+    assert "onnxruntime-fp32 changed-40-missed-45 (default)" in table
     assert [record.message for record in caplog.records] == [
         "at most 40 % changed answers: 6 texts are the least, and 40 give a good chance",
         "at most 45 % missed: 6 flagged texts are the least, and 40 give a good chance",
@@ -173,10 +174,9 @@ def test_what_too_few_rows_cannot_guarantee_runs_at_full_depth(
     assert result.exit_code == 0
     (needs,) = (record.message for record in caplog.records)
     assert re.search("1 % changed answers: 299 texts .* 1,960 ", needs)
-    summary = result.stdout.splitlines()
-    assert any(
-        "No guarantee" in line and f"120 texts are too few; {needs}" in line for line in summary
-    )
+    summary = " ".join(result.stdout.split())
+    assert "No guarantee: " in summary
+    assert f"120 texts are too few; {needs}" in summary
     target = read_manifest(folder).targets[TARGET]
     assert target.default_operating_point == "changed-1"
     point = target.operating_points["changed-1"]

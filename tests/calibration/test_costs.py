@@ -22,6 +22,7 @@ from fpabee.calibration.costs import (
 from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
 from fpabee.runtime import Budget, Engine, ProblemType
 
+from ..conftest import CLASSIFICATION
 from .conftest import make_rows, with_costs
 
 
@@ -69,7 +70,7 @@ def calibrated(problem_type: ProblemType, rows: int, scale: float) -> LabelledLo
     return LabelledLogits(scaled, np.full(rows, 9, np.intp), truth, problem_type)
 
 
-@pytest.mark.parametrize("task", ProblemType)
+@pytest.mark.parametrize("task", CLASSIFICATION)
 @pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
 def test_expected_losses_are_right_on_average_at_any_temperature(
     task: ProblemType, scale: float

@@ -11,6 +11,7 @@ from fpabee.calibration.settings import exits_of
 from fpabee.runtime import Entropy, ProblemType
 from fpabee.runtime.quality import evaluate
 
+from ..conftest import CLASSIFICATION
 from .conftest import make_rows, two_exits
 
 CASES = [(task, metric) for task, metrics in METRICS.items() for metric in metrics]
@@ -63,7 +64,7 @@ def test_no_change_in_some_rows_does_not_mean_that_there_is_none() -> None:
         assert drop_interval(Scorer(rows, metric), early) != (0.0, 0.0)
 
 
-@pytest.mark.parametrize("task", list(ProblemType))
+@pytest.mark.parametrize("task", CLASSIFICATION)
 def test_a_label_that_loses_most_of_its_rows_is_named(task: ProblemType) -> None:
     """Full depth gives ten of a thousand rows the label c, and exit 1 gives it none."""
     full = np.tile(np.array([2.0, -1.0, -1.0], np.float32), (1000, 1))

@@ -16,7 +16,7 @@ from ..runtime.rules.words import rule_in_words
 from .console import echo
 
 _WIDTH = 80
-# That of the first column, unless a name is longer: no name is cut, because people type it.
+# A longer name has a line of its own: no name is cut, because people type it.
 _NAME_WIDTH = 41
 
 
@@ -48,9 +48,11 @@ def show(results: Sequence[Calibration], default_target: str | None = None) -> N
             layers = f"{point.chosen_on.mean_depth:.2f}"
             lost = _lost(point, is_agreement) if result.is_judged(point) else "unknown"
             rows.append((name, layers, single, file, lost))
-    width = max(_NAME_WIDTH, *(cell_len(name) for name, *_ in rows))
     for name, layers, single, file, lost in rows:
-        left = set_cell_size(name, width)
+        is_long = cell_len(name) > _NAME_WIDTH
+        if is_long:
+            echo(name)
+        left = set_cell_size("" if is_long else name, _NAME_WIDTH)
         echo(f"{left} {layers:>8} {single:>12} {file:>6} {lost:>8}".rstrip())
     for result in results:
         echo("")

@@ -8,6 +8,8 @@ from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import InputError
 from fpabee.runtime.files.rows import encode_labels
 
+from ...conftest import CLASSIFICATION
+
 NAMES = ("no", "perhaps", "yes")
 SINGLE = ProblemType.SINGLE_LABEL
 MULTI = ProblemType.MULTI_LABEL
@@ -19,7 +21,7 @@ def test_labels_become_numbers() -> None:
     assert encode_labels([["yes", "no"], []], NAMES, MULTI).tolist() == [[1, 0, 1], [0, 0, 0]]
 
 
-@pytest.mark.parametrize("task", ProblemType)
+@pytest.mark.parametrize("task", CLASSIFICATION)
 def test_an_unknown_label_is_named_with_the_known_ones(task: ProblemType) -> None:
     with pytest.raises(InputError, match=r"row 2 has label 'maybe'.*no, perhaps, yes"):
         encode_labels([["yes"], ["maybe"]], NAMES, task)

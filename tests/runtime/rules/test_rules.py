@@ -37,6 +37,8 @@ from fpabee.runtime.check import shifted
 from fpabee.runtime.rules.rules import ThresholdRule
 from fpabee.runtime.rules.runner import PatienceState, RuleRunner
 
+from ...conftest import CLASSIFICATION
+
 GOLDEN: list[dict[str, Any]] = json.loads(
     (Path(__file__).parents[2] / "golden" / "exit_rules.json").read_text(encoding="utf-8")
 )
@@ -45,7 +47,7 @@ MULTI = ProblemType.MULTI_LABEL
 
 Logits = NDArray[np.float32]
 
-tasks = st.sampled_from(ProblemType)
+tasks = st.sampled_from(CLASSIFICATION)
 thresholds = st.floats(-1.0, 8.0, width=32)
 shares = st.floats(0.0, 1.5)
 patiences = st.integers(1, 4)
@@ -181,7 +183,7 @@ def test_a_cap_never_lets_rows_go_deeper(
 
 
 @pytest.mark.parametrize("measure", Measure)
-@pytest.mark.parametrize("task", ProblemType)
+@pytest.mark.parametrize("task", CLASSIFICATION)
 def test_scores_of_many_labels_do_not_depend_on_the_batch(
     task: ProblemType, measure: Measure
 ) -> None:
@@ -236,7 +238,7 @@ def test_scores_are_finite_numbers_without_warnings(
     assert not (scores < 0).any()
 
 
-@pytest.mark.parametrize("task", ProblemType)
+@pytest.mark.parametrize("task", CLASSIFICATION)
 @pytest.mark.parametrize(
     "rule",
     [kind(threshold=0.0) for kind in (FPabee, Entropy, Energy, Pcee)]
@@ -268,7 +270,7 @@ def test_a_confidence_equal_to_the_threshold_does_not_stop(
         assert simulate(logits, plain, task).exits.tolist() == [expected + 1]
 
 
-@pytest.mark.parametrize("task", ProblemType)
+@pytest.mark.parametrize("task", CLASSIFICATION)
 def test_confidences_close_to_1_stay_distinct(task: ProblemType) -> None:
     # In float32, 1 - p is 0 from 17 on, and in float64 from 37 on.
     gaps = np.array([14, 18, 22, 26, 30, 34, 38, 42], np.float32)
@@ -284,7 +286,7 @@ def test_confidences_close_to_1_stay_distinct(task: ProblemType) -> None:
         assert ExitRule.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
 
 
-@pytest.mark.parametrize("task", ProblemType)
+@pytest.mark.parametrize("task", CLASSIFICATION)
 def test_a_row_near_a_label_threshold_is_not_certain(task: ProblemType) -> None:
     """Of three labels only the second one decides; its probabilities are from 1 % to 99 %."""
     p = np.array([0.72, 0.2, 0.01, 0.99])
