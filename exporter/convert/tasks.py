@@ -115,7 +115,8 @@ class ConversionTask(ABC, Generic[AnyUnit]):
         first = self._starts[:-1][units]
         lengths = self.lengths(units)
         within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return np.repeat(first, lengths) + within
+        rows: Numbers = np.repeat(first, lengths) + within
+        return rows
 
     def lengths(self, units: Numbers) -> Numbers:
         """How many rows each of some units has."""
