@@ -5,7 +5,9 @@
 
 A reranker of six layers is trained with plain sentence-transformers code, on the queries that
 `package_queries.py` wrote to DATA. The alternative that everybody has is the same encoder, cut to
-its first layers before the same training. WORK/rerankers gets the models and what was found with
+its first layers before the same training. The six layers are converted as well, with the queries of
+`train` and `certify`, so that the best three change in at most 5 % or 1 % of new queries.
+WORK/rerankers gets the models and what was found with
 the queries of `test`: the best documents of each system in `best.json`, the times of rounds in
 `times.json`, and in `table.md` how good the best documents are (MRR@10; a query whose description
 BM25 did not find counts as 0), in how many queries the best three are those of the six layers in
@@ -16,13 +18,12 @@ machine then. The training needs `sentence-transformers[train]`. The encoder is 
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from functools import partial
 from operator import truediv
 from pathlib import Path
@@ -43,12 +44,17 @@ from conversions import (
 from reproduce import MINILM, backbone_of
 from torch.utils.data import BatchSampler, SequentialSampler
 
+from fpabee.calibration import Bound
 from fpabee.commands.command import exits_with_one_line
+from fpabee.exporter.convert import ConvertOptions, convert
 from fpabee.exporter.training.workflow import has_fast_bf16
+from fpabee.runtime import Engine, Query, read_queries
 from fpabee.runtime.machine import cpu_name, usable_cores
 
 LAYERS = 6
-CUTS = (4, 3, 2)
+CUTS = (4, 3)
+CHANGED = (5, 1)
+TARGETS = ("onnxruntime-fp32", "openvino-bf16")
 QUERIES = 4500
 NEGATIVES = 4
 EPOCHS = 1
@@ -57,7 +63,7 @@ MAX_LENGTH = 128
 POOL = 50 * BATCH
 SEED = 42
 
-STEPS = ("teach", "rank", "time")
+STEPS = ("teach", "convert", "rank", "time")
 RANKS = 10
 TOP = 3
 TIMED = 100
@@ -68,26 +74,15 @@ Ranker = Callable[[str, Sequence[str]], list[int]]
 """Returns the places of the documents of a query, best first."""
 
 
-@dataclass(frozen=True)
-class Query:
-    """A query, and what BM25 found for it.
-
-    Attributes:
-        text: the query.
-        documents: its candidates, best first.
-        right: the place of the right one, if it is among them.
-    """
-
-    text: str
-    documents: list[str]
-    right: int | None
+def part_of(data: Path, part: str) -> Path:
+    """The file of a part of the dataset."""
+    return data / "packages" / f"{part}.jsonl.gz"
 
 
-def read_queries(data: Path, part: str) -> list[Query]:
-    """The queries of a part of the dataset."""
-    with gzip.open(data / "packages" / f"{part}.jsonl.gz", "rt", encoding="utf-8") as file:
-        rows = map(json.loads, file)
-        return [Query(row["query"], row["documents"], row["right"]) for row in rows]
+def right_of(query: Query) -> int | None:
+    """The place of the right document, if it is among those that BM25 found."""
+    place: int | None = query.fields["right"]
+    return place
 
 
 def pairs(
@@ -104,7 +99,7 @@ def pairs(
     """
     choose = random.Random(SEED)
     rows: list[dict[str, Any]] = []
-    usable = [(query, query.right) for query in queries if query.right is not None]
+    usable = [(query, place) for query in queries if (place := right_of(query)) is not None]
     for query, right in usable[:QUERIES]:
         wrong = [place for place in range(len(query.documents)) if place != right]
         for place in [right, *choose.sample(wrong, NEGATIVES)]:
@@ -173,7 +168,7 @@ def teach(layers: int, data: Path, work: Path) -> Path:
     CrossEncoderTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_list(pairs(read_queries(data, "teach"), length)),
+        train_dataset=Dataset.from_list(pairs([*read_queries(part_of(data, "teach"))], length)),
         loss=BinaryCrossEntropyLoss(model, pos_weight=torch.tensor(float(NEGATIVES))),
     ).train()
     model.save_pretrained(str(folder))
@@ -222,6 +217,34 @@ def graph_rankers(models: dict[int, Path], work: Path) -> dict[str, Ranker]:
         rankers[f"onnxruntime-{layers}-layers"] = graph_ranker(model, file, openvino=False)
         rankers[f"openvino-{layers}-layers"] = graph_ranker(model, file, openvino=True)
     return rankers
+
+
+def converted(model: Path, changed: int, data: Path, work: Path) -> Path:
+    """The engines of a reranker with a promise, in percent of new queries; returns their folder."""
+    engines = work / "rerankers" / f"engines-changed-{changed}"
+    if not (engines / "manifest.json").is_file():
+        bound = Bound(changed_answers=changed / 100)
+        options = ConvertOptions(bound=bound, train_texts=part_of(data, "train"), top=TOP)
+        result = convert(model, part_of(data, "certify"), engines, options)
+        click.echo(json.dumps([str(each) for each in result.rankings]), err=True)
+    return engines
+
+
+def engine_rankers(folders: dict[int, Path], stack: ExitStack) -> dict[str, Ranker]:
+    """The converted reranker on the targets where its promise was certified."""
+    rankers: dict[str, Ranker] = {}
+    for changed, folder in folders.items():
+        for target in TARGETS:
+            engine = Engine.load(folder, target)
+            stack.enter_context(engine)
+            if engine.operating_point is not None:
+                rankers[f"fpabee-{target}-changed-{changed}"] = partial(ranked_by, engine)
+    return rankers
+
+
+def ranked_by(engine: Engine, query: str, documents: Sequence[str]) -> list[int]:
+    """The order of an engine; documents that left early come last."""
+    return [each.index for each in engine.rank(query, documents, all=True)]
 
 
 def best_documents(ranker: Ranker, queries: Sequence[Query]) -> list[list[int]]:
@@ -308,20 +331,26 @@ def main(data: Path, work: Path, only: tuple[str, ...]) -> None:
     """Train rerankers, find and time their best documents, and write the table."""
     folder = work / "rerankers"
     models = {layers: teach(layers, data, work) for layers in (LAYERS, *CUTS)}
-    queries = read_queries(data, "test")
+    folders: dict[int, Path] = {}
+    if {"convert", "rank", "time"} & {*only}:
+        folders = {each: converted(models[LAYERS], each, data, work) for each in CHANGED}
+    queries = [*read_queries(part_of(data, "test"))]
     best = Results(folder / "best.json")
     rounds = Results(folder / "times.json")
+    stack = ExitStack()
     if "rank" in only:
         rankers = {f"pytorch-{layers}-layers": pytorch_ranker(models[layers]) for layers in models}
         rankers["bm25"] = as_found
-        rankers |= graph_rankers(models, work)
+        rankers |= graph_rankers(models, work) | engine_rankers(folders, stack)
         for name, ranker in rankers.items():
             best.once(name, partial(best_documents, ranker, queries))
     if "time" in only:
         some = queries[:: max(1, len(queries) // TIMED)]
-        rounds.once("rounds", lambda: times(graph_rankers(models, work), some))
+        systems = graph_rankers(models, work) | engine_rankers(folders, stack)
+        rounds.once("rounds", lambda: times(systems, some))
+    stack.close()
     head = f"{cpu_name()}, {usable_cores()} cores"
-    lines = table(best.known, rounds.known.get("rounds", {}), [query.right for query in queries])
+    lines = table(best.known, rounds.known.get("rounds", {}), [*map(right_of, queries)])
     (folder / "table.md").write_text("\n".join([head, *lines, ""]), encoding="utf-8")
 
 

@@ -11,7 +11,13 @@ import pytest
 import rerankers
 from conversions import ROUNDS
 from numpy.typing import NDArray
-from rerankers import BASELINE, REFERENCE, Query, pairs, table, times
+from rerankers import BASELINE, REFERENCE, pairs, table, times
+
+from fpabee.runtime import Query
+
+
+def query(text: str, documents: Sequence[str], right: int | None) -> Query:
+    return Query(text, tuple(documents), None, {"right": right}, "a row")
 
 
 def test_each_right_document_comes_with_others_of_its_query_in_batches_of_similar_length(
@@ -19,17 +25,17 @@ def test_each_right_document_comes_with_others_of_its_query_in_batches_of_simila
 ) -> None:
     monkeypatch.setattr(rerankers, "BATCH", 5)
     lengths = range(10, 110, 5)
-    queries = [Query(f"query {n}", [f"{n} " * length for length in lengths], n) for n in range(20)]
-    queries.append(Query("nothing is right", ["a"] * len(lengths), None))
+    queries = [query(f"query {n}", [f"{n} " * length for length in lengths], n) for n in range(20)]
+    queries.append(query("nothing is right", ["a"] * len(lengths), None))
 
     def length(row: dict[str, Any]) -> int:
         return len(row["document"].split())
 
     rows = pairs(queries, length)
-    for number, query in enumerate(queries[:20]):
-        mine = [row for row in rows if row["query"] == query.text]
+    for number, each in enumerate(queries[:20]):
+        mine = [row for row in rows if row["query"] == each.text]
         assert len({row["document"] for row in mine}) == 1 + rerankers.NEGATIVES
-        assert [row["document"] for row in mine if row["label"]] == [query.documents[number]]
+        assert [row["document"] for row in mine if row["label"]] == [each.documents[number]]
     assert len(rows) == 20 * (1 + rerankers.NEGATIVES)
     batches = [sorted(map(length, rows[start : start + 5])) for start in range(0, 100, 5)]
     assert sum(batch[-1] - batch[0] for batch in batches) < 100 < sum(map(max, batches))
@@ -81,6 +87,6 @@ def test_systems_take_turns() -> None:
 
         return rank
 
-    rounds = times({name: ranker(name) for name in "ab"}, [Query("q", ["d"], 0)] * 2)
+    rounds = times({name: ranker(name) for name in "ab"}, [query("q", ["d"], 0)] * 2)
     assert "".join(calls) == "aabb" * (ROUNDS + 1)
     assert {len(numbers) for of in rounds.values() for numbers in of.values()} == {ROUNDS}
