@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,16 +42,18 @@ from .trace import trace_rows
 METRIC = "unchanged_top"
 """The share of queries whose best documents are those of the model that was converted."""
 
+NEAR_TOP = 2
+"""Documents among so many times the wanted ones are near the top."""
 # The margins as multiples of an exit's error, from cautious to bold.
 _FACTORS = np.geomspace(16.0, 0.02, 300)
-# Documents among so many times `top` are near the top.
-_NEAR = 2
 # Forms of heads are compared where so many times the permitted share changes.
 _AT = (0.5, 1.0, 2.0)
 # Queries that are simulated together.
 _BLOCK = 64
 # The logit of made-up documents.
 _LOWEST = float(np.finfo(np.float32).min)
+# Sizes of batches of a packed file that are simulated.
+_BATCHES = (8, 32)
 # So many queries are timed, in turns, and so often.
 _TIMED_QUERIES = 5
 _REPEATS = 5
@@ -104,6 +106,12 @@ class QueryLogits:
         starts = np.cumsum([0, *map(len, spans)])
         return QueryLogits(self.logits[:, rows], starts, self.reference[rows])
 
+    def in_batches(self, size: int) -> QueryLogits:
+        """The same, where each batch of so many documents of a query is a query of its own."""
+        spans = itertools.pairwise(self.starts.tolist())
+        begins = [begin for start, end in spans for begin in range(start, end, size)]
+        return replace(self, starts=np.array([*begins, self.starts[-1]], np.intp))
+
     def blocks(self) -> Iterator[_Block]:
         """All queries that have documents, in blocks."""
         sizes = np.diff(self.starts)
@@ -143,9 +151,7 @@ def stops_of(rule: ExitRule, rows: QueryLogits, top: int) -> Stops:
         rows: the logits.
         top: how many documents are wanted.
     """
-    last = rows.exits[-1]
-    exits = np.full(rows.logits.shape[1], last, np.int64)
-    changed = np.zeros(len(rows), np.bool_)
+    exits = np.full(rows.logits.shape[1], rows.exits[-1], np.int64)
     for block in rows.blocks():
         going = block.real.copy()
         for number in rows.exits[:-1] if isinstance(rule, TopK) else ():
@@ -154,8 +160,16 @@ def stops_of(rule: ExitRule, rows: QueryLogits, top: int) -> Stops:
             leaves = going & (before < rule.threshold_at(number))
             exits[block.rows[leaves]] = number
             going &= ~leaves
-        changed[block.numbers] = changed_sets(block.logits[-1], ~going, block.reference, top)
-    return Stops(exits, changed)
+    return Stops(exits, _changed(rows, exits, top))
+
+
+def _changed(rows: QueryLogits, exits: Integers, top: int) -> Mask:
+    """Whether the best documents of queries changed: `[queries]`, given the exits of documents."""
+    changed = np.zeros(len(rows), np.bool_)
+    for block in rows.blocks():
+        left = block.real & (exits[block.rows] < rows.exits[-1])
+        changed[block.numbers] = changed_sets(block.logits[-1], left, block.reference, top)
+    return changed
 
 
 def errors_near_top(rows: QueryLogits, top: int) -> Array:
@@ -170,7 +184,7 @@ def errors_near_top(rows: QueryLogits, top: int) -> Array:
     """
     errors = []
     for block in rows.blocks():
-        nearest = min(_NEAR * top, block.reference.shape[1])
+        nearest = min(NEAR_TOP * top, block.reference.shape[1])
         limits = -np.sort(-block.reference, axis=1)[:, nearest - 1, None]
         near = block.real & (block.reference >= limits)
         errors.append((block.logits[:-1] - block.reference)[:, near])
@@ -315,6 +329,8 @@ class RankingPoint:
         rule: its rule; all layers if nothing is certified.
         chosen_on: what the rule gives on the queries that certified it.
         held_out: what it gives on queries that decided nothing.
+        batches: by the size of batches, what it gives on these queries if their documents are
+            compared in batches of this size, as in a packed file.
         times: of a query, measured in turns on this machine.
         layers: of the whole model.
         certificate: the guarantee; None if the queries confirm none.
@@ -327,6 +343,7 @@ class RankingPoint:
     rule: ExitRule
     chosen_on: RankingOutcome
     held_out: RankingOutcome
+    batches: dict[int, RankingOutcome]
     times: QueryTimes
     layers: int
     certificate: Certificate | None = None
@@ -412,6 +429,7 @@ def calibrate_ranking(
             rule=rule,
             chosen_on=_outcome(rule, rows, top, layers),
             held_out=_outcome(rule, held, top, layers),
+            batches={size: _outcome(rule, held, top, layers, size) for size in _BATCHES},
             times=_times(engine, report.queries or certifying.queries, rule),
             layers=layers[-1],
             certificate=certified.certificate,
@@ -428,8 +446,13 @@ def calibrate_ranking(
     return point
 
 
-def _outcome(rule: ExitRule, rows: QueryLogits, top: int, layers: Sequence[int]) -> RankingOutcome:
+def _outcome(
+    rule: ExitRule, rows: QueryLogits, top: int, layers: Sequence[int], batch: int | None = None
+) -> RankingOutcome:
     stops = stops_of(rule, rows, top)
+    if batch is not None:
+        exits = stops_of(rule, rows.in_batches(batch), top).exits
+        stops = Stops(exits, _changed(rows, exits, top))
     full_depth = stops_of(Budget(exit=rows.exits[-1]), rows, top)
     counts = np.bincount(stops.exits - 1, minlength=len(layers))
     return RankingOutcome(

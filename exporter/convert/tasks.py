@@ -24,6 +24,7 @@ from ...calibration.goals import Bound, CalibrationOptions
 from ...calibration.guarantee import check_possible
 from ...calibration.progress import Progress
 from ...calibration.ranking import (
+    NEAR_TOP,
     Queries,
     QueryLogits,
     RankingPoint,
@@ -58,8 +59,7 @@ _TOO_GOOD = 0.98
 # Forms are compared at these multiples of the share of decisions that may change.
 _AT = (0.5, 1.0, 2.0)
 _TOP = 10
-# Documents among so many times the best of a query count more, and so many times as much.
-_NEAR_TOP = 2
+# Documents near the top of a query count so many times as much.
 _WEIGHT_NEAR_TOP = 5.0
 # The summary says how many queries cannot change if they are more than this share.
 _MANY = 0.1
@@ -403,7 +403,7 @@ class Ranking(ConversionTask[Query]):
         own = logits[numbers, 0]
         weights = np.ones(len(own), np.float32)
         for start, end in pairwise(self._starts_among(numbers)):
-            near = np.argsort(-own[start:end])[: _NEAR_TOP * self.top]
+            near = np.argsort(-own[start:end])[: NEAR_TOP * self.top]
             weights[start + near] = _WEIGHT_NEAR_TOP
         mean = float(own.mean())
         deviation = max(float(own.std()), 1e-6)

@@ -158,14 +158,19 @@ def write_files(
         text = msgspec.json.format(msgspec.json.encode(content), indent=2)
         (folder / name).write_bytes(text + b"\n")
     texts = MarkdownFormatter()
+    kind = "ranking_" if manifest.task.ranks else ""
+    unit = "queries" if manifest.task.ranks else "texts"
     promises = "Nothing is promised: the rule was not calibrated for this file.\n"
     if point is not None:
         promises = texts.format(
-            _template("measured"),
+            _template(f"{kind}measured"),
             manifest=manifest,
             packed=packed,
             point=point,
-            guarantee=_guarantee(point),
+            guarantee=_guarantee(point, unit),
+            top=getattr(packed.rule, "top", 0),
+            changed_queries=round(point.rows * (1 - point.score)),
+            changed_at_full_depth=round(point.rows * (1 - point.full_depth_score)),
             changed=f" ({1 - point.score:.2%} changed)" if point.metric == AGREEMENT else "",
             speed=", ".join(
                 f"{times:.2f} for {'single texts' if batch == '1' else 'files'}"
@@ -176,7 +181,7 @@ def write_files(
         )
     layers = zip(packed.exits, manifest.exit_layers, strict=True)
     card = texts.format(
-        _template("card"),
+        _template(f"{kind}card"),
         manifest=manifest,
         packed=packed,
         labels=", ".join(manifest.task.labels),
@@ -187,12 +192,13 @@ def write_files(
     )
     subfolder = "/".join(file.parent.parts)
     fields = {"file": file.as_posix(), "subfolder": subfolder}
-    name = "use"
+    name = f"{kind}use"
     if plan is not None:
         fields = _how_to_build(plan)
         name = "use_plan"
     use = Template(_template(name)).substitute(fields)
-    metadata = _metadata(manifest.base_model, is_for_js=bool(subfolder))
+    task = "text-ranking" if manifest.task.ranks else "text-classification"
+    metadata = _metadata(manifest.base_model, task, is_for_js=bool(subfolder))
     warning = "" if plan is None else f"{_NO_PROMISE}\n"
     page = f"---\n{metadata}\n---\n\n{card}{warning}{promises}{use}"
     (folder / "README.md").write_text(page, encoding="utf-8")
@@ -241,11 +247,12 @@ def _how_to_build(plan: Plan) -> dict[str, str]:
     return fields
 
 
-def _metadata(base_model: str, is_for_js: bool) -> Any:
+def _metadata(base_model: str, task: str, is_for_js: bool) -> Any:
     """What the Hugging Face hub reads of a model card.
 
     Args:
         base_model: the repository of the classifier; empty: it is not known.
+        task: what the hub calls it.
         is_for_js: whether transformers.js finds the graph without being told where it is.
     """
     from huggingface_hub import ModelCardData
@@ -255,7 +262,7 @@ def _metadata(base_model: str, is_for_js: bool) -> Any:
         tags.append("transformers.js")
     return ModelCardData(
         library_name="onnx",
-        pipeline_tag="text-classification",
+        pipeline_tag=task,
         tags=tags,
         base_model=base_model or None,
         # How the hub names the relation of an ONNX graph to its model, in fp32 as well.
@@ -263,10 +270,10 @@ def _metadata(base_model: str, is_for_js: bool) -> Any:
     )
 
 
-def _guarantee(point: OperatingPoint) -> str:
+def _guarantee(point: OperatingPoint, unit: str) -> str:
     if point.certificate is None:
         return f"none; the goal was: {point.goal}"
-    tested = [f"{each} (tested on {each.rows:,} texts)" for each in point.certificate.promises]
+    tested = [f"{each} (tested on {each.rows:,} {unit})" for each in point.certificate.promises]
     return f"{' and '.join(tested)}, with {point.certificate.confidence:g} % confidence"
 
 

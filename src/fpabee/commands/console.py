@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,6 +27,7 @@ from ..runtime.files.job import Job
 if TYPE_CHECKING:  # `fpabee-run` starts without calibration
     from ..calibration.progress import Progress
 
+_WIDTH = 80
 _WIDE = 1000
 _UPDATE_SECONDS = 0.2
 _LINE_SECONDS = 30.0
@@ -39,6 +41,12 @@ _Show = Callable[[str, float | None, bool], None]
 def echo(line: str, err: bool = False) -> None:
     """Print a line on standard output, or on standard error."""
     click.echo(printable(line), err=err)
+
+
+def echo_wrapped(text: str) -> None:
+    """Print text on standard output in lines of 80 columns."""
+    for line in textwrap.wrap(text, _WIDTH, break_long_words=False, break_on_hyphens=False):
+        echo(line)
 
 
 class PlainConsole(Console):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +12,8 @@ from ..calibration.result import Calibration, Point
 from ..calibration.scoring import AGREEMENT
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.rules.words import rule_in_words
-from .console import echo
+from .console import echo, echo_wrapped
 
-_WIDTH = 80
 # A longer name has a line of its own: no name is cut, because people type it.
 _NAME_WIDTH = 41
 
@@ -60,12 +58,12 @@ def show(results: Sequence[Calibration], default_target: str | None = None) -> N
             goal = f"{point.goal}: " if isinstance(point.goal, Goal) else ""
             rule = f"; {rule_in_words(point.rule)}" if not point.refusal else ""
             promise = promise_in_words(point, result)
-            _echo_wrapped(f"{_name(point, result, default_target)}: {goal}{promise}{rule}")
+            echo_wrapped(f"{_name(point, result, default_target)}: {goal}{promise}{rule}")
         if result.rows.first_exit == 0:
             default = next(point for point in result.points if point.name == result.default)
-            _echo_wrapped(f"exit 0 answers at {default.name}: {exit_0_in_words(default)}")
+            echo_wrapped(f"exit 0 answers at {default.name}: {exit_0_in_words(default)}")
         for warning in result.warnings:
-            _echo_wrapped(f"warning: {warning}")
+            echo_wrapped(f"warning: {warning}")
 
 
 def to_dict(result: Calibration) -> dict[str, Any]:
@@ -103,8 +101,3 @@ def _lost(point: Point, is_agreement: bool) -> str:
     """The drop in points; for agreement, the share of changed answers."""
     held = point.held_out
     return f"{100 * (1 - held.score):.2f} %" if is_agreement else f"{held.drop:+.2f}"
-
-
-def _echo_wrapped(text: str) -> None:
-    for line in textwrap.wrap(text, _WIDTH, break_long_words=False, break_on_hyphens=False):
-        echo(line)

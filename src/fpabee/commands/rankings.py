@@ -9,7 +9,7 @@ from rich.cells import set_cell_size
 
 from ..calibration.guarantee import share_interval
 from ..calibration.ranking import RankingPoint
-from .console import echo
+from .console import echo, echo_wrapped
 
 
 def show(points: Sequence[RankingPoint], default_target: str) -> None:
@@ -33,7 +33,16 @@ def show(points: Sequence[RankingPoint], default_target: str) -> None:
         echo(_line(name, layers, milliseconds, faster, f"{held.changed} of {held.queries:,}"))
     echo("")
     for point in points:
-        echo(f"{_name(point, default_target)}: {_promise(point)}")
+        echo_wrapped(f"{_name(point, default_target)}: {_promise(point)}")
+    default = next(point for point in points if point.target == default_target)
+    in_batches = [
+        f"{each.mean_depth:.2f} in batches of {size}" for size, each in default.batches.items()
+    ]
+    echo_wrapped(
+        "a packed file compares documents within a batch: layers per document of queries that "
+        f"decided nothing are {default.held_out.mean_depth:.2f} in batches of whole queries, "
+        f"{' and '.join(in_batches)}"
+    )
 
 
 def to_dict(point: RankingPoint) -> dict[str, Any]:
@@ -46,6 +55,7 @@ def to_dict(point: RankingPoint) -> dict[str, Any]:
         "layers": point.layers,
         "chosen_on": point.chosen_on,
         "held_out": point.held_out,
+        "batches": {str(size): each for size, each in point.batches.items()},
         "times": point.times,
         "certificate": point.certificate,
         "promise": _promise(point),
