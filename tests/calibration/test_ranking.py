@@ -91,7 +91,7 @@ def test_promises_hold_on_new_queries() -> None:
 
 def test_fewer_documents_leave_where_a_batch_holds_a_part_of_the_query() -> None:
     rows = made_up(80, 8)
-    rule = TopK(top=TOP, threshold=tuple(-NOISE.tolist()[n] for n in range(3)) + (0.0,))
+    rule = TopK(top=TOP, threshold=tuple(np.append(-NOISE, 0.0)))
     depths = [stops_of(rule, rows.in_batches(size), TOP).exits.mean() for size in (3, 8, 32, 40)]
     assert depths == sorted(depths, reverse=True)
     assert depths[0] == 4  # no batch has more documents than are wanted
