@@ -11,7 +11,8 @@ WORK/rerankers gets the models and what was found with
 the queries of `test`: the best documents of each system in `best.json`, the times of rounds in
 `times.json`, and in `table.md` how good the best documents are (MRR@10; a query whose description
 BM25 did not find counts as 0), in how many queries the best three are those of the six layers in
-PyTorch, and how long a query takes. Systems are timed in turns, and nothing else should run on the
+PyTorch, and how long a query takes. `promises.json` says how many of 200 promises were broken that
+were certified on queries drawn from `test`, for which `test` is the whole world. Systems are timed in turns, and nothing else should run on the
 machine then. The training needs `sentence-transformers[train]`. The encoder is found as in
 `reproduce.py`. Finished steps are not repeated, so the script can be stopped at any time.
 """
@@ -45,6 +46,7 @@ from reproduce import MINILM, backbone_of
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from fpabee.calibration import Bound
+from fpabee.calibration.ranking import QueryLogits, certify, errors_near_top, stops_of
 from fpabee.commands.command import exits_with_one_line
 from fpabee.exporter.convert import ConvertOptions, convert
 from fpabee.exporter.training.workflow import has_fast_bf16
@@ -63,7 +65,9 @@ MAX_LENGTH = 128
 POOL = 50 * BATCH
 SEED = 42
 
-STEPS = ("teach", "convert", "rank", "time")
+STEPS = ("teach", "convert", "rank", "time", "promise")
+PROMISES = 200
+CERTIFYING = 300
 RANKS = 10
 TOP = 3
 TIMED = 100
@@ -247,6 +251,35 @@ def ranked_by(engine: Engine, query: str, documents: Sequence[str]) -> list[int]
     return [each.index for each in engine.rank(query, documents, all=True)]
 
 
+def broken_promises(engines: Path, changed: int, queries: Sequence[Query]) -> dict[str, Any]:
+    """How many promises are broken, if these queries are all that there are.
+
+    Args:
+        engines: the converted reranker.
+        changed: of the queries may change, in percent.
+        queries: from which those that certify are drawn, with replacement.
+    """
+    with Engine.load(engines, TARGETS[0]) as engine:
+        pairs = [pair for query in queries for pair in query.pairs]
+        logits = engine.trace(pairs).logits[..., 0]
+    starts = np.cumsum([0, *(len(query.documents) for query in queries)])
+    world = QueryLogits(logits, starts, logits[-1])
+    errors = errors_near_top(world, TOP)
+    bound = Bound(changed_answers=changed / 100)
+    draw = np.random.default_rng(SEED)
+    broken = 0
+    depths: list[float] = []
+    for _ in range(PROMISES):
+        certified = certify(
+            world.take(draw.integers(0, len(world), CERTIFYING)), errors, TOP, bound
+        )
+        assert certified.rule is not None
+        stops = stops_of(certified.rule, world, TOP)
+        broken += bool(stops.changed.mean() > changed / 100)
+        depths.append(float(stops.exits.mean()))
+    return {"broken": broken, "promises": PROMISES, "mean_exit": statistics.mean(depths)}
+
+
 def best_documents(ranker: Ranker, queries: Sequence[Query]) -> list[list[int]]:
     """The places of the best documents of each query, best first."""
     return [ranker(query.text, query.documents)[:RANKS] for query in queries]
@@ -332,7 +365,7 @@ def main(data: Path, work: Path, only: tuple[str, ...]) -> None:
     folder = work / "rerankers"
     models = {layers: teach(layers, data, work) for layers in (LAYERS, *CUTS)}
     folders: dict[int, Path] = {}
-    if {"convert", "rank", "time"} & {*only}:
+    if {*STEPS[1:]} & {*only}:
         folders = {each: converted(models[LAYERS], each, data, work) for each in CHANGED}
     queries = [*read_queries(part_of(data, "test"))]
     best = Results(folder / "best.json")
@@ -349,6 +382,11 @@ def main(data: Path, work: Path, only: tuple[str, ...]) -> None:
         systems = graph_rankers(models, work) | engine_rankers(folders, stack)
         rounds.once("rounds", lambda: times(systems, some))
     stack.close()
+    if "promise" in only:
+        promises = Results(folder / "promises.json")
+        for each, engines in folders.items():
+            name = f"changed-{each}"
+            promises.once(name, partial(broken_promises, engines, each, queries))
     head = f"{cpu_name()}, {usable_cores()} cores"
     lines = table(best.known, rounds.known.get("rounds", {}), [*map(right_of, queries)])
     (folder / "table.md").write_text("\n".join([head, *lines, ""]), encoding="utf-8")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 
@@ -84,6 +86,22 @@ def test_a_batch_of_a_query_ranks_like_the_engine(
             assert scores[start:end][~stays].max() < scores[start:end][stays].min()
             ranking = [each.index for each in every[start // 40]][:TOP]
             assert np.argsort(-scores[start:end])[:TOP].tolist() == ranking
+
+
+def test_the_card_is_about_rankings_and_its_example_runs(
+    packed: Callable[[str], tuple[Path, Consumer]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, consumer = packed("bert")
+    card = (consumer.folder / "README.md").read_text(encoding="utf-8")
+    assert "pipeline_tag: text-ranking" in card
+    assert "classifier" not in card
+    assert f"set of the best {TOP} documents" in card
+    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda _: str(consumer.folder))
+    exec(compile(example, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_documents_of_other_queries_do_not_count(
