@@ -7,12 +7,12 @@ A reranker of six layers is trained with plain sentence-transformers code, on th
 `package_queries.py` wrote to DATA. The alternative that everybody has is the same encoder, cut to
 its first layers before the same training. The six layers are converted as well, with the queries of
 `train` and `certify`, so that the best three change in at most 5 % or 1 % of new queries.
-WORK/rerankers gets the models and what was found with
-the queries of `test`: the best documents of each system in `best.json`, the times of rounds in
-`times.json`, and in `table.md` how good the best documents are (MRR@10; a query whose description
-BM25 did not find counts as 0), in how many queries the best three are those of the six layers in
-PyTorch, and how long a query takes. `promises.json` says how many of 200 promises were broken that
-were certified on queries drawn from `test`, for which `test` is the whole world. Systems are timed in turns, and nothing else should run on the
+WORK/rerankers gets the models and what was found with the queries of `test`: the best documents of
+each system in `best.json`, the times of rounds in `times.json`, and in `table.md` how good the best
+documents are (MRR@10; a query whose description BM25 did not find counts as 0), in how many queries
+the best three are those of the six layers in PyTorch, and how long a query takes. `promises.json`
+says how many of 200 promises were broken that were certified on queries drawn from `test`, for
+which `test` is the whole world. Systems are timed in turns, and nothing else should run on the
 machine then. The training needs `sentence-transformers[train]`. The encoder is found as in
 `reproduce.py`. Finished steps are not repeated, so the script can be stopped at any time.
 """
