@@ -90,6 +90,20 @@ def test_the_readme_links_every_page() -> None:
     assert [page for page in pages if f"]({page})" not in text] == []
 
 
+def test_the_example_of_rerankers_runs(
+    ranking_engines: Mapping[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = (ROOT / "docs/rerank.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "engines").symlink_to(ranking_engines["bert"])
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "rerank.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/embed.md", "docs/how-it-works.md"])
 def test_python_examples_run(
     page: str, engines: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -31,7 +31,11 @@ def _docstrings(package: str) -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("package", "folders", "with_code"),
     [
-        ("runtime", ["engines"], ["", "Engine", "Manifest", "ReadOptions", "read_rows"]),
+        (
+            "runtime",
+            ["engines", "reranker-engines"],
+            ["", "Engine", "Engine.rank", "Manifest", "ReadOptions", "read_rows"],
+        ),
         ("runtime.serving", ["engines"], ["Scheduler"]),
         ("calibration", ["engines"], ["CalibrationOptions", "calibrate", "threshold_for_depth"]),
         ("exporter", ["model_dir"], ["export"]),
@@ -44,12 +48,14 @@ def test_code_runs(
     folders: list[str],
     with_code: list[str],
     engines: Mapping[str, Path],
+    ranking_engines: Mapping[str, Path],
     tiny_models: Mapping[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    sources = {"engines": engines, "reranker-engines": ranking_engines}
     for folder in folders:
-        source = engines if folder == "engines" else tiny_models
+        source = sources.get(folder, tiny_models)
         shutil.copytree(source["bert"], tmp_path / folder)
     for name in ("train.jsonl", "dev.jsonl"):
         write(label_rows(engines["bert"]), tmp_path / name)
