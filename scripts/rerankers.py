@@ -125,6 +125,9 @@ def in_order(dataset: Any, batch_size: int, drop_last: bool, **_: Any) -> Any:
 
 def teach(layers: int, data: Path, work: Path) -> Path:
     """Train a reranker from the first layers of the encoder; returns its folder."""
+    folder = work / "rerankers" / f"{MINILM}-packages-{layers}-layers"
+    if (folder / "config.json").is_file():
+        return folder
     from datasets import Dataset
     from sentence_transformers.cross_encoder import (
         CrossEncoder,
@@ -133,9 +136,6 @@ def teach(layers: int, data: Path, work: Path) -> Path:
     )
     from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
 
-    folder = work / "rerankers" / f"{MINILM}-packages-{layers}-layers"
-    if (folder / "config.json").is_file():
-        return folder
     # On a CPU, dropout takes as long as the layers. One epoch needs none.
     config = {
         "num_hidden_layers": layers,
