@@ -30,7 +30,7 @@ from ..runtime.artifact.manifest import Task
 from ..runtime.artifact.operating_point import Certificate, Promise
 from ..runtime.errors import InputError
 from ..runtime.predictions import decision_thresholds
-from ..runtime.rules.measures import Array, Integers
+from ..runtime.rules.measures import Array, Integers, Mask
 from ..runtime.rules.rules import Budget, ExitRule
 from .costs import StoppingCosts, observed_losses
 from .goals import DEFAULT_RULE, Bound
@@ -159,9 +159,18 @@ def full_depth_changes(scorer: Scorer, confidence: float) -> float:
     """See `Certificate.full_depth_changes`; the exact bound of Clopper and Pearson (1934)."""
     if scorer.rows.reference is None:
         return 0.0
-    changed = int(scorer.changed[-1].sum())
+    return most_changes(scorer.changed[-1], confidence)
+
+
+def most_changes(changed: Mask, confidence: float) -> float:
+    """An upper bound in percent on the share that changes.
+
+    Args:
+        changed: `[rows]` or `[queries]`, which of them changed.
+        confidence: of the bound.
+    """
     # An interval leaves half of the rest above it.
-    _, most = share_interval(changed, len(scorer.rows), 2 * confidence - 1)
+    _, most = share_interval(int(changed.sum()), len(changed), 2 * confidence - 1)
     return 100 * most
 
 

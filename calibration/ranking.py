@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +36,16 @@ from ..runtime.rules.measures import Array, Floats, Integers, Mask
 from ..runtime.rules.rules import Budget, ExitRule, TopK, before_top
 from ..runtime.rules.words import rounded
 from .goals import Bound
-from .guarantee import Certified, most_losses, rows_needed, share_interval, useful_rows
+from .guarantee import (
+    Certified,
+    most_changes,
+    most_losses,
+    rows_needed,
+    share_interval,
+    useful_rows,
+)
 from .progress import Progress, silent
+from .scoring import mean_saving
 from .trace import trace_rows
 
 METRIC = "unchanged_top"
@@ -46,8 +55,6 @@ NEAR_TOP = 2
 """Documents among so many times the wanted ones are near the top."""
 # The margins as multiples of an exit's error, from cautious to bold.
 _FACTORS = np.geomspace(16.0, 0.02, 300)
-# Forms of heads are compared where so many times the permitted share changes.
-_AT = (0.5, 1.0, 2.0)
 # Queries that are simulated together.
 _BLOCK = 64
 # The logit of made-up documents.
@@ -112,8 +119,10 @@ class QueryLogits:
         begins = [begin for start, end in spans for begin in range(start, end, size)]
         return replace(self, starts=np.array([*begins, self.starts[-1]], np.intp))
 
-    def blocks(self) -> Iterator[_Block]:
-        """All queries that have documents, in blocks."""
+    @cached_property
+    def blocks(self) -> list[_Block]:
+        """All queries that have documents, in blocks, to which hundreds of settings are applied."""
+        blocks = []
         sizes = np.diff(self.starts)
         order = np.argsort(sizes, kind="stable")
         order = order[sizes[order] > 0]
@@ -122,13 +131,15 @@ class QueryLogits:
             place = np.arange(sizes[numbers].max())
             real = place < sizes[numbers, None]
             rows = np.where(real, self.starts[numbers, None] + place, 0)
-            yield _Block(
+            block = _Block(
                 numbers=numbers,
                 rows=rows,
                 real=real,
                 logits=np.where(real, self.logits[:, rows].astype(np.float64), _LOWEST),
                 reference=np.where(real, self.reference[rows].astype(np.float64), _LOWEST),
             )
+            blocks.append(block)
+        return blocks
 
 
 class Stops(NamedTuple):
@@ -152,10 +163,10 @@ def stops_of(rule: ExitRule, rows: QueryLogits, top: int) -> Stops:
         top: how many documents are wanted.
     """
     exits = np.full(rows.logits.shape[1], rows.exits[-1], np.int64)
-    for block in rows.blocks():
+    for block in rows.blocks if isinstance(rule, TopK) else ():
+        assert isinstance(rule, TopK)  # for mypy
         going = block.real.copy()
-        for number in rows.exits[:-1] if isinstance(rule, TopK) else ():
-            assert isinstance(rule, TopK)
+        for number in rows.exits[:-1]:
             before = before_top(np.where(going, block.logits[number - 1], -np.inf), rule.top)
             leaves = going & (before < rule.threshold_at(number))
             exits[block.rows[leaves]] = number
@@ -166,7 +177,7 @@ def stops_of(rule: ExitRule, rows: QueryLogits, top: int) -> Stops:
 def _changed(rows: QueryLogits, exits: Integers, top: int) -> Mask:
     """Whether the best documents of queries changed: `[queries]`, given the exits of documents."""
     changed = np.zeros(len(rows), np.bool_)
-    for block in rows.blocks():
+    for block in rows.blocks:
         left = block.real & (exits[block.rows] < rows.exits[-1])
         changed[block.numbers] = changed_sets(block.logits[-1], left, block.reference, top)
     return changed
@@ -183,7 +194,7 @@ def errors_near_top(rows: QueryLogits, top: int) -> Array:
         top: how many documents are wanted.
     """
     errors = []
-    for block in rows.blocks():
+    for block in rows.blocks:
         nearest = min(NEAR_TOP * top, block.reference.shape[1])
         limits = -np.sort(-block.reference, axis=1)[:, nearest - 1, None]
         near = block.real & (block.reference >= limits)
@@ -223,8 +234,7 @@ def saved(rows: QueryLogits, errors: Floats, top: int, share: float, costs: Floa
         stops = stops_of(setting, rows, top)
         changed.append(stops.changed.mean())
         cost.append(np.asarray(costs)[stops.exits - 1].mean())
-    gain = 1 - np.array(cost) / costs[-1]
-    return float(np.mean([gain[np.array(changed) <= at * share].max(initial=0.0) for at in _AT]))
+    return mean_saving(1 - np.array(cost) / costs[-1], np.array(changed), share)
 
 
 def certify(rows: QueryLogits, errors: Floats, top: int, bound: Bound) -> Certified:
@@ -256,14 +266,10 @@ def certify(rows: QueryLogits, errors: Floats, top: int, bound: Bound) -> Certif
         needs = f"{least:,} queries are the least, and {good:,} give a good chance"
         return Certified(None, None, f"{failed}; {needs}")
     full_depth = stops_of(Budget(exit=rows.exits[-1]), rows, top)
-    # An interval leaves half of the rest above it.
-    _, most_changes = share_interval(
-        int(full_depth.changed.sum()), len(rows), 2 * bound.confidence - 1
-    )
     certificate = Certificate(
         confidence=100 * bound.confidence,
         promises=tuple(msgspec.structs.replace(each, rows=len(tested)) for each in bound.promises),
-        full_depth_changes=100 * most_changes,
+        full_depth_changes=most_changes(full_depth.changed, bound.confidence),
     )
     return Certified(passed, certificate)
 

@@ -102,6 +102,8 @@ class LabelledLogits:
         return Outputs(logits, self.problem_type, self.label_thresholds)
 
 
+# Settings are compared at these multiples of the share that may change.
+_AT = (0.5, 1.0, 2.0)
 _FEWEST_GIVEN = 5
 """With fewer rows, that a label lost most of them may be chance."""
 
@@ -223,6 +225,17 @@ class Scorer:
         if self.rows.problem_type is ProblemType.MULTI_LABEL:
             return answers.astype(np.float64)
         return np.eye(self.rows.logits.shape[2])[answers]
+
+
+def mean_saving(saved: Array, changed: Array, share: float) -> float:
+    """What settings save at about a permitted share of changes, to compare heads by.
+
+    Args:
+        saved: `[settings]` the share of the cost that each setting saves.
+        changed: `[settings]` the share of answers that it changes.
+        share: what may change; the mean is over half, once and twice as much.
+    """
+    return float(np.mean([saved[changed <= at * share].max(initial=0.0) for at in _AT]))
 
 
 def same_answers(some: Integers, others: Integers, problem_type: ProblemType) -> Mask:

@@ -33,7 +33,7 @@ from ...calibration.ranking import (
     saved,
 )
 from ...calibration.result import Calibration, Report
-from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, same_answers
+from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, mean_saving, same_answers
 from ...calibration.settings import StopScores, exits_of, settings_lists
 from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.encoding import EncodedRow
@@ -56,8 +56,6 @@ from .texts import AnyUnit, Numbers, Texts, split
 _SEED = 42
 # Above this accuracy, the classifier has probably been trained on these texts.
 _TOO_GOOD = 0.98
-# Forms are compared at these multiples of the share of decisions that may change.
-_AT = (0.5, 1.0, 2.0)
 _TOP = 10
 # Documents near the top of a query count so many times as much.
 _WEIGHT_NEAR_TOP = 5.0
@@ -519,8 +517,7 @@ def _saved(scorer: Scorer, costs: NDArray[np.float64], share: float) -> float:
     rows = scorer.rows
     places = rows.at(StopScores(rows).exits(settings_lists(rows)[0]))
     changed = scorer.changed[places].mean(axis=1)
-    saved = 1 - costs[places[0]].mean(axis=1)
-    return float(np.mean([saved[changed <= at * share].max(initial=0.0) for at in _AT]))
+    return mean_saving(1 - costs[places[0]].mean(axis=1), changed, share)
 
 
 def _decided(result: Result) -> tuple[Scorer, tuple[NDArray[np.intp], ...]]:
