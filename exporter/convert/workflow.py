@@ -82,7 +82,7 @@ def convert(
         texts: a file in any format of `runtime.read_rows`: texts like those to classify, which the
             classifier was not trained on. If there are labels, accuracy is reported as well. For a
             reranker, each line has `query` and `documents`; those without documents are left out.
-            Of texts or queries that are there twice, the first is taken.
+            Of duplicate texts or queries, the first is taken.
         output: the engines folder to write.
         options: default: at most 1 % of the decisions change, or the best 10 documents of at most
             5 % of the queries, with 95 % confidence.
@@ -292,7 +292,7 @@ class _Work:
         return model, chosen
 
     def _add_targets(self, engines: Path) -> list[str]:
-        """Complete the engines folder, whose rows run to full depth where there is no point.
+        """Add targets to the engines folder; without an operating point, rows run all layers.
 
         Returns:
             Why targets were not built.
