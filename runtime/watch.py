@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -261,8 +262,10 @@ class Watch:
         # Layers for watching that each layer for an answer pays for.
         share = float(percent) / 100
         self._pays = share / max(1 - share, 1e-9)
+        # This runs for every row, so it is plain Python: a call of numpy costs more than a coin.
+        self._layers_of = dict(zip(manifest.exits, manifest.exit_layers, strict=True))
         self._layers = manifest.exit_layers[-1]
-        self._coin = np.random.default_rng()
+        self._coin = random.Random()
         self._lock = threading.RLock()  # who is told of an alarm may ask what is known
         self._waiting = 0
         self._answered = 0
@@ -281,20 +284,21 @@ class Watch:
             return chosen
         with self._lock:
             if self._waiting < MOST_WAITING:
-                tossed = self._coin.random(rows) < self._probability(promise, rows)
-                for place in np.flatnonzero(tossed):
-                    chosen[place] = WatchedRow(self, promise)
-                    promise.rows.append(chosen[place])
-                    # Until it has stopped, it may be one that stops before layer 1.
-                    self._layers_for_watching += self._layers
+                probability = self._probability(promise, rows)
+                for place in range(rows):
+                    if self._coin.random() < probability:
+                        chosen[place] = WatchedRow(self, promise)
+                        promise.rows.append(chosen[place])
+                        # Until it has stopped, it may be one that stops before layer 1.
+                        self._layers_for_watching += self._layers
         return chosen
 
     def ran(self, exits: Integers) -> None:
         """Count the layers of rows that were answered at these exits."""
-        layers = np.asarray(self._manifest.exit_layers)[exits - self._manifest.exits[0]]
+        layers = sum(self._layers_of[number] for number in exits.tolist())
         with self._lock:
             self._answered += len(exits)
-            self._layers_for_answers += int(layers.sum())
+            self._layers_for_answers += layers
 
     def stopped(self, row: WatchedRow, exit_number: int, logits: NDArray[np.float32]) -> bool:
         """See `WatchedRow.stopped`."""
@@ -302,8 +306,7 @@ class Watch:
             if row.is_done:
                 return False
             if row.answer is None:
-                first = self._manifest.exits[0]
-                self._layers_for_watching -= self._manifest.exit_layers[exit_number - first]
+                self._layers_for_watching -= self._layers_of[exit_number]
                 row.answer = logits.copy()  # not a view, which would hold those of other rows
                 self._waiting += 1
                 if exit_number < self._manifest.exits[-1]:

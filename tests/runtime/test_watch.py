@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_no_more_is_spent_than_may_be(
     layers: list[int], rows_at_once: int, spare: int, chooser: Watch
 ) -> None:
     coin = np.random.default_rng(0)
-    chooser._coin = np.random.default_rng(1)
+    chooser._coin = random.Random(1)
     logits = np.zeros(4, np.float32)
     chosen = 0
     spent = 0
