@@ -242,6 +242,8 @@ class _PointMaker:
             choose = self._choice(goal)
             certified = choose(self.search)
             rule = certified.rule or self.full_depth
+            rows = self.search.stopping_costs.rows
+            layers = np.asarray(self.engine.manifest.exit_layers)[rows.at(exits_of(rule, rows))[0]]
             yield Point(
                 rule=rule,
                 chosen_on=self._judge(rule, self.search.stopping_costs.scorer),
@@ -249,7 +251,7 @@ class _PointMaker:
                 name=name,
                 goal=goal,
                 measured={
-                    str(batch): measure_speedup(self.engine, encoded, rule, batch)
+                    str(batch): measure_speedup(self.engine, encoded, rule, layers, batch)
                     for batch in sorted({1, self.options.batch_size})
                 },
                 certificate=certified.certificate,

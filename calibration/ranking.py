@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +34,7 @@ from ..runtime.ranking import changed_sets
 from ..runtime.rules.measures import Array, Floats, Integers, Mask
 from ..runtime.rules.rules import Budget, ExitRule, TopK, before_top
 from ..runtime.rules.words import rounded
+from .costs import time_in_turns
 from .goals import Bound
 from .guarantee import (
     Certified,
@@ -63,7 +63,7 @@ _LOWEST = float(np.finfo(np.float32).min)
 _BATCHES = (8, 32)
 # So many queries are timed, in turns, and so often.
 _TIMED_QUERIES = 5
-_REPEATS = 5
+_TURNS = 5
 
 
 class _Block(NamedTuple):
@@ -473,18 +473,13 @@ def _outcome(
 def _times(engine: Engine, queries: Sequence[Query], rule: ExitRule) -> QueryTimes:
     """The time of some queries with the most documents, with a rule and at full depth in turns."""
     largest = sorted(queries, key=lambda query: len(query.documents))[-_TIMED_QUERIES:]
+    units = [engine.core.encode(query.pairs) for query in largest]
     runners = (engine.core.runner(rule), engine.core.full_depth)
-    seconds: list[list[float]] = [[], []]
-    for query in largest:
-        rows = engine.core.encode(query.pairs)
-        for turn in range(_REPEATS + 1):
-            for runner, own in zip(runners, seconds, strict=True):
-                started = time.perf_counter()
-                engine.core.rank(rows, runner)
-                if turn:  # the first one prepares shapes
-                    own.append(time.perf_counter() - started)
-    with_rule, at_full_depth = (1000 * float(np.median(each)) for each in seconds)
-    return QueryTimes(len(largest[-1].documents), with_rule, at_full_depth)
+    runs = [partial(engine.core.rank, runner=runner) for runner in runners]
+    time_in_turns(units, runs, 1)  # prepares the shapes
+    seconds = time_in_turns(units, runs, _TURNS)
+    with_rule, at_full_depth = 1000 * np.median(seconds, axis=(0, 1))
+    return QueryTimes(len(largest[-1].documents), float(with_rule), float(at_full_depth))
 
 
 def _record(point: RankingPoint, target: Target, data: str, machine: str) -> OperatingPoint:

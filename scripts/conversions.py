@@ -38,14 +38,11 @@ import click
 import msgspec
 import numpy as np
 import torch
+from fine_tune import BATCH, fine_tune, tokenized
 from numpy.typing import NDArray
 from reproduce import MINILM, MPNET, backbone_of
 from systems import Text, read
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    get_scheduler,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fpabee.calibration import Bound
 from fpabee.calibration.costs import StoppingCosts
@@ -59,7 +56,6 @@ from fpabee.exporter.convert import ConvertOptions, convert, heads
 from fpabee.exporter.convert.options import Form
 from fpabee.exporter.convert.texts import split
 from fpabee.exporter.exit_config import Pooling
-from fpabee.exporter.training.workflow import has_fast_bf16
 from fpabee.runtime import Budget, Engine
 from fpabee.runtime.files import read_rows
 from fpabee.runtime.machine import cpu_name, usable_cores
@@ -69,7 +65,6 @@ LINEAR = "linear heads"
 OTHERS = "1000 and others"
 OTHER_TEXTS = 4000
 HALF = "half the layers"
-BATCH = 32
 SINGLE = 200
 MOST = 1000
 ROUNDS = 5
@@ -118,47 +113,19 @@ def teach(run: Run, seed: int, data: Path, work: Path, layers: int | None = None
     if (folder / "config.json").is_file():
         return folder
     texts, labels = read(str(data / run.data), "train")
-    mine, _ = halves(run, seed, len(texts))
-    names = sorted({label for each in labels for label in each})
-    multi = any(len(each) > 1 for each in labels)
-    torch.manual_seed(seed)
-    source = backbone_of(run.backbone, work)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    more: dict[str, Any] = {} if layers is None else {"num_hidden_layers": layers}
-    model: Any = AutoModelForSequenceClassification.from_pretrained(
-        source,
-        id2label=dict(enumerate(names)),
-        label2id={name: number for number, name in enumerate(names)},
-        problem_type="multi_label_classification" if multi else "single_label_classification",
-        **more,
-    ).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.lr, weight_decay=0.01, fused=True)
-    steps = run.epochs * -(-len(mine) // BATCH)
-    schedule = get_scheduler("linear", optimizer, steps // 10, steps)
-    order = random.Random(seed)
-    for _ in range(run.epochs):
-        order.shuffle(mine)
-        for start in range(0, len(mine), BATCH):
-            some = mine[start : start + BATCH]
-            hot = torch.tensor([[float(name in labels[n]) for name in names] for n in some])
-            target = hot if multi else hot.argmax(1)
-            batch = tokenized(tokenizer, [texts[n] for n in some], run.max_length)
-            with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16()):
-                loss = model(**batch, labels=target).loss
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-    return folder
-
-
-def tokenized(tokenizer: Any, texts: Sequence[Text], max_length: int | None = None) -> Any:
-    """A padded batch of texts or pairs, by default cut to what the encoder takes."""
-    return tokenizer(
-        list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+    rows, _ = halves(run, seed, len(texts))
+    fine_tune(
+        backbone_of(run.backbone, work),
+        [texts[row] for row in rows],
+        [labels[row] for row in rows],
+        folder,
+        epochs=run.epochs,
+        lr=run.lr,
+        seed=seed,
+        max_length=run.max_length,
+        layers=layers,
     )
+    return folder
 
 
 def halves(run: Run, seed: int, count: int) -> tuple[list[int], list[int]]:

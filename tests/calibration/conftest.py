@@ -93,7 +93,7 @@ def fix_times(patch: pytest.MonkeyPatch) -> None:
     def model(engine: Engine, lengths: Any, batch: int) -> CostModel:
         return CostModel((1,), ((1.0,),) * len(engine.manifest.exits))
 
-    def speedup(engine: Engine, rows: Any, rule: Any, batch: int) -> float:
+    def speedup(engine: Engine, rows: Any, rule: Any, layers: Any, batch: int) -> float:
         return 1.25
 
     module = import_module("fpabee.calibration.calibrate")

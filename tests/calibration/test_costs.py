@@ -18,6 +18,7 @@ from fpabee.calibration.costs import (
     measure_costs,
     measure_speedup,
     observed_losses,
+    time_in_turns,
 )
 from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
 from fpabee.runtime import Budget, Engine, ProblemType
@@ -39,8 +40,40 @@ def test_every_exit_is_timed_at_the_typical_lengths(engines: Mapping[str, Path])
         assert np.shape(model.seconds) == (3, 3)
         assert np.min(model.seconds) > 0
         rows = engine.core.encode(["the film", "rain"])
-        assert measure_speedup(engine, rows, Budget(exit=1), 1) > 0
-        assert measure_speedup(engine, rows, Budget(exit=3), 1) == pytest.approx(1.0, abs=0)
+        layers = np.array([1, 1])
+        assert measure_speedup(engine, rows, Budget(exit=1), layers, 1) > 0
+        assert measure_speedup(engine, rows, Budget(exit=3), layers, 1) == pytest.approx(1.0, abs=0)
+
+
+def test_ways_to_run_a_unit_take_turns() -> None:
+    calls: list[str] = []
+    runs = [lambda unit: calls.append(unit + "a"), lambda unit: calls.append(unit + "b")]
+    assert time_in_turns(["1", "2"], runs, turns=2).shape == (2, 2, 2)
+    assert calls == ["1a", "1b", "2a", "2b", "1b", "1a", "2b", "2a"]
+
+
+def test_a_speedup_that_the_layers_do_not_explain_is_measured_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rule runs two of six layers, so it is at most three times as fast."""
+    timed: list[list[int]] = []
+    passes = iter([[9.0, 1.0], [2.0, 1.0], [2.0, 1.0]])
+
+    def turns(units: Any, runs: Any, count: int) -> Any:
+        timed.append([row for unit in units for row in unit])
+        return np.tile(next(passes), (count, len(units), 1))
+
+    monkeypatch.setattr("fpabee.calibration.costs.time_in_turns", turns)
+    manifest = SimpleNamespace(exits=(1, 2), exit_layers=(1, 6))
+    engine: Any = SimpleNamespace(manifest=manifest, run_encoded=lambda rows, rule: None)
+    rows: Any = [range(length) for length in range(1, 1001)]
+    # A fifth of the rows needs all layers, and they are not spread evenly.
+    layers = np.where(np.arange(1000) < 200, 6, 1)
+    assert measure_speedup(engine, rows, Budget(exit=1), layers, 1) == pytest.approx(2.0)
+    assert len(timed) == 3, "9 and the median of 9 and 2 are more than the layers allow"
+    assert len({tuple(map(len, rows)) for rows in timed}) == 1
+    needs_all = np.mean([len(row) <= 200 for row in timed[0]])
+    assert needs_all == pytest.approx(0.2, abs=0.02), "the depths are as in all rows"
 
 
 @pytest.mark.parametrize("batch", [1, 3, 32])

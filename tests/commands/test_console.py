@@ -12,7 +12,7 @@ from rich import progress as bars
 from rich.table import Table
 
 from fpabee.commands import console as console_module
-from fpabee.commands.console import PlainConsole, echo, step_progress
+from fpabee.commands.console import PlainConsole, echo, echo_cells, step_progress
 from fpabee.runtime.errors import InputError, printable
 
 NASTY = "\x1b[31mred\x07\r\n\x9b2J\u202eeslaf\x7f [bold]x[/bold] :fire:"
@@ -39,6 +39,17 @@ def test_lines_and_tables_are_escaped() -> None:
     assert shown.count(PLAIN) == 4
     assert not any(c in shown for c in "\x07\r\x9b\u202e\x7f")
     assert "\x1b[31m" not in shown
+
+
+def test_figures_stand_under_each_other_and_names_are_whole(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    echo_cells("short", ("1.5", "2"), (6, 4))
+    echo_cells(70 * "long", ("1.5", "2"), (6, 4))
+    short, name, long = capsys.readouterr().out.splitlines()
+    assert name == 70 * "long"
+    assert (len(short), len(long)) == (80, 80)
+    assert short.split() == ["short", *long.split()]
 
 
 def test_steps_are_escaped_in_lines_and_in_the_bar_of_a_terminal(

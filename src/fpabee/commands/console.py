@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from threading import Event, Thread
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 from rich import progress as bars
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
@@ -47,6 +48,22 @@ def echo_wrapped(text: str) -> None:
     """Print text on standard output in lines of 80 columns."""
     for line in textwrap.wrap(text, _WIDTH, break_long_words=False, break_on_hyphens=False):
         echo(line)
+
+
+def echo_cells(name: str, cells: Sequence[str], widths: Sequence[int]) -> None:
+    """Print a line of a table of 80 columns: a name on the left, and figures on the right.
+
+    Args:
+        name: has a line of its own if it is long; people type it, so it is never cut.
+        cells: the figures.
+        widths: of the columns of figures.
+    """
+    figures = "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    most = _WIDTH - len(figures)
+    if cell_len(name) > most:
+        echo(name)
+        name = ""
+    echo((set_cell_size(name, most) + figures).rstrip())
 
 
 class PlainConsole(Console):

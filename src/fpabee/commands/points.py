@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.cells import cell_len, set_cell_size
-
 from ..calibration.report.words import exit_0_in_words, promise_in_words
 from ..calibration.result import Calibration, Point
 from ..calibration.scoring import AGREEMENT
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.rules.words import rule_in_words
-from .console import echo, echo_wrapped
+from .console import echo, echo_cells, echo_wrapped
 
-# A longer name has a line of its own: no name is cut, because people type it.
-_NAME_WIDTH = 41
+# Of the figures in the table.
+_WIDTHS = (8, 12, 6, 8)
+# Of the heads above them, one of which spans two columns.
+_HEAD_WIDTHS = (8, 19, 8)
 
 
 def show(results: Sequence[Calibration], default_target: str | None = None) -> None:
@@ -34,24 +34,17 @@ def show(results: Sequence[Calibration], default_target: str | None = None) -> N
     echo("")
     first = results[0].points[0]
     is_agreement = first.held_out.metric == AGREEMENT
-    unit = "changed" if is_agreement else "lost"
-    rows = [
-        ("", "layers", "times faster", "", "answers" if is_agreement else "points"),
-        ("target and operating point", "per text", "single text", "file", unit),
-    ]
+    lost = ("answers", "changed") if is_agreement else ("points", "lost")
+    for heads in (("", "times faster than", ""), ("layers", "all layers", lost[0])):
+        echo_cells("", heads, _HEAD_WIDTHS)
+    echo_cells("target and operating point", ("per text", "single text", "file", lost[1]), _WIDTHS)
     for result in results:
         for point in result.points:
-            single, *_, file = [f"{ratio:.2f}" for ratio in (*point.measured.values(),) * 2]
-            name = _name(point, result, default_target)
+            single, *_, file = [f"{ratio:.1f}" for ratio in (*point.measured.values(),) * 2]
             layers = f"{point.chosen_on.mean_depth:.2f}"
-            lost = _lost(point, is_agreement) if result.is_judged(point) else "unknown"
-            rows.append((name, layers, single, file, lost))
-    for name, layers, single, file, lost in rows:
-        is_long = cell_len(name) > _NAME_WIDTH
-        if is_long:
-            echo(name)
-        left = set_cell_size("" if is_long else name, _NAME_WIDTH)
-        echo(f"{left} {layers:>8} {single:>12} {file:>6} {lost:>8}".rstrip())
+            loss = _lost(point, is_agreement) if result.is_judged(point) else "unknown"
+            name = _name(point, result, default_target)
+            echo_cells(name, (layers, single, file, loss), _WIDTHS)
     for result in results:
         echo("")
         for point in result.points:

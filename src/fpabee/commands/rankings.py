@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.cells import set_cell_size
-
 from ..calibration.guarantee import share_interval
 from ..calibration.ranking import RankingPoint
-from .console import echo, echo_wrapped
+from .console import echo, echo_cells, echo_wrapped
+
+# Of the figures in the table.
+_WIDTHS = (10, 9, 11, 13)
 
 
 def show(points: Sequence[RankingPoint], default_target: str) -> None:
@@ -21,16 +22,21 @@ def show(points: Sequence[RankingPoint], default_target: str) -> None:
     """
     first = points[0]
     echo("")
-    echo(_line("", "layers per", f"ms for {first.times.documents}", "times", "queries with"))
-    other = f"other top {first.top}"
-    echo(_line("target and operating point", "document", "documents", "faster", other))
+    documents = f"ms for {first.times.documents}"
+    top = f"other top {first.top}"
+    for name, cells in (
+        ("", ("", "", "times", "")),
+        ("", ("layers per", documents, "faster than", "queries with")),
+        ("target and operating point", ("document", "documents", "all layers", top)),
+    ):
+        echo_cells(name, cells, _WIDTHS)
     for point in points:
         held = point.held_out
-        name = _name(point, default_target)
         layers = f"{point.chosen_on.mean_depth:.2f}"
         milliseconds = f"{point.times.milliseconds:.1f}"
-        faster = f"{point.times.times_faster:.2f}"
-        echo(_line(name, layers, milliseconds, faster, f"{held.changed} of {held.queries:,}"))
+        faster = f"{point.times.times_faster:.1f}"
+        changed = f"{held.changed} of {held.queries:,}"
+        echo_cells(_name(point, default_target), (layers, milliseconds, faster, changed), _WIDTHS)
     echo("")
     for point in points:
         echo_wrapped(f"{_name(point, default_target)}: {_promise(point)}")
@@ -78,9 +84,3 @@ def _promise(point: RankingPoint) -> str:
     tested = f"tested on {promise.rows:,} of {point.chosen_on.queries:,} queries"
     judged = f"of those that decided nothing, {held.changed} of {held.queries:,} have one"
     return f"{most}, {confidence}, {tested}; {judged} (95 %: {100 * low:.2f} to {100 * high:.2f} %)"
-
-
-def _line(name: str, layers: str, milliseconds: str, faster: str, changed: str) -> str:
-    """A line of the table, of 80 columns; a longer name loses its end."""
-    left = set_cell_size(name, 38)
-    return f"{left} {layers:>10} {milliseconds:>9} {faster:>6} {changed:>13}".rstrip()
