@@ -5,20 +5,22 @@
 
 All systems classify the same test texts on the same machine and threads, each in a fresh process,
 tokenization included. Each one is exported, quantized or trained as its documentation recommends,
-in an environment of its own in WORK, because their requirements conflict. Models are those of
-`reproduce.py` with exit 0, trained for the default number of epochs unless they are in WORK. Their
-last exit is the classifier of systems that only run a model. Its graph also runs bare in ONNX
-Runtime and OpenVINO, without a library around it and with the texts in the order of the file.
-Besides the operating points of fpabee there are one file with `balanced` inside, the conversion of
-a classifier if `conversions.py` made it in WORK, full depth as one graph, `balanced` without exit
+in an environment of its own in WORK, because their requirements conflict. Systems that only run a
+model run the plain classifier of `conversions.py`, which was trained on half of the rows. Its
+conversion takes part with all targets that have an operating point, if it is in WORK. Models with
+exits are those of `reproduce.py` with exit 0, trained for the default number of epochs unless they
+are in WORK. The graph of the last exit also runs bare in ONNX Runtime and OpenVINO, without a
+library around it and with the texts in the order of the file. Besides the operating points of
+fpabee there are one file with `balanced` inside, full depth as one graph, `balanced` without exit
 0, exit 0 alone, the cascade (exit 0 answers the rows of which it is certain, and one graph all
 others), an encoder that is cut after three layers, and exits that run as many layers on average.
 
 All systems are measured in rounds: each round runs every system once, in rotating order. Results
-are medians over the rounds, and ratios are medians of the ratios to `onnx` in the same round, so a
-slower hour of the machine changes little. Finished rounds are kept, so the script can be stopped at
-any time; rounds of another CPU, target or version are refused. A system that fails is listed with
-its error, and is tried again the next time. `picture.py` draws the results. Nothing else should run
+are medians over the rounds, and ratios are medians of the ratios to `pipeline` in the same round,
+so a slower hour of the machine changes little. *Changed* counts the answers that are not those of
+the classifier. Finished rounds are kept, so the script can be stopped at any time; rounds of
+another CPU, target or version are refused. A system that fails is listed with its error, and is
+tried again the next time. `picture.py` draws the results. Nothing else should run
 on the machine. All cores that this process may use are used; `taskset -c 0,1 python ...` takes two.
 """
 
@@ -33,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import conversions
 import reproduce
 from reproduce import EXIT_0, RUNS, engines_of, train_run
 from systems import ENVIRONMENTS, OTHERS, System, measure, read
@@ -57,8 +60,8 @@ CUT = 3
 BALANCED = Goal(max_drop=0.5)
 INT8_TARGET = "openvino-int8"
 PABEE = "pabee"
-REFERENCE = "onnx"
-"""The system that all others are compared with: ONNX Runtime in fp32 with padded batches."""
+REFERENCE = "pipeline"
+"""The system that all others are compared with: the pipeline of Transformers, in fp32."""
 
 
 def systems(
@@ -120,9 +123,10 @@ def systems(
     yield packed("fpabee-single-file", engines, "onnxruntime", 1, "balanced", FP32_TARGET)
     if converted is not None and converted.is_dir():
         manifest = read_manifest(converted)
-        _, rule = rule_of(manifest, manifest.default_target, None)
-        settings = {"engines": str(converted), "target": manifest.default_target}
-        yield System("fpabee-converted", "fpabee", settings=settings | {"rule": rule.to_dict()})
+        for name in (name for name, each in manifest.targets.items() if each.operating_points):
+            _, rule = rule_of(manifest, name, None)
+            settings = {"engines": str(converted), "target": name, "rule": rule.to_dict()}
+            yield System(f"fpabee-converted-{name}", "fpabee", settings=settings)
     rows, layers = reproduce.trace(engines, dev)
     # The last list of the last exit: exit 0 answers, or else all layers run.
     cascades = settings_lists(rows, ["budget"])[-1:]
@@ -139,6 +143,15 @@ def systems(
     as_fast = reproduce.choose(search, Goal(speedup=layers[-1] / CUT))
     if as_fast is not None:
         yield runs(f"exits-{CUT}-layers", engines, as_fast)
+
+
+def decisions_of(classifier: Path, data: Path, place: Path) -> Path:
+    """The file with the answers of a classifier to the test texts, in PyTorch and fp32."""
+    file = place / f"{classifier.name}-decisions.json"
+    if not file.is_file():
+        answers = conversions.decisions(classifier, read(str(data), "test")[0])
+        file.write_text(json.dumps([sorted(each) for each in answers]), encoding="utf-8")
+    return file
 
 
 def add_all_targets(engines: Path, data: Path) -> None:
@@ -178,19 +191,21 @@ def check_same(name: str, stored: dict[str, Any], now: dict[str, Any], results: 
 def table(name: str, results: dict[str, dict[str, Any]]) -> Iterator[str]:
     """The results of a model as Markdown, the fastest over the file first."""
     yield f"## {name}\n"
-    heads = ["", "rounds", "accuracy", "layers", "texts per second", "times the reference"]
-    heads += ["one text, ms", "times the reference", "p99 ms", "MiB", "start-up s"]
+    heads = ["", "rounds", "accuracy", "changed", "layers"]
+    heads += ["texts per second", "times the reference", "one text, ms", "times the reference"]
+    heads += ["p99 ms", "MiB", "start-up s"]
     yield f"| {' | '.join(heads)} |"
     yield f"|{'---|' * len(heads)}"
     rounds = {name: row["rounds"] for name, row in results.items()}
     for name in sorted(results, key=lambda name: -_median(rounds[name], "rows_per_s")):
         mine = rounds[name]
         if not mine:
-            yield f"| {name} | 0 | failed: {results[name]['failed']} | | | | | | | | |"
+            yield f"| {name} | 0 | failed: {results[name]['failed']} | | | | | | | | | |"
             continue
         layers = f"{_median(mine, 'layers'):.2f}" if mine[0].get("layers") is not None else ""
         yield (
-            f"| {name} | {len(mine)} | {_median(mine, 'score'):.4f} | {layers} "
+            f"| {name} | {len(mine)} | {_median(mine, 'score'):.4f} "
+            f"| {_median(mine, 'changed'):.0f} | {layers} "
             f"| {_median(mine, 'rows_per_s'):,.0f} | {_ratio(rounds, name, 'rows_per_s')} "
             f"| {_median(mine, 'median_ms'):.2f} | {_ratio(rounds, name, 'median_ms')} "
             f"| {_median(mine, 'p99_ms'):.2f} | {_median(mine, 'memory_mib'):.0f} "
@@ -252,6 +267,7 @@ def main(
     stored = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     for name in only:
         run = RUNS[name]
+        own_name = name.removesuffix(EXIT_0)
         place = work / "peers"
         run = dataclasses.replace(run, options=run.options | {"epochs": None})
         backbone = reproduce.backbone_of(run.backbone, work)
@@ -259,12 +275,15 @@ def main(
         options = run.options | {"exits": (CUT,), "distill": 0.0, "exit_0": False}
         cut = dataclasses.replace(run, options=options)
         cut_model = train_run(cut, seed, data, backbone, place / f"{name}-cut-{seed}")
+        plain = conversions.teach(conversions.RUNS[own_name], seed, data, work)
         inputs = {
+            "classifier": str(plain),
+            "decisions": str(decisions_of(plain, data / run.data, place)),
             "model": str(model),
             "backbone": backbone,
             "data": str(data / run.data),
         }
-        converted = work / "conversions" / f"{name.removesuffix(EXIT_0)}-{seed}-all"
+        converted = work / "conversions" / f"{own_name}-{seed}-all"
         mine = stored.setdefault(model.name, {})
         asked = [
             system

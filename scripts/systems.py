@@ -4,9 +4,10 @@
 
 `prepare` exports, quantizes or trains, once. `measure` loads the result in a fresh process,
 classifies the texts of the test file, and prints JSON. The specification holds `kind` (one of
-`KINDS`), `place` (the folder that `prepare` writes), `model` (the multi-exit model whose last exit
-is the classifier), `backbone`, `data` (the folder of the dataset), `begun` (when the process was
-started) and the settings of the system. Only what runs fpabee imports fpabee.
+`KINDS`), `place` (the folder that `prepare` writes), `classifier` (a plain classifier), `decisions`
+(the file with its answers to the test texts in PyTorch), `model` (a model with exits), `backbone`,
+`data` (the folder of the dataset), `begun` (when the process was started) and the settings of the
+system. Only what runs fpabee imports fpabee.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from types import SimpleNamespace as Specification
 from typing import Any
 
 SINGLE_ROWS = 200
+PIPELINE_BATCH = 32
 
 ENVIRONMENTS = {
     "torch": ["sentence-transformers==6.2.0"],
@@ -64,6 +66,8 @@ class System:
 
 
 OTHERS = [
+    System("pipeline", "pipeline", "torch", {"form": "fp32"}),
+    System("pipeline-bf16", "pipeline", "torch", {"form": "bf16"}),
     *(System(f"torch-{form}", "torch", "torch", {"form": form}) for form in ("eager", "bf16")),
     System("torch-compiled", "torch", "torch", {"form": "compiled"}),
     System("onnx", "backend", "onnx", {"int8": False}),
@@ -148,27 +152,51 @@ def config_of(model: str) -> dict[str, Any]:
 
 
 def prepare_torch(spec: Specification) -> None:
-    """Write the last exit's classifier for sentence-transformers: its embedding is the logits."""
+    """Write the classifier for sentence-transformers: its embedding is the logits."""
     import torch
     from safetensors.torch import load_file
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 
-    config = config_of(spec.model)
+    config = config_of(spec.classifier)
     width = config["hidden_size"]
-    exits = config["fpabee"]["exits"]
-    encoder = Transformer(spec.model, config_kwargs={"num_hidden_layers": exits[-1]})
-    dense = Dense(width, len(config["id2label"]), activation_function=torch.nn.Identity())
-    weights = load_file(Path(spec.model) / "model.safetensors")
-    last = len(exits) - 1
-    names = ("weight", "bias")
-    dense.linear.load_state_dict({name: weights[f"classifiers.{last}.{name}"] for name in names})
-    SentenceTransformer(modules=[encoder, Pooling(width), dense]).save_pretrained(spec.place)
+    weights = load_file(Path(spec.classifier) / "model.safetensors")
+    # BERT has a pooler, whose place in MPNet and RoBERTa is within the classifier.
+    names = ("bert.pooler.dense", "classifier")
+    if f"{names[0]}.weight" not in weights:
+        names = ("classifier.dense", "classifier.out_proj")
+    hidden = Dense(width, width, activation_function=torch.nn.Tanh())
+    last = Dense(width, len(config["id2label"]), activation_function=torch.nn.Identity())
+    for dense, name in ((hidden, names[0]), (last, names[1])):
+        parts = {part: weights[f"{name}.{part}"] for part in ("weight", "bias")}
+        dense.linear.load_state_dict(parts)
+    first = Pooling(width, pooling_mode="cls")
+    modules = [Transformer(spec.classifier), first, hidden, last]
+    SentenceTransformer(modules=modules).save_pretrained(spec.place)
+
+
+def load_pipeline(spec: Specification) -> Predict:
+    """PyTorch as people run it: the pipeline of Transformers."""
+    import torch
+    from transformers import pipeline
+
+    dtype = torch.bfloat16 if spec.form == "bf16" else torch.float32
+    pipe: Any = pipeline("text-classification", model=spec.classifier, device="cpu", dtype=dtype)
+
+    def predict(texts: Sequence[Any]) -> list[Answer]:
+        inputs = [
+            text if isinstance(text, str) else dict(zip(("text", "text_pair"), text, strict=True))
+            for text in texts
+        ]
+        answers = pipe(inputs, batch_size=min(len(inputs), PIPELINE_BATCH), truncation=True)
+        return [([answer["label"]], None) for answer in answers]
+
+    return predict
 
 
 def from_logits(model: Any, spec: Specification) -> Predict:
     """The labels of what `encode` returns, which is the logits."""
-    names = config_of(spec.model)["id2label"]
+    names = config_of(spec.classifier)["id2label"]
     more = {"convert_to_tensor": True, "show_progress_bar": False}
 
     def predict(texts: Sequence[Any]) -> list[Answer]:
@@ -356,6 +384,7 @@ def load_pabee(spec: Specification) -> Predict:
 
 
 KINDS = {
+    "pipeline": (None, load_pipeline),
     "torch": (prepare_torch, load_torch),
     "backend": (prepare_backend, load_backend),
     "model2vec": (prepare_model2vec, load_model2vec),
@@ -385,8 +414,12 @@ def measured(spec: Specification) -> dict[str, Any]:
     answers = predict(texts)
     layers = [layer for _, layer in answers if layer is not None]
     right = [set(mine) == set(true) for (mine, _), true in zip(answers, labels, strict=True)]
+    decisions = json.loads(Path(spec.decisions).read_text(encoding="utf-8"))
     return {
         "score": statistics.mean(right),
+        "changed": sum(
+            set(mine) != set(was) for (mine, _), was in zip(answers, decisions, strict=True)
+        ),
         "layers": statistics.mean(layers) if layers else None,
         "rows": len(texts),
         "median_ms": statistics.median(alone),

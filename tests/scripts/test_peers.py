@@ -22,6 +22,7 @@ from fpabee.runtime import Budget, Engine, Pabee
 TEXTS = ["turn on the light", "is it not a good film", "book a table", "play music"]
 MEASURED: dict[str, Any] = {
     "score": 0.5,
+    "changed": 1,
     "rows": 4,
     "median_ms": 2.0,
     "p99_ms": 3.0,
@@ -47,17 +48,20 @@ def test_a_system_is_measured_in_a_fresh_process(
         labels[0] = next(name for name in engine.labels if name != labels[0])
         labels[1] += f"|{labels[0]}"
     _store(tmp_path / "data" / "test.jsonl.gz", TEXTS, labels)
-    given = {"model": "m", "data": str(tmp_path / "data")}
+    decisions = tmp_path / "decisions.json"
+    decisions.write_text(json.dumps([label.split("|") for label in labels]))
+    inputs = {"model": "m", "data": str(tmp_path / "data"), "decisions": str(decisions)}
     settings = {"engines": folder, "target": TARGET, "rule": None}
-    found = systems.measure(System("full", "fpabee", settings=settings), given, tmp_path)
-    assert (found["score"], found["rows"], found["layers"]) == (0.5, 4, 3)
-    assert 0 < found["median_ms"] <= found["p99_ms"]
-    assert min(found[key] for key in ("rows_per_s", "memory_mib", "start_up_s")) > 0
+    measured = systems.measure(System("full", "fpabee", settings=settings), inputs, tmp_path)
+    expected = {"score": 0.5, "changed": 2, "rows": 4, "layers": 3}
+    assert {name: measured[name] for name in expected} == expected
+    assert 0 < measured["median_ms"] <= measured["p99_ms"]
+    assert min(measured[key] for key in ("rows_per_s", "memory_mib", "start_up_s")) > 0
     first = settings | {"rule": Budget(exit=1).to_dict()}
-    assert systems.measure(System("1", "fpabee", settings=first), given, tmp_path)["layers"] == 1
+    assert systems.measure(System("1", "fpabee", settings=first), inputs, tmp_path)["layers"] == 1
     wrong = System("other", "fpabee", settings=settings | {"target": "none such"})
     with pytest.raises(RuntimeError, match="none such"):
-        systems.measure(wrong, given, tmp_path)
+        systems.measure(wrong, inputs, tmp_path)
 
 
 @pytest.mark.parametrize("patience", [1, 3])
@@ -78,11 +82,11 @@ def test_pabee_stops_as_its_rule(
 def test_rounds_are_kept_and_what_failed_is_listed_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = ["fpabee-full-depth", "fpabee-balanced", "onnx", "model2vec", "cascade"]
+    names = ["fpabee-full-depth", "fpabee-balanced", "pipeline", "model2vec", "cascade"]
     tried: list[str] = []
     versions = {"torch": "2"}
 
-    def measure(system: System, given: dict[str, Any], work: Path) -> dict[str, Any]:
+    def measure(system: System, inputs: dict[str, Any], work: Path) -> dict[str, Any]:
         tried.append(system.name)
         if system.name == "model2vec" and tried.count("model2vec") == 1:
             raise RuntimeError("no space left")
@@ -90,6 +94,8 @@ def test_rounds_are_kept_and_what_failed_is_listed_and_tried_again(
         return {**MEASURED, "rows_per_s": 400.0 / slow, "versions": dict(versions)}
 
     monkeypatch.setattr(peers, "train_run", lambda *arguments: arguments[-1])
+    monkeypatch.setattr("conversions.teach", lambda *arguments: arguments[-1] / "classifier")
+    monkeypatch.setattr(peers, "decisions_of", lambda *arguments: arguments[-1] / "decisions.json")
     target = {"target": "fast"}
     systems = [System(name, "torch", settings=target) for name in names]
     monkeypatch.setattr(peers, "systems", lambda *_: systems)
@@ -110,7 +116,7 @@ def test_rounds_are_kept_and_what_failed_is_listed_and_tried_again(
 
     assert "| model2vec | 0 | failed: no space left |" in table(1)
     assert tried == [*names[1:], names[0]], "each round begins with another system"
-    table(1, "--kind", "onnx")
+    table(1, "--kind", "pipeline")
     assert len(tried) == 5
     assert "failed" not in table(2)
     assert tried.count("model2vec") == 3
@@ -119,7 +125,7 @@ def test_rounds_are_kept_and_what_failed_is_listed_and_tried_again(
     assert "fpabee in fast" in found
     # Twice and three times as slow as the reference in the same round.
     assert (
-        "| cascade | 2 | 0.5000 |  | 167 | 0.42 (0.33 to 0.50) | 2.00 | 1.00 (1.00 to 1.00)"
+        "| cascade | 2 | 0.5000 | 1 |  | 167 | 0.42 (0.33 to 0.50) | 2.00 | 1.00 (1.00 to 1.00)"
         in found
     )
     versions["torch"] = "3"
