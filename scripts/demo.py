@@ -25,11 +25,10 @@ import click
 from fpabee.commands.command import exits_with_one_line
 
 DATA = Path(__file__).parent / "demo_data"
-EPOCHS = 4
+EPOCHS = 3
 LEARNING_RATE = 2e-4
-TURNS = 5
-WARM_UPS = 2
-SINGLE_TEXTS = 100
+TURNS = 3
+SINGLE_TEXTS = 50
 PIPELINE_BATCH = 32
 
 Classify = Callable[[Sequence[str]], list[str]]
@@ -81,7 +80,9 @@ def rows_of(part: str) -> tuple[list[str], list[str]]:
 def in_pytorch(folder: Path) -> Classify:
     """The classifier in PyTorch, through the pipeline of Transformers."""
     from transformers import pipeline
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     pipe: Any = pipeline("text-classification", model=str(folder), device="cpu")
 
     def classify(texts: Sequence[str]) -> list[str]:
@@ -92,12 +93,12 @@ def in_pytorch(folder: Path) -> Classify:
 
 
 def measure(variants: Sequence[Variant], texts: Sequence[str]) -> None:
-    """Let all variants classify the texts in turns; the first turns warm up."""
+    """Let all variants classify the texts in turns; the first turn warms up."""
     alone = texts[:: max(1, len(texts) // SINGLE_TEXTS)]
-    for turn in range(WARM_UPS + TURNS):
+    for turn in range(1 + TURNS):
         for place in range(len(variants)):
             variants[(turn + place) % len(variants)].take_turn(texts, alone)
-        if turn < WARM_UPS:
+        if turn == 0:
             for variant in variants:
                 variant.rates.clear()
                 variant.milliseconds.clear()

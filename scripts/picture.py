@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Draw the README's picture from the results of `peers.py`: accuracy against time per text.
+"""Draw the README's picture from the results of `peers.py`: accuracy against texts a second.
 
     python scripts/picture.py scripts/results/peers.json docs/assets
 
 It shows one model. fpabee is a curve over its operating points, and every alternative is a point
-with its name beside it. The time is that of the whole file, divided by its texts: the time of the
-median text would hide the texts that use all layers. A light and a dark version are written.
+with its name beside it. Texts a second are those of the whole file, on a logarithmic axis: the time
+of the median text would hide the texts that use all layers. An arrow says how many times as many
+texts the operating point `balanced` answers as PyTorch. A light and a dark version are written.
 """
 
 from __future__ import annotations
@@ -31,11 +32,15 @@ OWN = {
 }
 """Names of the systems of fpabee in the picture, and where they are written."""
 OTHERS = {
+    "pipeline": ("PyTorch", "above"),
+    "pipeline-bf16": ("PyTorch bf16", "above"),
     "openvino-int8": ("OpenVINO int8", "above"),
     "openvino": ("OpenVINO bf16", "above"),
     "onnx-int8": ("ONNX Runtime int8", "above"),
 }
 """The alternatives, all of the whole model. OpenVINO computes fp32 models in bf16 where it can."""
+ARROW = ("pipeline", "fpabee-balanced")
+"""Between which systems the arrow is drawn."""
 # Ink and grid of each version of the picture, and the colours of fpabee and of the alternatives.
 THEMES = {
     "light": ("#1f2328", "#d8dee4", "#0072B2", "#BC4C00"),
@@ -68,7 +73,7 @@ def style(ink: str, grid: str) -> dict[Any, Any]:
 
 
 def read(path: Path) -> dict[str, Place]:
-    """The milliseconds for a text and the accuracy in percent of each system in the picture.
+    """The texts a second and the accuracy in percent of each system in the picture.
 
     Raises:
         InputError: a system was not measured.
@@ -83,7 +88,7 @@ def read(path: Path) -> dict[str, Place]:
         )
     return {
         name: (
-            1000 / statistics.median(one["rows_per_s"] for one in each),
+            statistics.median(one["rows_per_s"] for one in each),
             100 * statistics.median(one["score"] for one in each),
         )
         for name, each in rounds.items()
@@ -106,9 +111,17 @@ def picture(places: dict[str, Place], own: str, other: str) -> Figure:
             }
             text = axes.annotate(label, places[name], color=color, **away)
             text.set_in_layout(False)
-    axes.set_xlim(0, 1.15 * max(milliseconds for milliseconds, _ in places.values()))
+    slow, fast = (places[name] for name in ARROW)
+    below = min(accuracy for _, accuracy in places.values())
+    line: dict[str, Any] = {"arrowprops": {"arrowstyle": "->", "color": own}}
+    axes.annotate("", (fast[0], below), (slow[0], below), **line)
+    middle = (slow[0] * fast[0]) ** 0.5
+    factor = f"{fast[0] / slow[0]:.0f} times as many texts"
+    axes.text(middle, below, factor, color=own, ha="center", va="bottom")
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
     axes.margins(y=0.15)
-    axes.set_xlabel("milliseconds per text, over the test file")
+    axes.set_xlabel("texts per second, over the test file")
     axes.set_ylabel("test accuracy in %")
     return figure
 
