@@ -233,7 +233,7 @@ def compare(
         required: how closely they must agree, and what is a near tie.
         first_exit: the exit of the first logits.
     """
-    finite = np.isfinite(logits).all(axis=-1)
+    finite = np.asarray(np.isfinite(logits).all(axis=-1))
     differences = logit_differences(logits, expected)
     logits = np.where(np.isfinite(logits), logits, 0.0).astype(np.float32)
     rounding = EXPORT_LIMIT * logit_sizes(expected)

@@ -477,7 +477,7 @@ def tables(every: dict[str, dict[str, Any]]) -> Iterator[str]:
             ]
             times_of.append((name, f"`{system}`", *(f"{ratio:.2f}" for ratio in ratios)))
     targets = list(dict.fromkeys(target for kept in kept_by.values() for target in kept))
-    names = (f"saved where `{target}` keeps the promise" for target in targets)
+    names = (f"`{target}`: saved" for target in targets)
     yield from table_head("classifier", "conversion", *names)
     for about, kept in kept_by.items():
         yield table_row(*about, *(kept.get(target, "") for target in targets))
