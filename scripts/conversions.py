@@ -5,12 +5,13 @@
 
 Each classifier is fine-tuned with plain Transformers code on half of the training rows. The other
 half and dev, without their labels, are the texts of the conversion, which promises at most 1 %
-changed answers: those that differ from the answers of the classifier in PyTorch and fp32. Beside it
-there are conversions of fewer texts, of 1,000 texts and up to 4,000 others that only train, and
-with linear heads; exit 0 alone, with all layers for the texts that it does not answer; and an
-encoder that was cut to its first half before the same training. With `--times`, conversions are
-timed against the classifier as one graph in ONNX Runtime and OpenVINO, in turns; nothing else
-should run on the machine then.
+changed answers: those that differ from the answers of the classifier in PyTorch and fp32. It
+certifies every target in fp32, bf16 and int8 that this machine can run. Beside it there are
+conversions of fewer texts, of 1,000 texts and up to 4,000 others that only train, and with linear
+heads; exit 0 alone, with all layers for the texts that it does not answer; and an encoder that was
+cut to its first half before the same training. With `--times`, conversions are timed against the
+classifier as one graph in ONNX Runtime and OpenVINO, in turns; nothing else should run on the
+machine then.
 
 DATA holds a folder for each dataset, with train, dev and test as `.jsonl.gz`; `descriptions.py`
 makes one of longer texts. Encoders are found as in `reproduce.py`. Finished steps are not repeated,
@@ -193,7 +194,7 @@ def run_conversion(
 ) -> dict[str, Any]:
     """What a conversion says, and the seconds of CPU that it took."""
     started = time.process_time()
-    result = convert(model, texts, engines, ConvertOptions(train_texts=others))
+    result = convert(model, texts, engines, ConvertOptions(train_texts=others, int8=True))
     seconds = time.process_time() - started
     content: dict[str, Any] = msgspec.to_builtins(to_dict(result))
     return content | {"cpu_s": seconds}
@@ -396,6 +397,7 @@ def tables(every: dict[str, dict[str, Any]]) -> Iterator[str]:
     """The results of classifiers by name, as Markdown."""
     heads_of = []
     times_of = []
+    kept_by = {}
     yield from table_head(
         "classifier",
         "conversion",
@@ -411,10 +413,12 @@ def tables(every: dict[str, dict[str, Any]]) -> Iterator[str]:
     )
     for name, results in every.items():
         for key, made in results.items():
+            kept = {}
             for each in made.get("targets", ()):
                 point = each["points"][0]
                 saved = 1 - point["held_out"]["mean_depth"] / made["exit_layers"][-1]
                 certified = "yes" if point["certificate"] else "no"
+                kept[each["target"]] = f"{saved:.1%}" if point["certificate"] else "no"
                 yield table_row(
                     name,
                     key,
@@ -425,6 +429,8 @@ def tables(every: dict[str, dict[str, Any]]) -> Iterator[str]:
                     *_tested(results, results[f"{key} {each['target']}"]),
                     f"{made['cpu_s']:.0f} s" if "cpu_s" in made else "",
                 )
+            if kept:
+                kept_by[name, key] = kept
             if chosen := made.get("chosen"):
                 heads_of.append((name, key, *_form(chosen)))
         for key in ("exit 0 alone", HALF):
@@ -437,6 +443,11 @@ def tables(every: dict[str, dict[str, Any]]) -> Iterator[str]:
                 for kind in ("single", "file")
             ]
             times_of.append((name, f"`{system}`", *(f"{ratio:.2f}" for ratio in ratios)))
+    targets = list(dict.fromkeys(target for kept in kept_by.values() for target in kept))
+    names = (f"`{target}`: saved" for target in targets)
+    yield from table_head("classifier", "conversion", *names)
+    for about, kept in kept_by.items():
+        yield table_row(*about, *(kept.get(target, "") for target in targets))
     yield from table_head("classifier", "conversion", "heads", "agreement of exits 1, 2, ... in %")
     yield from (table_row(*cells) for cells in heads_of)
     yield from table_head("classifier", "system", "times faster, texts one by one", "file")

@@ -28,7 +28,8 @@ class ConvertOptions:
             are reported on. The classifier may have been trained on them. Those that are among the
             texts, too, are left out. A reranker needs queries.
         adapter: the folder of a PEFT adapter, which is merged into the classifier.
-        all_targets: also build and certify the targets in int8, where this machine can.
+        int8: also build the targets in int8 that this machine can. Texts that train set their
+            ranges, and every target is certified.
         problem_type: the task, if the classifier does not name it.
         max_length: longest sequence in tokens, special tokens included; None: the longest that
             tokenizer and classifier take.
@@ -48,7 +49,7 @@ class ConvertOptions:
     top: int | None = None
     train_texts: Path | None = None
     adapter: Path | None = None
-    all_targets: bool = False
+    int8: bool = False
     problem_type: ProblemType | None = None
     max_length: int | None = None
     group_column: str | None = None

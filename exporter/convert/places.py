@@ -21,6 +21,7 @@ from ...runtime.files import Inputs
 from ...runtime.machine import require
 from ..paths import check_apart, check_model_dir, check_output, resolved
 from ..staging import locked, temporary
+from ..targets.builders import INT8_TARGETS, check_buildable
 from .options import ConvertOptions
 
 _STEPS = "conversion"
@@ -31,7 +32,7 @@ _OURS = re.compile(rf"{_STEPS}-[0-9a-f]{{16}}|\.{_STEPS}-[0-9a-f]{{8}}\.unfinish
 def check_places(
     classifier: str | Path, texts: str | Path, output: str | Path, options: ConvertOptions
 ) -> Path:
-    """Check the paths of a conversion, before any slow step begins.
+    """Check the paths of a conversion, and what it needs, before any slow step begins.
 
     Args:
         classifier: as in `convert`.
@@ -46,7 +47,8 @@ def check_places(
         ArtifactError: the output must not be written, or another process is converting into it.
         InputError: there are no such texts, or an input is inside of a folder that is replaced.
         ModelError: there is no such classifier or adapter.
-        MissingExtraError: an adapter needs `peft`, or the texts pyarrow.
+        MissingExtraError: an adapter needs `peft`, the texts pyarrow, or int8 the quantizer.
+        BackendError: this machine has no target in int8.
     """
     target = resolved(output)
     inputs = (classifier, texts, options.train_texts, options.adapter)
@@ -60,6 +62,9 @@ def check_places(
     Inputs([each for each in (texts, options.train_texts) if each], options.reading)
     if options.adapter is not None:
         check_adapter(options.adapter)
+    if options.int8:
+        require("quantize")
+        check_buildable(INT8_TARGETS)
     return target
 
 

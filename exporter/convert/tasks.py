@@ -32,7 +32,7 @@ from ...calibration.ranking import (
     errors_near_top,
     saved,
 )
-from ...calibration.result import Calibration, Report
+from ...calibration.result import Calibration, Point, Report
 from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, mean_saving, same_answers
 from ...calibration.settings import StopScores, exits_of, settings_lists
 from ...runtime.artifact.manifest import ProblemType, Task
@@ -502,14 +502,9 @@ TASKS: dict[ProblemType, type[Classification] | type[Ranking]] = {
 }
 
 
-def is_certified(result: Result) -> bool:
-    """Whether a target has an operating point with a certificate."""
-    certificates = (
-        [point.certificate for point in result.points]
-        if isinstance(result, Calibration)
-        else [result.certificate]
-    )
-    return all(certificates)
+def point_of(result: Result) -> Point | RankingPoint:
+    """The operating point of a target, which a conversion has one of."""
+    return result.points[0] if isinstance(result, Calibration) else result
 
 
 def _saved(scorer: Scorer, costs: NDArray[np.float64], share: float) -> float:

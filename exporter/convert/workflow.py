@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import util
 from pathlib import Path
 
 import msgspec
@@ -43,8 +42,9 @@ from ..paths import check_output
 from ..pipeline import ExportOptions, export
 from ..staging import staging, system_errors
 from ..targets.build import build_targets
-from ..targets.builders import INT8_TARGETS, OPENVINO_TARGETS, buildable
+from ..targets.builders import INT8_TARGETS, OPENVINO_TARGETS, buildable, check_enough_texts
 from ..targets.check import FP32_TARGET
+from ..targets.default import fastest_with_exits
 from ..tokenizer import load_tokenizer, pad_id, row_limit
 from ..training.examples import encoded_rows
 from .classifier import Classifier, named_task
@@ -52,7 +52,7 @@ from .heads import choose_form, store, train_heads
 from .options import Chosen, Conversion, ConvertOptions
 from .places import check_places, unfinished
 from .states import States, run_classifier
-from .tasks import TASKS, Classification, Ranking, is_certified
+from .tasks import TASKS, Classification, Ranking, point_of
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ def convert(
         RowError: a row cannot be read.
         ArtifactError: the output folder exists, or cannot be written.
         MissingExtraError: a package that is needed is not installed.
+        BackendError: int8 is asked for, and this machine has no target in int8.
         CheckError: the export differs too much from the model.
 
     Example:
@@ -118,6 +119,8 @@ def convert(
     given = TASKS[named_task(classifier, options.problem_type)](texts, options)
     too_few = _too_few(given)
     what = given.what
+    if options.int8:
+        check_enough_texts(len(given.numbers(given.texts.taught)), "texts that train")
     of = f"{len(given.texts.own):,} distinct {what}"
     certify = f"{len(given.texts.calibrate):,} of {of} certify"
     for line in (certify, *needs_in_words(given.bound, given.has_exit_0, what)):
@@ -295,7 +298,7 @@ class _Work:
         """Add targets to the engines folder; without an operating point, rows run all layers.
 
         Returns:
-            Why targets were not built.
+            Why targets were refused.
         """
         folder = EnginesFolder.read(engines)
         full_depth = Budget(exit=folder.manifest.exits[-1])
@@ -305,41 +308,49 @@ class _Work:
         changed.write()
         names = buildable(OPENVINO_TARGETS)
         texts: list[Text] = []
-        if self.options.all_targets and util.find_spec("nncf") is not None:
+        if self.options.int8:
             names += buildable(INT8_TARGETS)
-            # Ranges come from texts that do not certify.
+            # Ranges come from texts that do not certify; shuffled, because the first ones set them.
             taught = self.given.numbers(self.given.texts.taught)
-            texts = [self.given.rows[number].content for number in taught]
+            shuffled = np.random.default_rng(0).permutation(taught)
+            texts = [self.given.rows[number].content for number in shuffled]
         result = build_targets(engines, names, texts, progress=self.progress)
-        return [f"{name} was not built: {error}" for name, error in result.refused.items()]
+        refused: dict[str, list[str]] = {}
+        for name, error in result.refused.items():
+            refused.setdefault(str(error), []).append(name)
+        return [f"not built: {', '.join(names)}: {why}" for why, names in refused.items()]
 
     def _certify(self, engines: Path, logits: NDArray[np.float32], chosen: Chosen) -> Conversion:
-        """Certify the targets; the default is the fastest at full depth, if it has a point."""
+        """Certify the targets; the default is the fastest one that keeps its promise."""
         given = self.given
         texts = given.texts
         folder = EnginesFolder.read(engines)
-        fastest = folder.manifest.default_target
-        others = runnable_targets(folder) if self.options.all_targets else [fastest]
+        manifest = folder.manifest
+        others = runnable_targets(folder) if self.options.int8 else [manifest.default_target]
         by_name = {
             name: given.certify(engines, name, logits, chosen, self.progress)
             for name in dict.fromkeys([FP32_TARGET, *others])
         }
-        if not is_certified(by_name[fastest]):
-            fastest = FP32_TARGET
-        EnginesFolder.read(engines).with_manifest(default_target=fastest).write()
+        depths = {
+            name: point_of(each).chosen_on.mean_depth
+            for name, each in by_name.items()
+            if point_of(each).certificate is not None
+        }
+        default = fastest_with_exits(manifest, depths) if depths else FP32_TARGET
+        EnginesFolder.read(engines).with_manifest(default_target=default).write()
         return Conversion(
             folder=engines,
-            default_target=fastest,
+            default_target=default,
             targets=tuple(each for each in by_name.values() if isinstance(each, Calibration)),
             rankings=tuple(each for each in by_name.values() if isinstance(each, RankingPoint)),
-            exit_layers=folder.manifest.exit_layers,
+            exit_layers=manifest.exit_layers,
             chosen=chosen,
             rows=int(texts.weights.sum()),
             texts=len(texts.own),
             train_texts=len(texts.units) - len(texts.own),
             parts=texts.sizes,
-            traffic=given.traffic(by_name[fastest]),
-            accuracy=given.accuracy(self.task, logits, by_name[fastest]),
+            traffic=given.traffic(by_name[default]),
+            accuracy=given.accuracy(self.task, logits, by_name[default]),
             warnings=tuple(given.warnings),
             seconds=0.0,
         )

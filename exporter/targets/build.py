@@ -86,7 +86,7 @@ def build_targets(
         with _alone(path):
             before = EnginesFolder.read(path)
             if any(builder.quantizes(before, texts) for builder in builders):
-                check_enough_texts(texts)
+                check_enough_texts(len(texts))
             with tempfile.TemporaryFile(dir=path):  # before any slow step: it must be writable
                 pass
             bench = Workbench(before, texts, plans or PlanOptions(), progress)

@@ -146,15 +146,19 @@ class Workbench:
                     empty.rmdir()
 
 
-def check_enough_texts(texts: Sequence[Text]) -> None:
+def check_enough_texts(count: int, what: str = "texts") -> None:
     """Refuse to quantize with too few texts.
 
+    Args:
+        count: how many there are.
+        what: what messages call them.
+
     Raises:
-        InputError: how many there are, and how many are needed.
+        InputError: how many are needed.
     """
-    if len(texts) < _LEAST_TEXTS:
+    if count < _LEAST_TEXTS:
         raise InputError(
-            f"int8 needs at least {_LEAST_TEXTS} texts, but there are {len(texts)}",
+            f"int8 needs at least {_LEAST_TEXTS} {what}, but there are {count}",
             "give a few hundred texts like those to classify as `texts`",
         )
 
@@ -400,3 +404,14 @@ def buildable(names: Sequence[str]) -> list[str]:
     """
     here = [name for name in names if BUILDERS[name].why_not() is None]
     return here or [names[0]]
+
+
+def check_buildable(names: Sequence[str]) -> None:
+    """Refuse targets of which this machine can build none.
+
+    Raises:
+        FpabeeError: why it cannot build the first one.
+    """
+    problem = BUILDERS[buildable(names)[0]].why_not()
+    if problem is not None:
+        raise problem

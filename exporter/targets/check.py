@@ -2,7 +2,8 @@
 
 An export compares `onnxruntime-fp32`, in the runtime that users run, with the PyTorch model. Each
 target that is built runs the texts of `reference.npz`, and perhaps more texts, whose logits are
-those of `onnxruntime-fp32`. Graphs in fp16 are checked before they are written, see `fp16`.
+those of `onnxruntime-fp32`. If there are any, they judge the answers of int8. Graphs in fp16 are
+checked before they are written, see `fp16`.
 """
 
 from __future__ import annotations
@@ -96,8 +97,12 @@ def check_logits(
     first_exit = manifest.exits.stop - len(logits)
     required = REQUIREMENTS[precision]
     agreement = compare(logits, expected, rule, manifest.task, required, first_exit)
-    must_pass(agreement, f"{precision} changes answers", _OTHER_TARGET)
+    _must_keep_answers(agreement, precision)
     return agreement
+
+
+def _must_keep_answers(agreement: Agreement, precision: str) -> None:
+    must_pass(agreement, f"{precision} changes answers", _OTHER_TARGET)
 
 
 def checked_target(
@@ -129,7 +134,11 @@ def checked_target(
         except CheckError as error:  # nothing is damaged: the precision costs too much
             raise CheckError(error.message, _OTHER_TARGET) from error
         tolerance = agreement.max_logit_difference
-        if more is not None:
+        if more is None:
+            required = REQUIREMENTS[target.precision]
+            agreement = dataclasses.replace(agreement, required=required)
+            _must_keep_answers(agreement, target.precision)
+        else:
             texts, expected = more
             logits = engine.trace(texts).logits
             agreement = check_logits(

@@ -1,9 +1,13 @@
-"""The default target: the most exact one, or another one that is clearly faster on this machine."""
+"""The default target: the most exact one, or another one that is clearly faster on this machine.
+
+A build compares targets at full depth. A conversion compares those that keep their promise, with
+the layers that run there.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 import msgspec
@@ -12,6 +16,7 @@ from numpy.typing import NDArray
 
 from ...calibration.progress import Progress
 from ...runtime.artifact.folder import EnginesFolder
+from ...runtime.artifact.manifest import Manifest
 from ...runtime.check import EXPORT_LIMIT
 from ...runtime.targets import why_not
 from .check import engine_of
@@ -65,11 +70,7 @@ def with_fastest_default(engines: EnginesFolder, progress: Progress) -> tuple[En
     points = {name: target.operating_points.keys() for name, target in targets.items()}
     before = manifest.default_target
 
-    def inexactness(name: str) -> tuple[float, bool]:
-        """All within the limit are as exact; of these, the default target comes first."""
-        return max(manifest.targets[name].tolerance or 0.0, EXPORT_LIMIT), name != before
-
-    order = sorted(names, key=inexactness)
+    order = _by_exactness(manifest, names)
     fastest = next(
         name
         for place, name in enumerate(order)
@@ -94,6 +95,35 @@ def with_fastest_default(engines: EnginesFolder, progress: Progress) -> tuple[En
         chosen = fastest
     changed = engines.with_manifest(targets=targets, default_target=chosen)
     return changed, f"default target: {chosen}, {why}"
+
+
+def fastest_with_exits(manifest: Manifest, depths: Mapping[str, float]) -> str:
+    """The most exact of some targets that no less exact one clearly beats with early exits.
+
+    Args:
+        manifest: has the speeds at full depth, see `with_fastest_default`.
+        depths: by target, how many layers run for a row on average.
+    """
+    order = _by_exactness(manifest, depths)
+    # A single target for CPUs was not measured.
+    seconds = {
+        name: depths[name] / (manifest.targets[name].relative_speed or 1.0) for name in order
+    }
+    return next(
+        name
+        for place, name in enumerate(order)
+        if not any(_LEAST_GAIN * seconds[each] < seconds[name] for each in order[place + 1 :])
+    )
+
+
+def _by_exactness(manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """Targets, the most exact first; of those within the limit, the default target comes first."""
+
+    def inexactness(name: str) -> tuple[float, bool]:
+        tolerance = manifest.targets[name].tolerance or 0.0
+        return max(tolerance, EXPORT_LIMIT), name != manifest.default_target
+
+    return sorted(names, key=inexactness)
 
 
 def _gains(seconds: Mapping[str, Times], name: str, other: str) -> Times:

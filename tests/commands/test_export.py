@@ -140,6 +140,7 @@ def test_it_fails_if_nothing_is_kept_of_what_was_asked_for(
     assert "not added: openvino-int8: it changes answers" in result.stdout
     assert result.exit_code == (not left)
     assert ("onnxruntime-int8 was not added: it changes" in result.stderr) == (not left)
+    assert "not added: onnxruntime-int8" not in result.stdout, "an error is printed once"
     assert FP32 in read_manifest(tmp_path / "engines").targets
 
 

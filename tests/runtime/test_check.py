@@ -262,6 +262,30 @@ def test_the_exits_of_other_rows_do_not_depend_on_rounding(
     assert ties.mean() < 0.02
 
 
+def test_int8_is_judged_by_the_answers_that_the_rule_gives() -> None:
+    """Labels of other exits and the exits themselves may differ; the answers may not."""
+    rule = Confidence(threshold=0.9)
+    sure = [(9.0, -9.0)] * 100
+    torn = [(1.0, -1.0)] * 100
+    expected = logits(torn, sure, sure)
+    other_label = logits([(-1.0, 1.0)] * 100, sure, sure)
+    stops_earlier = logits(sure, sure, sure)
+    wrong = expected.copy()
+    wrong[1, :2] = (-9.0, 9.0)
+    required = REQUIREMENTS["int8"]
+    for same in (other_label, stops_earlier):
+        agreement = compare(same, expected, rule, SINGLE, required)
+        assert (agreement.label_agreement, agreement.passed) == (1.0, True)
+        assert not compare(same, expected, rule, SINGLE, REQUIREMENTS["fp32"]).passed
+    agreement = compare(wrong, expected, rule, SINGLE, required)
+    assert (agreement.label_agreement, agreement.passed) == (0.98, False)
+    assert agreement.first_bad_exit == 2
+    assert "answers agree for 98.00% (at least 99.5% required)" in str(agreement)
+    # Answers of several labels, and with exit 0.
+    several = compare(wrong, expected, rule, MULTI, required, first_exit=0)
+    assert (several.label_agreement, several.passed) == (0.98, False)
+
+
 def test_near_ties_are_compared_if_hardly_anything_else_is_left() -> None:
     expected = np.full((1, 100, 2), 0.1, np.float32)
     expected[:, :11, 0] += 9.0  # 11 sure rows

@@ -64,17 +64,20 @@ def test_the_tables_say_what_was_found() -> None:
     assert test == {"changed": 2, "accuracy": 2 / 3}
     point = {"certificate": {"promises": []}, "held_out": {"mean_depth": 3.0}}
     target = {"target": conversions.FP32, "points": [point]}
+    refused = {"certificate": None, "held_out": {"mean_depth": 6.0}}
+    failed = {"target": "onnxruntime-int8", "points": [refused]}
     form = {"pooling": "attention", "width": 64, "queries": 4, "every": 1}
     found: dict[str, Any] = {
         "classifier": {"rows": 3, "accuracy": 0.5},
         "all": {
-            "targets": [target],
+            "targets": [target, failed],
             "exit_layers": [0, 3, 6],
             "texts": 1234,
             "cpu_s": 61.2,
             "chosen": {"form": form, "agreement": [0.8, 0.95]},
         },
         f"all {conversions.FP32}": test | {"saved": 0.4},
+        "all onnxruntime-int8": test | {"saved": 0.0},
         "exit 0 alone": {"changed": 1, "saved": 0.1},
         "times": {
             "graph-onnxruntime": {"single": [2.0, 4.0, 6.0], "file": [3.0, 3.0, 3.0]},
@@ -85,6 +88,8 @@ def test_the_tables_say_what_was_found() -> None:
     for line in (
         "| trec-42 | all | 1,234 | `onnxruntime-fp32` | yes | 50.0% | 40.0% | 2 of 3 | 66.7% "
         "| 50.0% | 61 s |",
+        "| classifier | conversion | `onnxruntime-fp32`: saved | `onnxruntime-int8`: saved |",
+        "| trec-42 | all | 50.0% | no |",
         "| trec-42 | exit 0 alone |  |  |  |  | 10.0% | 1 of 3 |  | 50.0% |  |",
         "| trec-42 | all | attention with 4 queries, hidden layer of 64, every 1 | 80.0 95.0 |",
         "| trec-42 | `onnxruntime-fp32` | 2.00 | 1.50 |",

@@ -29,7 +29,7 @@ _SEEN = {
 
 @command(
     examples="""
-fpabee-convert my-classifier texts.jsonl -o engines/
+fpabee-convert my-classifier texts.jsonl -o engines/ --int8
 fpabee-convert my-classifier texts.csv --changed 0.5 --force
 fpabee-convert my-guard texts.txt --missed 2 --threshold attack=0.7
 fpabee-convert my-reranker queries.jsonl --top 10 --changed 5
@@ -64,7 +64,7 @@ fpabee-convert my-reranker queries.jsonl --top 10 --changed 5
     "tenths of TEXTS certify.",
 )
 @options.path("--adapter", "PEFT adapter to merge into the classifier.", "DIR")
-@options.flag("--all-targets", "Build and certify every target for CPUs that this machine can.")
+@options.flag("--int8", "Also build and certify the targets in int8 that this machine can.")
 @options.path("--single-file", "Also write one ONNX file with the exits and the rule.", "DIR")
 @options.flag("--force", "Replace an existing engines folder.")
 @options.quiet

@@ -12,11 +12,11 @@ import rich_click as click
 from ..exporter.paths import check_model_dir, check_output, resolved
 from ..exporter.targets.build import build_targets
 from ..exporter.targets.builders import (
-    BUILDERS,
     FP16_TARGETS,
     INT8_TARGETS,
     OPENVINO_TARGETS,
     buildable,
+    check_buildable,
     check_enough_texts,
 )
 from ..runtime.artifact.manifest import MANIFEST_NAME, ProblemType
@@ -96,11 +96,14 @@ def main(
     _check_paths(model_dir, folder, texts, force)
     rows = read_rows(texts, reading) if texts is not None else ()
     contents = [row.content for row in rows]
-    asked = [_buildable(FP16_TARGETS)] if fp16 else []
+    families = [FP16_TARGETS] if fp16 else []
     if int8:
-        check_enough_texts(contents)
+        check_enough_texts(len(contents))
         require("quantize")
-        asked.append(_buildable(INT8_TARGETS))
+        families.append(INT8_TARGETS)
+    for targets in families:
+        check_buildable(targets)
+    asked = [buildable(targets) for targets in families]
     require("export")
     from ..exporter.pipeline import ExportOptions, export
 
@@ -131,28 +134,18 @@ def main(
             **to_dict(built),
         }
         click.echo(json.dumps(content))
-    else:
+    # What was asked for and is not there is an error, which is printed once, at the end.
+    failed = next((names[0] for names in asked if built.refused.keys() >= {*names}), None)
+    if not as_json:
         for name, error in built.refused.items():
-            echo(f"not added: {name}: {in_terms_of_options(error)}")
+            if name != failed:
+                echo(f"not added: {name}: {in_terms_of_options(error)}")
         show(built)
         to_calibrate = [name for name in built.added if name not in OPENVINO_TARGETS]
         for line in next_steps(folder, built, to_calibrate):
             echo(f"next: {line}")
-    for targets in asked:
-        if built.refused.keys() >= set(targets):
-            raise refusal(built, targets[0])
-
-
-def _buildable(names: tuple[str, ...]) -> list[str]:
-    """Those of some targets that this machine can build.
-
-    Raises:
-        FpabeeError: it can build none of them.
-    """
-    here = buildable(names)
-    if problem := BUILDERS[here[0]].why_not():
-        raise problem
-    return here
+    if failed is not None:
+        raise refusal(built, failed)
 
 
 def _check_paths(model_dir: str, output: Path, texts: Path | None, force: bool) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import util
@@ -20,13 +21,14 @@ from transformers import AutoTokenizer
 
 from fpabee.calibration import Bound, calibrate
 from fpabee.calibration.scoring import Scorer
-from fpabee.exporter.convert import ConvertOptions, convert, tasks, workflow
+from fpabee.exporter.convert import ConvertOptions, convert, places, tasks, workflow
 from fpabee.exporter.convert.classifier import Classifier
 from fpabee.exporter.convert.tasks import Classification
 from fpabee.exporter.convert.texts import split
 from fpabee.exporter.model import predict
 from fpabee.exporter.staging import staging
-from fpabee.exporter.targets.builders import INT8_TARGETS, OPENVINO_TARGETS
+from fpabee.exporter.targets import BuildResult, builders, default
+from fpabee.exporter.targets.builders import BUILDERS, INT8_TARGETS, OPENVINO_TARGETS
 from fpabee.exporter.targets.check import FP32_TARGET
 from fpabee.exporter.tokenizer import load_tokenizer
 from fpabee.exporter.training import bag_of_ngrams
@@ -34,8 +36,9 @@ from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.exporter.training.trainer import probabilities
 from fpabee.runtime import Budget, Engine, ExitRule
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
+from fpabee.runtime.check import REQUIREMENTS
 from fpabee.runtime.encoding import Text
-from fpabee.runtime.errors import ArtifactError, BackendError, InputError
+from fpabee.runtime.errors import ArtifactError, BackendError, CheckError, InputError
 from fpabee.runtime.files import Row, read_rows
 
 from ...closeness import assert_exported
@@ -247,37 +250,132 @@ def stopped(what: str, *_: int) -> None:
         raise KeyboardInterrupt
 
 
-def test_all_targets_are_those_that_this_machine_can_build(
+@pytest.fixture
+def can_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this machine could quantize, and run all targets."""
+    monkeypatch.setattr(places, "require", lambda _: None)
+    monkeypatch.setattr(places, "check_buildable", lambda _: None)
+    monkeypatch.setattr(workflow, "buildable", list)
+
+
+def test_int8_takes_its_ranges_from_texts_that_train(
     telling: Mapping[str, Path],
     texts: Path,
     quick: None,
+    can_int8: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """And a conversion without int8 does not continue one with it."""
     asked: list[tuple[list[str], list[Text]]] = []
 
     def build_targets(_: Path, names: list[str], texts: list[Text], **__: Any) -> None:
         asked.append((names, texts))
         raise KeyboardInterrupt
 
-    find = util.find_spec
     monkeypatch.setattr(workflow, "build_targets", build_targets)
-    monkeypatch.setattr(workflow, "buildable", list)
-    options = replace(OPTIONS, all_targets=True)
-    for stand_in in ("no_such_package", "numpy"):
-
-        def find_nncf(name: str, stand_in: str = stand_in) -> object:
-            return find(stand_in if name == "nncf" else name)
-
-        monkeypatch.setattr(util, "find_spec", find_nncf)
+    steps = []
+    for with_int8 in (False, True):
+        options = replace(OPTIONS, int8=with_int8)
         with pytest.raises(KeyboardInterrupt):
             convert(telling[SINGLE.value], texts, tmp_path / "engines", options)
+        steps += [path.name for path in (tmp_path / "engines.partial").iterdir()]
     given = split(read_rows(texts))
     taught = [given.units[number].content for number in given.taught]
-    assert asked == [
-        ([*OPENVINO_TARGETS], []),
-        ([*OPENVINO_TARGETS, *INT8_TARGETS], taught),
-    ]
+    (plain, no_texts), (both, some) = asked
+    assert plain == [*OPENVINO_TARGETS]
+    assert no_texts == []
+    assert both == [*OPENVINO_TARGETS, *INT8_TARGETS]
+    assert sorted(some, key=str) == sorted(taught, key=str)
+    assert some != taught, "a file may be sorted, and the first texts set the ranges"
+    assert len(set(steps)) == 2
+
+
+def test_what_is_refused_is_said_once(
+    telling: Mapping[str, Path],
+    texts: Path,
+    quick: None,
+    can_int8: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def build_targets(folder: Path, names: Sequence[str], *_: object, **__: object) -> BuildResult:
+        error = CheckError("int8 changes answers", "give more texts")
+        return BuildResult(read_manifest(folder), {}, dict.fromkeys(INT8_TARGETS, error))
+
+    monkeypatch.setattr(workflow, "build_targets", build_targets)
+    options = replace(OPTIONS, int8=True)
+    result = convert(telling[SINGLE.value], texts, tmp_path / "engines", options)
+    names = ", ".join(INT8_TARGETS)
+    assert (
+        result.warnings.count(f"not built: {names}: int8 changes answers -> give more texts") == 1
+    )
+    assert " ".join(result.warnings).count("changes answers") == 1
+    assert result.default_target == FP32_TARGET
+
+
+INT8 = INT8_TARGETS[0]
+
+
+@pytest.mark.skipif(util.find_spec("nncf") is None, reason="it needs NNCF")
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_fastest_target_that_keeps_its_promise_is_the_default(
+    keeps: bool,
+    telling: Mapping[str, Path],
+    texts: Path,
+    quick: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if BUILDERS[INT8].why_not() is not None:
+        pytest.skip("this CPU cannot run int8")
+    seconds = {FP32_TARGET: np.full((6, 2), 4.0), INT8: np.full((6, 2), 1.0)}
+    certify = Classification.certify
+
+    def certify_others(self: Any, engines: Path, target: str, logits: Any, *others: Any) -> Any:
+        changes = target == INT8 and not keeps
+        return certify(self, engines, target, -logits if changes else logits, *others)
+
+    # A tiny random model has no robust answers.
+    required = replace(REQUIREMENTS["int8"], labels=0.0)
+    monkeypatch.setitem(REQUIREMENTS, "int8", required)
+    monkeypatch.setattr(workflow, "buildable", {INT8_TARGETS: [INT8], OPENVINO_TARGETS: []}.get)
+    monkeypatch.setattr(default, "_seconds", lambda *_: seconds)
+    monkeypatch.setattr(Classification, "certify", certify_others)
+    options = replace(OPTIONS, bound=Bound(changed_answers=0.3), int8=True)
+    result = convert(telling[SINGLE.value], texts, tmp_path / "engines", options)
+    exact, quantized = result.targets
+    assert (exact.target, quantized.target) == (FP32_TARGET, INT8)
+    (point,) = quantized.points
+    assert (point.certificate is not None) == keeps
+    assert result.default_target == (INT8 if keeps else FP32_TARGET)
+    manifest = read_manifest(tmp_path / "engines")
+    assert manifest.default_target == result.default_target
+    assert bool(manifest.targets[INT8].operating_points) == keeps
+    if not keeps:
+        assert re.search(r"\d+ changed answers", point.refusal)
+
+
+def test_int8_that_cannot_be_made_is_refused_before_the_model_is_loaded(
+    telling: Mapping[str, Path],
+    texts: Path,
+    can_int8: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(names: Sequence[str]) -> None:
+        assert names == INT8_TARGETS
+        raise BackendError("a CPU with VNNI is needed")
+
+    given = telling[SINGLE.value], texts, tmp_path / "engines"
+    options = replace(OPTIONS, int8=True)
+    monkeypatch.setattr(workflow, "Classifier", lambda *_: 1 / 0)
+    monkeypatch.setattr(builders, "_LEAST_TEXTS", 1000)
+    with pytest.raises(InputError, match=r"at least 1000 texts that train, but there are 3\d\d"):
+        convert(*given, options)
+    monkeypatch.setattr(places, "check_buildable", refuse)
+    with pytest.raises(BackendError, match="VNNI"):
+        convert(*given, options)
 
 
 def test_a_conversion_with_other_groups_starts_anew(

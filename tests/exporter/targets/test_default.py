@@ -138,6 +138,25 @@ def test_the_best_run_of_each_turn_counts(added: Path, monkeypatch: pytest.Monke
     assert found[FP32][:2].tolist() == [[15.0, 21.0], [39.0, 45.0]]
 
 
+@pytest.mark.parametrize(
+    ("depths", "expected"),
+    [
+        ({ONNX: 3.0, FP32: 3.0}, FP32),
+        ({ONNX: 1.0, FP32: 3.0}, ONNX),  # it is slower, and fewer of its layers run
+        ({ONNX: 1.0, FP32: 1.9}, ONNX),  # a little faster is not enough
+        ({ONNX: 1.0, FP32: 1.8}, FP32),
+        ({ONNX: 0.0, FP32: 0.0}, ONNX),  # exit 0 answers everything
+        ({ONNX: 3.0}, ONNX),
+        pytest.param({ONNX: 3.0, FP32: 3.0, BF16: 1.0}, BF16, marks=needs_bf16),
+    ],
+)
+def test_with_early_exits_the_layers_that_run_count(
+    depths: dict[str, float], expected: str, folder: Path
+) -> None:
+    engines = EnginesFolder.read(folder).with_manifest(default_target=ONNX)
+    assert default.fastest_with_exits(engines.manifest, depths) == expected
+
+
 def test_a_default_that_was_chosen_by_hand_stays(
     folder: Path, set_points: Callable[..., None]
 ) -> None:

@@ -37,6 +37,7 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import Target
+from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.artifact.untrusted.graph_content import check_graph
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.backends.onnxruntime import cpu_session
@@ -45,6 +46,7 @@ from fpabee.runtime.encoding import Text, TextEncoder
 
 from ...bad_input.cases import contents
 from ...closeness import assert_close
+from ...runtime.test_engine_check import swap_logits
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
@@ -207,6 +209,28 @@ def test_int8_that_changes_answers_is_not_kept(
         assert re.search("int8 changes answers from exit .* give more texts", str(refused))
     assert checked == [[WORDS[0]] * (len(texts) // 2)] * len(NAMES)
     assert contents(folder) == before
+
+
+def test_the_texts_that_are_given_judge_int8_and_odd_texts_do_not(
+    added: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without texts, those of the reference do."""
+    EnginesFolder.read(added).keep_targets(lambda name, _: name != NAMES[1]).write()
+    _, logits = read_reference(EnginesFolder.read(added))
+    swap_logits(added, -logits)
+    for precision in ("int8", "int8-bf16"):
+        required = replace(REQUIREMENTS[precision], labels=0.5)
+        monkeypatch.setitem(REQUIREMENTS, precision, required)
+    refused = build_targets(added, NAMES[1:]).refused
+    assert re.search("answers agree for .* give more texts", str(refused[NAMES[1]]))
+    result = build_targets(added, NAMES, TEXTS)
+    assert result.refused == {}
+    for name in NAMES:
+        agreement = result.added[name]
+        assert agreement is not None
+        assert agreement.rows == len(TEXTS) // 2
+        with Engine.load(added, name) as engine:
+            assert engine.check().label_agreement < 0.5
 
 
 def test_a_target_that_is_refused_does_not_take_its_graphs_along(
