@@ -40,6 +40,7 @@ from fpabee.runtime import (
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.check import EXPORT_LIMIT, REQUIREMENTS, logit_differences
+from fpabee.runtime.machine import package
 
 from ...bad_input.cases import changed_heads, contents
 from ...doubles.device import Double
@@ -92,10 +93,9 @@ def test_a_target_that_cannot_be_built_does_not_stop_the_others(
     folder = engine_copy()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = add(folder, "tensorrt-fp16", FP32, "tensorrt-rtx-fp16", FP32)
-    install = "pip install 'fpabee[tensorrt-{}cu13]'"
     assert {name: error.hint for name, error in result.refused.items()} == {
-        "tensorrt-fp16": install.format(""),
-        "tensorrt-rtx-fp16": install.format("rtx-"),
+        "tensorrt-fp16": f"pip install {package('tensorrt-cu13')}",
+        "tensorrt-rtx-fp16": f"pip install {package('tensorrt-rtx-cu13')}",
     }
     assert list(result.added) == [FP32]
     agreement = result.added[FP32]
