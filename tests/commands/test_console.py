@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from queue import SimpleQueue
 from threading import Semaphore
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from rich import progress as bars
 from rich.table import Table
 
 from fpabee.commands import console as console_module
-from fpabee.commands.console import PlainConsole, echo, step_progress
+from fpabee.commands.console import PlainConsole, echo, echo_row, row_progress, step_progress
 from fpabee.runtime.errors import InputError, printable
 
 NASTY = "\x1b[31mred\x07\r\n\x9b2J\u202eeslaf\x7f [bold]x[/bold] :fire:"
@@ -107,6 +108,28 @@ def test_without_a_terminal_the_state_is_printed_every_half_minute(
         "train, loss 2.0 0/125",
         "train, loss 2.2 2/125 (0:01:00)",
         "train, loss 2.2 2/125 (0:01:30)",
+    ]
+
+
+def test_the_rows_that_are_shown_are_all_that_are_done(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows are counted in large blocks, so what was true at the last count may be long ago."""
+    job: Any = SimpleNamespace(rows=0, rate=0.0, task=SimpleNamespace(unit="rows", part="rows"))
+    with row_progress(job, quiet=False):
+        job.rows = 4096
+        job.rate = 136.5
+        clock.pass_half_a_minute()
+    assert capsys.readouterr().err == "4096 rows, 136 rows/s (0:00:30)\n"
+
+
+def test_a_row_of_a_table_never_cuts_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("short", "a name that is too long"):
+        echo_row(name, 8, "1.0")
+    assert capsys.readouterr().out.splitlines() == [
+        "short    1.0",
+        "a name that is too long",
+        "         1.0",
     ]
 
 
