@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.cells import cell_len, set_cell_size
-
 from ..calibration.report.words import exit_0_in_words, promise_in_words
 from ..calibration.result import Calibration, Point
 from ..calibration.scoring import AGREEMENT
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.rules.words import rule_in_words
-from .console import echo, echo_wrapped
+from .console import echo, echo_row, echo_wrapped
 
-# A longer name has a line of its own: no name is cut, because people type it.
 _NAME_WIDTH = 41
 
 
@@ -47,18 +44,16 @@ def show(results: Sequence[Calibration], default_target: str | None = None) -> N
             lost = _lost(point, is_agreement) if result.is_judged(point) else "unknown"
             rows.append((name, layers, single, file, lost))
     for name, layers, single, file, lost in rows:
-        is_long = cell_len(name) > _NAME_WIDTH
-        if is_long:
-            echo(name)
-        left = set_cell_size("" if is_long else name, _NAME_WIDTH)
-        echo(f"{left} {layers:>8} {single:>12} {file:>6} {lost:>8}".rstrip())
+        echo_row(name, _NAME_WIDTH, f"{layers:>8} {single:>12} {file:>6} {lost:>8}")
     for result in results:
         echo("")
         for point in result.points:
-            goal = f"{point.goal}: " if isinstance(point.goal, Goal) else ""
-            rule = f"; {rule_in_words(point.rule)}" if not point.refusal else ""
-            promise = promise_in_words(point, result)
-            echo_wrapped(f"{_name(point, result, default_target)}: {goal}{promise}{rule}")
+            parts = [promise_in_words(point, result)]
+            if isinstance(point.goal, Goal):
+                parts.append(f"goal: {point.goal}")
+            if not point.refusal:
+                parts.append(rule_in_words(point.rule))
+            echo_wrapped(f"{_name(point, result, default_target)}: {'; '.join(parts)}")
         if result.rows.first_exit == 0:
             default = next(point for point in result.points if point.name == result.default)
             echo_wrapped(f"exit 0 answers at {default.name}: {exit_0_in_words(default)}")

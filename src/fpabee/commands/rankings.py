@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.cells import set_cell_size
-
 from ..calibration.guarantee import share_interval
 from ..calibration.ranking import RankingPoint
-from .console import echo, echo_wrapped
+from ..runtime.artifact.operating_point import Certificate
+from .console import echo, echo_row, echo_wrapped
 
 
 def show(points: Sequence[RankingPoint], default_target: str) -> None:
@@ -21,16 +20,16 @@ def show(points: Sequence[RankingPoint], default_target: str) -> None:
     """
     first = points[0]
     echo("")
-    echo(_line("", "layers per", f"ms for {first.times.documents}", "times", "queries with"))
+    _row("", "layers per", f"ms for {first.times.documents}", "times", "queries with")
     other = f"other top {first.top}"
-    echo(_line("target and operating point", "document", "documents", "faster", other))
+    _row("target and operating point", "document", "documents", "faster", other)
     for point in points:
         held = point.held_out
         name = _name(point, default_target)
         layers = f"{point.chosen_on.mean_depth:.2f}"
         milliseconds = f"{point.times.milliseconds:.1f}"
         faster = f"{point.times.times_faster:.2f}"
-        echo(_line(name, layers, milliseconds, faster, f"{held.changed} of {held.queries:,}"))
+        _row(name, layers, milliseconds, faster, f"{held.changed} of {held.queries:,}")
     echo("")
     for point in points:
         echo_wrapped(f"{_name(point, default_target)}: {_promise(point)}")
@@ -70,17 +69,27 @@ def _promise(point: RankingPoint) -> str:
     """What a point promises, or why it promises nothing, and how it did on other queries."""
     if point.certificate is None:
         return f"No guarantee: every document runs through all layers, since {point.refusal}"
-    (promise,) = point.certificate.promises
     held = point.held_out
     low, high = share_interval(held.changed, held.queries)
-    most = f"at most {promise.at_most:g} % of new queries have another top {point.top}"
-    confidence = f"with {point.certificate.confidence:g} % confidence"
-    tested = f"tested on {promise.rows:,} of {point.chosen_on.queries:,} queries"
+    promised = certificate_in_words(point.certificate, point.top)
+    rows = point.certificate.promises[0].rows
+    tested = f"tested on {rows:,} of {point.chosen_on.queries:,} queries"
     judged = f"of those that decided nothing, {held.changed} of {held.queries:,} have one"
-    return f"{most}, {confidence}, {tested}; {judged} (95 %: {100 * low:.2f} to {100 * high:.2f} %)"
+    return f"{promised}, {tested}; {judged} (95 %: {100 * low:.2f} to {100 * high:.2f} %)"
 
 
-def _line(name: str, layers: str, milliseconds: str, faster: str, changed: str) -> str:
-    """A line of the table, of 80 columns; a longer name loses its end."""
-    left = set_cell_size(name, 38)
-    return f"{left} {layers:>10} {milliseconds:>9} {faster:>6} {changed:>13}".rstrip()
+def certificate_in_words(certificate: Certificate, top: object) -> str:
+    """What is guaranteed of rankings.
+
+    Args:
+        certificate: that of an operating point.
+        top: how many documents are wanted.
+    """
+    (promise,) = certificate.promises
+    most = f"at most {promise.at_most:g} % of new queries have another top {top}"
+    return f"{most}, with {certificate.confidence:g} % confidence"
+
+
+def _row(name: str, layers: str, milliseconds: str, faster: str, changed: str) -> None:
+    """Print a row of the table, of 80 columns."""
+    echo_row(name, 38, f"{layers:>10} {milliseconds:>9} {faster:>6} {changed:>13}")
