@@ -26,7 +26,7 @@ from .backbones import build_encoder, family_of
 from .exit_0_files import CONFIG_BLOCK, EXIT_0_FILE
 from .exit_config import COPY_CONFIG, MultiExitConfig, Pooling
 from .model import MultiExitModel
-from .paths import TRAINED, check_model_dir
+from .paths import MULTI_EXIT, TRAINED, check_kind, check_model_dir
 from .staging import system_errors
 
 logger = logging.getLogger(__name__)
@@ -73,10 +73,9 @@ def resolve_model_dir(source: str | Path) -> Path:
     Raises:
         ModelError: there is no such folder, and the hub has no such model.
     """
-    check_model_dir(source)
     repository = repository_of(source)
     if repository is None:
-        return Path(source)
+        return check_model_dir(source)
     from huggingface_hub import snapshot_download
 
     with hub_errors(repository, error=ModelError):
@@ -356,7 +355,7 @@ def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
     config.id2label = dict(enumerate(exits.labels))
     config.label2id = {label: index for index, label in enumerate(exits.labels)}
     config.problem_type = exits.problem_type.value
-    config.architectures = [f"{type(model.backbone).__name__}MultiExit"]
+    config.architectures = [f"{type(model.backbone).__name__}{MULTI_EXIT}"]
     others = ("labels", "problem_type")  # which the settings of Hugging Face hold
     block = {name: value for name, value in msgspec.to_builtins(exits).items() if value}
     setattr(config, CONFIG_BLOCK, {name: block[name] for name in block if name not in others})
@@ -426,9 +425,10 @@ def _exit_config(
 
     heads = [name for name in weights if re.fullmatch(r"classifiers\.\d+\.weight", name)]
     if not heads:
+        check_kind(folder, MULTI_EXIT)
         raise ModelError(
             f"{folder} is not a multi-exit model: it has no weights classifiers.0.weight, ...",
-            "if it is a classifier, convert it instead",
+            "if it is a classifier, use `convert` instead",
         )
     every_layer = tuple(range(1, int(config.num_hidden_layers) + 1))
     defaults = {"exits": every_layer, "labels": ()}

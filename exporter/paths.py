@@ -6,13 +6,36 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..runtime.artifact.folder import check_outside, is_engines_folder
+import msgspec
+
+from ..runtime.artifact.folder import BAD_JSON, check_outside, is_engines_folder
 from ..runtime.artifact.manifest import ENGINES_CONTENT
 from ..runtime.errors import ArtifactError, InputError, ModelError
-from ..runtime.hub import repository_of
+from ..runtime.hub import downloaded, repository_of
 from .staging import longest_name
 
 TRAINED = "give the folder of a trained model"
+CONFIG_NAME = "config.json"
+CLASSIFIER = "ForSequenceClassification"
+"""How the class of a classifier or a reranker of Hugging Face ends."""
+MULTI_EXIT = "MultiExit"
+"""How a model with exits names its class."""
+
+_OF_WHOLE_TEXTS = "give a classifier of whole texts, or a reranker"
+_TRAIN = "make a classifier of it with `train` and labelled rows"
+# What a model is and what to do with it, by the end of the name of its class.
+_KINDS = {
+    CLASSIFIER: ("a classifier without exits", "use `convert` instead"),
+    MULTI_EXIT: ("a model with exits", "use `export` instead"),
+    "ForTokenClassification": ("a classifier of tokens", _OF_WHOLE_TEXTS),
+    "ForQuestionAnswering": ("a model that finds answers in a text", _OF_WHOLE_TEXTS),
+    "ForMultipleChoice": ("a model for multiple choice", _OF_WHOLE_TEXTS),
+    "ForMaskedLM": ("a masked language model", _TRAIN),
+    "ForPreTraining": ("a masked language model", _TRAIN),
+    "ForCausalLM": ("a model that writes text", _OF_WHOLE_TEXTS),
+    "LMHeadModel": ("a model that writes text", _OF_WHOLE_TEXTS),
+    "Model": ("an encoder without a head, such as an embedding model", _TRAIN),
+}
 
 
 def resolved(output: str | Path) -> Path:
@@ -20,16 +43,58 @@ def resolved(output: str | Path) -> Path:
     return Path(os.path.realpath(output))
 
 
-def check_model_dir(source: str | Path) -> None:
-    """Refuse a model that is neither a folder here nor possibly a repository on the hub.
+def check_model_dir(source: str | Path) -> Path:
+    """Refuse a model that is neither a folder here nor a repository on the hub.
+
+    Returns:
+        A folder with its configuration; of a model on the hub, other files may not be there yet.
 
     Raises:
-        ModelError: there is no such folder.
+        ModelError: there is no such folder or repository, or it is an engines folder.
+        MissingExtraError: it is not here, and `huggingface_hub` is not installed.
     """
-    if repository_of(source) is None and not Path(source).is_dir():
+    repository = repository_of(source)
+    if repository is not None:
+        return downloaded(repository, CONFIG_NAME, error=ModelError).parent
+    folder = Path(source)
+    if not folder.is_dir():
         raise ModelError(
             f"model folder {source} does not exist", f"{TRAINED}, or its id on the hub"
         )
+    if is_engines_folder(folder):
+        raise ModelError(
+            f"{source} is an engines folder, not a model",
+            "run it as it is, build more targets into it, or give the model that it was made of",
+        )
+    return folder
+
+
+class _Architectures(msgspec.Struct):
+    """What is read of config.json."""
+
+    architectures: list[str] | None = None
+
+
+def check_kind(folder: Path, kind: str) -> None:
+    """Refuse a model whose configuration says that it is something else.
+
+    Args:
+        folder: a folder with its configuration.
+        kind: `CLASSIFIER` or `MULTI_EXIT`.
+
+    Raises:
+        ModelError: what it is. What is not known, missing or damaged passes.
+    """
+    try:
+        content = (folder / CONFIG_NAME).read_bytes()
+        names = msgspec.json.decode(content, type=_Architectures).architectures or []
+    except (OSError, *BAD_JSON):
+        return
+    for name in names:
+        known = next((end for end in _KINDS if name.endswith(end)), kind)
+        if known != kind:
+            what, hint = _KINDS[known]
+            raise ModelError(f"{folder} is {what}: its config.json names {name}", hint)
 
 
 def check_output(folder: Path, force: bool, inputs: Iterable[str | Path | None] = ()) -> None:

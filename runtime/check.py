@@ -130,7 +130,7 @@ def requirements_of(name: str, manifest: Manifest) -> Requirements:
     if target.precision not in REQUIREMENTS:
         raise ArtifactError(
             f"target {name} has precision {target.precision!r}, which this fpabee does not know",
-            "pip install -U fpabee",
+            "update fpabee",
         )
     required = REQUIREMENTS[target.precision]
     if required.by_rule:

@@ -21,7 +21,7 @@ from .backends.base import Backend, row_bytes
 from .chain.chain import Chain, Decision, not_finite
 from .chain.groups import Group
 from .encoding import EncodedRow, Text, TextEncoder, blocks
-from .errors import InputError, whole_number
+from .errors import InputError, RuleError, whole_number
 from .exit_0 import ExitZero
 from .predictions import Prediction, Stopped, Tally, Trace, make_predictions, outputs_of
 from .ranking import Ranked, RankedQuery, ranked
@@ -141,8 +141,14 @@ class Core:
             max_exit: as in `predict`.
 
         Raises:
-            RuleError: the rule or `max_exit` does not fit the model.
+            RuleError: the rule or `max_exit` does not fit the model, or it contradicts
+                `full_depth`.
         """
+        if full_depth and max_exit is not None:
+            raise RuleError(
+                f"full_depth runs every layer, and max_exit {max_exit!r} stops rows before",
+                "give one of `full_depth` and `max_exit`",
+            )
         runner = self.in_use[1] if rule is None else self._runner(rule)
         if full_depth:
             runner = self.full_depth

@@ -180,8 +180,8 @@ class Engine:
             texts: strings, or (text, text_pair) tuples.
             rule: replaces the engine's rule for this call.
             full_depth: run every layer for every row, whatever the rule.
-            max_exit: every row stops at this exit at the latest.
-            deadline_ms: milliseconds for the call.
+            max_exit: every row stops at this exit at the latest; not with `full_depth`.
+            deadline_ms: milliseconds for the call, from 0.
 
         Returns:
             One prediction for each text, in the same order.

@@ -39,7 +39,7 @@ class FpabeeError(Exception):
 
     Args:
         message: what was found and what was expected.
-        hint: what to change; may be empty. Parameters of functions are in backticks.
+        hint: what to change; may be empty. Functions and their parameters are in backticks.
 
     Attributes:
         message: the message, in one line.
@@ -140,17 +140,17 @@ def seconds_of(name: str, milliseconds: Any) -> float:
         milliseconds: any number, possibly a numpy one.
 
     Raises:
-        InputError: it is not a number.
+        InputError: it is not a number from 0.
     """
     is_number = isinstance(milliseconds, Real) and not isinstance(milliseconds, bool)
     try:
         seconds = float(milliseconds) / 1000 if is_number else math.nan
     except OverflowError:  # an integer that no float can hold
         seconds = math.nan
-    if math.isnan(seconds):
+    if not seconds >= 0:
         raise InputError(
             f"{name} is {_without_middle(repr(milliseconds))}",
-            "give milliseconds as a number, or leave it out",
+            "give milliseconds as a number from 0, or leave it out",
         )
     return seconds
 

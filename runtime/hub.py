@@ -14,8 +14,9 @@ from .errors import ArtifactError, FpabeeError, first_line
 from .machine import require
 from .targets import target_of
 
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _PATIENCE = 10.0  # seconds
+_SERVER_ERROR = 500  # the first status that says so
 
 
 def repository_of(source: str | Path) -> str | None:
@@ -60,15 +61,7 @@ def engines_folder(
                 "leave out the revision, or give OWNER/NAME of a repository on the hub",
             )
         return Path(source)
-    require("hub", f"{source} is not a folder here, and looking for it on the Hugging Face hub")
-    from huggingface_hub import hf_hub_download
-
-    with hub_errors(repository, revision, MANIFEST_NAME):
-        only_here = not answers(repository, revision)
-        path = hf_hub_download(
-            repository, MANIFEST_NAME, revision=revision, local_files_only=only_here
-        )
-        folder = Path(path).parent
+    folder = downloaded(repository, MANIFEST_NAME, revision).parent
     engines = EnginesFolder.read(folder)
     name = None if every_target else target_of(engines, target)
     if name and target is None and engines.manifest.targets[name].backend.startswith("tensorrt"):
@@ -76,6 +69,8 @@ def engines_folder(
             f"{name} of {repository} would run here, but TensorRT plans are executable code",
             "choose this `target` if you trust its author, and otherwise another one",
         )
+    from huggingface_hub import hf_hub_download
+
     for file, _ in engines.hashes(name):
         # The cache names the folder after the commit that has this manifest.
         with hub_errors(repository, revision, file):
@@ -83,10 +78,39 @@ def engines_folder(
     return folder
 
 
+def downloaded(
+    repository: str,
+    file: str,
+    revision: str | None = None,
+    error: type[FpabeeError] = ArtifactError,
+) -> Path:
+    """One file of a repository; if the hub does not answer, from the cache.
+
+    Args:
+        repository: the repository.
+        file: its path there.
+        revision: of the repository.
+        error: the class to raise.
+
+    Raises:
+        FpabeeError: the hub does not provide it.
+        MissingExtraError: `huggingface_hub` is not installed.
+    """
+    require("hub", f"{repository} is not a folder here, and looking for it on the Hugging Face hub")
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(repository, revision, file, error):
+        only_here = not answers(repository, revision)
+        return Path(
+            hf_hub_download(repository, file, revision=revision, local_files_only=only_here)
+        )
+
+
 def answers(repository: str, revision: str | None = None) -> bool:
     """Whether the hub answers within ten seconds, even if with an error, and may be asked.
 
-    A download would try again for half a minute, and print each failure, or wait without end.
+    A download would try again for half a minute, and print each failure, or wait without end. It
+    does so for an error of a server or a proxy, too, so that is no answer.
 
     Args:
         repository: the repository that is asked for.
@@ -102,8 +126,8 @@ def answers(repository: str, revision: str | None = None) -> bool:
     failures: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
     try:
         HfApi().model_info(repository, revision=revision, timeout=_PATIENCE)
-    except HfHubHTTPError:
-        return True
+    except HfHubHTTPError as error:
+        return error.response.status_code < _SERVER_ERROR
     except failures:
         return False
     return True
@@ -131,7 +155,7 @@ def hub_errors(
         hub.RepositoryNotFoundError: "is not a folder here, and the hub has no such repository",
         hub.RevisionNotFoundError: f"has no revision {revision or 'main'!r}",
         hub.LocalEntryNotFoundError: "is not a folder here, and the hub cannot be reached",
-        hub.EntryNotFoundError: f"holds no complete engines folder: {file} is missing",
+        hub.EntryNotFoundError: f"has no {file}",
     }
     # The bases of its error for HTTP are those of the library that it uses.
     kinds: tuple[type[Exception], ...] = (RuntimeError, ValueError, *hub.HfHubHTTPError.__bases__)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shlex
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import metadata, util
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import msgspec
 
 from .. import __version__
 from .errors import MissingExtraError
@@ -23,22 +28,6 @@ _CPU_FEATURES = "avx2 avx512f avx512_vnni avx512_bf16 amx_tile asimddp i8mm bf16
 _VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
 _OLDEST_CUDA = (12, 4)  # our kernel is made for it
 _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-# For each feature: the packages that it needs, and what installs them.
-_FEATURES = {
-    "export": (
-        "torch transformers onnx onnxscript safetensors huggingface_hub",
-        "'fpabee[export,cpu]'",
-    ),
-    "graphs": ("huggingface_hub onnx onnx_ir onnxscript onnxruntime", "'fpabee[export,cpu]'"),
-    "quantize": ("nncf onnx onnxruntime", "'fpabee[export,cpu,quantize]'"),
-    "train": ("torch transformers safetensors huggingface_hub jinja2", "'fpabee[train]'"),
-    "peft": ("peft", "peft"),
-    "parquet": ("pyarrow", "'fpabee[parquet]'"),
-    "ray": ("ray pyarrow", "'fpabee[ray]'"),
-    "hub": ("huggingface_hub", "huggingface-hub"),
-    "serve": ("prometheus_client starlette uvicorn", "'fpabee[serve]'"),
-    "plot": ("matplotlib jinja2", "matplotlib jinja2"),
-}
 
 
 @cache
@@ -185,6 +174,58 @@ def cpu_name() -> str:
 def hardware(on_gpu: bool, threads: int | None) -> str:
     """What runs a target here: the GPU, or the CPU and how many threads."""
     return cuda_device().name if on_gpu else f"{cpu_name()}, {threads or usable_cores()} threads"
+
+
+class _DirInfo(msgspec.Struct, frozen=True):
+    editable: bool = False
+
+
+class _Origin(msgspec.Struct, frozen=True):
+    """What is read of direct_url.json, see PEP 610."""
+
+    url: str = ""
+    dir_info: _DirInfo = _DirInfo()
+
+
+@cache
+def _origin() -> _Origin:
+    """Where this fpabee was installed from, unless that is an index of packages."""
+    text = None
+    with suppress(metadata.PackageNotFoundError):
+        text = metadata.distribution("fpabee").read_text("direct_url.json")
+    return msgspec.json.decode(text or "{}", type=_Origin)
+
+
+def package(extras: str) -> str:
+    """What `pip install` takes for fpabee with extras, such as `'fpabee[cpu]'`.
+
+    It names the folder or the file that this fpabee was installed from, if it was.
+
+    Args:
+        extras: separated by commas.
+    """
+    address = urlsplit(_origin().url)
+    source = unquote(address.path) if address.scheme == "file" else "fpabee"
+    option = "-e " if _origin().dir_info.editable else ""
+    return option + shlex.quote(f"{source}[{extras}]")
+
+
+# For each feature: the packages that it needs, and what installs them.
+_FEATURES = {
+    "export": (
+        "torch transformers onnx onnxscript safetensors huggingface_hub",
+        package("export,cpu"),
+    ),
+    "graphs": ("huggingface_hub onnx onnx_ir onnxscript onnxruntime", package("export,cpu")),
+    "quantize": ("nncf onnx onnxruntime", package("export,cpu,quantize")),
+    "train": ("torch transformers safetensors huggingface_hub jinja2", package("train")),
+    "peft": ("peft", "peft"),
+    "parquet": ("pyarrow", package("parquet")),
+    "ray": ("ray pyarrow", package("ray")),
+    "hub": ("huggingface_hub", "huggingface-hub"),
+    "serve": ("prometheus_client starlette uvicorn", package("serve")),
+    "plot": ("matplotlib jinja2", "matplotlib jinja2"),
+}
 
 
 def require(feature: str, what: str = "this") -> None:

@@ -196,7 +196,7 @@ def backend_class(target: Target) -> type[Backend]:
         return TensorRtBackend
     raise BackendError(
         f"the manifest names backend {target.backend!r}, which fpabee {__version__} does not have",
-        "pip install -U fpabee, or choose another `target`",
+        "update fpabee, or choose another `target`",
     )
 
 

@@ -118,6 +118,7 @@ def test_python_examples_run(
     exec(compile("\n".join(code), page, "exec"), names)
     if "classify" in names:
         assert names["classify"]("the film", 5.0) in names["engine"].labels
+        assert names["drift"]() is None
         with pytest.raises(RuleError, match="fast"):  # this folder has not been calibrated
             names["on_battery"]()
     if page != "docs/how-it-works.md":
@@ -142,7 +143,8 @@ def test_citation_and_site_have_the_version_and_the_address_of_the_package() -> 
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {version}\n" in citation
     assert f"\nrepository-code: {address}\n" in citation
-    assert f"\nrepo_url: {address}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    links = f"\nrepo_url: {address}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert links == ("/OWNER/" not in address), "the site has no link that leads nowhere"
 
 
 def _command(name: str) -> click.Command:

@@ -40,7 +40,7 @@ def promise_in_words(point: Point, result: Calibration) -> str:
             "larger drop"
         )
     where = "rows that did not choose it" if result.test is None else result.held_out
-    judged = f"on {where}: {_lost_in_words(held)}"
+    judged = f"{_lost_in_words(held)} on {where}"
     if not result.is_judged(point):
         judged = (
             "its drop on other rows is not known, because four fifths of these rows confirm no "

@@ -19,7 +19,7 @@ from ...runtime.artifact.folder import BAD_JSON
 from ...runtime.errors import ArtifactError, BackendError, InputError, ModelError
 from ...runtime.files import Inputs
 from ...runtime.machine import require
-from ..paths import check_apart, check_model_dir, check_output, resolved
+from ..paths import CLASSIFIER, check_apart, check_kind, check_model_dir, check_output, resolved
 from ..staging import locked, temporary
 from ..targets.builders import INT8_TARGETS, check_buildable
 from .options import ConvertOptions
@@ -46,7 +46,7 @@ def check_places(
     Raises:
         ArtifactError: the output must not be written, or another process is converting into it.
         InputError: there are no such texts, or an input is inside of a folder that is replaced.
-        ModelError: there is no such classifier or adapter.
+        ModelError: there is no such classifier or adapter, or the model is something else.
         MissingExtraError: an adapter needs `peft`, the texts pyarrow, or int8 the quantizer.
         BackendError: this machine has no target in int8.
     """
@@ -58,13 +58,15 @@ def check_places(
     if partial.exists():
         with _held(partial):
             pass
-    check_model_dir(classifier)
     Inputs([each for each in (texts, options.train_texts) if each], options.reading)
     if options.adapter is not None:
         check_adapter(options.adapter)
     if options.int8:
         require("quantize")
         check_buildable(INT8_TARGETS)
+    folder = check_model_dir(classifier)
+    if options.adapter is None:  # which may bring the head
+        check_kind(folder, CLASSIFIER)
     return target
 
 

@@ -60,8 +60,8 @@ def build_targets(
 
     Args:
         folder: the engines folder.
-        names: the targets, such as `openvino-int8`. An unknown name is refused with a list of all
-            names and of what each target needs.
+        names: the targets, such as `openvino-int8`. An unknown name is refused with a list of
+            those that this machine can build.
         texts: texts like those to classify. Targets are checked on them as well as on the reference
             texts of the folder, and the ranges of int8 come from some of them.
         plans: how TensorRT plans are built; None: the default shapes and GPUs.

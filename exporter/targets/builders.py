@@ -392,8 +392,8 @@ def builder_of(name: str) -> Builder:
         InputError: nothing builds a target of this name.
     """
     if name not in BUILDERS:
-        known = "; ".join(f"{each} ({builder.needs})" for each, builder in BUILDERS.items())
-        raise InputError(f"there is no target {name!r} to build", f"choose from {known}")
+        here = ", ".join(buildable([*BUILDERS]))
+        raise InputError(f"there is no target {name!r} to build", f"this machine can build {here}")
     return BUILDERS[name]
 
 

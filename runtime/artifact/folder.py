@@ -179,7 +179,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         if _is_model_dir(path.parent):
             raise ArtifactError(
                 f"{folder} holds a model, and no engines were made of it yet",
-                "convert it if it is a classifier or a reranker, or export it if it has exits",
+                "make them with `convert` if it is a classifier or a reranker, with `export` if it "
+                "has exits",
             ) from error
         raise ArtifactError(
             f"{folder} is not an engines folder: it has no {MANIFEST_NAME}", hint

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import START_AGAIN, BackendError, MissingExtraError
-from ..machine import CudaDevice, cuda_device
+from ..machine import CudaDevice, cuda_device, package
 
 PTX = Path(__file__).with_name("gather.ptx")
 """The compiled kernel `gather_rows`."""
@@ -91,7 +91,7 @@ class Cuda:
             from cuda.bindings import driver
         except ImportError as error:
             raise MissingExtraError(
-                "cuda-bindings is not installed", "pip install 'fpabee[cuda]'"
+                "cuda-bindings is not installed", f"pip install {package('cuda')}"
             ) from error
         self.failed = ""
         self._context: Any = None
@@ -275,8 +275,8 @@ def packages(extra: str) -> str:
         extra: an extra of fpabee without the version of CUDA: `gpu`, `tensorrt` or `tensorrt-rtx`.
     """
     if cuda_device().cuda[0] != 12:
-        return f"'fpabee[{extra}-cu13]'"
-    return f"'fpabee[commands,cuda]' {_FOR_CUDA_12.get(extra, f'{extra}-cu12')}"
+        return package(f"{extra}-cu13")
+    return f"{package('commands,cuda')} {_FOR_CUDA_12.get(extra, f'{extra}-cu12')}"
 
 
 def required_gpu(target: str, number: int = 0) -> CudaDevice:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ..artifact.manifest import Target, TensorSpec
 from ..errors import EXPORT_AGAIN, ArtifactError, MissingExtraError, first_line
-from ..machine import usable_cores
+from ..machine import package, usable_cores
 from .base import Bucket, dtype_of, shape_of
 from .host import HostBackend, Run
 from .one_graph import one_graph
@@ -37,7 +37,7 @@ _DISABLED_OPTIMIZERS = ["SkipLayerNormFusion"]
 # How long idle threads keep a core busy: until the next segment, but hardly after the last one.
 # Releases before 1.26 may not know the setting; theirs do so for about 30 milliseconds.
 _SPIN_MICROSECONDS = 200
-_REINSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'fpabee[cpu]'"
+_REINSTALL = f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install {package('cpu')}"
 
 
 def ort_errors() -> tuple[type[Exception], ...]:
@@ -53,7 +53,7 @@ class OnnxRuntimeBackend(HostBackend):
     """One session of ONNX Runtime that holds all graphs; see `Backend`."""
 
     library = "ONNX Runtime"
-    update = "pip install -U 'fpabee[cpu]'"
+    update = f"pip install -U {package('cpu')}"
     failures = staticmethod(ort_errors)
 
     @staticmethod
@@ -183,7 +183,7 @@ def check_installed() -> None:
         with suppress(metadata.PackageNotFoundError):
             installed.append(metadata.distribution(name))
     if not installed:
-        raise MissingExtraError("ONNX Runtime is not installed", "pip install 'fpabee[cpu]'")
+        raise MissingExtraError("ONNX Runtime is not installed", f"pip install {package('cpu')}")
     if len(installed) > 1:
         raise MissingExtraError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other",

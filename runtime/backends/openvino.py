@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ..artifact.folder import EnginesFolder
 from ..artifact.manifest import HIDDEN_STATES, NEXT, BuiltFile, Graph, Target, TensorSpec
 from ..errors import BackendError, MissingExtraError, first_line
-from ..machine import cpu_info, usable_cores
+from ..machine import cpu_info, package, usable_cores
 from . import compiled_cache
 from .base import Limits
 from .host import HostBackend, Run
@@ -33,7 +33,7 @@ from .host import HostBackend, Run
 logger = logging.getLogger(__name__)
 
 _OLDEST = (2026, 0)
-_INSTALL = "pip install -U 'fpabee[openvino]'"
+_INSTALL = f"pip install -U {package('openvino')}"
 _DEVICE = "CPU"
 BF16 = "bf16"
 """The end of the precisions in which what is not quantized runs in bf16."""

@@ -392,7 +392,7 @@ def rebuild(target: Target, otherwise: str = "") -> str:
         otherwise: what else can be done.
     """
     if target.backend not in MODULES:
-        return "pip install -U fpabee"
+        return "update fpabee"
     here = f"build target {target.backend}-{target.precision} here"
     return f"{here}; or {otherwise}" if otherwise else here
 

@@ -46,7 +46,8 @@ class Job:
         self.task = task
         self.rows = self.rows_before = self.errors = self.truncated = self.empty = 0
         self.first_error: RowError | None = None
-        self.exits: Counter[int] = Counter()
+        # Without new keys, another thread can count them.
+        self.exits = Counter(dict.fromkeys(task.engine.manifest.exits, 0))
         self._skips_errors = skips_errors
         self._answered_before = 0
         self._started = time.perf_counter()
@@ -56,7 +57,6 @@ class Job:
         items: Iterable[Row | RowError],
         write: Callable[[Record], object],
         completed: Iterator[Record],
-        advance: Callable[[], None],
         unbuffered: bool = False,
     ) -> None:
         """Answer rows and write their records in order.
@@ -65,7 +65,6 @@ class Job:
             items: the rows.
             write: takes the next record.
             completed: the records that an earlier run has written; they are only counted.
-            advance: called after every record.
             unbuffered: whether the record of a row is written before the next row is read.
 
         Raises:
@@ -88,7 +87,6 @@ class Job:
                 if record["index"] == self.rows:
                     write(record)
                     self._count(item, record)
-                    advance()
 
     def _checked(self, row: Row | RowError) -> Any:
         """What the row becomes, or its error if it cannot be used."""

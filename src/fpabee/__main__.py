@@ -14,7 +14,10 @@ from pathlib import Path
 def main() -> None:
     """Start the command that this process is named after, or the list of all commands."""
     if util.find_spec("rich_click") is None:
-        sys.exit("error: commands need rich-click, not installed here -> pip install 'fpabee[cpu]'")
+        from .runtime.machine import package
+
+        install = f"pip install {package('cpu')}"
+        sys.exit(f"error: commands need rich-click, not installed here -> {install}")
     from .commands import COMMANDS, load
     from .commands import main as every_command
 

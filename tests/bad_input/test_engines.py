@@ -158,7 +158,7 @@ MANIFESTS = [
     Case("an unknown rule", says(lambda m: m.update(default_rule={"name": "newer"})), "'newer'",
          "--rule"),
     Case("an unknown backend", says(lambda m: m["targets"]["onnxruntime-fp32"].update(backend="x")),
-         "'x'", "pip install -U fpabee"),
+         "'x'", "update fpabee"),
 ]  # fmt: skip
 
 FILES = [

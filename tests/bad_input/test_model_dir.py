@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Make:
         content = load_file(folder / WEIGHTS)
         change(content)
         save_file(content, folder / WEIGHTS)
+
+    return model(apply)
+
+
+def no_heads(*architectures: str) -> Make:
+    """A model without exits, whose configuration names its class."""
+
+    def apply(folder: Path) -> None:
+        kept = load_file(folder / WEIGHTS)
+        save_file({n: w for n, w in kept.items() if "classifiers" not in n}, folder / WEIGHTS)
+        change_config(folder, architectures=list(architectures))
 
     return model(apply)
 
@@ -94,8 +106,12 @@ def converted(change: Change) -> Make:
     """A conversion of a changed model, of which one file cannot be read."""
 
     def make(place: Place) -> Arguments:
+        def plain(folder: Path) -> None:
+            change_config(folder, architectures=None)
+            change(folder)
+
         texts = place.file("texts.txt", "".join(f"rain {number}\n" for number in range(1000)))
-        return ["convert", place.model(change), texts, "-o", place.root / "out", "--quiet"]
+        return ["convert", place.model(plain), texts, "-o", place.root / "out", "--quiet"]
 
     return make
 
@@ -204,9 +220,15 @@ PARTS = [
     Case("no weights", removed(WEIGHTS), WEIGHTS, PICKLE),
     Case("a tensor larger than the file", file(WEIGHTS, struct.pack("<Q", len(BOMB)) + BOMB),
          WEIGHTS),
-    Case("a plain classifier",
-         weights(lambda w: [w.pop(n) for n in [*w] if n.startswith("classifiers.")]),
-         "classifiers.0.weight", "convert"),
+    Case("a plain classifier", no_heads(),
+         "classifiers.0.weight", "fpabee-convert"),
+    Case("an embedding model", no_heads("BertModel"), "an embedding model", "fpabee-train"),
+    Case("a classifier of Hugging Face", no_heads("BertForSequenceClassification"),
+         "BertForSequenceClassification", "fpabee-convert"),
+    *(Case(f"{name} instead of a classifier",
+           converted(partial(change_config, architectures=[name])), name, fact)
+      for name, fact in (("BertForTokenClassification", "tokens"), ("BertForMaskedLM", "language"),
+                         ("BertModel", "embedding"), ("BertMultiExit", "fpabee-export"))),
     Case("a head too many",
          weights(lambda w: w.update({"classifiers.3.weight": torch.ones(4, 32)})), "4 heads"),
     Case("a scalar head", weights(lambda w: w.update({"classifiers.0.weight": torch.ones(())})),

@@ -102,7 +102,7 @@ def test_a_curve_goes_from_deep_to_shallow_and_is_judged_on_the_test_rows(
     ("case", "words"),
     [
         ({}, ["4, one for each text", "150 labelled rows"]),
-        ({"with_test": True}, ["judged by: test.jsonl", "on test.jsonl: "]),
+        ({"with_test": True}, ["judged by: test.jsonl", " on test.jsonl"]),
         ({"family": "mpnet"}, ["5, any number for each text"]),
         ({"metric": "agreement"}, ["150 unlabelled rows", "by definition"]),
     ],
@@ -144,7 +144,7 @@ def test_names_may_hold_anything_and_guarantees_and_warnings_are_said(
     page = report(result, tmp_path)
     assert name in page.text
     assert "a drop of at most 30 points, with 95 % confidence" in page.text
-    assert "with 95 % confidence, tested on 149 of 150 texts; on rows" in page.text
+    assert "with 95 % confidence, tested on 149 of 150 texts; " in page.text
     assert "Warning : the rows are odd." in page.text
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "a"})
     without_pictures = re.sub(r'src="data:[^"]*"', "", page.source)

@@ -40,6 +40,13 @@ def test_a_new_target_is_calibrated_next_unless_its_points_are_kept(
     assert run(*build).stdout.splitlines()[-1] == f"next: fpabee-run {folder} texts.txt"
 
 
+def test_a_text_that_is_given_twice_verifies_once(double: Double, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("rain\n" * 9 + "sun\n")
+    build = (double.folder, "tensorrt-fp32", "--sequence", "8,16,32", "--texts", texts)
+    assert run(*build).stdout.startswith(f"added {PLAN}: verified on 2 texts\n")
+
+
 def test_what_was_lost_is_named_and_calibrated_next(
     engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,15 +48,16 @@ def fails(**_: Any) -> None:
     """Fail with a hint that names parameters of every kind."""
     raise InputError(
         "no `room`",
-        "set `output`, `source`, `model_dir` or `cache`, or `input_format`; set `text_pair_column`",
+        "set `output`, `source`, `model_dir` or `cache`, or `input_format`; set `text_pair_column`"
+        ", or use `export`",
     )
 
 
 def test_a_hint_names_the_options_of_the_running_command() -> None:
     result = CliRunner().invoke(group, ["fails", "DIR"])
     assert result.exit_code == 1
-    expected = "set --output, --from, MODEL_DIR or cache; set --column text_pair=NAME\n"
-    assert result.stderr == f"error: no `room` -> {expected}"
+    expected = "set --output, --from, MODEL_DIR or cache; set --column text_pair=NAME"
+    assert result.stderr == f"error: no `room` -> {expected}, or use fpabee-export\n"
     assert result.stdout == ""
 
 
@@ -93,7 +94,7 @@ def _options(module: str) -> set[str]:
 def test_every_parameter_in_a_hint_is_an_option_of_some_command() -> None:
     settings = {name for rule in RULES.values() for name in rule.__struct_fields__}
     columns = {field.name for field in dataclasses.fields(ReadOptions)}
-    known = OTHERS.union(settings, columns, *map(_options, COMMANDS.values()))
+    known = OTHERS.union(settings, columns, COMMANDS, *map(_options, COMMANDS.values()))
     named = {(path, name) for path, text in _hints() for name in re.findall(r"`(\w+)`", text)}
     assert len(named) > 50
     assert {f"{path}: {name}" for path, name in named if name not in known} == set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from queue import SimpleQueue
 from threading import Semaphore
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,13 @@ from rich import progress as bars
 from rich.table import Table
 
 from fpabee.commands import console as console_module
-from fpabee.commands.console import PlainConsole, echo, echo_cells, step_progress
+from fpabee.commands.console import (
+    PlainConsole,
+    echo,
+    echo_cells,
+    row_progress,
+    step_progress,
+)
 from fpabee.runtime.errors import InputError, printable
 
 NASTY = "\x1b[31mred\x07\r\n\x9b2J\u202eeslaf\x7f [bold]x[/bold] :fire:"
@@ -119,6 +126,18 @@ def test_without_a_terminal_the_state_is_printed_every_half_minute(
         "train, loss 2.2 2/125 (0:01:00)",
         "train, loss 2.2 2/125 (0:01:30)",
     ]
+
+
+def test_the_rows_that_are_shown_are_all_that_are_done(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows are counted in large blocks, so what was true at the last count may be long ago."""
+    job: Any = SimpleNamespace(rows=0, rate=0.0, task=SimpleNamespace(unit="rows", part="rows"))
+    with row_progress(job, quiet=False):
+        job.rows = 4096
+        job.rate = 136.5
+        clock.pass_half_a_minute()
+    assert capsys.readouterr().err == "4096 rows, 136 rows/s (0:00:30)\n"
 
 
 def test_the_clock_of_a_full_bar_runs_on(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -14,15 +16,15 @@ from click.testing import CliRunner, Result
 
 from fpabee import __version__
 from fpabee.commands.inspect import main
-from fpabee.runtime import Budget
+from fpabee.runtime import Budget, TopK
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
 from fpabee.runtime.artifact.manifest import REFERENCE_NAME
+from fpabee.runtime.artifact.operating_point import Certificate, Promise
 from fpabee.runtime.artifact.reference import read_reference, write_reference
 from fpabee.runtime.machine import CudaDevice
 
 from ..bad_input.cases import corrected
 from ..doubles.device import install
-from ..runtime.running import line_with
 
 
 def run(*arguments: object) -> Result:
@@ -46,8 +48,10 @@ def test_a_folder_is_described(
         "rule without an operating point: fpabee jskd 0.1\n",
     ):
         assert part in result.stdout
-    facts = ("no guarantee", "at most 0.5 points", "1.00 layers per text")
-    assert line_with(result.stdout, "point safe (default) of onnxruntime-fp32", *facts)
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    facts = "no guarantee; goal: drop at most 0.5 points; 1.00 layers per text"
+    words = " ".join(result.stdout.split())
+    assert f"point safe (default) of onnxruntime-fp32: {facts}" in words
     content = json.loads(run(folder, "--env", "--json").stdout)
     assert content["exit_layers"] == [1, 2, 3]
     (target,) = content["targets"]
@@ -56,6 +60,24 @@ def test_a_folder_is_described(
     assert content["environment"]["fpabee"] == __version__
     shown = " ".join(run(exit_0_engines["bert"]).stdout.split())
     assert "exit layers: 0, 1, 2, 3" in shown
+
+
+def test_what_is_promised_of_rankings_is_said(
+    ranking_engines: Mapping[str, Path], set_points: Callable[..., None], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(ranking_engines["bert"], tmp_path / "engines"))
+    set_points(folder, default="sure", sure=TopK(top=3, threshold=0.0))
+    engines = EnginesFolder.read(folder)
+    target = engines.manifest.targets["onnxruntime-fp32"]
+    promises = (Promise(of="changed_answers", at_most=5.0, rows=60),)
+    point = msgspec.structs.replace(
+        target.operating_points["sure"], certificate=Certificate(confidence=95.0, promises=promises)
+    )
+    target = msgspec.structs.replace(target, operating_points={"sure": point})
+    engines.with_target("onnxruntime-fp32", target).write()
+    words = " ".join(run(folder).stdout.split())
+    promised = "at most 5 % of new queries have another top 3, with 95 % confidence"
+    assert re.search(f"{promised}; .* layers per document", words)
 
 
 def test_a_whole_folder_passes_the_check(engines: Mapping[str, Path]) -> None:

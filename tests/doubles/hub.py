@@ -42,12 +42,13 @@ class Repository:
 
 @dataclass
 class Hub:
-    """The repositories by name, the large files by hash, and the requests so far."""
+    """The repositories by name, the large files by hash, the requests so far, and its health."""
 
     url: str
     repositories: dict[str, Repository] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    fails: bool = False
 
     def add(self, name: str, folder: Path) -> Repository:
         """A repository with the files of a folder."""
@@ -92,6 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         parts = path.strip("/").split("/")
         match parts:
+            case _ if hub.fails:
+                self._answer(503, {})
             case ["large", sha]:
                 self._answer(200, hub.large.get(sha, b""))
             case ["api", "models", owner, name, *rest]:

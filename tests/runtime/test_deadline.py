@@ -63,7 +63,7 @@ def engine(engines: Mapping[str, Path], clock: Clock) -> Iterator[Engine]:
         (29.9, 2, False),
         (10.1, 1, False),
         (9.9, 1, True),
-        (-5, 1, True),
+        (0, 1, True),
     ],
 )
 def test_rows_go_as_deep_as_the_deadline_allows(
@@ -139,7 +139,7 @@ def test_max_exit(engine: Engine, rule: ExitRule) -> None:
     ):
         assert [(a.exit, a.deadline_limited) for a in answers] == [(2, False)] * len(TEXTS)
     number: Any = np.int64(1)
-    assert engine.predict(["rain"], full_depth=True, max_exit=number)[0].exit == 1
+    assert engine.predict(["rain"], max_exit=number)[0].exit == 1
     # A deadline limits nothing if the call may not go deeper anyway.
     (answer,) = engine.predict(["rain"], rule=rule, max_exit=1, deadline_ms=15)
     assert (answer.exit, answer.deadline_limited) == (1, False)
@@ -151,6 +151,8 @@ def test_max_exit(engine: Engine, rule: ExitRule) -> None:
         ({"max_exit": 0}, RuleError, "max_exit is 0"),
         ({"max_exit": 4}, RuleError, "the exits of the model are 1 to 3"),
         ({"max_exit": "3"}, RuleError, "max_exit is '3'"),
+        ({"max_exit": 2, "full_depth": True}, RuleError, "full_depth"),
+        ({"deadline_ms": -1}, InputError, "is -1 -> give milliseconds as a number from 0"),
         ({"deadline_ms": math.nan}, InputError, "deadline_ms is nan"),
         ({"deadline_ms": 10**400}, InputError, "give milliseconds as a number"),
         ({"deadline_ms": True}, InputError, "is True -> give milliseconds as a number"),

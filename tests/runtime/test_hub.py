@@ -19,7 +19,7 @@ from fpabee.commands.inspect import main as inspect
 from fpabee.exporter.checkpoint import resolve_model_dir
 from fpabee.runtime import ArtifactError, Engine, MissingExtraError, ModelError, read_manifest
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
-from fpabee.runtime.hub import engines_folder
+from fpabee.runtime.hub import engines_folder, repository_of
 
 from ..doubles.hub import Hub, Repository
 from ..doubles.hub import serve as double_of_the_hub
@@ -149,6 +149,25 @@ def test_a_hub_that_does_not_answer_is_asked_once(
             resolve_model_dir("owner/other")
 
 
+def test_a_hub_or_proxy_that_fails_is_asked_once(
+    hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines_folder(NAME)
+    hub.requests.clear()
+    hub.fails = True
+    monkeypatch.setattr(time, "sleep", Mock(side_effect=AssertionError))
+    with pytest.raises(ArtifactError, match=r"owner/other .* the hub cannot be reached"):
+        engines_folder("owner/other")
+    assert len(hub.requests) == 1
+    assert engines_folder(NAME).is_dir(), "it is in the cache"
+
+
+@pytest.mark.parametrize("path", ["modle", "./modle", ".cache/modle", "../modle", "a/b/c", "a/b/"])
+def test_a_path_is_no_name_of_a_repository(path: str) -> None:
+    assert repository_of(path) is None
+    assert repository_of("owner/name") == "owner/name"
+
+
 def test_a_repository_that_cannot_be_used_is_refused(
     hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,13 +178,13 @@ def test_a_repository_that_cannot_be_used_is_refused(
     repository.commit({"manifest.json": outside})
     refused(r"owner/name on the hub: .*outside")
     del repository.commits[repository.commit(files)]["onnx/fp32/segment_02.onnx"]
-    refused("holds no complete engines folder: onnx/fp32/segment_02.onnx is missing")
+    refused("owner/name has no onnx/fp32/segment_02.onnx")
     damaged = bytes(len(files["onnx/fp32/segment_02.onnx"]))
     repository.commit({"onnx/fp32/segment_02.onnx": damaged})
     refused(r"segment_02\.onnx is damaged: sha256")
     repository.commits.clear()
     repository.commit({"config.json": b"{}"})
-    refused("holds no complete engines folder: manifest.json is missing")
+    refused("owner/name has no manifest.json")
     repository.gated = True
     refused("owner/name is gated: .* set HF_TOKEN")
     del hub.repositories[NAME]

@@ -34,7 +34,7 @@ def test_answers_are_counted(engine: Engine) -> None:
 
 
 def test_rows_that_a_deadline_stops_are_counted(engine: Engine) -> None:
-    engine.predict(TEXTS, rule=FPabee(threshold=-1.0), deadline_ms=-1)
+    engine.predict(TEXTS, rule=FPabee(threshold=-1.0), deadline_ms=0)
     assert engine.tally == Tally((4, 0, 0), truncated=1, deadline_limited=4, deadline_missed=4)
 
 

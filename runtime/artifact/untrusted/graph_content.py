@@ -36,7 +36,7 @@ _KNOWN = {"domain": {"", "ai.onnx"}, "op_type": OPERATORS}
 
 _HINT = (
     "do not use this folder if you do not trust its source; export the model again, or if a later "
-    "fpabee exported it: pip install -U fpabee"
+    "fpabee exported it, update fpabee"
 )
 
 # The messages that are read, by the field that holds them.

@@ -14,13 +14,13 @@ from .help_pages import LOOK, Command, Group
 COMMANDS = {
     "convert": (
         "fpabee.commands.convert",
-        "Make a classifier faster, without labels and with a guarantee.",
+        "Make a classifier or reranker faster, without labels and with a guarantee.",
     ),
     "train": ("fpabee.commands.train", "Train a multi-exit classifier."),
     "export": ("fpabee.commands.export", "Compile a trained model into an engines folder."),
     "build": ("fpabee.commands.build", "Add targets to an engines folder, by their names."),
     "calibrate": ("fpabee.commands.calibrate", "Choose operating points on labelled rows."),
-    "run": ("fpabee.commands.run", "Classify the texts of files."),
+    "run": ("fpabee.commands.run", "Classify the texts of files, or rank documents."),
     "serve": ("fpabee.commands.serve", "Answer texts over HTTP."),
     "pack": ("fpabee.commands.pack", "Write one ONNX file with the exits and the rule inside."),
     "inspect": (

@@ -56,8 +56,9 @@ def main(
     options.only_with("columns", texts, "--texts")
     plans = options.plan_options(settings)
     rows = read_rows(texts, options.read_options(settings)) if texts is not None else ()
+    contents = list(dict.fromkeys(row.content for row in rows))  # again would verify nothing more
     with step_progress(quiet) as progress:
-        result = build_targets(engines, names, [row.content for row in rows], plans, progress)
+        result = build_targets(engines, names, contents, plans, progress)
     if as_json:
         click.echo(json.dumps({"folder": str(engines), **to_dict(result)}))
     elif result.added:

@@ -46,7 +46,11 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
     },
 )
 @options.engines
-@options.path("--data", "Labelled rows like those to classify.")
+@options.path(
+    "--data",
+    "Labelled rows like those to classify. A guarantee holds only if the model was not trained on "
+    "them.",
+)
 @options.path("--test", "Other rows to evaluate the result on. Default: cross-validation.")
 @options.number("--max-drop", "Goal: at most this drop of the metric, in points.", min=0, max=100)
 @options.number("--speedup", "Goal: at least this speed-up, such as 2 for half the time.", min=1)
@@ -122,6 +126,7 @@ def main(
         results.append(result)
         if not as_json:
             show([result])
+            promises.say_condition(point.certificate for point in result.points)
             following = ["fpabee-run", str(engines), "texts.txt", "--target", result.target]
             echo(f"next: {shlex.join(following)}")
     # The report comes last, because an error in it should not lose the calibration.
@@ -163,12 +168,11 @@ def _options(
         goals = {bound.point: bound}
     elif names:
         goals = {names[0]: Goal(max_drop=max_drop, speedup=speedup)}
-    return CalibrationOptions(
-        goals=goals,
-        reading=options.read_options(settings),
-        rules=rules or CalibrationOptions.rules,
-        **settings,
-    )
+    reading = options.read_options(settings)
+    with options.wrong_usage():
+        return CalibrationOptions(
+            goals=goals, reading=reading, rules=rules or CalibrationOptions.rules, **settings
+        )
 
 
 def _either(flags: list[str]) -> str:

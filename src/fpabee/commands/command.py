@@ -14,6 +14,7 @@ import rich_click as click
 from rich.text import Text
 
 from ..runtime.errors import FpabeeError
+from . import COMMANDS
 from .console import echo
 from .help_pages import LOOK, Command
 
@@ -91,7 +92,10 @@ def in_terms_of_options(error: FpabeeError) -> str:
 
 
 def option_of(parameter: str) -> str:
-    """The option of the running command that sets a parameter; else the parameter's name."""
+    """The option of the running command that sets a parameter, or the command of this name.
+
+    Else it is the parameter's name.
+    """
     context = click.get_current_context(silent=True)
     spelled = f"--{parameter.replace('_', '-')}"
     field = parameter.removesuffix("_column")
@@ -101,7 +105,7 @@ def option_of(parameter: str) -> str:
         if option.name == parameter or spelled in option.opts:
             is_option = isinstance(option, click.Option)
             return max(option.opts, key=len) if is_option else parameter.upper()
-    return parameter
+    return f"fpabee-{parameter}" if parameter in COMMANDS else parameter
 
 
 def _ours(error: FpabeeError | OSError) -> FpabeeError:

@@ -30,13 +30,12 @@ if TYPE_CHECKING:  # `fpabee-run` starts without calibration
 
 _WIDTH = 80
 _WIDE = 1000
-_UPDATE_SECONDS = 0.2
 _LINE_SECONDS = 30.0
 # A bar that has been full once stops its clock for ever.
 _NEARLY_FULL = 0.999
 _DECIMAL = re.compile(r"\d+\.\d+")
 
-_Show = Callable[[str, float | None, bool], None]
+_Show = Callable[[float | None, bool], None]
 
 
 def echo(line: str, err: bool = False) -> None:
@@ -58,6 +57,7 @@ def echo_cells(name: str, cells: Sequence[str], widths: Sequence[int]) -> None:
         cells: the figures.
         widths: of the columns of figures.
     """
+    name = printable(name)
     figures = "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
     most = _WIDTH - len(figures)
     if cell_len(name) > most:
@@ -90,47 +90,57 @@ def hide_bars_of_hub(quiet: bool) -> None:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
+class _Words(bars.ProgressColumn):
+    """What happens now, as it is whenever the bar is drawn."""
+
+    def __init__(self, words: Callable[[], str]) -> None:
+        super().__init__()
+        self._words = words
+
+    def render(self, task: bars.Task) -> Text:
+        """Draw the column."""
+        return Text(self._words())
+
+
 @contextmanager
-def _display(quiet: bool, text: str = "loading") -> Iterator[_Show]:
+def _display(quiet: bool, words: Callable[[], str]) -> Iterator[_Show]:
     """One line of text with a bar; without a terminal, the text is printed every half minute.
 
     A thread prints it, because a single step, such as a build, can take many minutes.
 
     Args:
         quiet: show nothing.
-        text: what happens first.
+        words: what happens now, in printable characters; the thread calls this.
 
     Yields:
-        What changes the text and the bar: what happens now, how much of it is done from 0 to 1
-        (None: not known), and whether to print the text now, too, where there is no bar.
+        What changes the bar: how much is done from 0 to 1 (None: not known), and whether to print
+        the text now, too, where there is no bar.
     """
     console = PlainConsole(stderr=True, quiet=quiet)
     is_bar = console.is_terminal and not quiet
     bar = bars.Progress(
         bars.SpinnerColumn(),
         bars.BarColumn(bar_width=20),
-        bars.TextColumn("{task.description}", markup=False),
+        _Words(words),
         bars.TimeElapsedColumn(),
         console=console,
         transient=True,
         disable=not is_bar,
     )
-    task = bar.add_task(text, total=None)
+    task = bar.add_task("", total=None)
     started = perf_counter()
     ended = Event()
 
-    def show(new: str, share: float | None, at_once: bool) -> None:
-        nonlocal text
-        text = printable(new)
+    def show(share: float | None, at_once: bool) -> None:
         total = None if share is None else 1.0
-        bar.update(task, description=text, completed=min(share or 0.0, _NEARLY_FULL), total=total)
+        bar.update(task, completed=min(share or 0.0, _NEARLY_FULL), total=total)
         if at_once and not is_bar:
-            console.print(text, soft_wrap=True)
+            console.print(words(), soft_wrap=True)
 
     def repeat() -> None:
         while not ended.wait(_LINE_SECONDS):
             elapsed = timedelta(seconds=round(perf_counter() - started))
-            console.print(f"{text} ({elapsed})", soft_wrap=True)
+            console.print(f"{words()} ({elapsed})", soft_wrap=True)
 
     thread = Thread(target=repeat, daemon=True)
     if not (is_bar or quiet):
@@ -154,36 +164,31 @@ def step_progress(quiet: bool) -> Iterator[Progress]:
         quiet: show nothing.
     """
     last = ""
+    text = "loading"
 
     def progress(what: str, done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, text
         step = _DECIMAL.sub("", what)
         # A single step has no share that is done.
-        text = f"{what} {done}/{total}" if total > 1 else what
-        show(text, done / total if total > 1 else None, step != last)
+        text = printable(f"{what} {done}/{total}" if total > 1 else what)
+        show(done / total if total > 1 else None, step != last)
         last = step
 
-    with _display(quiet) as show:
+    with _display(quiet, lambda: text) as show:
         yield progress
 
 
 @contextmanager
-def row_progress(job: Job, quiet: bool) -> Iterator[Callable[[], None]]:
+def row_progress(job: Job, quiet: bool) -> Iterator[None]:
     """Show rows and rate; without a terminal, one line every half minute.
 
     Args:
-        job: whose rows are shown whenever what this gives is called.
+        job: whose rows are shown.
         quiet: show nothing.
     """
-    with _display(quiet, f"0 {job.task.unit}") as show:
-        due = perf_counter() + _UPDATE_SECONDS
 
-        def advance() -> None:
-            nonlocal due
-            now = perf_counter()
-            if now >= due:
-                due = now + _UPDATE_SECONDS
-                rate = f"{job.rate:.0f} {job.task.part}/s"
-                show(f"{job.rows} {job.task.unit}, {rate}", None, False)
+    def words() -> str:
+        return f"{job.rows} {job.task.unit}, {job.rate:.0f} {job.task.part}/s"
 
-        yield advance
+    with _display(quiet, words):
+        yield

@@ -18,7 +18,7 @@ from ..exporter.paths import check_apart, check_new, resolved
 from ..runtime.machine import require
 from . import options, points, promises, rankings
 from .command import READING, command
-from .console import echo, hide_bars_of_hub, step_progress
+from .console import echo, echo_wrapped, hide_bars_of_hub, step_progress
 
 _SEEN = {
     Pooling.MEAN: "the mean of the tokens",
@@ -51,8 +51,8 @@ fpabee-convert my-reranker queries.jsonl --top 10 --changed 5
 @options.path("-o --output", "Folder to write. Default: engines.", "DIR")
 @options.number(
     "--changed changed_answers",
-    "At most X % of the decisions differ from the classifier's. Default: 1. Of a reranker, at most "
-    "X % of the queries have another top N. Default: 5.",
+    "At most X % of the decisions differ from the classifier's. Default: 1, unless something else "
+    "is promised. Of a reranker, at most X % of the queries have another top N. Default: 5.",
 )
 @options.count("--top", "The best N documents of a query are promised. Default: 10.")
 @options.number("--missed", "Of the texts that the classifier flags, at most X % are not flagged.")
@@ -109,15 +109,17 @@ def main(
     options.only_with("confidence thresholds", shares, "--changed, --missed or --false-alarms")
     bound = promises.bound_of(shares, thresholds, confidence) if shares else None
     reading = options.read_options(settings)
-    wanted = replace(msgspec.convert(settings | {"reading": reading}, ConvertOptions), bound=bound)
+    with options.wrong_usage():
+        wanted = msgspec.convert(settings | {"reading": reading}, ConvertOptions)
+    wanted = replace(wanted, bound=bound)
     folder = output or Path("engines")
     require("export")
+    hide_bars_of_hub(quiet)
     target = check_places(classifier, texts, folder, wanted)  # before the slow imports
     if single_file is not None:
         for place in (target, partial_of(target)):
             check_apart(place, [resolved(single_file)], "single_file")
         check_new(resolved(single_file), [target], "single_file")
-    hide_bars_of_hub(quiet)
     if quiet:
         logging.getLogger("fpabee.exporter.convert").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
@@ -152,7 +154,7 @@ def _show(result: Conversion) -> None:
     others = f", and {result.train_texts:,} train {what}" if result.train_texts else ""
     distinct = f"{result.texts:,} of them distinct"
     echo(f"{result.folder}: made with {result.rows:,} {what}, {distinct}{others}")
-    echo(
+    echo_wrapped(
         f"{train} trained exits, {choose} chose the best, {calibrate} certified them; the other "
         f"{report} decided nothing"
     )
@@ -162,19 +164,15 @@ def _show(result: Conversion) -> None:
     else:
         points.show(result.targets, result.default_target)
         certificates = [point.certificate for each in result.targets for point in each.points]
-    if any(certificates):
-        echo(
-            f"a guarantee is about new {what}, and holds only if the model was not trained on the "
-            f"{what} given here"
-        )
+    promises.say_condition(certificates, what)
     if result.texts < result.rows and result.traffic is not None:
-        echo(f"counted as often as they occur, {result.traffic:.2%} of the answers change")
+        echo_wrapped(f"counted as often as they occur, {result.traffic:.2%} of the answers change")
     if result.accuracy is not None:
         classifier, converted = result.accuracy
         echo(f"accuracy: {converted:.4f}; that of the classifier: {classifier:.4f}")
-    echo(f"heads: {_heads(result)}")
+    echo_wrapped(f"heads: {_heads(result)}")
     for warning in result.warnings:
-        echo(f"warning: {warning}")
+        echo_wrapped(f"warning: {warning}")
 
 
 def _heads(result: Conversion) -> str:

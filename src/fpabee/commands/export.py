@@ -19,8 +19,7 @@ from ..exporter.targets.builders import (
     check_buildable,
     check_enough_texts,
 )
-from ..runtime.artifact.manifest import MANIFEST_NAME, ProblemType
-from ..runtime.errors import InputError
+from ..runtime.artifact.manifest import ProblemType
 from ..runtime.files import read_rows
 from ..runtime.machine import require
 from . import options
@@ -95,7 +94,7 @@ def main(
     folder = output or Path("engines")
     _check_paths(model_dir, folder, texts, force)
     rows = read_rows(texts, reading) if texts is not None else ()
-    contents = [row.content for row in rows]
+    contents = list(dict.fromkeys(row.content for row in rows))  # again would verify nothing more
     families = [FP16_TARGETS] if fp16 else []
     if int8:
         check_enough_texts(len(contents))
@@ -152,14 +151,9 @@ def _check_paths(model_dir: str, output: Path, texts: Path | None, force: bool) 
     """Check the paths of an export, before texts are read and PyTorch is loaded.
 
     Raises:
-        ModelError: there is no such model.
-        InputError: it is an engines folder, or an input is inside of the output.
+        ModelError: there is no such model, or it is an engines folder.
+        InputError: an input is inside of the output.
         ArtifactError: the output must not be written.
     """
-    if Path(model_dir, MANIFEST_NAME).is_file():
-        raise InputError(
-            f"{model_dir} is an engines folder, not a model_dir",
-            f"to add targets: fpabee-build {model_dir} NAME; to run: fpabee-run {model_dir}",
-        )
-    check_output(resolved(output), force, (model_dir, texts))
     check_model_dir(model_dir)
+    check_output(resolved(output), force, (model_dir, texts))

@@ -22,7 +22,8 @@ from ..runtime.rules.words import settings_in_words
 from ..runtime.targets import backend_class, rule_of, target_of
 from . import options
 from .command import command, in_terms_of_options
-from .console import echo, table_console
+from .console import echo, echo_wrapped, table_console
+from .rankings import certificate_in_words
 
 
 @command(
@@ -63,9 +64,8 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
         click.echo(json.dumps(content))
     if checked and not checked["passed"]:
         raise CheckError(
-            f"{engines} has changed since its export: {len(checked['damaged'])} of "
-            f"{checked['files']} files are damaged, and {len(checked['refused'])} targets do not "
-            "reproduce the model",
+            f"{engines} is not as it was made: {len(checked['damaged'])} of {checked['files']} "
+            f"files are damaged; refused targets: {', '.join(checked['refused']) or 'none'}",
             "copy the engines folder again, or export the model again",
         )
 
@@ -137,6 +137,7 @@ def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
     table = Table("target", "MiB", "error of logits", "speed", "runs here", box=box.SIMPLE_HEAD)
     table.columns[0].overflow = "fold"  # --target needs the whole name
     below = []
+    unit = "document" if manifest.task.ranks else "text"
     for state in states:
         name = state["name"]
         target = manifest.targets[name]
@@ -149,14 +150,14 @@ def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
         )
         below += [
             f"operating point {point}{' (default)' * (point == target.default_operating_point)} of "
-            f"{name}: {_promised(record)}; {record.mean_depth:.2f} layers per text"
+            f"{name}: {_promised(record)}; {record.mean_depth:.2f} layers per {unit}"
             for point, record in target.operating_points.items()
         ]
         if state["unavailable_reason"]:
             below.append(f"{name} cannot run here: {state['unavailable_reason']}")
     table_console().print(table)
     for line in below:
-        echo(line)
+        echo_wrapped(line)
     runs = [state["name"] for state in states if not state["unavailable_reason"]]
     if runs and default not in runs:
         instead = target_of(engines, None)
@@ -164,6 +165,8 @@ def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
 
 
 def _promised(point: OperatingPoint) -> str:
+    if point.certificate is not None and "top" in point.rule:
+        return certificate_in_words(point.certificate, point.rule["top"])
     if point.certificate is not None:
         return str(point.certificate)
     return "no guarantee" if point.goal is None else f"no guarantee; goal: {point.goal}"

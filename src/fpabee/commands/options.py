@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -128,6 +128,19 @@ def not_with(names: str, clashes: object, what: str) -> None:
         raise click.UsageError(f"{flags} cannot be used with {what}")
 
 
+@contextmanager
+def wrong_usage() -> Iterator[None]:
+    """Options whose values the library refuses, whatever the files hold, are wrong usage.
+
+    Raises:
+        click.UsageError: instead of an `InputError`.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise click.UsageError(in_terms_of_options(error)) from error
+
+
 def typed(names: str) -> str:
     """Which of some options are on the command line; empty if none of them is."""
     source = get_current_context().get_parameter_source
@@ -221,10 +234,8 @@ def plan_options(settings: dict[str, Any]) -> PlanOptions:
     """
     from ..exporter.targets.plans import PlanOptions
 
-    try:
+    with wrong_usage():
         return PlanOptions(**{each.name: settings.pop(each.name) for each in fields(PlanOptions)})
-    except InputError as error:
-        raise click.UsageError(in_terms_of_options(error)) from error
 
 
 def chosen_rule(default: ExitRule, text: str) -> ExitRule:

@@ -13,7 +13,7 @@ from ..runtime.machine import require
 from ..runtime.rules.words import rule_in_words
 from . import options
 from .command import command
-from .console import echo, step_progress
+from .console import echo, echo_wrapped, step_progress
 
 _TRANSFORMERS_JS = "transformers.js"
 
@@ -91,7 +91,7 @@ def main(
         command_line = shlex.join(["fpabee-calibrate", str(engines), "--target", packed.target])
         echo(f"calibrate that target first, with your rows: {command_line} --data dev.jsonl")
     kind = "the plan's graph was " if is_plan else ""
-    echo(
+    echo_wrapped(
         f"{kind}verified on {packed.rows} texts: logits differ by at most "
         f"{packed.max_logit_difference:.1e} of their size, exits are equal; {packed.near_ties} "
         "texts were too close to a threshold to compare"

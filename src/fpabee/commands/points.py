@@ -48,10 +48,12 @@ def show(results: Sequence[Calibration], default_target: str | None = None) -> N
     for result in results:
         echo("")
         for point in result.points:
-            goal = f"{point.goal}: " if isinstance(point.goal, Goal) else ""
-            rule = f"; {rule_in_words(point.rule)}" if not point.refusal else ""
-            promise = promise_in_words(point, result)
-            echo_wrapped(f"{_name(point, result, default_target)}: {goal}{promise}{rule}")
+            parts = [promise_in_words(point, result)]
+            if isinstance(point.goal, Goal):
+                parts.append(f"goal: {point.goal}")
+            if not point.refusal:
+                parts.append(rule_in_words(point.rule))
+            echo_wrapped(f"{_name(point, result, default_target)}: {'; '.join(parts)}")
         if result.rows.first_exit == 0:
             default = next(point for point in result.points if point.name == result.default)
             echo_wrapped(f"exit 0 answers at {default.name}: {exit_0_in_words(default)}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import rich_click as click
 
 from ..calibration.goals import Bound
+from ..runtime.artifact.operating_point import Certificate
 from . import options
+from .console import echo_wrapped
 
 PROMISES = {
     "drop": "--risk",
@@ -26,6 +28,20 @@ thresholds = options.option(
     multiple=True,
 )
 confidence = options.number("--confidence", "Confidence of the guarantee in percent. Default: 95.")
+
+
+def say_condition(certificates: Iterable[Certificate | None], what: str = "texts") -> None:
+    """Print when guarantees hold, if there are any.
+
+    Args:
+        certificates: of operating points.
+        what: what they were tested on.
+    """
+    if any(certificates):
+        echo_wrapped(
+            f"a guarantee is about new {what}, and holds only if the model was not trained on the "
+            f"{what} given here"
+        )
 
 
 def taken_shares(settings: dict[str, Any]) -> dict[str, float]:
@@ -45,15 +61,16 @@ def bound_of(
         confidence: in percent; None: 95.
 
     Raises:
-        click.UsageError: a threshold cannot be read, or options do not go together.
-        InputError: a number is out of its range.
+        click.UsageError: a threshold cannot be read, options do not go together, or a number is out
+            of its range.
     """
     options.only_with("missed false_alarms", thresholds, "--threshold")
-    return Bound(
-        confidence=0.95 if confidence is None else confidence / 100,
-        thresholds=options.once("--threshold", map(_threshold, thresholds)),
-        **shares,
-    )
+    with options.wrong_usage():
+        return Bound(
+            confidence=0.95 if confidence is None else confidence / 100,
+            thresholds=options.once("--threshold", map(_threshold, thresholds)),
+            **shares,
+        )
 
 
 def _threshold(text: str) -> tuple[str, float]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..calibration.guarantee import share_interval
 from ..calibration.ranking import RankingPoint
+from ..runtime.artifact.operating_point import Certificate
 from .console import echo, echo_cells, echo_wrapped
 
 # Of the figures in the table.
@@ -76,11 +77,22 @@ def _promise(point: RankingPoint) -> str:
     """What a point promises, or why it promises nothing, and how it did on other queries."""
     if point.certificate is None:
         return f"No guarantee: every document runs through all layers, since {point.refusal}"
-    (promise,) = point.certificate.promises
     held = point.held_out
     low, high = share_interval(held.changed, held.queries)
-    most = f"at most {promise.at_most:g} % of new queries have another top {point.top}"
-    confidence = f"with {point.certificate.confidence:g} % confidence"
-    tested = f"tested on {promise.rows:,} of {point.chosen_on.queries:,} queries"
+    promised = certificate_in_words(point.certificate, point.top)
+    rows = point.certificate.promises[0].rows
+    tested = f"tested on {rows:,} of {point.chosen_on.queries:,} queries"
     judged = f"of those that decided nothing, {held.changed} of {held.queries:,} have one"
-    return f"{most}, {confidence}, {tested}; {judged} (95 %: {100 * low:.2f} to {100 * high:.2f} %)"
+    return f"{promised}, {tested}; {judged} (95 %: {100 * low:.2f} to {100 * high:.2f} %)"
+
+
+def certificate_in_words(certificate: Certificate, top: object) -> str:
+    """What is guaranteed of rankings.
+
+    Args:
+        certificate: that of an operating point.
+        top: how many documents are wanted.
+    """
+    (promise,) = certificate.promises
+    most = f"at most {promise.at_most:g} % of new queries have another top {top}"
+    return f"{most}, with {certificate.confidence:g} % confidence"

@@ -170,9 +170,9 @@ def main(
         with (
             closing(iter(inputs)) as rows,
             open_output(output, table, inputs, shared, resume) as (write, completed),
-            row_progress(job, not shows or unbuffered) as advance,
+            row_progress(job, not shows or unbuffered),
         ):
-            job.run(rows, write, completed, advance, unbuffered)
+            job.run(rows, write, completed, unbuffered)
         point = None if rule_text or full_depth else engine.operating_point
         if as_json:
             click.echo(json.dumps(job.to_dict(point)), err=True)

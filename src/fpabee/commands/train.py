@@ -15,10 +15,9 @@ from rich.table import Table
 
 from ..exporter.exit_config import Pooling
 from ..exporter.training.options import TrainOptions, check_training
-from ..runtime.errors import InputError
 from ..runtime.machine import require
 from . import options
-from .command import READING, command, in_terms_of_options
+from .command import READING, command
 from .console import echo, step_progress, table_console
 
 
@@ -92,10 +91,8 @@ def main(
 ) -> None:
     """Train a text classifier with an exit after every layer, or after chosen layers."""
     reading = options.read_options(settings)
-    try:
+    with options.wrong_usage():
         wanted = msgspec.convert(settings | {"reading": reading}, TrainOptions)
-    except InputError as error:
-        raise click.UsageError(in_terms_of_options(error)) from error
     require("train")
     check_training(output, wanted)  # before the slow imports
     from transformers.utils import logging as transformers_logging

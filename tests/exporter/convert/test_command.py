@@ -23,6 +23,7 @@ from fpabee.calibration.costs import StoppingCosts
 from fpabee.calibration.ranking import QueryTimes, RankingOutcome, RankingPoint
 from fpabee.calibration.result import Calibration, Outcome, Point
 from fpabee.calibration.scoring import LabelledLogits
+from fpabee.commands import rankings
 from fpabee.commands.convert import main
 from fpabee.exporter import single_file
 from fpabee.exporter.convert import Conversion, classifier, workflow
@@ -219,6 +220,12 @@ def test_the_summary_of_a_ranking_counts_the_queries_that_changed(
     assert found["rankings"][0]["times"]["documents"] == 100
 
 
+def test_a_long_name_of_a_ranking_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "tensorrt-rtx-fp16-sm86-sm89-sm120"
+    rankings.show([ranked(name, 3, None)], name)
+    assert f"\n{name} changed-5 (default)\n" in capsys.readouterr().out
+
+
 def test_what_a_ranking_cannot_be_is_wrong_usage(calls: list[Any], reranker: Path) -> None:
     result = run(reranker, "texts.jsonl", "--problem-type", "regression")
     assert result.exit_code == 2
@@ -249,17 +256,17 @@ def test_where_the_file_cannot_be_is_known_before_the_conversion(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message", "code"),
+    ("arguments", "message"),
     [
-        ("--missed 1", "--missed can be used only with --threshold", 2),
-        ("--confidence 90", "--confidence can be used only with --changed", 2),
-        ("--changed 1 --threshold b=0.7 --threshold b=0.5", "--threshold gives b twice", 2),
-        ("--changed 0", "changed_answers is 0 %", 1),
+        ("--missed 1", "--missed can be used only with --threshold"),
+        ("--confidence 90", "--confidence can be used only with --changed"),
+        ("--changed 1 --threshold b=0.7 --threshold b=0.5", "--threshold gives b twice"),
+        ("--changed 0", "changed_answers is 0 %"),
     ],
 )
-def test_wrong_promises_are_refused(arguments: str, message: str, code: int) -> None:
+def test_wrong_promises_are_wrong_usage(arguments: str, message: str) -> None:
     result = run("model", "texts.jsonl", *arguments.split())
-    assert result.exit_code == code
+    assert result.exit_code == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
 

@@ -112,7 +112,7 @@ def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert "holds a model" in refusal(tmp_path)
-    assert "convert it" in refusal(tmp_path)
+    assert "with `convert`" in refusal(tmp_path)
     assert "does not exist -> give the folder that an export" in refusal(tmp_path / "nowhere")
 
 

@@ -298,12 +298,12 @@ def test_hints_name_extras_that_exist(
     set_gpu(monkeypatch, CudaDevice("", "8.6", (version, 4)))
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    (named,) = re.findall(r"'fpabee\[(.*?)\]'", cuda.packages(extra))
+    (named,) = re.findall(r"\[([^]]*)\]'", cuda.packages(extra))
     assert set(named.split(",")) <= project["optional-dependencies"].keys()
     assert ("cu13" in cuda.packages(extra)) == (version > 12)
 
 
 def test_the_bindings_are_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'fpabee\[cuda\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install .*\[cuda\]'"):
         cuda.Cuda(0)

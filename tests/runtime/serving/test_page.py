@@ -27,9 +27,10 @@ def shown(
 ) -> Callable[..., Any]:
     """Classifies a text on the page; the answers of some addresses may be replaced."""
     folder = engine_copy(exit_0=True)
-    set_points(folder, default="safe", safe=Confidence(threshold=1.0, exit_0_threshold=2.0))
 
-    def run(text: str, pair: str = "", **replaced: Any) -> Any:
+    def run(text: str, pair: str = "", at_exit_0: float = 2.0, **replaced: Any) -> Any:
+        rule = Confidence(threshold=1.0, exit_0_threshold=at_exit_0)
+        set_points(folder, default="safe", safe=rule)
         sent = {"input": [[text, pair]] if pair else text}
         values = {"text": text, "pair": pair}
         return on_page(tmp_path, folder, values, "classify", sent, **replaced)
@@ -73,9 +74,13 @@ def on_page(
     return seen | {"expected": responses[address].json(), "was_sent": sent}
 
 
-@pytest.mark.parametrize("pair", ["", "the film is not bad"])
-def test_an_answer_is_shown(shown: Callable[..., Any], pair: str) -> None:
-    found = shown("rain " * 200, pair)
+@pytest.mark.parametrize(
+    ("pair", "at_exit_0", "exit_0"), [("", 2.0, ""), ("the film is not bad", 0.999999, "ran")]
+)
+def test_an_answer_is_shown(
+    shown: Callable[..., Any], pair: str, at_exit_0: float, exit_0: str
+) -> None:
+    found = shown("rain " * 200, pair, at_exit_0)
     assert found["sent"] == [found["was_sent"]]
     assert (found["model"], found["settings"]) == ("tiny", "operating point safe, onnxruntime-fp32")
     assert found["watched"] == ["", ""]
@@ -84,7 +89,8 @@ def test_an_answer_is_shown(shown: Callable[..., Any], pair: str) -> None:
     for fact in (answer["label"], "exit 3", "3 of 3 layers", " ms", "too long"):
         assert fact in found["depth"]
     steps = ["exit 0", "exit 1, layer 1", "exit 2, layer 2", "exit 3, layer 3"]
-    assert found["ladder"] == [*([step, "ran"] for step in steps[:3]), [steps[3], "answered"]]
+    names = [exit_0, "ran", "ran", "answered"]
+    assert found["ladder"] == [list(pair) for pair in zip(steps, names, strict=True)]
     ranked = sorted(answer["probs"], reverse=True)
     assert [(score, number) for _, _, score, number in found["scores"]] == [
         (score, f"{score:.4f}") for score in ranked

@@ -492,7 +492,7 @@ def test_deadlines(engine: Engine, gate: Gate, clock: Clock) -> None:
         usual = scheduler.submit("the film")
         gate.at()
         soon = scheduler.submit("the plot", deadline_ms=5.0)
-        missed = scheduler.submit("rain", deadline_ms=-1.0)
+        missed = scheduler.submit("rain", deadline_ms=1.0)
         in_time = scheduler.submit("sun", deadline_ms=1e6)
         gate.step()
         assert gate.at() == (0, 3)
@@ -645,6 +645,7 @@ def _refuse(segment: int, hidden: Any) -> None:
         (InputError, {"text": "\ud800"}),
         (InputError, {"text": ("a", "b", "c")}),
         (InputError, {"text": "a", "deadline_ms": "5"}),
+        (InputError, {"text": "a", "deadline_ms": -5}),
         (InputError, {"text": "a", "deadline_ms": float("nan")}),
         (InputError, {"text": ("a", None)}),
         (RuleError, {"text": "a", "max_exit": 1.5}),

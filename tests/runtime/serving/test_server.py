@@ -142,7 +142,7 @@ def test_what_fpabee_adds(server: Server) -> None:
     asked = {"input": ["rain", "sun"], "max_exit": 1, "deadline_ms": 1e6}
     (first, _) = server.post("/classify", asked).json()["data"]
     assert (first["exit"], first["deadline_limited"], first["deadline_missed"]) == (1, False, False)
-    asked = {"input": "rain", "deadline_ms": -1}
+    asked = {"input": "rain", "deadline_ms": 0}
     (late,) = server.post("/classify", asked).json()["data"]
     assert (late["exit"], late["deadline_missed"]) == (1, True)
 
@@ -387,7 +387,7 @@ def test_metrics_info_health_and_page(
     with serving(folder) as server:
         assert "\nfpabee_drift NaN\n" in server.client.get("/metrics").text
         server.post("/classify", {"input": ["a", "b", "c"]})
-        server.post("/classify", {"input": "d", "deadline_ms": -1})
+        server.post("/classify", {"input": "d", "deadline_ms": 0})
         (row,) = server.engine.predict(["e"])
         server.metrics.answered([dataclasses.replace(row, deadline_limited=True)], [0.1])
         text = server.client.get("/metrics")
