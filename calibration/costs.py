@@ -107,7 +107,7 @@ def measure_speedup(
     if rule == full_depth:
         return 1.0
     size, most, turns = _SINGLE if batch == 1 else _WINDOWS
-    by_depth = np.lexsort(([len(row) for row in rows], layers))
+    by_depth = np.lexsort(np.array([[len(row) for row in rows], layers]))
     places = np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)
     numbers = np.sort(by_depth[places])
     windows = [numbers[start : start + size] for start in range(0, len(numbers), size)]

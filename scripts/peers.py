@@ -94,8 +94,8 @@ def systems(
         targets = read_manifest(engines).targets
         target = max(targets, key=lambda name: targets[name].relative_speed or 0)
 
-    def runs(name: str, folder: Path, rule: ExitRule | None) -> System:
-        settings = {"engines": str(folder), "target": target, "rule": rule and rule.to_dict()}
+    def runs(name: str, folder: Path, rule: ExitRule | None, where: str = target) -> System:
+        settings = {"engines": str(folder), "target": where, "rule": rule and rule.to_dict()}
         return System(name, "fpabee", settings=settings)
 
     yield runs("fpabee-full-depth", engines, None)
@@ -125,8 +125,7 @@ def systems(
         manifest = read_manifest(converted)
         for name in (name for name, each in manifest.targets.items() if each.operating_points):
             _, rule = rule_of(manifest, name, None)
-            settings = {"engines": str(converted), "target": name, "rule": rule.to_dict()}
-            yield System(f"fpabee-converted-{name}", "fpabee", settings=settings)
+            yield runs(f"fpabee-converted-{name}", converted, rule, name)
     rows, layers = reproduce.trace(engines, dev)
     # The last list of the last exit: exit 0 answers, or else all layers run.
     cascades = settings_lists(rows, ["budget"])[-1:]

@@ -34,7 +34,6 @@ import click
 import numpy as np
 import torch
 from conversions import (
-    BATCH,
     ROUNDS,
     Results,
     as_graph,
@@ -42,6 +41,7 @@ from conversions import (
     table_head,
     table_row,
 )
+from fine_tune import BATCH
 from reproduce import MINILM, backbone_of
 from torch.utils.data import BatchSampler, SequentialSampler
 

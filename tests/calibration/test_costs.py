@@ -56,7 +56,7 @@ def test_a_speedup_that_the_layers_do_not_explain_is_measured_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The rule runs two of six layers, so it is at most three times as fast."""
-    timed: list[list[int]] = []
+    timed: list[list[range]] = []
     passes = iter([[9.0, 1.0], [2.0, 1.0], [2.0, 1.0]])
 
     def turns(units: Any, runs: Any, count: int) -> Any:
