@@ -200,21 +200,25 @@ def _changed(rows: QueryLogits, exits: Integers, top: int) -> Mask:
 def errors_near_top(rows: QueryLogits, top: int) -> Array:
     """The error of each early exit for documents near the top: `[exits - 1]`.
 
-    It is the deviation of the predicted from the final logit. What all documents have in common
-    does not count, because documents are compared with each other only.
+    It is the deviation of the predicted from the final logit. What all documents of a query have in
+    common does not count, because they are compared with each other only.
 
     Args:
         rows: logits of queries that did not train the heads.
         top: how many documents are wanted.
     """
-    errors = []
+    squares = np.zeros(len(rows.logits) - 1)
+    free = 0
     for block in rows.blocks:
         nearest = min(NEAR_TOP * top, block.reference.shape[1])
         limits = -np.sort(-block.reference, axis=1)[:, nearest - 1, None]
         near = block.real & (block.reference >= limits)
-        errors.append((block.logits[:-1] - block.reference)[:, near])
-    every = np.concatenate([np.zeros((len(rows.logits) - 1, 0)), *errors], axis=1)
-    return np.asarray(every.std(axis=1).clip(min=1e-6))
+        count = near.sum(axis=1, keepdims=True)
+        errors = np.where(near, block.logits[:-1] - block.reference, 0.0)
+        own = errors.sum(axis=2, keepdims=True) / count
+        squares += (np.where(near, errors - own, 0.0) ** 2).sum(axis=(1, 2))
+        free += int((count - 1).sum())
+    return np.sqrt(squares / max(1, free)).clip(min=1e-6)
 
 
 def settings(errors: Floats, top: int, first_exit: int = 1) -> list[TopK]:

@@ -101,7 +101,9 @@ def test_full_depth_changes_nothing_but_rounding() -> None:
 
 def test_errors_are_those_of_documents_near_the_top() -> None:
     rows = made_up(400, 1)
-    rows.logits[:-1] += 5.0  # what all documents have in common does not count
+    # What all documents of a query have in common does not count.
+    shared = np.random.default_rng(2).normal(scale=5.0, size=len(rows))
+    rows.logits[:-1] += np.repeat(shared, np.diff(rows.starts)).astype(np.float32)
     assert errors_near_top(rows, TOP) == pytest.approx(NOISE, rel=0.1)
 
 
