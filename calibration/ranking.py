@@ -29,6 +29,7 @@ from ..runtime.engine import Engine
 from ..runtime.files import Row
 from ..runtime.files.queries import Query
 from ..runtime.files.rows import data_sha256
+from ..runtime.first_stage import FirstStage
 from ..runtime.machine import hardware
 from ..runtime.ranking import changed_sets
 from ..runtime.rules.measures import Array, Floats, Integers, Mask
@@ -92,11 +93,13 @@ class QueryLogits:
         logits: `[exits, rows]` float32; the documents of a query follow each other.
         starts: `[queries + 1]` where the documents of each query begin.
         reference: `[rows]` float32, the logits of the model that was converted.
+        first_exit: 0 if the first logits are what scores predict, see `first_stage`; else 1.
     """
 
     logits: NDArray[np.float32]
     starts: NDArray[np.intp]
     reference: NDArray[np.float32]
+    first_exit: int = 1
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -104,14 +107,21 @@ class QueryLogits:
     @property
     def exits(self) -> range:
         """The numbers of the exits."""
-        return range(1, len(self.logits) + 1)
+        return range(self.first_exit, self.first_exit + len(self.logits))
+
+    @cached_property
+    def without_scores(self) -> QueryLogits:
+        """The same queries as they run without scores: nothing leaves at exit 0."""
+        return replace(self, logits=self.logits[1 - self.first_exit :], first_exit=1)
 
     def take(self, queries: NDArray[np.intp]) -> QueryLogits:
         """Some of the queries, by their numbers from 0."""
         spans = [np.arange(self.starts[n], self.starts[n + 1]) for n in queries]
         rows = np.concatenate([np.zeros(0, np.intp), *spans])
         starts = np.cumsum([0, *map(len, spans)])
-        return QueryLogits(self.logits[:, rows], starts, self.reference[rows])
+        return replace(
+            self, logits=self.logits[:, rows], starts=starts, reference=self.reference[rows]
+        )
 
     def in_batches(self, size: int) -> QueryLogits:
         """The same, where each batch of so many documents of a query is a query of its own."""
@@ -147,7 +157,8 @@ class Stops(NamedTuple):
 
     Attributes:
         exits: `[rows]` int64, the exit of each document.
-        changed: `[queries]` whether the set of the best documents changed.
+        changed: `[queries]` whether the set of the best documents changed, with the scores of the
+            query or without them.
     """
 
     exits: Integers
@@ -166,12 +177,15 @@ def stops_of(rule: ExitRule, rows: QueryLogits, top: int) -> Stops:
     for block in rows.blocks if isinstance(rule, TopK) else ():
         assert isinstance(rule, TopK)  # for mypy
         going = block.real.copy()
-        for number in rows.exits[:-1]:
-            before = before_top(np.where(going, block.logits[number - 1], -np.inf), rule.top)
+        for number, logits in zip(rows.exits[:-1], block.logits, strict=False):
+            before = before_top(np.where(going, logits, -np.inf), rule.top)
             leaves = going & (before < rule.threshold_at(number))
             exits[block.rows[leaves]] = number
             going &= ~leaves
-    return Stops(exits, _changed(rows, exits, top))
+    changed = _changed(rows, exits, top)
+    if rows.first_exit == 0:
+        changed |= stops_of(rule, rows.without_scores, top).changed
+    return Stops(exits, changed)
 
 
 def _changed(rows: QueryLogits, exits: Integers, top: int) -> Mask:
@@ -186,36 +200,42 @@ def _changed(rows: QueryLogits, exits: Integers, top: int) -> Mask:
 def errors_near_top(rows: QueryLogits, top: int) -> Array:
     """The error of each early exit for documents near the top: `[exits - 1]`.
 
-    It is the deviation of the predicted from the final logit. What all documents have in common
-    does not count, because documents are compared with each other only.
+    It is the deviation of the predicted from the final logit. What all documents of a query have in
+    common does not count, because they are compared with each other only.
 
     Args:
         rows: logits of queries that did not train the heads.
         top: how many documents are wanted.
     """
-    errors = []
+    squares = np.zeros(len(rows.logits) - 1)
+    free = 0
     for block in rows.blocks:
         nearest = min(NEAR_TOP * top, block.reference.shape[1])
         limits = -np.sort(-block.reference, axis=1)[:, nearest - 1, None]
         near = block.real & (block.reference >= limits)
-        errors.append((block.logits[:-1] - block.reference)[:, near])
-    every = np.concatenate([np.zeros((len(rows.logits) - 1, 0)), *errors], axis=1)
-    return np.asarray(every.std(axis=1).clip(min=1e-6))
+        count = near.sum(axis=1, keepdims=True)
+        errors = np.where(near, block.logits[:-1] - block.reference, 0.0)
+        own = errors.sum(axis=2, keepdims=True) / count
+        squares += (np.where(near, errors - own, 0.0) ** 2).sum(axis=(1, 2))
+        free += int((count - 1).sum())
+    return np.sqrt(squares / max(1, free)).clip(min=1e-6)
 
 
-def settings(errors: Floats, top: int) -> list[TopK]:
+def settings(errors: Floats, top: int, first_exit: int = 1) -> list[TopK]:
     """All settings, from cautious to bold.
 
     Args:
         errors: see `errors_near_top`.
         top: how many documents are wanted.
+        first_exit: the exit of the first error.
     """
-    # The last exit stops every document anyway.
-    margins = np.append(errors, 0.0)
-    return [
-        TopK(top=top, threshold=tuple(-rounded(factor * margin) for margin in margins))
-        for factor in _FACTORS.tolist()
-    ]
+    rules = []
+    for factor in _FACTORS.tolist():
+        # The last exit stops every document anyway.
+        thresholds = [-rounded(factor * error) for error in np.append(errors, 0.0).tolist()]
+        of_exit_0 = thresholds.pop(0) if first_exit == 0 else None
+        rules.append(TopK(top=top, threshold=tuple(thresholds), exit_0_threshold=of_exit_0))
+    return rules
 
 
 def saved(rows: QueryLogits, errors: Floats, top: int, share: float, costs: Floats) -> float:
@@ -230,10 +250,10 @@ def saved(rows: QueryLogits, errors: Floats, top: int, share: float, costs: Floa
     """
     changed = []
     cost = []
-    for setting in settings(errors, top):
+    for setting in settings(errors, top, rows.first_exit):
         stops = stops_of(setting, rows, top)
         changed.append(stops.changed.mean())
-        cost.append(np.asarray(costs)[stops.exits - 1].mean())
+        cost.append(np.asarray(costs)[stops.exits - rows.first_exit].mean())
     return mean_saving(1 - np.array(cost) / costs[-1], np.array(changed), share)
 
 
@@ -254,7 +274,8 @@ def certify(rows: QueryLogits, errors: Floats, top: int, bound: Bound) -> Certif
     most = int(most_losses(len(tested), share, level)[0])
     passed: ExitRule | None = None
     failed = f"{len(tested)} queries are too few"
-    for setting in (Budget(exit=rows.exits[-1]), *settings(errors, top)) if most >= 0 else ():
+    rules = (Budget(exit=rows.exits[-1]), *settings(errors, top, rows.first_exit))
+    for setting in rules if most >= 0 else ():
         lost = int(stops_of(setting, rows, top).changed[tested].sum())
         if lost > most:
             what = "the next setting" if passed else "full depth"
@@ -335,8 +356,9 @@ class RankingPoint:
         rule: its rule; all layers if nothing is certified.
         chosen_on: what the rule gives on the queries that certified it.
         held_out: what it gives on queries that decided nothing.
-        batches: by the size of batches, what it gives on these queries if their documents are
-            compared in batches of this size, as in a packed file.
+        without_scores: what it gives on these queries if their scores are not given.
+        batches: by the size of batches, the same if their documents are compared in batches of this
+            size, as in a packed file.
         times: of a query, measured in turns on this machine.
         layers: of the whole model.
         certificate: the guarantee; None if the queries confirm none.
@@ -349,6 +371,7 @@ class RankingPoint:
     rule: ExitRule
     chosen_on: RankingOutcome
     held_out: RankingOutcome
+    without_scores: RankingOutcome
     batches: dict[int, RankingOutcome]
     times: QueryTimes
     layers: int
@@ -381,6 +404,26 @@ class Queries:
     def starts(self) -> NDArray[np.intp]:
         """Where the documents of each query begin, see `QueryLogits`."""
         return np.cumsum([0, *(len(query.documents) for query in self.queries)])
+
+    def traced(self, logits: NDArray[np.float32], first_stage: FirstStage | None) -> QueryLogits:
+        """The logits of all exits, also of exit 0, which a trace does not know.
+
+        Args:
+            logits: `[exits, rows]` of a trace.
+            first_stage: exit 0 of the model; None: the trace begins at exit 1.
+        """
+        if first_stage is not None:
+            logits = np.concatenate([self.predicted(first_stage)[None], logits[1:]])
+        first_exit = 1 if first_stage is None else 0
+        return QueryLogits(logits, self.starts, self.reference, first_exit)
+
+    def predicted(self, first_stage: FirstStage) -> NDArray[np.float32]:
+        """What the scores of the documents predict: `[rows]`; 0 for queries without scores."""
+        each = [
+            first_stage.predict(query.scores) if query.scores else np.zeros(len(query.documents))
+            for query in self.queries
+        ]
+        return np.concatenate([np.zeros(0), *each]).astype(np.float32)
 
 
 def calibrate_ranking(
@@ -416,12 +459,11 @@ def calibrate_ranking(
     with Engine.load(folder, target, threads=threads, rule=full_depth) as engine:
         layers = engine.manifest.exit_layers
         rows, held = (
-            QueryLogits(
+            part.traced(
                 trace_rows(engine, part.rows, folder / "calibration", False, progress).logits[
                     ..., 0
                 ],
-                part.starts,
-                part.reference,
+                engine.core.first_stage,
             )
             for part in (certifying, report)
         )
@@ -435,7 +477,10 @@ def calibrate_ranking(
             rule=rule,
             chosen_on=_outcome(rule, rows, top, layers),
             held_out=_outcome(rule, held, top, layers),
-            batches={size: _outcome(rule, held, top, layers, size) for size in _BATCHES},
+            without_scores=_outcome(rule, held.without_scores, top, layers),
+            batches={
+                size: _outcome(rule, held.without_scores, top, layers, size) for size in _BATCHES
+            },
             times=_times(engine, report.queries or certifying.queries, rule),
             layers=layers[-1],
             certificate=certified.certificate,
@@ -460,22 +505,23 @@ def _outcome(
         exits = stops_of(rule, rows.in_batches(batch), top).exits
         stops = Stops(exits, _changed(rows, exits, top))
     full_depth = stops_of(Budget(exit=rows.exits[-1]), rows, top)
-    counts = np.bincount(stops.exits - 1, minlength=len(layers))
+    places = stops.exits - rows.exits.stop + len(layers)
     return RankingOutcome(
         queries=len(rows),
         changed=int(stops.changed.sum()),
         changed_at_full_depth=int(full_depth.changed.sum()),
-        mean_depth=float(np.asarray(layers)[stops.exits - 1].mean()) if len(stops.exits) else 0.0,
-        exits=tuple(counts.tolist()),
+        mean_depth=float(np.asarray(layers)[places].mean()) if len(places) else 0.0,
+        exits=tuple(np.bincount(places, minlength=len(layers)).tolist()),
     )
 
 
 def _times(engine: Engine, queries: Sequence[Query], rule: ExitRule) -> QueryTimes:
     """The time of some queries with the most documents, with a rule and at full depth in turns."""
     largest = sorted(queries, key=lambda query: len(query.documents))[-_TIMED_QUERIES:]
-    units = [engine.core.encode(query.pairs) for query in largest]
-    runners = (engine.core.runner(rule), engine.core.full_depth)
-    runs = [partial(engine.core.rank, runner=runner) for runner in runners]
+    core = engine.core
+    units = [core.with_scores(core.encode(query.pairs), query.scores) for query in largest]
+    runners = (core.runner(rule), core.full_depth)
+    runs = [partial(core.rank, runner=runner) for runner in runners]
     time_in_turns(units, runs, 1)  # prepares the shapes
     seconds = time_in_turns(units, runs, _TURNS)
     with_rule, at_full_depth = 1000 * np.median(seconds, axis=(0, 1))

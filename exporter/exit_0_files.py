@@ -1,6 +1,7 @@
 """Exit 0 as a model_dir and an engines folder store it: `exit_0.safetensors` and `exit_0.npz`.
 
-`runtime.exit_0` says what exit 0 is. Needs no torch.
+`runtime.exit_0` says what exit 0 is. That of a ranking, see `runtime.first_stage`, is a few numbers
+in `config.json` and in the manifest. Needs no torch.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from ..runtime.artifact.folder import sha256_of
-from ..runtime.artifact.manifest import EXIT_0_NAME, ExitZeroSpec
+from ..runtime.artifact.manifest import EXIT_0_NAME, ExitZeroSpec, FirstStageSpec
 from ..runtime.errors import ModelError, first_line
 from ..runtime.exit_0 import ExitZero
+from ..runtime.first_stage import FirstStage
 from .staging import system_errors
 
 EXIT_0_FILE = "exit_0.safetensors"
@@ -30,12 +33,12 @@ def unigrams_of(vocabulary: int) -> int:
     return min(vocabulary, _MOST_UNIGRAMS)
 
 
-def save_exit_0(folder: Path, exit_0: ExitZero) -> None:
+def save_exit_0(folder: Path, exit_0: ExitZero | FirstStage) -> None:
     """Add exit 0 to a model_dir, or replace it; nothing else in the folder changes.
 
     Args:
         folder: the model_dir, which has a `config.json`.
-        exit_0: the weights.
+        exit_0: exit 0 of a classifier or of a ranking.
 
     Raises:
         OSError: a file cannot be written.
@@ -43,21 +46,27 @@ def save_exit_0(folder: Path, exit_0: ExitZero) -> None:
     from safetensors.numpy import save_file
 
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    block = {"unigrams": exit_0.unigrams, "buckets": exit_0.buckets}
+    if isinstance(exit_0, FirstStage):
+        block = msgspec.to_builtins(exit_0.spec)
+    else:
+        block = {"unigrams": exit_0.unigrams, "buckets": exit_0.buckets}
+        with system_errors(folder / EXIT_0_FILE):
+            save_file(exit_0.arrays, folder / EXIT_0_FILE)
     content[CONFIG_BLOCK] = (content.get(CONFIG_BLOCK) or {}) | {"exit_0": block}
-    with system_errors(folder / EXIT_0_FILE):
-        save_file(exit_0.arrays, folder / EXIT_0_FILE)
     text = json.dumps(content, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def load_exit_0(folder: Path, config: Any, labels: int) -> ExitZero | None:
+def load_exit_0(
+    folder: Path, config: Any, labels: int, ranks: bool = False
+) -> ExitZero | FirstStage | None:
     """The exit 0 of a model_dir; None if it has none.
 
     Args:
         folder: the model_dir.
         config: its Hugging Face configuration.
         labels: how many labels the model has.
+        ranks: whether it ranks documents.
 
     Raises:
         ModelError: its file is missing or damaged, or does not fit the model.
@@ -68,6 +77,12 @@ def load_exit_0(folder: Path, config: Any, labels: int) -> ExitZero | None:
     block = (getattr(config, CONFIG_BLOCK, None) or {}).get("exit_0")
     if block is None:
         return None
+    if ranks:
+        try:
+            return FirstStage(msgspec.convert(block, FirstStageSpec))
+        except msgspec.ValidationError as error:
+            problem = f"{folder / 'config.json'} has no exit 0 of a ranking: {error}"
+            raise ModelError(problem, "convert the model again") from error
     path = folder / EXIT_0_FILE
     if not path.is_file():
         raise ModelError(f"{path} is missing, but config.json names exit 0", _TRAIN_AGAIN)

@@ -33,6 +33,7 @@ from ..runtime.check import BATCH_LIMIT, Agreement
 from ..runtime.encoding import Text, TextEncoder, padding_values
 from ..runtime.errors import ModelError
 from ..runtime.exit_0 import ExitZero
+from ..runtime.first_stage import FirstStage
 from ..runtime.hub import repository_of
 from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import Budget, FPabee
@@ -154,7 +155,8 @@ def export(
     version_of(ONNXRUNTIME)  # the check needs it, so refuse before any slow step begins
     source = resolve_model_dir(model_dir)
     model = load_checkpoint(source, options.problem_type)
-    exit_0 = load_exit_0(source, model.backbone.config, len(model.exit_config.labels))
+    ranks = model.exit_config.problem_type is ProblemType.RANKING
+    exit_0 = load_exit_0(source, model.backbone.config, len(model.exit_config.labels), ranks)
     texts = [*BUILT_IN_TEXTS, *options.texts]
     base_model = repository_of(model_dir) or ""
     with staging(destination) as folder:
@@ -172,7 +174,7 @@ def _write(
     source: Path,
     base_model: str,
     model: MultiExitModel,
-    exit_0: ExitZero | None,
+    exit_0: ExitZero | FirstStage | None,
     texts: Sequence[Text],
     options: ExportOptions,
     progress: Progress,
@@ -236,7 +238,8 @@ def _write(
         },
         default_target=FP32_TARGET,
         default_rule=(Budget(exit=len(exits)) if task.ranks else DEFAULT_RULE).to_dict(),
-        exit_0=export_exit_0(folder, exit_0) if exit_0 else None,
+        exit_0=export_exit_0(folder, exit_0) if isinstance(exit_0, ExitZero) else None,
+        first_stage=exit_0.spec if isinstance(exit_0, FirstStage) else None,
         base_model=base_model,
     )
     with engine_of(EnginesFolder(folder, manifest), FP32_TARGET) as engine:

@@ -23,6 +23,7 @@ from .chain.groups import Group
 from .encoding import EncodedRow, Text, TextEncoder, blocks
 from .errors import InputError, RuleError, whole_number
 from .exit_0 import ExitZero
+from .first_stage import FirstStage, checked_scores
 from .predictions import Prediction, Stopped, Tally, Trace, make_predictions, outputs_of
 from .ranking import Ranked, RankedQuery, ranked
 from .rules.measures import Integers, Mask
@@ -52,6 +53,7 @@ class Core:
         max_length: tokens to which texts are truncated, special tokens included.
         window_bytes: memory of the rows that run at the same time, in bytes, see `windows`.
         clock: the time in seconds, by which deadlines are given.
+        first_stage: exit 0 of a ranking; None: the model has none.
         full_depth: runs every layer for every row.
         in_use: the name of the operating point in use, if it is one, and the rule of calls that
             give none. One attribute, so that a thread never sees the rule of one point with the
@@ -80,7 +82,9 @@ class Core:
         self.window_bytes = _WINDOW_BYTES
         self.clock: Callable[[], float] = perf_counter
         self._row_bytes = lru_cache(None)(partial(row_bytes, self.manifest, self.limits))
-        self._exit_0 = ExitZero.load(engines)
+        first_stage = self.manifest.first_stage
+        self.first_stage = None if first_stage is None else FirstStage(first_stage)
+        self._exit_0 = self.first_stage or ExitZero.load(engines)
         self._exits = self.manifest.exits
         self.in_use = (operating_point, self._runner(rule))
         self.full_depth = self._runner(Budget(exit=self._exits[-1]))
@@ -259,6 +263,26 @@ class Core:
         missed = np.full(len(rows), self.clock() > deadline)
         self.count(stopped, missed)
         return ranked(stopped, ~query.going, self.manifest.task.activation, top_k, with_left)
+
+    def with_scores(
+        self, rows: Sequence[EncodedRow], scores: Sequence[float] | None
+    ) -> Sequence[EncodedRow]:
+        """The documents of a query with the scores of the search, which exit 0 uses.
+
+        Args:
+            rows: the query with each of its documents.
+            scores: of the documents; None: they are not known. They are passed over if the model
+                has no exit 0.
+
+        Raises:
+            InputError: the scores are not one finite number for each document.
+        """
+        if scores is None:
+            return rows
+        checked = checked_scores(scores, len(rows))
+        if self.first_stage is None or not rows:
+            return rows
+        return self.first_stage.attach(rows, checked)
 
     def check_query(self, rows: Sequence[EncodedRow]) -> None:
         """Refuse a query whose documents need more memory than a window of rows may take.

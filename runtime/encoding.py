@@ -57,12 +57,15 @@ class EncodedRow:
         token_type_ids: `[tokens]` int64; zeros if the model has no token types.
         truncated: whether the text had more tokens than the model takes.
         pair_start: position of the first token of the second text; None for a single text.
+        predicted: of a document of a ranking, its logit as the score of the search predicts it, see
+            `first_stage`; 0 without a score.
     """
 
     input_ids: NDArray[np.int64]
     token_type_ids: NDArray[np.int64]
     truncated: bool
     pair_start: int | None = None
+    predicted: float = 0.0
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -236,6 +236,7 @@ class Engine:
         documents: Sequence[str],
         top_k: int | None = None,
         *,
+        scores: Sequence[float] | None = None,
         deadline_ms: float | None = None,
         full_depth: bool = False,
         all: bool = False,
@@ -254,6 +255,10 @@ class Engine:
             documents: the documents.
             top_k: how many documents are returned at most; default: as many as the operating point
                 promises, or all of them at full depth.
+            scores: those of the search that found the documents, in their order; a higher one is
+                better. If the model was converted with scores of the same search, some documents
+                leave before layer 1 (exit 0); otherwise, the scores are passed over. The promise
+                holds with and without them.
             deadline_ms: milliseconds for the call.
             full_depth: run every layer for every document.
             all: return all documents; those that left early come last, by their predicted scores.
@@ -263,8 +268,8 @@ class Engine:
 
         Raises:
             InputError: the model is a classifier; `top_k` is more than the operating point
-                promises; the documents have too many tokens for one call; or something is not a
-                text.
+                promises; the documents have too many tokens for one call; `scores` are not one
+                finite number for each document; or something is not a text.
             BackendError: as in `predict`.
             ArtifactError: as in `predict`.
 
@@ -283,7 +288,8 @@ class Engine:
         most = top_of(runner.rule, top_k)
         if isinstance(documents, str):
             raise InputError("the documents are one string", "give a list: [document]")
-        rows = self.core.encode([(query, document) for document in documents])
+        encoded = self.core.encode([(query, document) for document in documents])
+        rows = self.core.with_scores(encoded, scores)
         return self.core.rank(rows, runner, deadline, most, with_left=all)
 
     def _check_task(self, ranks: bool) -> None:

@@ -1,10 +1,11 @@
 """Ranking: documents that cannot be among the best of their query leave after a few layers.
 
-A row is a query with one of its documents. Each exit predicts the final logit. *An exit of a query
-is decided when all its documents have passed it*, whatever groups they run in. So the exits of a
-query depend on the logits of its documents only, and `exits_of_query` reproduces them. Documents
-that leave do so before their group's next segment; the others run all layers, and have the logits
-and the order of the whole model.
+A row is a query with one of its documents. Each exit predicts the final logit; exit 0 does so from
+the score of a search, and equally for all documents if there are no scores, see `first_stage`. *An
+exit of a query is decided when all its documents have passed it*, whatever groups they run in. So
+the exits of a query depend on the logits of its documents only, and `exits_of_query` reproduces
+them. Documents that leave do so before their group's next segment; the others run all layers, and
+have the logits and the order of the whole model.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
 A reranker of six layers is trained with plain sentence-transformers code, on the queries that
 `package_queries.py` wrote to DATA. The alternative that everybody has is the same encoder, cut to
 its first layers before the same training. The six layers are converted as well, with the queries of
-`train` and `certify`, so that the best three change in at most 5 % of new queries.
+`train` and `certify`, so that the best three change in at most 5 % of new queries. They have the
+scores of BM25, with which the conversion is a system of its own.
 WORK/rerankers gets the models and what was found with the queries of `test`: the best documents of
 each system in `best.json`, the times of rounds in `times.json`, and in `table.md` how good the best
 documents are (MRR@10; a query whose description BM25 did not find counts as 0), in how many queries
@@ -46,7 +47,7 @@ from reproduce import MINILM, backbone_of
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from fpabee.calibration import Bound
-from fpabee.calibration.ranking import QueryLogits, certify, errors_near_top, stops_of
+from fpabee.calibration.ranking import Queries, certify, errors_near_top, stops_of
 from fpabee.commands.command import exits_with_one_line
 from fpabee.exporter.convert import ConvertOptions, convert
 from fpabee.exporter.training.workflow import has_fast_bf16
@@ -74,7 +75,7 @@ TIMED = 40
 REFERENCE = f"pytorch-{LAYERS}-layers"
 BASELINE = f"onnxruntime-{LAYERS}-layers"
 
-Ranker = Callable[[str, Sequence[str]], list[int]]
+Ranker = Callable[[Query], list[int]]
 """Returns the places of the documents of a query, best first."""
 
 
@@ -179,9 +180,9 @@ def teach(layers: int, data: Path, work: Path) -> Path:
     return folder
 
 
-def as_found(query: str, documents: Sequence[str]) -> list[int]:
+def as_found(query: Query) -> list[int]:
     """The order of BM25."""
-    return list(range(len(documents)))
+    return list(range(len(query.documents)))
 
 
 def pytorch_ranker(model: Path) -> Ranker:
@@ -190,10 +191,11 @@ def pytorch_ranker(model: Path) -> Ranker:
 
     encoder = CrossEncoder(str(model), device="cpu")
 
-    def rank(query: str, documents: Sequence[str]) -> list[int]:
+    def rank(query: Query) -> list[int]:
         # The sigmoid of sentence-transformers would round large scores to equal ones.
         raw = torch.nn.Identity()
-        ranked = encoder.rank(query, list(documents), activation_fn=raw, show_progress_bar=False)
+        documents = [*query.documents]
+        ranked = encoder.rank(query.text, documents, activation_fn=raw, show_progress_bar=False)
         return [int(each["corpus_id"]) for each in ranked]
 
     return rank
@@ -203,10 +205,11 @@ def graph_ranker(model: Path, file: Path, openvino: bool) -> Ranker:
     """A reranker as one graph, on padded batches of documents that were sorted by length."""
     predict = graph_runner(model, file, openvino)
 
-    def rank(query: str, documents: Sequence[str]) -> list[int]:
+    def rank(query: Query) -> list[int]:
+        documents = query.documents
         by_length = sorted(range(len(documents)), key=lambda place: len(documents[place]))
         scores = np.empty(len(documents), np.float32)
-        scores[by_length] = predict([(query, documents[place]) for place in by_length])[:, 0]
+        scores[by_length] = predict([query.pairs[place] for place in by_length])[:, 0]
         order: list[int] = np.argsort(-scores, kind="stable").tolist()
         return order
 
@@ -242,13 +245,17 @@ def engine_rankers(folders: dict[int, Path], stack: ExitStack) -> dict[str, Rank
             engine = Engine.load(folder, target)
             stack.enter_context(engine)
             if engine.operating_point is not None:
-                rankers[f"fpabee-{target}-changed-{changed}"] = partial(ranked_by, engine)
+                name = f"fpabee-{target}-changed-{changed}"
+                rankers[name] = partial(ranked_by, engine, with_scores=False)
+                rankers[f"{name}-with-scores"] = partial(ranked_by, engine, with_scores=True)
     return rankers
 
 
-def ranked_by(engine: Engine, query: str, documents: Sequence[str]) -> list[int]:
-    """The order of an engine; documents that left early come last."""
-    return [each.index for each in engine.rank(query, documents, all=True)]
+def ranked_by(engine: Engine, query: Query, with_scores: bool) -> list[int]:
+    """The order of an engine, perhaps with the scores of BM25; early documents come last."""
+    scores = query.scores if with_scores else None
+    ranking = engine.rank(query.text, query.documents, scores=scores, all=True)
+    return [each.index for each in ranking]
 
 
 def broken_promises(engines: Path, changed: int, queries: Sequence[Query]) -> dict[str, Any]:
@@ -262,8 +269,7 @@ def broken_promises(engines: Path, changed: int, queries: Sequence[Query]) -> di
     with Engine.load(engines, TARGETS[0]) as engine:
         pairs = [pair for query in queries for pair in query.pairs]
         logits = engine.trace(pairs).logits[..., 0]
-    starts = np.cumsum([0, *(len(query.documents) for query in queries)])
-    world = QueryLogits(logits, starts, logits[-1])
+        world = Queries(queries, logits[-1]).traced(logits, engine.core.first_stage)
     errors = errors_near_top(world, TOP)
     bound = Bound(changed_answers=changed / 100)
     draw = np.random.default_rng(SEED)
@@ -282,7 +288,7 @@ def broken_promises(engines: Path, changed: int, queries: Sequence[Query]) -> di
 
 def best_documents(ranker: Ranker, queries: Sequence[Query]) -> list[list[int]]:
     """The places of the best documents of each query, best first."""
-    return [ranker(query.text, query.documents)[:RANKS] for query in queries]
+    return [ranker(query)[:RANKS] for query in queries]
 
 
 def quality(
@@ -322,7 +328,7 @@ def times(rankers: dict[str, Ranker], queries: Sequence[Query]) -> dict[str, dic
 
 def _seconds(ranker: Ranker, query: Query) -> float:
     started = time.perf_counter()
-    ranker(query.text, query.documents)
+    ranker(query)
     return time.perf_counter() - started
 
 

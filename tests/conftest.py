@@ -22,6 +22,7 @@ from fpabee.runtime.artifact.manifest import (
     EXIT_0_NAME,
     REFERENCE_NAME,
     ExitZeroSpec,
+    FirstStageSpec,
     ProblemType,
     with_operating_points,
 )
@@ -259,6 +260,29 @@ def ranking_engines(shared_root: Path) -> Mapping[str, Path]:
         export(model, folder)
 
     return MadeOnce(shared_root / "ranking_engines", make)
+
+
+@pytest.fixture(scope="session")
+def first_stage_engines(
+    ranking_engines: Mapping[str, Path], shared_root: Path
+) -> Mapping[str, Path]:
+    """The same folders with an exit 0, which predicts from the scores of a search. Read-only."""
+
+    def make(family: str, folder: Path) -> None:
+        shutil.copytree(ranking_engines[family], folder)
+        add_first_stage(folder)
+
+    return MadeOnce(shared_root / "first_stage_engines", make)
+
+
+def add_first_stage(folder: Path) -> None:
+    """Give an engines folder that ranks an exit 0 for scores."""
+    spec = FirstStageSpec(weights=(0.5, 0.25, -0.125), bias=0.1)
+    engines = EnginesFolder.read(folder)
+    texts, reference = read_reference(engines)
+    engines.with_manifest(first_stage=spec).write()
+    write_reference(folder, texts, np.stack([np.zeros_like(reference[0]), *reference]))
+    correct_reference(folder)
 
 
 @pytest.fixture(scope="session")

@@ -119,7 +119,7 @@ class Conversion:
         default_target: the target that runs if none is named.
         targets: what each target promises and gives; the first is in fp32.
         rankings: the same for a reranker, which has no `targets`.
-        exit_layers: the layer of each exit, exit 0 first, which a reranker does not have.
+        exit_layers: the layer of each exit, exit 0 first; a reranker has it with scores only.
         chosen: the heads of the early exits.
         rows: how many texts were read, without train texts; or queries with documents.
         texts: how many of them are distinct.

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, Generic
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -35,16 +36,18 @@ from ...calibration.ranking import (
 from ...calibration.result import Calibration, Point, Report
 from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, mean_saving, same_answers
 from ...calibration.settings import StopScores, exits_of, settings_lists
-from ...runtime.artifact.manifest import ProblemType, Task
+from ...runtime.artifact.folder import EnginesFolder
+from ...runtime.artifact.manifest import FirstStageSpec, ProblemType, Task
 from ...runtime.encoding import EncodedRow
 from ...runtime.errors import InputError, RowError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.files import ReadOptions, Row, read_rows
 from ...runtime.files.queries import Query, read_queries
 from ...runtime.files.rows import encode_labels
+from ...runtime.first_stage import FirstStage, features
 from ...runtime.predictions import decision_thresholds
 from ...runtime.quality import Labels
-from ...runtime.rules.measures import Outputs
+from ...runtime.rules.measures import Array, Outputs
 from ..model import MultiExitModel
 from ..training.bag_of_ngrams import learn
 from ..training.examples import Examples
@@ -89,8 +92,8 @@ class ConversionTask(ABC, Generic[AnyUnit]):
     """What messages call the units."""
     usual_share: ClassVar[float]
     """Of the units may change, if nothing else is asked for."""
-    has_exit_0: ClassVar[bool]
-    """Whether exit 0 is trained; then two lists of settings are tested."""
+    two_lists: ClassVar[bool]
+    """Whether settings with exit 0 are a second list that is tested."""
     fewest_tokens: ClassVar[int]
     """Of a row whose tokens do not all teach heads, because there are too many of them."""
 
@@ -174,8 +177,8 @@ class ConversionTask(ABC, Generic[AnyUnit]):
         logits: Logits,
         model: MultiExitModel,
         progress: Progress,
-    ) -> ExitZero | None:
-        """Train exit 0; None if this task has none.
+    ) -> ExitZero | FirstStage | None:
+        """Train exit 0; None if the model gets none.
 
         Args:
             task: of the model.
@@ -223,7 +226,7 @@ class Classification(ConversionTask[Row]):
 
     what = "texts"
     usual_share = 0.01
-    has_exit_0 = True
+    two_lists = True
     fewest_tokens = 32
 
     @property
@@ -361,11 +364,12 @@ class Ranking(ConversionTask[Query]):
 
     Attributes:
         top: how many of the best documents of a query are promised.
+        has_scores: whether all queries have the scores of a search.
     """
 
     what = "queries"
     usual_share = 0.05
-    has_exit_0 = False
+    two_lists = False
     # Heads look for the tokens of a document that answer a query, so a sample would mislead them.
     fewest_tokens = 512
 
@@ -375,6 +379,13 @@ class Ranking(ConversionTask[Query]):
         super().__init__(source, options)
         if self._without_documents:
             self.warnings.append(f"{self._without_documents:,} queries have no documents")
+        units = self.texts.units
+        scored = sum(unit.scores is not None for unit in units)
+        self.has_scores = scored == len(units)
+        if scored and not self.has_scores:
+            self.warnings.append(
+                f"only {scored:,} of {len(units):,} queries have scores, so they are passed over"
+            )
         counts = self.lengths(self.texts.calibrate)
         fixed = int((counts <= self.top).sum())
         short = f"{fixed:,} of {len(counts):,} queries that certify have no more than {self.top}"
@@ -440,8 +451,20 @@ class Ranking(ConversionTask[Query]):
         logits: Logits,
         model: MultiExitModel,
         progress: Progress,
-    ) -> None:
-        """A bag of n-grams cannot compare a document with a query."""
+    ) -> FirstStage | None:
+        """Least squares on the features of scores; n-grams cannot compare two texts."""
+        if not self.has_scores:
+            return None
+        progress("exit 0", 0, 1)
+        queries = self._queries(self.texts.train, logits)
+        known = np.concatenate([features(query.scores or ()) for query in queries.queries])
+        lesson = self.lesson(task, logits, self.numbers(self.texts.train))
+        weights = np.sqrt(lesson.weights.numpy())
+        inputs = np.column_stack([known, np.ones(len(known))]) * weights[:, None]
+        solution = np.linalg.lstsq(inputs, queries.reference * weights)[0]
+        *of_features, bias = map(float, solution)
+        spec = {"weights": of_features, "bias": bias}
+        return FirstStage(msgspec.convert(spec, FirstStageSpec))
 
     def certify(
         self, engines: Path, target: str, logits: Logits, chosen: Chosen, progress: Progress
@@ -452,12 +475,28 @@ class Ranking(ConversionTask[Query]):
             target,
             self._queries(self.texts.calibrate, logits),
             self._queries(self.texts.report, logits),
-            np.array(chosen.errors),
+            self._errors(EnginesFolder.read(engines).manifest.first_stage, logits, chosen),
             self.top,
             self.bound,
             self.options.threads,
             progress,
         )
+
+    def _errors(self, first_stage: FirstStageSpec | None, logits: Logits, chosen: Chosen) -> Array:
+        """The errors of all early exits, see `errors_near_top`; exit 0 has not seen these queries.
+
+        Args:
+            first_stage: exit 0; None: there is none.
+            logits: `[rows, labels]` of the reranker for all rows.
+            chosen: the heads of the other exits.
+        """
+        errors = np.array(chosen.errors)
+        if first_stage is None:
+            return errors
+        queries = self._queries(self.texts.choose, logits)
+        both = np.stack([queries.predicted(FirstStage(first_stage)), queries.reference])
+        rows = QueryLogits(both, queries.starts, queries.reference, first_exit=0)
+        return np.append(errors_near_top(rows, self.top), errors)
 
     def _queries(self, numbers: Numbers, logits: Logits) -> Queries:
         """Some queries, with what the reranker says of their documents."""

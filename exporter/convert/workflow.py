@@ -74,15 +74,16 @@ def convert(
     depth gives the logits of the classifier.
 
     A model with one label is a reranker. It needs queries with their documents instead of texts,
-    gets no exit 0, and the guarantee is about the set of the best documents of a query.
+    gets no n-grams, and the guarantee is about the set of the best documents of a query. If all
+    queries have the `scores` of a search, they are its exit 0.
 
     Args:
         classifier: a folder or hub id of an `AutoModelForSequenceClassification`, such as a
             `CrossEncoder`.
         texts: a file in any format of `runtime.read_rows`: texts like those to classify, which the
             classifier was not trained on. If there are labels, accuracy is reported as well. For a
-            reranker, each line has `query` and `documents`; those without documents are left out.
-            Of duplicate texts or queries, the first is taken.
+            reranker, each line has `query`, `documents` and perhaps `scores`; those without
+            documents are left out. Of duplicate texts or queries, the first is taken.
         output: the engines folder to write.
         options: default: at most 1 % of the decisions change, or the best 10 documents of at most
             5 % of the queries, with 95 % confidence.
@@ -123,7 +124,7 @@ def convert(
         check_enough_texts(len(given.numbers(given.texts.taught)), "texts that train")
     of = f"{len(given.texts.own):,} distinct {what}"
     certify = f"{len(given.texts.calibrate):,} of {of} certify"
-    for line in (certify, *needs_in_words(given.bound, given.has_exit_0, what)):
+    for line in (certify, *needs_in_words(given.bound, given.two_lists, what)):
         logger.warning(line)
     teacher = Classifier(classifier, options.problem_type, options.adapter)
     work = _Work(teacher, given, progress)
@@ -153,7 +154,7 @@ def _too_few(given: Classification | Ranking) -> list[str]:
     """
     bound = given.bound
     what = given.what
-    level = (1 - bound.confidence) / (1 + given.has_exit_0)  # with exit 0, two lists are tested
+    level = (1 - bound.confidence) / (1 + given.two_lists)
     least = max(rows_needed(share, 1 - bound.confidence)[0] for share in bound.shares.values())
     good = max(rows_needed(share, level)[1] for share in bound.shares.values())
     certify = len(given.texts.calibrate)

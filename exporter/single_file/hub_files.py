@@ -36,6 +36,7 @@ _NO_PROMISE = (
     "The plan has not run yet. What was measured holds for the target in `measured_on`. Nothing is "
     "promised on a GPU until the rule is calibrated there."
 )
+_WITH_SCORES = " with the scores of a search, which this file does not take"
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ def write_files(
             point=point,
             guarantee=_guarantee(point, unit),
             top=getattr(packed.rule, "top", 0),
+            scores=_WITH_SCORES if len(point.exits) > len(packed.exits) else "",
             changed_queries=round(point.rows * (1 - point.score)),
             changed_at_full_depth=round(point.rows * (1 - point.full_depth_score)),
             changed=f" ({1 - point.score:.2%} changed)" if point.metric == AGREEMENT else "",

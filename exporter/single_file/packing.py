@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import onnx
 
 from ...calibration.progress import Progress, silent
 from ...runtime.artifact.folder import EnginesFolder
-from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest, Target
-from ...runtime.artifact.reference import read_reference
+from ...runtime.artifact.manifest import CLASSIFIER_NAME, Target
+from ...runtime.artifact.reference import Text, read_reference
 from ...runtime.backends.tensorrt import MODULES
 from ...runtime.encoding import EncodedRow, TextEncoder
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError
@@ -126,7 +127,11 @@ def pack(
             "cannot be recognised in a batch",
             "run the engines folder instead of a file",
         )
-    rows = [] if ranks else _rows(source, marks)
+    reference, _ = read_reference(source)
+    rows = [] if ranks else _rows(source, reference, marks)
+    if ranks:  # a file gets no scores, and the promise holds without them
+        source = source.with_manifest(first_stage=None)
+        rule = msgspec.structs.replace(rule, exit_0_threshold=None)
     if exit_0 is not None and marks is None:
         no_exit_0 = "no token types or separators say where the second text of a pair begins"
         source = source.with_manifest(exit_0=None)
@@ -139,7 +144,7 @@ def pack(
     # First, because the weights of the graphs are moved.
     cases: Cases
     if ranks:
-        cases = _query_cases(manifest, protos, source, rule, contents.precision)
+        cases = _query_cases(protos, source, reference, rule, contents.precision)
     else:
         expected = logits_of_segments(manifest, protos, exit_0, rows, contents.precision)
         cases = Cases(manifest=manifest, rows=rows, expected=expected)
@@ -244,23 +249,25 @@ def _for_plan(
     return _Contents(record.name, builder.precision, measured_on, protos, record)
 
 
-def _rows(engines: EnginesFolder, marks: PairMarks | None) -> list[EncodedRow]:
+def _rows(
+    engines: EnginesFolder, reference: Sequence[Text], marks: PairMarks | None
+) -> list[EncodedRow]:
     """The reference texts, except those that exit 0 of a graph takes for pairs.
 
     Args:
         engines: the engines folder.
+        reference: the texts.
         marks: how exit 0 recognises pairs: texts with separators in their midst look like some.
     """
-    reference, _ = read_reference(engines)
     separators = () if marks is None else marks.texts
     texts = [text for text in reference if not any(each in "".join(text) for each in separators)]
     return TextEncoder(engines.path, engines.manifest.tokenizer).encode(texts)
 
 
 def _query_cases(
-    manifest: Manifest,
     protos: dict[str, Any],
     engines: EnginesFolder,
+    reference: Sequence[Text],
     rule: ExitRule,
     precision: str,
 ) -> QueryCases:
@@ -268,8 +275,8 @@ def _query_cases(
 
     A batch holds all documents of a query and some of the next one, so that queries are mixed.
     """
+    manifest = engines.manifest
     top = rule.top if isinstance(rule, TopK) else 1
-    reference, _ = read_reference(engines)
     words = " ".join(" ".join(text) if isinstance(text, tuple) else text for text in reference)
     documents = _LEAST_DOCUMENTS + 2 * top
     draw = random.Random(0).choices

@@ -22,7 +22,7 @@ import msgspec
 from ..errors import ArtifactError
 from .operating_point import Count, OperatingPoint, RuleSettings, Sha256
 
-SCHEMA_VERSION = "1.0-draft.5"  # becomes "1.0", and is frozen, with the release
+SCHEMA_VERSION = "1.0-draft.6"  # becomes "1.0", and is frozen, with the release
 MANIFEST_NAME = "manifest.json"
 REFERENCE_NAME = "reference.npz"
 EXIT_0_NAME = "exit_0.npz"
@@ -45,6 +45,7 @@ LOGITS = "logits"
 MASK_FILL = -1e4
 
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+Weight = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
 Size = Literal["batch", "sequence"] | Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 
 
@@ -211,6 +212,18 @@ class ExitZeroSpec(msgspec.Struct, frozen=True, kw_only=True):
     buckets: Count
 
 
+class FirstStageSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Exit 0 of a ranking, see `fpabee.runtime.first_stage`.
+
+    Attributes:
+        weights: of the features of a score, in logits.
+        bias: the logit where all features are 0.
+    """
+
+    weights: tuple[Weight, Weight, Weight]
+    bias: Weight
+
+
 class BuiltFile(msgspec.Struct, frozen=True, kw_only=True):
     """One file of a target, and the ONNX file it was built from.
 
@@ -304,6 +317,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         files: SHA-256 of the other files in the folder, by path.
         precisions: for each other precision its graphs, with the names of `graphs`.
         exit_0: the classifier before layer 1; None: the model has none.
+        first_stage: for rankings: what the scores of the search predict before layer 1; None: the
+            model has no such exit.
         base_model: the id on the Hugging Face hub of the model that was exported or converted;
             empty: it was a folder.
 
@@ -334,6 +349,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, Sha256] = {}
     precisions: dict[str, dict[str, Graph]] = {}
     exit_0: ExitZeroSpec | None = None
+    first_stage: FirstStageSpec | None = None
     base_model: str = ""
 
     def graphs_in(self, precision: str) -> dict[str, Graph]:
@@ -369,10 +385,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def exits(self) -> range:
         """The numbers of the exits: from 0 if the model has exit 0, else from 1."""
-        return range(1 if self.exit_0 is None else 0, len(self.segments) + 1)
+        has_none = self.exit_0 is None and self.first_stage is None
+        return range(1 if has_none else 0, len(self.segments) + 1)
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
         """The layer of each exit, in the order of `exits`: how many layers ran; 0 for exit 0."""
         layers = tuple(segment.layer for segment in self.segments)
-        return layers if self.exit_0 is None else (0, *layers)
+        return (0, *layers) if 0 in self.exits else layers

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Backend, Bucket, Execution, Limits
+from ..encoding import EncodedRow
 from ..errors import BackendError
-from ..exit_0 import ExitZero
 from ..rules.measures import Mask
 from ..rules.runner import RuleRunner
 from .groups import Group, RowNumbers, Running, fits, split
@@ -55,7 +55,7 @@ class Chain:
     Args:
         backend: its pool lends what runs segments, when the first row needs it.
         limits: the shapes that it runs.
-        exit_0: the classifier before layer 1; None: there is none.
+        exit_0: gives the logits `[rows, labels]` before layer 1; None: there is no exit 0.
         full_depth: the rule of watched rows after their answer; None: no rows are watched.
         clock: the time in seconds, of deadlines too.
 
@@ -68,7 +68,7 @@ class Chain:
 
     backend: Backend
     limits: Limits
-    exit_0: ExitZero | None = None
+    exit_0: Callable[[Sequence[EncodedRow]], NDArray[np.float32]] | None = None
     full_depth: RuleRunner | None = None
     clock: Callable[[], float] = perf_counter
     running: deque[Group] = field(default_factory=deque, init=False)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RowError
+from ..errors import InputError, RowError
+from ..first_stage import checked_scores
 from .rows import ReadOptions, Row
 from .sources import read_rows
 
@@ -51,11 +51,14 @@ class Query:
         if not isinstance(documents, list) or not all(isinstance(each, str) for each in documents):
             raise RowError(f"{row.where} has no list of texts in {_DOCUMENTS!r}", example)
         if scores is not None:
-            _check_scores(scores, len(documents), row.where)
+            try:
+                scores = checked_scores(scores, len(documents))
+            except InputError as error:
+                raise RowError(f"{row.where}: {error.message}", error.hint) from error
         return cls(
             text=row.text,
             documents=tuple(documents),
-            scores=None if scores is None else tuple(map(float, scores)),
+            scores=scores,
             fields=fields,
             where=row.where,
         )
@@ -69,17 +72,6 @@ class Query:
     def pairs(self) -> list[tuple[str, str]]:
         """The query with each of its documents, as the model reads them."""
         return [(self.text, document) for document in self.documents]
-
-
-def _check_scores(scores: Any, documents: int, where: str) -> None:
-    hint = f"give a finite number for each of the {documents} documents, or leave out {_SCORES!r}"
-    if not isinstance(scores, list) or len(scores) != documents:
-        count = f"{len(scores)} values" if isinstance(scores, list) else "no list"
-        raise RowError(f"{where} has {count} in {_SCORES!r}", hint)
-    for score in scores:
-        is_number = isinstance(score, int | float) and not isinstance(score, bool)
-        if not is_number or not math.isfinite(score):
-            raise RowError(f"{where} has the score {score!r}", hint)
 
 
 def read_queries(source: str | Path) -> Iterator[Query]:

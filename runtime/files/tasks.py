@@ -167,7 +167,7 @@ class EncodedQuery:
     """
 
     query: Query
-    rows: list[EncodedRow]
+    rows: Sequence[EncodedRow]
 
 
 class Ranking(Task[EncodedQuery, list[Ranked]]):
@@ -196,7 +196,7 @@ class Ranking(Task[EncodedQuery, list[Ranked]]):
             self.engine.core.check_query(rows)
         except InputError as error:
             raise RowError(f"{row.where}: {error.message}", error.hint) from error
-        return EncodedQuery(query, rows)
+        return EncodedQuery(query, self.engine.core.with_scores(rows, query.scores))
 
     def size(self, item: EncodedQuery) -> int:
         """The characters of a query with each of its documents."""

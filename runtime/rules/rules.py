@@ -2,8 +2,9 @@
 
 After every exit from exit 1, a rule gives each row a *signal*: whether the answer looks settled. A
 row stops after as many consecutive signals as the rule's patience; some rules can also stop a row
-at once. Exit 0 is a bag of n-grams, whose outputs are not like those of a layer. Every rule treats
-it the same: a row stops there if it is confident enough, and otherwise exit 1 is compared with it.
+at once. Exit 0 is a bag of n-grams, whose outputs are not like those of a layer. Every rule of
+classification treats it the same: a row stops there if it is confident enough, and otherwise exit 1
+is compared with it.
 
 A rule answers every question about itself: its signals (`signal`), how calibration tries all
 thresholds at once (`stop_scores`), and whether a near tie of labels can move an exit
@@ -559,15 +560,32 @@ class TopK(ThresholdRule, tag="top-k", frozen=True, kw_only=True):
         threshold: minus the margin by which a document has to be behind, in logits; one for all
             exits, or one for each exit.
         top: how many documents are wanted.
+        exit_0_threshold: the same at exit 0, which predicts from the scores of the search; None
+            means that no document stops there.
     """
 
     ranks: ClassVar[bool] = True
 
+    exit_0_threshold: Annotated[
+        _Finite | None, msgspec.Meta(description="give a finite number")
+    ] = None
     top: Annotated[int, msgspec.Meta(ge=1, description="give a whole number from 1")]
 
     def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """How far documents are before the `top`th; infinity if there are no more than `top`."""
         return before_top(now.logits[:, 0], self.top)
+
+    def threshold_at(self, exit_number: int) -> float:
+        """The threshold at an exit; minus infinity if no document stops at exit 0."""
+        if exit_number > 0:
+            return super().threshold_at(exit_number)
+        return -np.inf if self.exit_0_threshold is None else self.exit_0_threshold
+
+    def stops_at_exit_0(self, now: Outputs) -> Mask | None:
+        """Which documents stop at exit 0, by the same score as at the others."""
+        if self.ends_at_exit_0:
+            return super().stops_at_exit_0(now)
+        return self.signal(0, None, now).agrees
 
 
 def before_top(logits: Array, top: int) -> Array:

@@ -22,12 +22,14 @@ class RankOptions(Options, kw_only=True, forbid_unknown_fields=True):
 
     Attributes:
         query: the query.
+        scores: those of the search that found the documents, see `Engine.rank`.
         top_n: how many documents are returned, the best ones; None: all. Those that left early come
             last then.
         raw_scores: whether scores are logits.
     """
 
     query: str
+    scores: list[float] | None = None
     top_n: Annotated[int, Meta(ge=1)] | None = None
     raw_scores: bool = False
 
@@ -35,7 +37,13 @@ class RankOptions(Options, kw_only=True, forbid_unknown_fields=True):
         """Rank the documents, see `Asked`."""
         every = self.top_n is None
         return await scheduler.rank(
-            self.query, texts, self.top_n, self.deadline_ms, all=every, check=check
+            self.query,
+            texts,
+            self.top_n,
+            self.deadline_ms,
+            scores=self.scores,
+            all=every,
+            check=check,
         )
 
     def score(self, answer: Ranked) -> float:

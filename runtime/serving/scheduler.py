@@ -224,6 +224,7 @@ class Scheduler:
         top_k: int | None = None,
         deadline_ms: float | None = None,
         *,
+        scores: Sequence[float] | None = None,
         all: bool = False,
         check: Callable[[Sequence[EncodedRow]], object] | None = None,
     ) -> list[Ranked]:
@@ -234,6 +235,7 @@ class Scheduler:
             documents: as in `Engine.rank`.
             top_k: as in `Engine.rank`.
             deadline_ms: as in `submit`.
+            scores: as in `Engine.rank`.
             all: as in `Engine.rank`.
             check: as in `classify`.
 
@@ -248,7 +250,8 @@ class Scheduler:
         most = top_of(runner.rule, top_k)
         asked = _Query(RankedQuery(runner.rule, self._core.manifest.exits, len(documents)))
         with self._accepted(len(documents)) as futures:
-            rows = await self._encode([(query, document) for document in documents])
+            encoded = await self._encode([(query, document) for document in documents])
+            rows = self._core.with_scores(encoded, scores)
             self._core.check_query(rows)
             if check is not None:
                 check(rows)

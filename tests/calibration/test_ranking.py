@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from fpabee.calibration import Bound
 from fpabee.calibration.guarantee import binomial_tail
@@ -19,30 +21,73 @@ from fpabee.calibration.ranking import (
     stops_of,
 )
 from fpabee.runtime import Budget, TopK
-from fpabee.runtime.ranking import exits_of_query
+from fpabee.runtime.ranking import changed_sets, exits_of_query
 
 NOISE = np.array([0.8, 0.5, 0.2])
+# By the first exit, which is 0 with scores.
+NOISES = {0: np.array([1.5, *NOISE]), 1: NOISE}
 TOP = 3
 
 
-def made_up(queries: int, seed: int, noise: NDArray[np.float64] = NOISE) -> QueryLogits:
+def made_up(queries: int, seed: int, first_exit: int = 1) -> QueryLogits:
     """Queries of 1 to 40 documents, whose exits predict the last one with noise."""
+    noise = NOISES[first_exit]
     drawn = np.random.default_rng(seed)
     sizes = drawn.integers(1, 40, queries)
     reference = drawn.normal(scale=2.0, size=sizes.sum())
     early = reference + noise[:, None] * drawn.normal(size=(len(noise), len(reference)))
     logits = np.concatenate([early, reference[None]]).astype(np.float32)
-    return QueryLogits(logits, np.cumsum([0, *sizes]), reference.astype(np.float32))
+    return QueryLogits(logits, np.cumsum([0, *sizes]), reference.astype(np.float32), first_exit)
 
 
-@given(st.integers(1, 6), st.integers(0, 10**6), st.floats(0.05, 4.0))
-def test_exits_are_those_of_a_live_run(top: int, seed: int, factor: float) -> None:
-    rows = made_up(7, seed)
-    rule = TopK(top=top, threshold=tuple(-factor * np.append(NOISE, 0.0)))
-    exits = stops_of(rule, rows, top).exits
-    for start, end in zip(rows.starts, rows.starts[1:], strict=False):
-        own = exits_of_query(rows.logits[:, start:end], rule, rows.exits)
-        assert exits[start:end].tolist() == own.tolist()
+def rule_for(top: int, factor: float, first_exit: int) -> TopK:
+    margins = [-factor * each for each in (*NOISES[first_exit], 0.0)]
+    of_exit_0 = margins.pop(0) if first_exit == 0 else None
+    return TopK(top=top, threshold=tuple(margins), exit_0_threshold=of_exit_0)
+
+
+def live(rows: QueryLogits, rule: TopK) -> tuple[list[int], list[bool]]:
+    """The exits of documents in live runs that give these logits, and which queries changed."""
+    exits: list[int] = []
+    changed = []
+    for start, end in pairwise(rows.starts):
+        logits = rows.logits[:, start:end]
+        own = exits_of_query(logits, rule, rows.exits)
+        left = own < rows.exits[-1]
+        reference = rows.reference[start:end].astype(np.float64)
+        changed.append(changed_sets(logits[-1:], left[None], reference[None], rule.top)[0])
+        exits += own.tolist()
+    return exits, changed
+
+
+def without_scores(rows: QueryLogits) -> QueryLogits:
+    """What a live run gives that gets no scores: exit 0 predicts the same for all documents."""
+    return replace(rows, logits=np.concatenate([0 * rows.logits[:1], rows.logits[1:]]))
+
+
+@given(st.integers(1, 6), st.integers(0, 10**6), st.floats(0.05, 4.0), st.integers(0, 1))
+def test_exits_are_those_of_a_live_run(top: int, seed: int, factor: float, first_exit: int) -> None:
+    rows = made_up(7, seed, first_exit)
+    rule = rule_for(top, factor, first_exit)
+    exits, changed = live(rows, rule)
+    stops = stops_of(rule, rows, top)
+    assert stops.exits.tolist() == exits
+    if first_exit == 1:
+        assert stops.changed.tolist() == changed
+        return
+    exits, changed_without = live(without_scores(rows), rule)
+    assert stops_of(rule, rows.without_scores, top).exits.tolist() == exits
+    assert stops.changed.tolist() == np.logical_or(changed, changed_without).tolist()
+
+
+def test_a_query_counts_as_changed_with_its_scores_or_without_them() -> None:
+    rows = made_up(400, 9, first_exit=0)
+    rule = rule_for(TOP, 0.5, first_exit=0)
+    with_scores = np.array(live(rows, rule)[1])
+    without = np.array(live(without_scores(rows), rule)[1])
+    assert (with_scores & ~without).any()
+    assert (without & ~with_scores).any()
+    assert stops_of(rule, rows, TOP).changed.tolist() == (with_scores | without).tolist()
 
 
 def test_full_depth_changes_nothing_but_rounding() -> None:
@@ -56,7 +101,9 @@ def test_full_depth_changes_nothing_but_rounding() -> None:
 
 def test_errors_are_those_of_documents_near_the_top() -> None:
     rows = made_up(400, 1)
-    rows.logits[:-1] += 5.0  # what all documents have in common does not count
+    # What all documents of a query have in common does not count.
+    shared = np.random.default_rng(2).normal(scale=5.0, size=len(rows))
+    rows.logits[:-1] += np.repeat(shared, np.diff(rows.starts)).astype(np.float32)
     assert errors_near_top(rows, TOP) == pytest.approx(NOISE, rel=0.1)
 
 
@@ -71,10 +118,11 @@ def test_bolder_settings_stop_more_documents() -> None:
     assert saved(rows, errors, TOP, 0.0, costs) < saved(rows, errors, TOP, 0.2, costs)
 
 
-def test_promises_hold_on_new_queries() -> None:
+@pytest.mark.parametrize("first_exit", [0, 1])
+def test_promises_hold_on_new_queries(first_exit: int) -> None:
     """Of 60 promises of at most 10 %, no more are broken than 5 % and chance explain."""
-    world = made_up(6000, 3)
-    errors = errors_near_top(made_up(100, 4), TOP)
+    world = made_up(6000, 3, first_exit)
+    errors = errors_near_top(made_up(100, 4, first_exit), TOP)
     drawn = np.random.default_rng(5)
     bound = Bound(changed_answers=0.1)
     broken = 0
@@ -87,6 +135,8 @@ def test_promises_hold_on_new_queries() -> None:
         depths.append(stops.exits.mean())
     assert 1 - binomial_tail(broken - 1, 60, 0.05) > 0.001
     assert np.mean(depths) < 3.5
+    assert isinstance(certified.rule, TopK)
+    assert (certified.rule.exit_0_threshold is None) == (first_exit == 1)
 
 
 def test_fewer_documents_leave_where_a_batch_holds_a_part_of_the_query() -> None:

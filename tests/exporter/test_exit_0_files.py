@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,16 @@ from fpabee.exporter.exit_0_files import (
     unigrams_of,
 )
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
-from fpabee.runtime.artifact.manifest import ExitZeroSpec
+from fpabee.runtime.artifact.manifest import ExitZeroSpec, FirstStageSpec
 from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text, TextEncoder
 from fpabee.runtime.errors import ModelError
 from fpabee.runtime.exit_0 import ExitZero
+from fpabee.runtime.first_stage import FirstStage
 
 from ..bad_input.cases import change_config
 from ..closeness import assert_close
+from ..conftest import make_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEXTS: list[Text] = ["a good film", "turn on the light", ("rain", "the sun"), ("the sun", "rain")]
@@ -44,7 +47,9 @@ def random_exit_0(vocabulary: int, labels: int, buckets: int = 64) -> ExitZero:
 
 def read(folder: Path) -> ExitZero | None:
     config = load_config(folder)
-    return load_exit_0(folder, config, len(config.id2label))
+    exit_0 = load_exit_0(folder, config, len(config.id2label))
+    assert not isinstance(exit_0, FirstStage)
+    return exit_0
 
 
 @pytest.fixture
@@ -140,6 +145,46 @@ def test_what_does_not_fit_the_model_is_refused(name: str, bert: Path) -> None:
     with pytest.raises(ModelError, match=message) as caught:
         read(bert)
     assert caught.value.hint == "train the model again"
+
+
+STAGE = FirstStage(FirstStageSpec(weights=(0.5, -1.0, 2.0), bias=3.0))
+
+
+def test_a_ranking_keeps_its_exit_0_in_the_configuration(tmp_path: Path) -> None:
+    source = make_model("bert", tmp_path / "model", ranks=True)
+    names = {path.name for path in source.iterdir()}
+    save_exit_0(source, STAGE)
+    assert {path.name for path in source.iterdir()} == names
+    assert load_exit_0(source, load_config(source), 1, ranks=True) == STAGE
+    manifest = export(source, tmp_path / "engines").manifest
+    assert (manifest.first_stage, manifest.exit_0) == (STAGE.spec, None)
+    assert manifest.exit_layers == (0, 1, 2, 3)
+    texts, logits = read_reference(EnginesFolder(tmp_path / "engines", manifest))
+    assert logits.shape == (4, len(texts), 1)
+
+
+@pytest.mark.parametrize(
+    ("block", "says"),
+    [
+        ({"weights": [1, 2], "bias": 0}, "length 3"),
+        ({"weights": [1, 2, 1e31], "bias": 0}, "weights"),
+        ({"weights": [1, 2, 3]}, "bias"),
+        ({"unigrams": 200, "buckets": 64}, "weights"),
+        ("yes", "Expected `object`"),
+    ],
+    ids=str,
+)
+def test_a_damaged_exit_0_of_a_ranking_is_refused(block: Any, says: str, tmp_path: Path) -> None:
+    config = SimpleNamespace(fpabee={"exit_0": block})
+    with pytest.raises(ModelError, match=f"has no exit 0 of a ranking.*{says}") as caught:
+        load_exit_0(tmp_path, config, 1, ranks=True)
+    assert caught.value.hint
+
+
+def test_a_classifier_has_no_exit_0_of_a_ranking(bert: Path) -> None:
+    save_exit_0(bert, STAGE)
+    with pytest.raises(ModelError, match="is not an exit 0"):
+        read(bert)
 
 
 def test_an_export_has_exit_0_and_one_graph_leaves_it_out(

@@ -71,6 +71,17 @@ def ranker(
 
 
 @pytest.fixture
+def scored_ranker(
+    first_stage_engines: Mapping[str, Path], set_points: Callable[..., None], tmp_path: Path
+) -> Path:
+    """The same with an exit 0, which predicts from the scores of a search."""
+    folder = Path(shutil.copytree(first_stage_engines["bert"], tmp_path / "scored-ranker"))
+    rule = TopK(top=3, threshold=(-0.3, -0.2, 0.0), exit_0_threshold=-1.0)
+    set_points(folder, default="changed-5", **{"changed-5": rule})
+    return folder
+
+
+@pytest.fixture
 def without_special_tokens(engine_copy: Callable[..., Path]) -> Path:
     """An engines folder whose tokenizer gives no token for an empty text."""
     folder = engine_copy()

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.backends.host import HostBackend
 from fpabee.runtime.chain.chain import Chain
+from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.encoding import EncodedRow
 from fpabee.runtime.predictions import Stopped
 from fpabee.runtime.ranking import RankedQuery, changed_sets, exits_of_query, ranked
@@ -37,6 +39,7 @@ from ..conftest import WORDS
 QUERY = "play the good music"
 TOP = 3
 RULE = TopK(top=TOP, threshold=(-0.3, -0.2, 0.0))
+WITH_SCORES = TopK(top=TOP, threshold=(-0.3, -0.2, 0.0), exit_0_threshold=-4.0)
 
 
 def documents(count: int, seed: int = 0) -> list[str]:
@@ -53,15 +56,35 @@ def joins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(HostBackend, "in_flight", 2)
 
 
-@pytest.fixture
-def engine(ranking_engines: Mapping[str, Path]) -> Iterator[Engine]:
-    with Engine.load(ranking_engines["bert"], rule=RULE) as engine:
+@pytest.fixture(params=[False, True], ids=["", "exit 0 without scores"])
+def engine(
+    request: pytest.FixtureRequest,
+    ranking_engines: Mapping[str, Path],
+    first_stage_engines: Mapping[str, Path],
+) -> Iterator[Engine]:
+    folder = (first_stage_engines if request.param else ranking_engines)["bert"]
+    with Engine.load(folder, rule=WITH_SCORES if request.param else RULE) as engine:
         yield engine
 
 
-def expected(engine: Engine, some: Sequence[str]) -> tuple[list[int], list[int]]:
+@pytest.fixture
+def scored_engine(first_stage_engines: Mapping[str, Path]) -> Iterator[Engine]:
+    with Engine.load(first_stage_engines["bert"], rule=WITH_SCORES) as engine:
+        yield engine
+
+
+def scores_for(count: int, seed: int = 0) -> list[float]:
+    """Scores of a search, of which some are equal."""
+    return [round(random.Random(seed + n).gauss(10, 4), 0) for n in range(count)]
+
+
+def expected(
+    engine: Engine, some: Sequence[str], scores: Sequence[float] | None = None
+) -> tuple[list[int], list[int]]:
     """The best documents in order, and the exit of each document, from the logits alone."""
-    logits = engine.trace([(QUERY, each) for each in some]).logits[..., 0]
+    logits = engine.trace([(QUERY, each) for each in some]).logits[..., 0].copy()
+    if scores is not None and engine.core.first_stage is not None:
+        logits[0] = engine.core.first_stage.predict(scores)
     exits = exits_of_query(logits, engine.rule, engine.manifest.exits)
     last = engine.manifest.exits[-1]
     best = np.where(exits == last, logits[-1], -np.inf)
@@ -87,6 +110,58 @@ def test_the_best_are_those_of_the_logits_in_any_groups(
         assert exits_of(engine.rank(QUERY, some, all=True)) == exits
     if count == 130:
         assert len({*exits}) == 3  # some leave at each exit
+
+
+@pytest.mark.parametrize("count", [1, TOP, TOP + 1, 30, 130])
+def test_documents_with_low_scores_run_no_layer(scored_engine: Engine, count: int) -> None:
+    engine = scored_engine
+    some = documents(count)
+    scores = scores_for(count)
+    best, exits = expected(engine, some, scores)
+    with counted_rows() as ran, Scheduler(engine) as scheduler:
+        ranking = engine.rank(QUERY, some, scores=scores, all=True)
+        assert sum(ran) == sum(exits)
+        served = asyncio.run(scheduler.rank(QUERY, some, scores=scores, all=True))
+        assert sum(ran) == 2 * sum(exits)
+    assert exits_of(ranking) == exits_of(served) == exits
+    assert [each.index for each in ranking[: len(best)]] == best
+    assert [each.index for each in engine.rank(QUERY, some, scores=scores)] == best
+    if count == 130:
+        assert {*exits} == {0, 1, 3}
+    assert engine.tally.exits[0] == 3 * exits.count(0)
+
+
+@pytest.mark.usefixtures("joins")
+def test_queries_with_and_without_scores_run_together(scored_engine: Engine) -> None:
+    sets = [documents(count, seed) for seed, count in enumerate((40, 1, 90, 12, 0))]
+    known = [None if seed % 2 else scores_for(len(some), seed) for seed, some in enumerate(sets)]
+
+    async def every() -> list[list[Ranked]]:
+        with Scheduler(scored_engine) as scheduler:
+            rankings = (
+                scheduler.rank(QUERY, some, scores=scores, all=True)
+                for some, scores in zip(sets, known, strict=True)
+            )
+            return await asyncio.gather(*rankings)
+
+    for some, scores, found in zip(sets, known, asyncio.run(every()), strict=True):
+        exits = expected(scored_engine, some, scores)[1] if some else []
+        assert exits_of(found) == exits
+        assert (0 in exits) == (scores is not None and len(some) > TOP)
+
+
+def test_scores_are_passed_over_where_they_say_nothing(
+    ranking_engines: Mapping[str, Path], scored_engine: Engine
+) -> None:
+    some = documents(30)
+    without = scored_engine.rank(QUERY, some, all=True)
+    assert scored_engine.rank(QUERY, some, scores=[2.5] * 30, all=True) == without
+    assert scored_engine.rank(QUERY, [], scores=[]) == []
+    full = scored_engine.rank(QUERY, some, scores=scores_for(30), full_depth=True)
+    assert {each.exit for each in full} == {3}
+    with Engine.load(ranking_engines["bert"], rule=RULE) as engine:
+        plain = engine.rank(QUERY, some, all=True)
+        assert engine.rank(QUERY, some, scores=scores_for(30), all=True) == plain == without
 
 
 def test_survivors_have_the_scores_of_the_whole_model(engine: Engine) -> None:
@@ -121,6 +196,9 @@ def test_no_documents_have_no_ranking(engine: Engine) -> None:
         (lambda e: e.rank(QUERY, documents(5), top_k=0), "`top_k` is 0"),
         (lambda e: e.rank(QUERY, "one string"), "one string"),
         (lambda e: e.rank(QUERY, [3]), "text 1 is a tuple"),
+        (lambda e: e.rank(QUERY, documents(5), scores=[1.0]), "1 values in 'scores'"),
+        (lambda e: e.rank(QUERY, documents(1), scores=[float("nan")]), "the score nan"),
+        (lambda e: asyncio.run(Scheduler(e).rank(QUERY, ["a"], scores=[])), "0 values in 'scor"),
         (lambda e: e.rank(QUERY, documents(5), deadline_ms=float("nan")), "deadline_ms"),
         (lambda e: e.predict([(QUERY, "a")]), "ranks documents"),
         (lambda e: next(e.stream([(QUERY, "a")])), "ranks documents"),
@@ -173,6 +251,17 @@ def test_a_deadline_ranks_by_the_last_exit_that_was_passed(
     assert all(each.deadline_limited and each.exit == 1 for each in found)
 
 
+def test_a_deadline_before_layer_1_ranks_by_scores(
+    scored_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Chain, "soon", lambda chain, segments=1: chain.clock() + 60.0)
+    scores = scores_for(10)
+    found = scored_engine.rank(QUERY, documents(10), scores=scores, deadline_ms=30_000.0, all=True)
+    assert [each.index for each in found] == np.argsort(-np.array(scores), kind="stable").tolist()
+    assert {each.exit for each in found} == {0}
+    assert {each.deadline_limited for each in found} == {True, False}  # some had left
+
+
 @pytest.mark.usefixtures("joins")
 def test_the_scheduler_ranks_like_the_engine(engine: Engine) -> None:
     sets = [documents(count, seed) for seed, count in enumerate((40, 1, 90, 12, 0))]
@@ -198,19 +287,26 @@ def test_a_query_is_admitted_whole_or_refused(engine: Engine) -> None:
     asyncio.run(ask())
 
 
-def test_documents_leave_before_the_next_segment(engine: Engine) -> None:
-    """Layers that run are those of the exits: nobody goes on who has left."""
-    ran = []
+@contextmanager
+def counted_rows() -> Iterator[list[int]]:
+    """How many rows each segment runs that is started meanwhile."""
+    ran: list[int] = []
     enqueue = Chain.enqueue
 
-    def counted(chain: Chain, group: object) -> None:
-        enqueue(chain, group)  # type: ignore[arg-type]
-        ran.append(len(group))  # type: ignore[arg-type]
+    def counted(chain: Chain, group: Group) -> None:
+        enqueue(chain, group)
+        ran.append(len(group))
 
-    some = documents(130)
-    exits = expected(engine, some)[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Chain, "enqueue", counted)
+        yield ran
+
+
+def test_documents_leave_before_the_next_segment(engine: Engine) -> None:
+    """Layers that run are those of the exits: nobody goes on who has left."""
+    some = documents(130)
+    exits = expected(engine, some)[1]
+    with counted_rows() as ran:
         engine.rank(QUERY, some)
         assert sum(ran) == sum(exits)
         ran.clear()
@@ -221,26 +317,32 @@ def test_documents_leave_before_the_next_segment(engine: Engine) -> None:
 
 @given(
     st.integers(1, 4),
-    st.lists(st.lists(st.integers(-5, 5), min_size=9, max_size=9), min_size=3, max_size=3),
+    st.lists(st.lists(st.integers(-5, 5), min_size=9, max_size=9), min_size=4, max_size=4),
     st.integers(0, 5),
+    st.integers(0, 1),
 )
 def test_the_order_in_which_groups_pass_does_not_matter(
-    top: int, values: list[list[int]], margin: int
+    top: int, values: list[list[int]], margin: int, first: int
 ) -> None:
-    logits = np.array(values, np.float32)
-    rule = TopK(top=top, threshold=-float(margin))
-    exits = range(1, 4)
+    logits = np.array(values[first:], np.float32)
+    rule = TopK(
+        top=top,
+        threshold=-float(margin),
+        exit_0_threshold=None if first else -float(margin),
+    )
+    exits = range(first, 4)
     want = exits_of_query(logits, rule, exits)
     query = RankedQuery(rule, exits, 9)
     parts = [np.arange(0, 5), np.arange(5, 9)]
     # The first part is a segment ahead, as on a device.
-    for number, part in [(1, 0), (2, 0), (1, 1), (2, 1), (3, 0), (3, 1)]:
-        query.passed(number, parts[part], logits[number - 1, parts[part], None])
+    steps = [(0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (2, 1), (3, 0), (3, 1)]
+    for number, part in steps[2 * first :]:
+        query.passed(number, parts[part], logits[number - first, parts[part], None])
     assert query.exits.tolist() == want.tolist()
     # Nobody of the best by the predictions of an exit leaves at it.
     for number in exits[:-1]:
         left = want >= number
-        before = before_top(np.where(left, logits[number - 1], -np.inf), top)
+        before = before_top(np.where(left, logits[number - first], -np.inf), top)
         assert (before[want == number] < -margin).all()
 
 

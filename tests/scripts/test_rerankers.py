@@ -55,7 +55,8 @@ def test_a_graph_sees_documents_by_length_and_ranks_them_by_place(
 
     monkeypatch.setattr(rerankers, "graph_runner", runner)
     rank = rerankers.graph_ranker(Path("model"), Path("file"), openvino=True)
-    assert rank("query", ["long 1", "3", "mid 9", "7", "long 3"]) == [2, 3, 1, 4, 0]
+    asked = query("query", ["long 1", "3", "mid 9", "7", "long 3"], None)
+    assert rank(asked) == [2, 3, 1, 4, 0]
     assert seen == [["3", "7", "mid 9", "long 1", "long 3"]]
 
 
@@ -81,7 +82,7 @@ def test_systems_take_turns() -> None:
     calls: list[str] = []
 
     def ranker(name: str) -> rerankers.Ranker:
-        def rank(query: str, documents: Sequence[str]) -> list[int]:
+        def rank(query: Query) -> list[int]:
             calls.append(name)
             return []
 

@@ -13,6 +13,10 @@ _FIRST_INPUTS = frozenset({"input_ids", "token_type_ids", ATTENTION_BIAS})
 
 def problems(manifest: Manifest) -> Iterator[str]:
     """What is inconsistent in a manifest. Stop at the first: later ones may be meaningless."""
+    if manifest.first_stage is not None and not manifest.task.ranks:
+        yield "it has the first stage of a ranking, but it classifies"
+    if manifest.first_stage is not None and manifest.exit_0 is not None:
+        yield "it has two exits before layer 1"
     yield from _tensor_problems(manifest)
     yield from _chain_problems(manifest)
     yield from _target_problems(manifest)

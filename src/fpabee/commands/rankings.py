@@ -42,12 +42,19 @@ def show(points: Sequence[RankingPoint], default_target: str) -> None:
     for point in points:
         echo_wrapped(f"{_name(point, default_target)}: {_promise(point)}")
     default = next(point for point in points if point.target == default_target)
+    if getattr(default.rule, "exit_0_threshold", None) is not None:
+        held = default.held_out
+        share = held.exits[0] / max(1, sum(held.exits))
+        echo_wrapped(
+            f"by their scores, {share:.1%} of the documents of these queries leave before layer 1; "
+            "the promise also holds without scores"
+        )
     in_batches = [
         f"{each.mean_depth:.2f} in batches of {size}" for size, each in default.batches.items()
     ]
     echo_wrapped(
         "a packed file compares documents within a batch: layers per document of queries that "
-        f"decided nothing are {default.held_out.mean_depth:.2f} in batches of whole queries, "
+        f"decided nothing are {default.without_scores.mean_depth:.2f} in batches of whole queries, "
         f"{' and '.join(in_batches)}"
     )
 
@@ -62,6 +69,7 @@ def to_dict(point: RankingPoint) -> dict[str, Any]:
         "layers": point.layers,
         "chosen_on": point.chosen_on,
         "held_out": point.held_out,
+        "without_scores": point.without_scores,
         "batches": {str(size): each for size, each in point.batches.items()},
         "times": point.times,
         "certificate": point.certificate,

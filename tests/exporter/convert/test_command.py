@@ -164,15 +164,21 @@ def test_the_summary_says_what_is_guaranteed_and_what_is_not(
 def ranked(target: str, changed: int, certificate: Certificate | None) -> RankingPoint:
     """What a target with six layers promises of rankings, or why it does not."""
     outcome = RankingOutcome(
-        queries=60, changed=changed, changed_at_full_depth=1, mean_depth=2.94, exits=(900, 2100)
+        queries=60,
+        changed=changed,
+        changed_at_full_depth=1,
+        mean_depth=2.94,
+        exits=(600, 300, 2100),
     )
+    rule = TopK(top=10, threshold=(-0.5, 0.0), exit_0_threshold=-2.0)
     return RankingPoint(
         target=target,
         name="changed-5",
         top=10,
-        rule=TopK(top=10, threshold=(-0.5, 0.0)) if certificate else Budget(exit=2),
+        rule=rule if certificate else Budget(exit=2),
         chosen_on=replace(outcome, queries=540),
         held_out=outcome,
+        without_scores=replace(outcome, mean_depth=3.02),
         batches={8: replace(outcome, mean_depth=4.51), 32: replace(outcome, mean_depth=3.17)},
         times=QueryTimes(documents=100, milliseconds=812.4, full_depth_milliseconds=1624.8),
         layers=6,
@@ -204,7 +210,8 @@ def test_the_summary_of_a_ranking_counts_the_queries_that_changed(
     for fact in (
         "4,000 queries, 3,000 of them distinct, and 1,500 train queries",
         "other top 10",
-        "2.94 in batches of whole queries, 4.51 in batches of 8 and 3.17 in batches of 32",
+        "by their scores, 20.0% of the documents of these queries leave before layer 1",
+        "3.02 in batches of whole queries, 4.51 in batches of 8 and 3.17 in batches of 32",
         "ms for 100",
         "at most 5 % of new queries have another top 10, with 95 % confidence",
         "tested on 528 of 540 queries",

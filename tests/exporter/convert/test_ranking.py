@@ -282,6 +282,74 @@ def test_a_converted_reranker_is_packed_with_its_rule(converted: Converted, tmp_
     assert packed.rule.top == TOP
 
 
+@pytest.fixture(scope="module")
+def scored(
+    converted: Converted, reranker: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Conversion:
+    """The same conversion with scores, which say something of the logits. Read-only."""
+    place = tmp_path_factory.mktemp("scored")
+    drawn = np.random.default_rng(0)
+    pairs = [(query["query"], each) for query in QUERIES for each in query["documents"]]
+    with Engine.load(converted.folder) as engine:
+        logits = engine.trace(pairs).logits[-1, :, 0]  # type: ignore[arg-type]
+    scores = iter((20 + 3 * logits + drawn.normal(scale=0.3, size=len(logits))).tolist())
+    rows = [{**query, "scores": [next(scores) for _ in query["documents"]]} for query in QUERIES]
+    with pytest.MonkeyPatch.context() as patch:
+        quickly(patch)
+        return convert(reranker, write(place, rows), place / "engines", OPTIONS)
+
+
+def test_scores_of_a_search_become_exit_0(
+    scored: Conversion, converted: Converted, tmp_path: Path
+) -> None:
+    (point,) = scored.rankings
+    (without,) = converted.result.rankings
+    assert point.certificate is not None
+    assert isinstance(point.rule, TopK)
+    assert point.rule.exit_0_threshold is not None
+    assert point.chosen_on.exits[0] > 0
+    assert point.chosen_on.mean_depth < without.chosen_on.mean_depth
+    assert {len(each.exits) for each in (point.chosen_on, *point.batches.values())} == {
+        len(scored.exit_layers)
+    }
+    assert {each.exits[0] for each in point.batches.values()} == {0}
+    manifest = read_manifest(scored.folder)
+    assert manifest.first_stage is not None
+    assert manifest.exit_layers == scored.exit_layers
+    assert scored.exit_layers[0] == 0
+    # What scores predict is about the logits.
+    documents = [str(each) for each in QUERIES[0]["documents"]]
+    with Engine.load(scored.folder) as engine:
+        assert engine.check().passed
+        logits = engine.trace([(str(QUERIES[0]["query"]), each) for each in documents]).logits
+        scores = (20 + 3 * logits[-1, :, 0]).tolist()
+        assert engine.core.first_stage is not None
+        predicted = engine.core.first_stage.predict(scores)
+        assert np.corrcoef(predicted, logits[-1, :, 0])[0, 1] > 0.9
+        found = engine.rank(str(QUERIES[0]["query"]), documents, scores=scores, all=True)
+        assert 0 in {each.exit for each in found}
+
+
+def test_a_file_has_the_promise_but_not_the_scores(scored: Conversion, tmp_path: Path) -> None:
+    packed = pack(scored.folder, tmp_path / "one", "onnxruntime-fp32")
+    assert packed.operating_point == "changed-10"
+    assert isinstance(packed.rule, TopK)
+    assert packed.rule.exit_0_threshold is None
+    assert packed.exits == range(1, len(scored.exit_layers))
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "which this file does not take" in card
+
+
+def test_scores_of_some_queries_only_are_passed_over(tmp_path: Path) -> None:
+    some = [{**query, "scores": [1.0] * len(query["documents"])} for query in QUERIES[:7]]
+    given = Ranking(write(tmp_path, [*some, *QUERIES[7:]]), OPTIONS)
+    (warning,) = given.warnings
+    assert "only 7 of 320 queries have scores" in warning
+    assert not given.has_scores
+    every = [{**query, "scores": [1.0] * len(query["documents"])} for query in QUERIES]
+    assert Ranking(write(tmp_path, every), OPTIONS).has_scores
+
+
 def test_what_is_not_for_rerankers_refuses_them(converted: Converted) -> None:
     with pytest.raises(InputError, match="is a reranker"):
         calibrate(converted.folder, [])

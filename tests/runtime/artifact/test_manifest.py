@@ -145,10 +145,10 @@ def test_other_schemas_are_refused(folder: Path, written: Json, says: str) -> No
         b"",
         b"[]",
         b'{"schema_version": 1.0}',
-        b'{"schema_version": "1.0-draft.5"}',
-        b'{"schema_version": "1.0-draft.5", "x": NaN}',
-        b'{"schema_version": "1.0-draft.5", "x": "\xff"}',
-        b'{"schema_version": "1.0-draft.5", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"schema_version": "1.0-draft.6"}',
+        b'{"schema_version": "1.0-draft.6", "x": NaN}',
+        b'{"schema_version": "1.0-draft.6", "x": "\xff"}',
+        b'{"schema_version": "1.0-draft.6", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     ],
     ids=lambda raw: repr(raw[:40]),
 )
@@ -172,6 +172,7 @@ def updated(*path: str | int, **fields: Any) -> Change:
     return how
 
 
+FIRST_STAGE: Json = {"weights": [1, 2, 3], "bias": 0.5}
 ONE = ("graphs", "one", "outputs", 0)
 FAST = ("targets", TARGET, "operating_points", "fast")
 
@@ -205,6 +206,10 @@ FAST = ("targets", TARGET, "operating_points", "fast")
         (updated(*FAST, exits=[1, 2, 3]), "'fast' of target"),
         (updated(*FAST, exits=[0, 0]), "not all 0"),
         (updated("task", labels=["a", "a"]), "the same name"),
+        (updated(first_stage=FIRST_STAGE), "but it classifies"),
+        (updated(first_stage=FIRST_STAGE | {"weights": [1, 2]}), "first_stage.weights"),
+        (updated(first_stage=FIRST_STAGE | {"bias": 1e31}), "first_stage.bias"),
+        (updated(first_stage=FIRST_STAGE | {"bias": NAN}), "malformed"),
         (updated("segments", 1, layer=1), "after layers"),
         (updated("model", layers=9), "up to 9"),
         (updated("targets", TARGET, precision="x", graph_precision=""), "graphs in 'x'"),

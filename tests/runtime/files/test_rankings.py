@@ -46,6 +46,22 @@ def test_records(run: Run, ranker: Path, source: Path) -> None:
     assert [each["exit"] for each in first[:3]] == [3, 3, 3]
 
 
+def test_scores_of_the_search_are_used(run: Run, scored_ranker: Path, source: Path) -> None:
+    scores = [float(n % 7) for n in range(40)]
+    some = {"query": QUERY, "documents": SETS[0]}
+    queries = write_lines(source.with_name("scored.jsonl"), some | {"scores": scores}, some)
+    found = run(scored_ranker, queries)
+    with Engine.load(scored_ranker) as engine:
+        for record, known in zip(found.records, (scores, None), strict=True):
+            VALIDATOR.validate(record)
+            ranking = engine.rank(QUERY, SETS[0], scores=known, all=True)
+            assert record["results"] == results(ranking)
+    with_scores, without = (
+        {each["exit"] for each in record["results"]} for record in found.records
+    )
+    assert (0 in with_scores, 0 in without) == (True, False)
+
+
 def test_options(run: Run, ranker: Path, source: Path, tmp_path: Path) -> None:
     usual = run(ranker, source, "--quiet").records
     whole = run(ranker, source, "--full-depth", "--with-text", "--quiet").records

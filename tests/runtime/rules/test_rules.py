@@ -365,6 +365,7 @@ def test_rules_survive_their_dictionary(rule: ExitRule, max_exit: int | None) ->
         ({"name": "pabee", "patience": 1, "min_exit": 4}, "min_exit is 4, but the exits of"),
         ({"name": "pabee", "patience": 1, "exit_0_threshold": 90}, "exit_0_threshold is 90"),
         ({"name": "pabee", "patience": 1, "exit_0_threshold": -1}, "from 0 to 1, or 2 for never"),
+        ({"name": "top-k", "top": 3, "threshold": -1, "exit_0_threshold": float("inf")}, "finite"),
     ],
     ids=str,
 )

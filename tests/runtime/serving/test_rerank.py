@@ -140,6 +140,20 @@ def test_the_fields_decide_the_format(server: Server, path: str) -> None:
         assert isinstance(server.check(path, response), dict) == ("documents" in content)
 
 
+@pytest.mark.parametrize("name", ["documents", "texts"])
+def test_scores_of_the_search_are_used(scored_ranker: Path, name: str) -> None:
+    body = {"query": QUERY, name: DOCUMENTS}
+    scores = [n % 7 for n in range(len(DOCUMENTS))]
+    with serving(scored_ranker, max_rows=60, limits=LIMITS) as server:
+        for known in (scores, None):
+            found = server.check("/rerank", server.post("/rerank", body | {"scores": known}))
+            found = found if isinstance(found, list) else found["results"]
+            ranking = server.engine.rank(QUERY, DOCUMENTS, scores=known, all=True)
+            assert [each["exit"] for each in found] == [each.exit for each in ranking]
+            assert [each["index"] for each in found] == [each.index for each in ranking]
+            assert any(each.exit == 0 for each in ranking) == (known is not None)
+
+
 def test_what_fpabee_adds(server: Server) -> None:
     found = server.post("/v1/rerank", COMMON).json()
     assert (found["model"], found["operating_point"]) == ("tiny", "changed-5")
@@ -197,6 +211,9 @@ def test_a_deadline_is_told(server: Server, monkeypatch: pytest.MonkeyPatch) -> 
         ("/v1/rerank", 400, "unknown field `max_exit`", COMMON | {"max_exit": 1}),
         ("/v1/rerank", 400, "unknown field `texts`", COMMON | {"texts": ["a"]}),
         ("/v1/rerank", 400, "`query`", {"documents": ["a"]}),
+        ("/v1/rerank", 400, "2 values in 'scores'", COMMON | {"scores": [1, 2]}),
+        ("/rerank", 400, "score 1e+39", {"query": "a", "texts": ["b"], "scores": [1e39]}),
+        ("/rerank", 400, "`$.scores[0]`", {"query": "a", "texts": ["b"], "scores": [None]}),
         ("/v2/rerank", 400, "`documents`", {"query": "a"}),
         ("/rerank", 400, "`texts`", {"query": "a"}),
         ("/v1/rerank", 400, "$.documents[1]", {"query": "a", "documents": ["b", 5]}),
