@@ -104,15 +104,20 @@ def measure(variants: Sequence[Variant], texts: Sequence[str]) -> None:
                 variant.milliseconds.clear()
 
 
+def heads(texts: int, width: int) -> list[str]:
+    """The heads of the table of a number of texts, whose first column has a width."""
+    what = f"{texts} test texts"
+    return [
+        f"{'':{width}}  texts per  times as  one text,  answers",
+        f"{what:{width}}     second      fast         ms  changed  accuracy",
+    ]
+
+
 def table(variants: Sequence[Variant], labels: Sequence[str]) -> list[str]:
     """The lines of the comparison; the first variant is what the others are compared with."""
     reference = variants[0]
     width = max(len(variant.name) for variant in variants)
-    heading = f"{len(labels)} test texts"
-    lines = [
-        f"{'':{width}}  texts per  times as  one text,  answers",
-        f"{heading:{width}}     second      fast         ms  changed  accuracy",
-    ]
+    lines = heads(len(labels), width)
     for variant in variants:
         changed = sum(map(str.__ne__, variant.answers, reference.answers))
         right = statistics.mean(map(str.__eq__, variant.answers, labels))

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+import demo
 import pytest
 import sizes
 
+from fpabee.commands import points, rankings
 from fpabee.runtime import RuleError
 
 from .commands.test_command import COMMANDS as MODULES
@@ -82,6 +84,28 @@ def test_links_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)|(?:src|srcset)=\"([^\"]+)\"", text)
     files = [file for pair in links for file in pair if file and "://" not in file]
     assert [file for file in files if not (page.parent / file).is_file()] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/convert.md", "docs/calibrate.md"])
+def test_tables_of_operating_points_have_the_heads_that_are_printed(
+    page: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points.show_heads(is_agreement=page != "docs/calibrate.md")
+    assert capsys.readouterr().out in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_table_of_a_ranking_has_the_heads_that_are_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rankings.show_heads(documents=50, top=3)
+    assert capsys.readouterr().out in (ROOT / "docs" / "rerank.md").read_text(encoding="utf-8")
+
+
+def test_the_home_page_shows_what_the_quickstart_compares() -> None:
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    (width,) = map(len, re.findall(r"^fpabee, changed-1 in [\w-]+", text, re.M))
+    assert "\n".join(demo.heads(800, width)) in text
+    assert re.search(r"^PyTorch \(transformers\.pipeline\)  ", text, re.M)
 
 
 def test_the_readme_links_every_page() -> None:

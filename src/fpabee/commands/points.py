@@ -34,10 +34,7 @@ def show(results: Sequence[Calibration], default_target: str | None = None) -> N
     echo("")
     first = results[0].points[0]
     is_agreement = first.held_out.metric == AGREEMENT
-    lost = ("answers", "changed") if is_agreement else ("points", "lost")
-    for heads in (("", "times faster than", ""), ("layers", "all layers", lost[0])):
-        echo_cells("", heads, _HEAD_WIDTHS)
-    echo_cells("target and operating point", ("per text", "single text", "file", lost[1]), _WIDTHS)
+    show_heads(is_agreement)
     for result in results:
         for point in result.points:
             single, *_, file = [f"{ratio:.1f}" for ratio in (*point.measured.values(),) * 2]
@@ -59,6 +56,18 @@ def show(results: Sequence[Calibration], default_target: str | None = None) -> N
             echo_wrapped(f"exit 0 answers at {default.name}: {exit_0_in_words(default)}")
         for warning in result.warnings:
             echo_wrapped(f"warning: {warning}")
+
+
+def show_heads(is_agreement: bool) -> None:
+    """Print the heads of the table.
+
+    Args:
+        is_agreement: whether answers are counted that changed; otherwise what a metric lost.
+    """
+    lost = ("answers", "changed") if is_agreement else ("points", "lost")
+    for heads in (("", "times faster than", ""), ("layers", "all layers", lost[0])):
+        echo_cells("", heads, _HEAD_WIDTHS)
+    echo_cells("target and operating point", ("per text", "single text", "file", lost[1]), _WIDTHS)
 
 
 def to_dict(result: Calibration) -> dict[str, Any]:

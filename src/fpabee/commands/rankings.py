@@ -23,14 +23,7 @@ def show(points: Sequence[RankingPoint], default_target: str) -> None:
     """
     first = points[0]
     echo("")
-    documents = f"ms for {first.times.documents}"
-    top = f"other top {first.top}"
-    for name, cells in (
-        ("", ("", "", "times", "")),
-        ("", ("layers per", documents, "faster than", "queries with")),
-        ("target and operating point", ("document", "documents", "all layers", top)),
-    ):
-        echo_cells(name, cells, _WIDTHS)
+    show_heads(first.times.documents, first.top)
     for point in points:
         held = point.held_out
         layers = f"{point.chosen_on.mean_depth:.2f}"
@@ -57,6 +50,24 @@ def show(points: Sequence[RankingPoint], default_target: str) -> None:
         f"decided nothing are {default.without_scores.mean_depth:.2f} in batches of whole queries, "
         f"{' and '.join(in_batches)}"
     )
+
+
+def show_heads(documents: int, top: int) -> None:
+    """Print the heads of the table.
+
+    Args:
+        documents: how many documents the timed queries have.
+        top: how many of them are wanted.
+    """
+    for name, cells in (
+        ("", ("", "", "times", "")),
+        ("", ("layers per", f"ms for {documents}", "faster than", "queries with")),
+        (
+            "target and operating point",
+            ("document", "documents", "all layers", f"other top {top}"),
+        ),
+    ):
+        echo_cells(name, cells, _WIDTHS)
 
 
 def to_dict(point: RankingPoint) -> dict[str, Any]:
