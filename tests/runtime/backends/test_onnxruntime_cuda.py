@@ -62,7 +62,7 @@ def test_a_fallback_is_never_silent(
     assert "segment_01: nodes run on the CPU, such as slow/conv (1 in all)" in caplog.text
     assert len(loaded) == len(set(loaded)) > 1
     monkeypatch.setattr(FakeCudaSession, "get_providers", lambda self: ["CPUExecutionProvider"])
-    message = r"not on the GPU.* -> onnxruntime-gpu .*fpabee\[gpu-cu13\]"
+    message = r"not on the GPU.* -> onnxruntime-gpu .*\[gpu-cu13\]"
     with made.load() as engine, pytest.raises(BackendError, match=message):
         engine.predict(["rain"])
 
@@ -100,7 +100,7 @@ def test_it_needs_a_gpu_and_the_cuda_provider(monkeypatch: pytest.MonkeyPatch) -
         OnnxRuntimeCudaBackend.check(target, "x")
     set_gpu(monkeypatch)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(BackendError, match=r"has no CUDA provider.*fpabee\[gpu-cu13\]"):
+    with pytest.raises(BackendError, match=r"has no CUDA provider.*\[gpu-cu13\]"):
         OnnxRuntimeCudaBackend.check(target, "x")
 
 
@@ -134,7 +134,7 @@ def test_a_graph_that_cannot_be_loaded_at_all(
     made = double(backend="onnxruntime")
     fails = Mock(side_effect=RuntimeError("CUDA failure 100\nat line 7"))
     monkeypatch.setattr(onnxruntime_cuda, "create_session", fails)
-    message = rf"load {made.target} of .*: CUDA failure 100 -> .*fpabee\[gpu-cu13\]"
+    message = rf"load {made.target} of .*: CUDA failure 100 -> .*\[gpu-cu13\]"
     with made.load() as engine, pytest.raises(ArtifactError, match=message):
         engine.predict(["rain"])
 
