@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,20 @@ from fpabee.exporter.convert import Conversion, ConvertOptions, convert, tasks, 
 from fpabee.exporter.convert.heads import Lesson, train_heads
 from fpabee.exporter.convert.tasks import Ranking
 from fpabee.exporter.single_file import pack
+from fpabee.exporter.targets import build_targets
+from fpabee.exporter.targets.builders import BUILDERS, INT8_TARGETS, OPENVINO_TARGETS
 from fpabee.exporter.training.options import TrainOptions
 from fpabee.runtime import Activation, Budget, Engine, ExitRule, ReadOptions, TopK
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.manifest import ProblemType, Task
+from fpabee.runtime.check import REQUIREMENTS
 from fpabee.runtime.errors import InputError, RowError
 
 from ...closeness import assert_exported
 from .conftest import QUERIES, make_reranker, quickly
 
 TOP = 2
+INT8 = INT8_TARGETS[0]
 OPTIONS = ConvertOptions(bound=Bound(changed_answers=0.1), top=TOP)
 TASK = Task(problem_type=ProblemType.RANKING, labels=("score",))
 
@@ -145,6 +150,38 @@ def test_the_result_is_what_the_engine_does(converted: Converted, reranker: Path
             assert_exported([each.score for each in found], expected)
     assert changed == point.held_out.changed
     assert point.held_out.queries == len(converted.report.queries)
+
+
+@pytest.mark.skipif(util.find_spec("nncf") is None, reason="it needs NNCF")
+def test_int8_is_certified_as_well(
+    converted: Converted,
+    reranker: Path,
+    queries: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its ranges come from the pairs of queries that train."""
+    if BUILDERS[INT8].why_not() is not None:
+        pytest.skip("this CPU cannot run int8")
+    asked: list[Any] = []
+
+    def noting(folder: Path, names: list[str], texts: list[Any], **others: Any) -> Any:
+        asked.extend(texts)
+        return build_targets(folder, names, texts, **others)
+
+    quickly(monkeypatch)
+    # A tiny random model has no robust answers.
+    required = replace(REQUIREMENTS["int8"], labels=0.0)
+    monkeypatch.setitem(REQUIREMENTS, "int8", required)
+    monkeypatch.setattr(workflow, "buildable", {INT8_TARGETS: [INT8], OPENVINO_TARGETS: []}.get)
+    monkeypatch.setattr(workflow, "build_targets", noting)
+    options = replace(OPTIONS, int8=True)
+    result = convert(reranker, queries, tmp_path / "engines", options)
+    assert [point.target for point in result.rankings] == ["onnxruntime-fp32", INT8]
+    quantized = result.rankings[1]
+    assert (quantized.certificate is None) == bool(quantized.refusal)
+    taught = {converted.given.rows[number].text for number in converted.taught}
+    assert {query for query, _ in asked} == taught
 
 
 def test_the_order_at_full_depth_is_that_of_sentence_transformers(
