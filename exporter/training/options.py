@@ -64,7 +64,7 @@ class TrainOptions:
     problem_type: ProblemType | None = None
     exits: tuple[int, ...] | None = None
     distill: float = 0.5
-    pooling: Pooling = Pooling.MEAN
+    pooling: Pooling = Pooling.ATTENTION
     epochs: float | None = None
     lr: float = 5e-5
     batch_size: int = 32
