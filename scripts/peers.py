@@ -53,7 +53,14 @@ from fpabee.runtime.targets import rule_of
 
 COMPARED = [
     f"{name}{EXIT_0}"
-    for name in ("mpnet-sst2", "mini-trec", "mini-snips", "mini-mrpc", "mini-descriptions")
+    for name in (
+        "mpnet-sst2",
+        "mini-sst2",
+        "mini-trec",
+        "mini-snips",
+        "mini-mrpc",
+        "mini-descriptions",
+    )
 ]
 CUT = 3
 """The number of layers after which an encoder is cut."""
@@ -62,6 +69,14 @@ INT8_TARGET = "openvino-int8"
 PABEE = "pabee"
 REFERENCE = "pipeline"
 """The system that all others are compared with: the pipeline of Transformers, in fp32."""
+CONVERTED = "fpabee-converted"
+IN_SHORT = {
+    REFERENCE: "PyTorch, `transformers.pipeline`",
+    "openvino-int8": "OpenVINO int8, sentence-transformers",
+    CONVERTED: "**fpabee, converted**",
+    "fpabee-balanced": "**fpabee, trained with exits**",
+}
+"""The systems of the short table, and their names there."""
 
 
 def systems(
@@ -125,7 +140,7 @@ def systems(
         manifest = read_manifest(converted)
         for name in (name for name, each in manifest.targets.items() if each.operating_points):
             _, rule = rule_of(manifest, name, None)
-            yield runs(f"fpabee-converted-{name}", converted, rule, name)
+            yield runs(f"{CONVERTED}-{name}", converted, rule, name)
     rows, layers = reproduce.trace(engines, dev)
     # The last list of the last exit: exit 0 answers, or else all layers run.
     cascades = settings_lists(rows, ["budget"])[-1:]
@@ -187,6 +202,30 @@ def check_same(name: str, stored: dict[str, Any], now: dict[str, Any], results: 
             )
 
 
+def short_table(name: str, results: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """The table of the README: of the conversion, the target that is fastest over the file."""
+    rounds = {system: row["rounds"] for system, row in results.items() if row["rounds"]}
+    by_rate = sorted(rounds, key=lambda system: -_median(rounds[system], "rows_per_s"))
+    fastest = next((system for system in by_rate if system.startswith(CONVERTED)), CONVERTED)
+    texts = rounds[REFERENCE][0]["rows"]
+    heads = [f"{name}, {texts:,} texts", "accuracy", "answers changed", "texts per second"]
+    yield f"| {' | '.join([*heads, 'times PyTorch', 'one text'])} |"
+    yield "|---|---|---|---|---|---|"
+    for system, words in IN_SHORT.items():
+        measured = rounds.get(fastest if system == CONVERTED else system)
+        if not measured:
+            continue
+        ratio = statistics.median(_ratios(rounds, measured, "rows_per_s"))
+        # A model of its own has other answers.
+        changed = f"{_median(measured, 'changed'):.0f}" if system != "fpabee-balanced" else ""
+        yield (
+            f"| {words} | {100 * _median(measured, 'score'):.1f} % | {changed} "
+            f"| {_median(measured, 'rows_per_s'):,.0f} | {ratio:.1f} "
+            f"| {_median(measured, 'median_ms'):.1f} ms |"
+        )
+    yield ""
+
+
 def table(name: str, results: dict[str, dict[str, Any]]) -> Iterator[str]:
     """The results of a model as Markdown, the fastest over the file first."""
     yield f"## {name}\n"
@@ -223,11 +262,18 @@ def _median(rounds: list[dict[str, Any]], key: str) -> float:
     return statistics.median(each[key] for each in rounds) if rounds else 0.0
 
 
+def _ratios(
+    rounds: dict[str, list[dict[str, Any]]], mine: list[dict[str, Any]], key: str
+) -> list[float]:
+    """The ratios to the reference in the same round."""
+    reference = {each["round"]: each[key] for each in rounds.get(REFERENCE, [])}
+    values = {each["round"]: each[key] for each in mine}
+    return [values[number] / reference[number] for number in values.keys() & reference.keys()]
+
+
 def _ratio(rounds: dict[str, list[dict[str, Any]]], name: str, key: str) -> str:
     """The median of the ratios to the reference in the same round, and their range."""
-    reference = {each["round"]: each[key] for each in rounds.get(REFERENCE, [])}
-    mine = {each["round"]: each[key] for each in rounds[name]}
-    ratios = [mine[number] / reference[number] for number in mine.keys() & reference.keys()]
+    ratios = _ratios(rounds, rounds[name], key)
     if not ratios:
         return ""
     spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
@@ -314,6 +360,9 @@ def main(
                 new.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
                 new.replace(results)
     lines = [line for name, mine in stored.items() for line in table(name, mine)]
+    for name, mine in stored.items():
+        if mine.get(REFERENCE, {}).get("rounds"):
+            lines += short_table(name, mine)
     results.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
 
 
