@@ -80,9 +80,7 @@ def rows_of(part: str) -> tuple[list[str], list[str]]:
 def in_pytorch(folder: Path) -> Classify:
     """The classifier in PyTorch, through the pipeline of Transformers."""
     from transformers import pipeline
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     pipe: Any = pipeline("text-classification", model=str(folder), device="cpu")
 
     def classify(texts: Sequence[str]) -> list[str]:
@@ -131,6 +129,12 @@ def table(variants: Sequence[Variant], labels: Sequence[str]) -> list[str]:
 @click.group()
 def main() -> None:
     """The parts of the quickstart that are not commands of fpabee."""
+    from transformers.utils import logging
+
+    # Its bars and warnings are about weights that the fine-tuning makes.
+    of_transformers: Any = logging
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
 
 
 @main.command()

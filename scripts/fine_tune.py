@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from systems import Text
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_scheduler
@@ -67,7 +68,7 @@ def fine_tune(
     schedule = get_scheduler("linear", optimizer, steps // 10, steps)
     shuffle = random.Random(seed).shuffle
     order = list(range(len(texts)))
-    for _ in range(epochs):
+    for epoch in range(1, 1 + epochs):
         shuffle(order)
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
@@ -78,5 +79,6 @@ def fine_tune(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+        click.echo(f"epoch {epoch} of {epochs}, loss of the last batch {loss.item():.3f}", err=True)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

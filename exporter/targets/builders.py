@@ -146,7 +146,7 @@ class Workbench:
                     empty.rmdir()
 
 
-def check_enough_texts(count: int, what: str = "texts") -> None:
+def check_enough_texts(count: int, what: str = "different texts") -> None:
     """Refuse to quantize with too few texts.
 
     Args:

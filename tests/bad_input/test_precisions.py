@@ -32,8 +32,11 @@ def texts(content: str) -> Make:
     return lambda p: shared(INT8, "--texts", p.file("t.txt", content))(p)
 
 
+FEW_TEXTS = "".join(f"rain {number}\n" for number in range(31))
+
+
 def few_texts_of_an_export(place: Place) -> Arguments:
-    texts = place.file("t.txt", "rain\n" * 31)
+    texts = place.file("t.txt", FEW_TEXTS)
     return place.export(place.models["bert"], "--int8", "--texts", texts)
 
 
@@ -53,8 +56,8 @@ def full_disk(place: Place) -> Arguments:
 CASES = [
     Case("heads of NaN", folder(with_nan, FP16), FP16, "2", "fp32"),
     Case("int8 without texts", shared(INT8), "0", "32", "--texts"),
-    Case("too few texts", texts("rain\n" * 31), "31", "32", "--texts"),
-    Case("too few texts of an export", few_texts_of_an_export, "31", "32", "--texts"),
+    Case("too few texts", texts(FEW_TEXTS), "31", "32 different", "--texts"),
+    Case("too few texts of an export", few_texts_of_an_export, "31", "32 different", "--texts"),
     Case("no graph", folder(lambda f: (f / SECOND).unlink(), FP16), FP16, SECOND),
     Case("a file where graphs are to be",
          folder(lambda f: (f / "onnx/fp16").write_text("mine"), FP16), "onnx/fp16"),

@@ -43,7 +43,7 @@ MISTAKES = {
     "export engines/model -o engines --force": "engines/model is inside",
     "export model -o new --texts none.csv": "none.csv does not exist",
     "export model --int8": "--texts",
-    "export model -o new --int8 --texts rows.csv": "at least 32 texts",
+    "export model -o new --int8 --texts rows.csv": "at least 32 different texts",
     "export engines": "engines is an engines folder",
     "convert engines rows.csv -o new": "engines is an engines folder",
     "convert tokens rows.csv -o new": "BertForTokenClassification",

@@ -343,10 +343,12 @@ def test_int8_without_its_packages_is_refused_and_the_rest_is_built(
 
 def test_too_few_texts_are_refused_before_anything_is_built(added: Path) -> None:
     for few in (TEXTS[:10], TEXTS[:31]):
-        with pytest.raises(InputError, match=rf"at least 32 texts, .* {len(few)} .*`texts`"):
+        with pytest.raises(
+            InputError, match=rf"at least 32 different texts, .* {len(few)} .*`texts`"
+        ):
             build_targets(added, ["openvino-fp32", *NAMES], few)
     EnginesFolder.read(added).keep_targets(lambda name, _: name not in NAMES).write()
-    with pytest.raises(InputError, match="at least 32 texts, but there are 0"):
+    with pytest.raises(InputError, match="at least 32 different texts, but there are 0"):
         build_targets(added, ["openvino-fp32", *NAMES])
     assert "openvino-fp32" not in read_manifest(added).targets
 
