@@ -450,8 +450,9 @@ def tables(every: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield table_row(*about, *(kept.get(target, "") for target in targets))
     yield from table_head("classifier", "conversion", "heads", "agreement of exits 1, 2, ... in %")
     yield from (table_row(*cells) for cells in heads_of)
-    yield from table_head("classifier", "system", "times faster, texts one by one", "file")
-    yield from (table_row(*cells) for cells in times_of)
+    if times_of:
+        yield from table_head("classifier", "system", "times faster, texts one by one", "file")
+        yield from (table_row(*cells) for cells in times_of)
 
 
 def table_head(*cells: str) -> tuple[str, ...]:

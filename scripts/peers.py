@@ -180,7 +180,7 @@ def rules_of(
     dev: Path,
     target: str,
     goals: Mapping[str, Goal | Bound],
-    rules: tuple[str, ...] = (),
+    rules: tuple[str, ...] = CalibrationOptions.rules,
 ) -> dict[str, ExitRule]:
     """The rules that meet goals on a target, by name."""
     options = CalibrationOptions(goals=goals, rules=rules, target=target)

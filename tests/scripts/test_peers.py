@@ -143,7 +143,7 @@ def test_the_picture_names_every_point(tmp_path: Path) -> None:
     results = reproduce.RESULTS / "peers.json"
     drawn = CliRunner().invoke(picture.main, [str(results), str(tmp_path / "assets")])
     assert drawn.exit_code == 0, drawn.output
-    names = {label for label, _ in (picture.OWN | picture.OTHERS).values()}
+    names = {label for label, _ in (picture.OWN | picture.CONVERTED | picture.OTHERS).values()}
     for theme in picture.THEMES:
         text = (tmp_path / "assets" / f"score-{theme}.svg").read_text(encoding="utf-8")
         assert {name for name in names if f">{name}</text>" in text} == names
