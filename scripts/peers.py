@@ -71,7 +71,7 @@ REFERENCE = "pipeline"
 """The system that all others are compared with: the pipeline of Transformers, in fp32."""
 CONVERTED = "fpabee-converted"
 IN_SHORT = {
-    REFERENCE: "PyTorch, `transformers.pipeline`",
+    REFERENCE: "PyTorch fp32, `transformers.pipeline`",
     "openvino-int8": "OpenVINO int8, sentence-transformers",
     CONVERTED: "**fpabee, converted**",
     "fpabee-balanced": "**fpabee, trained with exits**",
@@ -209,12 +209,15 @@ def short_table(name: str, results: dict[str, dict[str, Any]]) -> Iterator[str]:
     fastest = next((system for system in by_rate if system.startswith(CONVERTED)), CONVERTED)
     texts = rounds[REFERENCE][0]["rows"]
     heads = [f"{name}, {texts:,} texts", "accuracy", "answers changed", "texts per second"]
-    yield f"| {' | '.join([*heads, 'times PyTorch', 'one text'])} |"
+    yield f"| {' | '.join([*heads, 'times PyTorch', 'one text, median'])} |"
     yield "|---|---|---|---|---|---|"
     for system, words in IN_SHORT.items():
-        measured = rounds.get(fastest if system == CONVERTED else system)
+        shown = fastest if system == CONVERTED else system
+        measured = rounds.get(shown)
         if not measured:
             continue
+        target = results[shown].get("target")
+        words += f", `{target}`" if target else ""
         ratio = statistics.median(_ratios(rounds, measured, "rows_per_s"))
         # A model of its own has other answers.
         changed = f"{_median(measured, 'changed'):.0f}" if system != "fpabee-balanced" else ""

@@ -128,8 +128,8 @@ def test_rounds_are_kept_and_what_failed_is_listed_and_tried_again(
         "| cascade | 2 | 0.5000 | 1 |  | 167 | 0.42 (0.33 to 0.50) | 2.00 | 1.00 (1.00 to 1.00)"
         in found
     )
-    assert "| PyTorch, `transformers.pipeline` | 50.0 % | 1 | 400 | 1.0 | 2.0 ms |" in found
-    assert "| **fpabee, trained with exits** | 50.0 % |  | 400 | 1.0 | 2.0 ms |" in found
+    assert "`transformers.pipeline`, `fast` | 50.0 % | 1 | 400 | 1.0 | 2.0 ms |" in found
+    assert "| **fpabee, trained with exits**, `fast` | 50.0 % |  | 400 | 1.0 | 2.0 ms |" in found
     versions["torch"] = "3"
     assert "with the versions {'torch': '2'}, but this run" in refusal(3)
     target["target"] = "other"

@@ -32,10 +32,7 @@ ROOT = Path(__file__).parents[2]
         ),
         (
             ("--train",),
-            [
-                "fpabee-calibrate demo/trained --data scripts/demo_data/dev.jsonl.gz",
-                "fpabee-calibrate demo/trained --set-default safe",
-            ],
+            ["fpabee-calibrate demo/trained --data scripts/demo_data/dev.jsonl.gz"],
         ),
     ],
 )
