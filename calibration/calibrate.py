@@ -242,11 +242,12 @@ class _PointMaker:
             choose = self._choice(goal)
             certified = choose(self.search)
             rule = certified.rule or self.full_depth
-            rows = self.search.stopping_costs.rows
-            layers = np.asarray(self.engine.manifest.exit_layers)[rows.at(exits_of(rule, rows))[0]]
+            scorer = self.search.stopping_costs.scorer
+            exits = exits_of(rule, scorer.rows)
+            layers = np.asarray(self.engine.manifest.exit_layers)[scorer.rows.at(exits)[0]]
             yield Point(
                 rule=rule,
-                chosen_on=self._judge(rule, self.search.stopping_costs.scorer),
+                chosen_on=self._outcome(scorer, exits),
                 held_out=self._held_out(rule, choose),
                 name=name,
                 goal=goal,
@@ -272,13 +273,9 @@ class _PointMaker:
         rows is judged with the setting that the other parts choose.
         """
         if self.held is not None:
-            return self._judge(rule, self.held)
+            return self._outcome(self.held, exits_of(rule, self.held.rows))
         exits = self.search.held_out(lambda some: choose(some).rule)
         return self._outcome(self.search.stopping_costs.scorer, exits)
-
-    def _judge(self, rule: ExitRule, scorer: Scorer) -> Outcome:
-        """What a rule gives on some rows."""
-        return self._outcome(scorer, exits_of(rule, scorer.rows))
 
     def _outcome(self, scorer: Scorer, exits: Integers) -> Outcome:
         return outcome(scorer, exits, self.engine.manifest.exit_layers)

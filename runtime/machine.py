@@ -190,10 +190,11 @@ class _Origin(msgspec.Struct, frozen=True):
 @cache
 def _origin() -> _Origin:
     """Where this fpabee was installed from, unless that is an index of packages."""
-    text = None
-    with suppress(metadata.PackageNotFoundError):
+    # Only hints need it, so a damaged file is like none.
+    with suppress(metadata.PackageNotFoundError, msgspec.DecodeError):
         text = metadata.distribution("fpabee").read_text("direct_url.json")
-    return msgspec.json.decode(text or "{}", type=_Origin)
+        return msgspec.json.decode(text or "{}", type=_Origin)
+    return _Origin()
 
 
 def package(extras: str) -> str:
@@ -210,20 +211,17 @@ def package(extras: str) -> str:
     return option + shlex.quote(f"{source}[{extras}]")
 
 
-# For each feature: the packages that it needs, and what installs them.
+# For each feature: the packages that it needs, and what installs them; brackets hold our extras.
 _FEATURES = {
-    "export": (
-        "torch transformers onnx onnxscript safetensors huggingface_hub",
-        package("export,cpu"),
-    ),
-    "graphs": ("huggingface_hub onnx onnx_ir onnxscript onnxruntime", package("export,cpu")),
-    "quantize": ("nncf onnx onnxruntime", package("export,cpu,quantize")),
-    "train": ("torch transformers safetensors huggingface_hub jinja2", package("train")),
+    "export": ("torch transformers onnx onnxscript safetensors huggingface_hub", "[export,cpu]"),
+    "graphs": ("huggingface_hub onnx onnx_ir onnxscript onnxruntime", "[export,cpu]"),
+    "quantize": ("nncf onnx onnxruntime", "[export,cpu,quantize]"),
+    "train": ("torch transformers safetensors huggingface_hub jinja2", "[train]"),
     "peft": ("peft", "peft"),
-    "parquet": ("pyarrow", package("parquet")),
-    "ray": ("ray pyarrow", package("ray")),
+    "parquet": ("pyarrow", "[parquet]"),
+    "ray": ("ray pyarrow", "[ray]"),
     "hub": ("huggingface_hub", "huggingface-hub"),
-    "serve": ("prometheus_client starlette uvicorn", package("serve")),
+    "serve": ("prometheus_client starlette uvicorn", "[serve]"),
     "plot": ("matplotlib jinja2", "matplotlib jinja2"),
 }
 
@@ -241,6 +239,8 @@ def require(feature: str, what: str = "this") -> None:
     packages, install = _FEATURES[feature]
     missing = [name for name in packages.split() if util.find_spec(name) is None]
     if missing:
+        if install.startswith("["):
+            install = package(install.strip("[]"))
         raise MissingExtraError(
             f"{what} needs {', '.join(missing)}, not installed here",
             f"pip install {install}",

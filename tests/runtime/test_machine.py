@@ -21,6 +21,8 @@ def _forget() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
+        ("{", "'fpabee[cpu]'"),
+        ('{"url": 1}', "'fpabee[cpu]'"),
         (None, "'fpabee[cpu]'"),
         ('{"url": "https://a.example/fpabee.whl", "archive_info": {}}', "'fpabee[cpu]'"),
         ('{"url": "file:///my%20clone", "dir_info": {}}', "'/my clone[cpu]'"),
