@@ -144,7 +144,11 @@ def certify(
         results.append((mean_cost, passed, failed))
     _, best, failed = min(results, key=lambda each: each[0])
     if best is None or (best == full_depth and rows.reference is None):
-        needs = needs_in_words(bound, rows.first_exit == 0)
+        full_depth_exits = stop.exits([full_depth])[0]
+        if any(test.shows_more(full_depth_exits) for test in tests):
+            needs = ["more texts would hardly help"]
+        else:
+            needs = needs_in_words(bound, rows.first_exit == 0)
         return Certified(best, None, "; ".join(filter(None, [failed, *needs])))
     certificate = Certificate(
         confidence=100 * bound.confidence,
@@ -231,6 +235,11 @@ class _Test:
         # A bootstrap alone would take rows without any change for certainty.
         _, high = drop_interval(self._scorer, exits, 1 - 2 * self._level, _RESAMPLES)
         return high <= self.promise.at_most
+
+    def shows_more(self, exits: Integers) -> bool:
+        """Whether these rows are enough, and themselves show more losses than allowed."""
+        share = self.promise.at_most / 100
+        return bool(self.most[0] >= 0 and self.lost(exits).mean() > share)
 
     def in_words(self, exits: Integers) -> str:
         """What these rows show, for a setting that does not pass."""

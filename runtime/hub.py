@@ -157,14 +157,17 @@ def hub_errors(
         hub.LocalEntryNotFoundError: "is not a folder here, and the hub cannot be reached",
         hub.EntryNotFoundError: f"has no {file}",
     }
+    hint = (
+        "check the name, the revision, the network and HF_HUB_OFFLINE; for a private or gated "
+        "repository, set HF_TOKEN"
+    )
     # The bases of its error for HTTP are those of the library that it uses.
     kinds: tuple[type[Exception], ...] = (RuntimeError, ValueError, *hub.HfHubHTTPError.__bases__)
     try:
         yield
     except kinds as failure:
         known = (problem for kind, problem in problems.items() if isinstance(failure, kind))
-        raise error(
-            f"{repository} {next(known, f'on the hub: {first_line(failure)}')}",
-            "check the name, the revision, the network and HF_HUB_OFFLINE; for a private or gated "
-            "repository, set HF_TOKEN",
-        ) from failure
+        problem = next(known, f"on the hub: {first_line(failure)}")
+        if problem == f"has no {MANIFEST_NAME}":
+            hint = "if it is a model, make engines of it with `convert` or `export`"
+        raise error(f"{repository} {problem}", hint) from failure

@@ -12,10 +12,10 @@ from ..scoring import AGREEMENT, ROW_MEANS
 
 
 def exit_0_in_words(point: Point) -> str:
-    """What exit 0 answers: `86 % of rows, 0.4 % of them changed`.
+    """What exit 0 answers: `86 % of rows; 3 of 415 such answers changed`.
 
-    The first share is that of the setting that will run. Rows that chose it would flatter the
-    second one, so that is of the rows that `held_out` is about.
+    The share is that of the setting that will run. Rows that chose it would flatter the count of
+    changed answers, so that is of the rows that `held_out` is about.
     """
     runs = point.chosen_on
     held = point.held_out
@@ -24,7 +24,7 @@ def exit_0_in_words(point: Point) -> str:
     share = f"{100 * runs.exits[0] / runs.rows:.0f} % of rows"
     if not held.exits[0]:
         return share
-    return f"{share}, {100 * held.exit_0_changed / held.exits[0]:.1f} % of them changed"
+    return f"{share}; {held.exit_0_changed} of {held.exits[0]:,} such answers changed"
 
 
 def promise_in_words(point: Point, result: Calibration) -> str:

@@ -368,7 +368,7 @@ BUILDERS: dict[str, Builder] = {
         _Int8(ONNXRUNTIME, INT8, "texts, NNCF, a CPU with VNNI"),
         _Int8(OPENVINO, INT8, "texts, NNCF, VNNI, OpenVINO"),
         _Int8(OPENVINO, f"{INT8}-bf16", "texts, NNCF, VNNI, OpenVINO, bf16"),
-        _CudaProvider(ONNXRUNTIME, FP16, "the extra export; it runs on a GPU", "cuda"),
+        _CudaProvider(ONNXRUNTIME, FP16, "the package onnx; it runs on a GPU", "cuda"),
         _Plans(RTX, FP16, _RTX_NEEDS),
         _Plans(RTX, "fp32", _RTX_NEEDS),
         _Plans(TENSORRT, FP16, _TENSORRT_NEEDS),

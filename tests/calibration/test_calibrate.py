@@ -225,8 +225,10 @@ def test_what_exit_0_answers_is_said(
     changed = sum(a.labels != b.labels for a, b in pairs)
     assert 0 < changed < len(pairs)
     words = f"{100 * len(pairs) / len(rows):.0f} % of rows"
-    (held_out,) = re.findall(f"exit 0 answers at drop-20: {words}, ([0-9.]+) % of them", table)
-    words += f", {held_out} % of them changed"
+    (held_out,) = re.findall(
+        f"exit 0 answers at drop-20: {words}; ([0-9]+ of [0-9]+) such answers changed", table
+    )
+    words += f"; {held_out} such answers changed"
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert words in page
 

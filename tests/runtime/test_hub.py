@@ -184,7 +184,7 @@ def test_a_repository_that_cannot_be_used_is_refused(
     refused(r"segment_02\.onnx is damaged: sha256")
     repository.commits.clear()
     repository.commit({"config.json": b"{}"})
-    refused("owner/name has no manifest.json")
+    refused("owner/name has no manifest.json -> if it is a model, make engines of it with")
     repository.gated = True
     refused("owner/name is gated: .* set HF_TOKEN")
     del hub.repositories[NAME]
