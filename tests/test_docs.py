@@ -13,11 +13,15 @@ import click
 import demo
 import pytest
 import sizes
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
 from fpabee.commands import points, rankings
 from fpabee.runtime import RuleError
 
+from .calibration.conftest import label_rows, write
 from .commands.test_command import COMMANDS as MODULES
+from .runtime.running import execute
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -107,6 +111,79 @@ def test_the_home_page_shows_what_the_quickstart_compares() -> None:
     (width,) = map(len, re.findall(r"^fpabee, changed-1 in [\w-]+", text, re.M))
     assert "\n".join(demo.heads(800, width)) in text
     assert re.search(r"^PyTorch \(transformers\.pipeline\)  ", text, re.M)
+
+
+SHOWN = {
+    "docs/run.md": ["fpabee-run engines/ texts.txt", "fpabee-run engines/ test.jsonl --metrics"],
+    "docs/embed-without-python.md": ["fpabee-pack engines/ -o classifier/"],
+    "docs/export.md": ["fpabee-inspect engines/ --check"],
+}
+"""Commands that need only what the demo makes, and whose output stands below them."""
+
+
+@pytest.mark.parametrize(
+    ("page", "command"), [(page, command) for page in SHOWN for command in SHOWN[page]]
+)
+def test_commands_print_what_stands_below_them(
+    page: str,
+    command: str,
+    demo_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    pattern = rf"^    ({re.escape(command)}[^\n]*)\n\n```\n(.*?)```"
+    ((line, shown),) = re.findall(pattern, text, re.M | re.DOTALL)
+    monkeypatch.chdir(demo_folder)
+    name, *arguments = shlex.split(line)
+    done = execute(_command(name), capfd, arguments)
+    assert done.code == 0, done.err
+    printed = " ".join((done.out + done.err).split())
+    labels = _labels(shown)
+    assert labels
+    assert [label for label in labels if label not in printed] == []
+
+
+def _labels(shown: str) -> list[str]:
+    """Names of fields, and the first words of lines that begin with two words."""
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    words = [match[0] for line in lines if (match := re.match(r"[A-Za-z]+ [A-Za-z]+\b", line))]
+    return words + re.findall(r'"\w+":', shown)
+
+
+def test_the_server_answers_what_its_page_shows(
+    demo_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    ((place, body, shown),) = re.findall(
+        r"^\$ curl -s localhost:8000(\S+) .*?-d '(.*?)'\n```\n\n```\n(.*?)```",
+        text,
+        re.M | re.DOTALL,
+    )
+    answers = []
+
+    def ask(app: Starlette, *_: object) -> None:
+        client = TestClient(app, "http://localhost")
+        headers = {"Content-Type": "application/json"}
+        answers.append(client.post(place, content=body, headers=headers).text)
+
+    monkeypatch.setattr("fpabee.runtime.serving.server.serve", ask)
+    done = execute(_command("fpabee-serve"), capfd, [demo_folder / "engines"])
+    assert done.code == 0, done.err
+    (answer,) = answers
+    labels = _labels(shown)
+    assert labels
+    assert [label for label in labels if label not in answer] == []
+
+
+@pytest.fixture
+def demo_folder(exit_0_engines: Mapping[str, Path], tmp_path: Path) -> Path:
+    """What examples name, made of a tiny model."""
+    rows = label_rows(exit_0_engines["bert"], 40)
+    (tmp_path / "engines").symlink_to(exit_0_engines["bert"])
+    (tmp_path / "texts.txt").write_text("turn on the light\n")
+    write(rows, tmp_path / "test.jsonl")
+    return tmp_path
 
 
 def test_the_readme_links_every_page() -> None:
