@@ -232,7 +232,7 @@ def settings(errors: Floats, top: int, first_exit: int = 1) -> list[TopK]:
     rules = []
     for factor in _FACTORS.tolist():
         # The last exit stops every document anyway.
-        thresholds = [-rounded(factor * error) for error in np.append(errors, 0.0).tolist()]
+        thresholds = [0.0 - rounded(factor * error) for error in np.append(errors, 0.0).tolist()]
         of_exit_0 = thresholds.pop(0) if first_exit == 0 else None
         rules.append(TopK(top=top, threshold=tuple(thresholds), exit_0_threshold=of_exit_0))
     return rules

@@ -22,7 +22,7 @@ import msgspec
 from ..errors import ArtifactError
 from .operating_point import Count, OperatingPoint, RuleSettings, Sha256
 
-SCHEMA_VERSION = "1.0-draft.6"  # becomes "1.0", and is frozen, with the release
+SCHEMA_VERSION = "1.0"
 MANIFEST_NAME = "manifest.json"
 REFERENCE_NAME = "reference.npz"
 EXIT_0_NAME = "exit_0.npz"

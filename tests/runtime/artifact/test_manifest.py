@@ -127,7 +127,7 @@ def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
             {"schema_version": "2.0", "fpabee_version": "3.4.5"},
             "3.4.5 and has schema 2.0",
         ),
-        ({"schema_version": "1.0", "fpabee_version": "1.0.0"}, "1.0.0 and has schema 1.0"),
+        ({"schema_version": "1.1", "fpabee_version": "1.1.0"}, "1.1.0 and has schema 1.1"),
         ({"schema_version": "2.0"}, "of another version and has schema 2.0"),
     ],
 )
@@ -145,10 +145,10 @@ def test_other_schemas_are_refused(folder: Path, written: Json, says: str) -> No
         b"",
         b"[]",
         b'{"schema_version": 1.0}',
-        b'{"schema_version": "1.0-draft.6"}',
-        b'{"schema_version": "1.0-draft.6", "x": NaN}',
-        b'{"schema_version": "1.0-draft.6", "x": "\xff"}',
-        b'{"schema_version": "1.0-draft.6", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"schema_version": "1.0"}',
+        b'{"schema_version": "1.0", "x": NaN}',
+        b'{"schema_version": "1.0", "x": "\xff"}',
+        b'{"schema_version": "1.0", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     ],
     ids=lambda raw: repr(raw[:40]),
 )
