@@ -6,8 +6,9 @@
 A reranker of six layers is trained with plain sentence-transformers code, on the queries that
 `package_queries.py` wrote to DATA. The alternative that everybody has is the same encoder, cut to
 its first layers before the same training. The six layers are converted as well, with the queries of
-`train` and `certify`, so that the best three change in at most 5 % of new queries. They have the
-scores of BM25, with which the conversion is a system of its own.
+`train` and `certify`, so that the best three change in at most 5 % of new queries. A rule for 1 %
+is certified on the queries of `certify` afterwards. Queries have the scores of BM25, with which the
+conversion is a system of its own.
 WORK/rerankers gets the models and what was found with the queries of `test`: the best documents of
 each system in `best.json`, the times of rounds in `times.json`, and in `table.md` how good the best
 documents are (MRR@10; a query whose description BM25 did not find counts as 0), in how many queries
@@ -43,20 +44,28 @@ from conversions import (
     table_row,
 )
 from fine_tune import BATCH
+from numpy.typing import NDArray
 from reproduce import MINILM, backbone_of
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from fpabee.calibration import Bound
-from fpabee.calibration.ranking import Queries, certify, errors_near_top, stops_of
+from fpabee.calibration.ranking import (
+    Queries,
+    QueryLogits,
+    certify,
+    errors_near_top,
+    stops_of,
+)
 from fpabee.commands.command import exits_with_one_line
 from fpabee.exporter.convert import ConvertOptions, convert
 from fpabee.exporter.training.workflow import has_fast_bf16
-from fpabee.runtime import Engine, Query, read_queries
+from fpabee.runtime import Engine, ExitRule, Query, read_queries
 from fpabee.runtime.machine import cpu_name, usable_cores
 
 LAYERS = 6
 CUTS = (4, 3)
-CHANGED = (5,)
+CHANGED = 5
+STRICTER = 1
 TARGETS = ("onnxruntime-fp32", "openvino-bf16")
 QUERIES = 4500
 NEGATIVES = 4
@@ -69,6 +78,7 @@ SEED = 42
 STEPS = ("teach", "convert", "rank", "time", "promise")
 PROMISES = 200
 CERTIFYING = 300
+FOR_ERRORS = 100
 RANKS = 10
 TOP = 3
 TIMED = 40
@@ -226,29 +236,79 @@ def graph_rankers(models: dict[int, Path], work: Path) -> dict[str, Ranker]:
     return rankers
 
 
-def converted(model: Path, changed: int, data: Path, work: Path) -> Path:
-    """The engines of a reranker with a promise, in percent of new queries; returns their folder."""
-    engines = work / "rerankers" / f"engines-changed-{changed}"
+def converted(model: Path, data: Path, work: Path) -> Path:
+    """The engines of a reranker that promises `CHANGED`; returns their folder."""
+    engines = work / "rerankers" / f"engines-changed-{CHANGED}"
     if not (engines / "manifest.json").is_file():
-        bound = Bound(changed_answers=changed / 100)
+        bound = Bound(changed_answers=CHANGED / 100)
         options = ConvertOptions(bound=bound, train_texts=part_of(data, "train"), top=TOP)
         result = convert(model, part_of(data, "certify"), engines, options)
         click.echo(json.dumps([str(each) for each in result.rankings]), err=True)
     return engines
 
 
-def engine_rankers(folders: dict[int, Path], stack: ExitStack) -> dict[str, Ranker]:
-    """The converted reranker on the targets where its promise was certified."""
+def engine_rankers(
+    folder: Path, stricter: dict[str, ExitRule], stack: ExitStack
+) -> dict[str, Ranker]:
+    """The converted reranker on the targets where its promise was certified.
+
+    Args:
+        folder: the engines.
+        stricter: the rule of each target that promises `STRICTER`.
+        stack: closes the engines.
+    """
     rankers: dict[str, Ranker] = {}
-    for changed, folder in folders.items():
-        for target in TARGETS:
-            engine = Engine.load(folder, target)
+    for target in TARGETS:
+        engine = Engine.load(folder, target)
+        stack.enter_context(engine)
+        if engine.operating_point is not None:
+            name = f"fpabee-{target}-changed-{CHANGED}"
+            rankers[name] = partial(ranked_by, engine, with_scores=False)
+            rankers[f"{name}-with-scores"] = partial(ranked_by, engine, with_scores=True)
+        if target in stricter:
+            engine = Engine.load(folder, target, rule=stricter[target])
             stack.enter_context(engine)
-            if engine.operating_point is not None:
-                name = f"fpabee-{target}-changed-{changed}"
-                rankers[name] = partial(ranked_by, engine, with_scores=False)
-                rankers[f"{name}-with-scores"] = partial(ranked_by, engine, with_scores=True)
+            name = f"fpabee-{target}-changed-{STRICTER}"
+            rankers[name] = partial(ranked_by, engine, with_scores=False)
     return rankers
+
+
+def traced(
+    engines: Path, target: str, queries: Sequence[Query], reference: NDArray[np.float32] | None
+) -> QueryLogits:
+    """The logits of a target for queries.
+
+    Args:
+        engines: the converted reranker.
+        target: which one runs.
+        queries: the queries.
+        reference: `[rows]` float32, the logits of the reranker; None: those of the last exit.
+    """
+    with Engine.load(engines, target) as engine:
+        pairs = [pair for query in queries for pair in query.pairs]
+        logits = engine.trace(pairs).logits[..., 0]
+        own = logits[-1] if reference is None else reference
+        return Queries(queries, own).traced(logits, engine.core.first_stage)
+
+
+def stricter_rules(engines: Path, data: Path) -> dict[str, dict[str, Any]]:
+    """The rule of each target that promises `STRICTER`; none where nothing can be promised.
+
+    The first queries of `certify` give the errors, and the others certify.
+    """
+    queries = [*read_queries(part_of(data, "certify"))]
+    exact = traced(engines, TARGETS[0], queries, None)
+    bound = Bound(changed_answers=STRICTER / 100)
+    rules = {}
+    for target in TARGETS:
+        world = traced(engines, target, queries, exact.reference)
+        errors = errors_near_top(world.take(np.arange(FOR_ERRORS)), TOP)
+        rest = world.take(np.arange(FOR_ERRORS, len(world)))
+        certified = certify(rest, errors, TOP, bound)
+        click.echo(f"{target}, at most {STRICTER} %: {certified}", err=True)
+        if certified.rule is not None:
+            rules[target] = certified.rule.to_dict()
+    return rules
 
 
 def ranked_by(engine: Engine, query: Query, with_scores: bool) -> list[int]:
@@ -258,18 +318,13 @@ def ranked_by(engine: Engine, query: Query, with_scores: bool) -> list[int]:
     return [each.index for each in ranking]
 
 
-def broken_promises(engines: Path, changed: int, queries: Sequence[Query]) -> dict[str, Any]:
+def broken_promises(world: QueryLogits, changed: int) -> dict[str, Any]:
     """How many promises are broken, if these queries are all that there are.
 
     Args:
-        engines: the converted reranker.
+        world: the queries, from which those that certify are drawn, with replacement.
         changed: of the queries may change, in percent.
-        queries: from which those that certify are drawn, with replacement.
     """
-    with Engine.load(engines, TARGETS[0]) as engine:
-        pairs = [pair for query in queries for pair in query.pairs]
-        logits = engine.trace(pairs).logits[..., 0]
-        world = Queries(queries, logits[-1]).traced(logits, engine.core.first_stage)
     errors = errors_near_top(world, TOP)
     bound = Bound(changed_answers=changed / 100)
     draw = np.random.default_rng(SEED)
@@ -370,29 +425,31 @@ def main(data: Path, work: Path, only: tuple[str, ...]) -> None:
     """Train rerankers, find and time their best documents, and write the table."""
     folder = work / "rerankers"
     models = {layers: teach(layers, data, work) for layers in (LAYERS, *CUTS)}
-    folders: dict[int, Path] = {}
-    if {*STEPS[1:]} & {*only}:
-        folders = {each: converted(models[LAYERS], each, data, work) for each in CHANGED}
+    engines = converted(models[LAYERS], data, work) if {*STEPS[1:]} & {*only} else Path()
     queries = [*read_queries(part_of(data, "test"))]
     best = Results(folder / "best.json")
     rounds = Results(folder / "times.json")
+    promises = Results(folder / "promises.json")
+    stricter: dict[str, ExitRule] = {}
+    if {"rank", "time"} & {*only}:
+        rules = promises.once(f"rules-{STRICTER}", lambda: stricter_rules(engines, data))
+        stricter = {target: ExitRule.from_dict(rule) for target, rule in rules.items()}
     stack = ExitStack()
     if "rank" in only:
         rankers = {REFERENCE: pytorch_ranker(models[LAYERS])}
         rankers["bm25"] = as_found
-        rankers |= graph_rankers(models, work) | engine_rankers(folders, stack)
+        rankers |= graph_rankers(models, work) | engine_rankers(engines, stricter, stack)
         for name, ranker in rankers.items():
             best.once(name, partial(best_documents, ranker, queries))
     if "time" in only:
         some = queries[:: max(1, len(queries) // TIMED)]
-        systems = graph_rankers(models, work) | engine_rankers(folders, stack)
+        systems = graph_rankers(models, work) | engine_rankers(engines, stricter, stack)
         rounds.once("rounds", lambda: times(systems, some))
     stack.close()
     if "promise" in only:
-        promises = Results(folder / "promises.json")
-        for each, engines in folders.items():
-            name = f"changed-{each}"
-            promises.once(name, partial(broken_promises, engines, each, queries))
+        world = traced(engines, TARGETS[0], queries, None)
+        for each in (CHANGED, STRICTER):
+            promises.once(f"changed-{each}", partial(broken_promises, world, each))
     head = f"{cpu_name()}, {usable_cores()} cores"
     lines = table(best.known, rounds.known.get("rounds", {}), [*map(right_of, queries)])
     (folder / "table.md").write_text("\n".join([head, *lines, ""]), encoding="utf-8")
