@@ -135,12 +135,16 @@ def systems(
     if INT8_TARGET in read_manifest(bare).targets:
         yield packed("openvino-int8-bare", bare, "openvino", 32, None, INT8_TARGET)
     rules_of(engines, dev, FP32_TARGET, {"balanced": BALANCED})
-    yield packed("fpabee-single-file", engines, "onnxruntime", 1, "balanced", FP32_TARGET)
+    yield packed("fpabee-single-file", engines, "onnxruntime", 32, "balanced", FP32_TARGET)
     if converted is not None and converted.is_dir():
         manifest = read_manifest(converted)
         for name in (name for name, each in manifest.targets.items() if each.operating_points):
             _, rule = rule_of(manifest, name, None)
             yield runs(f"{CONVERTED}-{name}", converted, rule, name)
+        point, _ = rule_of(manifest, FP32_TARGET, None)
+        yield packed(
+            "fpabee-single-file-converted", converted, "onnxruntime", 32, point, FP32_TARGET
+        )
     rows, layers = reproduce.trace(engines, dev)
     # The last list of the last exit: exit 0 answers, or else all layers run.
     cascades = settings_lists(rows, ["budget"])[-1:]
