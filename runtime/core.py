@@ -262,7 +262,8 @@ class Core:
         stopped = Stopped(rows, query.exits, query.logits[:, None], query.limited)
         missed = np.full(len(rows), self.clock() > deadline)
         self.count(stopped, missed)
-        return ranked(stopped, ~query.going, self.manifest.task.activation, top_k, with_left)
+        activation = self.manifest.task.activation
+        return ranked(stopped, missed, ~query.going, activation, top_k, with_left)
 
     def with_scores(
         self, rows: Sequence[EncodedRow], scores: Sequence[float] | None

@@ -20,7 +20,7 @@ from .encoding import EncodedRow, Text, TextEncoder
 from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of, whole_number
 from .hub import engines_folder
 from .predictions import Prediction, Tally, Trace
-from .ranking import Ranked, top_of
+from .ranking import Ranked, pairs_of, top_of
 from .rules.rules import ExitRule
 from .targets import open_backend, rule_here, target_of
 from .watch import Watch, Watched
@@ -248,7 +248,8 @@ class Engine:
         documents leave depends on the others, so the documents of a query belong into one call.
 
         A deadline is a budget for the whole call. Documents that would miss it are ranked by the
-        last exit that they have passed, and marked `deadline_limited`.
+        last exit that they have passed, and marked `deadline_limited`. If the model has an exit 0
+        and nothing else has run, they are ranked by `scores`, or else keep their order.
 
         Args:
             query: the query.
@@ -261,15 +262,17 @@ class Engine:
                 holds with and without them.
             deadline_ms: milliseconds for the call.
             full_depth: run every layer for every document.
-            all: return all documents; those that left early come last, by their predicted scores.
+            all: return all documents, whatever `top_k` is; those that left early come last, by
+                their predicted scores.
 
         Returns:
             The best documents, best first; equal scores keep the order of the documents.
 
         Raises:
             InputError: the model is a classifier; `top_k` is more than the operating point
-                promises; the documents have too many tokens for one call; `scores` are not one
-                finite number for each document; or something is not a text.
+                promises, and there are more documents; the documents have too many tokens for one
+                call; `scores` are not one finite number for each document; or something is not a
+                text.
             BackendError: as in `predict`.
             ArtifactError: as in `predict`.
 
@@ -285,10 +288,9 @@ class Engine:
         self._check_task(ranks=True)
         deadline = self._deadline(deadline_ms)
         runner = self.core.runner(full_depth=full_depth)
-        most = top_of(runner.rule, top_k)
-        if isinstance(documents, str):
-            raise InputError("the documents are one string", "give a list: [document]")
-        encoded = self.core.encode([(query, document) for document in documents])
+        pairs = pairs_of(query, documents)
+        most = top_of(runner.rule, top_k, len(pairs))
+        encoded = self.core.encode(pairs)
         rows = self.core.with_scores(encoded, scores)
         return self.core.rank(rows, runner, deadline, most, with_left=all)
 

@@ -10,6 +10,7 @@ have the logits and the order of the whole model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,7 @@ class Ranked:
         exit: the exit that gave the score; the last one is the whole model.
         truncated: whether query and document had more tokens than the model takes.
         deadline_limited: whether the deadline stopped the document; its score is predicted then.
+        deadline_missed: whether the answer came after the deadline.
     """
 
     index: int
@@ -44,6 +46,7 @@ class Ranked:
     exit: int
     truncated: bool = False
     deadline_limited: bool = False
+    deadline_missed: bool = False
 
 
 class RankedQuery:
@@ -157,30 +160,52 @@ def exits_of_query(logits: NDArray[np.float32], rule: ExitRule, exits: range) ->
     return query.exits
 
 
-def top_of(rule: ExitRule, top_k: int | None) -> int | None:
+def pairs_of(query: str, documents: Sequence[str]) -> list[tuple[str, str]]:
+    """The query with each of its documents.
+
+    Raises:
+        InputError: they are not a string, and a list or another sequence of strings.
+    """
+    if not isinstance(query, str):
+        raise InputError(f"the query is a {type(query).__name__}", "give a string")
+    if isinstance(documents, str) or not isinstance(documents, Sequence | np.ndarray):
+        kind = type(documents).__name__
+        raise InputError(f"the documents are one {kind}", "give a list of strings")
+    for number, document in enumerate(documents):
+        if not isinstance(document, str):
+            raise InputError(
+                f"document {number} is a {type(document).__name__}", "give a list of strings"
+            )
+    return [(query, document) for document in documents]
+
+
+def top_of(rule: ExitRule, top_k: int | None, documents: int) -> int | None:
     """How many documents a ranking returns; None: all that ran all layers.
 
     Args:
         rule: the rule of the ranking.
         top_k: how many were asked for; None: as many as the rule looks for.
+        documents: how many there are.
 
     Raises:
-        InputError: the rule looks for fewer.
+        InputError: it is not a whole number from 1, or some of as many documents may leave early.
     """
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+    is_count = isinstance(top_k, int | np.integer) and not isinstance(top_k, bool)
+    if top_k is not None and not (is_count and top_k >= 1):
         raise InputError(f"`top_k` is {top_k!r}", "give a whole number from 1")
     if not isinstance(rule, TopK):
         return top_k
-    if top_k is not None and top_k > rule.top:
+    if top_k is not None and min(top_k, documents) > rule.top:
         raise InputError(
             f"the best {top_k} are wanted, but documents behind the best {rule.top} leave early",
-            f"ask for up to {rule.top}, run at full depth, or convert the model again",
+            f"ask for up to {rule.top}, or convert the model again for more",
         )
     return rule.top if top_k is None else top_k
 
 
 def ranked(
     stopped: Stopped,
+    missed: Mask,
     left: Mask,
     activation: Activation,
     top_k: int | None = None,
@@ -193,6 +218,7 @@ def ranked(
 
     Args:
         stopped: the documents, with their exits and logits.
+        missed: `[documents]` whether the deadline was missed.
         left: `[documents]` whether a document left before the last exit, by the rule.
         activation: what makes a score of a logit.
         top_k: most documents to return; None: all.
@@ -214,6 +240,7 @@ def ranked(
             exit=int(stopped.exits[number]),
             truncated=stopped.rows[number].truncated,
             deadline_limited=bool(stopped.limited[number]),
+            deadline_missed=bool(missed[number]),
         )
         for number in order
     ]

@@ -37,6 +37,10 @@ _NO_PROMISE = (
     "promised on a GPU until the rule is calibrated there."
 )
 _WITH_SCORES = " with the scores of a search, which this file does not take"
+_COSTS_OF_RANKING = (
+    "- Layers per document: {depth:.2f} of {layers}, if a query is one batch.\n"
+    "- Times as fast as full depth: {speed}.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,15 @@ def write_files(
     unit = "queries" if manifest.task.ranks else "texts"
     promises = "Nothing is promised: the rule was not calibrated for this file.\n"
     if point is not None:
+        speed = ", ".join(
+            f"{times:.2f} for {'single texts' if batch == '1' else 'files'}"
+            for batch, times in point.measured_speedup.items()
+        )
+        # Scores save layers that the file has to run.
+        had_scores = manifest.task.ranks and len(point.exits) > len(packed.exits)
+        costs = _COSTS_OF_RANKING.format(
+            depth=point.mean_depth, layers=manifest.model.layers, speed=speed
+        )
         promises = texts.format(
             _template(f"{kind}measured"),
             manifest=manifest,
@@ -170,14 +183,12 @@ def write_files(
             point=point,
             guarantee=_guarantee(point, unit),
             top=getattr(packed.rule, "top", 0),
-            scores=_WITH_SCORES if len(point.exits) > len(packed.exits) else "",
+            scores=_WITH_SCORES if had_scores else "",
+            costs="" if had_scores else costs,
             changed_queries=round(point.rows * (1 - point.score)),
             changed_at_full_depth=round(point.rows * (1 - point.full_depth_score)),
             changed=f" ({1 - point.score:.2%} changed)" if point.metric == AGREEMENT else "",
-            speed=", ".join(
-                f"{times:.2f} for {'single texts' if batch == '1' else 'files'}"
-                for batch, times in point.measured_speedup.items()
-            ),
+            speed=speed,
             hardware=point.hardware or "unknown hardware",
             versions=", ".join(map(" ".join, point.versions.items())),
         )

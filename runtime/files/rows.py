@@ -123,6 +123,11 @@ class ReadOptions:
             RowError: the text or the pair is not a string, or the labels are not names.
         """
         text = content.get(self.text_column)
+        if text is None and {"query", "documents"} <= content.keys():
+            raise RowError(
+                f"{where} is a query with documents, but texts are expected here",
+                "queries are for a reranker; give texts to a classifier",
+            )
         if not isinstance(text, str):
             raise RowError(
                 f'{where} has no string field "{self.text_column}"',

@@ -110,6 +110,7 @@ class RerankRequest(RankOptions, kw_only=True, forbid_unknown_fields=True):
                 exit=answer.exit,
                 truncated=answer.truncated,
                 deadline_limited=answer.deadline_limited,
+                deadline_missed=answer.deadline_missed,
             )
             for answer in answers
         ]
@@ -134,7 +135,7 @@ class TextsRequest(RankOptions, kw_only=True, forbid_unknown_fields=True):
 
     texts: list[str]
     return_text: bool = False
-    truncation_direction: Literal["Right"] = "Right"
+    truncation_direction: Literal["Right", "right"] = "Right"
 
     def response(
         self, answers: list[Ranked], engine: Engine, model: str, tokens: int
@@ -148,6 +149,7 @@ class TextsRequest(RankOptions, kw_only=True, forbid_unknown_fields=True):
                 exit=answer.exit,
                 truncated=answer.truncated,
                 deadline_limited=answer.deadline_limited,
+                deadline_missed=answer.deadline_missed,
             )
             for answer in answers
         ]
@@ -161,12 +163,14 @@ class Place(msgspec.Struct, kw_only=True):
         exit: the exit that gave the score.
         truncated: whether query and document were too long together.
         deadline_limited: whether the deadline stopped the document.
+        deadline_missed: whether the answer came after the deadline.
     """
 
     index: int
     exit: int
     truncated: bool
     deadline_limited: bool
+    deadline_missed: bool
 
 
 class RerankResult(Place, kw_only=True):

@@ -24,7 +24,7 @@ from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
 from ..errors import BackendError, InputError, OverloadedError, seconds_of, whole_number
 from ..predictions import Prediction, Stopped
-from ..ranking import Ranked, RankedQuery, ranked, top_of
+from ..ranking import Ranked, RankedQuery, pairs_of, ranked, top_of
 from ..rules.measures import Mask
 
 if TYPE_CHECKING:
@@ -247,10 +247,11 @@ class Scheduler:
         """
         arrived = self._core.clock()
         runner = self._core.runner()
-        most = top_of(runner.rule, top_k)
-        asked = _Query(RankedQuery(runner.rule, self._core.manifest.exits, len(documents)))
-        with self._accepted(len(documents)) as futures:
-            encoded = await self._encode([(query, document) for document in documents])
+        pairs = pairs_of(query, documents)
+        most = top_of(runner.rule, top_k, len(pairs))
+        asked = _Query(RankedQuery(runner.rule, self._core.manifest.exits, len(pairs)))
+        with self._accepted(len(pairs)) as futures:
+            encoded = await self._encode(pairs)
             rows = self._core.with_scores(encoded, scores)
             self._core.check_query(rows)
             if check is not None:
@@ -263,8 +264,9 @@ class Scheduler:
             logits=np.array([answer.logits for answer in answers], np.float32).reshape(-1, 1),
             limited=np.array([answer.deadline_limited for answer in answers], np.bool_),
         )
+        missed = np.array([answer.deadline_missed for answer in answers], np.bool_)
         activation = self._core.manifest.task.activation
-        return ranked(stopped, ~asked.ranking.going, activation, most, all)
+        return ranked(stopped, missed, ~asked.ranking.going, activation, most, all)
 
     @property
     def is_closed(self) -> bool:

@@ -78,6 +78,7 @@ def test_what_is_promised_of_rankings_is_said(
     words = " ".join(run(folder).stdout.split())
     promised = "at most 5 % of new queries have another top 3, with 95 % confidence"
     assert re.search(f"{promised}; .* layers per document", words)
+    assert "ranking of documents" in words
 
 
 def test_a_whole_folder_passes_the_check(engines: Mapping[str, Path]) -> None:

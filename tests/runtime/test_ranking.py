@@ -177,6 +177,13 @@ def test_survivors_have_the_scores_of_the_whole_model(engine: Engine) -> None:
         assert each.score == pytest.approx(whole[each.index].score, abs=1e-5)
     assert [each.score for each in survivors] == sorted((e.score for e in survivors), reverse=True)
     assert engine.rank(QUERY, some, top_k=2) == engine.rank(QUERY, some)[:2]
+    assert engine.rank(QUERY, some, top_k=np.int64(2)) == engine.rank(QUERY, some)[:2]
+
+
+def test_of_few_documents_more_may_be_asked_for(engine: Engine) -> None:
+    """No document leaves if there are no more than the promised number."""
+    few = documents(TOP)
+    assert engine.rank(QUERY, few, top_k=30) == engine.rank(QUERY, few, full_depth=True)
 
 
 def test_equal_documents_keep_their_order(engine: Engine) -> None:
@@ -194,8 +201,12 @@ def test_no_documents_have_no_ranking(engine: Engine) -> None:
     [
         (lambda e: e.rank(QUERY, documents(5), top_k=4), "best 4 are wanted.* best 3 leave"),
         (lambda e: e.rank(QUERY, documents(5), top_k=0), "`top_k` is 0"),
-        (lambda e: e.rank(QUERY, "one string"), "one string"),
-        (lambda e: e.rank(QUERY, [3]), "text 1 is a tuple"),
+        (lambda e: e.rank(QUERY, documents(5), top_k=True), "`top_k` is True"),
+        (lambda e: e.rank(QUERY, "one string"), "the documents are one str"),
+        (lambda e: e.rank(QUERY, None), "the documents are one NoneType"),
+        (lambda e: e.rank(QUERY, ["a", 3]), "document 1 is a int"),
+        (lambda e: e.rank(5, ["a"]), "the query is a int"),
+        (lambda e: asyncio.run(Scheduler(e).rank(QUERY, [3])), "document 0 is a int"),
         (lambda e: e.rank(QUERY, documents(5), scores=[1.0]), "1 values in 'scores'"),
         (lambda e: e.rank(QUERY, documents(1), scores=[float("nan")]), "the score nan"),
         (lambda e: asyncio.run(Scheduler(e).rank(QUERY, ["a"], scores=[])), "0 values in 'scor"),
@@ -361,8 +372,9 @@ def test_scores_have_the_activation() -> None:
     ids = np.zeros(2, np.int64)
     rows = [EncodedRow(ids, ids, truncated=False)] * 2
     stopped = Stopped(rows, np.array([3, 3]), logits, flags)
-    assert [each.score for each in ranked(stopped, flags, Activation.IDENTITY)] == [2.0, -2.0]
-    first, second = ranked(stopped, flags, Activation.SIGMOID)
+    best = ranked(stopped, flags, flags, Activation.IDENTITY)
+    assert [each.score for each in best] == [2.0, -2.0]
+    first, second = ranked(stopped, flags, flags, Activation.SIGMOID)
     assert first.score == pytest.approx(0.8808, abs=1e-4)
     assert first.score + second.score == pytest.approx(1.0)
 
@@ -374,7 +386,9 @@ def test_documents_that_left_have_scores_below_all_others() -> None:
     logits = np.array([[3.0], [0.5], [1.0], [2.0]], np.float32)
     left = np.array([True, False, False, True])
     stopped = Stopped(rows, np.array([1, 3, 3, 2]), logits, np.zeros(4, np.bool_))
-    best = ranked(stopped, left, Activation.SIGMOID, with_left=True)
+    missed = np.array([True, False, False, False])
+    best = ranked(stopped, missed, left, Activation.SIGMOID, with_left=True)
+    assert [each.deadline_missed for each in best] == [False, False, True, False]
     assert [each.index for each in best] == [2, 1, 0, 3]
     assert best[1].score > best[2].score == best[3].score
     assert best[1].logit > best[2].logit == pytest.approx(0.5)

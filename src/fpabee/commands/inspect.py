@@ -132,6 +132,8 @@ def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
     default = shown.pop("default_target")
     rule = shown.pop("default_rule")
     del shown["operating_points"]
+    if manifest.task.ranks:
+        shown["problem_type"] = "ranking of documents"
     _print_values(shown)
     echo(f"rule without an operating point: {settings_in_words(rule)}")
     table = Table("target", "MiB", "error of logits", "speed", "runs here", box=box.SIMPLE_HEAD)

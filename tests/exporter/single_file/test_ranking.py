@@ -21,6 +21,7 @@ from ...closeness import assert_close
 from ...conftest import WORDS
 from .consumer import Consumer
 
+GOLDEN = Path(__file__).parents[2] / "golden" / "1.0"
 FP32 = "onnxruntime-fp32"
 TOP = 3
 RULE = TopK(top=TOP, threshold=(-0.3, -0.2, 0.0))
@@ -98,10 +99,20 @@ def test_the_card_is_about_rankings_and_its_example_runs(
     assert "pipeline_tag: text-ranking" in card
     assert "classifier" not in card
     assert f"set of the best {TOP} documents" in card
+    assert "Layers per document: " in card
     (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda _: str(consumer.folder))
     exec(compile(example, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_the_card_does_not_count_layers_that_scores_saved(tmp_path: Path) -> None:
+    """The file takes no scores, so it runs more layers than its operating point."""
+    pack(GOLDEN / "reranker", tmp_path / "file")
+    card = (tmp_path / "file" / "README.md").read_text(encoding="utf-8")
+    assert "as fpabee runs its segments with the scores of a search" in card
+    assert "Layers per document" not in card
+    assert "Times as fast" not in card
 
 
 def test_documents_of_other_queries_do_not_count(

@@ -46,6 +46,10 @@ def test_records(run: Run, ranker: Path, source: Path) -> None:
     assert [each["exit"] for each in first[:3]] == [3, 3, 3]
 
 
+def test_a_classifier_takes_no_queries(run: Run, bert: Path, source: Path) -> None:
+    check_refused(run(bert, source, "--quiet"), "line 1 is a query with documents", "reranker")
+
+
 def test_scores_of_the_search_are_used(run: Run, scored_ranker: Path, source: Path) -> None:
     scores = [float(n % 7) for n in range(40)]
     some = {"query": QUERY, "documents": SETS[0]}

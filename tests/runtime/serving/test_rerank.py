@@ -206,7 +206,7 @@ def test_a_deadline_is_told(server: Server, monkeypatch: pytest.MonkeyPatch) -> 
     ("path", "status", "says", "content"),
     [
         ("/v1/rerank", 400, "best 3 leave early", COMMON | {"top_n": 4}),
-        ("/rerank", 400, "best 3", {"query": "a", "texts": ["b"], "top_n": 30}),
+        ("/rerank", 400, "best 3", {"query": "a", "texts": ["b"] * 4, "top_n": 30}),
         ("/v1/rerank", 400, "top_n", COMMON | {"top_n": 0}),
         ("/v1/rerank", 400, "unknown field `max_exit`", COMMON | {"max_exit": 1}),
         ("/v1/rerank", 400, "unknown field `texts`", COMMON | {"texts": ["a"]}),
