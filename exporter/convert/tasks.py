@@ -456,9 +456,12 @@ class Ranking(ConversionTask[Query]):
         if not self.has_scores:
             return None
         progress("exit 0", 0, 1)
-        queries = self._queries(self.texts.train, logits)
+        # Queries that were left out for lack of space have no logits.
+        has_logits = np.isfinite(logits[self._starts[self.texts.train], 0])
+        train = self.texts.train[has_logits]
+        queries = self._queries(train, logits)
         known = np.concatenate([features(query.scores or ()) for query in queries.queries])
-        lesson = self.lesson(task, logits, self.numbers(self.texts.train))
+        lesson = self.lesson(task, logits, self.numbers(train))
         weights = np.sqrt(lesson.weights.numpy())
         inputs = np.column_stack([known, np.ones(len(known))]) * weights[:, None]
         solution = np.linalg.lstsq(inputs, queries.reference * weights)[0]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fpabee.calibration import Bound, calibrate
+from fpabee.calibration.progress import silent
 from fpabee.calibration.ranking import Queries, calibrate_ranking
 from fpabee.exporter import export
 from fpabee.exporter.checkpoint import load_checkpoint
@@ -375,6 +376,23 @@ def test_a_file_has_the_promise_but_not_the_scores(scored: Conversion, tmp_path:
     assert packed.exits == range(1, len(scored.exit_layers))
     card = (tmp_path / "one" / "README.md").read_text()
     assert "which this file does not take" in card
+
+
+def test_scores_of_queries_without_logits_train_nothing(tmp_path: Path) -> None:
+    """If the disk holds the states of some queries only, the others do not run."""
+    drawn = np.random.default_rng(0)
+    rows = [
+        {**query, "scores": drawn.normal(size=len(query["documents"])).tolist()}
+        for query in QUERIES
+    ]
+    given = Ranking(write(tmp_path, rows), OPTIONS)
+    scores = [score for unit in given.texts.units for score in unit.scores or ()]
+    logits = np.array(scores, np.float32)[:, None] + 1
+    logits[given.numbers(given.texts.train[::2])] = np.nan
+    found = given.exit_0(TASK, [], logits, None, silent)  # type: ignore[arg-type]
+    assert found is not None
+    assert np.isfinite(found.spec.weights).all()
+    assert found.predict([1.0, 5.0, 2.0]).argsort().tolist() == [0, 2, 1]
 
 
 def test_scores_of_some_queries_only_are_passed_over(tmp_path: Path) -> None:
