@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,7 +178,8 @@ def test_survivors_have_the_scores_of_the_whole_model(engine: Engine) -> None:
         assert each.score == pytest.approx(whole[each.index].score, abs=1e-5)
     assert [each.score for each in survivors] == sorted((e.score for e in survivors), reverse=True)
     assert engine.rank(QUERY, some, top_k=2) == engine.rank(QUERY, some)[:2]
-    assert engine.rank(QUERY, some, top_k=np.int64(2)) == engine.rank(QUERY, some)[:2]
+    two: Any = np.int64(2)
+    assert engine.rank(QUERY, some, top_k=two) == engine.rank(QUERY, some)[:2]
 
 
 def test_of_few_documents_more_may_be_asked_for(engine: Engine) -> None:
@@ -206,7 +208,10 @@ def test_no_documents_have_no_ranking(engine: Engine) -> None:
         (lambda e: e.rank(QUERY, None), "the documents are one NoneType"),
         (lambda e: e.rank(QUERY, ["a", 3]), "document 1 is a int"),
         (lambda e: e.rank(5, ["a"]), "the query is a int"),
-        (lambda e: asyncio.run(Scheduler(e).rank(QUERY, [3])), "document 0 is a int"),
+        (
+            lambda e: asyncio.run(Scheduler(e).rank(QUERY, [3])),  # type: ignore[list-item]
+            "document 0 is a int",
+        ),
         (lambda e: e.rank(QUERY, documents(5), scores=[1.0]), "1 values in 'scores'"),
         (lambda e: e.rank(QUERY, documents(1), scores=[float("nan")]), "the score nan"),
         (lambda e: asyncio.run(Scheduler(e).rank(QUERY, ["a"], scores=[])), "0 values in 'scor"),
