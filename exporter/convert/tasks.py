@@ -456,9 +456,7 @@ class Ranking(ConversionTask[Query]):
         if not self.has_scores:
             return None
         progress("exit 0", 0, 1)
-        # Queries that were left out for lack of space have no logits.
-        has_logits = np.isfinite(logits[self._starts[self.texts.train], 0])
-        train = self.texts.train[has_logits]
+        train = self._that_ran(self.texts.train, logits)
         queries = self._queries(train, logits)
         known = np.concatenate([features(query.scores or ()) for query in queries.queries])
         lesson = self.lesson(task, logits, self.numbers(train))
@@ -496,10 +494,14 @@ class Ranking(ConversionTask[Query]):
         errors = np.array(chosen.errors)
         if first_stage is None:
             return errors
-        queries = self._queries(self.texts.choose, logits)
+        queries = self._queries(self._that_ran(self.texts.choose, logits), logits)
         both = np.stack([queries.predicted(FirstStage(first_stage)), queries.reference])
         rows = QueryLogits(both, queries.starts, queries.reference, first_exit=0)
         return np.append(errors_near_top(rows, self.top), errors)
+
+    def _that_ran(self, numbers: Numbers, logits: Logits) -> Numbers:
+        """Those of some queries that have logits; others were left out for lack of space."""
+        return numbers[np.isfinite(logits[self._starts[numbers], 0])]
 
     def _queries(self, numbers: Numbers, logits: Logits) -> Queries:
         """Some queries, with what the reranker says of their documents."""

@@ -17,11 +17,17 @@ from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fpabee.calibration import Bound, calibrate
-from fpabee.calibration.progress import silent
 from fpabee.calibration.ranking import Queries, calibrate_ranking
 from fpabee.exporter import export
 from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.convert import Conversion, ConvertOptions, convert, tasks, workflow
+from fpabee.exporter.convert import (
+    Conversion,
+    ConvertOptions,
+    convert,
+    states,
+    tasks,
+    workflow,
+)
 from fpabee.exporter.convert.heads import Lesson, train_heads
 from fpabee.exporter.convert.tasks import Ranking
 from fpabee.exporter.single_file import pack
@@ -378,21 +384,32 @@ def test_a_file_has_the_promise_but_not_the_scores(scored: Conversion, tmp_path:
     assert "which this file does not take" in card
 
 
-def test_scores_of_queries_without_logits_train_nothing(tmp_path: Path) -> None:
-    """If the disk holds the states of some queries only, the others do not run."""
+def test_queries_that_do_not_fit_are_left_out(
+    reranker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the disk holds the states of some queries only, the others have no logits."""
+    quickly(monkeypatch)
+    monkeypatch.setattr(states, "_MOST_BYTES", 400_000)
+    seen: list[NDArray[np.intp]] = []
+
+    def noting(*given: Any) -> Any:
+        seen.append(given[2].rows)
+        return train_heads(*given)
+
+    monkeypatch.setattr(workflow, "train_heads", noting)
     drawn = np.random.default_rng(0)
     rows = [
         {**query, "scores": drawn.normal(size=len(query["documents"])).tolist()}
         for query in QUERIES
     ]
-    given = Ranking(write(tmp_path, rows), OPTIONS)
-    scores = [score for unit in given.texts.units for score in unit.scores or ()]
-    logits = np.array(scores, np.float32)[:, None] + 1
-    logits[given.numbers(given.texts.train[::2])] = np.nan
-    found = given.exit_0(TASK, [], logits, None, silent)  # type: ignore[arg-type]
-    assert found is not None
-    assert np.isfinite(found.spec.weights).all()
-    assert found.predict([1.0, 5.0, 2.0]).argsort().tolist() == [0, 2, 1]
+    result = convert(reranker, write(tmp_path, rows), tmp_path / "engines", OPTIONS)
+    (point,) = result.rankings
+    assert isinstance(point.rule, TopK)
+    assert point.certificate is not None
+    first_stage = read_manifest(tmp_path / "engines").first_stage
+    assert first_stage is not None
+    assert np.isfinite([*first_stage.weights, first_stage.bias]).all()
+    assert 0 < sum(map(len, seen)) < sum(len(query["documents"]) for query in QUERIES) / 2
 
 
 def test_scores_of_some_queries_only_are_passed_over(tmp_path: Path) -> None:
