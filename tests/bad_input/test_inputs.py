@@ -150,7 +150,7 @@ QUERIES = [
          "--max-length"),
     Case("plain texts for a ranker",
          lambda p: p.run_texts(folder=p.rankers["bert"]), "texts.txt, line 1", "'documents'"),
-    Case("queries for a classifier", given("in.jsonl", json.dumps(GOOD)), '"text"'),
+    Case("queries for a classifier", given("in.jsonl", json.dumps(GOOD)), "line 1 is a query"),
     Case("rankings as CSV", query(GOOD, "--output", "out.csv"), "out.csv", ".jsonl"),
     Case("rankings as Parquet", query(GOOD, "--output", "out.parquet"), "out.parquet", ".jsonl"),
 ]  # fmt: skip

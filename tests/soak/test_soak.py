@@ -99,7 +99,7 @@ def test_no_answer_is_lost_or_wrong(
                 batch: list[tuple[int, float | None, Any]] = []
                 for _ in range(choose.randint(1, 40)):
                     number = choose.choice(bad if choose.random() < 1e-3 else good)
-                    limit = choose.choice([None, None, choose.uniform(-1, 20)])
+                    limit = choose.choice([None, None, max(0.0, choose.uniform(-1, 20))])
                     try:
                         future = scheduler.submit(texts[number], limit)
                     except OverloadedError:
