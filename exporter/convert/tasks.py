@@ -501,7 +501,8 @@ class Ranking(ConversionTask[Query]):
 
     def _that_ran(self, numbers: Numbers, logits: Logits) -> Numbers:
         """Those of some queries that have logits; others were left out for lack of space."""
-        return numbers[np.isfinite(logits[self._starts[numbers], 0])]
+        ran: Numbers = numbers[np.isfinite(logits[self._starts[numbers], 0])]
+        return ran
 
     def _queries(self, numbers: Numbers, logits: Logits) -> Queries:
         """Some queries, with what the reranker says of their documents."""
