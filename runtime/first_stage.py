@@ -35,7 +35,7 @@ def checked_scores(scores: Any, documents: int) -> tuple[float, ...]:
     Raises:
         InputError: they are not one finite number in the range of float32 for each document.
     """
-    hint = f"give a number below 1e38 for each of the {documents} documents, or no scores at all"
+    hint = f"give a float32 number for each of the {documents} documents, or no scores at all"
     is_list = isinstance(scores, Sequence | np.ndarray) and not isinstance(scores, str | bytes)
     if not is_list or len(scores) != documents:
         count = f"{len(scores)} values" if is_list else "no list"

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .artifact.manifest import Activation, ProblemType
-from .errors import InputError
+from .errors import InputError, whole_number
 from .predictions import Stopped
 from .rules.measures import Floats, Integers, Mask
 from .rules.rules import ExitRule, TopK
@@ -190,9 +190,8 @@ def top_of(rule: ExitRule, top_k: int | None, documents: int) -> int | None:
     Raises:
         InputError: it is not a whole number from 1, or some of as many documents may leave early.
     """
-    is_count = isinstance(top_k, int | np.integer) and not isinstance(top_k, bool)
-    if top_k is not None and not (is_count and top_k >= 1):
-        raise InputError(f"`top_k` is {top_k!r}", "give a whole number from 1")
+    if top_k is not None:
+        top_k = whole_number("`top_k`", top_k, InputError)
     if not isinstance(rule, TopK):
         return top_k
     if top_k is not None and min(top_k, documents) > rule.top:

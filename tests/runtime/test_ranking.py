@@ -183,7 +183,7 @@ def test_survivors_have_the_scores_of_the_whole_model(engine: Engine) -> None:
 
 
 def test_of_few_documents_more_may_be_asked_for(engine: Engine) -> None:
-    """No document leaves if there are no more than the promised number."""
+    """All documents stay if they are at most as many as the operating point promises."""
     few = documents(TOP)
     assert engine.rank(QUERY, few, top_k=30) == engine.rank(QUERY, few, full_depth=True)
 
