@@ -39,6 +39,19 @@ def test_links_resolve_to_the_packages(package: str) -> None:
     assert (link / "__init__.py").is_file()
 
 
+def test_the_release_check_installs_extras_that_exist() -> None:
+    """Installers only warn of unknown extras."""
+    script = (ROOT / "scripts" / "check_release").read_text(encoding="utf-8")
+    lists = re.findall(
+        r"every=(\S+)|\$place/env\" \"\$python\" (\S*,\S*)|for extra in (.*);", script
+    )
+    names = {name for each in lists for name in re.split("[, ]", "".join(each))}
+
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert {"parquet", "tensorrt-rtx-cu13"} < names
+    assert names <= set(re.findall(r"^([\w-]+) = \[", text, re.M))
+
+
 def test_public_names_change_on_purpose() -> None:
     """`public_names.txt` has them, with their parameters, and the commands with their options.
 
