@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from ...runtime.artifact.folder import BAD_JSON
-from ...runtime.errors import ArtifactError, BackendError, InputError, ModelError
+from ...runtime.errors import ArtifactError, BackendError, FpabeeError, InputError, ModelError
 from ...runtime.files import Inputs
 from ...runtime.machine import require
 from ..paths import CLASSIFIER, check_apart, check_kind, check_model_dir, check_output, resolved
@@ -106,8 +106,9 @@ def check_adapter(adapter: Path) -> None:
 def unfinished(target: Path, fingerprint: str) -> Iterator[Path]:
     """The folder for the steps of a conversion, with those that an earlier call has finished.
 
-    It is deleted at the end, and by an error that would come again. It stays if the conversion is
-    interrupted, if a library or a device fails, or if the disk is full.
+    It is deleted at the end, and by an error that says what to change, because the same conversion
+    would fail again. It stays if the conversion is interrupted, if a library, a device or fpabee
+    itself fails, or if the disk is full.
 
     Args:
         target: the folder that the conversion writes.
@@ -133,7 +134,7 @@ def unfinished(target: Path, fingerprint: str) -> Iterator[Path]:
                 raise
             again = InputError(kept, "do the same again to continue")
             raise KeyboardInterrupt(again) from error
-        except Exception as error:
+        except (FpabeeError, OSError) as error:
             refused = _refused(error)
             if refused is None:
                 _discard(partial)
@@ -206,7 +207,7 @@ def _discard(partial: Path, other_than: Path | None = None) -> None:
                 steps.replace(place / steps.name)
 
 
-def _refused(error: Exception) -> OSError | None:
+def _refused(error: FpabeeError | OSError) -> OSError | None:
     """What the system refused to write; None if that was not the cause."""
     if isinstance(error, OSError):
         return error

@@ -226,15 +226,17 @@ class _Work:
         """Do all that is not done yet, and leave the engines folder in `engines`."""
         given = self.given
         taught = given.texts.taught
+        numbers = given.numbers(taught)
+        units = np.repeat(np.arange(len(taught)), given.lengths(taught))
         rows = encoded_rows(given.rows, self.tokenizer, self.max_length)
         logits, states = run_classifier(
             self.teacher,
             rows,
             self.padding,
-            given.numbers(taught),
+            numbers,
             folder,
             self.progress,
-            units=np.repeat(np.arange(len(taught)), given.lengths(taught)),
+            units=units,
             needed=given.needed,
             fewest_tokens=given.fewest_tokens,
         )
@@ -247,12 +249,18 @@ class _Work:
         chosen = self._train(model_dir, rows, logits, states)
         wanted = ExportOptions(max_length=self.max_length)
         export(model_dir, engines, wanted, self.progress)
-        refusals = self._add_targets(engines)
+        warnings = self._add_targets(engines)
         conversion = self._certify(engines, logits, chosen)
         if removed := given.texts.removed:
             what = f"train {given.what}"
-            refusals.append(f"{removed:,} {what} were left out: they are among the others")
-        return replace(conversion, warnings=(*refusals, *conversion.warnings))
+            warnings.append(f"{removed:,} {what} were left out: they are among the others")
+        fitting = len(np.unique(units[np.isin(numbers, states.rows)]))
+        if fitting < len(taught):
+            warnings.append(
+                f"exits learned from {fitting:,} of the {len(taught):,} {given.what} that train: "
+                "the file of their hidden states takes no more"
+            )
+        return replace(conversion, warnings=(*warnings, *conversion.warnings))
 
     def _train(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -410,6 +411,10 @@ def test_queries_that_do_not_fit_are_left_out(
     assert first_stage is not None
     assert np.isfinite([*first_stage.weights, first_stage.bias]).all()
     assert 0 < sum(map(len, seen)) < sum(len(query["documents"]) for query in QUERIES) / 2
+    fitting = re.search(r"exits learned from (\d+) of the (\d+) queries", result.warnings[0])
+    assert fitting is not None
+    train, choose, *_ = result.parts
+    assert 0 < int(fitting[1]) < int(fitting[2]) == train + choose
 
 
 def test_scores_of_some_queries_only_are_passed_over(tmp_path: Path) -> None:

@@ -162,14 +162,15 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
 
     (tmp_path / "engines.partial").mkdir()  # as a kill leaves it at the beginning
     broken = BackendError("the device failed", "restart it")
-    for stop, error in (("segment", KeyboardInterrupt()), ("time", broken)):
+    defect = ZeroDivisionError()
+    for stop, error in (("segment", KeyboardInterrupt()), ("segment", defect), ("time", broken)):
         with pytest.raises(type(error)) as caught:
             convert(*given, options, until(stop, error))
         (steps,) = (tmp_path / "engines.partial").iterdir()
         assert (steps / "logits.npy").is_file()
-        if stop == "segment":
+        if isinstance(error, KeyboardInterrupt):
             assert "engines.partial keeps the finished steps" in str(caught.value)
-    assert seen.count("segment_01") == 2
+    assert seen.count("segment_01") == 3
     del seen[:]
     monkeypatch.setattr(Scorer, "lost_label", lambda *_: "'yes' is lost")
     result = convert(*given, replace(options, threads=1), until("nothing", broken))
