@@ -6,10 +6,11 @@ A *row* is what the model reads: a text, or a query with one of its documents.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import ClassVar, Generic
 
@@ -47,7 +48,7 @@ from ...runtime.files.rows import encode_labels
 from ...runtime.first_stage import FirstStage, features
 from ...runtime.predictions import decision_thresholds
 from ...runtime.quality import Labels
-from ...runtime.rules.measures import Array, Outputs
+from ...runtime.rules.measures import Array, Floats, Outputs
 from ..model import MultiExitModel
 from ..training.bag_of_ngrams import learn
 from ..training.examples import Examples
@@ -64,6 +65,8 @@ _TOP = 10
 _WEIGHT_NEAR_TOP = 5.0
 # The summary says how many queries cannot change if they are more than this share.
 _MANY = 0.1
+# The signs with which the features of a score rise with the score, see `features`.
+_RISING = np.array([1.0, 1.0, -1.0])
 
 Result = Calibration | RankingPoint
 Logits = NDArray[np.float32]
@@ -452,7 +455,11 @@ class Ranking(ConversionTask[Query]):
         model: MultiExitModel,
         progress: Progress,
     ) -> FirstStage | None:
-        """Least squares on the features of scores; n-grams cannot compare two texts."""
+        """Least squares on the features of scores; n-grams cannot compare two texts.
+
+        A better score never predicts less, so the order of documents that a deadline stops before
+        layer 1 is that of their scores.
+        """
         if not self.has_scores:
             return None
         progress("exit 0", 0, 1)
@@ -460,10 +467,7 @@ class Ranking(ConversionTask[Query]):
         queries = self._queries(train, logits)
         known = np.concatenate([features(query.scores or ()) for query in queries.queries])
         lesson = self.lesson(task, logits, self.numbers(train))
-        weights = np.sqrt(lesson.weights.numpy())
-        inputs = np.column_stack([known, np.ones(len(known))]) * weights[:, None]
-        solution = np.linalg.lstsq(inputs, queries.reference * weights)[0]
-        *of_features, bias = map(float, solution)
+        of_features, bias = _rising(known, queries.reference, lesson.weights.numpy())
         spec = {"weights": of_features, "bias": bias}
         return FirstStage(msgspec.convert(spec, FirstStageSpec))
 
@@ -566,6 +570,35 @@ def _decided(result: Result) -> tuple[Scorer, tuple[NDArray[np.intp], ...]]:
     assert result.test is not None
     scorer = Scorer(result.test, AGREEMENT)
     return scorer, result.test.at(exits_of(result.points[0].rule, result.test))
+
+
+def _rising(known: Array, targets: Floats, weights: Floats) -> tuple[list[float], float]:
+    """Weighted least squares with weights of features that never fall when the score rises.
+
+    The best solution under this condition is the free one of some of the features, with 0 for the
+    others; so all choices of features are tried.
+
+    Args:
+        known: `[documents, features]`, see `features`.
+        targets: `[documents]` logits.
+        weights: `[documents]` how much each document counts.
+
+    Returns:
+        The weights of the features, and the bias.
+    """
+    roots = np.sqrt(weights)
+    least = math.inf
+    best = np.zeros(len(_RISING) + 1)
+    for chosen in product((False, True), repeat=len(_RISING)):
+        columns = np.array([*chosen, True])
+        inputs = np.column_stack([known, np.ones(len(known))])[:, columns] * roots[:, None]
+        solution = np.linalg.lstsq(inputs, targets * roots)[0]
+        error = float(np.square(inputs @ solution - targets * roots).sum())
+        if error < least and (solution[:-1] * _RISING[np.array(chosen)] >= 0).all():
+            least = error
+            best[:] = 0.0
+            best[columns] = solution
+    return best[:-1].tolist(), float(best[-1])
 
 
 def _distance(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
+from sklearn.linear_model import LinearRegression
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fpabee.calibration import Bound, calibrate
@@ -40,6 +43,7 @@ from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.manifest import ProblemType, Task
 from fpabee.runtime.check import REQUIREMENTS
 from fpabee.runtime.errors import InputError, RowError
+from fpabee.runtime.first_stage import features
 
 from ...closeness import assert_exported
 from .conftest import QUERIES, make_reranker, quickly
@@ -415,6 +419,22 @@ def test_queries_that_do_not_fit_are_left_out(
     assert fitting is not None
     train, choose, *_ = result.parts
     assert 0 < int(fitting[1]) < int(fitting[2]) == train + choose
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_better_score_never_predicts_less(seed: int) -> None:
+    """Of the solutions that rise with the score, it is the one with the least error."""
+    drawn = np.random.default_rng(seed)
+    scores = drawn.normal(size=30)
+    known = features(scores.tolist())
+    targets = drawn.normal(size=30) + drawn.normal() * scores
+    weights = drawn.uniform(0.1, 5.0, 30)
+    of_features, bias = tasks._rising(known, targets, weights)
+    predicted = known @ np.array(of_features) + bias
+    assert (np.diff(predicted[np.argsort(scores)]) >= -1e-9).all()
+    signs = np.array([1.0, 1.0, -1.0])
+    library = LinearRegression(positive=True).fit(known * signs, targets, weights)
+    np.testing.assert_allclose(predicted, library.predict(known * signs), atol=1e-6)
 
 
 def test_scores_of_some_queries_only_are_passed_over(tmp_path: Path) -> None:
