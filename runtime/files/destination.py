@@ -136,8 +136,10 @@ class Partial:
         existed = self.path.exists()
         # Opened to append, because nothing may be lost before the checks below.
         self._stream = self.path.open("ab")
+        is_locked = False
         try:
             self._lock()
+            is_locked = True
             self.rows, size = _whole_lines(self.path)
             if self.rows and not resume:
                 raise InputError(
@@ -151,7 +153,7 @@ class Partial:
             self._stream.truncate(size)
         except BaseException:
             self._stream.close()
-            if not existed:
+            if is_locked and not existed:  # else it is the file of another process
                 self.path.unlink()
             raise
 

@@ -57,6 +57,9 @@ def input_format(path: Path | None, wanted: TextFormat | None) -> TextFormat | N
             f"input file {path} {what}",
             "give a .txt, .jsonl, .csv, .tsv or .parquet file, or - for standard input",
         )
+    names = [each.value for each in TextFormat]
+    if wanted is not None and wanted not in names:
+        raise InputError(f"`input_format` is {wanted!r}", f"choose from {', '.join(names)}")
     chosen = None if wanted is None else TextFormat(wanted)
     if wanted is None and path is not None:
         suffix = next((part for part in reversed(path.suffixes) if part != ".gz"), "")

@@ -6,6 +6,7 @@ chunk (`RowGroupMetaData.column`), but raises an error when it reads the rows. S
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,5 +79,10 @@ def row_at(batch: Any, at: int, options: ReadOptions, where: str) -> Row | RowEr
 
 
 def _plain(value: Any) -> Any:
-    """A value in terms of JSON: dates, decimals and the like as strings, bytes in base64."""
+    """A value in terms of JSON: dates, decimals, infinity and the like as strings, bytes in base64.
+
+    NaN is None, because that is what it stands for in most tables.
+    """
+    if isinstance(value, float) and math.isinf(value):
+        return str(value)
     return msgspec.json.decode(msgspec.json.encode(value, enc_hook=str))

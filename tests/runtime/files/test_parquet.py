@@ -69,6 +69,7 @@ def test_other_fields_become_what_json_has(tmp_path: Path) -> None:
         "price": [decimal.Decimal("1.50")],
         "raw": [b"\xff\0"],
         "nan": [float("nan")],
+        "infinite": [float("-inf")],
         "nested": [{"a": [1, None], "when": day}],
     }
     (row,) = read(tmp_path / "in.parquet", {"text": ["a"], **fields})
@@ -77,6 +78,7 @@ def test_other_fields_become_what_json_has(tmp_path: Path) -> None:
         "price": "1.50",
         "raw": "/wA=",
         "nan": None,
+        "infinite": "-inf",
         "nested": {"a": [1, None], "when": "2024-02-29"},
     }
     json.dumps(row.fields, allow_nan=False)

@@ -21,7 +21,7 @@ from unittest.mock import Mock
 import pytest
 from pyarrow import parquet
 
-from fpabee.runtime import Engine
+from fpabee.runtime import Engine, InputError
 from fpabee.runtime.files.destination import Partial
 
 from ..running import Result, Run, check_refused, write_lines
@@ -341,6 +341,21 @@ def test_two_runs_cannot_write_the_same_file(classify: Classify) -> None:
     finally:
         other.close(keep=False)
     assert classify().code == 0
+
+
+def test_a_run_that_is_refused_leaves_the_rows_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the other one has made the file between two steps of this one."""
+    output = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda _: False)
+        first = Partial(output, {}, resume=False)
+        with pytest.raises(InputError, match="is being written by another run"):
+            Partial(output, {}, resume=False)
+    first.write({"index": 0, "exit": 1})
+    first.finish(None)
+    assert output.read_text() == '{"index": 0, "exit": 1}\n'
 
 
 def test_what_cannot_be_resumed(classify: Classify) -> None:

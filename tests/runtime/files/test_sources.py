@@ -101,6 +101,12 @@ def test_the_first_line_of_standard_input_tells_its_format_unless_it_is_given(
         assert texts(read(tmp_path / "in.csv", content, ReadOptions(by_name))) == ["one"]
 
 
+def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
+    unknown: Any = "json"
+    with pytest.raises(InputError, match=r"`input_format` is 'json' -> choose from txt, jsonl"):
+        read(tmp_path / "in.jsonl", b"{}", ReadOptions(unknown))
+
+
 def test_lines_are_read_one_at_a_time_and_errors_take_the_place_of_bad_rows(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"text": "a"}\n{\n\xff\n\n{"text": 5}\n{"text": "b"}\n')
