@@ -158,6 +158,22 @@ class Core:
             runner = self.full_depth
         return runner if max_exit is None else self._runner(runner.rule.capped(max_exit))
 
+    def check_task(self, ranks: bool) -> None:
+        """Refuse a call that belongs to the other task.
+
+        Args:
+            ranks: whether the call ranks documents; otherwise, it classifies texts.
+
+        Raises:
+            InputError: the model is for the other task.
+        """
+        if self.manifest.task.ranks != ranks:
+            what = "ranks documents" if self.manifest.task.ranks else "classifies texts"
+            raise InputError(
+                f"this model {what}",
+                f"call {'`predict` or `submit`' if ranks else '`rank`'} instead",
+            )
+
     def check_open(self) -> None:
         """Check that the engine can run.
 
@@ -301,6 +317,11 @@ class Core:
 
     def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Trace:
         """Run tokenized rows as one window, see `Engine.run_encoded`."""
+        if rule.ranks:
+            raise RuleError(
+                f"rule {rule.name} compares the documents of one query, and a trace has no queries",
+                "rank them, or trace them to full depth",
+            )
         first = self._exits[0]
         shape = (len(self._exits), len(rows), len(self.manifest.task.labels))
         logits = np.full(shape, np.nan, np.float32)

@@ -194,7 +194,7 @@ class Engine:
                 target's logits are not finite at an exit that a row reached.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
-        self._check_task(ranks=False)
+        self.core.check_task(ranks=False)
         deadline = self._deadline(deadline_ms)
         runner = self.core.runner(rule, full_depth=full_depth, max_exit=max_exit)
         windows = [self.core.run(rows, runner, deadline) for rows in self.core.windows(texts)]
@@ -225,7 +225,7 @@ class Engine:
         Raises:
             FpabeeError: as in `predict`, when the predictions are taken.
         """
-        self._check_task(ranks=False)
+        self.core.check_task(ranks=False)
         runner = self.core.runner(rule, full_depth=full_depth, max_exit=max_exit)
         for rows in self.core.windows(texts):
             yield from self.core.answers(self.core.run(rows, runner), np.zeros(len(rows), np.bool_))
@@ -285,7 +285,7 @@ class Engine:
                     print(best.index, best.score, best.exit)
             ```
         """
-        self._check_task(ranks=True)
+        self.core.check_task(ranks=True)
         deadline = self._deadline(deadline_ms)
         runner = self.core.runner(full_depth=full_depth)
         pairs = pairs_of(query, documents)
@@ -293,18 +293,6 @@ class Engine:
         encoded = self.core.encode(pairs)
         rows = self.core.with_scores(encoded, scores)
         return self.core.rank(rows, runner, deadline, most, with_left=all)
-
-    def _check_task(self, ranks: bool) -> None:
-        """Refuse a call that belongs to the other task.
-
-        Raises:
-            InputError: the model is for the other task.
-        """
-        if self.manifest.task.ranks != ranks:
-            what = "ranks documents" if self.manifest.task.ranks else "classifies texts"
-            raise InputError(
-                f"this model {what}", f"call {'`predict`' if ranks else '`rank`'} instead"
-            )
 
     def _deadline(self, deadline_ms: float | None) -> float:
         """When a call that begins now ends, in seconds of the core's clock."""
@@ -452,10 +440,11 @@ class Engine:
 
     @property
     def label_thresholds(self) -> dict[str, float]:
-        """The probability above which a label is predicted, or flagged, by label.
+        """The probability above which the promise of the operating point flags a label, by label.
 
-        Those that were calibrated for the operating point in use, or those of the task; empty if
-        the answer is the most probable label.
+        Without such a promise, those of the task, above which a label is predicted; empty if the
+        answer is the most probable label. `Prediction.labels` are those of the task, so compare
+        `probabilities` with these thresholds to flag texts.
         """
         point, runner = self.core.in_use
         task = self.manifest.task

@@ -34,7 +34,7 @@ Rows = NDArray[np.intp]
 BufferName = tuple[str, int]
 
 _TOKEN_BYTES = 16  # of an `EncodedRow`
-# A call that waits gives up if no other call has ended for so long. One window of rows takes less.
+# A call that waits gives up if no other call has run a segment for so long.
 _PATIENCE_SECONDS = 60.0
 
 # NumPy lacks these types, so their bits are handled as integers.
@@ -450,7 +450,7 @@ class Backend(ABC):
         self._idle: list[Execution] = []
         self._lent = 0
         self._waiting = deque[object]()  # calls, in order of their arrival
-        self._last_end = -math.inf  # of a call, in seconds of `time.monotonic`
+        self._progressed = -math.inf  # when a call ran a segment, in seconds of `time.monotonic`
         self._closed = False
         # Hashing waits until a file is loaded, but a missing one is reported now.
         for graph in self.graphs:
@@ -495,9 +495,9 @@ class Backend(ABC):
         next one. A call that is waiting when the backend is closed still gets one.
 
         Raises:
-            BackendError: the backend is closed, all executions are lent and no call has ended for
-                60 seconds, there is no memory for another execution, or this process was forked
-                after the backend was made.
+            BackendError: the backend is closed, all executions are lent and no call has run a
+                segment for 60 seconds, there is no memory for another execution, or this process
+                was forked after the backend was made.
         """
         self.origin.check()  # before the lock, which a fork may have copied while it was held
         with self._pool_lock:
@@ -519,12 +519,12 @@ class Backend(ABC):
         self._waiting.append(call)
         try:
             while self._waiting[0] is not call or self._lent >= self.most_executions:
-                patience = max(arrival, self._last_end) + _PATIENCE_SECONDS - time.monotonic()
+                patience = max(arrival, self._progressed) + _PATIENCE_SECONDS - time.monotonic()
                 if patience <= 0:
                     raise BackendError(
                         f"target {self.name} runs at most {self.most_executions} calls at a time, "
-                        f"and none of them has ended for {_PATIENCE_SECONDS:g} seconds",
-                        "if no call should take so long, the device may hang: start the process "
+                        f"and none of them has run a segment for {_PATIENCE_SECONDS:g} seconds",
+                        "if no segment should take so long, the device may hang: start the process "
                         "again; to answer the texts of many threads, use one Scheduler",
                     )
                 self._given_back.wait(patience)
@@ -550,6 +550,10 @@ class Backend(ABC):
                 usable = execution
         finally:
             self._end_call(usable)
+
+    def progressed(self) -> None:
+        """Note that a call has run a segment, so that those which wait have patience."""
+        self._progressed = time.monotonic()
 
     def drop_idle(self) -> None:
         """Close the executions that no call uses."""
@@ -598,7 +602,7 @@ class Backend(ABC):
     def _end_call(self, execution: Execution | None) -> None:
         with self._pool_lock:
             self._lent -= 1
-            self._last_end = time.monotonic()
+            self.progressed()
             if execution is not None:
                 self._idle.append(execution)
             self._given_back.notify_all()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -13,10 +14,12 @@ from numpy.typing import NDArray
 
 from ..backends.base import Backend, Bucket, Execution, Limits
 from ..encoding import EncodedRow
-from ..errors import BackendError
+from ..errors import BackendError, FpabeeError
 from ..rules.measures import Mask
 from ..rules.runner import RuleRunner
 from .groups import Group, RowNumbers, Running, fits, split
+
+logger = logging.getLogger(__name__)
 
 _NONE: RowNumbers = np.zeros(0, np.intp)
 
@@ -80,7 +83,7 @@ class Chain:
 
     @property  # up to Python 3.11, one lock of a cached_property would make all chains wait
     def execution(self) -> Execution:
-        """What runs segments."""
+        """What runs segments; the first call may wait for it, see `Backend.check_out`."""
         if self._lent is None:
             self._lent = self.backend.check_out()
         return self._lent
@@ -124,10 +127,18 @@ class Chain:
             if group is not None:
                 if going is not None:
                     self.keep(group, going[group.rows])
+                if len(group) and self._lent is None:
+                    self._lent = self.execution  # after the wait, rows may be late
                 yield from self.stop_late(group)
                 if not len(group):
                     continue
-            decision = self.step(group)
+            try:
+                decision = self.step(group)
+            except FpabeeError as error:
+                if self.current is None or not self.current.is_answered:
+                    raise
+                self.lose(self.current, error, waiting)
+                continue
             if decision is not None:
                 yield decision
                 if len(decision.group) and not decision.group.is_answered:
@@ -247,6 +258,22 @@ class Chain:
             for other in taken:
                 self.keep(other, np.zeros(len(other), np.bool_))
 
+    def lose(self, group: Group, error: Exception, others: Iterable[Group]) -> None:
+        """Drop a group that an error of a step belongs to, so that others can go on.
+
+        Args:
+            group: the group.
+            error: the error, which is logged if the rows of the group were answered before.
+            others: the groups of the caller that go on.
+        """
+        group.lose_watched()
+        if group.is_answered:
+            logger.error("watched rows failed after their answer", exc_info=error)
+        self.drop(group)
+        if self._lent is not None:
+            going = [each.hidden for each in (*others, *self.running, *self.watched)]
+            self._lent.recover([hidden for hidden in going if hidden is not None])
+
     def keep(self, group: Group, rows: Mask) -> None:
         """Drop the other rows of a group, and free the group if none is left."""
         if rows.any():
@@ -291,6 +318,7 @@ class Chain:
         assert running is not None
         group.running = None
         logits = running.outputs()[group.places]
+        self.backend.progressed()
         now = self.clock()
         # A device runs one segment after another.
         self.seconds = now - max(running.started, self._finished)
@@ -342,7 +370,13 @@ class Chain:
             self.watched += map(part.take, split(part.lengths, self.limits))
         else:
             places = group.places[places]
-            part.hidden = self.execution.regroup([group.hidden], [places], self._bucket([part]))
+            bucket = self._bucket([part])
+            try:
+                part.hidden = self.execution.regroup([group.hidden], [places], bucket)
+            except BackendError as error:  # such as too little memory; the answers are there
+                logger.error("watched rows cannot run on", exc_info=error)
+                part.lose_watched()
+                return
             part.places = np.arange(len(part))
             self.watched.append(part)
 

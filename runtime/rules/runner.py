@@ -81,6 +81,13 @@ class RuleRunner:
             )
         rule.check_exits(self.exits)
         self.last = self.exits[-1] if rule.max_exit is None else rule.max_exit
+        full_depth = self.exits[-1]
+        stops = min(self.last, rule.exit) if isinstance(rule, Budget) else self.last
+        if self.problem_type is ProblemType.RANKING and stops < full_depth:
+            raise RuleError(
+                f"the rule stops all documents at exit {stops}, so none has the score of the model",
+                f"let a ranking reach exit {full_depth}: it has no earlier `max_exit`",
+            )
         self._signals_needed = rule.signals_needed
 
     def start(self, rows: int) -> PatienceState:

@@ -152,7 +152,8 @@ class Scheduler:
             that `predict` would raise.
 
         Raises:
-            InputError: it is neither a text nor a pair, or the deadline is not a number.
+            InputError: it is neither a text nor a pair, the deadline is not a number, or the model
+                is a reranker.
             RuleError: `max_exit` does not fit the model.
             BackendError: the scheduler or the engine is closed, or the row is longer than the
                 target takes, or the scheduler was made before this process was forked.
@@ -167,6 +168,7 @@ class Scheduler:
         max_exit: int | None = None,
     ) -> list[Future[Prediction]]:
         """Queue several texts, or none of them if one is refused; see `submit`."""
+        self._core.check_task(ranks=False)
         arrived = self._core.clock()
         with self._accepted(len(texts)) as futures:
             self._queue(futures, self._core.encode(texts), deadline_ms, max_exit, arrived)
@@ -209,6 +211,7 @@ class Scheduler:
         Returns:
             One prediction for each text, in the same order. Cancelling this cancels the rows.
         """
+        self._core.check_task(ranks=False)
         arrived = self._core.clock()
         with self._accepted(len(texts)) as futures:
             rows = await self._encode(texts)
@@ -245,6 +248,7 @@ class Scheduler:
         Raises:
             FpabeeError: as in `submit` and `Engine.rank`.
         """
+        self._core.check_task(ranks=True)
         arrived = self._core.clock()
         runner = self._core.runner()
         pairs = pairs_of(query, documents)
@@ -276,6 +280,7 @@ class Scheduler:
     def close(self, cancel: bool = False) -> None:
         """Refuse new rows, and return when the others are answered.
 
+        Texts of `classify` and `rank` that are still being tokenized are refused, too.
         Does nothing in a process that was forked after the scheduler was made. In a callback of a
         future, which the thread that answers the others runs, it does not wait for them.
 
@@ -432,15 +437,10 @@ class Scheduler:
             lost = chain.current
             if lost is None:
                 raise
-            lost.lose_watched()
-            if lost.is_answered:
-                logger.error("watched rows failed after their answer", exc_info=error)
             self._fail(lost.rows, error)
             self._waiting = [group for group in self._waiting if group is not lost]
             self._groups = [group for group in self._groups if group is not lost]
-            chain.drop(lost)
-            others = [*self._groups, *chain.watched]
-            chain.execution.recover([group.hidden for group in others if group.hidden])
+            chain.lose(lost, error, self._groups)
 
     def _step(self, chain: Chain) -> None:
         """Take new rows, and let one group take a step of the chain."""

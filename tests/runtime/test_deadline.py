@@ -23,6 +23,7 @@ from fpabee.runtime import (
     RuleError,
 )
 from fpabee.runtime.artifact.manifest import ProblemType
+from fpabee.runtime.backends.base import Execution
 from fpabee.runtime.backends.host import HostBackend, HostExecution
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.rules.measures import Outputs
@@ -129,6 +130,25 @@ def test_tokenization_counts_towards_the_deadline(
     monkeypatch.setattr(engine.core, "windows", slow)
     assert engine.predict(["rain"], rule=NEVER, deadline_ms=34)[0].exit == 1
     assert engine.predict(["rain"], rule=NEVER, deadline_ms=36)[0].exit == 2
+
+
+def test_waiting_for_an_execution_counts_towards_the_deadline(
+    exit_0_engines: Mapping[str, Path], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then exit 0 answers, and no segment runs."""
+    check_out = HostBackend.check_out
+
+    def slow(backend: HostBackend) -> Execution:
+        clock.now += 0.5
+        return check_out(backend)
+
+    monkeypatch.setattr(HostBackend, "check_out", slow)
+    with Engine.load(exit_0_engines["bert"], threads=1) as engine:
+        engine.core.clock = clock
+        (answer,) = engine.predict(["rain"], rule=NEVER, deadline_ms=50)
+        assert answer.exit == 0
+        assert answer.deadline_limited
+        assert clock.now == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("rule", [NEVER, Entropy(threshold=9.0, min_exit=3), Budget(exit=3)])

@@ -20,6 +20,7 @@ from fpabee.runtime import (
     Budget,
     Confidence,
     Engine,
+    ExitRule,
     InputError,
     OverloadedError,
     Ranked,
@@ -236,12 +237,30 @@ def test_too_many_tokens_are_refused(engine: Engine) -> None:
 def test_tasks_are_not_mixed(
     engines: Mapping[str, Path], ranking_engines: Mapping[str, Path]
 ) -> None:
-    with Engine.load(engines["bert"]) as engine, pytest.raises(InputError, match="classifies"):
-        engine.rank(QUERY, documents(3))
+    with Engine.load(engines["bert"]) as engine, Scheduler(engine) as scheduler:
+        with pytest.raises(InputError, match="classifies"):
+            engine.rank(QUERY, documents(3))
+        with pytest.raises(InputError, match="classifies"):
+            asyncio.run(scheduler.rank(QUERY, documents(3)))
+    with Engine.load(ranking_engines["bert"], rule=RULE) as engine, Scheduler(engine) as scheduler:
+        with pytest.raises(InputError, match="ranks documents"):
+            scheduler.submit((QUERY, "rain"))
+        with pytest.raises(InputError, match="ranks documents"):
+            asyncio.run(scheduler.classify([(QUERY, "rain")]))
+        with pytest.raises(RuleError, match="a trace has no queries"):
+            engine.trace([(QUERY, "rain")], rule=RULE)
     with pytest.raises(RuleError, match="confidence is for classification"):
         Engine.load(ranking_engines["bert"], rule=Confidence(threshold=0.9))
     with pytest.raises(RuleError, match="top-k is for rankings"):
         Engine.load(engines["bert"], rule=RULE)
+
+
+@pytest.mark.parametrize("rule", [Budget(exit=1), TopK(top=TOP, threshold=-0.1, max_exit=2)])
+def test_a_ranking_that_never_reaches_full_depth_is_refused(
+    rule: ExitRule, ranking_engines: Mapping[str, Path]
+) -> None:
+    with pytest.raises(RuleError, match=r"stops all documents at exit [12], .* exit 3"):
+        Engine.load(ranking_engines["bert"], rule=rule)
 
 
 def test_the_check_of_a_ranker_passes(engine: Engine) -> None:

@@ -334,22 +334,32 @@ def test_several_threads(promised: Callable[..., Path]) -> None:
         assert engine.core.watch._waiting == 0
 
 
-@pytest.mark.parametrize("rule", [EARLY, Budget(exit=3)], ids=["answered", "unanswered"])
+@pytest.mark.parametrize("part", ["enqueue", "regroup"])
+@pytest.mark.parametrize("rule", [Budget(exit=2), Budget(exit=3)], ids=["answered", "unanswered"])
 def test_lost_rows_do_not_hold_up_others(
-    rule: ExitRule, promised: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    rule: Budget,
+    part: str,
+    promised: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """And answers that exist are given."""
     enqueue = HostExecution.enqueue
 
-    def fails(execution: Any, hidden: Any) -> Any:
-        if hidden.segment == 2:
+    def fails(execution: Any, hidden: Any, *_: Any) -> Any:
+        if part == "regroup" or hidden.segment == 2:
             raise BackendError("made up")
         return enqueue(execution, hidden)
 
     with Engine.load(promised(early=rule), watch=100.0) as engine:
         with monkeypatch.context() as patch:
-            patch.setattr(HostExecution, "enqueue", fails)
-            with pytest.raises(BackendError, match="made up"):
-                engine.predict(TEXTS)
+            patch.setattr(HostExecution, part, fails)
+            if rule.exit == 2:
+                assert {answer.exit for answer in engine.predict(TEXTS)} == {2}
+                assert "watched rows" in caplog.text
+            elif part == "enqueue":
+                with pytest.raises(BackendError, match="made up"):
+                    engine.predict(TEXTS)
         assert engine.watched is not None
         assert engine.watched.rows == 0
         engine.predict(TEXTS[:9])
