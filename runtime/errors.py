@@ -26,9 +26,9 @@ from typing import Any
 _MOST_CHARACTERS = 480
 
 
-EXPORT_AGAIN = "export the model again"
+EXPORT_AGAIN = "export or convert the model again"
 """For an engines folder whose content cannot be used."""
-COPY_AGAIN = "copy the engines folder again, or export the model again"
+COPY_AGAIN = "copy the engines folder again, or export or convert the model again"
 """For an engines folder that may have been damaged on its way."""
 START_AGAIN = "start this process again"
 """For a GPU that has failed."""

@@ -81,6 +81,12 @@ class Texts(Generic[AnyUnit]):
         return len(self.train), len(self.choose), len(self.calibrate), len(self.report)
 
     @property
+    def share_that_certifies(self) -> float:
+        """The share of their own texts that is dealt to certify; groups may make it less."""
+        others_train = len(self.units) > len(self.weights)
+        return (_SHARES_WITHOUT_TRAINING if others_train else _SHARES)[2]
+
+    @property
     def taught(self) -> Numbers:
         """What `train` and `choose` have together."""
         return np.concatenate([self.train, self.choose])

@@ -124,7 +124,7 @@ def convert(
         check_enough_texts(len(given.numbers(given.texts.taught)), "texts that train")
     of = f"{len(given.texts.own):,} distinct {what}"
     certify = f"{len(given.texts.calibrate):,} of {of} certify"
-    for line in (certify, *needs_in_words(given.bound, given.two_lists, what)):
+    for line in (certify, *needs_in_words(given.bound, given.two_lists, f"{what} that certify")):
         logger.warning(line)
     teacher = Classifier(classifier, options.problem_type, options.adapter)
     work = _Work(teacher, given, progress)
@@ -159,7 +159,8 @@ def _too_few(given: Classification | Ranking) -> list[str]:
     good = max(rows_needed(share, level)[1] for share in bound.shares.values())
     certify = len(given.texts.calibrate)
     own = len(given.texts.own)
-    texts_for_one = own / certify
+    # Of few texts, more may certify than of many, as they are dealt by chance.
+    texts_for_one = max(own / certify, 1 / given.texts.share_that_certifies)
     many = 100 * math.ceil(good * texts_for_one / 100)
     if certify < least:
         raise InputError(

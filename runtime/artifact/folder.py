@@ -281,7 +281,7 @@ def resolve(folder: Path, relative: str) -> Path:
     if odd or pure.is_absolute() or not path.is_relative_to(folder):
         raise ArtifactError(
             f"{folder / MANIFEST_NAME} names {relative!r}, which is outside the engines folder",
-            "do not use this folder; export the model again",
+            "do not use this folder; export or convert the model again",
         )
     try:
         mode = path.stat().st_mode

@@ -130,7 +130,7 @@ class HostBackend(Backend):
                 f"{first_line(error)}",
                 "close other programs: there is not enough free memory"
                 if is_out_of_memory(error)
-                else f"update {self.library}: {self.update}; or export the model again",
+                else f"update {self.library}: {self.update}; or export or convert the model again",
             ) from error
 
 
@@ -160,8 +160,8 @@ class HostExecution(Execution):
                 _LESS_MEMORY
                 if is_out_of_memory(error)
                 else (
-                    "export the model again: the graph does not accept these tokens; if only "
-                    "long texts fail, give a smaller `max_length`"
+                    "export or convert the model again: the graph does not accept these tokens; if "
+                    "only long texts fail, give a smaller `max_length`"
                 ),
             ) from error
         hidden.segment += 1

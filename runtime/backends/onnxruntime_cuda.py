@@ -118,7 +118,7 @@ class OnnxRuntimeCudaBackend(HostBackend):
         if on_cpu:
             logger.warning(
                 "%s: nodes run on the CPU, such as %s (%d in all), so it is slower than it could "
-                "be; export the model again",
+                "be; export or convert the model again",
                 name,
                 on_cpu[0],
                 len(on_cpu),

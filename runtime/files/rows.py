@@ -106,9 +106,11 @@ class ReadOptions:
         for option in ("text_column", "text_pair_column", "label_column"):
             name = getattr(self, option)
             if name and name not in names:
+                hint = f"set `{option}` to one of these, or rename it in the file"
+                if len(names) == 1 and ";" in names[0]:
+                    hint = "separate the columns with commas instead of semicolons"
                 raise InputError(
-                    f'{where} has no column "{name}"; it has: {", ".join(names)}',
-                    f"set `{option}` to one of these, or rename it in the file",
+                    f'{where} has no column "{name}"; it has: {", ".join(names)}', hint
                 )
 
     def row(self, content: Mapping[str, Any], where: str, table: bool = False) -> Row:

@@ -73,7 +73,7 @@ def sparse_attribute(model: Any) -> None:
 REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "loop": (with_graph("Loop", "body"), "op_type 'Loop'"),
     "graphs": (with_graph("Identity", "bodies", many=True), "has graphs, which"),
-    "unknown operator": (with_node("Sumo"), "op_type 'Sumo'.*export the model again"),
+    "unknown operator": (with_node("Sumo"), "op_type 'Sumo'.*export or convert the model again"),
     "node of another domain": (with_node("Gelu", "com.ours"), "domain 'com.ours'"),
     "import of another domain": (
         lambda m: m.opset_import.append(helper.make_opsetid("com.ours", 1)),

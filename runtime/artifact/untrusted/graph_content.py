@@ -35,8 +35,8 @@ OPERATORS = frozenset(_OPERATORS.split())
 _KNOWN = {"domain": {"", "ai.onnx"}, "op_type": OPERATORS}
 
 _HINT = (
-    "do not use this folder if you do not trust its source; export the model again, or if a later "
-    "fpabee exported it, update fpabee"
+    "do not use this folder if you do not trust its source; export or convert the model again, or "
+    "if a later fpabee exported it, update fpabee"
 )
 
 # The messages that are read, by the field that holds them.

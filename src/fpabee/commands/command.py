@@ -79,16 +79,21 @@ def exits_with_one_line(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def in_terms_of_options(error: FpabeeError) -> str:
-    """An error whose hint names options of the running command instead of parameters.
+    """An error whose hint names options of the running command instead of parameters."""
+    hint = hint_of(error)
+    return f"{error.message} -> {hint}" if hint else error.message
 
-    A part of the hint about how inputs are read is left out if the command has no such option.
+
+def hint_of(error: FpabeeError) -> str:
+    """The hint of an error, with options of the running command instead of parameters.
+
+    A part of it about how inputs are read is left out if the command has no such option.
     """
     parts = re.split("(?=, or |; )", error.hint)
     lacks = {name for name in _READING.split() if option_of(name) == name}
     hint = "".join(part for part in parts if lacks.isdisjoint(_PARAMETER.findall(part)))
     hint = re.sub("^(, or |; )", "", hint or error.hint)
-    hint = _PARAMETER.sub(lambda match: option_of(match[1]), hint)
-    return f"{error.message} -> {hint}" if hint else error.message
+    return _PARAMETER.sub(lambda match: option_of(match[1]), hint)
 
 
 def option_of(parameter: str) -> str:

@@ -66,7 +66,7 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
         raise CheckError(
             f"{engines} is not as it was made: {len(checked['damaged'])} of {checked['files']} "
             f"files are damaged; refused targets: {', '.join(checked['refused']) or 'none'}",
-            "copy the engines folder again, or export the model again",
+            "copy the engines folder again, or export or convert the model again",
         )
 
 

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from .. import __version__
 from ..runtime.engine import Engine
-from ..runtime.errors import InputError
-from ..runtime.files import STANDARD_INPUT, Inputs, ReadOptions, TextFormat, queries
+from ..runtime.errors import InputError, RowError
+from ..runtime.files import STANDARD_INPUT, Inputs, ReadOptions, Row, TextFormat, queries
 from ..runtime.files.destination import check_output, open_output
 from ..runtime.files.formats import is_plain_file, output_format
 from ..runtime.files.job import Job
@@ -24,7 +24,7 @@ from ..runtime.files.records import RecordSchema, convert
 from ..runtime.files.tasks import Classification, Ranking, Task
 from ..runtime.rules.words import rule_in_words
 from . import options
-from .command import READING, command
+from .command import READING, command, hint_of
 from .console import PlainConsole, echo, hide_bars_of_hub, row_progress
 
 _BAR_WIDTH = 30
@@ -172,7 +172,7 @@ def main(
             open_output(output, table, inputs, shared, resume) as (write, completed),
             row_progress(job, not shows or unbuffered),
         ):
-            job.run(rows, write, completed, unbuffered)
+            job.run(map(_in_options, rows), write, completed, unbuffered)
         point = None if rule_text or full_depth else engine.operating_point
         if as_json:
             click.echo(json.dumps(job.to_dict(point)), err=True)
@@ -185,6 +185,11 @@ def main(
             f"none of {job.rows} rows could be used; the first: {job.first_error.message}",
             job.first_error.hint,
         )
+
+
+def _in_options(row: Row | RowError) -> Row | RowError:
+    """A row; the hint of one that cannot be read names options, because it is also written."""
+    return RowError(row.message, hint_of(row)) if isinstance(row, RowError) else row
 
 
 def _of_queries(reading: ReadOptions) -> ReadOptions:

@@ -21,6 +21,8 @@ def test_every_distinct_text_is_in_one_part_and_keeps_it() -> None:
     shares = np.array(texts.sizes) / len(every)
     np.testing.assert_allclose(shares, [0.4, 0.1, 0.4, 0.1], atol=0.03)
     assert texts.taught.tolist() == [*texts.train, *texts.choose]
+    assert texts.share_that_certifies == 0.4
+    assert split(ROWS[:500], train_units=ROWS[500:]).share_that_certifies == 0.9
     others = split(ROWS[2000:])
     certified = {texts.units[number].text for number in texts.calibrate}
     assert {others.units[number].text for number in others.calibrate} <= certified

@@ -237,8 +237,13 @@ def test_few_texts_are_said_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(workflow, "Classifier", lambda *_: 1 / 0)
-    with pytest.raises(InputError, match=r"distinct texts are needed, and [0-9,]+ give a good"):
-        convert(telling[SINGLE.value], texts, tmp_path / "engines")
+    few = tmp_path / "few.txt"
+    few.write_text("\n".join(TEXTS[:60]))
+    for file in (texts, few):
+        with pytest.raises(
+            InputError, match=r"about (8|9)00 distinct texts are needed, and [0-9,]+"
+        ):
+            convert(telling[SINGLE.value], file, tmp_path / "engines")
     monkeypatch.setattr(workflow, "_FEW", 1000)
     monkeypatch.setattr(workflow, "Classifier", Classifier)
     result = convert(telling[SINGLE.value], texts, tmp_path / "engines", OPTIONS)

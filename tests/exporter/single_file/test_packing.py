@@ -393,7 +393,9 @@ def test_what_cannot_be_packed_is_refused(
     manifest = read_manifest(folder)
     files = {name: value for name, value in manifest.files.items() if name != "classifier.json"}
     EnginesFolder(folder, manifest).with_manifest(files=files).write()
-    with pytest.raises(ArtifactError, match=r"no classifier\.json.* -> export the model again"):
+    with pytest.raises(
+        ArtifactError, match=r"no classifier\.json.* -> export or convert the model again"
+    ):
         pack(folder, tmp_path / "packed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engines", "full"]
 

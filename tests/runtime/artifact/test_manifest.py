@@ -136,7 +136,7 @@ def test_other_schemas_are_refused(folder: Path, written: Json, says: str) -> No
     (folder / MANIFEST_NAME).write_text(json.dumps({**written, "graphs": 7}))
     message = refusal(folder)
     assert f"was written by fpabee {says}; this fpabee reads schema {SCHEMA_VERSION}" in message
-    assert " -> export the model again" in message
+    assert " -> export or convert the model again" in message
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_damaged_json_is_refused(folder: Path, raw: bytes) -> None:
     (folder / MANIFEST_NAME).write_bytes(raw)
     message = refusal(folder)
     assert "is damaged" in message
-    assert "export the model again" in message
+    assert "export or convert the model again" in message
     assert "\n" not in message
 
 

@@ -135,7 +135,9 @@ def test_graphs_that_cannot_run_together_are_refused(
         one_graph(files)
     monkeypatch.setattr(onnxruntime, "one_graph", lambda _: one_graph(files))
     with (
-        pytest.raises(ArtifactError, match=r"cannot run together.*export the model again"),
+        pytest.raises(
+            ArtifactError, match=r"cannot run together.*export or convert the model again"
+        ),
         Engine.load(engines["bert"]) as engine,
     ):
         engine.warm_up()

@@ -152,7 +152,11 @@ def test_without_a_cache_everything_runs(
     ("place", "problem", "says"),
     [
         ("openvino.OpenVinoBackend.bind", RuntimeError("src: bad_alloc"), "enough free memory"),
-        ("openvino.OpenVinoBackend.bind", RuntimeError("src: odd"), "export the model again"),
+        (
+            "openvino.OpenVinoBackend.bind",
+            RuntimeError("src: odd"),
+            "export or convert the model again",
+        ),
         ("host._aligned", MemoryError(), r"no room for \w+ of shape \(1, .*enough free memory"),
     ],
 )

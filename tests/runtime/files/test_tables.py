@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpabee.runtime.errors import RowError
+from fpabee.runtime.errors import InputError, RowError
 from fpabee.runtime.files import Inputs, ReadOptions, Row, read_rows
 from fpabee.runtime.files import lines as lines_module
 from fpabee.runtime.files.lines import Lines, table_rows
@@ -123,3 +123,8 @@ def test_what_the_csv_module_writes_comes_back(separator: str, rows: list[tuple[
     lines = Lines(io.BytesIO(buffer.getvalue().encode()), "x")
     found = list(table_rows(lines, ReadOptions(), separator))
     assert [(r.text, r.fields["id"]) for r in found if isinstance(r, Row)] == rows
+
+
+def test_semicolons_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"it has: text;label -> separate .* with commas"):
+        read_all(tmp_path / "in.csv", b"text;label\nrain;weather\n")
