@@ -232,6 +232,25 @@ def test_hidden_states_are_handed_on_in_bf16(folder: Path) -> None:
     backend.close()
 
 
+@pytest.mark.parametrize(
+    ("flags", "known", "expected"),
+    [
+        ("avx512_bf16 amx_tile", True, {"SNIPPETS_MODE": "DISABLE"}),
+        ("avx512_bf16", True, {}),
+        ("avx512_bf16 amx_tile", False, {}),
+    ],
+)
+def test_attention_is_one_kernel_unless_its_parts_are_faster(
+    flags: str, known: bool, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": flags})
+    if not known:
+        refusal = RuntimeError("Unsupported property SNIPPETS_MODE by CPU plugin.")
+        core = SimpleNamespace(compile_model=Mock(side_effect=refusal))
+        monkeypatch.setattr(openvino, "_core", lambda: core)
+    assert openvino._unfused.__wrapped__() == expected
+
+
 def test_two_processes_may_compile_at_the_same_time(folder: Path, cache: Path) -> None:
     code = (
         "import sys; from fpabee.runtime.engine import Engine\n"
