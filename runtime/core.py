@@ -171,7 +171,7 @@ class Core:
             what = "ranks documents" if self.manifest.task.ranks else "classifies texts"
             raise InputError(
                 f"this model {what}",
-                f"call {'`predict` or `submit`' if ranks else '`rank`'} instead",
+                f"call {'`predict`' if ranks else '`rank`'} instead",
             )
 
     def check_open(self) -> None:

@@ -127,7 +127,7 @@ def test_graphs_that_the_exporter_does_not_write_are_refused(name: str, tmp_path
 def test_bytes_that_are_not_a_model_are_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "bad.onnx"
     path.write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"bad\.onnx is not an ONNX graph: .*export the model"):
+    with pytest.raises(ArtifactError, match=r"bad\.onnx is not an ONNX graph: .*convert the model"):
         check_graph(path)
 
 
