@@ -28,7 +28,7 @@ _MOST_CHARACTERS = 480
 
 EXPORT_AGAIN = "export or convert the model again"
 """For an engines folder whose content cannot be used."""
-COPY_AGAIN = "copy the engines folder again, or export or convert the model again"
+COPY_AGAIN = f"copy the engines folder again, or {EXPORT_AGAIN}"
 """For an engines folder that may have been damaged on its way."""
 START_AGAIN = "start this process again"
 """For a GPU that has failed."""

@@ -495,9 +495,9 @@ class Backend(ABC):
         next one. A call that is waiting when the backend is closed still gets one.
 
         Raises:
-            BackendError: the backend is closed, all executions are lent and no call has run a
-                segment for 60 seconds, there is no memory for another execution, or this process
-                was forked after the backend was made.
+            BackendError: the backend is closed; all executions are lent, and none has run a segment
+                for 60 seconds; memory is lacking; or this process was forked after the backend was
+                made.
         """
         self.origin.check()  # before the lock, which a fork may have copied while it was held
         with self._pool_lock:

@@ -83,6 +83,10 @@ class Chain:
 
     @property  # up to Python 3.11, one lock of a cached_property would make all chains wait
     def execution(self) -> Execution:
+        """What runs segments."""
+        return self.borrow()
+
+    def borrow(self) -> Execution:
         """What runs segments; the first call may wait for it, see `Backend.check_out`."""
         if self._lent is None:
             self._lent = self.backend.check_out()
@@ -127,8 +131,8 @@ class Chain:
             if group is not None:
                 if going is not None:
                     self.keep(group, going[group.rows])
-                if len(group) and self._lent is None:
-                    self._lent = self.execution  # after the wait, rows may be late
+                if len(group):
+                    self.borrow()  # before the next line, because rows may be late after a wait
                 yield from self.stop_late(group)
                 if not len(group):
                     continue

@@ -86,7 +86,7 @@ class RuleRunner:
         if self.problem_type is ProblemType.RANKING and stops < full_depth:
             raise RuleError(
                 f"the rule stops all documents at exit {stops}, so none has the score of the model",
-                f"let a ranking reach exit {full_depth}: it has no earlier `max_exit`",
+                f"give a rule that reaches exit {full_depth}, without an earlier `max_exit`",
             )
         self._signals_needed = rule.signals_needed
 

@@ -15,7 +15,7 @@ from ..runtime.artifact.folder import EnginesFolder, resolve
 from ..runtime.artifact.manifest import Manifest
 from ..runtime.artifact.operating_point import OperatingPoint
 from ..runtime.engine import Engine
-from ..runtime.errors import CheckError, FpabeeError
+from ..runtime.errors import COPY_AGAIN, CheckError, FpabeeError
 from ..runtime.hub import engines_folder
 from ..runtime.machine import environment, providers
 from ..runtime.rules.words import settings_in_words
@@ -66,7 +66,7 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
         raise CheckError(
             f"{engines} is not as it was made: {len(checked['damaged'])} of {checked['files']} "
             f"files are damaged; refused targets: {', '.join(checked['refused']) or 'none'}",
-            "copy the engines folder again, or export or convert the model again",
+            COPY_AGAIN,
         )
 
 
