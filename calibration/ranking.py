@@ -1,9 +1,7 @@
 """Rankings: the smallest margin whose promise about the best documents holds on new queries.
 
 The unit of a promise is the query: at most a share of the queries get another set of best documents
-than from the model that was converted. A document leaves when it is behind the `top`th by a margin,
-see `TopK`. The margin of an exit is its error among documents near the top, times a factor that is
-the same for all exits. So there is one list of settings, from cautious to bold, which is known
+than from the model that was converted. `query_logits` has the list of settings, which is known
 before any query is seen, and `guarantee` says how it is tested.
 """
 
@@ -12,10 +10,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -31,10 +28,8 @@ from ..runtime.files.queries import Query
 from ..runtime.files.rows import data_sha256
 from ..runtime.first_stage import FirstStage
 from ..runtime.machine import hardware
-from ..runtime.ranking import changed_sets
-from ..runtime.rules.measures import Array, Floats, Integers, Mask
-from ..runtime.rules.rules import Budget, ExitRule, TopK, before_top
-from ..runtime.rules.words import rounded
+from ..runtime.rules.measures import Floats
+from ..runtime.rules.rules import Budget, ExitRule
 from .costs import time_in_turns
 from .goals import Bound
 from .guarantee import (
@@ -46,215 +41,17 @@ from .guarantee import (
     useful_rows,
 )
 from .progress import Progress, silent
-from .scoring import mean_saving
+from .query_logits import QueryLogits, Stops, changed_queries, settings, stops_of
 from .trace import trace_rows
 
 METRIC = "unchanged_top"
 """The share of queries whose best documents are those of the model that was converted."""
 
-NEAR_TOP = 2
-"""Documents among so many times the wanted ones are near the top."""
-# The margins as multiples of an exit's error, from cautious to bold.
-_FACTORS = np.geomspace(16.0, 0.02, 300)
-# Queries that are simulated together.
-_BLOCK = 64
-# The logit of made-up documents.
-_LOWEST = float(np.finfo(np.float32).min)
 # Sizes of batches of a packed file that are simulated.
 _BATCHES = (8, 32)
 # So many queries are timed, in turns, and so often.
 _TIMED_QUERIES = 5
 _TURNS = 5
-
-
-class _Block(NamedTuple):
-    """Queries of similar size, with made-up documents behind the real ones of smaller queries.
-
-    Attributes:
-        numbers: `[queries]` which queries.
-        rows: `[queries, documents]` which row each document is; 0 for made-up ones.
-        real: `[queries, documents]` whether a document is not made up.
-        logits: `[exits, queries, documents]` float64; below all others for made-up ones.
-        reference: `[queries, documents]` float64, in the same way.
-    """
-
-    numbers: NDArray[np.intp]
-    rows: NDArray[np.intp]
-    real: Mask
-    logits: Array
-    reference: Array
-
-
-@dataclass(frozen=True)
-class QueryLogits:
-    """The logits of all exits for the documents of queries.
-
-    Attributes:
-        logits: `[exits, rows]` float32; the documents of a query follow each other.
-        starts: `[queries + 1]` where the documents of each query begin.
-        reference: `[rows]` float32, the logits of the model that was converted.
-        first_exit: 0 if the first logits are what scores predict, see `first_stage`; else 1.
-    """
-
-    logits: NDArray[np.float32]
-    starts: NDArray[np.intp]
-    reference: NDArray[np.float32]
-    first_exit: int = 1
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    @property
-    def exits(self) -> range:
-        """The numbers of the exits."""
-        return range(self.first_exit, self.first_exit + len(self.logits))
-
-    @cached_property
-    def without_scores(self) -> QueryLogits:
-        """The same queries as they run without scores: nothing leaves at exit 0."""
-        return replace(self, logits=self.logits[1 - self.first_exit :], first_exit=1)
-
-    def take(self, queries: NDArray[np.intp]) -> QueryLogits:
-        """Some of the queries, by their numbers from 0."""
-        spans = [np.arange(self.starts[n], self.starts[n + 1]) for n in queries]
-        rows = np.concatenate([np.zeros(0, np.intp), *spans])
-        starts = np.cumsum([0, *map(len, spans)])
-        return replace(
-            self, logits=self.logits[:, rows], starts=starts, reference=self.reference[rows]
-        )
-
-    def in_batches(self, size: int) -> QueryLogits:
-        """The same, where each batch of so many documents of a query is a query of its own."""
-        spans = itertools.pairwise(self.starts.tolist())
-        begins = [begin for start, end in spans for begin in range(start, end, size)]
-        return replace(self, starts=np.array([*begins, self.starts[-1]], np.intp))
-
-    @cached_property
-    def blocks(self) -> list[_Block]:
-        """All queries that have documents, in blocks, to which hundreds of settings are applied."""
-        blocks = []
-        sizes = np.diff(self.starts)
-        order = np.argsort(sizes, kind="stable")
-        order = order[sizes[order] > 0]
-        for start in range(0, len(order), _BLOCK):
-            numbers = order[start : start + _BLOCK]
-            place = np.arange(sizes[numbers].max())
-            real = place < sizes[numbers, None]
-            rows = np.where(real, self.starts[numbers, None] + place, 0)
-            block = _Block(
-                numbers=numbers,
-                rows=rows,
-                real=real,
-                logits=np.where(real, self.logits[:, rows].astype(np.float64), _LOWEST),
-                reference=np.where(real, self.reference[rows].astype(np.float64), _LOWEST),
-            )
-            blocks.append(block)
-        return blocks
-
-
-class Stops(NamedTuple):
-    """Where a rule stops documents, and what that changes.
-
-    Attributes:
-        exits: `[rows]` int64, the exit of each document.
-        changed: `[queries]` whether the set of the best documents changed, with the scores of the
-            query or without them.
-    """
-
-    exits: Integers
-    changed: Mask
-
-
-def stops_of(rule: ExitRule, rows: QueryLogits, top: int) -> Stops:
-    """Where a rule stops documents: the exits of a live run that gives these logits.
-
-    Args:
-        rule: `TopK` or `Budget` of the last exit.
-        rows: the logits.
-        top: how many documents are wanted.
-    """
-    exits = np.full(rows.logits.shape[1], rows.exits[-1], np.int64)
-    for block in rows.blocks if isinstance(rule, TopK) else ():
-        assert isinstance(rule, TopK)  # for mypy
-        going = block.real.copy()
-        for number, logits in zip(rows.exits[:-1], block.logits, strict=False):
-            before = before_top(np.where(going, logits, -np.inf), rule.top)
-            leaves = going & (before < rule.threshold_at(number))
-            exits[block.rows[leaves]] = number
-            going &= ~leaves
-    changed = _changed(rows, exits, top)
-    if rows.first_exit == 0:
-        changed |= stops_of(rule, rows.without_scores, top).changed
-    return Stops(exits, changed)
-
-
-def _changed(rows: QueryLogits, exits: Integers, top: int) -> Mask:
-    """Whether the best documents of queries changed: `[queries]`, given the exits of documents."""
-    changed = np.zeros(len(rows), np.bool_)
-    for block in rows.blocks:
-        left = block.real & (exits[block.rows] < rows.exits[-1])
-        changed[block.numbers] = changed_sets(block.logits[-1], left, block.reference, top)
-    return changed
-
-
-def errors_near_top(rows: QueryLogits, top: int) -> Array:
-    """The error of each early exit for documents near the top: `[exits - 1]`.
-
-    It is the deviation of the predicted from the final logit. What all documents of a query have in
-    common does not count, because they are compared with each other only.
-
-    Args:
-        rows: logits of queries that did not train the heads.
-        top: how many documents are wanted.
-    """
-    squares = np.zeros(len(rows.logits) - 1)
-    free = 0
-    for block in rows.blocks:
-        nearest = min(NEAR_TOP * top, block.reference.shape[1])
-        limits = -np.sort(-block.reference, axis=1)[:, nearest - 1, None]
-        near = block.real & (block.reference >= limits)
-        count = near.sum(axis=1, keepdims=True)
-        errors = np.where(near, block.logits[:-1] - block.reference, 0.0)
-        own = errors.sum(axis=2, keepdims=True) / count
-        squares += (np.where(near, errors - own, 0.0) ** 2).sum(axis=(1, 2))
-        free += int((count - 1).sum())
-    return np.sqrt(squares / max(1, free)).clip(min=1e-6)
-
-
-def settings(errors: Floats, top: int, first_exit: int = 1) -> list[TopK]:
-    """All settings, from cautious to bold.
-
-    Args:
-        errors: see `errors_near_top`.
-        top: how many documents are wanted.
-        first_exit: the exit of the first error.
-    """
-    rules = []
-    for factor in _FACTORS.tolist():
-        # The last exit stops every document anyway.
-        thresholds = [0.0 - rounded(factor * error) for error in np.append(errors, 0.0).tolist()]
-        of_exit_0 = thresholds.pop(0) if first_exit == 0 else None
-        rules.append(TopK(top=top, threshold=tuple(thresholds), exit_0_threshold=of_exit_0))
-    return rules
-
-
-def saved(rows: QueryLogits, errors: Floats, top: int, share: float, costs: Floats) -> float:
-    """How much less than full depth documents cost, where about a share of the queries changes.
-
-    Args:
-        rows: logits of queries that did not train the heads.
-        errors: see `errors_near_top`.
-        top: how many documents are wanted.
-        share: of the queries that may change.
-        costs: `[exits]` what a document costs that stops at an exit; ascending.
-    """
-    changed = []
-    cost = []
-    for setting in settings(errors, top, rows.first_exit):
-        stops = stops_of(setting, rows, top)
-        changed.append(stops.changed.mean())
-        cost.append(np.asarray(costs)[stops.exits - rows.first_exit].mean())
-    return mean_saving(1 - np.array(cost) / costs[-1], np.array(changed), share)
 
 
 def certify(rows: QueryLogits, errors: Floats, top: int, bound: Bound) -> Certified:
@@ -503,7 +300,7 @@ def _outcome(
     stops = stops_of(rule, rows, top)
     if batch is not None:
         exits = stops_of(rule, rows.in_batches(batch), top).exits
-        stops = Stops(exits, _changed(rows, exits, top))
+        stops = Stops(exits, changed_queries(rows, exits, top))
     full_depth = stops_of(Budget(exit=rows.exits[-1]), rows, top)
     places = stops.exits - rows.exits.stop + len(layers)
     return RankingOutcome(

@@ -7,18 +7,16 @@ Checkpoints of PABEE, F-PABEE, PCEE-BERT and EPEE training code load unchanged. 
 from __future__ import annotations
 
 import logging
-import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path, PurePath
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
 
-from ..runtime.artifact.folder import BAD_JSON
 from ..runtime.artifact.manifest import Activation, ProblemType
 from ..runtime.errors import ModelError, first_line
 from ..runtime.hub import answers, hub_errors, repository_of
@@ -28,16 +26,14 @@ from .exit_config import COPY_CONFIG, MultiExitConfig, Pooling
 from .model import MultiExitModel
 from .paths import MULTI_EXIT, TRAINED, check_kind, check_model_dir
 from .staging import system_errors
+from .weights import WEIGHTS, check_weight, read_weights
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 COPY_WEIGHTS = "copy the weights again, or train again"
-_SAVE_AGAIN = "copy the file again, or save the state dict with safetensors"
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # These leave out the copies for other frameworks that many repositories hold.
-_HUB_FILES = ["*.json", "*.txt", "*.model", *_WEIGHTS, EXIT_0_FILE]
+_HUB_FILES = ["*.json", "*.txt", "*.model", *WEIGHTS, EXIT_0_FILE]
 # The parts of weights that are too large for one file.
 _HUB_FILES += ["model-*.safetensors", "pytorch_model-*.bin"]
 # Settings that ask for memory although no weight has a shape that could contradict them, and the
@@ -198,97 +194,6 @@ def _check_size(planned: Any, weights: Mapping[str, Tensor], folder: Path) -> No
         )
 
 
-def read_weights(folder: Path, names: Sequence[str] = _WEIGHTS) -> dict[str, Tensor]:
-    """The state dict of a folder, in the dtypes of its files, on the CPU.
-
-    Args:
-        folder: a model_dir.
-        names: what the file of weights may be called; the first that is there is read. Instead of
-            it, there may be an index, `NAME.index.json`, of the files that hold parts of it.
-
-    Raises:
-        ModelError: a file is missing or damaged, is outside of the folder, or holds more than
-            tensors.
-    """
-    for name in names:
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return _read_tensors(folder / name)
-        if index.is_file():
-            parts = (_read_tensors(path) for path in _parts(index))
-            return {name: value for part in parts for name, value in part.items()}
-    raise ModelError(f"{folder} has neither {' nor '.join(names)}", TRAINED)
-
-
-class _Index(msgspec.Struct):
-    """The file of each weight, by the name of the weight."""
-
-    weight_map: dict[str, str]
-
-
-def _parts(index: Path) -> list[Path]:
-    """The files that an index names; they are in its folder, and have the suffix of its weights.
-
-    Raises:
-        ModelError: the index is damaged, or names other files or none.
-    """
-    hint = "copy the folder again from where the model was trained"
-    try:
-        names = set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values())
-    except BAD_JSON as error:
-        problem = str(error) or type(error).__name__
-        raise ModelError(f"{index} is not an index of weights: {problem}", hint) from error
-    suffix = Path(index.name.removesuffix(".index.json")).suffix
-    paths = [index.with_name(name) for name in sorted(names) if _is_file_name(name, suffix)]
-    missing = sorted(names - {path.name for path in paths if path.is_file()})
-    if missing or not names:
-        raise ModelError(
-            f"{index} names {(missing or [''])[0]!r}; expected files *{suffix} beside it", hint
-        )
-    return paths
-
-
-def _is_file_name(name: str, suffix: str) -> bool:
-    """Whether a name of an index stays in its folder and has the suffix."""
-    return PurePath(name).name == name and name.endswith(suffix) and "\0" not in name
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file, by name, on the CPU.
-
-    Raises:
-        ModelError: it is damaged, or holds more than tensors.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # weights_only: a pickle from a stranger must not run code.
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # Torch's own message recommends loading the file without this protection.
-        problem = f"{path} cannot be read: it holds more than weights"
-        raise ModelError(problem, _SAVE_AGAIN) from error
-    # Bytes that are not a pickle may raise almost any error.
-    except (SafetensorError, RuntimeError, LookupError, ValueError, EOFError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {first_line(error)}", _SAVE_AGAIN) from error
-    is_state_dict = isinstance(weights, dict) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
-    )
-    if not is_state_dict:
-        raise ModelError(f"{path} is not a state dict of names and tensors", _SAVE_AGAIN)
-    for name, value in weights.items():
-        # A pickle can describe a huge tensor by one number that is repeated.
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ModelError(
-                f"{path}: weight {name} has shape {tuple(value.shape)}, but fewer values",
-                "save the state dict again with safetensors",
-            )
-    return cast(dict[str, Tensor], weights)
-
-
 def _check_weights(model: MultiExitModel, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Check the weights that a model needs, and log the names of those that it does not need.
 
@@ -308,33 +213,6 @@ def _check_weights(model: MultiExitModel, weights: Mapping[str, Tensor], folder:
     unused = sorted(name for name in set(weights) - set(expected) if "position_ids" not in name)
     if unused:
         logger.warning("%s: ignored weights that no exit uses: %s", folder, ", ".join(unused))
-
-
-def check_weight(folder: Path, name: str, weight: Tensor, shape: Sequence[int]) -> None:
-    """Check one weight.
-
-    Args:
-        folder: where it is from, for the message.
-        name: its name, for the message.
-        weight: its values.
-        shape: the shape that it should have.
-
-    Raises:
-        ModelError: it has another shape or an unknown dtype, or is not finite in float32.
-    """
-    problem = hint = ""
-    if weight.shape != torch.Size(shape):
-        problem = f"has shape {tuple(weight.shape)}, but config.json asks for {tuple(shape)}"
-        hint = "use the config.json and the weights of the same model"
-    elif weight.dtype not in _DTYPES:
-        dtypes = [str(dtype).removeprefix("torch.") for dtype in (weight.dtype, *_DTYPES)]
-        problem = f"is in {dtypes[0]}; expected {', '.join(dtypes[1:])}"
-        hint = "give the weights as they were before quantization"
-    elif not torch.isfinite(weight.float()).all():  # float64 has numbers that float32 has not
-        problem = "holds NaN or infinity"
-        hint = "the training diverged: train again with a smaller learning rate"
-    if problem:
-        raise ModelError(f"{folder}: weight {name} {problem}", hint)
 
 
 def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
@@ -361,8 +239,8 @@ def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
     setattr(config, CONFIG_BLOCK, {name: block[name] for name in block if name not in others})
     config.save_pretrained(folder)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    with system_errors(folder / _WEIGHTS[0]):
-        save_file(weights, folder / _WEIGHTS[0], metadata={"format": "pt"})
+    with system_errors(folder / WEIGHTS[0]):
+        save_file(weights, folder / WEIGHTS[0], metadata={"format": "pt"})
     (folder / EXIT_0_FILE).unlink(missing_ok=True)  # that of a model which is replaced
 
 

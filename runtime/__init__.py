@@ -38,7 +38,7 @@ from .artifact.manifest import (
     TokenizerSpec,
 )
 from .artifact.operating_point import Certificate, Goal, OperatingPoint, Promise, RuleSettings
-from .backends.base import Bucket, Limits
+from .backends.buffers import Bucket, Limits
 from .check import Agreement, Requirements
 from .encoding import EncodedRow, Text
 from .engine import Engine

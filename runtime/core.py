@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .artifact.folder import EnginesFolder
-from .backends.base import Backend, row_bytes
+from .backends.base import Backend
+from .backends.buffers import row_bytes
 from .chain.chain import Chain, Decision, not_finite
 from .chain.groups import Group
 from .encoding import EncodedRow, Text, TextEncoder, blocks

@@ -50,7 +50,7 @@ from fpabee.exporter.targets.plans import RTX_CAPABILITIES
 from fpabee.runtime import Bucket, Budget, Engine, Entropy, read_manifest, simulate
 from fpabee.runtime.artifact.folder import is_engines_folder
 from fpabee.runtime.artifact.manifest import Graph
-from fpabee.runtime.backends.base import dtype_of, shape_of
+from fpabee.runtime.backends.buffers import dtype_of, shape_of
 from fpabee.runtime.backends.cuda import GATHER, cuda
 from fpabee.runtime.backends.tensorrt import (
     MODULES,

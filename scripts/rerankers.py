@@ -49,13 +49,8 @@ from reproduce import MINILM, backbone_of
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from fpabee.calibration import Bound
-from fpabee.calibration.ranking import (
-    Queries,
-    QueryLogits,
-    certify,
-    errors_near_top,
-    stops_of,
-)
+from fpabee.calibration.query_logits import QueryLogits, errors_near_top, stops_of
+from fpabee.calibration.ranking import Queries, certify
 from fpabee.commands.command import exits_with_one_line
 from fpabee.exporter.convert import ConvertOptions, convert
 from fpabee.exporter.training.workflow import has_fast_bf16

@@ -2,9 +2,9 @@
 
 `places` checks the paths, `classifier` loads the classifier, `texts` deals the texts into parts,
 `states` runs the classifier once, `heads` trains and chooses the heads of the exits, and `workflow`
-does all of it; `calibration` certifies every target. `tasks` has all that differs for a reranker,
-which gets queries with their documents instead of texts. Importing this package loads neither torch
-nor transformers; using `convert` does.
+does all of it; `calibration` certifies every target. `task` says in what classifiers and rerankers
+differ, and `classification` and `ranking` do it. Importing this package loads neither torch nor
+transformers; using `convert` does.
 """
 
 from __future__ import annotations

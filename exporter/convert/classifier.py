@@ -20,16 +20,15 @@ from ...runtime.hub import repository_of
 from ..backbones import build_encoder, family_of
 from ..checkpoint import (
     CONFIG_ERRORS,
-    check_weight,
     label_names,
     load_config,
     load_pretrained,
     problem_type_of,
-    read_weights,
     resolve_model_dir,
 )
 from ..exit_config import LastHead, MultiExitConfig, Pooling
 from ..model import MultiExitModel
+from ..weights import check_weight, read_weights
 from .cross_encoder import activation_of
 from .places import check_adapter
 

@@ -25,7 +25,7 @@ from ... import __version__
 from ...calibration.guarantee import needs_in_words, rows_needed
 from ...calibration.progress import Progress, silent
 from ...calibration.ranking import RankingPoint
-from ...calibration.result import Calibration
+from ...calibration.result import Calibration, Point
 from ...runtime.artifact.folder import EnginesFolder, sha256_of
 from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.backends.onnxruntime import check_installed
@@ -47,14 +47,22 @@ from ..targets.check import FP32_TARGET
 from ..targets.default import fastest_with_exits
 from ..tokenizer import load_tokenizer, pad_id, row_limit
 from ..training.examples import encoded_rows
+from .classification import Classification
 from .classifier import Classifier, named_task
 from .heads import choose_form, store, train_heads
 from .options import Chosen, Conversion, ConvertOptions
 from .places import check_places, unfinished
+from .ranking import Ranking
 from .states import States, run_classifier
-from .tasks import TASKS, Classification, Ranking, point_of
+from .task import Result
 
 logger = logging.getLogger(__name__)
+
+_TASKS: dict[ProblemType, type[Classification] | type[Ranking]] = {
+    ProblemType.SINGLE_LABEL: Classification,
+    ProblemType.MULTI_LABEL: Classification,
+    ProblemType.RANKING: Ranking,
+}
 
 # The summary recommends more texts if fewer than so many times the least certify.
 _FEW = 2
@@ -117,7 +125,7 @@ def convert(
     check_installed()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    given = TASKS[named_task(classifier, options.problem_type)](texts, options)
+    given = _TASKS[named_task(classifier, options.problem_type)](texts, options)
     too_few = _too_few(given)
     what = given.what
     if options.int8:
@@ -342,9 +350,9 @@ class _Work:
             for name in dict.fromkeys([FP32_TARGET, *others])
         }
         depths = {
-            name: point_of(each).chosen_on.mean_depth
+            name: _point_of(each).chosen_on.mean_depth
             for name, each in by_name.items()
-            if point_of(each).certificate is not None
+            if _point_of(each).certificate is not None
         }
         default = fastest_with_exits(manifest, depths) if depths else FP32_TARGET
         EnginesFolder.read(engines).with_manifest(default_target=default).write()
@@ -364,3 +372,8 @@ class _Work:
             warnings=tuple(given.warnings),
             seconds=0.0,
         )
+
+
+def _point_of(result: Result) -> Point | RankingPoint:
+    """The operating point of a target, which a conversion has one of."""
+    return result.points[0] if isinstance(result, Calibration) else result

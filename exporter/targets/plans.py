@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from ...runtime.artifact.manifest import Manifest, Range, Shapes, TensorSpec
-from ...runtime.backends.base import Bucket, shape_of
+from ...runtime.backends.buffers import Bucket, shape_of
 from ...runtime.errors import InputError
 from .backends import RTX, TENSORRT
 

@@ -23,18 +23,13 @@ from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
 from ...runtime.files.rows import data_sha256, encode_labels
 from ...runtime.quality import Labels
-from ..checkpoint import (
-    check_weight,
-    load_config,
-    load_pretrained,
-    resolve_model_dir,
-    save_checkpoint,
-)
+from ..checkpoint import load_config, load_pretrained, resolve_model_dir, save_checkpoint
 from ..exit_0_files import save_exit_0
 from ..exit_config import MultiExitConfig
 from ..model import MultiExitModel, by_row, predict
 from ..staging import system_errors
 from ..tokenizer import load_tokenizer, pad_id
+from ..weights import check_weight
 from .bag_of_ngrams import train_exit_0
 from .examples import Examples, encoded_rows, label_names, load_rows
 from .options import REPORT_NAME, TrainOptions, check_training

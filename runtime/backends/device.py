@@ -30,18 +30,8 @@ from ..artifact.folder import EnginesFolder
 from ..artifact.manifest import ATTENTION_BIAS, LOGITS, MASK_FILL, TensorSpec
 from ..encoding import EncodedRow, write_rows
 from ..errors import BackendError
-from .base import (
-    Backend,
-    Bucket,
-    BufferName,
-    Execution,
-    Hidden,
-    Outputs,
-    Rows,
-    dtype_of,
-    nbytes_of,
-    shape_of,
-)
+from .base import Backend, Execution, Hidden, Outputs, Rows
+from .buffers import Bucket, BufferName, dtype_of, nbytes_of, shape_of
 from .cuda import GATHER, PinnedArray, cuda
 
 _Arguments = ParamSpec("_Arguments")

@@ -15,28 +15,12 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact.manifest import (
-    ATTENTION_BIAS,
-    MASK_FILL,
-    Target,
-    TensorSpec,
-)
+from ..artifact.manifest import ATTENTION_BIAS, MASK_FILL, Target, TensorSpec
 from ..encoding import EncodedRow, write_rows
 from ..errors import ArtifactError, BackendError, first_line
 from ..machine import multiplies_int8, usable_cores
-from .base import (
-    Backend,
-    Bucket,
-    BufferName,
-    Execution,
-    Hidden,
-    Limits,
-    Outputs,
-    Rows,
-    dtype_of,
-    is_out_of_memory,
-    shape_of,
-)
+from .base import Backend, Execution, Hidden, Outputs, Rows, is_out_of_memory
+from .buffers import Bucket, BufferName, Limits, dtype_of, shape_of
 
 # Memory of a binding besides its buffers.
 _BINDING_BYTES = 5 * 2**10

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from ..artifact.manifest import Target, TensorSpec
 from ..errors import EXPORT_AGAIN, ArtifactError, MissingExtraError, first_line
 from ..machine import package, usable_cores
-from .base import Bucket, dtype_of, shape_of
+from .buffers import Bucket, dtype_of, shape_of
 from .host import HostBackend, Run
 from .one_graph import one_graph
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..artifact.folder import EnginesFolder
 from ..artifact.manifest import Target, TensorSpec
 from ..errors import START_AGAIN, BackendError
-from .base import Limits
+from .buffers import Limits
 from .cuda import is_final, packages, required_gpu
 from .host import HostBackend, Run
 from .onnxruntime import check_installed, new_session, ort_errors, session_options

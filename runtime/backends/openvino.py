@@ -27,7 +27,7 @@ from ..artifact.manifest import HIDDEN_STATES, NEXT, BuiltFile, Graph, Target, T
 from ..errors import BackendError, MissingExtraError, first_line
 from ..machine import cpu_info, package, usable_cores
 from . import compiled_cache
-from .base import Limits
+from .buffers import Limits
 from .host import HostBackend, Run
 
 logger = logging.getLogger(__name__)

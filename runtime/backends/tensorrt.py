@@ -24,7 +24,8 @@ from ..artifact.manifest import Shapes, Target
 from ..errors import ArtifactError, BackendError, MissingExtraError
 from ..machine import CudaDevice, cuda_device
 from . import compiled_cache
-from .base import Bucket, Execution, Limits, is_out_of_memory, shape_of
+from .base import Execution, is_out_of_memory
+from .buffers import Bucket, Limits, shape_of
 from .cuda import packages, required_gpu
 from .device import DeviceBackend, DeviceExecution, Runner, on_device
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.base import Backend, Bucket, Execution, Limits
+from ..backends.base import Backend, Execution
+from ..backends.buffers import Bucket, Limits
 from ..encoding import EncodedRow
 from ..errors import BackendError, FpabeeError
 from ..rules.measures import Mask

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.base import Hidden, Limits, Outputs
+from ..backends.base import Hidden, Outputs
+from ..backends.buffers import Limits
 from ..encoding import EncodedRow
 from ..errors import BackendError
 from ..rules.runner import PatienceState, RuleRunner

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.base import Limits
+from ..backends.buffers import Limits
 from ..backends.forks import Origin
 from ..chain.chain import Chain, Decision, not_finite
 from ..chain.groups import Group, RowNumbers, fits, shapes

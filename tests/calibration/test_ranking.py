@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 
 from fpabee.calibration import Bound
 from fpabee.calibration.guarantee import binomial_tail
-from fpabee.calibration.ranking import (
-    QueryLogits,
-    certify,
-    errors_near_top,
-    saved,
-    settings,
-    stops_of,
-)
+from fpabee.calibration.query_logits import QueryLogits, errors_near_top, saved, settings, stops_of
+from fpabee.calibration.ranking import certify
 from fpabee.runtime import Budget, TopK
 from fpabee.runtime.ranking import changed_sets, exits_of_query
 

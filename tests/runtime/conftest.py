@@ -16,7 +16,7 @@ from fpabee.commands import run as run_command
 from fpabee.commands import serve as serve_command
 from fpabee.runtime import TopK
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
-from fpabee.runtime.backends.base import Limits
+from fpabee.runtime.backends.buffers import Limits
 from fpabee.runtime.backends.host import HostBackend
 
 from .running import Result, Run, execute

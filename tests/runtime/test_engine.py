@@ -47,7 +47,7 @@ from fpabee.runtime import (
     simulate,
 )
 from fpabee.runtime.artifact.folder import EnginesFolder
-from fpabee.runtime.backends import base, host
+from fpabee.runtime.backends import buffers, host
 from fpabee.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from fpabee.runtime.encoding import Text
 
@@ -303,7 +303,7 @@ def test_rows_count_as_much_memory_as_they_take(engines: Mapping[str, Path]) -> 
             row = tokens * (manifest.model.hidden_size + 1)
             bias = heads * tokens**2
             hidden = 8 * (row * rows + bias) // rows
-            assert base.row_bytes(manifest, limits, tokens) == hidden + 16 * tokens
+            assert buffers.row_bytes(manifest, limits, tokens) == hidden + 16 * tokens
 
 
 def test_a_closed_engine_says_so(engines: Mapping[str, Path]) -> None:

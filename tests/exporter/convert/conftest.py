@@ -18,7 +18,14 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from fpabee.calibration import Bound
 from fpabee.exporter.backbones import _FAMILIES
-from fpabee.exporter.convert import Conversion, ConvertOptions, convert, heads, tasks, workflow
+from fpabee.exporter.convert import (
+    Conversion,
+    ConvertOptions,
+    classification,
+    convert,
+    heads,
+    workflow,
+)
 from fpabee.exporter.training import bag_of_ngrams
 from fpabee.runtime.artifact.manifest import ProblemType
 
@@ -224,7 +231,10 @@ def converted(
     folder = tmp_path_factory.mktemp("converted") / "engines"
     with pytest.MonkeyPatch.context() as patch:
         quickly(patch)
-        for module, names in ((workflow, "choose_form train_heads"), (tasks, "learn calibrate")):
+        for module, names in (
+            (workflow, "choose_form train_heads"),
+            (classification, "learn calibrate"),
+        ):
             for name in names.split():
                 patch.setattr(module, name, noting(name, getattr(module, name)))
         with serve(folder.parent / "cache") as hub:

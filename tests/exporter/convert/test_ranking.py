@@ -24,16 +24,10 @@ from fpabee.calibration import Bound, calibrate
 from fpabee.calibration.ranking import Queries, calibrate_ranking
 from fpabee.exporter import export
 from fpabee.exporter.checkpoint import load_checkpoint
-from fpabee.exporter.convert import (
-    Conversion,
-    ConvertOptions,
-    convert,
-    states,
-    tasks,
-    workflow,
-)
+from fpabee.exporter.convert import Conversion, ConvertOptions, convert, ranking, states, workflow
+from fpabee.exporter.convert.classification import Classification
 from fpabee.exporter.convert.heads import Lesson, train_heads
-from fpabee.exporter.convert.tasks import Ranking
+from fpabee.exporter.convert.ranking import Ranking
 from fpabee.exporter.single_file import pack
 from fpabee.exporter.targets import build_targets
 from fpabee.exporter.targets.builders import BUILDERS, INT8_TARGETS, OPENVINO_TARGETS
@@ -85,7 +79,7 @@ def converted(reranker: Path, queries: Path, tmp_path_factory: pytest.TempPathFa
         patch.setattr(workflow, "train_heads", noting("heads", train_heads))
         patch.setattr(workflow, "_too_few", noting("given", workflow._too_few))
         certify = noting("certify", calibrate_ranking)
-        patch.setattr(tasks, "calibrate_ranking", certify)
+        patch.setattr(ranking, "calibrate_ranking", certify)
         result = convert(reranker, queries, folder, OPTIONS)
     _, _, states, lesson, _ = calls["heads"]
     certifying, report = calls["certify"][2:4]
@@ -317,7 +311,7 @@ def test_each_task_has_its_own_bound_and_its_own_options(
 ) -> None:
     usual = ConvertOptions()
     assert Ranking(queries, replace(usual, top=TOP)).bound == Bound(changed_answers=0.05)
-    assert tasks.Classification(texts, usual).bound == Bound(changed_answers=0.01)
+    assert Classification(texts, usual).bound == Bound(changed_answers=0.01)
     with pytest.raises(InputError, match="`top` is given, but the model classifies"):
         convert(telling["single_label_classification"], texts, tmp_path / "out", OPTIONS)
     with pytest.raises(InputError, match="top is 0 -> give a whole number from 1"):
@@ -429,7 +423,7 @@ def test_a_better_score_never_predicts_less(seed: int) -> None:
     known = features(scores.tolist())
     targets = drawn.normal(size=30) + drawn.normal() * scores
     weights = drawn.uniform(0.1, 5.0, 30)
-    of_features, bias = tasks._rising(known, targets, weights)
+    of_features, bias = ranking._rising(known, targets, weights)
     predicted = known @ np.array(of_features) + bias
     assert (np.diff(predicted[np.argsort(scores)]) >= -1e-9).all()
     signs = np.array([1.0, 1.0, -1.0])

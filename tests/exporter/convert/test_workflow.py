@@ -21,9 +21,9 @@ from transformers import AutoTokenizer
 
 from fpabee.calibration import Bound, calibrate
 from fpabee.calibration.scoring import Scorer
-from fpabee.exporter.convert import ConvertOptions, convert, places, tasks, workflow
+from fpabee.exporter.convert import ConvertOptions, classification, convert, places, workflow
+from fpabee.exporter.convert.classification import Classification
 from fpabee.exporter.convert.classifier import Classifier
-from fpabee.exporter.convert.tasks import Classification
 from fpabee.exporter.convert.texts import split
 from fpabee.exporter.model import predict
 from fpabee.exporter.staging import staging
@@ -213,7 +213,7 @@ def test_exits_learn_from_train_texts_and_the_others_certify(
         taught.extend((train, choose))
         return bag_of_ngrams.learn(train, choose, *given)
 
-    monkeypatch.setattr(tasks, "learn", noting)
+    monkeypatch.setattr(classification, "learn", noting)
     options = replace(OPTIONS, train_texts=files[1])
     result = convert(telling[SINGLE.value], files[0], tmp_path / "engines", options)
     train, choose, calibrate, report = result.parts

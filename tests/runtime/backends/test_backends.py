@@ -17,7 +17,7 @@ from fpabee.runtime import read_manifest
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
 from fpabee.runtime.backends import openvino
-from fpabee.runtime.backends.base import Bucket, shape_of
+from fpabee.runtime.backends.buffers import Bucket, shape_of
 from fpabee.runtime.backends.openvino import has_bf16
 from fpabee.runtime.check import BATCH_LIMIT, EXPORT_LIMIT, REQUIREMENTS, logit_differences
 from fpabee.runtime.encoding import EncodedRow, TextEncoder

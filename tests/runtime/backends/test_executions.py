@@ -14,17 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from fpabee.runtime import BackendError, Engine
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.backends import base
-from fpabee.runtime.backends.base import Backend, Bucket
+from fpabee.runtime.backends.base import Backend
+from fpabee.runtime.backends.buffers import Bucket
 from fpabee.runtime.backends.cuda import required_gpu
 from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.targets import open_backend

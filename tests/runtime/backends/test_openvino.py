@@ -21,7 +21,7 @@ import pytest
 from fpabee.runtime import read_manifest
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.backends import compiled_cache, openvino
-from fpabee.runtime.backends.base import Bucket
+from fpabee.runtime.backends.buffers import Bucket
 from fpabee.runtime.engine import Engine
 from fpabee.runtime.errors import BackendError, first_line
 from fpabee.runtime.targets import open_backend

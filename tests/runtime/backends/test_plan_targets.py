@@ -17,7 +17,7 @@ from fpabee.exporter.targets.plans import (
 )
 from fpabee.runtime import BackendError, Engine, MissingExtraError
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
-from fpabee.runtime.backends.base import Bucket
+from fpabee.runtime.backends.buffers import Bucket
 from fpabee.runtime.chain.groups import split
 from fpabee.runtime.targets import open_backend
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fpabee.runtime.backends.base import Bucket, Limits
+from fpabee.runtime.backends.buffers import Bucket, Limits
 from fpabee.runtime.chain.groups import shapes, split
 
 row_lengths = st.lists(st.integers(1, 64), max_size=60)

@@ -1,0 +1,194 @@
+"""The conversion of a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ...calibration.calibrate import calibrate
+from ...calibration.goals import CalibrationOptions
+from ...calibration.guarantee import check_possible
+from ...calibration.progress import Progress
+from ...calibration.result import Calibration, Report
+from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, mean_saving, same_answers
+from ...calibration.settings import StopScores, exits_of, settings_lists
+from ...runtime.artifact.manifest import Task
+from ...runtime.encoding import EncodedRow
+from ...runtime.errors import InputError, RowError
+from ...runtime.exit_0 import ExitZero
+from ...runtime.files import Row, read_rows
+from ...runtime.files.rows import encode_labels
+from ...runtime.predictions import decision_thresholds
+from ...runtime.quality import Labels
+from ...runtime.rules.measures import Outputs
+from ..model import MultiExitModel
+from ..training.bag_of_ngrams import learn
+from ..training.examples import Examples
+from ..training.trainer import label_losses, probabilities
+from .heads import Judged, Lesson
+from .options import Chosen
+from .task import ConversionTask, Logits, Result
+from .texts import Numbers
+
+_SEED = 42
+# Above this accuracy, the classifier has probably been trained on these texts.
+_TOO_GOOD = 0.98
+
+
+class Classification(ConversionTask[Row]):
+    """Texts, and a classifier that decides about each of them."""
+
+    what = "texts"
+    usual_share = 0.01
+    two_lists = True
+    fewest_tokens = 32
+
+    @property
+    def needed(self) -> Numbers:
+        """All rows, because exit 0 learns from all that train."""
+        return np.arange(len(self.rows))
+
+    def check_possible(self, task: Task, logits: Logits) -> None:
+        """All decisions are the same, or a promise is about too few texts."""
+        check_possible(self.bound, task, logits[self.texts.calibrate])
+
+    def lesson(self, task: Task, logits: Logits, numbers: Numbers) -> Lesson:
+        """The probabilities of the classifier."""
+        return Lesson(
+            targets=probabilities(torch.from_numpy(logits[numbers]), task.problem_type),
+            weights=torch.ones(len(numbers)),
+            loss=partial(label_losses, problem_type=task.problem_type),
+        )
+
+    def judge(
+        self,
+        task: Task,
+        reference: Logits,
+        numbers: Numbers,
+        exits: Logits,
+        costs: NDArray[np.float64],
+    ) -> Judged:
+        """By how much is saved where about as many decisions change as may."""
+        own = reference[numbers]
+        rows = LabelledLogits(
+            np.concatenate([exits, own[None]]),
+            np.ones(len(numbers), np.intp),
+            None,
+            task.problem_type,
+            decision_thresholds=decision_thresholds(task, self.bound.thresholds),
+        )
+        scorer = Scorer(rows, AGREEMENT)
+        share = min(self.bound.shares.values())
+        agreement = tuple(float(share) for share in 1 - scorer.changed[:-1].mean(axis=1))
+        return Judged(agreement, _saved(scorer, costs, share))
+
+    def exit_0(
+        self,
+        task: Task,
+        rows: Sequence[EncodedRow],
+        logits: Logits,
+        model: MultiExitModel,
+        progress: Progress,
+    ) -> ExitZero:
+        """A bag of n-grams that learns the probabilities of the classifier."""
+        targets = probabilities(torch.from_numpy(logits), task.problem_type).numpy()
+        train, choose = (
+            Examples([rows[n] for n in numbers], targets[numbers])
+            for numbers in (self.texts.train, self.texts.choose)
+        )
+        return learn(train, choose, model, _SEED, progress)
+
+    def certify(
+        self, engines: Path, target: str, logits: Logits, chosen: Chosen, progress: Progress
+    ) -> Calibration:
+        """A calibration for the bound, with the decisions of the classifier as reference."""
+        texts = self.texts
+        certifying = [texts.units[number] for number in texts.calibrate]
+        reported = [texts.units[number] for number in texts.report]
+        options = CalibrationOptions(
+            goals={self.bound.point: self.bound},
+            metric=AGREEMENT,
+            target=target,
+            threads=self.options.threads,
+        )
+        return calibrate(
+            engines,
+            certifying,
+            options,
+            progress,
+            reference=logits[texts.calibrate],
+            report=Report(reported, "texts that decided nothing", logits[texts.report]),
+        )
+
+    def traffic(self, result: Result) -> float:
+        """The share of changed decisions, where a text counts as often as it occurs."""
+        scorer, at = _decided(result)
+        return float(np.average(scorer.changed[at], weights=self.texts.weights[self.texts.report]))
+
+    def accuracy(self, task: Task, logits: Logits, result: Result) -> tuple[float, float] | None:
+        """Before and after, on the texts of the report, if all texts have labels."""
+        expected = self._labels(task)
+        if expected is None:
+            return None
+        own = logits[: len(self.texts.own)]
+        of_classifier = Outputs(own, task.problem_type, task.label_thresholds).answers
+        right = same_answers(of_classifier, expected, task.problem_type)
+        if right.mean() > _TOO_GOOD:
+            self.warnings.append(
+                f"the classifier is right on {right.mean():.1%} of these texts: if it was "
+                "trained on them, the guarantee does not hold for new texts"
+            )
+        report = self.texts.report
+        scorer, at = _decided(result)
+        converted = same_answers(scorer.answers[at], expected[report], task.problem_type)
+        return float(right[report].mean()), float(converted.mean())
+
+    def _labels(self, task: Task) -> Labels | None:
+        """The labels of all texts; None if some have none, or one that the classifier lacks."""
+        rows = self.texts.own
+        given = [row.labels for row in rows if row.labels is not None]
+        if len(given) < len(rows):
+            if given:
+                known = f"{len(given):,} of {len(rows):,}"
+                self.warnings.append(f"accuracy is not known: only {known} texts have a label")
+            return None
+        try:
+            places = [row.where for row in rows]
+            return encode_labels(given, task.labels, task.problem_type, places)
+        except RowError as error:
+            self.warnings.append(f"accuracy is not known: {error.message}")
+            return None
+
+    def _check_options(self) -> None:
+        if self.options.top is not None:
+            raise InputError(
+                "`top` is given, but the model classifies texts and ranks nothing",
+                "leave out `top`, or give a reranker",
+            )
+
+    def _read(self, source: str | Path) -> Iterator[Row]:
+        return read_rows(source, self.options.reading)
+
+    def _rows_of(self, unit: Row) -> Sequence[Row]:
+        return [unit]
+
+
+def _saved(scorer: Scorer, costs: NDArray[np.float64], share: float) -> float:
+    """How much less than full depth rows cost, where about that share of decisions changes."""
+    rows = scorer.rows
+    places = rows.at(StopScores(rows).exits(settings_lists(rows)[0]))
+    changed = scorer.changed[places].mean(axis=1)
+    return mean_saving(1 - costs[places[0]].mean(axis=1), changed, share)
+
+
+def _decided(result: Result) -> tuple[Scorer, tuple[NDArray[np.intp], ...]]:
+    """The texts of a report, and the places of their exits."""
+    assert isinstance(result, Calibration)
+    assert result.test is not None
+    scorer = Scorer(result.test, AGREEMENT)
+    return scorer, result.test.at(exits_of(result.points[0].rule, result.test))

@@ -1,0 +1,184 @@
+"""What a conversion asks of its task; `classification` and `ranking` are the tasks.
+
+A *unit* is what a promise is about: a text, or a query with its documents. It is dealt as a whole.
+A *row* is what the model reads: a text, or a query with one of its documents.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar, Generic
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...calibration.goals import Bound
+from ...calibration.progress import Progress
+from ...calibration.ranking import RankingPoint
+from ...calibration.result import Calibration
+from ...runtime.artifact.manifest import Task
+from ...runtime.encoding import EncodedRow
+from ...runtime.exit_0 import ExitZero
+from ...runtime.files import Row
+from ...runtime.first_stage import FirstStage
+from ..model import MultiExitModel
+from .heads import Judged, Lesson
+from .options import Chosen, ConvertOptions
+from .texts import AnyUnit, Numbers, Texts, split
+
+Result = Calibration | RankingPoint
+Logits = NDArray[np.float32]
+
+
+class ConversionTask(ABC, Generic[AnyUnit]):
+    """A task, with the texts that are given for it.
+
+    Args:
+        source: the file of texts.
+        options: the settings.
+
+    Attributes:
+        options: the settings.
+        bound: what is promised.
+        texts: the units and their parts.
+        rows: the rows of all units.
+        warnings: what makes the result less useful.
+
+    Raises:
+        InputError: a setting belongs to the other task, or the texts cannot be dealt.
+        RowError: a row cannot be read.
+    """
+
+    what: ClassVar[str]
+    """What messages call the units."""
+    usual_share: ClassVar[float]
+    """Of the units may change, if nothing else is asked for."""
+    two_lists: ClassVar[bool]
+    """Whether settings with exit 0 are a second list that is tested."""
+    fewest_tokens: ClassVar[int]
+    """Of a row whose tokens do not all teach heads, because there are too many of them."""
+
+    def __init__(self, source: str | Path, options: ConvertOptions) -> None:
+        self.options = options
+        self.bound = options.bound or Bound(changed_answers=self.usual_share)
+        self.warnings: list[str] = []
+        self._check_options()
+        others = options.train_texts
+        train = None if others is None else self._read(others)
+        self.texts: Texts[AnyUnit] = split(
+            self._read(source), options.group_column, train, self.what
+        )
+        every = [self._rows_of(unit) for unit in self.texts.units]
+        self.rows = [row for rows in every for row in rows]
+        self._starts = np.cumsum([0, *map(len, every)])
+
+    def numbers(self, units: Numbers) -> Numbers:
+        """The numbers of the rows of some units, one unit after another."""
+        first = self._starts[:-1][units]
+        lengths = self.lengths(units)
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        rows: Numbers = np.repeat(first, lengths) + within
+        return rows
+
+    def lengths(self, units: Numbers) -> Numbers:
+        """How many rows each of some units has."""
+        return np.asarray(np.diff(self._starts)[units], np.intp)
+
+    @property
+    @abstractmethod
+    def needed(self) -> Numbers:
+        """The rows that are classified even if no head learns from them."""
+
+    @abstractmethod
+    def check_possible(self, task: Task, logits: Logits) -> None:
+        """Refuse, before anything is trained, what cannot be certified even if nothing changes.
+
+        Args:
+            task: of the model.
+            logits: `[rows, labels]` of the classifier for all rows.
+
+        Raises:
+            InputError: no unit that certifies can change, or a promise is about too few texts.
+        """
+
+    @abstractmethod
+    def lesson(self, task: Task, logits: Logits, numbers: Numbers) -> Lesson:
+        """What heads learn from some rows, all those of a unit one after another.
+
+        Args:
+            task: of the model.
+            logits: `[rows, labels]` of the classifier for all rows.
+            numbers: of the rows that they learn from.
+        """
+
+    @abstractmethod
+    def judge(
+        self,
+        task: Task,
+        reference: Logits,
+        numbers: Numbers,
+        exits: Logits,
+        costs: NDArray[np.float64],
+    ) -> Judged:
+        """Judge early exits by rows that did not train them.
+
+        Args:
+            task: of the model.
+            reference: `[rows, labels]` the logits of the classifier for all rows.
+            numbers: of the rows that judge.
+            exits: `[exits, numbers, labels]` the logits of the exits for these rows.
+            costs: `[exits + 1]` of the exits and of full depth.
+        """
+
+    @abstractmethod
+    def exit_0(
+        self,
+        task: Task,
+        rows: Sequence[EncodedRow],
+        logits: Logits,
+        model: MultiExitModel,
+        progress: Progress,
+    ) -> ExitZero | FirstStage | None:
+        """Train exit 0; None if the model gets none.
+
+        Args:
+            task: of the model.
+            rows: all rows.
+            logits: `[rows, labels]` of the classifier.
+            model: whose task and vocabulary it gets.
+            progress: called with (what, done, total).
+        """
+
+    @abstractmethod
+    def certify(
+        self, engines: Path, target: str, logits: Logits, chosen: Chosen, progress: Progress
+    ) -> Result:
+        """Certify and report on a target of an engines folder.
+
+        Args:
+            engines: the folder, whose manifest gets the operating point.
+            target: the target.
+            logits: `[rows, labels]` of the classifier.
+            chosen: the heads of the early exits.
+            progress: called with (what, done, total).
+        """
+
+    def traffic(self, result: Result) -> float | None:
+        """See `Conversion.traffic`, for the result of the default target."""
+        return None
+
+    def accuracy(self, task: Task, logits: Logits, result: Result) -> tuple[float, float] | None:
+        """See `Conversion.accuracy`, for the result of the default target."""
+        return None
+
+    @abstractmethod
+    def _check_options(self) -> None:
+        """Refuse settings that belong to the other task."""
+
+    @abstractmethod
+    def _read(self, source: str | Path) -> Iterator[AnyUnit]: ...
+
+    @abstractmethod
+    def _rows_of(self, unit: AnyUnit) -> Sequence[Row]: ...
