@@ -64,6 +64,7 @@ COMPARED = [
 ]
 CUT = 3
 """The number of layers after which an encoder is cut."""
+FIRST_LAYERS = f"first-{CUT}-layers"
 BALANCED = Goal(max_drop=0.5)
 INT8_TARGET = "openvino-int8"
 PABEE = "pabee"
@@ -82,7 +83,7 @@ IN_SHORT = {
 def systems(
     model: Path,
     data: Path,
-    cut: Path,
+    cut: Path | None,
     target: str | None = None,
     converted: Path | None = None,
 ) -> Iterator[System]:
@@ -91,7 +92,7 @@ def systems(
     Args:
         model: the model_dir.
         data: the folder of the dataset.
-        cut: the model that was cut after `CUT` layers.
+        cut: the model that was cut after `CUT` layers; None: it does not take part.
         target: the target of fpabee; None: the fastest one.
         converted: the engines folder of a conversion by `conversions.py`.
     """
@@ -101,10 +102,10 @@ def systems(
     engines = engines_of(model)
     plain = engines_of(without_exit_0)
     whole = engines_of(model, (last,))
-    short = engines_of(cut)
     bare = engines_of(without_exit_0, (last,))
+    short = None if cut is None else engines_of(cut)
     if target is None:
-        for folder in (engines, plain, whole, short, bare):
+        for folder in filter(None, (engines, plain, whole, bare, short)):
             add_all_targets(folder, data)
         targets = read_manifest(engines).targets
         target = max(targets, key=lambda name: targets[name].relative_speed or 0)
@@ -156,7 +157,8 @@ def systems(
     )
     yield runs("exit-0-alone", engines, Budget(exit=0))
     yield runs("cascade", whole, Budget(exit=1, exit_0_threshold=limit))
-    yield runs(f"first-{CUT}-layers", short, None)
+    if short is not None:
+        yield runs(FIRST_LAYERS, short, None)
     search = reproduce.search_by_layers(rows, layers, settings_lists(rows))
     as_fast = reproduce.choose(search, Goal(speedup=layers[-1] / CUT))
     if as_fast is not None:
@@ -324,9 +326,11 @@ def main(
         run = dataclasses.replace(run, options=run.options | {"epochs": None})
         backbone = reproduce.backbone_of(run.backbone, work)
         model = train_run(run, seed, data, backbone, place / f"{name}-{seed}")
-        options = run.options | {"exits": (CUT,), "distill": 0.0, "exit_0": False}
-        cut = dataclasses.replace(run, options=options)
-        cut_model = train_run(cut, seed, data, backbone, place / f"{name}-cut-{seed}")
+        cut_model = None
+        if not kinds or FIRST_LAYERS in kinds:  # otherwise it is not trained
+            options = run.options | {"exits": (CUT,), "distill": 0.0, "exit_0": False}
+            cut = dataclasses.replace(run, options=options)
+            cut_model = train_run(cut, seed, data, backbone, place / f"{name}-cut-{seed}")
         plain = conversions.teach(conversions.RUNS[own_name], seed, data, work)
         inputs = {
             "classifier": str(plain),
