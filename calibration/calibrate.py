@@ -199,16 +199,23 @@ def _check(
             f"{len(texts)} different texts are too few to choose on one part and judge on another",
             f"give at least {LEAST_ROWS}; about 600 are needed to confirm a drop of half a point",
         )
+    warnings = []
+    if options.bounds and len(texts) < len(rows):
+        warnings.append(
+            f"{len(rows) - len(texts):,} of {len(rows):,} rows repeat others, and a guarantee "
+            "counts each: remove them, unless the rows are a sample of what will be classified"
+        )
     if report is None:
-        return []
+        return warnings
     if metric != AGREEMENT:
         expected_labels(report.rows, task)
     both = [row for row in report.rows if row.content in texts]
     if not both:
-        return []
+        return warnings
     return [
+        *warnings,
         f"{len(both)} of {len(report.rows)} test texts are also among the rows that choose (the "
-        f"first is {both[0].where}), so their figures look better than those of new rows"
+        f"first is {both[0].where}), so their figures look better than those of new rows",
     ]
 
 

@@ -296,6 +296,8 @@ def most_losses(
         `[gains + 1]`, up to 100 gains; more count as these. Only `[1]` without gains.
     """
     columns = min(_MOST_GAINS, rows) + 1 if with_gains else 1
+    if not rows:
+        return np.full(columns, -1)
     allowed = rows * share
     losses, gains = np.ogrid[: min(rows, int(allowed) + columns) + 1, :columns]
     # Probabilities of a gain, in eighths of the root of the expected number of gains.

@@ -203,10 +203,11 @@ class Scorer:
         kept = (decided & reference).sum(axis=0)
         shares = np.where(given < _FEWEST_GIVEN, 1, kept / np.maximum(given, 1))
         worst = int(shares.argmin())
+        whole = "all layers give" if self.rows.reference is None else "the classifier gives"
         if shares[worst] >= 0.5:
             return ""
         return (
-            f"{kept[worst]} of the {given[worst]} texts to which all layers give the label "
+            f"{kept[worst]} of the {given[worst]} texts to which {whole} the label "
             f"{labels[worst]!r} keep it"
         )
 

@@ -18,6 +18,7 @@ from ..runtime.artifact.folder import lock
 from ..runtime.errors import ArtifactError
 
 _OLD = "-old"
+_RANDOM_BYTES = 4
 
 
 @contextmanager
@@ -81,21 +82,32 @@ def system_errors(path: Path) -> Iterator[None]:
 @contextmanager
 def temporary(place: Path, name: str) -> Iterator[Path]:
     """A folder that is deleted at the end; first, those that killed processes left are deleted."""
-    for left in place.glob(f".{glob.escape(name)}-*.unfinished"):
+    digits = "[0-9a-f]" * 2 * _RANDOM_BYTES
+    for left in place.glob(f".{glob.escape(name)}-{digits}.unfinished"):
         # One that another process is writing is locked.
         with suppress(OSError), locked(left):
             shutil.rmtree(left)
-    folder = place / _temporary_name(name)
-    folder.mkdir(parents=True)  # with the usual permissions, unlike temporary folders
     with ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        with suppress(OSError):
+        yield _new_folder(place, name, stack)
+
+
+def _new_folder(place: Path, name: str, stack: ExitStack) -> Path:
+    """A new folder that is locked, where that is possible, and deleted with the stack."""
+    while True:
+        folder = place / _temporary_name(name)
+        folder.mkdir(parents=True)  # with the usual permissions, unlike temporary folders
+        try:
             stack.enter_context(locked(folder))
-        yield folder
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another process took it for one that was left
+        except OSError:
+            pass  # the system cannot lock folders
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
 
 def _temporary_name(name: str) -> str:
-    return f".{name}-{secrets.token_hex(4)}.unfinished"
+    return f".{name}-{secrets.token_hex(_RANDOM_BYTES)}.unfinished"
 
 
 def longest_name(name: str) -> str:

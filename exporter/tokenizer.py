@@ -107,6 +107,12 @@ def load_tokenizer(source: Path, model: MultiExitModel) -> Any:
             f"the tokenizer of {source} ({type(tokenizer).__name__}) has no fast version",
             "convert it to tokenizer.json and put this file into the folder",
         )
+    if tokenizer.truncation_side != "right":
+        raise ModelError(
+            f"the tokenizer of {source} keeps the end of long texts, and fpabee their beginning",
+            f'set "truncation_side" to "right" in {_CONFIG}, if that is how you want to use the '
+            "model",
+        )
     largest = max(tokenizer.get_vocab().values())
     if largest >= model.backbone.config.vocab_size:
         raise ModelError(

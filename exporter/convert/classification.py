@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...calibration.calibrate import calibrate
-from ...calibration.goals import CalibrationOptions
+from ...calibration.goals import Bound, CalibrationOptions
 from ...calibration.guarantee import check_possible
 from ...calibration.progress import Progress
 from ...calibration.result import Calibration, Report
@@ -31,7 +32,7 @@ from ..training.bag_of_ngrams import learn
 from ..training.examples import Examples
 from ..training.trainer import label_losses, probabilities
 from .heads import Judged, Lesson
-from .options import Chosen
+from .options import Chosen, ConvertOptions
 from .task import ConversionTask, Logits, Result
 from .texts import Numbers
 
@@ -47,6 +48,11 @@ class Classification(ConversionTask[Row]):
     usual_share = 0.01
     two_lists = True
     fewest_tokens = 32
+
+    def __init__(self, source: str | Path, options: ConvertOptions) -> None:
+        super().__init__(source, options)
+        if options.group_column is not None:
+            self.warnings.append("what is promised is about one text of each new group")
 
     @property
     def needed(self) -> Numbers:
@@ -104,14 +110,20 @@ class Classification(ConversionTask[Row]):
         return learn(train, choose, model, _SEED, progress)
 
     def certify(
-        self, engines: Path, target: str, logits: Logits, chosen: Chosen, progress: Progress
+        self,
+        engines: Path,
+        target: str,
+        logits: Logits,
+        chosen: Chosen,
+        bound: Bound,
+        progress: Progress,
     ) -> Calibration:
         """A calibration for the bound, with the decisions of the classifier as reference."""
         texts = self.texts
         certifying = [texts.units[number] for number in texts.calibrate]
         reported = [texts.units[number] for number in texts.report]
         options = CalibrationOptions(
-            goals={self.bound.point: self.bound},
+            goals={bound.point: bound},
             metric=AGREEMENT,
             target=target,
             threads=self.options.threads,
@@ -172,7 +184,12 @@ class Classification(ConversionTask[Row]):
             )
 
     def _read(self, source: str | Path) -> Iterator[Row]:
-        return read_rows(source, self.options.reading)
+        """The rows; a text that names their group is also one of their fields."""
+        reading = self.options.reading
+        group = self.options.group_column
+        for row in read_rows(source, reading):
+            texts = {reading.text_column: row.text, reading.pair_column: row.text_pair}
+            yield replace(row, fields=row.fields | {group: texts[group]}) if group in texts else row
 
     def _rows_of(self, unit: Row) -> Sequence[Row]:
         return [unit]

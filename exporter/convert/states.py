@@ -24,11 +24,15 @@ from torch import Tensor, nn
 from ...calibration.progress import Progress
 from ...runtime.artifact.folder import write_whole
 from ...runtime.encoding import EncodedRow
+from ...runtime.errors import InputError
 from ..model import predict
 from .classifier import Classifier
 
 _BATCH = 32  # small, because long texts need much memory
 _MOST_BYTES = 4 * 2**30  # of states in a file
+# If not even so many units fit, rows contribute fewer tokens than their task asks for.
+_ENOUGH_UNITS = 200
+_FEWEST_TOKENS = 32
 _LARGEST = 65504.0  # of fp16
 
 
@@ -117,6 +121,7 @@ def run_classifier(
     rows: Sequence[EncodedRow],
     padding: Mapping[str, float],
     taught: NDArray[np.intp],
+    trained: int,
     folder: Path,
     progress: Progress,
     units: NDArray[np.intp] | None = None,
@@ -127,13 +132,14 @@ def run_classifier(
 
     States fill at most 4 GiB. Where those of all tokens are more, long rows contribute tokens at
     even distances, but at least `fewest_tokens`; and where even that is too much, fewer units take
-    part.
+    part. Where only a few units would, rows contribute down to 32 tokens.
 
     Args:
         classifier: the classifier.
         rows: tokenized rows.
         padding: see `model_inputs`.
-        taught: numbers of the rows whose states are kept.
+        taught: numbers of the rows whose states are kept: those that train, then others.
+        trained: how many of them train.
         folder: where logits and states are kept; states may be larger than the memory.
         progress: called with (what, rows done, rows).
         units: `[taught]` the unit of each of these rows, such as its query; all rows of a unit take
@@ -146,6 +152,7 @@ def run_classifier(
         mapped from a file.
 
     Raises:
+        InputError: not even the states of one unit that trains and one other fit.
         OSError: there is no space for the states.
         ArtifactError: the logits cannot be written.
     """
@@ -157,7 +164,7 @@ def run_classifier(
     most_tokens = _MOST_BYTES // (2 * shape[0] * shape[1])
     if units is None:
         units = np.arange(len(taught))
-    most, kept = _fitting(lengths[taught], units, most_tokens, fewest_tokens)
+    most, kept = _fitting(lengths[taught], units, trained, most_tokens, fewest_tokens)
     numbers_kept = taught[kept]
     tokens = lengths[numbers_kept].clip(max=most)
     starts = np.concatenate([[0], np.cumsum(tokens)])
@@ -191,28 +198,51 @@ def run_classifier(
 
 
 def _fitting(
-    lengths: NDArray[np.intp], units: NDArray[np.intp], most_tokens: int, fewest: int
+    lengths: NDArray[np.intp],
+    units: NDArray[np.intp],
+    trained: int,
+    most_tokens: int,
+    fewest: int,
 ) -> tuple[int, NDArray[np.intp]]:
     """How many tokens a row contributes at most, and which rows take part.
 
     Args:
         lengths: tokens of each row.
         units: the unit of each row.
+        trained: how many rows train; the others are of other units.
         most_tokens: the most tokens of all rows together.
-        fewest: tokens of a row whose tokens are not all kept.
+        fewest: tokens of a row whose tokens are not all kept, if enough units fit.
+
+    Raises:
+        InputError: not even one unit of each part fits.
     """
-    longest = int(lengths.max())
-    fewest = min(longest, fewest)
-    limits = range(longest, fewest - 1, -1)
-    most = next((n for n in limits if lengths.clip(max=n).sum() <= most_tokens), fewest)
-    _, place = np.unique(units, return_inverse=True)
-    tokens = np.bincount(place, lengths.clip(max=most))
-    kept = np.arange(len(tokens))
-    while tokens[kept].sum() > most_tokens:
-        count = int(len(kept) * most_tokens / tokens[kept].sum())
-        # At even distances, so that each part keeps its share.
-        kept = np.arange(count) * len(tokens) // count
-    return most, np.flatnonzero(np.isin(place, kept))
+    both = [np.unique(units[:trained]), np.unique(units[trained:])]
+    enough = min(1.0, _ENOUGH_UNITS / sum(map(len, both)))
+    most = int(lengths.max())
+    while most > min(fewest, _FEWEST_TOKENS):
+        wanted = 1.0 if most > fewest else enough
+        if wanted * lengths.clip(max=most).sum() <= most_tokens:
+            break
+        most -= 1
+    tokens = lengths.clip(max=most)
+    share = 1.0
+    while True:
+        counts = [min(len(part), max(1, int(share * len(part)))) for part in both]
+        # At even distances.
+        some = [
+            part[np.arange(count) * len(part) // max(1, count)]
+            for part, count in zip(both, counts, strict=True)
+        ]
+        kept = np.flatnonzero(np.isin(units, np.concatenate(some)))
+        total = tokens[kept].sum()
+        if total <= most_tokens:
+            return most, kept
+        if max(counts) == 1:
+            raise InputError(
+                f"the hidden states of a single query fill {_MOST_BYTES / 2**30:.0f} GiB",
+                "give fewer documents to each query, or a smaller `max_length`",
+            )
+        share *= min(0.99, most_tokens / total)
 
 
 @contextmanager

@@ -153,7 +153,13 @@ class ConversionTask(ABC, Generic[AnyUnit]):
 
     @abstractmethod
     def certify(
-        self, engines: Path, target: str, logits: Logits, chosen: Chosen, progress: Progress
+        self,
+        engines: Path,
+        target: str,
+        logits: Logits,
+        chosen: Chosen,
+        bound: Bound,
+        progress: Progress,
     ) -> Result:
         """Certify and report on a target of an engines folder.
 
@@ -162,6 +168,7 @@ class ConversionTask(ABC, Generic[AnyUnit]):
             target: the target.
             logits: `[rows, labels]` of the classifier.
             chosen: the heads of the early exits.
+            bound: what is promised.
             progress: called with (what, done, total).
         """
 

@@ -103,7 +103,8 @@ def split(
     Args:
         units: the texts, or queries with their documents.
         group_column: the field that names the group of a text; groups stay together, and one text
-            of each certifies. A text without it, or with an empty cell, is a group of its own.
+            of each certifies, so a promise is about one text of each new group. A text without it,
+            or with an empty cell, is a group of its own.
         train_units: others that train and choose; then none of `units` do. Those that are among
             `units`, or whose group is, are left out. None: a half of `units` trains and chooses.
         what: what messages call them.
@@ -190,7 +191,8 @@ class _Distinct(Generic[AnyUnit]):
         self.own = [_place(pair) for pair in pairs]
         groups = [unit.fields.get(group_column) if group_column else None for unit in self.units]
         self.places = [
-            place if group in (None, "") else _place(group)
+            # A table has text where JSON has numbers.
+            place if group in (None, "") else _place(str(group))
             for place, group in zip(self.own, groups, strict=True)
         ]
         if group_column is not None and self.places == self.own:

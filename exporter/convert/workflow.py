@@ -149,6 +149,7 @@ def convert(
     return replace(
         conversion,
         folder=Path(output),
+        targets=tuple(replace(each, folder=Path(output)) for each in conversion.targets),
         warnings=(*conversion.warnings, *too_few),
         seconds=round(time.perf_counter() - started, 1),
     )
@@ -243,6 +244,7 @@ class _Work:
             rows,
             self.padding,
             numbers,
+            len(given.numbers(given.texts.train)),
             folder,
             self.progress,
             units=units,
@@ -339,15 +341,23 @@ class _Work:
         return [f"not built: {', '.join(names)}: {why}" for why, names in refused.items()]
 
     def _certify(self, engines: Path, logits: NDArray[np.float32], chosen: Chosen) -> Conversion:
-        """Certify the targets; the default is the fastest one that keeps its promise."""
+        """Certify the targets; the default is the fastest one that keeps its promise.
+
+        The texts that certify also choose among the targets. With int8 there are several, of which
+        some may keep the promise by chance, so all of them together have the confidence.
+        """
         given = self.given
         texts = given.texts
         folder = EnginesFolder.read(engines)
         manifest = folder.manifest
         others = runnable_targets(folder) if self.options.int8 else [manifest.default_target]
+        names = list(dict.fromkeys([FP32_TARGET, *others]))
+        bound = given.bound
+        if self.options.int8:
+            bound = replace(bound, confidence=1 - (1 - bound.confidence) / len(names))
         by_name = {
-            name: given.certify(engines, name, logits, chosen, self.progress)
-            for name in dict.fromkeys([FP32_TARGET, *others])
+            name: given.certify(engines, name, logits, chosen, bound, self.progress)
+            for name in names
         }
         depths = {
             name: _point_of(each).chosen_on.mean_depth

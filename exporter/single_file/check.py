@@ -36,8 +36,8 @@ _BATCH = 16
 _LEAST_BESIDE = 1024
 # Most of the texts, as a share, whose exit rounding may decide.
 _MOST_TIES = 0.02
-# Thresholds that are tried besides those of the rule: quantiles of its scores on the texts.
-_QUANTILES = (0.3, 0.7)
+# Thresholds that are tried besides those of the rule lie between these quantiles of its scores.
+_QUANTILES = ((0.2, 0.4), (0.6, 0.8))
 
 
 def logits_of_segments(
@@ -95,10 +95,8 @@ def check_single_graph(
     manifest = cases.manifest
     rows = cases.rows
     rules = [rule]  # the last, so that the file keeps it
-    scores = cases.scores(rule)
-    scores = scores[np.isfinite(scores)]
-    if isinstance(rule, ThresholdRule) and len(scores):
-        others = np.quantile(scores, _QUANTILES).tolist()
+    if isinstance(rule, ThresholdRule):
+        others = _other_thresholds(cases.scores(rule))
         rules = [*(msgspec.structs.replace(rule, threshold=other) for other in others), rule]
     difference = 0.0
     ties = 0
@@ -115,22 +113,41 @@ def check_single_graph(
         # Settings may be rounded to float32.
         rounding = max(difference, float(np.finfo(np.float32).eps))
         close = cases.near_ties(each, rounding * logit_sizes(cases.expected))
-        ties = max(ties, int(close.sum()))
+        own_ties = int(close.sum())
+        ties = max(ties, own_ties)
         wrong = int(((exits != cases.exits(each)) & ~close).sum())
-        if (
-            wrong
-            or not difference <= required
-            or ties > max(cases.tied_together, most_ties * len(rows))
-        ):
+        if wrong or not difference <= required:
             raise CheckError(
                 f"the graph does not agree with its segments, with {rule_in_words(each)}, on "
                 f"{len(rows)} texts: logits differ by {difference:.1e} "
-                f"of their size (at most {required:.0e} allowed), {wrong} exits differ, and {ties} "
-                f"are too close to a threshold to compare (at most {most_ties:.0%} allowed)",
-                "pack another target; if it is the exits that are too close, export again with "
-                "more `texts`, on which the file is checked as well",
+                f"of their size (at most {required:.0e} allowed), and {wrong} exits differ",
+                "pack another target",
+            )
+        if each is rule and own_ties > max(cases.tied_together, most_ties * len(rows)):
+            raise CheckError(
+                f"the graph cannot be compared with its segments: {own_ties} of {len(rows)} texts "
+                f"are too close to a threshold of {rule_in_words(each)} (at most {most_ties:.0%} "
+                "allowed)",
+                "pack another operating point or target",
             )
     return ties, difference
+
+
+def _other_thresholds(scores: NDArray[np.float64]) -> list[float]:
+    """Thresholds that decide differently, each in the widest gap between neighbouring scores.
+
+    Args:
+        scores: of all rows and exits; those that are not finite do not count.
+    """
+    distinct = np.unique(scores[np.isfinite(scores)])
+    chosen = []
+    for quantiles in _QUANTILES:
+        first, last = (int(quantile * len(distinct)) for quantile in quantiles)
+        near = distinct[first : last + 2]
+        if len(near) > 1:
+            widest = int(np.diff(near).argmax())
+            chosen.append(float(near[widest : widest + 2].mean()))
+    return chosen
 
 
 def _options(precision: str) -> Any:

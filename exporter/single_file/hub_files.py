@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from ... import __version__
 from ...calibration.scoring import AGREEMENT
 from ...runtime.artifact.folder import BAD_JSON, EnginesFolder
-from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest
+from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest, ProblemType, Task
 from ...runtime.artifact.operating_point import OperatingPoint
 from ...runtime.encoding import read_tokenizer
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError
@@ -37,6 +37,9 @@ _NO_PROMISE = (
     "promised on a GPU until the rule is calibrated there."
 )
 _WITH_SCORES = " with the scores of a search, which this file does not take"
+_ONE_LABEL = "answer = labels[str(logits.argmax())]"
+_SEVERAL_LABELS = """probabilities = 1 / (1 + np.exp(-logits[0]))
+answer = [labels[str(n)] for n in np.flatnonzero(probabilities > $thresholds)]"""
 _COSTS_OF_RANKING = (
     "- Layers per document: {depth:.2f} of {layers}, if a query is one batch.\n"
     "- Times as fast as full depth: {speed}.\n"
@@ -54,6 +57,7 @@ class Packed:
         operating_point: the one inside, or for a plan, the one that `settings` are of; None: the
             default rule of the engines folder.
         measured_on: the target on which the operating point was measured; None: none was.
+        guarantee: of the operating point on that target, in words; empty: there is none.
         rule: the rule inside.
         exits: the numbers of its exits.
         no_exit_0: why exit 0 of the model was left out; empty: it was not.
@@ -69,6 +73,7 @@ class Packed:
     precision: str
     operating_point: str | None
     measured_on: str | None
+    guarantee: str
     rule: ExitRule
     exits: range
     no_exit_0: str
@@ -164,7 +169,6 @@ def write_files(
         (folder / name).write_bytes(text + b"\n")
     texts = MarkdownFormatter()
     kind = "ranking_" if manifest.task.ranks else ""
-    unit = "queries" if manifest.task.ranks else "texts"
     promises = "Nothing is promised: the rule was not calibrated for this file.\n"
     if point is not None:
         speed = ", ".join(
@@ -181,7 +185,7 @@ def write_files(
             manifest=manifest,
             packed=packed,
             point=point,
-            guarantee=_guarantee(point, unit),
+            guarantee=packed.guarantee or _no_guarantee(point),
             top=getattr(packed.rule, "top", 0),
             scores=_WITH_SCORES if had_scores else "",
             costs="" if had_scores else costs,
@@ -204,7 +208,7 @@ def write_files(
         exit_0=packed.no_exit_0 or ("inside" if packed.exits[0] == 0 else "the model has none"),
     )
     subfolder = "/".join(file.parent.parts)
-    fields = {"file": file.as_posix(), "subfolder": subfolder}
+    fields = {"file": file.as_posix(), "subfolder": subfolder, "answer": _answer(manifest.task)}
     name = f"{kind}use"
     if plan is not None:
         fields = _how_to_build(plan)
@@ -283,9 +287,27 @@ def _metadata(base_model: str, task: str, is_for_js: bool) -> Any:
     )
 
 
-def _guarantee(point: OperatingPoint, unit: str) -> str:
+def _answer(task: Task) -> str:
+    """The lines of Python that make an answer of `logits` and `labels`."""
+    if task.problem_type is not ProblemType.MULTI_LABEL:
+        return _ONE_LABEL
+    thresholds = list(task.label_thresholds) or 0.5
+    return Template(_SEVERAL_LABELS).substitute(thresholds=thresholds)
+
+
+def _no_guarantee(point: OperatingPoint) -> str:
+    return "none" if point.goal is None else f"none; the goal was: {point.goal}"
+
+
+def guarantee_in_words(point: OperatingPoint, unit: str) -> str:
+    """The guarantee of an operating point; empty if there is none.
+
+    Args:
+        point: the operating point.
+        unit: what it was tested on.
+    """
     if point.certificate is None:
-        return f"none; the goal was: {point.goal}"
+        return ""
     tested = [f"{each} (tested on {each.rows:,} {unit})" for each in point.certificate.promises]
     return f"{' and '.join(tested)}, with {point.certificate.confidence:g} % confidence"
 

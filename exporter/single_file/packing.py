@@ -34,7 +34,7 @@ from .cases import Cases, QueryCases
 from .check import check_single_graph, logits_of_segments
 from .exit_0_nodes import ExitZeroNodes
 from .graph import TYPES, single_graph
-from .hub_files import Packed, load_tokenizer, write_files
+from .hub_files import Packed, guarantee_in_words, load_tokenizer, write_files
 from .pair_marks import PairMarks
 from .plan import build_plan
 
@@ -168,12 +168,17 @@ def pack(
             progress(f"build {contents.target}", 0, 1)
             plan = build_plan(model, folder / file, contents.plan)
             file = Path(plan.file)
+        record = manifest.targets[contents.measured_on].operating_points.get(point or "")
+        guarantee = ""
+        if record is not None:
+            guarantee = guarantee_in_words(record, "queries" if ranks else "texts")
         packed = Packed(
             file=place / file,
             target=contents.target,
             precision=contents.precision,
             operating_point=point,
             measured_on=contents.measured_on if point else None,
+            guarantee=guarantee,
             rule=rule,
             exits=manifest.exits,
             no_exit_0=no_exit_0,

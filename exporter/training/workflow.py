@@ -151,8 +151,18 @@ def build_model(options: TrainOptions, rows: Sequence[Row]) -> tuple[MultiExitMo
         rows: the training rows, which name the labels.
 
     Raises:
+        InputError: the rows have too few labels.
         ModelError: the encoder or its tokenizer cannot be used, or the exits do not fit it.
     """
+    labels = label_names(rows, options.train)
+    problem_type = options.problem_type or ProblemType.SINGLE_LABEL
+    fewest = 2 if problem_type is ProblemType.SINGLE_LABEL else 1
+    if len(labels) < fewest:
+        raise InputError(
+            f"the labels of {options.train} are {', '.join(labels) or 'none'}; expected at least "
+            f"{fewest}",
+            "give rows of every label, or list them in labels.json beside the file",
+        )
     folder = resolve_model_dir(options.backbone)
     encoder, lacking = load_pretrained(AutoModel, folder, load_config(folder))
     # Published encoders may lack a pooler, which no exit uses.
@@ -163,8 +173,6 @@ def build_model(options: TrainOptions, rows: Sequence[Row]) -> tuple[MultiExitMo
             "copy the weights again, or give another `backbone`",
         )
     exits = options.exits or tuple(range(1, encoder.config.num_hidden_layers + 1))
-    labels = label_names(rows, options.train)
-    problem_type = options.problem_type or ProblemType.SINGLE_LABEL
     exit_config = MultiExitConfig(exits, labels, problem_type, options.pooling)
     hidden = int(encoder.config.hidden_size)
     model = MultiExitModel(encoder, exit_config.with_hidden_layers(hidden))

@@ -97,7 +97,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
         layers: encoder layers up to the last exit.
         hidden_size: width of the hidden states, in values.
         shared_layers: whether all layers are one block (ALBERT).
-        pooling: how the exit heads pool hidden states: `cls`, `mean`, `first` or `both`.
+        pooling: how the exit heads pool hidden states: `cls`, `mean`, `first`, `both`
+            or `attention`.
     """
 
     model_type: str

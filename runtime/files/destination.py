@@ -133,6 +133,7 @@ class Partial:
         self.output = output
         self.path = output.with_name(output.name + ".partial")
         self._settings_path = output.with_name(output.name + ".partial.run")
+        self._settings = settings
         existed = self.path.exists()
         # Opened to append, because nothing may be lost before the checks below.
         self._stream = self.path.open("ab")
@@ -147,9 +148,9 @@ class Partial:
                     "use `resume` to continue, or delete it to start again",
                 )
             if self.rows:
-                self._check(settings)
+                self._check()
             else:
-                self._settings_path.write_text(to_json(settings) + "\n", encoding="utf-8")
+                self._write_settings()
             self._stream.truncate(size)
         except BaseException:
             self._stream.close()
@@ -189,12 +190,15 @@ class Partial:
                 table(self.path, made)
             with made.open("rb+") as stream:
                 os.fsync(stream.fileno())
+            # Another run may use both names as soon as the rows are the output.
+            self._settings_path.unlink(missing_ok=True)
             made.replace(self.output)
+        except OSError:
+            self._write_settings()
+            raise
         finally:
             if made != self.path:
                 made.unlink(missing_ok=True)
-        self._settings_path.unlink(missing_ok=True)
-        # Another run may use the name of the rows as soon as they are the output.
         self.close(keep=made == self.path)
 
     def close(self, keep: bool) -> None:
@@ -222,7 +226,10 @@ class Partial:
                 "wait for that run, or set another `output`",
             ) from error
 
-    def _check(self, settings: dict[str, Any]) -> None:
+    def _write_settings(self) -> None:
+        self._settings_path.write_text(to_json(self._settings) + "\n", encoding="utf-8")
+
+    def _check(self) -> None:
         """Check that the rows are those of the same run.
 
         Raises:
@@ -235,7 +242,7 @@ class Partial:
             raise InputError(
                 f"{self._settings_path}, which says what was run, is missing or damaged", hint
             ) from error
-        for name, value in settings.items():
+        for name, value in self._settings.items():
             before = to_json(earlier.get(name))
             now = to_json(value)
             if before != now:

@@ -62,10 +62,11 @@ def input_format(path: Path | None, wanted: TextFormat | None) -> TextFormat | N
         raise InputError(f"`input_format` is {wanted!r}", f"choose from {', '.join(names)}")
     chosen = None if wanted is None else TextFormat(wanted)
     if wanted is None and path is not None:
-        suffix = next((part for part in reversed(path.suffixes) if part != ".gz"), "")
+        suffixes = [part.lower() for part in path.suffixes]
+        suffix = next((part for part in reversed(suffixes) if part != ".gz"), "")
         chosen = _named(path, suffix, _INPUT_SUFFIXES, ", or set `input_format`")
     if chosen is TextFormat.PARQUET:
-        if path is None or path.suffix == ".gz" or not is_plain_file(path):
+        if path is None or is_compressed(path) or not is_plain_file(path):
             raise InputError(
                 f"{path or 'standard input'} cannot be Parquet, which needs a plain file",
                 "use a file whose name ends in .parquet: Parquet is compressed already",
@@ -86,7 +87,7 @@ def output_format(path: Path | None) -> TextFormat:
     """
     if path is None:
         return TextFormat.JSON_LINES
-    chosen = _named(path, path.suffix, _OUTPUT_SUFFIXES, "")
+    chosen = _named(path, path.suffix.lower(), _OUTPUT_SUFFIXES, "")
     if chosen is not TextFormat.JSON_LINES and not is_plain_file(path):
         raise InputError(
             f"{path} cannot be {chosen.value}, which needs a plain file",
@@ -95,6 +96,11 @@ def output_format(path: Path | None) -> TextFormat:
     if chosen is TextFormat.PARQUET:
         require("parquet")
     return chosen
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the name of an input says that it is compressed."""
+    return path.suffix.lower() == ".gz"
 
 
 def is_plain_file(path: Path | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import IO
@@ -15,6 +16,8 @@ from .rows import ReadOptions, Row
 MAX_LINE_BYTES = 16 * 2**20
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_QUOTE = b'"'
+_HALF_PAIR = re.compile(r"\\ud[89ab][0-9a-f]{2}(?!\\ud[c-f])", re.IGNORECASE)
 
 
 class Lines:
@@ -29,13 +32,14 @@ class Lines:
     Attributes:
         name: as given.
         number: the number of the latest line, counted from 1.
+        quotes: how many quotes the latest line has, if it could not be read.
     """
 
     def __init__(self, stream: IO[bytes], name: str) -> None:
         self.name = name
         self.number = 0
+        self.quotes = 0
         self._stream = stream
-        self._is_within = False
         self._first = self._bytes().removeprefix(_BYTE_ORDER_MARK)
 
     @property
@@ -52,14 +56,15 @@ class Lines:
         return self
 
     def __next__(self) -> str:
-        while self._is_within:  # the rest of a line that was too long
-            self._is_within = not _is_end(self._bytes())
         raw = self._bytes() if self.number else self._first
         if not raw:
             raise StopIteration
         self.number += 1
+        self.quotes = raw.count(_QUOTE)
         if len(raw) > MAX_LINE_BYTES:
-            self._is_within = not _is_end(raw)
+            while not _is_end(raw):
+                raw = self._bytes()
+                self.quotes += raw.count(_QUOTE)
             raise RowError(
                 f"{self.where} is longer than {MAX_LINE_BYTES // 2**20} MiB",
                 "split it: each line is one text, of which only the first tokens are used",
@@ -100,8 +105,11 @@ def json_rows(lines: Lines, options: ReadOptions) -> Iterator[Row | RowError]:
         try:
             content = msgspec.json.decode(line, type=dict)
         except (msgspec.MsgspecError, RecursionError) as error:
+            problem = str(error) or "it is nested too deeply"
+            if _HALF_PAIR.search(line):  # the library says that the line is too short
+                problem = "it has one half of a surrogate pair"
             raise RowError(
-                f"{lines.where} is not a JSON object: {str(error) or 'it is nested too deeply'}",
+                f"{lines.where} is not a JSON object: {problem}",
                 'write one object such as {"text": "..."} per line; jq -c . IN > OUT does this for '
                 "objects over several lines, and jq -c '.[]' IN > OUT for an array",
             ) from error
@@ -119,19 +127,19 @@ def table_rows(lines: Lines, options: ReadOptions, separator: str) -> Iterator[R
     # This also limits the memory that a quote which is never closed can take. The limit is
     # global: one that was set higher elsewhere remains.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
-    reader = csv.reader(lines, delimiter=separator, strict=True)
+    records = _Records(lines, separator)
     header: list[str] = []
     while not header:
         try:
-            header, line = _record(reader, lines)
+            header, line = next(records)
         except StopIteration:
             return
     options.check(header, f"{lines.name}, line {line}")
     # A table has no other way to say that a row has no pair or no label.
-    blank_is_none = {options.pair_column, *options.label_columns} - {"labels"}
+    blank_is_none = {options.pair_column, *options.label_columns} - {"", "labels"}
 
     def read() -> Row | None:
-        cells, line = _record(reader, lines)
+        cells, line = next(records)
         where = f"{lines.name}, line {line}"
         if not cells:
             return None
@@ -148,23 +156,54 @@ def table_rows(lines: Lines, options: ReadOptions, separator: str) -> Iterator[R
     yield from _all_rows(read)
 
 
-def _record(reader: Iterator[list[str]], lines: Lines) -> tuple[list[str], int]:
-    """The next record, and its first line.
+class _Records:
+    """The records of a table, each with the number of its first line.
 
-    Raises:
-        RowError: the record is bad; the next call continues after it.
-        StopIteration: there are no more records.
+    `RowError` is raised for a record that is bad or has a line that cannot be read, and the next
+    call continues after it.
+
+    Args:
+        lines: the lines of the table.
+        separator: between cells.
     """
-    line = lines.number + 1
-    try:
-        return next(reader), line
-    except csv.Error as error:
-        span = f" (up to line {lines.number})" if lines.number > line else ""
-        raise RowError(
-            f"{lines.name}, line {line}{span} is not a row of a table: {error}",
-            'close the quote, and double each quote within a cell (""); end lines with a line '
-            r"feed: tr '\r' '\n' < IN > OUT",
-        ) from error
+
+    def __init__(self, lines: Lines, separator: str) -> None:
+        self._lines = lines
+        self._reader = csv.reader(self._all_lines(), delimiter=separator, strict=True)
+        self._unread: list[RowError] = []
+
+    def __iter__(self) -> Iterator[tuple[list[str], int]]:
+        return self
+
+    def __next__(self) -> tuple[list[str], int]:
+        lines = self._lines
+        self._unread.clear()
+        line = lines.number + 1
+        cells: list[str] = []
+        try:
+            cells = next(self._reader)
+        except csv.Error as error:
+            if not self._unread:
+                span = f" (up to line {lines.number})" if lines.number > line else ""
+                raise RowError(
+                    f"{lines.name}, line {line}{span} is not a row of a table: {error}",
+                    'close the quote, and double each quote within a cell (""); end lines with a '
+                    r"line feed: tr '\r' '\n' < IN > OUT",
+                ) from error
+        if self._unread:
+            raise self._unread[0]
+        return cells, line
+
+    def _all_lines(self) -> Iterator[str]:
+        """All lines; those that cannot be read have only the quotes that open or close a cell."""
+        while True:
+            try:
+                yield next(self._lines)
+            except StopIteration:
+                return
+            except RowError as error:
+                self._unread.append(error)
+                yield '"' * (self._lines.quotes % 2) + "\n"
 
 
 def _all_rows(read: Callable[[], Row | None]) -> Iterator[Row | RowError]:

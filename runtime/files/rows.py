@@ -56,10 +56,13 @@ class ReadOptions:
         input_format: the format, or its name; None: the suffix of the file name decides, and
             standard input is JSON lines if its first line starts with `{`, else plain text.
         text_column: the column or field that holds the text.
-        text_pair_column: the one with the second text; None: `text_pair`, if there is one; empty:
-            there are no second texts.
+        text_pair_column: the one with the second text; None: `text_pair`, if there is one that
+            holds nothing else; empty: there are no second texts.
         label_column: the one with the true label or labels; None: `labels` or `label`, if there
-            is one; empty: there are no labels.
+            is one that holds nothing else; empty: there are no labels.
+
+    Raises:
+        InputError: two of the columns are the same.
 
     Example:
         ```python
@@ -75,16 +78,35 @@ class ReadOptions:
     text_pair_column: str | None = None
     label_column: str | None = None
 
+    def __post_init__(self) -> None:
+        named = list(filter(None, self._named))
+        if len(set(named)) < len(named):
+            raise InputError(
+                f"text, text pair and label have the columns {', '.join(named)}",
+                "name a different column for each",
+            )
+
+    @property
+    def _named(self) -> tuple[str | None, ...]:
+        return self.text_column, self.text_pair_column, self.label_column
+
+    @property
+    def names_columns(self) -> bool:
+        """Whether any column is not the usual one, which plain text does not have."""
+        return self._named != ReadOptions()._named
+
     @property
     def pair_column(self) -> str:
         """The name of the column that holds the second text; empty if none does."""
-        return _TEXT_PAIR if self.text_pair_column is None else self.text_pair_column
+        if self.text_pair_column is None:
+            return "" if _TEXT_PAIR in self._named else _TEXT_PAIR
+        return self.text_pair_column
 
     @property
     def label_columns(self) -> tuple[str, ...]:
         """The columns that may hold labels; the first one that has a value counts."""
         if self.label_column is None:
-            return _LABELS
+            return tuple(name for name in _LABELS if name not in self._named)
         return (self.label_column,) if self.label_column else ()
 
     def check(self, names: Sequence[str], where: str) -> None:

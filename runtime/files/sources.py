@@ -11,7 +11,7 @@ from typing import IO, Any, cast
 
 from ..artifact.folder import sha256_of
 from ..errors import InputError, RowError
-from .formats import TextFormat, input_format
+from .formats import TextFormat, input_format, is_compressed
 from .lines import Lines, json_rows, table_rows, text_rows
 from .parquet import parquet_rows
 from .rows import ReadOptions, Row
@@ -59,7 +59,8 @@ class Inputs:
         options: how all of them are read; None: `ReadOptions()`.
 
     Raises:
-        InputError: a file does not exist, or its format is unknown or cannot be read there.
+        InputError: a file does not exist, or its format is unknown or cannot be read there, or
+            columns are named and all inputs are plain text.
         MissingExtraError: a file is Parquet, and pyarrow is not installed.
     """
 
@@ -70,6 +71,8 @@ class Inputs:
             raise InputError("standard input is given twice", "give - once")
         paths = [None if source == STANDARD_INPUT else Path(source) for source in self._sources]
         self._formats = [input_format(path, self._options.input_format) for path in paths]
+        if self._options.names_columns and set(self._formats) == {TextFormat.TEXT}:
+            raise _no_columns(f"{_name(self._sources[0])} is plain text")
 
     def __iter__(self) -> Generator[Row | RowError]:
         any_row = False
@@ -125,11 +128,8 @@ class Inputs:
         # An array is not JSON lines, but it is not a text either.
         if lines.first.startswith(("{", "[{")) or lines.first == "[":
             return TextFormat.JSON_LINES
-        if self._options != ReadOptions():
-            raise InputError(
-                f"{lines.name} looks like plain text, which has no columns",
-                "save it under a name that ends in .csv, .tsv or .jsonl, or set `input_format`",
-            )
+        if self._options.names_columns:
+            raise _no_columns(f"{lines.name} looks like plain text")
         return TextFormat.TEXT
 
     def _open(self, source: str, stack: ExitStack) -> IO[bytes]:
@@ -144,9 +144,16 @@ class Inputs:
             raise InputError(
                 f"cannot read {path}: {error.strerror}", "check the file's permissions"
             ) from error
-        if path.suffix == ".gz":
+        if is_compressed(path):
             return cast("IO[bytes]", stack.enter_context(gzip.GzipFile(fileobj=raw)))
         return raw
+
+
+def _no_columns(problem: str) -> InputError:
+    return InputError(
+        f"{problem}, which has no columns",
+        "save it under a name that ends in .csv, .tsv or .jsonl, or set `input_format`",
+    )
 
 
 def _name(source: str) -> str:

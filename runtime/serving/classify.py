@@ -13,7 +13,7 @@ from ..encoding import Text
 from ..engine import Engine
 from ..errors import InputError
 from ..predictions import Prediction
-from .messages import Check, Formats, Options, Source, Usage
+from .messages import Check, Direction, Formats, Options, Source, Usage
 
 if TYPE_CHECKING:
     from .scheduler import Scheduler
@@ -144,10 +144,12 @@ class PredictRequest(ClassifyOptions, kw_only=True, forbid_unknown_fields=True):
         inputs: a text; a pair of texts as a list of two; or several of both in a list, where a text
             is a list of one.
         raw_scores: whether scores are logits instead of probabilities.
+        truncation_direction: which end of a long text is not read.
     """
 
     inputs: str | list[str | list[str]]
     raw_scores: bool = False
+    truncation_direction: Direction = "Right"
 
     @property
     def is_batch(self) -> bool:

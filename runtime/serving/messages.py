@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -22,18 +22,18 @@ class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     Attributes:
         deadline_ms: milliseconds for the answer.
-        truncate: whether texts may be truncated.
+        truncate: whether texts may be truncated; None: they may.
     """
 
     deadline_ms: float | None = None
-    truncate: bool = True
+    truncate: bool | None = None
 
 
 class Asked(Protocol):
     """A request in one of the formats; see `Options`."""
 
     deadline_ms: float | None
-    truncate: bool
+    truncate: bool | None
 
     @property
     def texts(self) -> Sequence[Any]:
@@ -97,6 +97,10 @@ class Formats:
         kinds = (kind for field, kind in self.fields.items() if field in content)
         asked: Asked = msgspec.json.decode(body, type=next(kinds, usual))
         return asked
+
+
+Direction: TypeAlias = Literal["Right", "right"]
+"""The end of a long text that is not read, as text-embeddings-inference names it."""
 
 
 class Usage(msgspec.Struct):

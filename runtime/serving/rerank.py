@@ -11,7 +11,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from ..engine import Engine
 from ..ranking import Ranked
-from .messages import Check, Formats, Options, Source, Usage
+from .messages import Check, Direction, Formats, Options, Source, Usage
 
 if TYPE_CHECKING:
     from .scheduler import Scheduler
@@ -135,7 +135,7 @@ class TextsRequest(RankOptions, kw_only=True, forbid_unknown_fields=True):
 
     texts: list[str]
     return_text: bool = False
-    truncation_direction: Literal["Right", "right"] = "Right"
+    truncation_direction: Direction = "Right"
 
     def response(
         self, answers: list[Ranked], engine: Engine, model: str, tokens: int

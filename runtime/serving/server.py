@@ -337,7 +337,7 @@ class Service:
 
         def check(some: Sequence[EncodedRow]) -> None:
             rows.extend(some)
-            if not asked.truncate and any(row.truncated for row in some):
+            if asked.truncate is False and any(row.truncated for row in some):
                 raise InputError(
                     f"a text has more than {self.engine.max_length} tokens",
                     "shorten it, or set `truncate` to true",

@@ -151,6 +151,7 @@ USAGE = [
     (("--changed", 2, "--max-drop", 1), "one goal at a time"),
     (("--rule", "fastbert"), "fastbert"),
     (("--set-default", "fast"), "--set-default"),
+    (("--threshold", "music=0.7", "--set-default", "fast"), "--set-default"),
 ]
 
 

@@ -193,9 +193,9 @@ SETTINGS = [
     Case("10^9 threads", run("--threads", 10**9), "1000000000", "1024"),
     Case("an unknown target", run("--target", "a\x1b\n"), r"'a\x1b\n'", "onnxruntime-fp32"),
     Case("a target that cannot be built", command("build", "openvino-fp32", "openvino-fp8"),
-         "'openvino-fp8'", "this machine can build"),
-    Case("an unknown rule", run("--rule", "fastbert"), "fastbert", "fpabee"),
-    Case("a threshold that is no number", run("--rule", "exit_0_threshold=nan"), "nan"),
+         "'openvino-fp8'", "this machine can build", code=2),
+    Case("an unknown rule", run("--rule", "fastbert"), "fastbert", "fpabee", code=2),
+    Case("a threshold that is no number", run("--rule", "exit_0_threshold=nan"), "nan", code=2),
     Case("no room for a token", run("--max-length", 2), "2", "3"),
 ]  # fmt: skip
 
@@ -223,6 +223,10 @@ USAGE: list[tuple[Make, str]] = [
     (command("build", "openvino-fp32", "--column", "text=body"), "--texts"),
     (command("build", "tensorrt-rtx-fp32", "--sm", "8"), "not 8"),
     (command("build", "tensorrt-rtx-fp16", "--sm", "86,90"), "9.0"),
+    (command("build", "openvino-fp32", "--batch", "1,2,3"), "a target of TensorRT"),
+    (command("build", "tensorrt-fp16", "--sm", "86"), "TensorRT for RTX"),
+    (command("pack", "--target", "tensorrt-fp16", "--sm", "86"), "TensorRT for RTX"),
+    (lambda p: p.run_texts("--column", "label=text"), "text, text"),
     (lambda p: ["fpabee", "none"], "'none'"),
 ]
 

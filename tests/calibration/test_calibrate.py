@@ -327,6 +327,55 @@ def test_all_targets_are_calibrated_in_one_run(folder: Path, data: Path) -> None
 
 
 @pytest.mark.usefixtures("measured")
+def test_all_targets_share_standard_input_and_an_error_loses_none_that_is_done(
+    folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_openvino(folder, "fp32")
+    wanted = ("--data", "-", "--all-targets", "--json")
+    rows = data.read_text()
+    done = CliRunner().invoke(main, [str(folder), *wanted], input=rows)
+    assert [result["target"] for result in json.loads(done.stdout)] == [TARGET, "openvino-fp32"]
+
+    def failing(
+        engines: Path, rows: Any, options: CalibrationOptions, *others: Any, **more: Any
+    ) -> Any:
+        if options.target != TARGET:
+            raise InputError("broken", "mend it")
+        return calibrate(engines, rows, options, *others, **more)
+
+    monkeypatch.setattr("fpabee.commands.calibrate.calibrate", failing)
+    failed = CliRunner().invoke(main, [str(folder), *wanted], input=rows)
+    assert failed.exit_code == 1
+    assert [result["target"] for result in json.loads(failed.stdout)] == [TARGET]
+
+
+@pytest.mark.usefixtures("measured")
+def test_rows_that_repeat_others_are_counted_with_a_warning(folder: Path) -> None:
+    rows = label_rows(folder)[:60]
+    options = CalibrationOptions({"sure": Bound(changed_answers=0.4)}, "sure", threads=1)
+    assert not calibrate(folder, rows, options).warnings
+    (warning,) = calibrate(folder, [*rows, *rows[:9]], options).warnings
+    assert warning.startswith("9 of 69 rows repeat others")
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize("flagged", [0, 1])
+def test_a_promise_about_hardly_any_text_is_refused(folder: Path, flagged: int) -> None:
+    """Nothing, or nothing in a part of the rows, is flagged."""
+    rows = label_rows(folder)[:60]
+    with Engine.load(folder, threads=1, rule=Budget(exit=3)) as engine:
+        label = engine.labels[0]
+        logits = engine.trace([row.content for row in rows]).logits[-1].astype(np.float64)
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    first = np.sort((odds / odds.sum(axis=1, keepdims=True))[:, 0])
+    threshold = float(first[-1 - flagged] + np.append(first, 1.0)[len(first) - flagged]) / 2
+    bound = Bound(missed=0.05, thresholds={label: threshold})
+    (point,) = calibrate(folder, rows, CalibrationOptions({"sure": bound}, "sure")).points
+    assert point.certificate is None
+    assert f"{flagged} texts are too few" in point.refusal
+
+
+@pytest.mark.usefixtures("measured")
 def test_a_point_that_promises_nothing_about_another_classifier_is_no_default(
     folder: Path,
 ) -> None:

@@ -6,24 +6,27 @@ import importlib
 import shlex
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import click
 import pytest
 from click.testing import CliRunner
 
 from fpabee.calibration import Bound, CalibrationOptions, Goal
+from fpabee.calibration.result import Report
 from fpabee.exporter import ExportOptions
 from fpabee.exporter.convert import ConvertOptions, places
 from fpabee.exporter.exit_config import Pooling
 from fpabee.exporter.targets import PlanOptions
 from fpabee.exporter.training import TrainOptions
 from fpabee.runtime import ProblemType
-from fpabee.runtime.files import ReadOptions
+from fpabee.runtime.files import ReadOptions, Row
 
 from .test_command import COMMANDS
 
 READING = "--column text=body --column text_pair=other --column label=kind"
 READ = ReadOptions(None, "body", "other", "kind")
+ROWS = [Row("a", "b", ("x",), {"text": "e"}), Row("c", "d", ("y",), {"text": "f"})]
 MULTI = ProblemType.MULTI_LABEL
 ENGINES = Path("engines")
 BUILDS = "fpabee.commands.build.build_targets"
@@ -58,36 +61,37 @@ CALLS: dict[str, tuple[str, list[Any]]] = {
     ),
     "calibrate engines --data rows.csv": (
         CALIBRATES,
-        [ENGINES, Path("rows.csv"), CalibrationOptions()],
+        [ENGINES, ANY, CalibrationOptions()],
     ),
     "calibrate engines --data rows.csv --max-drop 1.5 --test dev.csv --target fast --threads 2 "
     f"--rule energy --rule pcee --metric macro_f1 {READING}": (
         CALIBRATES,
         [
             ENGINES,
-            Path("rows.csv"),
+            ROWS,
             goal(
                 "drop-1.5",
                 Goal(max_drop=1.5),
-                test=Path("dev.csv"),
                 target="fast",
                 threads=2,
                 rules=("energy", "pcee"),
                 metric="macro_f1",
                 reading=READ,
             ),
+            ANY,
+            {"report": Report(ROWS, "dev.csv")},
         ],
     ),
     "calibrate engines --data rows.csv --speedup 2": (
         CALIBRATES,
-        [ENGINES, Path("rows.csv"), goal("speedup-2", Goal(speedup=2.0))],
+        [ENGINES, ANY, goal("speedup-2", Goal(speedup=2.0))],
     ),
     "calibrate engines --data rows.csv --risk 4 --changed 3 --missed 2 --false-alarms 1 "
     "--threshold a=0.7 --threshold b=c=0.2 --confidence 90": (
         CALIBRATES,
         [
             ENGINES,
-            Path("rows.csv"),
+            ANY,
             goal(
                 "risk-4-changed-3-missed-2-false-alarms-1",
                 Bound(
@@ -149,12 +153,13 @@ CALLS: dict[str, tuple[str, list[Any]]] = {
         PACKS,
         [ENGINES, Path("one"), None, None, False, PlanOptions((1, 1, 32))],
     ),
-    "pack engines -o one --target tensorrt-fp16 --sm 8.9,120 --batch 1,2,4 --sequence 8,16,32": (
+    "pack engines -o one --target tensorrt-rtx-fp16 --sm 8.9,120 --batch 1,2,4 "
+    "--sequence 8,16,32": (
         PACKS,
         [
             ENGINES,
             Path("one"),
-            "tensorrt-fp16",
+            "tensorrt-rtx-fp16",
             None,
             False,
             PlanOptions((1, 2, 4), (8, 16, 32), ("8.9", "12.0")),
@@ -242,7 +247,7 @@ def test_options_reach_the_library(
             Path(folder, "config.json").write_text("{}")
     Path("lora", "adapter_config.json").write_text("{}")
     for file in ("rows.csv", "dev.csv"):
-        Path(file).write_text("body,other,kind\na,b,x\nc,d,y\n")
+        Path(file).write_text("body,other,kind,text\na,b,x,e\nc,d,y,f\n")
     monkeypatch.setattr(places, "require", lambda _: None)  # as if peft were installed
     monkeypatch.setattr(places, "check_buildable", lambda _: None)  # as if the CPU had VNNI
     monkeypatch.setattr(function, call)

@@ -7,12 +7,14 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
 import pytest
 
+from fpabee.exporter import staging as staging_module
 from fpabee.exporter.staging import staging
 from fpabee.runtime.artifact.folder import checked_file, read_manifest
 
@@ -104,3 +106,35 @@ def test_a_kill_leaves_the_old_folder_or_the_new_one_and_little_else(tmp_path: P
     with staging(target) as one, staging(target) as two:
         assert one.is_dir()
         assert two.is_dir()
+
+
+def test_a_folder_that_another_process_deleted_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may take it for one that was left, before it is locked."""
+    deleted: list[Path] = []
+
+    @contextmanager
+    def locked(folder: Path) -> Iterator[None]:
+        if not deleted:
+            deleted.append(folder)
+            folder.rmdir()
+        with lock_of_folder(folder):
+            yield
+
+    lock_of_folder = staging_module.locked
+    monkeypatch.setattr(staging_module, "locked", locked)
+    with staging(tmp_path / "engines") as folder:
+        assert folder not in deleted
+        (folder / "graph").write_text("new")
+    assert (tmp_path / "engines" / "graph").read_text() == "new"
+
+
+def test_what_belongs_to_a_longer_name_is_not_deleted(tmp_path: Path) -> None:
+    other = tmp_path / ".engines-v2-0123abcd.unfinished"
+    left = tmp_path / ".engines-0123abcd.unfinished"
+    for folder in (other, left):
+        folder.mkdir()
+    with staging(tmp_path / "engines"):
+        assert other.exists()
+        assert not left.exists()

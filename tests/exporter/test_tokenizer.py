@@ -152,3 +152,13 @@ def test_a_tokenizer_that_cannot_be_written_is_not_called_damaged(
     (tmp_path / "engines" / "tokenizer" / "tokenizer.json").mkdir(parents=True)
     with pytest.raises(IsADirectoryError):
         save_tokenizer(source, model, tmp_path / "engines", None)
+
+
+def test_a_tokenizer_that_keeps_the_end_of_texts_is_refused(
+    source: Path, model: MultiExitModel, tmp_path: Path
+) -> None:
+    change_json(
+        source / "tokenizer_config.json", lambda config: config.update(truncation_side="left")
+    )
+    with pytest.raises(ModelError, match="keeps the end of long texts"):
+        save_tokenizer(source, model, tmp_path, None)

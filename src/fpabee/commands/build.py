@@ -10,8 +10,9 @@ from typing import Any
 
 import rich_click as click
 
+from ..exporter.targets.backends import RTX, TENSORRT
 from ..exporter.targets.build import BuildResult, build_targets
-from ..exporter.targets.builders import BUILDERS
+from ..exporter.targets.builders import BUILDERS, builder_of
 from ..runtime.errors import FpabeeError
 from ..runtime.files import read_rows
 from ..runtime.targets import why_not
@@ -54,6 +55,10 @@ def main(
     A target is a library and a precision. One that fails its check leaves the folder as it was.
     """
     options.only_with("columns", texts, "--texts")
+    with options.wrong_usage():
+        backends = {builder_of(name).backend for name in names}
+    options.only_with("batch sequence", backends & {RTX, TENSORRT}, "a target of TensorRT")
+    options.only_with("compute_capabilities", RTX in backends, "a target of TensorRT for RTX")
     plans = options.plan_options(settings)
     rows = read_rows(texts, options.read_options(settings)) if texts is not None else ()
     contents = list(dict.fromkeys(row.content for row in rows))  # again would verify nothing more

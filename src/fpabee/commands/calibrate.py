@@ -14,10 +14,11 @@ import rich_click as click
 from ..calibration.calibrate import calibrate
 from ..calibration.goals import DEFAULT_GOALS, DEFAULT_RULE, Bound, CalibrationOptions
 from ..calibration.report import write_report
-from ..calibration.result import make_default
+from ..calibration.result import Report, make_default
 from ..calibration.scoring import METRICS
 from ..runtime.artifact.folder import EnginesFolder
 from ..runtime.artifact.operating_point import Goal
+from ..runtime.files import read_rows
 from ..runtime.files.destination import check_output
 from ..runtime.machine import require
 from ..runtime.rules.rules import RULES
@@ -119,20 +120,27 @@ def main(
         require("plot")
         check_output(report, [str(path) for path in (data, wanted.test) if path is not None])
     names = runnable_targets(EnginesFolder.read(engines)) if all_targets else [wanted.target]
+    # Standard input can be read only once.
+    rows = list(read_rows(data, wanted.reading))
+    test = None
+    if wanted.test is not None:
+        test = Report(list(read_rows(wanted.test, wanted.reading)), Path(wanted.test).name)
     results = []
-    for name in names:
-        with step_progress(quiet) as progress:
-            result = calibrate(engines, data, replace(wanted, target=name), progress)
-        results.append(result)
-        if not as_json:
-            show([result])
-            promises.say_condition(point.certificate for point in result.points)
-            following = ["fpabee-run", str(engines), "texts.txt", "--target", result.target]
-            echo(f"next: {shlex.join(following)}")
-    # The report comes last, because an error in it should not lose the calibration.
-    if as_json:
-        contents = [to_dict(result) for result in results]
-        click.echo(msgspec.json.encode(contents if all_targets else contents[0]).decode())
+    try:
+        for name in names:
+            asked = replace(wanted, target=name, test=None)
+            with step_progress(quiet) as progress:
+                result = calibrate(engines, rows, asked, progress, report=test)
+            results.append(result)
+            if not as_json:
+                show([result])
+                promises.say_condition(point.certificate for point in result.points)
+                following = ["fpabee-run", str(engines), "texts.txt", "--target", result.target]
+                echo(f"next: {shlex.join(following)}")
+    finally:  # an error loses no target that is done
+        if as_json and results:
+            contents = [to_dict(result) for result in results]
+            click.echo(msgspec.json.encode(contents if all_targets else contents[0]).decode())
     if report is not None:
         write_report(result, report)
         echo(f"report: {report}", err=as_json)

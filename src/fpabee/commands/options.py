@@ -15,7 +15,7 @@ from click import get_current_context
 from click.core import ParameterSource
 
 from ..runtime.artifact.manifest import ProblemType
-from ..runtime.errors import InputError
+from ..runtime.errors import FpabeeError, InputError, RuleError
 from ..runtime.files import ReadOptions
 from ..runtime.rules.rules import RULES, ExitRule
 from .command import in_terms_of_options, option_of
@@ -129,15 +129,18 @@ def not_with(names: str, clashes: object, what: str) -> None:
 
 
 @contextmanager
-def wrong_usage() -> Iterator[None]:
+def wrong_usage(kind: type[FpabeeError] = InputError) -> Iterator[None]:
     """Options whose values the library refuses, whatever the files hold, are wrong usage.
 
+    Args:
+        kind: the error of the library.
+
     Raises:
-        click.UsageError: instead of an `InputError`.
+        click.UsageError: instead of it.
     """
     try:
         yield
-    except InputError as error:
+    except kind as error:
         raise click.UsageError(in_terms_of_options(error)) from error
 
 
@@ -245,8 +248,8 @@ def chosen_rule(default: ExitRule, text: str) -> ExitRule:
     are given.
 
     Raises:
-        click.UsageError: a word is not a setting, or there is none.
-        RuleError: there is no such rule, it does not take a setting, or it lacks one that it needs.
+        click.UsageError: a word is not a setting, there is none, there is no such rule, or its
+            settings are wrong, whatever the model.
     """
     words = text.split() or [""]
     name = "" if "=" in words[0] else words.pop(0)
@@ -254,7 +257,8 @@ def chosen_rule(default: ExitRule, text: str) -> ExitRule:
     if not (name or changes):
         raise click.UsageError("--rule is empty; give a rule or a setting such as threshold=0.2")
     base = default.to_dict() if name in ("", default.name) else {"name": name}
-    return ExitRule.from_dict(base | changes)
+    with wrong_usage(RuleError):
+        return ExitRule.from_dict(base | changes)
 
 
 def once(option: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -301,9 +305,5 @@ def read_options(settings: dict[str, Any]) -> ReadOptions:
         raise click.UsageError(
             f"--column {wrong[0]!r}: expected FIELD=NAME with a field of {', '.join(_FIELDS)}"
         )
-    reading = ReadOptions(**others, **{f"{field}_column": name for field, name in columns.items()})
-    all_columns = [reading.text_column, reading.text_pair_column, reading.label_column]
-    named = [name for name in all_columns if name is not None]
-    if len(set(named)) < len(named):
-        raise click.UsageError("text, text pair and label need different columns")
-    return reading
+    with wrong_usage():
+        return ReadOptions(**others, **{f"{field}_column": name for field, name in columns.items()})

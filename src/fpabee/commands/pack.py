@@ -66,7 +66,9 @@ def main(
     inputs of the plan, so that it serves all operating points with the same rule.
     """
     is_plan = (target or "").startswith("tensorrt")
-    options.only_with("batch sequence compute_capabilities", is_plan, "a target of TensorRT")
+    is_rtx = (target or "").startswith("tensorrt-rtx")
+    options.only_with("batch sequence", is_plan, "a target of TensorRT")
+    options.only_with("compute_capabilities", is_rtx, "a target of TensorRT for RTX")
     options.not_with("layout", is_plan, "a target of TensorRT")
     plans = options.plan_options(settings)
     require("graphs")
@@ -85,6 +87,8 @@ def main(
         echo("nothing is promised: the rule was not calibrated for this file")
     elif is_plan:
         echo(f"nothing is promised on a GPU: the rule was calibrated on {packed.measured_on}")
+    else:
+        echo_wrapped(f"{packed.operating_point}: {packed.guarantee or 'nothing is promised'}")
     if packed.no_exit_0:
         echo(f"without exit 0: {packed.no_exit_0}")
     elif packed.operating_point is None and not is_plan:

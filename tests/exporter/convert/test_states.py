@@ -24,6 +24,7 @@ from fpabee.exporter.model import by_row, predict
 from fpabee.exporter.training.examples import encoded_rows
 from fpabee.runtime.check import REQUIREMENTS
 from fpabee.runtime.encoding import EncodedRow
+from fpabee.runtime.errors import InputError
 from fpabee.runtime.files import Row
 
 from ...closeness import assert_close, assert_exported
@@ -44,7 +45,7 @@ def test_heads_see_in_training_what_they_see_in_the_model(
     tokenizer = AutoTokenizer.from_pretrained(classifier.folder)
     rows = encoded_rows([Row(text) for text in TEXTS[:40]], tokenizer, 32)
     taught = np.array([3, 39, 0, 17])
-    logits, states = run_classifier(classifier, rows, PADDING, taught, tmp_path, silent)
+    logits, states = run_classifier(classifier, rows, PADDING, taught, 2, tmp_path, silent)
     expected = predict(classifier.model, rows, PADDING, lambda output: output.logits)
     assert_exported(logits, expected)
     assert states.rows.tolist() == taught.tolist()
@@ -86,7 +87,7 @@ def test_states_are_bounded(
     rows = [encoded(np.arange(4, 4 + length)) for length in all_lengths]
     taught = np.array([0, 2, 3, 4])
     monkeypatch.setattr(states_module, "_MOST_BYTES", most_tokens * 2 * 2 * 32)
-    _, states = run_classifier(classifier, rows, PADDING, taught, tmp_path, silent)
+    _, states = run_classifier(classifier, rows, PADDING, taught, 2, tmp_path, silent)
     assert states.rows.tolist() == taught[kept].tolist()
     assert states.lengths.tolist() == lengths
     ids = torch.from_numpy(rows[0].input_ids)[None]
@@ -101,20 +102,48 @@ def test_a_unit_takes_part_with_all_its_rows_and_others_are_not_run(
     make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     classifier = Classifier(make("bert"))
-    rows = [encoded(np.arange(4, 4 + length)) for length in (9, 8, 7, 6, 5, 4, 3)]
+    rows = [encoded(np.arange(4, 4 + length)) for length in (9, 8, 7, 6, 5, 4, 3, 2)]
     monkeypatch.setattr(states_module, "_MOST_BYTES", 25 * 2 * 2 * 32)
     logits, states = run_classifier(
         classifier,
         rows,
         PADDING,
-        np.array([5, 4, 3, 2, 1]),
+        np.array([5, 4, 3, 2, 1, 7]),
+        5,
         tmp_path,
         silent,
-        units=np.array([0, 0, 0, 1, 1]),
+        units=np.array([0, 0, 0, 1, 1, 2]),
         needed=np.array([6]),
     )
-    assert states.rows.tolist() == [5, 4, 3]
-    assert np.flatnonzero(np.isfinite(logits[:, 0])).tolist() == [3, 4, 5, 6]
+    assert states.rows.tolist() == [5, 4, 3, 7]
+    assert np.flatnonzero(np.isfinite(logits[:, 0])).tolist() == [3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("documents", "tokens", "most"), [(100, 512, 32), (100, 60, 32), (10, 512, 45)]
+)
+def test_queries_of_a_large_reranker_fit_in_part(documents: int, tokens: int, most: int) -> None:
+    """24 layers of 1024 and long documents: some queries train, and some choose."""
+    of_token = 2 * 23 * 1024
+    lengths = np.full(300 * documents, tokens)
+    units = np.repeat(np.arange(300), documents)
+    trained = 240 * documents
+    most_tokens = 4 * 2**30 // of_token
+    found, kept = states_module._fitting(lengths, units, trained, most_tokens, 512)
+    assert found == most
+    assert len(kept) * found <= most_tokens
+    queries = np.unique(units[kept])
+    assert len(kept) == documents * len(queries)
+    train = (queries < 240).sum()
+    assert train > 3 * (queries >= 240).sum() > 0
+    assert train + (queries >= 240).sum() >= 20
+
+
+def test_states_of_one_query_that_do_not_fit() -> None:
+    lengths = np.full(20, 512)
+    units = np.repeat([0, 1], 10)
+    with pytest.raises(InputError, match="give fewer documents to each query"):
+        states_module._fitting(lengths, units, 10, 500, 512)
 
 
 def test_a_state_beyond_fp16_is_cut_off(make: Callable[..., Path], tmp_path: Path) -> None:
@@ -122,7 +151,7 @@ def test_a_state_beyond_fp16_is_cut_off(make: Callable[..., Path], tmp_path: Pat
     with torch.no_grad():
         classifier.model.bert.encoder.layer[0].output.LayerNorm.bias[0] = -1e6
     rows = [encoded(np.array([4, 5, 6]))]
-    _, states = run_classifier(classifier, rows, PADDING, np.arange(1), tmp_path, silent)
+    _, states = run_classifier(classifier, rows, PADDING, np.arange(1), 1, tmp_path, silent)
     assert (states.tokens[:, 0, 0] == -65504).all()
 
 
@@ -132,7 +161,7 @@ def test_a_finished_run_is_read(
     classifier = Classifier(make("bert"))
     tokenizer = AutoTokenizer.from_pretrained(classifier.folder)
     rows = encoded_rows([Row(text) for text in TEXTS[:10]], tokenizer, 32)
-    given = classifier, rows, PADDING, np.arange(5), tmp_path, silent
+    given = classifier, rows, PADDING, np.arange(5), 3, tmp_path, silent
     logits, states = run_classifier(*given)
     monkeypatch.setattr(classifier.model, "forward", None)
     again, states_again = run_classifier(*given)

@@ -100,3 +100,9 @@ def test_texts_that_cannot_be_split_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         split(rows, group)
+
+
+def test_a_group_is_the_same_as_a_number_and_as_text() -> None:
+    rows = [Row(f"own {n}", fields={"id": n % 40}) for n in range(200)]
+    others = [Row(f"other {n}", fields={"id": str(n % 80)}) for n in range(400)]
+    assert split(rows, "id", others).removed == 200

@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from fpabee.exporter.single_file import pack
-from fpabee.runtime import Certificate, Confidence, Promise, read_manifest
+from fpabee.runtime import Certificate, Confidence, ProblemType, Promise, read_manifest
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import with_operating_points
 
@@ -112,3 +112,38 @@ def test_triton_can_batch_the_graph_and_complete_its_configuration(
         assert not value.type.tensor_type.shape.dim[0].HasField("dim_value"), value.name
     config = Path(__file__).parents[3] / "docs" / "examples" / "triton" / "onnxruntime.pbtxt"
     assert not re.search(r"^(input|output)", config.read_text(), re.MULTILINE)
+
+
+def test_a_point_that_was_refused_promises_nothing(folder: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(folder)
+    target = manifest.targets[FP32]
+    point = msgspec.structs.replace(
+        target.operating_points["changed_answers"], certificate=None, goal=None
+    )
+    target = with_operating_points(target, {"changed_answers": point}, "changed_answers")
+    EnginesFolder(folder, manifest).with_target(FP32, target).write()
+    assert pack(folder, tmp_path / "one", FP32).guarantee == ""
+    assert "- Guarantee: none. " in (tmp_path / "one" / "README.md").read_text()
+
+
+def test_the_example_gives_all_labels_above_their_thresholds(
+    engine_copy: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = engine_copy(exit_0=True)
+    task = msgspec.structs.replace(
+        read_manifest(folder).task,
+        problem_type=ProblemType.MULTI_LABEL,
+        label_thresholds=(0.0, 0.0, 1.0, 1.0),
+    )
+    EnginesFolder.read(folder).with_manifest(task=task).write()
+    pack(folder, tmp_path / "one", FP32)
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert "np.flatnonzero(probabilities > [0.0, 0.0, 1.0, 1.0])" in card
+    (example,) = re.findall("(?s)```python\n(.*?)```", card)
+    place = f"Path({str(tmp_path / 'one')!r})"
+    example = example.replace('Path(snapshot_download("OWNER/NAME"))', place)
+    done = subprocess.run(
+        [sys.executable, "-c", example], capture_output=True, text=True, check=True
+    )
+    labels = read_manifest(folder).task.labels
+    assert done.stdout.startswith(str(list(labels[:2])))

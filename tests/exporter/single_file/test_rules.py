@@ -13,9 +13,12 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fpabee.exporter.onnx_file import OPSET
+from fpabee.exporter.single_file.check import _other_thresholds
 from fpabee.exporter.single_file.nodes import Tensor, Writer
 from fpabee.exporter.single_file.rules import RuleNodes, State, settings_of
 from fpabee.runtime import (
@@ -208,3 +211,19 @@ def test_rules_that_cannot_be_a_graph_are_refused() -> None:
         settings_of(OfMyOwn(threshold=0.1), task, range(1, 4))
     with pytest.raises(RuleError, match="max_exit is 7"):
         settings_of(Pabee(patience=1, max_exit=7), task, range(1, 4))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=80))
+def test_other_thresholds_are_in_the_middle_of_gaps(values: list[float]) -> None:
+    scores = np.array([*values, np.inf])
+    distinct = np.unique(values)
+    for threshold in _other_thresholds(scores):
+        assert distinct[0] <= threshold <= distinct[-1]
+    if len(distinct) > 1:
+        assert _other_thresholds(scores)
+
+
+def test_a_threshold_is_not_between_scores_that_are_nearly_equal() -> None:
+    scores = np.array([0.1, 0.2, 0.3, 0.3 + 1e-9, 0.5, 0.6, 0.7, 0.7 + 1e-9, 0.9, 1.0])
+    for threshold in _other_thresholds(scores):
+        assert abs(scores - threshold).min() > 0.04

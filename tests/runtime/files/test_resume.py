@@ -362,3 +362,33 @@ def test_what_cannot_be_resumed(classify: Classify) -> None:
     arguments = (classify.engines, "-", "--output", classify.output, "--resume")
     check_refused(classify.run(*arguments, stdin=b"a\n"), "can be read only once")
     assert classify.files == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_settings_of_a_run_that_begins_at_the_end_of_another_stay(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.jsonl"
+    first = Partial(output, {"run": 1}, resume=False)
+    first.write({"index": 0, "exit": 1})
+    replace = Path.replace
+    others: list[Partial] = []
+
+    def then_another(path: Path, target: Path) -> Path:
+        if fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        moved = replace(path, target)
+        others.append(Partial(output, {"run": 2}, resume=False))
+        return moved
+
+    monkeypatch.setattr(Path, "replace", then_another)
+    settings = tmp_path / "out.jsonl.partial.run"
+    if fails:
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            first.finish(None)
+        assert json.loads(settings.read_text()) == {"run": 1}
+        first.leave()
+        return
+    first.finish(None)
+    assert json.loads(settings.read_text()) == {"run": 2}
+    others[0].close(keep=False)

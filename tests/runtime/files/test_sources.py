@@ -153,3 +153,28 @@ def test_inputs_come_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert rows[2].where == f"{b}, line 1"
     with pytest.raises(InputError, match=r"empty\.txt has no rows.* 1 other"):
         list(Inputs([empty, header]))
+
+
+def test_plain_text_has_no_columns(tmp_path: Path) -> None:
+    path = tmp_path / "in.txt"
+    path.write_bytes(b'{"body": "rain"}\n')
+    named = ReadOptions(text_column="body")
+    with pytest.raises(InputError, match=r"in\.txt is plain text, which has no columns"):
+        Inputs([path], named)
+    table = tmp_path / "in.CSV"
+    table.write_bytes(b"body\nrain\n")
+    both = list(Inputs([table, path], named))
+    assert texts(both) == ["rain", '{"body": "rain"}']
+    (row,) = Inputs([path], ReadOptions(TextFormat.JSON_LINES, "body"))
+    assert isinstance(row, Row)
+    assert row.text == "rain"
+
+
+def test_half_of_a_surrogate_pair_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"text": "\\ud83d"}\n{"text": "\\ud83d\\ude00"}\n')
+    error, row = Inputs([path])
+    assert isinstance(error, RowError)
+    assert "one half of a surrogate pair" in error.message
+    assert isinstance(row, Row)
+    assert row.text == "\U0001f600"

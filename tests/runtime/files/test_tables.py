@@ -128,3 +128,38 @@ def test_what_the_csv_module_writes_comes_back(separator: str, rows: list[tuple[
 def test_semicolons_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"it has: text;label -> separate .* with commas"):
         read_all(tmp_path / "in.csv", b"text;label\nrain;weather\n")
+
+
+BAD_BYTE = b'id,text\n1,"first\nbad \xff byte\nthird, of the cell"\n2,fine\n'
+UNQUOTED = b"id,text\n1,bad \xff byte\n2,fine\n"
+TOO_LONG = b'id,text\n1,"first\n' + b"x" * 50 + b'\nthird"\n2,fine\n'
+ENDS_LONG = b'id,text\n1,"first\n' + b"x" * 50 + b'"\n2,fine\n'
+BEGINS_LONG = b'id,text\n1,"' + b"x" * 50 + b'\nsecond"\n2,fine\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [(BAD_BYTE, 3), (UNQUOTED, 2), (TOO_LONG, 3), (ENDS_LONG, 3), (BEGINS_LONG, 2)],
+)
+def test_a_line_that_cannot_be_read_is_one_bad_row_with_its_whole_cell(
+    content: bytes, line: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines_module, "MAX_LINE_BYTES", 40)
+    error, row = read_all(tmp_path / "in.csv", content)
+    assert isinstance(error, RowError)
+    assert f"line {line} is" in error.message
+    assert isinstance(row, Row)
+    assert (row.text, row.fields) == ("fine", {"id": "2"})
+
+
+def test_a_column_that_is_read_as_something_else_is_not_read_twice(tmp_path: Path) -> None:
+    content = b"text_pair,label\nsecond,yes\n"
+    (row,) = read(tmp_path / "in.csv", content, ReadOptions(text_column="text_pair"))
+    assert row == Row("second", None, ("yes",))
+    (row,) = read(tmp_path / "in.csv", content, ReadOptions(text_column="label"))
+    assert row == Row("yes", "second", None)
+    options = ReadOptions(text_column="label", text_pair_column="")
+    (row,) = read(tmp_path / "in.csv", content, options)
+    assert row == Row("yes", None, None, {"text_pair": "second"})
+    with pytest.raises(InputError, match="have the columns a, a"):
+        ReadOptions(text_column="a", label_column="a")

@@ -120,7 +120,8 @@ def test_classify(server: Server, sent: Any, path: str) -> None:
     ],
 )
 def test_predict(server: Server, sent: Any, shape: int | None) -> None:
-    response = server.post("/predict", {"inputs": sent, "truncate": True})
+    more = {"truncate": None, "truncation_direction": "Right"}
+    response = server.post("/predict", {"inputs": sent, **more})
     assert response.status_code == 200
     found = server.check("/predict", response)
     answers = found if shape else [found]
@@ -247,6 +248,7 @@ TOO_MANY = b'{"input": [' + b'"a", ' * 999_999 + b'"a"]}'
         ("/predict", 400, "", {"inputs": ["a", "b", "c"]}),
         ("/predict", 400, "", {"inputs": [[], ["a"]]}),
         ("/predict", 400, "", {"inputs": "a", "raw_scores": 1}),
+        ("/predict", 400, "Left", {"inputs": "a", "truncation_direction": "Left"}),
         ("/predict", 400, "", {"inputs": "rain " * 100, "truncate": False}),
         ("/predict", 413, "", {"inputs": [["a"]] * 5}),
     ],
