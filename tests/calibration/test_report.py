@@ -123,6 +123,16 @@ def test_the_page_says_what_the_calibration_says(
     assert len(page.pictures) == 2
 
 
+def test_the_page_names_the_classifier_that_decisions_are_compared_with(
+    calibrated: Make, tmp_path: Path
+) -> None:
+    result = calibrated(metric="agreement")
+    rows = dataclasses.replace(result.rows, reference=result.rows.logits[-1])
+    page = report(dataclasses.replace(result, rows=rows), tmp_path)
+    assert "answer is that of the classifier that was converted" in page.text
+    assert "by definition" not in page.text
+
+
 def test_a_drop_that_no_row_can_judge_is_not_called_zero(calibrated: Make) -> None:
     """The parts of the rows may confirm nothing where all of them confirm a setting."""
     result = calibrated(goals={"guaranteed": Bound(drop=0.3)})

@@ -73,7 +73,8 @@ fpabee-convert my-reranker queries.jsonl --top 10 --changed 5
 @options.option(
     "--group-column",
     "NAME",
-    "Field that names what belongs together, such as a dialogue. One text of each group certifies.",
+    "Field that names what belongs together, such as a dialogue. One text of each group certifies, "
+    "and the promise is about one text of each new group.",
 )
 @options.count(
     "--max-length",

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from fpabee.exporter.convert import ConvertOptions
+from fpabee.exporter.convert.classification import Classification
 from fpabee.exporter.convert.texts import split
 from fpabee.runtime.errors import InputError
 from fpabee.runtime.files import Row
@@ -38,6 +43,16 @@ def test_groups_stay_together_and_one_text_of_each_calibrates() -> None:
     groups = [texts.units[number].fields.get("dialogue") for number in texts.calibrate]
     assert len(set(groups)) == len(groups) > 250
     assert texts.sizes[0] > 1200
+
+
+def test_pairs_are_grouped_by_a_text_that_they_share(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"text": f"premise {n // 4}", "text_pair": f"claim {n}"} for n in range(4000)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = Classification(path, ConvertOptions(group_column="text"))
+    premises = [given.texts.units[number].text for number in given.texts.calibrate]
+    assert len(premises) == len(set(premises)) > 300
+    assert "one text of each new group" in given.warnings[0]
 
 
 def test_train_texts_train_and_choose_and_nothing_else() -> None:

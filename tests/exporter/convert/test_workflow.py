@@ -82,6 +82,7 @@ def test_the_result_is_what_the_engine_does(converted: Converted) -> None:
     assert [path.name for path in converted.folder.parent.iterdir()] == ["engines"]
     assert result.rows == len(TEXTS) + len(TEXTS[::5])
     assert target.target == result.default_target == "onnxruntime-fp32"
+    assert target.folder == result.folder == converted.folder
     assert point.certificate is not None
     (promise,) = point.certificate.promises
     assert calibrate - 10 < promise.rows <= calibrate
@@ -354,6 +355,9 @@ def test_the_fastest_target_that_keeps_its_promise_is_the_default(
     assert (exact.target, quantized.target) == (FP32_TARGET, INT8)
     (point,) = quantized.points
     assert (point.certificate is not None) == keeps
+    (other,) = exact.points
+    assert other.certificate is not None
+    assert other.certificate.confidence == pytest.approx(97.5), "both together have 95 %"
     assert result.default_target == (INT8 if keeps else FP32_TARGET)
     manifest = read_manifest(tmp_path / "engines")
     assert manifest.default_target == result.default_target

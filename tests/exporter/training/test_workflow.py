@@ -136,10 +136,11 @@ def test_exits_may_see_the_mean_of_the_tokens(options: Options, tmp_path: Path) 
 def test_rows_are_truncated_and_the_report_says_how_many_epochs_there_were(
     options: Options, write_rows: WriteRows, calls: list[Call], tmp_path: Path
 ) -> None:
-    long = write_rows("long.jsonl", [{"text": "film " * 30, "label": "a"}])
+    rows = [{"text": "film " * 30, "label": label} for label in "ab"]
+    long = write_rows("long.jsonl", rows)
     report = train(tmp_path / "model", options(train=long, dev=long, max_length=8, epochs=None))
     (call,) = calls
-    assert [len(row) for part in (call.train, call.dev) for row in part.rows] == [8, 8]
+    assert [len(row) for part in (call.train, call.dev) for row in part.rows] == [8] * 4
     assert report.options.epochs == call.options.epochs == 20
 
 
@@ -186,6 +187,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "tokenizer": ({"backbone": "small"}, ModelError, "gives token ids up to 199, but .* 150"),
     "labels": ({"train": "two.jsonl"}, InputError, "has 2 labels"),
     "no label": ({"train": "none.jsonl"}, InputError, "row 1 has no label"),
+    "one label": ({"train": "one.jsonl"}, InputError, "are a; expected at least 2"),
+    "empty lists": (
+        {"train": "empty.jsonl", "problem_type": ProblemType.MULTI_LABEL},
+        InputError,
+        "are none; expected at least 1",
+    ),
     "unknown label": ({"dev": "other.jsonl"}, InputError, "line 1 has label 'other'"),
 }
 
@@ -210,6 +217,8 @@ def test_nothing_is_written_when_the_input_is_bad(
     save_file(half, "half/model.safetensors")
     write_rows("two.jsonl", [{"text": "x", "labels": ["a", "b"]}])
     write_rows("none.jsonl", [{"text": "x"}])
+    write_rows("one.jsonl", [{"text": "x", "label": "a"}])
+    write_rows("empty.jsonl", [{"text": "x", "labels": []}])
     write_rows("other.jsonl", [{"text": "x", "label": "other"}])
     changes, error, message = BAD[case]
     with pytest.raises(error, match=message):
