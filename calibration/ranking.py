@@ -22,6 +22,7 @@ from .. import __version__
 from ..runtime.artifact.folder import EnginesFolder
 from ..runtime.artifact.manifest import Target, with_operating_points
 from ..runtime.artifact.operating_point import Certificate, OperatingPoint
+from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
 from ..runtime.files import Row
 from ..runtime.files.queries import Query
@@ -313,16 +314,27 @@ def _outcome(
 
 
 def _times(engine: Engine, queries: Sequence[Query], rule: ExitRule) -> QueryTimes:
-    """The time of some queries with the most documents, with a rule and at full depth in turns."""
-    largest = sorted(queries, key=lambda query: len(query.documents))[-_TIMED_QUERIES:]
+    """The time of some queries with the most documents, with a rule and at full depth in turns.
+
+    Raises:
+        InputError: no query can be ranked.
+    """
     core = engine.core
-    units = [core.with_scores(core.encode(query.pairs), query.scores) for query in largest]
+    units: list[Sequence[EncodedRow]] = []
+    for query in sorted(queries, key=lambda query: len(query.documents), reverse=True):
+        rows = core.encode(query.pairs)
+        if core.is_query_possible(rows):
+            units.append(core.with_scores(rows, query.scores))
+        if len(units) == _TIMED_QUERIES:
+            break
+    if not units:
+        core.check_query(rows)
     runners = (core.runner(rule), core.full_depth)
     runs = [partial(core.rank, runner=runner) for runner in runners]
     time_in_turns(units, runs, 1)  # prepares the shapes
     seconds = time_in_turns(units, runs, _TURNS)
     with_rule, at_full_depth = 1000 * np.median(seconds, axis=(0, 1))
-    return QueryTimes(len(largest[-1].documents), float(with_rule), float(at_full_depth))
+    return QueryTimes(len(units[0]), float(with_rule), float(at_full_depth))
 
 
 def _record(point: RankingPoint, target: Target, data: str, machine: str) -> OperatingPoint:

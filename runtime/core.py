@@ -33,6 +33,8 @@ from .rules.runner import RuleRunner
 from .watch import Watch
 
 _WINDOW_BYTES = 256 * 2**20
+# Of the documents of one query, which run together: 256 of 512 tokens in an encoder of 1,024.
+_QUERY_BYTES = 2 * 2**30
 
 
 class Core:
@@ -302,17 +304,21 @@ class Core:
             return rows
         return self.first_stage.attach(rows, checked)
 
+    def is_query_possible(self, rows: Sequence[EncodedRow]) -> bool:
+        """Whether the documents of a query need no more memory than a query may take."""
+        return sum(self._row_bytes(len(row)) for row in rows) <= _QUERY_BYTES
+
     def check_query(self, rows: Sequence[EncodedRow]) -> None:
-        """Refuse a query whose documents need more memory than a window of rows may take.
+        """Refuse a query whose documents need more memory than a query may take.
 
         Raises:
             InputError: they have too many tokens.
         """
-        if sum(self._row_bytes(len(row)) for row in rows) > self.window_bytes:
+        if not self.is_query_possible(rows):
             tokens = sum(map(len, rows))
             raise InputError(
                 f"{len(rows)} documents with their query have {tokens:,} tokens, which need more "
-                f"than {self.window_bytes // 2**20} MiB",
+                f"than {_QUERY_BYTES // 2**20} MiB",
                 "give fewer documents at a time, or a smaller `max_length`",
             )
 

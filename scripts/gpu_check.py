@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The first hour on a GPU: does fpabee run on the GPU of this machine, and how fast?
 
-    pip install -e '.[export,serve,tensorrt-rtx-cu13]' filelock hypothesis pytest
+    pip install -e '.[cpu,export,serve,tensorrt-rtx-cu13]' filelock hypothesis pytest
     python scripts/gpu_check.py
 
 It calls the driver, and makes a model with random weights, whose labels mean nothing but whose
@@ -12,7 +12,8 @@ and logits, and sends texts to a server. It measures first and judges afterwards
 Each part runs in a process of its own with a time limit. `gpu_check.md` and `gpu_check.json` are
 written after each of them, also with what a part had found when it crashed, took too long or was
 stopped with Ctrl-C. What cannot run here is skipped, with the reason. The exit code is 1 if there
-is no GPU, a part did not finish, or a check failed. The next run keeps what was made and built.
+is no GPU, nothing was measured, a part did not finish, or a check failed. The next run keeps what
+was made and built.
 """
 
 from __future__ import annotations
@@ -590,6 +591,7 @@ def check(output: Path, size: str, seconds: float, no_gpu: str = "") -> list[str
     until = time.monotonic() + seconds
     rows = list[list[str]]()
     bad = list[str]()
+    done = list[str]()
     for part in PARTS:
         started = time.monotonic()
         limit = min(PARTS[part] / SECONDS * seconds, until - started)
@@ -607,10 +609,14 @@ def check(output: Path, size: str, seconds: float, no_gpu: str = "") -> list[str
         rows += [*results, [STATES, part, state, taken, "; ".join([reason] * bool(reason) + notes)]]
         write_report(rows, output)
         click.echo(f"{part}: {state} {reason}".rstrip())
+        done += [part] if state == "done" else []
         bad += [part] if state not in ("done", SKIPPED) else []
         bad += [f"{cells[1]} ({cells[0]})" for table, *cells in results if BAD in cells]
         if state == INTERRUPTED:
             break
+    measuring = {part for part in PARTS if part.startswith("measure")}
+    if measuring and not no_gpu and measuring.isdisjoint(done):
+        bad.append("nothing was measured")
     return bad
 
 

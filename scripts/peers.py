@@ -104,9 +104,9 @@ def systems(
     whole = engines_of(model, (last,))
     bare = engines_of(without_exit_0, (last,))
     short = None if cut is None else engines_of(cut)
+    for folder in filter(None, (engines, plain, whole, bare, short)):
+        add_targets(folder, data, target)
     if target is None:
-        for folder in filter(None, (engines, plain, whole, bare, short)):
-            add_all_targets(folder, data)
         targets = read_manifest(engines).targets
         target = max(targets, key=lambda name: targets[name].relative_speed or 0)
 
@@ -174,11 +174,11 @@ def decisions_of(classifier: Path, data: Path, place: Path) -> Path:
     return file
 
 
-def add_all_targets(engines: Path, data: Path) -> None:
-    """Build the targets for CPUs in all precisions, unless that is done."""
-    if not any("int8" in name for name in read_manifest(engines).targets):
-        texts = read(str(data), "train")[0]
-        build_targets(engines, buildable((*OPENVINO_TARGETS, *INT8_TARGETS)), texts)
+def add_targets(engines: Path, data: Path, target: str | None) -> None:
+    """Build a target, or those for CPUs in all precisions, unless that is done."""
+    wanted = (target,) if target else (*OPENVINO_TARGETS, *INT8_TARGETS)
+    if wanted[-1] not in read_manifest(engines).targets:
+        build_targets(engines, buildable(wanted), read(str(data), "train")[0])
 
 
 def rules_of(

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...calibration.calibrate import calibrate
-from ...calibration.goals import Bound, CalibrationOptions
+from ...calibration.goals import CalibrationOptions
 from ...calibration.guarantee import check_possible
 from ...calibration.progress import Progress
 from ...calibration.result import Calibration, Report
@@ -110,20 +110,14 @@ class Classification(ConversionTask[Row]):
         return learn(train, choose, model, _SEED, progress)
 
     def certify(
-        self,
-        engines: Path,
-        target: str,
-        logits: Logits,
-        chosen: Chosen,
-        bound: Bound,
-        progress: Progress,
+        self, engines: Path, target: str, logits: Logits, chosen: Chosen, progress: Progress
     ) -> Calibration:
         """A calibration for the bound, with the decisions of the classifier as reference."""
         texts = self.texts
         certifying = [texts.units[number] for number in texts.calibrate]
         reported = [texts.units[number] for number in texts.report]
         options = CalibrationOptions(
-            goals={bound.point: bound},
+            goals={self.bound.point: self.bound},
             metric=AGREEMENT,
             target=target,
             threads=self.options.threads,

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ...calibration.goals import Bound
 from ...calibration.progress import Progress
 from ...calibration.query_logits import NEAR_TOP, QueryLogits, errors_near_top, saved
 from ...calibration.ranking import Queries, RankingPoint, calibrate_ranking
@@ -151,13 +150,7 @@ class Ranking(ConversionTask[Query]):
         return FirstStage(msgspec.convert(spec, FirstStageSpec))
 
     def certify(
-        self,
-        engines: Path,
-        target: str,
-        logits: Logits,
-        chosen: Chosen,
-        bound: Bound,
-        progress: Progress,
+        self, engines: Path, target: str, logits: Logits, chosen: Chosen, progress: Progress
     ) -> RankingPoint:
         """A calibration for the bound, with the ranking of the reranker as reference."""
         return calibrate_ranking(
@@ -167,7 +160,7 @@ class Ranking(ConversionTask[Query]):
             self._queries(self.texts.report, logits),
             self._errors(EnginesFolder.read(engines).manifest.first_stage, logits, chosen),
             self.top,
-            bound,
+            self.bound,
             self.options.threads,
             progress,
         )

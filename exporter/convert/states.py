@@ -239,7 +239,7 @@ def _fitting(
             return most, kept
         if max(counts) == 1:
             raise InputError(
-                f"the hidden states of a single query fill {_MOST_BYTES / 2**30:.0f} GiB",
+                f"the hidden states of two queries are more than {_MOST_BYTES / 2**30:.0f} GiB",
                 "give fewer documents to each query, or a smaller `max_length`",
             )
         share *= min(0.99, most_tokens / total)

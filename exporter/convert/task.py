@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Generic
 
@@ -24,9 +25,14 @@ from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
 from ...runtime.first_stage import FirstStage
 from ..model import MultiExitModel
+from ..targets.builders import INT8_TARGETS, OPENVINO_TARGETS
 from .heads import Judged, Lesson
 from .options import Chosen, ConvertOptions
 from .texts import AnyUnit, Numbers, Texts, split
+
+# With int8, the texts that certify also choose among several targets, of which one may keep the
+# promise by chance. So all of them together have the confidence.
+_TARGETS = 1 + len(OPENVINO_TARGETS) + len(INT8_TARGETS)
 
 Result = Calibration | RankingPoint
 Logits = NDArray[np.float32]
@@ -41,7 +47,7 @@ class ConversionTask(ABC, Generic[AnyUnit]):
 
     Attributes:
         options: the settings.
-        bound: what is promised.
+        bound: what is promised of each target.
         texts: the units and their parts.
         rows: the rows of all units.
         warnings: what makes the result less useful.
@@ -63,6 +69,9 @@ class ConversionTask(ABC, Generic[AnyUnit]):
     def __init__(self, source: str | Path, options: ConvertOptions) -> None:
         self.options = options
         self.bound = options.bound or Bound(changed_answers=self.usual_share)
+        if options.int8:
+            level = (1 - self.bound.confidence) / _TARGETS
+            self.bound = replace(self.bound, confidence=1 - level)
         self.warnings: list[str] = []
         self._check_options()
         others = options.train_texts
@@ -153,13 +162,7 @@ class ConversionTask(ABC, Generic[AnyUnit]):
 
     @abstractmethod
     def certify(
-        self,
-        engines: Path,
-        target: str,
-        logits: Logits,
-        chosen: Chosen,
-        bound: Bound,
-        progress: Progress,
+        self, engines: Path, target: str, logits: Logits, chosen: Chosen, progress: Progress
     ) -> Result:
         """Certify and report on a target of an engines folder.
 
@@ -168,7 +171,6 @@ class ConversionTask(ABC, Generic[AnyUnit]):
             target: the target.
             logits: `[rows, labels]` of the classifier.
             chosen: the heads of the early exits.
-            bound: what is promised.
             progress: called with (what, done, total).
         """
 

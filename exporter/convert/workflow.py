@@ -341,23 +341,15 @@ class _Work:
         return [f"not built: {', '.join(names)}: {why}" for why, names in refused.items()]
 
     def _certify(self, engines: Path, logits: NDArray[np.float32], chosen: Chosen) -> Conversion:
-        """Certify the targets; the default is the fastest one that keeps its promise.
-
-        The texts that certify also choose among the targets. With int8 there are several, of which
-        some may keep the promise by chance, so all of them together have the confidence.
-        """
+        """Certify the targets; the default is the fastest one that keeps its promise."""
         given = self.given
         texts = given.texts
         folder = EnginesFolder.read(engines)
         manifest = folder.manifest
         others = runnable_targets(folder) if self.options.int8 else [manifest.default_target]
-        names = list(dict.fromkeys([FP32_TARGET, *others]))
-        bound = given.bound
-        if self.options.int8:
-            bound = replace(bound, confidence=1 - (1 - bound.confidence) / len(names))
         by_name = {
-            name: given.certify(engines, name, logits, chosen, bound, self.progress)
-            for name in names
+            name: given.certify(engines, name, logits, chosen, self.progress)
+            for name in dict.fromkeys([FP32_TARGET, *others])
         }
         depths = {
             name: _point_of(each).chosen_on.mean_depth

@@ -309,7 +309,7 @@ def guarantee_in_words(point: OperatingPoint, unit: str) -> str:
     if point.certificate is None:
         return ""
     tested = [f"{each} (tested on {each.rows:,} {unit})" for each in point.certificate.promises]
-    return f"{' and '.join(tested)}, with {point.certificate.confidence:g} % confidence"
+    return f"{' and '.join(tested)}, with {point.certificate.confidence:.4g} % confidence"
 
 
 def _template(name: str) -> str:

@@ -59,7 +59,7 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         *most, last = map(str, self.promises)
         words = f"{', '.join(most)} and {last}" if most else last
-        return f"{words}, with {self.confidence:g} % confidence"
+        return f"{words}, with {self.confidence:.4g} % confidence"
 
 
 class Goal(msgspec.Struct, frozen=True, kw_only=True):

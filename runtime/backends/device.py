@@ -197,14 +197,15 @@ class DeviceExecution(Execution):
 
     def malloc(self, size: int) -> int:
         """Allocate device memory, and free what no call uses if there is too little."""
-        for free_some in (self._free_unused, self.backend.drop_idle):
+        for free_some in (self.free_unused, self.backend.drop_idle):
             try:
                 return self.cuda.malloc(size)
             except BackendError:
                 free_some()
         return self.cuda.malloc(size)
 
-    def _free_unused(self) -> None:
+    def free_unused(self) -> None:
+        """Free the buffers and runners that no group uses."""
         self._shrink(0)
         self.shared.clear()  # runners that are still needed keep theirs
 

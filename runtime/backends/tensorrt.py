@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
-_HEADER_BYTES = 64
 _MOST_ERRORS = 1000  # that are kept; an operation reports far fewer
 _LESS_MEMORY = "use fewer threads, or close other programs that use the GPU"
 
@@ -152,22 +151,28 @@ class RuntimeCache:
 
     def config(self, trt: Any, graph: str, engine: Any) -> Any:
         """The configuration of an engine's next context, which uses the cache."""
-        self._is_new = True  # the library compiles for the context when it first runs
         if graph in self._configs:
+            self._is_new = True  # the library compiles for the context when it first runs
             return self._configs[graph]
+        begun = self._errors.count
+        refused = "TensorRT for RTX cannot configure an execution context"
         runtime_config = engine.create_runtime_config()
+        self._errors.must(runtime_config is not None, refused, begun)
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         runtime_config.set_execution_context_allocation_strategy(strategy)
         # By default, kernels for a shape are compiled in the background while slow ones run.
         eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         runtime_config.dynamic_shapes_kernel_specialization_strategy = eager
         if self._cache is None:
-            self._cache = runtime_config.create_runtime_cache()
+            cache = runtime_config.create_runtime_cache()
+            self._errors.must(cache is not None, refused, begun)
+            self._cache = cache
             content = compiled_cache.read(self._key)
             if content is not None and not self._cache.deserialize(bytes(content)):
                 logger.info("what was compiled before is for another driver, so it is replaced")
-        runtime_config.set_runtime_cache(self._cache)
+        self._errors.must(runtime_config.set_runtime_cache(self._cache), refused, begun)
         self._configs[graph] = runtime_config
+        self._is_new = True
         return runtime_config
 
     def save(self) -> None:
@@ -303,10 +308,12 @@ class TensorRtBackend(DeviceBackend):
             if self._compiled is not None:
                 how = self._compiled.config(self.trt, graph, engine)
             context = engine.create_execution_context(how)
-        if context is None:  # for lack of memory, which executions that no call uses may hold
-            self.drop_idle()
-            with self._lock:
-                context = engine.create_execution_context(how)
+        # For lack of memory, which this execution or others that no call uses may hold.
+        for free_some in (execution.free_unused, self.drop_idle):
+            if context is None:
+                free_some()
+                with self._lock:
+                    context = engine.create_execution_context(how)
         if context is None:
             free, total = self.cuda.memory()
             raise BackendError(
@@ -337,7 +344,9 @@ class TensorRtBackend(DeviceBackend):
         plan = path.read_bytes()
         begun = self._errors.count
         if self._compiled is not None:
-            validity, _ = self._runtime.get_engine_validity(plan[:_HEADER_BYTES])
+            validity, _ = self._runtime.get_engine_validity(
+                plan[: self._runtime.engine_header_size]
+            )
             if validity == self.trt.EngineValidity.INVALID:
                 raise ArtifactError(
                     f"{path} was not built for this GPU and this release of TensorRT for RTX: "

@@ -152,7 +152,7 @@ class Inputs:
 def _no_columns(problem: str) -> InputError:
     return InputError(
         f"{problem}, which has no columns",
-        "save it under a name that ends in .csv, .tsv or .jsonl, or set `input_format`",
+        "save it under a name that ends in .jsonl, .csv or .tsv, or set `input_format`",
     )
 
 

@@ -129,7 +129,7 @@ def query(content: object, *options: object) -> Make:
 
 
 def too_many_tokens(place: Place) -> Arguments:
-    place.patch.setattr("fpabee.runtime.core._WINDOW_BYTES", 2**16)
+    place.patch.setattr("fpabee.runtime.core._QUERY_BYTES", 2**16)
     return query({"query": "rain", "documents": ["sun"] * 500})(place)
 
 
@@ -149,7 +149,7 @@ QUERIES = [
     Case("too many tokens in a query", too_many_tokens, "line 2", "500 documents", "tokens",
          "--max-length"),
     Case("plain texts for a ranker",
-         lambda p: p.run_texts(folder=p.rankers["bert"]), "texts.txt, line 1", "'documents'"),
+         lambda p: p.run_texts(folder=p.rankers["bert"]), "texts.txt", "no columns", ".jsonl"),
     Case("queries for a classifier", given("in.jsonl", json.dumps(GOOD)), "line 1 is a query"),
     Case("rankings as CSV", query(GOOD, "--output", "out.csv"), "out.csv", ".jsonl"),
     Case("rankings as Parquet", query(GOOD, "--output", "out.parquet"), "out.parquet", ".jsonl"),

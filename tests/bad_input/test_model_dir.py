@@ -120,7 +120,8 @@ def trained(change: Change) -> Make:
     """A training of a changed encoder."""
 
     def make(place: Place) -> Arguments:
-        rows = place.file("rows.jsonl", '{"text": "rain", "label": "a"}\n')
+        lines = [f'{{"text": "rain", "label": "{label}"}}\n' for label in "ab"]
+        rows = place.file("rows.jsonl", "".join(lines))
         encoder = ["--backbone", place.model(change), "-o", place.root / "out", "--quiet"]
         return ["train", "--train", rows, "--dev", rows, *encoder]
 

@@ -215,8 +215,10 @@ class FakeRuntime:
             return None
         return FakeEngine(self._trt, plan)
 
+    engine_header_size = 72
+
     def get_engine_validity(self, header: bytes) -> tuple[Any, int]:
-        assert len(header) == 64
+        assert len(header) == self.engine_header_size
         validity = self._trt.EngineValidity
         return (validity.INVALID if self._trt.plans(header) is None else validity.VALID), 0
 

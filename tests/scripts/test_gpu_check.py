@@ -44,7 +44,7 @@ import json, os, subprocess, sys, time
 from pathlib import Path
 output, name = Path(sys.argv[2]), sys.argv[6]
 lines = [json.dumps(["note", name])]
-if name == "skips":
+if name.endswith("skips"):
     lines.append(json.dumps(["skipped", "TensorRT is not installed"]))
 if name == "differs":
     lines.append(json.dumps(["Checks", "tensorrt", "Labels.", "5 differ", "BAD"]))
@@ -107,6 +107,11 @@ def test_a_part_that_crashes_or_hangs_does_not_lose_what_it_or_others_found(
     for name, (state, reason) in reasons.items():
         assert re.search(rf"\| {name} \| {state} \| \d+ s \| {reason}{name} \|", text)
     assert ends(int((fake / "logs" / "hangs.log").read_text("utf-8").split()[-1]))
+
+
+def test_a_check_that_measures_nothing_is_bad(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "PARTS", {"works": 500.0, "measure-skips": 500.0})
+    assert gpu_check.check(fake, "minilm", 60) == ["nothing was measured"]
 
 
 @pytest.fixture

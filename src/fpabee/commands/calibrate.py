@@ -49,8 +49,8 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 @options.engines
 @options.path(
     "--data",
-    "Labelled rows like those to classify. A guarantee holds only if the model was not trained on "
-    "them.",
+    "Rows like those to classify, with labels unless the goal needs none. A guarantee holds only "
+    "if the model was not trained on them.",
 )
 @options.path("--test", "Other rows to evaluate the result on. Default: cross-validation.")
 @options.number("--max-drop", "Goal: at most this drop of the metric, in points.", min=0, max=100)

@@ -46,7 +46,7 @@ fpabee-export model_dir -o engines/ --exits 4,8,12
 @options.numbers(
     "--exits",
     "N,N,...",
-    "Exits to keep. Default: all.",
+    "Exits to keep, by number. Default: all.",
 )
 @options.flag("--fp16", "Also build the targets in fp16 that this machine can, for GPUs.")
 @options.flag("--int8", "Also build the targets in int8 that this machine can, for CPUs.")

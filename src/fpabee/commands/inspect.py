@@ -151,8 +151,8 @@ def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
             "no" if state["unavailable_reason"] else "yes",
         )
         below += [
-            f"operating point {point}{' (default)' * (point == target.default_operating_point)} of "
-            f"{name}: {_promised(record)}; {record.mean_depth:.2f} layers per {unit}"
+            f"{name} {point}{' (default)' * (point == target.default_operating_point)}: "
+            f"{_promised(record)}; {record.mean_depth:.2f} layers per {unit}"
             for point, record in target.operating_points.items()
         ]
         if state["unavailable_reason"]:

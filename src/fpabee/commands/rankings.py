@@ -114,4 +114,4 @@ def certificate_in_words(certificate: Certificate, top: object) -> str:
     """
     (promise,) = certificate.promises
     most = f"at most {promise.at_most:g} % of new queries have another top {top}"
-    return f"{most}, with {certificate.confidence:g} % confidence"
+    return f"{most}, with {certificate.confidence:.4g} % confidence"

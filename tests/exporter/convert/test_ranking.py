@@ -21,7 +21,7 @@ from sklearn.linear_model import LinearRegression
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fpabee.calibration import Bound, calibrate
-from fpabee.calibration.ranking import Queries, calibrate_ranking
+from fpabee.calibration.ranking import Queries, _times, calibrate_ranking
 from fpabee.exporter import export
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.convert import Conversion, ConvertOptions, convert, ranking, states, workflow
@@ -446,3 +446,19 @@ def test_what_is_not_for_rerankers_refuses_them(converted: Converted) -> None:
         calibrate(converted.folder, [])
     with pytest.raises(InputError, match="rerankers cannot be trained here"):
         TrainOptions("train", "dev", "model", problem_type=ProblemType.RANKING)
+
+
+def test_queries_that_are_too_large_to_rank_are_not_timed(
+    converted: Converted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = converted.report.queries
+    sizes = sorted(len(query.documents) for query in queries)
+    with Engine.load(converted.folder) as engine:
+        fits = engine.core.is_query_possible
+        most = sizes[len(sizes) // 2]
+        monkeypatch.setattr(engine.core, "is_query_possible", lambda rows: len(rows) <= most)
+        assert _times(engine, queries, engine.rule).documents == most
+        monkeypatch.setattr(engine.core, "is_query_possible", fits)
+        monkeypatch.setattr("fpabee.runtime.core._QUERY_BYTES", 1)
+        with pytest.raises(InputError, match="give fewer documents"):
+            _times(engine, queries, engine.rule)

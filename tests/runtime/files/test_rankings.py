@@ -135,7 +135,7 @@ def test_a_resumed_run_gives_the_same_rankings_and_the_same_summary(
 def test_skipped_queries_are_records_of_their_errors(
     run: Run, ranker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fpabee.runtime.core._WINDOW_BYTES", 2**16)
+    monkeypatch.setattr("fpabee.runtime.core._QUERY_BYTES", 2**16)
     good = {"query": QUERY, "documents": documents(5)}
     bad = [{"query": QUERY}, good | {"scores": [1]}, good | {"documents": ["the sun"] * 500}]
     source = write_lines(tmp_path / "in.jsonl", good, *bad, good)
