@@ -51,7 +51,7 @@ def test_a_folder_is_described(
     assert max(map(len, result.stdout.splitlines())) <= 80
     facts = "no guarantee; goal: drop at most 0.5 points; 1.00 layers per text"
     words = " ".join(result.stdout.split())
-    assert f"point safe (default) of onnxruntime-fp32: {facts}" in words
+    assert f"onnxruntime-fp32 safe (default): {facts}" in words
     content = json.loads(run(folder, "--env", "--json").stdout)
     assert content["exit_layers"] == [1, 2, 3]
     (target,) = content["targets"]

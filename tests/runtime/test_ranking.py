@@ -228,8 +228,8 @@ def test_bad_calls_are_refused(
         call(engine)
 
 
-def test_too_many_tokens_are_refused(engine: Engine) -> None:
-    engine.core.window_bytes = 2**16
+def test_too_many_tokens_are_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpabee.runtime.core._QUERY_BYTES", 2**16)
     with pytest.raises(InputError, match="200 documents with their query have"):
         engine.rank(QUERY, documents(200))
 

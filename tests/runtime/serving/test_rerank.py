@@ -237,7 +237,7 @@ def test_bad_requests(server: Server, path: str, status: int, says: str, content
 
 
 def test_too_many_tokens_are_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.engine.core, "window_bytes", 2**12)
+    monkeypatch.setattr("fpabee.runtime.core._QUERY_BYTES", 2**12)
     response = server.post("/v1/rerank", COMMON)
     assert response.status_code == 400
     assert "tokens" in server.check("/v1/rerank", response)["error"]
