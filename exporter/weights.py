@@ -26,8 +26,8 @@ def read_weights(folder: Path, names: Sequence[str] = WEIGHTS) -> dict[str, Tens
 
     Args:
         folder: a model_dir.
-        names: what the file of weights may be called; the first that is there is read. Instead of
-            it, there may be an index, `NAME.index.json`, of the files that hold parts of it.
+        names: the names that the file of weights may have. The first one that exists is read, or
+            the files that an index, `NAME.index.json`, lists in its place.
 
     Raises:
         ModelError: a file is missing or damaged, is outside of the folder, or holds more than

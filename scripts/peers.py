@@ -177,7 +177,10 @@ def decisions_of(classifier: Path, data: Path, place: Path) -> Path:
 def add_targets(engines: Path, data: Path, target: str | None) -> None:
     """Build a target, or those for CPUs in all precisions, unless that is done."""
     wanted = (target,) if target else (*OPENVINO_TARGETS, *INT8_TARGETS)
-    if wanted[-1] not in read_manifest(engines).targets:
+    built = read_manifest(engines).targets
+    # Not all of them can be built everywhere; int8 is built last.
+    is_done = target in built if target else any("int8" in name for name in built)
+    if not is_done:
         build_targets(engines, buildable(wanted), read(str(data), "train")[0])
 
 

@@ -192,10 +192,11 @@ class Partial:
                 os.fsync(stream.fileno())
             # Another run may use both names as soon as the rows are the output.
             self._settings_path.unlink(missing_ok=True)
-            made.replace(self.output)
-        except OSError:
-            self._write_settings()
-            raise
+            try:
+                made.replace(self.output)
+            except OSError:
+                self._write_settings()
+                raise
         finally:
             if made != self.path:
                 made.unlink(missing_ok=True)

@@ -56,10 +56,10 @@ class ReadOptions:
         input_format: the format, or its name; None: the suffix of the file name decides, and
             standard input is JSON lines if its first line starts with `{`, else plain text.
         text_column: the column or field that holds the text.
-        text_pair_column: the one with the second text; None: `text_pair`, if there is one that
-            holds nothing else; empty: there are no second texts.
-        label_column: the one with the true label or labels; None: `labels` or `label`, if there
-            is one that holds nothing else; empty: there are no labels.
+        text_pair_column: the one with the second text. None means `text_pair`, unless that column
+            is named for something else; an empty name means that there are no second texts.
+        label_column: the one with the true label or labels. None means `labels` or `label`, unless
+            that column is named for something else; an empty name means that there are no labels.
 
     Raises:
         InputError: two of the columns are the same.

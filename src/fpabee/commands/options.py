@@ -248,8 +248,8 @@ def chosen_rule(default: ExitRule, text: str) -> ExitRule:
     are given.
 
     Raises:
-        click.UsageError: a word is not a setting, there is none, there is no such rule, or its
-            settings are wrong, whatever the model.
+        click.UsageError: the text is empty, a word in it is not a setting, no rule has this name,
+            or the rule does not take these settings, whatever the model is.
     """
     words = text.split() or [""]
     name = "" if "=" in words[0] else words.pop(0)

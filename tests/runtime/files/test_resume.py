@@ -392,3 +392,16 @@ def test_the_settings_of_a_run_that_begins_at_the_end_of_another_stay(
     first.finish(None)
     assert json.loads(settings.read_text()) == {"run": 2}
     others[0].close(keep=False)
+
+
+def test_a_table_that_cannot_be_written_leaves_the_settings_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk, writing them again would lose them."""
+    partial = Partial(tmp_path / "out.csv", {"run": 1}, resume=False)
+    partial.write({"index": 0, "exit": 1})
+    monkeypatch.setattr(Partial, "_write_settings", Mock(side_effect=AssertionError))
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        partial.finish(Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+    partial.leave()
+    assert json.loads((tmp_path / "out.csv.partial.run").read_text()) == {"run": 1}
