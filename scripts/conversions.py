@@ -202,7 +202,7 @@ def run_conversion(
 
 def with_linear_heads(model: Path, texts: Path, engines: Path) -> dict[str, Any]:
     """The same conversion, but all heads are linear and see the mean of the tokens."""
-    with mock.patch.object(heads, "forms_for", return_value=[Form(Pooling.MEAN)]):
+    with mock.patch.object(heads, "form_for", return_value=Form(Pooling.MEAN)):
         return run_conversion(model, texts, engines)
 
 

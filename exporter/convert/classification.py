@@ -31,7 +31,7 @@ from ..model import MultiExitModel
 from ..training.bag_of_ngrams import learn
 from ..training.examples import Examples
 from ..training.trainer import label_losses, probabilities
-from .heads import Judged, Lesson
+from .heads import PASSES, Judged, Lesson
 from .options import Chosen, ConvertOptions
 from .task import ConversionTask, Logits, Result
 from .texts import Numbers
@@ -48,6 +48,7 @@ class Classification(ConversionTask[Row]):
     usual_share = 0.01
     two_lists = True
     fewest_tokens = 32
+    learns_from_altered = True
 
     def __init__(self, source: str | Path, options: ConvertOptions) -> None:
         super().__init__(source, options)
@@ -64,11 +65,13 @@ class Classification(ConversionTask[Row]):
         check_possible(self.bound, task, logits[self.texts.calibrate])
 
     def lesson(self, task: Task, logits: Logits, numbers: Numbers) -> Lesson:
-        """The probabilities of the classifier."""
+        """The probabilities of the classifier; altered rows do not make the training longer."""
+        own = np.count_nonzero(numbers < len(self.rows))
         return Lesson(
             targets=probabilities(torch.from_numpy(logits[numbers]), task.problem_type),
             weights=torch.ones(len(numbers)),
             loss=partial(label_losses, problem_type=task.problem_type),
+            passes=PASSES * own / len(numbers),
         )
 
     def judge(
@@ -103,9 +106,10 @@ class Classification(ConversionTask[Row]):
     ) -> ExitZero:
         """A bag of n-grams that learns the probabilities of the classifier."""
         targets = probabilities(torch.from_numpy(logits), task.problem_type).numpy()
+        altered = np.arange(len(self.rows), len(rows))
         train, choose = (
             Examples([rows[n] for n in numbers], targets[numbers])
-            for numbers in (self.texts.train, self.texts.choose)
+            for numbers in (np.concatenate([self.texts.train, altered]), self.texts.choose)
         )
         return learn(train, choose, model, _SEED, progress)
 

@@ -1,12 +1,14 @@
-"""The heads of the early exits: trained on stored states, in a form that suits the texts.
+"""The heads of the early exits: trained on stored states, in a form that suits the classifier.
 
-Which form is best depends on the data, so every form is trained on one part of the texts, and
-another part chooses. Training sees pooled states as standardised, which becomes part of the
+A choice among forms by some hundred texts would be a matter of chance, so a head attends with as
+many queries as it may cost. Whether every layer has an exit, or every second one, is judged on
+texts that trained nothing. Training sees pooled states as standardised, which becomes part of the
 weights.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,12 +26,14 @@ from .classifier import Classifier
 from .options import Chosen, Form
 from .states import States
 
-_QUERIES = (1, QUERIES)
+# The first that costs little enough.
+_QUERIES = (QUERIES, 1)
 _LR = 2e-3
 _WEIGHT_DECAY = 0.02
 _DROPOUT = 0.2
 _BATCH = 128
-_EPOCHS = 25
+PASSES = 25
+_FEWEST_STEPS = 250
 _MOST_STEPS = 2000
 # Batches of a group have rows of similar length, which saves padding.
 _GROUP = 4
@@ -62,6 +66,8 @@ class Lesson:
         loss: the losses `[rows]` of outputs `[rows, labels]` for targets `[rows, labels]`.
         mean: of the logits that outputs stand for: outputs are standardised logits.
         deviation: of the logits.
+        passes: how often heads learn from each row, unless that is less than 250 or more than 2,000
+            steps.
     """
 
     targets: Tensor
@@ -69,6 +75,7 @@ class Lesson:
     loss: Callable[[Tensor, Tensor], Tensor]
     mean: float = 0.0
     deviation: float = 1.0
+    passes: float = PASSES
 
     def loss_of(self, outputs: Tensor, numbers: Numbers) -> Tensor:
         """The mean loss of outputs `[numbers, labels]` for some rows."""
@@ -86,11 +93,12 @@ class Judged:
     errors: tuple[float, ...] = ()
 
 
-def forms_for(classifier: Classifier) -> list[Form]:
-    """The forms that compete, the cheapest first."""
+def form_for(classifier: Classifier) -> Form:
+    """The form with the most queries that costs at most 5 % of the layers, or else linear heads."""
     width = attending_width(int(classifier.model.config.hidden_size))
-    attending = [Form(Pooling.ATTENTION, width, queries) for queries in _QUERIES]
-    return [Form(Pooling.BOTH), *attending]
+    attending = (Form(Pooling.ATTENTION, width, queries) for queries in _QUERIES)
+    fit = (form for form in attending if cost_of_heads(form, classifier) <= _MOST_COST)
+    return next(fit, Form(Pooling.BOTH))
 
 
 def make_heads(form: Form, classifier: Classifier) -> list[Head]:
@@ -150,7 +158,8 @@ def train_heads(
         if head.queries is not None:
             by_token = _Scaled(factor[:hidden])
             parametrize.register_parametrization(head.queries, "weight", by_token)
-    steps = min(_MOST_STEPS, _EPOCHS * -(-count // _BATCH))
+    wanted = math.ceil(lesson.passes * -(-count // _BATCH))
+    steps = min(_MOST_STEPS, max(_FEWEST_STEPS, wanted))
     own = [weight for head in heads for weight in head.parameters()]
     optimizer = torch.optim.AdamW(own, lr=_LR, weight_decay=_WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=steps)
@@ -226,7 +235,7 @@ def choose_form(
     judge: Judge,
     progress: Progress,
 ) -> Chosen:
-    """Train every form on some rows, and choose by the other rows.
+    """Train heads on some rows, and let the other rows choose which layers have an exit.
 
     Args:
         classifier: the classifier, with at least two layers.
@@ -237,31 +246,28 @@ def choose_form(
             and by what they and full depth cost, `[exits + 1]`, as shares of all layers.
         progress: called with (what, done, total).
     """
-    forms = forms_for(classifier)
-    shares = {form: cost_of_heads(form, classifier) for form in forms}
-    fit = [form for form in forms if shares[form] <= _MOST_COST or form == forms[0]]
-    others = np.arange(trained, len(states))
+    progress("choose exits", 0, 1)
+    form = form_for(classifier)
+    cost = cost_of_heads(form, classifier)
+    heads = train_heads(form, classifier, states, lesson, trained)
+    logits = logits_of(heads, states, np.arange(trained, len(states)))
     candidates = []
-    for number, form in enumerate(fit):
-        progress("choose heads", number, len(fit))
-        heads = train_heads(form, classifier, states, lesson, trained)
-        logits = logits_of(heads, states, others)
-        for every in (1, 2):
-            own = replace(form, every=every)
-            layers = np.array([*own.exits(classifier.layers), classifier.layers])
-            # A row pays for the heads that it meets.
-            heads_met = np.arange(1, len(layers) + 1).clip(max=len(layers) - 1)
-            costs = layers / classifier.layers + heads_met * shares[form] / (classifier.layers - 1)
-            judged = judge(logits[layers[:-1] - 1], costs)
-            candidates.append(
-                Chosen(
-                    agreement=judged.agreement,
-                    form=own,
-                    heads_cost=shares[form],
-                    saved=judged.saved,
-                    errors=judged.errors,
-                )
+    for every in (1, 2):
+        own = replace(form, every=every)
+        layers = np.array([*own.exits(classifier.layers), classifier.layers])
+        # A row pays for the heads that it meets.
+        heads_met = np.arange(1, len(layers) + 1).clip(max=len(layers) - 1)
+        costs = layers / classifier.layers + heads_met * cost / (classifier.layers - 1)
+        judged = judge(logits[layers[:-1] - 1], costs)
+        candidates.append(
+            Chosen(
+                agreement=judged.agreement,
+                form=own,
+                heads_cost=cost,
+                saved=judged.saved,
+                errors=judged.errors,
             )
+        )
     return max(candidates, key=lambda each: each.saved)
 
 

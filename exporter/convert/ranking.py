@@ -53,6 +53,7 @@ class Ranking(ConversionTask[Query]):
     two_lists = False
     # Heads look for the tokens of a document that answer a query, so a sample would mislead them.
     fewest_tokens = 512
+    learns_from_altered = False
 
     def __init__(self, source: str | Path, options: ConvertOptions) -> None:
         self.top = options.top or _TOP

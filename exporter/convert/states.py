@@ -10,7 +10,8 @@ import errno
 import io
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from ..model import predict
 from .classifier import Classifier
 
 _BATCH = 32  # small, because long texts need much memory
+_MOST_WORKERS = 4  # each of them has a batch in memory
 _MOST_BYTES = 4 * 2**30  # of states in a file
 # If not even so many units fit, rows contribute fewer tokens than their task asks for.
 _ENOUGH_UNITS = 200
@@ -116,6 +118,12 @@ class _WithStates(nn.Module):
         return torch.cat([output.logits, values], dim=1)
 
 
+def most_tokens(classifier: Classifier) -> int:
+    """How many tokens have states that fit into the file."""
+    states = (classifier.layers - 1) * int(classifier.model.config.hidden_size)
+    return _MOST_BYTES // (np.dtype(np.float16).itemsize * states)
+
+
 def run_classifier(
     classifier: Classifier,
     rows: Sequence[EncodedRow],
@@ -161,10 +169,10 @@ def run_classifier(
     hidden = int(classifier.model.config.hidden_size)
     shape = (classifier.layers - 1, hidden)
     lengths = np.array([len(row) for row in rows])
-    most_tokens = _MOST_BYTES // (2 * shape[0] * shape[1])
     if units is None:
         units = np.arange(len(taught))
-    most, kept = _fitting(lengths[taught], units, trained, most_tokens, fewest_tokens)
+    fitting = most_tokens(classifier)
+    most, kept = _fitting(lengths[taught], units, trained, fitting, fewest_tokens)
     numbers_kept = taught[kept]
     tokens = lengths[numbers_kept].clip(max=most)
     starts = np.concatenate([[0], np.cumsum(tokens)])
@@ -178,12 +186,16 @@ def run_classifier(
         run = np.arange(len(rows)) if needed is None else np.union1d(numbers_kept, needed)
         # Rows of similar length are in one batch.
         order = run[np.argsort(lengths[run], kind="stable")]
+        parts = np.array_split(order, range(_BATCH, len(order), _BATCH))
+
+        def outputs_of(numbers: NDArray[np.intp]) -> NDArray[np.float32]:
+            some = [rows[number] for number in numbers]
+            return predict(model, some, padding, lambda each: each, batch=_BATCH)
+
         with _new_file(states_file, (int(starts[-1]), *shape)) as states:
-            for start in range(0, len(order), _BATCH):
-                progress("classify the texts", start, len(order))
-                numbers = order[start : start + _BATCH]
-                some = [rows[number] for number in numbers]
-                outputs = predict(model, some, padding, lambda each: each, batch=_BATCH)
+            every = zip(parts, _at_once(outputs_of, parts), strict=True)
+            for done, (numbers, outputs) in enumerate(every):
+                progress("classify the texts", done * _BATCH, len(order))
                 logits[numbers] = outputs[:, :labels]
                 values = outputs[:, labels:].reshape(len(numbers), -1, *shape)
                 for n, at in enumerate(place[numbers]):
@@ -195,6 +207,25 @@ def run_classifier(
             write_whole(logits_file, content.getvalue())  # last: it says that both are complete
     states = np.load(states_file, mmap_mode="c")
     return np.load(logits_file), States(numbers_kept, starts, states)
+
+
+def _at_once(
+    run: Callable[[NDArray[np.intp]], NDArray[np.float32]], parts: Sequence[NDArray[np.intp]]
+) -> Iterator[NDArray[np.float32]]:
+    """What a function of PyTorch gives for parts, several of which run at once, in their order.
+
+    The threads of a CPU are shared out, so that up to four have one each. Beside other work,
+    threads that share a part would wait for each other most of the time.
+    """
+    threads = torch.get_num_threads()
+    workers = 1 if torch.cuda.is_available() else min(_MOST_WORKERS, threads)
+    of_each = threads // workers
+    try:
+        with ThreadPoolExecutor(workers, "classify", torch.set_num_threads, (of_each,)) as pool:
+            for start in range(0, len(parts), 2 * workers):  # results of few parts are kept
+                yield from pool.map(run, parts[start : start + 2 * workers])
+    finally:
+        torch.set_num_threads(threads)  # a part of the setting is that of the whole process
 
 
 def _fitting(

@@ -65,6 +65,8 @@ class ConversionTask(ABC, Generic[AnyUnit]):
     """Whether settings with exit 0 are a second list that is tested."""
     fewest_tokens: ClassVar[int]
     """Of a row whose tokens do not all teach heads, because there are too many of them."""
+    learns_from_altered: ClassVar[bool]
+    """Whether exits also learn from altered rows, which come after all others."""
 
     def __init__(self, source: str | Path, options: ConvertOptions) -> None:
         self.options = options
@@ -154,7 +156,7 @@ class ConversionTask(ABC, Generic[AnyUnit]):
 
         Args:
             task: of the model.
-            rows: all rows.
+            rows: all rows, altered ones last.
             logits: `[rows, labels]` of the classifier.
             model: whose task and vocabulary it gets.
             progress: called with (what, done, total).

@@ -54,7 +54,7 @@ class Texts(Generic[AnyUnit]):
         units: the first one of each distinct text; those that only train and choose come last.
         weights: `[own]` how often each text occurs; there are none for train texts.
         train: numbers of the texts that train heads and exit 0.
-        choose: numbers of the texts that choose the form of the heads, and end the training of
+        choose: numbers of the texts that choose which layers have an exit, and end the training of
             exit 0; then they train the heads as well.
         calibrate: numbers of the texts that certify.
         report: numbers of the texts that the report is about, which decide nothing.

@@ -47,13 +47,14 @@ from ..targets.check import FP32_TARGET
 from ..targets.default import fastest_with_exits
 from ..tokenizer import load_tokenizer, pad_id, row_limit
 from ..training.examples import encoded_rows
+from .altered import altered
 from .classification import Classification
 from .classifier import Classifier, named_task
 from .heads import choose_form, store, train_heads
 from .options import Chosen, Conversion, ConvertOptions
 from .places import check_places, unfinished
 from .ranking import Ranking
-from .states import States, run_classifier
+from .states import States, most_tokens, run_classifier
 from .task import Result
 
 logger = logging.getLogger(__name__)
@@ -239,12 +240,20 @@ class _Work:
         numbers = given.numbers(taught)
         units = np.repeat(np.arange(len(taught)), given.lengths(taught))
         rows = encoded_rows(given.rows, self.tokenizer, self.max_length)
+        trained = len(given.numbers(given.texts.train))
+        if given.learns_from_altered:
+            copies = self._altered(rows)
+            new = np.arange(len(copies))
+            numbers = np.insert(numbers, trained, len(rows) + new)
+            units = np.insert(units, trained, len(taught) + new)
+            rows += copies
+            trained += len(copies)
         logits, states = run_classifier(
             self.teacher,
             rows,
             self.padding,
             numbers,
-            len(given.numbers(given.texts.train)),
+            trained,
             folder,
             self.progress,
             units=units,
@@ -273,6 +282,20 @@ class _Work:
             )
         return replace(conversion, warnings=(*warnings, *conversion.warnings))
 
+    def _altered(self, rows: Sequence[EncodedRow]) -> list[EncodedRow]:
+        """Altered copies of the rows that train, as far as their states fit beside all others.
+
+        Those that are the same as a row that certifies or is reported on are left out.
+        """
+        texts = self.given.texts
+        own = [rows[number] for number in self.given.numbers(texts.taught)]
+        room = most_tokens(self.teacher) - sum(map(len, own))
+        train = [rows[number] for number in self.given.numbers(texts.train)]
+        untaught = self.given.numbers(np.concatenate([texts.calibrate, texts.report]))
+        known = {rows[number].input_ids.tobytes() for number in untaught}
+        copies = altered(train, self.tokenizer.all_special_ids, self.max_length, room)
+        return [copy for copy in copies if copy.input_ids.tobytes() not in known]
+
     def _train(
         self,
         model_dir: Path,
@@ -295,7 +318,8 @@ class _Work:
         teacher = self.teacher
         given = self.given
         lesson = given.lesson(self.task, logits, states.rows)
-        count = int(np.isin(states.rows, given.numbers(given.texts.train)).sum())
+        chosen_by = given.numbers(given.texts.choose)
+        count = int(np.isin(states.rows, chosen_by, invert=True).sum())
         judge = partial(given.judge, self.task, logits, states.rows[count:])
         chosen = choose_form(teacher, states, lesson, count, judge, self.progress)
         form = chosen.form

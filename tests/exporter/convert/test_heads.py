@@ -19,13 +19,14 @@ from fpabee.exporter.convert.heads import (
     Lesson,
     choose_form,
     cost_of_heads,
+    form_for,
     logits_of,
     store,
     train_heads,
 )
 from fpabee.exporter.convert.options import Form
 from fpabee.exporter.convert.states import States
-from fpabee.exporter.exit_config import Pooling
+from fpabee.exporter.exit_config import Pooling, attending_width
 from fpabee.exporter.training.trainer import label_losses, probabilities
 
 from ...closeness import assert_exported
@@ -65,13 +66,38 @@ def judge(lesson: Lesson) -> Callable[[NDArray[np.float32], NDArray[np.float64]]
     return judged
 
 
-def test_the_form_whose_exits_agree_is_chosen(make: Make, quick: None) -> None:
+def test_heads_that_attend_learn_which_token_counts(make: Make, quick: None) -> None:
     classifier = Classifier(make("bert"))
     states, lesson = made_up(900)
     chosen = choose_form(classifier, states, lesson, 600, judge(lesson), silent)
     assert chosen.form.queries > 0
     assert min(chosen.agreement) > 0.85
     assert 0 < chosen.saved < 2 / 3
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_exits_that_save_more_are_chosen(every: int, make: Make, quick: None) -> None:
+    classifier = Classifier(make("bert"))
+    states, lesson = made_up(60)
+    counts = {1: 2, 2: 1}  # of three layers
+
+    def judged(exits: NDArray[np.float32], costs: NDArray[np.float64]) -> Judged:
+        return Judged((0.0,) * len(exits), float(len(exits) == counts[every]))
+
+    assert choose_form(classifier, states, lesson, 40, judged, silent).form.every == every
+
+
+def test_heads_have_as_many_queries_as_they_may_cost(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = Classifier(make("bert"))
+    width = attending_width(32)
+    forms = [Form(Pooling.ATTENTION, width, 4), Form(Pooling.ATTENTION, width, 1)]
+    costs = [cost_of_heads(form, classifier) for form in forms]
+    assert costs[0] > costs[1]
+    for limit, expected in ((costs[0], forms[0]), (costs[1], forms[1]), (0, Form(Pooling.BOTH))):
+        monkeypatch.setattr("fpabee.exporter.convert.heads._MOST_COST", limit)
+        assert form_for(classifier) == expected
 
 
 def test_what_heads_cost_is_counted_and_not_timed(make: Make) -> None:
@@ -84,16 +110,6 @@ def test_what_heads_cost_is_counted_and_not_timed(make: Make) -> None:
     assert costs == sorted(costs)
     shared = Classifier(make("albert"))  # it runs one layer three times
     assert cost_of_heads(Form(Pooling.MEAN), shared) == pytest.approx(costs[0], rel=0.01)
-
-
-def test_heads_that_cost_too_much_are_not_chosen(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fpabee.exporter.convert.heads._MOST_COST", 0.0)
-    states, lesson = made_up(60)
-    classifier = Classifier(make("bert"))
-    chosen = choose_form(classifier, states, lesson, 40, judge(lesson), silent)
-    assert (chosen.form.pooling, chosen.form.width) == (Pooling.BOTH, 0)
 
 
 FORMS = [Form(Pooling.BOTH), Form(Pooling.MEAN, 8), Form(Pooling.ATTENTION, 8, 3, every=2)]

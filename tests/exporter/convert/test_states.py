@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer
 from fpabee.calibration.progress import silent
 from fpabee.exporter.convert import states as states_module
 from fpabee.exporter.convert.classifier import Classifier
-from fpabee.exporter.convert.states import _new_file, run_classifier
+from fpabee.exporter.convert.states import _at_once, _new_file, run_classifier
 from fpabee.exporter.exit_config import Pooling
 from fpabee.exporter.model import by_row, predict
 from fpabee.exporter.training.examples import encoded_rows
@@ -67,6 +68,35 @@ def test_heads_see_in_training_what_they_see_in_the_model(
                 found = head(tokens[number], weights)
             assert_close(found, every[:, number], REQUIREMENTS["fp16"].tie)
         assert_exported(every[:, 2], logits[taught])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs one part at a time")
+def test_parts_run_at_once_with_fewer_threads_each() -> None:
+    before = torch.get_num_threads()
+    meeting = threading.Barrier(4, timeout=20)
+    asked = []
+
+    def run(numbers: NDArray[np.intp]) -> NDArray[np.float32]:
+        meeting.wait()  # of all workers
+        asked.append(torch.get_num_threads())
+        return numbers.astype(np.float32)
+
+    torch.set_num_threads(9)
+    try:
+        parts = np.split(np.arange(24), 12)
+        outputs = list(_at_once(run, parts))
+        assert torch.get_num_threads() == 9
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(outputs, parts)
+    assert asked == [2] * 12
+
+
+def test_an_error_of_a_part_is_raised_and_the_threads_are_as_before() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        list(_at_once(lambda numbers: np.zeros(1 // int(numbers[0]), np.float32), [np.array([0])]))
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize(
