@@ -29,8 +29,9 @@ from ...runtime.errors import InputError
 from ..model import predict
 from .classifier import Classifier
 
-_BATCH = 32  # small, because long texts need much memory
-_MOST_WORKERS = 4  # each of them has a batch in memory
+_BATCH = 32
+_BATCH_TOKENS = 4096  # few, because every worker has the states of a batch in memory
+_MOST_WORKERS = 4
 _MOST_BYTES = 4 * 2**30  # of states in a file
 # If not even so many units fit, rows contribute fewer tokens than their task asks for.
 _ENOUGH_UNITS = 200
@@ -184,18 +185,17 @@ def run_classifier(
         place[numbers_kept] = np.arange(len(numbers_kept))
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         run = np.arange(len(rows)) if needed is None else np.union1d(numbers_kept, needed)
-        # Rows of similar length are in one batch.
-        order = run[np.argsort(lengths[run], kind="stable")]
-        parts = np.array_split(order, range(_BATCH, len(order), _BATCH))
+        parts = _batches(run, lengths)
+        done = 0
 
         def outputs_of(numbers: NDArray[np.intp]) -> NDArray[np.float32]:
             some = [rows[number] for number in numbers]
             return predict(model, some, padding, lambda each: each, batch=_BATCH)
 
         with _new_file(states_file, (int(starts[-1]), *shape)) as states:
-            every = zip(parts, _at_once(outputs_of, parts), strict=True)
-            for done, (numbers, outputs) in enumerate(every):
-                progress("classify the texts", done * _BATCH, len(order))
+            for numbers, outputs in zip(parts, _at_once(outputs_of, parts), strict=True):
+                progress("classify the texts", done, len(run))
+                done += len(numbers)
                 logits[numbers] = outputs[:, :labels]
                 values = outputs[:, labels:].reshape(len(numbers), -1, *shape)
                 for n, at in enumerate(place[numbers]):
@@ -207,6 +207,17 @@ def run_classifier(
             write_whole(logits_file, content.getvalue())  # last: it says that both are complete
     states = np.load(states_file, mmap_mode="c")
     return np.load(logits_file), States(numbers_kept, starts, states)
+
+
+def _batches(numbers: NDArray[np.intp], lengths: NDArray[np.intp]) -> list[NDArray[np.intp]]:
+    """Rows of similar length in batches, the longest first."""
+    order = numbers[np.argsort(-lengths[numbers], kind="stable")]
+    batches = []
+    while len(order):
+        size = max(1, min(_BATCH, _BATCH_TOKENS // lengths[order[0]]))
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
 
 
 def _at_once(

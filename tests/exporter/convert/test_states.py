@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from fpabee.calibration.progress import silent
 from fpabee.exporter.convert import states as states_module
 from fpabee.exporter.convert.classifier import Classifier
-from fpabee.exporter.convert.states import _at_once, _new_file, run_classifier
+from fpabee.exporter.convert.states import _at_once, _batches, _new_file, run_classifier
 from fpabee.exporter.exit_config import Pooling
 from fpabee.exporter.model import by_row, predict
 from fpabee.exporter.training.examples import encoded_rows
@@ -90,6 +90,16 @@ def test_parts_run_at_once_with_fewer_threads_each() -> None:
         torch.set_num_threads(before)
     np.testing.assert_array_equal(outputs, parts)
     assert asked == [2] * 12
+
+
+def test_batches_have_each_row_once_and_few_tokens() -> None:
+    lengths = np.random.default_rng(0).permutation([*range(1, 301), 5000])
+    numbers = np.arange(1, 301)
+    batches = _batches(numbers, lengths)
+    assert sorted(np.concatenate(batches)) == numbers.tolist()
+    assert max(map(len, batches)) == 32
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * lengths[batch].max() <= 4096
 
 
 def test_an_error_of_a_part_is_raised_and_the_threads_are_as_before() -> None:
