@@ -1,10 +1,10 @@
 """Conversion: a classifier and texts without labels become an engines folder with a guarantee.
 
 `places` checks the paths, `classifier` loads the classifier, `texts` deals the texts into parts,
-`states` runs the classifier once, `heads` trains and chooses the heads of the exits, and `workflow`
-does all of it; `calibration` certifies every target. `task` says in what classifiers and rerankers
-differ, and `classification` and `ranking` do it. Importing this package loads neither torch nor
-transformers; using `convert` does.
+`altered` makes copies from which exits learn as well, `states` runs the classifier once, `heads`
+trains the heads of the exits, and `workflow` does all of it; `calibration` certifies every target.
+`task` says in what classifiers and rerankers differ, and `classification` and `ranking` do it.
+Importing this package loads neither torch nor transformers; using `convert` does.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 An exit imitates the classifier, which can be asked about anything. So the texts that train are
 altered, and the classifier answers these, too. Exits that have learnt from both agree with it more
 often, and are less often certain where they should not be. Tang et al. (arXiv 1903.12136) distil
-BERT with texts that lack words; that two texts are joined is our own.
+BERT with masked and cut texts; that the parts of two texts are joined is our own.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ...runtime.encoding import EncodedRow
 _COPIES = 2
 # More texts than these hardly need them, and each of them costs a run of the classifier.
 _MOST = 4000
-# The share of tokens that a text loses, and the share of a text that stays before another one.
+# The share of tokens that a text loses, and the share of each of two texts that are joined.
 _LOST = (0.05, 0.5)
-_BEGINNING = (0.3, 0.7)
+_JOINED = (0.3, 0.7)
 
 
 def altered(
-    rows: Sequence[EncodedRow], special: Sequence[int], max_length: int, most_tokens: int
+    rows: Sequence[EncodedRow], special: NDArray[np.int64], max_length: int, most_tokens: int
 ) -> list[EncodedRow]:
     """Two altered copies of each row, in random order, but at most 4,000; the same in every call.
 
@@ -48,7 +48,9 @@ def altered(
     return copies[: int(np.searchsorted(tokens, most_tokens, side="right"))]
 
 
-def shortened(row: EncodedRow, special: Sequence[int], random: np.random.Generator) -> EncodedRow:
+def shortened(
+    row: EncodedRow, special: NDArray[np.int64], random: np.random.Generator
+) -> EncodedRow:
     """A row without some of its tokens; at least one of each text stays.
 
     Args:
@@ -70,47 +72,52 @@ def shortened(row: EncodedRow, special: Sequence[int], random: np.random.Generat
 
 
 def joined(
-    row: EncodedRow, other: EncodedRow, special: Sequence[int], random: np.random.Generator
+    row: EncodedRow, other: EncodedRow, special: NDArray[np.int64], random: np.random.Generator
 ) -> EncodedRow | None:
-    """The beginning of each text of a row, and the end of the same text of another row.
+    """The beginning of each text of a row, and then the end of the same text of another row.
 
     Args:
         row: the row.
         other: the other row.
         special: ids of tokens that belong to no text.
-        random: it decides where texts are cut, which is at the same share of all texts.
+        random: it decides how much of them stays, which is the same share of both texts of a pair.
 
     Returns:
-        The new row; None if the rows do not have equally many texts.
+        The new row; None if one is a pair and the other is not, or a text has no tokens.
     """
     texts = _texts(row, special)
     ends = _texts(other, special)
-    if len(texts) != len(ends):
+    expected = 1 if row.pair_start is None else 2
+    if (row.pair_start is None) != (other.pair_start is None):
         return None
-    share = random.uniform(*_BEGINNING)
+    if not len(texts) == len(ends) == expected:
+        return None
+    beginning, end = random.uniform(*_JOINED, size=2)
     pieces: list[NDArray[np.int64]] = []
-    start = row.pair_start
+    pair_start = row.pair_start
     done = 0
-    for text, end in zip(texts, ends, strict=True):
-        if row.pair_start is not None and text.start >= row.pair_start:
-            start = sum(map(len, pieces)) + row.pair_start - done
-        pieces += [_piece(row, done, _cut(text, share)), _piece(other, _cut(end, share), end.stop)]
-        done = text.stop
+    for number, (mine, its) in enumerate(zip(texts, ends, strict=True)):
+        stop = mine.start + _count(mine, beginning)
+        start = its.stop - _count(its, end)
+        pieces += [_piece(row, done, stop), _piece(other, start, its.stop)]
+        if pair_start is not None and number == 0:
+            pair_start += (its.stop - start) - (mine.stop - stop)
+        done = mine.stop
     pieces.append(_piece(row, done, len(row)))
     ids, types = np.concatenate(pieces).T
-    return EncodedRow(ids, types, row.truncated, start)
+    return EncodedRow(ids, types, row.truncated, pair_start)
 
 
-def _texts(row: EncodedRow, special: Sequence[int]) -> list[slice]:
+def _texts(row: EncodedRow, special: NDArray[np.int64]) -> list[slice]:
     """Where the texts of a row are, without those that have no tokens."""
     own = np.flatnonzero(~np.isin(row.input_ids, special))
     second = np.searchsorted(own, len(row) if row.pair_start is None else row.pair_start)
     return [slice(part[0], part[-1] + 1) for part in np.split(own, [second]) if len(part)]
 
 
-def _cut(text: slice, share: float) -> int:
-    """The end of the first part of a text."""
-    return int(text.start + round(share * (text.stop - text.start)))
+def _count(text: slice, share: float) -> int:
+    """How many tokens a share of a text is, at least one."""
+    return max(1, int(share * (text.stop - text.start)))
 
 
 def _piece(row: EncodedRow, start: int, stop: int) -> NDArray[np.int64]:

@@ -65,7 +65,7 @@ class Classification(ConversionTask[Row]):
         check_possible(self.bound, task, logits[self.texts.calibrate])
 
     def lesson(self, task: Task, logits: Logits, numbers: Numbers) -> Lesson:
-        """The probabilities of the classifier; altered rows do not make the training longer."""
+        """The probabilities of the classifier; altered rows add no steps of training."""
         own = np.count_nonzero(numbers < len(self.rows))
         return Lesson(
             targets=probabilities(torch.from_numpy(logits[numbers]), task.problem_type),

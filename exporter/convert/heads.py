@@ -53,7 +53,7 @@ _MOST_RATIO = 20.0
 Numbers = NDArray[np.intp]
 
 Judge = Callable[[NDArray[np.float32], NDArray[np.float64]], "Judged"]
-"""Judges early exits by their logits and costs, see `choose_form`."""
+"""Judges early exits by their logits and costs, see `choose_exits`."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def logits_of(heads: Sequence[Head], states: States, numbers: Numbers) -> NDArra
     return torch.cat(parts, dim=1).numpy()
 
 
-def choose_form(
+def choose_exits(
     classifier: Classifier,
     states: States,
     lesson: Lesson,

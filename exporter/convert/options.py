@@ -94,7 +94,7 @@ class Chosen:
     Attributes:
         agreement: by exit from exit 1, the share of texts with the decision of the classifier; for
             a ranking, the rank correlation with the scores of the reranker.
-        form: the form that saves most.
+        form: their form, with the exits that save most.
         heads_cost: what all heads cost as a share of what the layers of the classifier cost, see
             `cost_of_heads`.
         saved: the share of the layers that is saved without exit 0 where about as many decisions

@@ -225,15 +225,15 @@ def _at_once(
 ) -> Iterator[NDArray[np.float32]]:
     """What a function of PyTorch gives for parts, several of which run at once, in their order.
 
-    The threads of a CPU are shared out, so that up to four have one each. Beside other work,
-    threads that share a part would wait for each other most of the time.
+    The threads of a CPU are shared out among up to four workers. Beside other work, threads that
+    share a part would wait for each other most of the time. Results of up to eight parts are kept.
     """
     threads = torch.get_num_threads()
-    workers = 1 if torch.cuda.is_available() else min(_MOST_WORKERS, threads)
-    of_each = threads // workers
+    of_each = threads if torch.cuda.is_available() else -(-threads // _MOST_WORKERS)
+    workers = threads // of_each
     try:
         with ThreadPoolExecutor(workers, "classify", torch.set_num_threads, (of_each,)) as pool:
-            for start in range(0, len(parts), 2 * workers):  # results of few parts are kept
+            for start in range(0, len(parts), 2 * workers):
                 yield from pool.map(run, parts[start : start + 2 * workers])
     finally:
         torch.set_num_threads(threads)  # a part of the setting is that of the whole process

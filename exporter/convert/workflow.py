@@ -46,11 +46,11 @@ from ..targets.builders import INT8_TARGETS, OPENVINO_TARGETS, buildable, check_
 from ..targets.check import FP32_TARGET
 from ..targets.default import fastest_with_exits
 from ..tokenizer import load_tokenizer, pad_id, row_limit
-from ..training.examples import encoded_rows
+from ..training.examples import encoded_rows, special_tokens
 from .altered import altered
 from .classification import Classification
 from .classifier import Classifier, named_task
-from .heads import choose_form, store, train_heads
+from .heads import choose_exits, store, train_heads
 from .options import Chosen, Conversion, ConvertOptions
 from .places import check_places, unfinished
 from .ranking import Ranking
@@ -285,15 +285,17 @@ class _Work:
     def _altered(self, rows: Sequence[EncodedRow]) -> list[EncodedRow]:
         """Altered copies of the rows that train, as far as their states fit beside all others.
 
-        Those that are the same as a row that certifies or is reported on are left out.
+        Those that are the same as a row that does not train are left out. So no text that certifies
+        has trained, which errs on the safe side: a new text may be the same as a copy.
         """
         texts = self.given.texts
-        own = [rows[number] for number in self.given.numbers(texts.taught)]
-        room = most_tokens(self.teacher) - sum(map(len, own))
-        train = [rows[number] for number in self.given.numbers(texts.train)]
-        untaught = self.given.numbers(np.concatenate([texts.calibrate, texts.report]))
-        known = {rows[number].input_ids.tobytes() for number in untaught}
-        copies = altered(train, self.tokenizer.all_special_ids, self.max_length, room)
+        taught_tokens = sum(len(rows[number]) for number in self.given.numbers(texts.taught))
+        room = most_tokens(self.teacher) - taught_tokens
+        trains = self.given.numbers(texts.train)
+        others = np.setdiff1d(np.arange(len(rows)), trains)
+        known = {rows[number].input_ids.tobytes() for number in others}
+        special = special_tokens(self.tokenizer, self.max_length)
+        copies = altered([rows[number] for number in trains], special, self.max_length, room)
         return [copy for copy in copies if copy.input_ids.tobytes() not in known]
 
     def _train(
@@ -314,14 +316,14 @@ class _Work:
         return chosen
 
     def _model(self, states: States, logits: NDArray[np.float32]) -> tuple[MultiExitModel, Chosen]:
-        """The weights of the classifier, and heads of the form that suits the texts."""
+        """The weights of the classifier, and heads of the form that suits it."""
         teacher = self.teacher
         given = self.given
         lesson = given.lesson(self.task, logits, states.rows)
         chosen_by = given.numbers(given.texts.choose)
         count = int(np.isin(states.rows, chosen_by, invert=True).sum())
         judge = partial(given.judge, self.task, logits, states.rows[count:])
-        chosen = choose_form(teacher, states, lesson, count, judge, self.progress)
+        chosen = choose_exits(teacher, states, lesson, count, judge, self.progress)
         form = chosen.form
         config = teacher.exit_config(form.exits(teacher.layers), form.pooling)
         hidden = len(config.exits) - 1 if form.width else 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 from numpy.typing import NDArray
 
 from ...runtime.artifact.folder import BAD_JSON
@@ -91,10 +92,8 @@ def encoded_rows(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[E
     Raises:
         InputError: a row has no tokens, or `max_length` leaves no room for text.
     """
-    own = copy.deepcopy(tokenizer.backend_tokenizer)
-    uses_types = "token_type_ids" in tokenizer.model_input_names
     # As the engine does: a single text is not a pair with an empty second text.
-    encoded = RowTokenizer(own, max_length, uses_types).rows([row.content for row in rows])
+    encoded = _row_tokenizer(tokenizer, max_length).rows([row.content for row in rows])
     for row, tokens in zip(rows, encoded, strict=True):
         if not len(tokens):
             raise InputError(
@@ -102,3 +101,22 @@ def encoded_rows(rows: Sequence[Row], tokenizer: Any, max_length: int) -> list[E
                 "leave such rows out, or use a tokenizer that adds special tokens",
             )
     return encoded
+
+
+def special_tokens(tokenizer: Any, max_length: int) -> NDArray[np.int64]:
+    """The ids of the tokens that a tokenizer adds to a pair of texts: `[tokens]`.
+
+    Args:
+        tokenizer: the fast tokenizer of the model.
+        max_length: longer rows are truncated to this many tokens.
+
+    Raises:
+        InputError: `max_length` leaves no room for text.
+    """
+    (row,) = _row_tokenizer(tokenizer, max_length).rows([("", "")])
+    return row.input_ids
+
+
+def _row_tokenizer(tokenizer: Any, max_length: int) -> RowTokenizer:
+    own = copy.deepcopy(tokenizer.backend_tokenizer)
+    return RowTokenizer(own, max_length, "token_type_ids" in tokenizer.model_input_names)

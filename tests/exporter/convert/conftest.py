@@ -186,7 +186,7 @@ def texts(shared_root: Path) -> Path:
 
 
 def quickly(patch: pytest.MonkeyPatch) -> None:
-    """Lets a conversion take a few seconds: few forms, few steps, one target."""
+    """Lets a conversion take a few seconds: few queries, few steps, one target."""
     patch.setattr(heads, "_QUERIES", (2,))
     patch.setattr(heads, "_MOST_STEPS", 60)
     patch.setattr(heads, "_LR", 0.03)
@@ -232,7 +232,7 @@ def converted(
     with pytest.MonkeyPatch.context() as patch:
         quickly(patch)
         for module, names in (
-            (workflow, "choose_form train_heads"),
+            (workflow, "choose_exits train_heads"),
             (classification, "learn calibrate"),
         ):
             for name in names.split():

@@ -1,4 +1,4 @@
-"""Heads learn what the classifier predicts, and the form that suits the texts is chosen."""
+"""Heads learn what the classifier predicts, and the layers that have an exit are chosen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fpabee.exporter.convert.classifier import Classifier
 from fpabee.exporter.convert.heads import (
     Judged,
     Lesson,
-    choose_form,
+    choose_exits,
     cost_of_heads,
     form_for,
     logits_of,
@@ -69,7 +69,7 @@ def judge(lesson: Lesson) -> Callable[[NDArray[np.float32], NDArray[np.float64]]
 def test_heads_that_attend_learn_which_token_counts(make: Make, quick: None) -> None:
     classifier = Classifier(make("bert"))
     states, lesson = made_up(900)
-    chosen = choose_form(classifier, states, lesson, 600, judge(lesson), silent)
+    chosen = choose_exits(classifier, states, lesson, 600, judge(lesson), silent)
     assert chosen.form.queries > 0
     assert min(chosen.agreement) > 0.85
     assert 0 < chosen.saved < 2 / 3
@@ -84,7 +84,7 @@ def test_the_exits_that_save_more_are_chosen(every: int, make: Make, quick: None
     def judged(exits: NDArray[np.float32], costs: NDArray[np.float64]) -> Judged:
         return Judged((0.0,) * len(exits), float(len(exits) == counts[every]))
 
-    assert choose_form(classifier, states, lesson, 40, judged, silent).form.every == every
+    assert choose_exits(classifier, states, lesson, 40, judged, silent).form.every == every
 
 
 def test_heads_have_as_many_queries_as_they_may_cost(

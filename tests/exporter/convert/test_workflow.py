@@ -69,12 +69,12 @@ def test_what_certifies_has_neither_trained_nor_chosen(
     # The heads see the same rows: the logits of the classifier for them.
     logits = predict(model, rows, {"input_ids": 0}, lambda output: output[-1])
     expected = probabilities(torch.from_numpy(logits), SINGLE)
-    for name, first in (("choose_form", 1), ("train_heads", 2)):
+    for name, first in (("choose_exits", 1), ("train_heads", 2)):
         states, lesson = calls[name][first : first + 2]
         assert_exported(lesson.targets, expected)
         assert len(states) == learnt + choose
         assert lesson.passes == pytest.approx(PASSES * (train + choose) / (learnt + choose))
-    assert calls["choose_form"][3] == learnt
+    assert calls["choose_exits"][3] == learnt
     assert calls["train_heads"][4] == learnt + choose
 
 
