@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import conversions
+import numpy as np
 import pytest
 from conversions import (
     Run,
@@ -21,6 +24,10 @@ from conversions import (
     tables,
     texts_for,
 )
+from numpy.typing import NDArray
+
+from fpabee.calibration.scoring import LabelledLogits
+from fpabee.runtime import ProblemType
 
 from ..closeness import assert_exported
 from ..exporter.convert.conftest import TEXTS, make_telling
@@ -59,6 +66,36 @@ def test_a_graph_gives_the_logits_of_its_classifier(
     assert_exported(graph_runner(model, file, openvino=False)(texts), logits)
 
 
+@pytest.mark.parametrize(("agrees", "saved"), [(True, 0.5), (False, 0.0)])
+def test_draws_certify_what_agrees(
+    agrees: bool, saved: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": f"text {number}"}) for number in range(1000)]
+    texts.write_text("\n".join(lines))
+    with gzip.open(tmp_path / "test.jsonl.gz", "wt") as file:
+        file.write("\n".join(lines[:300]))
+
+    def of(rows: Sequence[object]) -> NDArray[np.float32]:
+        last = np.where(np.arange(len(rows)) % 2, 9, -9)
+        return np.stack([last, -last], axis=1).astype(np.float32)
+
+    def traced(engine: object, rows: Sequence[object], *_: object) -> LabelledLogits:
+        last = of(rows)
+        early = last if agrees else -last
+        lengths = np.full(len(rows), 5)
+        return LabelledLogits(np.stack([early, last]), lengths, None, ProblemType.SINGLE_LABEL)
+
+    task = SimpleNamespace(labels=("no", "yes"))
+    manifest = SimpleNamespace(task=task, exit_layers=(3, 6))
+    engine = nullcontext(SimpleNamespace(manifest=manifest))
+    monkeypatch.setattr("conversions.Engine.load", lambda *_: engine)
+    monkeypatch.setattr(conversions, "trace_rows", traced)
+    monkeypatch.setattr(conversions, "logits_of", lambda _, rows: (of(rows), None))
+    average = conversions.drawn(tmp_path / "model", texts, tmp_path / "engines", tmp_path)
+    assert average == {"saved": saved, "changed": 0.0}
+
+
 def test_the_tables_say_what_was_found() -> None:
     test = compared([{"a"}, {"b"}, {"a", "b"}], [{"a"}, {"a"}, {"b"}], [{"a"}, {"b"}, {"c"}])
     assert test == {"changed": 2, "accuracy": 2 / 3}
@@ -76,6 +113,7 @@ def test_the_tables_say_what_was_found() -> None:
             "cpu_s": 61.2,
             "chosen": {"form": form, "agreement": [0.8, 0.95]},
         },
+        "all drawn": {"saved": 0.45, "changed": 0.0061},
         f"all {conversions.FP32}": test | {"saved": 0.4},
         "all onnxruntime-int8": test | {"saved": 0.0},
         "exit 0 alone": {"changed": 1, "saved": 0.1},
@@ -91,6 +129,7 @@ def test_the_tables_say_what_was_found() -> None:
         "| classifier | conversion | `onnxruntime-fp32`: saved | `onnxruntime-int8`: saved |",
         "| trec-42 | all | 50.0% | no |",
         "| trec-42 | exit 0 alone |  |  |  |  | 10.0% | 1 of 3 |  | 50.0% |  |",
+        "| trec-42 | all | 45.0% | 0.61% |",
         "| trec-42 | all | attention with 4 queries, hidden layer of 64, every 1 | 80.0 95.0 |",
         "| trec-42 | `onnxruntime-fp32` | 2.00 | 1.50 |",
     ):
