@@ -7,6 +7,7 @@ are those of the classifier itself.
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import shutil
@@ -165,11 +166,14 @@ def run_classifier(
         OSError: there is no space for the states.
         ArtifactError: the logits cannot be written.
     """
-    logits_file = folder / "logits.npy"
-    states_file = folder / "states.npy"
     hidden = int(classifier.model.config.hidden_size)
     shape = (classifier.layers - 1, hidden)
     lengths = np.array([len(row) for row in rows])
+    # Altered rows may be others than those of a run that was interrupted.
+    tokens_of_all = np.concatenate([(row.input_ids, row.token_type_ids) for row in rows], axis=1)
+    digest = hashlib.sha256(lengths.tobytes() + tokens_of_all.tobytes()).hexdigest()[:16]
+    logits_file = folder / f"logits-{digest}.npy"
+    states_file = folder / f"states-{digest}.npy"
     if units is None:
         units = np.arange(len(taught))
     fitting = most_tokens(classifier)

@@ -210,6 +210,18 @@ def test_a_finished_run_is_read(
         np.testing.assert_array_equal(getattr(states_again, field), getattr(states, field))
 
 
+def test_a_finished_run_of_other_rows_is_not_read(
+    make: Callable[..., Path], tmp_path: Path
+) -> None:
+    classifier = Classifier(make("bert"))
+    tokenizer = AutoTokenizer.from_pretrained(classifier.folder)
+    rows = encoded_rows([Row(text) for text in TEXTS[:11]], tokenizer, 32)
+    for some in (rows[:10], rows[1:]):
+        logits, _ = run_classifier(classifier, some, PADDING, np.arange(5), 3, tmp_path, silent)
+        expected = predict(classifier.model, some, PADDING, lambda output: output.logits)
+        assert_exported(logits, expected)
+
+
 @pytest.mark.parametrize("reserves", [True, False])
 def test_a_disk_without_space_for_the_states_is_an_error_and_they_are_deleted(
     reserves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
