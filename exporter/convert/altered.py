@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from ...runtime.encoding import EncodedRow
 
-_COPIES = 2
 # More texts than these hardly need them, and each of them costs a run of the classifier.
 _MOST = 4000
 # The share of tokens that a text loses, and the share of each of two texts that are joined.
@@ -26,7 +25,9 @@ _JOINED = (0.3, 0.7)
 def altered(
     rows: Sequence[EncodedRow], special: NDArray[np.int64], max_length: int, most_tokens: int
 ) -> list[EncodedRow]:
-    """Two altered copies of each row, in random order, but at most 4,000; the same in every call.
+    """A shortened and a joined copy of each row, in random order, but at most 4,000 copies.
+
+    They are the same in every call.
 
     Args:
         rows: tokenized texts or pairs.
@@ -36,14 +37,13 @@ def altered(
     """
     random = np.random.default_rng(0)
     copies: list[EncodedRow] = []
-    for number in random.permutation(np.tile(np.arange(len(rows)), _COPIES))[:_MOST]:
-        copy = None
-        if len(copies) % 2:
-            other = rows[int(random.integers(len(rows)))]
-            copy = joined(rows[number], other, special, random)
-        if copy is None or len(copy) > max_length:
-            copy = shortened(rows[number], special, random)
-        copies.append(copy)
+    for number in random.permutation(len(rows))[: _MOST // 2]:
+        row = rows[number]
+        other = rows[int(random.integers(len(rows)))]
+        both = joined(row, other, special, random)
+        if both is None or len(both) > max_length:
+            both = shortened(row, special, random)
+        copies += [shortened(row, special, random), both]
     tokens = np.cumsum([len(copy) for copy in copies])
     return copies[: int(np.searchsorted(tokens, most_tokens, side="right"))]
 
