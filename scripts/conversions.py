@@ -219,9 +219,12 @@ def without_altered(model: Path, texts: Path, engines: Path) -> dict[str, Any]:
         return run_conversion(model, texts, engines)
 
 
-def drawn(model: Path, texts: Path, engines: Path, data: Path) -> dict[str, float]:
+def drawn(
+    model: Path, texts: Path, engines: Path, data: Path, others: Path | None = None
+) -> dict[str, float]:
     """What heads save and change on average, if other texts certify them, see above."""
-    dealt = split(list(read_rows(texts)))
+    train_units = None if others is None else list(read_rows(others))
+    dealt = split(list(read_rows(texts)), train_units=train_units)
     untaught = [dealt.units[number] for number in (*dealt.calibrate, *dealt.report)]
     every = [*untaught, *read_rows(data / "test.jsonl.gz")]
     with Engine.load(engines, FP32) as engine:
@@ -411,7 +414,10 @@ def study(run: Run, seed: int, data: Path, work: Path, timed: bool, results: Res
     )
 
     def converted(
-        name: str, size: int | None, make: Callable[[Path, Path, Path], dict[str, Any]]
+        name: str,
+        size: int | None,
+        make: Callable[[Path, Path, Path], dict[str, Any]],
+        others: Path | None = None,
     ) -> Path:
         engines = work / "conversions" / f"{results.file.stem}-{name}"
         unlabelled = texts_for(run, seed, size, data, work)
@@ -420,7 +426,7 @@ def study(run: Run, seed: int, data: Path, work: Path, timed: bool, results: Res
             target = each["target"]
             test = partial(on_test, engines, target, texts, teacher, right)
             results.once(f"{name} {target}", test)
-        average = partial(drawn, model, unlabelled, engines, data / run.data)
+        average = partial(drawn, model, unlabelled, engines, data / run.data, others)
         results.once(f"{name} drawn", average)
         return engines
 
@@ -432,7 +438,7 @@ def study(run: Run, seed: int, data: Path, work: Path, timed: bool, results: Res
             converted(str(size), size, run_conversion)
         if 1000 in run.sizes:
             others = other_texts(run, seed, texts_for(run, seed, 1000, data, work), data, work)
-            converted(OTHERS, 1000, partial(run_conversion, others=others))
+            converted(OTHERS, 1000, partial(run_conversion, others=others), others)
         converted(LINEAR, None, with_linear_heads)
         converted(WITHOUT_ALTERED, None, without_altered)
         cut = decisions(teach(run, seed, data, work, layers // 2), texts)

@@ -79,8 +79,9 @@ def convert(
     """Turn a classifier and texts without labels into an engines folder with a guarantee.
 
     Half of the distinct texts train exits and exit 0 on the predictions of the classifier, 40 %
-    certify, and 10 % are reported on; with `train_texts`, 90 % certify. The weights stay, so full
-    depth gives the logits of the classifier.
+    certify, and 10 % are reported on; with `train_texts`, 90 % certify. Two altered copies of
+    each text that trains do so as well, up to 4,000. The weights stay, so full depth gives the
+    logits of the classifier.
 
     A model with one label is a reranker. It needs queries with their documents instead of texts,
     gets no n-grams, and the guarantee is about the set of the best documents of a query. If all
