@@ -198,7 +198,7 @@ def run_classifier(
 
         with _new_file(states_file, (int(starts[-1]), *shape)) as states:
             for numbers, outputs in zip(parts, _at_once(outputs_of, parts), strict=True):
-                progress("classify the texts", done, len(run))
+                progress("run the classifier", done, len(run))
                 done += len(numbers)
                 logits[numbers] = outputs[:, :labels]
                 values = outputs[:, labels:].reshape(len(numbers), -1, *shape)

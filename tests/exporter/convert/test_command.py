@@ -349,5 +349,5 @@ def test_a_full_disk_keeps_the_finished_steps(
     assert "out.partial keeps the finished steps -> " in result.stderr
     result = run(*given)
     assert result.exit_code == 0, result.output
-    assert "classify the texts" not in result.stderr
+    assert "run the classifier" not in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

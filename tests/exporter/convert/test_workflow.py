@@ -180,7 +180,7 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     del seen[:]
     monkeypatch.setattr(Scorer, "lost_label", lambda *_: "'yes' is lost")
     result = convert(*given, replace(options, threads=1), until("nothing", broken))
-    assert "classify the texts" not in seen
+    assert "run the classifier" not in seen
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engines", "texts.jsonl"]
     (target,) = result.targets
     (point,) = target.points
@@ -413,7 +413,7 @@ def test_a_conversion_with_other_groups_starts_anew(
         file.write_text("\n".join(map(json.dumps, rows)))
         with pytest.raises(KeyboardInterrupt):
             convert(telling[SINGLE.value], file, tmp_path / "engines", options, progress)
-        runs.append(seen.count("classify the texts"))
+        runs.append(seen.count("run the classifier"))
     first, again, other = runs
     assert 0 < first == again < other
 
