@@ -119,7 +119,7 @@ def calibrate(
         thresholds = decision_thresholds(task, options.thresholds)
         # With a reference, whoever has it says this before the classifier is converted.
         for bound in options.bounds if len(options.goals) == 1 and reference is None else ():
-            for line in needs_in_words(bound, 0 in engine.manifest.exits):
+            for line in needs_in_words(bound):
                 logger.warning(line)
 
         def traced(some: Sequence[Row], other: NDArray[np.float32] | None) -> LabelledLogits:
@@ -271,7 +271,7 @@ class _PointMaker:
             return lambda search: Certified(search.choose(goal))
         labels = self.engine.manifest.task.labels
         rule = self.options.rules[0]
-        return lambda search: certify(search.stopping_costs, goal, labels, rule)
+        return lambda search: certify(search.stopping_costs.scorer, goal, labels, rule)
 
     def _held_out(self, rule: ExitRule, choose: _Choice) -> Outcome:
         """How a choice does on rows that did not choose.

@@ -4,9 +4,7 @@ This is Learn then Test (Angelopoulos et al., 2110.01052) with fixed-sequence te
 of settings, known before any row is seen, is tested from cautious to bold. A setting passes only if
 *every* promise passes on the rows that it is about, which needs no correction for the number of
 promises. The first setting that fails ends the sequence, and the last one that passed is certified.
-Full depth comes first. With exit 0 there is a second list, in which exit 0 answers the texts of
-which it is as sure as the last exit has to be. If there are rows enough, both are tested, each at
-half of 1 - confidence, and the faster result counts.
+Full depth comes first. If there is exit 0, it has a threshold in every setting of the list.
 
 A test asks whether the expected loss could be above the bound. It is exact for any number of rows,
 see `most_losses`. F1 and Matthews correlation are not means over rows. For them, the same bound
@@ -32,14 +30,15 @@ from ..runtime.errors import InputError
 from ..runtime.predictions import decision_thresholds
 from ..runtime.rules.measures import Array, Integers, Mask
 from ..runtime.rules.rules import Budget, ExitRule
-from .costs import StoppingCosts, observed_losses
+from .costs import observed_losses
 from .goals import DEFAULT_RULE, Bound
 from .result import drop_interval
 from .scoring import LabelledLogits, Scorer
 from .settings import StopScores, settings_lists
 
-# Each further list would halve the level again.
-_EXIT_0_POWERS = (1.0,)
+# One list, because several would have to share the level. In this one, exit 0 saves as much as
+# without it where it is weak, and nearly everything where it is strong.
+_EXIT_0_POWER = 2.0
 _log_factorial = np.vectorize(lambda count: math.lgamma(count + 1))
 _RESAMPLES = 500
 # More gains than these count as these.
@@ -102,59 +101,46 @@ def check_possible(bound: Bound, task: Task, reference: NDArray[np.float32]) -> 
 
 
 def certify(
-    costs: StoppingCosts, bound: Bound, labels: Sequence[str], rule: str = DEFAULT_RULE
+    scorer: Scorer, bound: Bound, labels: Sequence[str], rule: str = DEFAULT_RULE
 ) -> Certified:
     """The boldest setting that keeps all promises of a bound.
 
     Args:
-        costs: the rows, with the `decision_thresholds` of the bound and, if decisions are compared
-            with another classifier than the last exit, with their `reference`.
+        scorer: the metric of the rows, which have the `decision_thresholds` of the bound and, if
+            decisions are compared with another classifier than the last exit, their `reference`.
         bound: what is asked for.
         labels: the labels of the model.
         rule: `confidence` or `entropy`.
     """
-    rows = costs.rows
+    rows = scorer.rows
     level = 1 - bound.confidence
-    lists = settings_lists(rows, (rule,), _EXIT_0_POWERS)
-    tests = [_Test(costs.scorer, promise, labels, level) for promise in bound.promises]
-    if rows.first_exit == 0:
-        halves = [_Test(costs.scorer, promise, labels, level / 2) for promise in bound.promises]
-        # With fewer rows, nothing could pass at half of the level.
-        if all(test.most[0] >= 0 for test in halves):
-            tests = halves
-        else:
-            lists = lists[:1]
-    stop = StopScores(rows)
+    tests = [_Test(scorer, promise, labels, level) for promise in bound.promises]
     full_depth = Budget(exit=rows.exits[-1])
-    results = []
-    for settings in lists:
-        exits = np.vstack([stop.exits([full_depth]), stop.exits(settings)])
-        # A setting that stops all rows where the one before does passes or fails like it.
-        changes = np.append(True, (exits[1:] != exits[:-1]).any(axis=1))
-        passed = None
-        failed = ""
-        mean_cost = math.inf
-        for number in np.flatnonzero(changes):
-            now = exits[number]
-            failed = next((test.in_words(now) for test in tests if not test.passes(now)), "")
-            if failed:
-                break
-            passed = [full_depth, *settings][number]
-            mean_cost = costs.mean_cost(now)
-        results.append((mean_cost, passed, failed))
-    _, best, failed = min(results, key=lambda each: each[0])
+    # Without exit 0, there is no list but the first.
+    sequence = [full_depth, *settings_lists(rows, (rule,), (_EXIT_0_POWER,))[-1]]
+    stop = StopScores(rows)
+    exits = np.vstack([stop.exits([full_depth]), stop.exits(sequence[1:])])
+    # A setting that stops all rows where the one before does passes or fails like it.
+    changes = np.append(True, (exits[1:] != exits[:-1]).any(axis=1))
+    best: ExitRule | None = None
+    failed = ""
+    for number in np.flatnonzero(changes):
+        now = exits[number]
+        failed = next((test.in_words(now) for test in tests if not test.passes(now)), "")
+        if failed:
+            break
+        best = sequence[number]
     if best is None or (best == full_depth and rows.reference is None):
-        full_depth_exits = stop.exits([full_depth])[0]
-        if any(test.shows_more(full_depth_exits) for test in tests):
+        if any(test.shows_more(exits[0]) for test in tests):
             needs = ["more texts would hardly help"]
         else:
-            needs = needs_in_words(bound, rows.first_exit == 0)
+            needs = needs_in_words(bound)
         return Certified(best, None, "; ".join(filter(None, [failed, *needs])))
     certificate = Certificate(
         confidence=100 * bound.confidence,
         promises=tuple(test.promise for test in tests),
         label_thresholds=dict(bound.thresholds),
-        full_depth_changes=full_depth_changes(costs.scorer, bound.confidence),
+        full_depth_changes=full_depth_changes(scorer, bound.confidence),
     )
     return Certified(best, certificate)
 
@@ -385,19 +371,16 @@ def rows_needed(share: float, level: float) -> tuple[int, int]:
     return least, math.ceil(rows / 20) * 20
 
 
-def needs_in_words(bound: Bound, has_exit_0: bool, what: str = "texts") -> list[str]:
+def needs_in_words(bound: Bound, what: str = "texts") -> list[str]:
     """How many texts each promise needs, such as `at most 1 % missed of ...: 299 texts are ...`.
 
     Args:
         bound: what is asked for.
-        has_exit_0: whether two lists are tested, so that each gets half of the level.
         what: what a promise is about: texts, or queries with their documents.
     """
     lines = []
     for of, share in bound.shares.items():
         least, good = rows_needed(share, 1 - bound.confidence)
-        if has_exit_0:
-            good = rows_needed(share, (1 - bound.confidence) / 2)[1]
         rows = {"missed": "flagged texts", "false_alarms": "texts that are not flagged"}
         name = "points of drop" if of == "drop" else f"% {of.replace('_', ' ')}"
         counts = f"{least:,} {rows.get(of, what)} are the least, and {good:,} give a good chance"

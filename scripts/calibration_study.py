@@ -241,7 +241,7 @@ def calibrate(
     for name, goal in goals.items():
         metric = metric_of(goal, population)
         if isinstance(goal, Bound):
-            chosen = certify(with_layers(drawn, metric), goal, _LABELS).rule or full_depth
+            chosen = certify(Scorer(drawn, metric), goal, _LABELS).rule or full_depth
             drop, share, saving = truth.of(chosen, metric, goal)
         else:
             if search is None:

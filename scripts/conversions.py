@@ -6,7 +6,8 @@
 Each classifier is fine-tuned with plain Transformers code on half of the training rows. The other
 half and dev, without their labels, are the texts of the conversion, which promises at most 1 %
 changed answers: those that differ from the answers of the classifier in PyTorch and fp32. It
-certifies every target in fp32, bf16 and int8 that this machine can run. Beside it there are
+certifies every target in fp32 and bf16 that this machine can run, and with `--int8` also those in
+int8, which then share the confidence with the others. Beside it there are
 conversions of fewer texts, of 1,000 texts and up to 4,000 others that only train, without altered
 texts, and with linear heads; exit 0 alone, with all layers for the texts that it does not answer;
 and an encoder that was cut to its first half before the same training. With `--times`, conversions
@@ -50,7 +51,6 @@ from systems import Text, read
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fpabee.calibration import Bound
-from fpabee.calibration.costs import StoppingCosts
 from fpabee.calibration.guarantee import certify
 from fpabee.calibration.scoring import AGREEMENT, LabelledLogits, Scorer
 from fpabee.calibration.settings import exits_of
@@ -197,11 +197,11 @@ def decisions(model: Path, texts: Sequence[Text]) -> list[set[str]]:
 
 
 def run_conversion(
-    model: Path, texts: Path, engines: Path, others: Path | None = None
+    model: Path, texts: Path, engines: Path, others: Path | None = None, int8: bool = False
 ) -> dict[str, Any]:
     """What a conversion says, and the seconds of CPU that it took."""
     started = time.process_time()
-    result = convert(model, texts, engines, ConvertOptions(train_texts=others, int8=True))
+    result = convert(model, texts, engines, ConvertOptions(train_texts=others, int8=int8))
     seconds = time.process_time() - started
     content: dict[str, Any] = msgspec.to_builtins(to_dict(result))
     return content | {"cpu_s": seconds}
@@ -246,9 +246,8 @@ def drawn(
         order = np.random.default_rng(seed).permutation(len(every))
         seen = part(order[: len(dealt.calibrate)])
         new = part(order[len(dealt.calibrate) :])
-        costs = np.broadcast_to(layers[:, None], seen.logits.shape[:2])
         bound = Bound(changed_answers=0.01)
-        rule = certify(StoppingCosts(seen, AGREEMENT, costs), bound, labels).rule
+        rule = certify(Scorer(seen, AGREEMENT), bound, labels).rule
         at = new.at(exits_of(rule or Budget(exit=traced.exits[-1]), new))
         saved = 1 - layers[at[0]].mean() / layers[-1]
         results.append((saved, Scorer(new, AGREEMENT).changed[at].mean()))
@@ -271,10 +270,9 @@ def exit_0_alone(model: Path, texts: Path, engines: Path, data: Path) -> dict[st
             measured.append(replace(traced, logits=kept, reference=logits))
     costs = np.array([[0.0], [layers[-1]]])
     seen, test = measured
-    seen_costs = np.broadcast_to(costs, seen.logits.shape[:2])
     test_costs = np.broadcast_to(costs, test.logits.shape[:2])
     bound = Bound(changed_answers=0.01)
-    rule = certify(StoppingCosts(seen, AGREEMENT, seen_costs), bound, labels).rule
+    rule = certify(Scorer(seen, AGREEMENT), bound, labels).rule
     at = test.at(exits_of(rule or Budget(exit=1), test))
     changed = int(Scorer(test, AGREEMENT).changed[at].sum())
     return {"saved": float(1 - test_costs[at].mean() / layers[-1]), "changed": changed}
@@ -401,7 +399,9 @@ class Results:
         return self.known[name]
 
 
-def study(run: Run, seed: int, data: Path, work: Path, timed: bool, results: Results) -> None:
+def study(
+    run: Run, seed: int, data: Path, work: Path, timed: bool, int8: bool, results: Results
+) -> None:
     """Everything about one classifier that is not known yet."""
     model = teach(run, seed, data, work)
     texts, labels = read(str(data / run.data), "test")
@@ -430,15 +430,16 @@ def study(run: Run, seed: int, data: Path, work: Path, timed: bool, results: Res
         results.once(f"{name} drawn", average)
         return engines
 
-    engines = converted("all", None, run_conversion)
+    plain = partial(run_conversion, int8=int8)
+    engines = converted("all", None, plain)
     unlabelled = texts_for(run, seed, None, data, work)
     results.once("exit 0 alone", lambda: exit_0_alone(model, unlabelled, engines, data / run.data))
     if seed == run.seeds[0]:
         for size in run.sizes:
-            converted(str(size), size, run_conversion)
+            converted(str(size), size, plain)
         if 1000 in run.sizes:
             others = other_texts(run, seed, texts_for(run, seed, 1000, data, work), data, work)
-            converted(OTHERS, 1000, partial(run_conversion, others=others), others)
+            converted(OTHERS, 1000, partial(plain, others=others), others)
         converted(LINEAR, None, with_linear_heads)
         converted(WITHOUT_ALTERED, None, without_altered)
         cut = decisions(teach(run, seed, data, work, layers // 2), texts)
@@ -550,15 +551,16 @@ def _form(chosen: dict[str, Any]) -> tuple[str, str]:
 @click.option("--work", required=True, type=click.Path(path_type=Path))
 @click.option("--only", multiple=True, type=click.Choice([*RUNS]), default=[*RUNS])
 @click.option("--times", "timed", is_flag=True, help="Also measure times.")
+@click.option("--int8", is_flag=True, help="Also certify targets in int8.")
 @exits_with_one_line
-def main(data: Path, work: Path, only: tuple[str, ...], timed: bool) -> None:
+def main(data: Path, work: Path, only: tuple[str, ...], timed: bool, int8: bool) -> None:
     """Convert and test all classifiers, and write the tables."""
     folder = work / "conversions"
     folder.mkdir(parents=True, exist_ok=True)
     for name in only:
         for seed in RUNS[name].seeds:
             results = Results(folder / f"{name}-{seed}.json")
-            study(RUNS[name], seed, data, work, timed, results)
+            study(RUNS[name], seed, data, work, timed, int8, results)
     every = {file.stem: Results(file).known for file in sorted(folder.glob("*.json"))}
     head = f"{cpu_name()}, {usable_cores()} cores"
     (folder / "tables.md").write_text("\n".join([head, "", *tables(every), ""]), encoding="utf-8")

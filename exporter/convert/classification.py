@@ -46,7 +46,6 @@ class Classification(ConversionTask[Row]):
 
     what = "texts"
     usual_share = 0.01
-    two_lists = True
     fewest_tokens = 32
     learns_from_altered = True
 

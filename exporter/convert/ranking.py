@@ -50,7 +50,6 @@ class Ranking(ConversionTask[Query]):
 
     what = "queries"
     usual_share = 0.05
-    two_lists = False
     # Heads look for the tokens of a document that answer a query, so a sample would mislead them.
     fewest_tokens = 512
     learns_from_altered = False

@@ -61,8 +61,6 @@ class ConversionTask(ABC, Generic[AnyUnit]):
     """What messages call the units."""
     usual_share: ClassVar[float]
     """Of the units may change, if nothing else is asked for."""
-    two_lists: ClassVar[bool]
-    """Whether settings with exit 0 are a second list that is tested."""
     fewest_tokens: ClassVar[int]
     """Of a row whose tokens do not all teach heads, because there are too many of them."""
     learns_from_altered: ClassVar[bool]

@@ -134,7 +134,7 @@ def convert(
         check_enough_texts(len(given.numbers(given.texts.taught)), "texts that train")
     of = f"{len(given.texts.own):,} distinct {what}"
     certify = f"{len(given.texts.calibrate):,} of {of} certify"
-    for line in (certify, *needs_in_words(given.bound, given.two_lists, f"{what} that certify")):
+    for line in (certify, *needs_in_words(given.bound, f"{what} that certify")):
         logger.warning(line)
     teacher = Classifier(classifier, options.problem_type, options.adapter)
     work = _Work(teacher, given, progress)
@@ -165,9 +165,9 @@ def _too_few(given: Classification | Ranking) -> list[str]:
     """
     bound = given.bound
     what = given.what
-    level = (1 - bound.confidence) / (1 + given.two_lists)
-    least = max(rows_needed(share, 1 - bound.confidence)[0] for share in bound.shares.values())
-    good = max(rows_needed(share, level)[1] for share in bound.shares.values())
+    needed = [rows_needed(share, 1 - bound.confidence) for share in bound.shares.values()]
+    least = max(fewest for fewest, _ in needed)
+    good = max(enough for _, enough in needed)
     certify = len(given.texts.calibrate)
     own = len(given.texts.own)
     # Of few texts, more may certify than of many, as they are dealt by chance.

@@ -29,14 +29,14 @@ from fpabee.runtime import Budget, Confidence, ExitRule, ProblemType, simulate
 from fpabee.runtime.artifact.manifest import Task
 from fpabee.runtime.predictions import decision_thresholds
 
-from .conftest import make_rows, search_on, two_exits, with_costs
+from .conftest import make_rows, search_on, two_exits
 
 BOUND = Bound(drop=0.04)
 LABELS = ("a", "b", "c")
 
 
 def certified(rows: LabelledLogits, bound: Bound = BOUND, metric: str = "accuracy") -> Certified:
-    return certify(with_costs(rows, metric), bound, LABELS)
+    return certify(Scorer(rows, metric), bound, LABELS)
 
 
 @pytest.mark.parametrize("samples", [40, pytest.param(400, marks=pytest.mark.slow)])
@@ -192,7 +192,7 @@ def test_every_promise_must_pass_and_each_is_about_its_own_rows() -> None:
     rows = replace(rows, decision_thresholds=(1.0, 0.5))
 
     def early(**shares: float) -> tuple[bool, str]:
-        found = certify(with_costs(rows, "agreement"), Bound(thresholds=thresholds, **shares), "ab")
+        found = certify(Scorer(rows, "agreement"), Bound(thresholds=thresholds, **shares), "ab")
         return found.rule not in (None, Budget(exit=2)), found.failed.split("; ")[0]
 
     assert (
@@ -206,7 +206,7 @@ def test_every_promise_must_pass_and_each_is_about_its_own_rows() -> None:
     )
     assert early(changed_answers=0.02, missed=0.015, false_alarms=0.02)[0] is False
     found = certify(
-        with_costs(rows, "agreement"),
+        Scorer(rows, "agreement"),
         Bound(missed=0.05, changed_answers=0.02, thresholds=thresholds),
         "ab",
     )
@@ -227,7 +227,7 @@ def test_texts_near_a_threshold_are_not_certain() -> None:
     rows = LabelledLogits(logits, np.full(4000, 9, np.intp), None, ProblemType.SINGLE_LABEL)
     rows = replace(rows, decision_thresholds=(1.0, 0.7))
     found = certify(
-        with_costs(rows, "agreement"), Bound(changed_answers=0.02, thresholds={"b": 0.7}), "ab"
+        Scorer(rows, "agreement"), Bound(changed_answers=0.02, thresholds={"b": 0.7}), "ab"
     )
     assert isinstance(found.rule, Confidence)
     assert found.rule.label_thresholds == (1.0, 0.7)
@@ -301,38 +301,22 @@ def test_which_rows_are_left_out_depends_on_the_rows_only() -> None:
 
 
 @pytest.mark.parametrize("useful", [False, True])
-def test_exit_0_is_a_second_list_at_half_of_the_level(
-    useful: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_list_has_exit_0_and_the_layers(useful: bool) -> None:
     rows = make_rows(count=3000)
-    exit_0 = rows.logits[5] if useful else np.random.default_rng(1).normal(size=(3000, 3))
+    exit_0 = rows.logits[5] if useful else np.random.default_rng(1).normal(0, 0.3, (3000, 3))
     logits = np.concatenate([exit_0[None], rows.logits]).astype(np.float32)
-    rows = replace(rows, logits=logits, first_exit=0)
-    levels = set()
-    passes = guarantee._Test.passes
-
-    def watched(self: Any, exits: Any) -> bool:
-        levels.add(round(self._level, 9))
-        return passes(self, exits)
-
-    monkeypatch.setattr(guarantee._Test, "passes", watched)
-    rule = certified(rows).rule
+    with_exit_0 = replace(rows, logits=logits, first_exit=0)
+    rule = certified(with_exit_0).rule
     assert isinstance(rule, Confidence)
     assert isinstance(rule.threshold, tuple)
-    assert levels == {0.025}
-    assert (rule.exit_0_threshold is not None) is useful
-    if rule.exit_0_threshold is not None:
-        assert rule.exit_0_threshold == pytest.approx(rule.threshold[-1])
-        exits = simulate(rows.logits, rule, rows.problem_type, first_exit=0).exits
-        np.testing.assert_array_equal(StopScores(rows).exits([rule])[0], exits)
-        assert (exits == 0).any()
-    # With few rows, only the first list can pass, at the whole level.
-    levels.clear()
-    few = two_exits(np.zeros(600, bool))
-    few = replace(few, logits=np.concatenate([few.logits[:1], few.logits]), first_exit=0)
-    rule = certified(few, Bound(drop=0.005)).rule
-    assert isinstance(rule, Confidence)
-    assert (levels, rule.exit_0_threshold) == ({0.05}, None)
+    assert rule.exit_0_threshold is not None
+    doubt = 1 - rule.threshold[-1]
+    assert 1 - rule.exit_0_threshold == pytest.approx(doubt**2, rel=2e-3)
+    exits = simulate(logits, rule, rows.problem_type, first_exit=0).exits
+    np.testing.assert_array_equal(StopScores(with_exit_0).exits([rule])[0], exits)
+    saved = exits_of(certified(rows).rule or Budget(exit=6), rows).mean() - exits.mean()
+    assert saved > 1 if useful else saved == 0
+    assert (exits == 0).any() == useful
 
 
 def test_a_setting_that_stops_no_row_is_tested_too() -> None:

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoTokenizer
 
 from fpabee.calibration import Bound, calibrate
+from fpabee.calibration.guarantee import useful_rows
 from fpabee.calibration.scoring import Scorer
 from fpabee.exporter.convert import ConvertOptions, classification, convert, places, workflow
 from fpabee.exporter.convert.classification import Classification
@@ -90,7 +91,7 @@ def test_the_result_is_what_the_engine_does(converted: Converted) -> None:
     assert target.folder == result.folder == converted.folder
     assert point.certificate is not None
     (promise,) = point.certificate.promises
-    assert calibrate - 10 < promise.rows <= calibrate
+    assert promise.rows == useful_rows(calibrate, 0.1, 0.05)
     assert target.full_depth_score == 1
     assert read_manifest(converted.folder).base_model == "owner/name"
     assert point.held_out.mean_depth < 3
