@@ -30,10 +30,10 @@ OWN = {
     "fpabee-fast": ("fast", "left"),
     "fpabee-balanced": ("fpabee, trained with exits: balanced", "over"),
     "fpabee-safe": ("safe", "below"),
-    "fpabee-full-depth": ("full depth", "below"),
+    "one-graph": ("full depth", "left"),
 }
 """The operating points of fpabee in the picture, and where their names are written."""
-CONVERTED = {"fpabee-converted-openvino-bf16": ("fpabee, converted", "below")}
+CONVERTED = {"fpabee-converted-openvino-bf16": ("fpabee, converted", "right")}
 """The conversion, likewise."""
 OTHERS = {
     "pipeline": ("PyTorch", "above"),
@@ -53,6 +53,7 @@ PLACES = {
     "over": (8, 9, "right"),
     "below": (0, -18, "center"),
     "left": (-10, -4, "right"),
+    "right": (10, -4, "left"),
 }
 """How many points a name is away from its point, and how it is aligned."""
 
