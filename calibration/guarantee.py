@@ -4,7 +4,7 @@ This is Learn then Test (Angelopoulos et al., 2110.01052) with fixed-sequence te
 of settings, known before any row is seen, is tested from cautious to bold. A setting passes only if
 *every* promise passes on the rows that it is about, which needs no correction for the number of
 promises. The first setting that fails ends the sequence, and the last one that passed is certified.
-Full depth comes first. If there is exit 0, it has a threshold in every setting of the list.
+Full depth comes first. If there is exit 0, it has a threshold in every setting after it.
 
 A test asks whether the expected loss could be above the bound. It is exact for any number of rows,
 see `most_losses`. F1 and Matthews correlation are not means over rows. For them, the same bound
@@ -36,8 +36,8 @@ from .result import drop_interval
 from .scoring import LabelledLogits, Scorer
 from .settings import StopScores, settings_lists
 
-# One list, because several would have to share the level. In this one, exit 0 saves as much as
-# without it where it is weak, and nearly everything where it is strong.
+# One list, because several would have to share the level. With this power, a weak exit 0 costs next
+# to no savings, and a strong one answers nearly as many texts as with a bolder power.
 _EXIT_0_POWER = 2.0
 _log_factorial = np.vectorize(lambda count: math.lgamma(count + 1))
 _RESAMPLES = 500
@@ -116,7 +116,7 @@ def certify(
     level = 1 - bound.confidence
     tests = [_Test(scorer, promise, labels, level) for promise in bound.promises]
     full_depth = Budget(exit=rows.exits[-1])
-    # Without exit 0, there is no list but the first.
+    # Without exit 0, the only list is also the last.
     sequence = [full_depth, *settings_lists(rows, (rule,), (_EXIT_0_POWER,))[-1]]
     stop = StopScores(rows)
     exits = np.vstack([stop.exits([full_depth]), stop.exits(sequence[1:])])

@@ -6,13 +6,13 @@
 Each classifier is fine-tuned with plain Transformers code on half of the training rows. The other
 half and dev, without their labels, are the texts of the conversion, which promises at most 1 %
 changed answers: those that differ from the answers of the classifier in PyTorch and fp32. It
-certifies every target in fp32 and bf16 that this machine can run, and with `--int8` also those in
-int8, which then share the confidence with the others. Beside it there are
-conversions of fewer texts, of 1,000 texts and up to 4,000 others that only train, without altered
-texts, and with linear heads; exit 0 alone, with all layers for the texts that it does not answer;
-and an encoder that was cut to its first half before the same training. With `--times`, conversions
-are timed against the classifier as one graph in ONNX Runtime and OpenVINO, in turns; nothing else
-should run on the machine then.
+certifies every target in fp32 and bf16 that this machine can run. With `--int8`, it certifies those
+in int8 as well, so that all of them share the confidence; these results are kept apart. Beside it,
+there are conversions of fewer texts, of 1,000 texts and up to 4,000 others that only train, without
+altered texts, and with linear heads; exit 0 alone, with all layers for the texts that it does not
+answer; and an encoder that was cut to its first half before the same training. With `--times`,
+conversions are timed against the classifier as one graph in ONNX Runtime and OpenVINO, in turns;
+nothing else should run on the machine then.
 
 Which texts certify is chance, and the layers that a conversion saves vary with it. So the same
 heads are also certified with 30 random draws from all texts that trained nothing, those of the test
@@ -207,16 +207,18 @@ def run_conversion(
     return content | {"cpu_s": seconds}
 
 
-def with_linear_heads(model: Path, texts: Path, engines: Path) -> dict[str, Any]:
+def with_linear_heads(
+    model: Path, texts: Path, engines: Path, int8: bool = False
+) -> dict[str, Any]:
     """The same conversion, but all heads are linear and see the mean of the tokens."""
     with mock.patch.object(heads, "form_for", return_value=Form(Pooling.MEAN)):
-        return run_conversion(model, texts, engines)
+        return run_conversion(model, texts, engines, int8=int8)
 
 
-def without_altered(model: Path, texts: Path, engines: Path) -> dict[str, Any]:
+def without_altered(model: Path, texts: Path, engines: Path, int8: bool = False) -> dict[str, Any]:
     """The same conversion, but exits learn from the texts only."""
     with mock.patch.object(Classification, "learns_from_altered", False):
-        return run_conversion(model, texts, engines)
+        return run_conversion(model, texts, engines, int8=int8)
 
 
 def drawn(
@@ -440,8 +442,8 @@ def study(
         if 1000 in run.sizes:
             others = other_texts(run, seed, texts_for(run, seed, 1000, data, work), data, work)
             converted(OTHERS, 1000, partial(plain, others=others), others)
-        converted(LINEAR, None, with_linear_heads)
-        converted(WITHOUT_ALTERED, None, without_altered)
+        converted(LINEAR, None, partial(with_linear_heads, int8=int8))
+        converted(WITHOUT_ALTERED, None, partial(without_altered, int8=int8))
         cut = decisions(teach(run, seed, data, work, layers // 2), texts)
         results.once(HALF, lambda: compared(cut, teacher, right) | {"saved": 0.5})
     if timed:
@@ -559,7 +561,8 @@ def main(data: Path, work: Path, only: tuple[str, ...], timed: bool, int8: bool)
     folder.mkdir(parents=True, exist_ok=True)
     for name in only:
         for seed in RUNS[name].seeds:
-            results = Results(folder / f"{name}-{seed}.json")
+            suffix = "-int8" if int8 else ""
+            results = Results(folder / f"{name}-{seed}{suffix}.json")
             study(RUNS[name], seed, data, work, timed, int8, results)
     every = {file.stem: Results(file).known for file in sorted(folder.glob("*.json"))}
     head = f"{cpu_name()}, {usable_cores()} cores"

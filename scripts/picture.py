@@ -3,11 +3,11 @@
 
     python scripts/picture.py scripts/results/peers.json docs/assets
 
-It shows one dataset. A model that was trained with exits is a curve over its operating points. A
-plain classifier is a point for each library, and its conversion is one as well. Texts a second are
-those of the whole file, on a logarithmic axis: the time of the median text would hide the texts
-that use all layers. An arrow says how many times as many texts the conversion answers as PyTorch.
-A light and a dark version are written.
+It shows one dataset. A model that was trained with exits is a curve over its operating points and
+full depth, for which it is one graph. A plain classifier is a point for each library, and its
+conversion is one as well. Texts a second are those of the whole file, on a logarithmic axis: the
+time of the median text would hide the texts that use all layers. An arrow says how many times as
+many texts the conversion answers as PyTorch. A light and a dark version are written.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OWN = {
     "fpabee-safe": ("safe", "below"),
     "one-graph": ("full depth", "left"),
 }
-"""The operating points of fpabee in the picture, and where their names are written."""
+"""The operating points and full depth in the picture, and where their names are written."""
 CONVERTED = {"fpabee-converted-openvino-bf16": ("fpabee, converted", "right")}
 """The conversion, likewise."""
 OTHERS = {
