@@ -89,14 +89,18 @@ class QueryCases(Cases):
         return exits
 
     def scores(self, rule: ExitRule) -> Array:
-        """See `Cases`: how far documents are before the last of the best, without the last exit."""
+        """See `Cases`: how far documents are behind the last of the best, without the last exit.
+
+        Other documents never leave, so a threshold among their scores would decide nothing.
+        """
         if not isinstance(rule, TopK):
             return np.zeros(0)
         every = [
             before_top(self.expected[:-1, rows, 0].astype(np.float64), rule.top).ravel()
             for rows in self._compared()
         ]
-        return np.concatenate(every)
+        scores: Array = np.concatenate(every)
+        return scores[scores < 0]
 
     def near_ties(self, rule: ExitRule, tolerance: Tolerance) -> Mask:
         """See `Cases`. A document that may stay may keep others from leaving, so all are unsure."""
