@@ -52,7 +52,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fpabee.calibration import Bound
 from fpabee.calibration.guarantee import certify
-from fpabee.calibration.scoring import AGREEMENT, LabelledLogits, Scorer
+from fpabee.calibration.scoring import AGREEMENT, Scorer
 from fpabee.calibration.settings import exits_of
 from fpabee.calibration.trace import trace_rows
 from fpabee.commands.command import exits_with_one_line
@@ -234,20 +234,12 @@ def drawn(
         layers = np.array(engine.manifest.exit_layers, float)
         traced = trace_rows(engine, every, engines / "calibration", False)
     reference, _ = logits_of(model, [row.content for row in every])
-
-    def part(numbers: NDArray[np.intp]) -> LabelledLogits:
-        return replace(
-            traced,
-            logits=traced.logits[:, numbers],
-            lengths=traced.lengths[numbers],
-            reference=reference[numbers],
-        )
-
+    traced = replace(traced, reference=reference)
     results = []
     for seed in range(DRAWS):
         order = np.random.default_rng(seed).permutation(len(every))
-        seen = part(order[: len(dealt.calibrate)])
-        new = part(order[len(dealt.calibrate) :])
+        seen = traced.take(order[: len(dealt.calibrate)])
+        new = traced.take(order[len(dealt.calibrate) :])
         bound = Bound(changed_answers=0.01)
         rule = certify(Scorer(seen, AGREEMENT), bound, labels).rule
         at = new.at(exits_of(rule or Budget(exit=traced.exits[-1]), new))

@@ -56,10 +56,10 @@ class ReadOptions:
         input_format: the format, or its name; None: the suffix of the file name decides, and
             standard input is JSON lines if its first line starts with `{`, else plain text.
         text_column: the column or field that holds the text.
-        text_pair_column: the one with the second text. If it is None, the column `text_pair` is
-            read, but not if another option names it. If it is empty, there are no second texts.
-        label_column: the one with the true label or labels. If it is None, the column `labels` or
-            `label` is read, but not if another option names it. If it is empty, there are no
+        text_pair_column: the one with the second text. None stands for `text_pair`, if neither of
+            the other two columns has this name. An empty name means that there are no second texts.
+        label_column: the one with the true label or labels. None stands for `labels` or `label`, if
+            neither of the other two columns has this name. An empty name means that there are no
             labels.
 
     Raises:
