@@ -211,13 +211,13 @@ class CalibrationOptions:
 
 
 def _check_goal(name: str, goal: Goal) -> None:
-    given = [value for value in (goal.max_drop, goal.speedup) if value is not None]
-    if len(given) != 1:
+    values = [value for value in (goal.max_drop, goal.speedup) if value is not None]
+    if len(values) != 1:
         raise InputError(
-            f"the goal {name!r} has {len(given)} of max_drop and speedup",
+            f"the goal {name!r} has {len(values)} of max_drop and speedup",
             "give one of `max_drop` and `speedup`",
         )
-    (value,) = given
+    (value,) = values
     low, high = (0.0, 100.0) if goal.speedup is None else (1.0, math.inf)
     if not (low <= value <= high and math.isfinite(value)):
         raise InputError(

@@ -199,15 +199,15 @@ class Scorer:
             one = np.eye(len(labels), dtype=np.int64)
             decided = one[decided]
             reference = one[reference]
-        given = reference.sum(axis=0)
+        texts_of = reference.sum(axis=0)
         kept = (decided & reference).sum(axis=0)
-        shares = np.where(given < _FEWEST_GIVEN, 1, kept / np.maximum(given, 1))
+        shares = np.where(texts_of < _FEWEST_GIVEN, 1, kept / np.maximum(texts_of, 1))
         worst = int(shares.argmin())
         whole = "all layers give" if self.rows.reference is None else "the classifier gives"
         if shares[worst] >= 0.5:
             return ""
         return (
-            f"{kept[worst]} of the {given[worst]} texts to which {whole} the label "
+            f"{kept[worst]} of the {texts_of[worst]} texts to which {whole} the label "
             f"{labels[worst]!r} keep it"
         )
 

@@ -66,8 +66,8 @@ def expected_labels(rows: Sequence[Row], task: Task) -> Labels:
                 "label every row, name their column in `label_column`, or set `metric` to "
                 "agreement",
             )
-    given = [row.labels or () for row in rows]
-    return encode_labels(given, task.labels, task.problem_type, [row.where for row in rows])
+    labels = [row.labels or () for row in rows]
+    return encode_labels(labels, task.labels, task.problem_type, [row.where for row in rows])
 
 
 def trace_rows(

@@ -260,8 +260,8 @@ def changed_sets(final: Floats, left: Mask, reference: Floats, top: int) -> Mask
         return np.zeros(len(final), np.bool_)
     chosen = np.argsort(-np.where(left, -np.inf, final), axis=1, kind="stable")[:, :top]
     best = np.sort(reference, axis=1)[:, -top:]
-    found = np.sort(np.take_along_axis(reference, chosen, axis=1), axis=1)
-    differs = np.abs(found - best) > _SAME * np.maximum(np.abs(best), 1)
+    references = np.sort(np.take_along_axis(reference, chosen, axis=1), axis=1)
+    differs = np.abs(references - best) > _SAME * np.maximum(np.abs(best), 1)
     return np.asarray(differs.any(axis=1))
 
 

@@ -437,8 +437,8 @@ def same_exits(engine: Engine, texts: Sequence[str]) -> tuple[str, bool]:
     )
     different = int(np.count_nonzero(engine.trace(texts, rule=rule).exits != expected.exits))
     spread = len(set(expected.exits.tolist()))
-    found = f"{different} of {len(texts)} rows stop elsewhere; {spread} exits are used"
-    return found, bool(different <= MOST_DIFFERENT * len(texts))
+    words = f"{different} of {len(texts)} rows stop elsewhere; {spread} exits are used"
+    return words, bool(different <= MOST_DIFFERENT * len(texts))
 
 
 def same_logits(engine: Engine, texts: Sequence[str]) -> tuple[str, bool]:
@@ -464,8 +464,8 @@ def same_in_threads(engine: Engine, texts: Sequence[str]) -> tuple[str, bool]:
     pairs = (pair for each in answers for pair in zip(each, expected, strict=True))
     different = sum(a != b for a, b in pairs)
     speed = len(texts) / (between - started), THREADS * len(texts) / (ended - between)
-    found = f"{different} labels differ; {speed[0]:.0f} texts/s, with threads {speed[1]:.0f}"
-    return found, different <= MOST_DIFFERENT * THREADS * len(texts)
+    words = f"{different} labels differ; {speed[0]:.0f} texts/s, with threads {speed[1]:.0f}"
+    return words, different <= MOST_DIFFERENT * THREADS * len(texts)
 
 
 def half_depth(engine: Engine, logits: Any) -> Any:

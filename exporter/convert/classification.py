@@ -160,15 +160,15 @@ class Classification(ConversionTask[Row]):
     def _labels(self, task: Task) -> Labels | None:
         """The labels of all texts; None if some have none, or one that the classifier lacks."""
         rows = self.texts.own
-        given = [row.labels for row in rows if row.labels is not None]
-        if len(given) < len(rows):
-            if given:
-                known = f"{len(given):,} of {len(rows):,}"
+        labels = [row.labels for row in rows if row.labels is not None]
+        if len(labels) < len(rows):
+            if labels:
+                known = f"{len(labels):,} of {len(rows):,}"
                 self.warnings.append(f"accuracy is not known: only {known} texts have a label")
             return None
         try:
             places = [row.where for row in rows]
-            return encode_labels(given, task.labels, task.problem_type, places)
+            return encode_labels(labels, task.labels, task.problem_type, places)
         except RowError as error:
             self.warnings.append(f"accuracy is not known: {error.message}")
             return None

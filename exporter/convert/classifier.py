@@ -164,8 +164,8 @@ def _load(folder: Path, config: Any, adapter: Path | None) -> Any:
 
     model, missing = load_pretrained(AutoModelForSequenceClassification, folder, config)
     if adapter is not None:
-        model, given = _merged(model, adapter)
-        missing = [name for name in missing if not given.intersection(name.split("."))]
+        model, replaced = _merged(model, adapter)
+        missing = [name for name in missing if not replaced.intersection(name.split("."))]
     if missing:
         raise ModelError(
             f"{folder} has no trained head: it lacks {len(missing)} weights, first {missing[0]!r}",
@@ -214,5 +214,5 @@ def _copy(source: nn.Module, target: nn.Module) -> None:
     """Copy weights; a bias that the source does not have becomes 0."""
     with torch.no_grad():
         for name, value in target.named_parameters():
-            given: Tensor | None = getattr(source, name)
-            value.copy_(torch.zeros_like(value) if given is None else given)
+            weight: Tensor | None = getattr(source, name)
+            value.copy_(torch.zeros_like(value) if weight is None else weight)

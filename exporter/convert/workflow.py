@@ -127,17 +127,17 @@ def convert(
     check_installed()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    given = _TASKS[named_task(classifier, options.problem_type)](texts, options)
-    too_few = _too_few(given)
-    what = given.what
+    job = _TASKS[named_task(classifier, options.problem_type)](texts, options)
+    too_few = _too_few(job)
+    what = job.what
     if options.int8:
-        check_enough_texts(len(given.numbers(given.texts.taught)), "texts that train")
-    of = f"{len(given.texts.own):,} distinct {what}"
-    certify = f"{len(given.texts.calibrate):,} of {of} certify"
-    for line in (certify, *needs_in_words(given.bound, f"{what} that certify")):
+        check_enough_texts(len(job.numbers(job.texts.taught)), "texts that train")
+    of = f"{len(job.texts.own):,} distinct {what}"
+    certify = f"{len(job.texts.calibrate):,} of {of} certify"
+    for line in (certify, *needs_in_words(job.bound, f"{what} that certify")):
         logger.warning(line)
     teacher = Classifier(classifier, options.problem_type, options.adapter)
-    work = _Work(teacher, given, progress)
+    work = _Work(teacher, job, progress)
     with unfinished(target, work.fingerprint) as folder:
         conversion = work.run(folder)
         for left in folder.glob("engines/.manifest-*"):  # by a process that was killed
@@ -157,21 +157,21 @@ def convert(
     )
 
 
-def _too_few(given: Classification | Ranking) -> list[str]:
+def _too_few(job: Classification | Ranking) -> list[str]:
     """What to say of the number of texts, if few certify.
 
     Raises:
         InputError: too few certify, even if no decision changes.
     """
-    bound = given.bound
-    what = given.what
+    bound = job.bound
+    what = job.what
     needed = [rows_needed(share, 1 - bound.confidence) for share in bound.shares.values()]
     least = max(fewest for fewest, _ in needed)
     good = max(enough for _, enough in needed)
-    certify = len(given.texts.calibrate)
-    own = len(given.texts.own)
+    certify = len(job.texts.calibrate)
+    own = len(job.texts.own)
     # Of few texts, more may certify than of many, as they are dealt by chance.
-    texts_for_one = max(own / certify, 1 / given.texts.share_that_certifies)
+    texts_for_one = max(own / certify, 1 / job.texts.share_that_certifies)
     many = 100 * math.ceil(good * texts_for_one / 100)
     if certify < least:
         raise InputError(
@@ -190,7 +190,7 @@ class _Work:
 
     Args:
         teacher: the classifier.
-        given: the task with its texts.
+        job: the task with its texts.
         progress: called with (what, done, total).
 
     Raises:
@@ -199,14 +199,14 @@ class _Work:
     """
 
     def __init__(
-        self, teacher: Classifier, given: Classification | Ranking, progress: Progress
+        self, teacher: Classifier, job: Classification | Ranking, progress: Progress
     ) -> None:
         self.teacher = teacher
-        self.given = given
-        self.options = given.options
+        self.job = job
+        self.options = job.options
         self.progress = progress
         self.task = Task(problem_type=teacher.problem_type, labels=teacher.labels)
-        thresholds = decision_thresholds(self.task, given.bound.thresholds)
+        thresholds = decision_thresholds(self.task, job.bound.thresholds)
         if self.task.problem_type is ProblemType.MULTI_LABEL:
             # What is promised about labels is said of those that the folder predicts.
             self.task = msgspec.structs.replace(self.task, label_thresholds=thresholds)
@@ -224,11 +224,11 @@ class _Work:
         settings = replace(self.options, train_texts=None, force=False, threads=None)
         folders = (self.teacher.folder, self.options.adapter)
         files = [path for folder in folders if folder for path in sorted(folder.iterdir())]
-        texts = self.given.texts
+        texts = self.job.texts
         content = [
             __version__,
             msgspec.to_builtins(settings, enc_hook=str),
-            data_sha256(self.given.rows, labels=False),
+            data_sha256(self.job.rows, labels=False),
             [part.tolist() for part in (texts.taught, texts.calibrate)],
             [sha256_of(path) for path in files if path.is_file()],
         ]
@@ -236,13 +236,13 @@ class _Work:
 
     def run(self, folder: Path) -> Conversion:
         """Do all that is not done yet, and leave the engines folder in `engines`."""
-        given = self.given
-        taught = given.texts.taught
-        numbers = given.numbers(taught)
-        units = np.repeat(np.arange(len(taught)), given.lengths(taught))
-        rows = encoded_rows(given.rows, self.tokenizer, self.max_length)
-        trained = len(given.numbers(given.texts.train))
-        if given.learns_from_altered:
+        job = self.job
+        taught = job.texts.taught
+        numbers = job.numbers(taught)
+        units = np.repeat(np.arange(len(taught)), job.lengths(taught))
+        rows = encoded_rows(job.rows, self.tokenizer, self.max_length)
+        trained = len(job.numbers(job.texts.train))
+        if job.learns_from_altered:
             copies = self._altered(rows)
             new = np.arange(len(copies))
             numbers = np.insert(numbers, trained, len(rows) + new)
@@ -258,10 +258,10 @@ class _Work:
             folder,
             self.progress,
             units=units,
-            needed=given.needed,
-            fewest_tokens=given.fewest_tokens,
+            needed=job.needed,
+            fewest_tokens=job.fewest_tokens,
         )
-        given.check_possible(self.task, logits)
+        job.check_possible(self.task, logits)
         model_dir = folder / "model"
         engines = folder / "engines"
         for left in (model_dir, engines):  # by a run that was stopped
@@ -272,13 +272,13 @@ class _Work:
         export(model_dir, engines, wanted, self.progress)
         warnings = self._add_targets(engines)
         conversion = self._certify(engines, logits, chosen)
-        if removed := given.texts.removed:
-            what = f"train {given.what}"
+        if removed := job.texts.removed:
+            what = f"train {job.what}"
             warnings.append(f"{removed:,} {what} were left out: they are among the others")
         fitting = len(np.unique(units[np.isin(numbers, states.rows)]))
         if fitting < len(taught):
             warnings.append(
-                f"exits learned from {fitting:,} of the {len(taught):,} {given.what} that train: "
+                f"exits learned from {fitting:,} of the {len(taught):,} {job.what} that train: "
                 "the file of their hidden states takes no more"
             )
         return replace(conversion, warnings=(*warnings, *conversion.warnings))
@@ -289,10 +289,10 @@ class _Work:
         Those that are the same as a row that does not train are left out. So no text that certifies
         has trained, which errs on the safe side: a new text may be the same as a copy.
         """
-        texts = self.given.texts
-        taught_tokens = sum(len(rows[number]) for number in self.given.numbers(texts.taught))
+        texts = self.job.texts
+        taught_tokens = sum(len(rows[number]) for number in self.job.numbers(texts.taught))
         room = most_tokens(self.teacher) - taught_tokens
-        trains = self.given.numbers(texts.train)
+        trains = self.job.numbers(texts.train)
         others = np.setdiff1d(np.arange(len(rows)), trains)
         known = {rows[number].input_ids.tobytes() for number in others}
         special = special_tokens(self.tokenizer, self.max_length)
@@ -308,7 +308,7 @@ class _Work:
     ) -> Chosen:
         """Train the exits and exit 0, and write the model."""
         model, chosen = self._model(states, logits)
-        exit_0 = self.given.exit_0(self.task, rows, logits, self.plain, self.progress)
+        exit_0 = self.job.exit_0(self.task, rows, logits, self.plain, self.progress)
         save_checkpoint(model, model_dir)
         with system_errors(model_dir):
             self.tokenizer.save_pretrained(model_dir)
@@ -319,11 +319,11 @@ class _Work:
     def _model(self, states: States, logits: NDArray[np.float32]) -> tuple[MultiExitModel, Chosen]:
         """The weights of the classifier, and heads of the form that suits it."""
         teacher = self.teacher
-        given = self.given
-        lesson = given.lesson(self.task, logits, states.rows)
-        chosen_by = given.numbers(given.texts.choose)
+        job = self.job
+        lesson = job.lesson(self.task, logits, states.rows)
+        chosen_by = job.numbers(job.texts.choose)
         count = int(np.isin(states.rows, chosen_by, invert=True).sum())
-        judge = partial(given.judge, self.task, logits, states.rows[count:])
+        judge = partial(job.judge, self.task, logits, states.rows[count:])
         chosen = choose_exits(teacher, states, lesson, count, judge, self.progress)
         form = chosen.form
         config = teacher.exit_config(form.exits(teacher.layers), form.pooling)
@@ -358,9 +358,9 @@ class _Work:
         if self.options.int8:
             names += buildable(INT8_TARGETS)
             # Ranges come from texts that do not certify; shuffled, because the first ones set them.
-            taught = self.given.numbers(self.given.texts.taught)
+            taught = self.job.numbers(self.job.texts.taught)
             shuffled = np.random.default_rng(0).permutation(taught)
-            texts = [self.given.rows[number].content for number in shuffled]
+            texts = [self.job.rows[number].content for number in shuffled]
         result = build_targets(engines, names, texts, progress=self.progress)
         refused: dict[str, list[str]] = {}
         for name, error in result.refused.items():
@@ -369,13 +369,13 @@ class _Work:
 
     def _certify(self, engines: Path, logits: NDArray[np.float32], chosen: Chosen) -> Conversion:
         """Certify the targets; the default is the fastest one that keeps its promise."""
-        given = self.given
-        texts = given.texts
+        job = self.job
+        texts = job.texts
         folder = EnginesFolder.read(engines)
         manifest = folder.manifest
         others = runnable_targets(folder) if self.options.int8 else [manifest.default_target]
         by_name = {
-            name: given.certify(engines, name, logits, chosen, self.progress)
+            name: job.certify(engines, name, logits, chosen, self.progress)
             for name in dict.fromkeys([FP32_TARGET, *others])
         }
         depths = {
@@ -396,9 +396,9 @@ class _Work:
             texts=len(texts.own),
             train_texts=len(texts.units) - len(texts.own),
             parts=texts.sizes,
-            traffic=given.traffic(by_name[default]),
-            accuracy=given.accuracy(self.task, logits, by_name[default]),
-            warnings=tuple(given.warnings),
+            traffic=job.traffic(by_name[default]),
+            accuracy=job.accuracy(self.task, logits, by_name[default]),
+            warnings=tuple(job.warnings),
             seconds=0.0,
         )
 

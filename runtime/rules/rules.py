@@ -46,6 +46,11 @@ Threshold = Annotated[
     msgspec.Meta(description="give a finite number, or one for each exit"),
 ]
 """One threshold for all exits, or one for each exit; the last exit stops every row anyway."""
+_Behind = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=0)]
+_Margins = Annotated[
+    _Behind | Annotated[tuple[_Behind, ...], msgspec.Meta(min_length=1)],
+    msgspec.Meta(description="give a finite number of at most 0, or one for each exit"),
+]
 
 
 @dataclass(slots=True)
@@ -557,8 +562,8 @@ class TopK(ThresholdRule, tag="top-k", frozen=True, kw_only=True):
     arXiv 2510.15620.)
 
     Attributes:
-        threshold: minus the margin by which a document has to be behind, in logits; one for all
-            exits, or one for each exit.
+        threshold: minus the margin by which a document has to be behind, in logits, at most 0; one
+            for all exits, or one for each exit.
         top: how many documents are wanted.
         exit_0_threshold: the same at exit 0, which predicts from the scores of the search; None
             means that no document stops there.
@@ -566,8 +571,9 @@ class TopK(ThresholdRule, tag="top-k", frozen=True, kw_only=True):
 
     ranks: ClassVar[bool] = True
 
+    threshold: _Margins
     exit_0_threshold: Annotated[
-        _Finite | None, msgspec.Meta(description="give a finite number")
+        _Behind | None, msgspec.Meta(description="give a finite number of at most 0")
     ] = None
     top: Annotated[int, msgspec.Meta(ge=1, description="give a whole number from 1")]
 
@@ -580,6 +586,10 @@ class TopK(ThresholdRule, tag="top-k", frozen=True, kw_only=True):
         if exit_number > 0:
             return super().threshold_at(exit_number)
         return -np.inf if self.exit_0_threshold is None else self.exit_0_threshold
+
+    def with_stop_threshold(self, threshold: float | Sequence[float] | Array) -> ExitRule:
+        """This rule with another threshold; above 0 the best would leave, so it ends there."""
+        return super().with_stop_threshold(np.minimum(threshold, 0))
 
     def stops_at_exit_0(self, now: Outputs) -> Mask | None:
         """Which documents stop at exit 0, by the same score as at the others."""

@@ -58,7 +58,7 @@ class Converted:
     report: Queries
     lesson: Lesson
     taught: NDArray[np.intp]
-    given: Ranking
+    job: Ranking
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,9 @@ def converted(reranker: Path, queries: Path, tmp_path_factory: pytest.TempPathFa
     calls: dict[str, Any] = {}
 
     def noting(name: str, function: Any) -> Any:
-        def call(*given: Any) -> Any:
-            calls[name] = given
-            return function(*given)
+        def call(*arguments: Any) -> Any:
+            calls[name] = arguments
+            return function(*arguments)
 
         return call
 
@@ -77,14 +77,14 @@ def converted(reranker: Path, queries: Path, tmp_path_factory: pytest.TempPathFa
     with pytest.MonkeyPatch.context() as patch:
         quickly(patch)
         patch.setattr(workflow, "train_heads", noting("heads", train_heads))
-        patch.setattr(workflow, "_too_few", noting("given", workflow._too_few))
+        patch.setattr(workflow, "_too_few", noting("job", workflow._too_few))
         certify = noting("certify", calibrate_ranking)
         patch.setattr(ranking, "calibrate_ranking", certify)
         result = convert(reranker, queries, folder, OPTIONS)
     _, _, states, lesson, _ = calls["heads"]
     certifying, report = calls["certify"][2:4]
-    (given,) = calls["given"]
-    return Converted(folder, result, certifying, report, lesson, states.rows, given)
+    (job,) = calls["job"]
+    return Converted(folder, result, certifying, report, lesson, states.rows, job)
 
 
 def scores_of(reranker: Path, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
@@ -103,7 +103,7 @@ def test_queries_are_dealt_with_all_their_documents(converted: Converted) -> Non
     assert converted.result.rows == len(QUERIES) + len(QUERIES[::10])
     certified = {query.text for query in converted.certifying.queries}
     reported = {query.text for query in converted.report.queries}
-    rows = converted.given.rows
+    rows = converted.job.rows
     taught = {rows[number].text for number in converted.taught}
     assert certified.isdisjoint(taught)
     assert reported.isdisjoint(taught | certified)
@@ -120,7 +120,7 @@ def test_heads_learn_the_logits_and_the_best_documents_count_more(
     converted: Converted, reranker: Path
 ) -> None:
     lesson = converted.lesson
-    rows = [converted.given.rows[number] for number in converted.taught[:40]]
+    rows = [converted.job.rows[number] for number in converted.taught[:40]]
     expected = scores_of(reranker, [(row.text, row.text_pair or "") for row in rows])
     assert_exported(lesson.targets[:40] * lesson.deviation + lesson.mean, expected[:, None])
     first = [number for number, row in enumerate(rows) if row.text == rows[0].text]
@@ -186,7 +186,7 @@ def test_int8_is_certified_as_well(
     assert [point.target for point in result.rankings] == ["onnxruntime-fp32", INT8]
     quantized = result.rankings[1]
     assert (quantized.certificate is None) == bool(quantized.refusal)
-    taught = {converted.given.rows[number].text for number in converted.taught}
+    taught = {converted.job.rows[number].text for number in converted.taught}
     assert {query for query, _ in asked} == taught
 
 
@@ -238,11 +238,11 @@ def test_train_queries_train_and_those_that_certify_are_left_out(
     for name, some in (("queries.jsonl", texts), ("others.jsonl", others)):
         files.append(tmp_path / name)
         files[-1].write_text("\n".join(map(json.dumps, some)))
-    given = Ranking(files[0], replace(OPTIONS, train_texts=files[1]))
-    train, choose, certify, report = given.texts.sizes
+    job = Ranking(files[0], replace(OPTIONS, train_texts=files[1]))
+    train, choose, certify, report = job.texts.sizes
     assert train + choose == len(QUERIES) - 150
     assert certify + report == 150
-    assert given.texts.removed == 10
+    assert job.texts.removed == 10
 
 
 def write(tmp_path: Path, rows: Sequence[object]) -> Path:
@@ -253,17 +253,17 @@ def write(tmp_path: Path, rows: Sequence[object]) -> Path:
 
 def test_queries_without_documents_are_counted_and_left_out(tmp_path: Path) -> None:
     empty = [{"query": f"nothing {n}", "documents": []} for n in range(3)]
-    given = Ranking(write(tmp_path, [*QUERIES, *empty]), OPTIONS)
-    assert len(given.texts.units) == len(QUERIES)
-    assert given.warnings == ["3 queries have no documents"]
+    job = Ranking(write(tmp_path, [*QUERIES, *empty]), OPTIONS)
+    assert len(job.texts.units) == len(QUERIES)
+    assert job.warnings == ["3 queries have no documents"]
 
 
 def test_many_queries_that_cannot_change_are_said(tmp_path: Path) -> None:
     short = [{**query, "documents": query["documents"][:TOP]} for query in QUERIES[:100]]
-    given = Ranking(write(tmp_path, [*short, *QUERIES[100:]]), OPTIONS)
-    (warning,) = given.warnings
-    fixed = sum(len(given.texts.units[n].documents) <= TOP for n in given.texts.calibrate)
-    assert f"{fixed} of {len(given.texts.calibrate)} queries that certify" in warning
+    job = Ranking(write(tmp_path, [*short, *QUERIES[100:]]), OPTIONS)
+    (warning,) = job.warnings
+    fixed = sum(len(job.texts.units[n].documents) <= TOP for n in job.texts.calibrate)
+    assert f"{fixed} of {len(job.texts.calibrate)} queries that certify" in warning
 
 
 Give = Callable[[Path], tuple[Path, ConvertOptions]]
@@ -391,9 +391,9 @@ def test_queries_that_do_not_fit_are_left_out(
     monkeypatch.setattr(states, "_MOST_BYTES", 400_000)
     seen: list[NDArray[np.intp]] = []
 
-    def noting(*given: Any) -> Any:
-        seen.append(given[2].rows)
-        return train_heads(*given)
+    def noting(*arguments: Any) -> Any:
+        seen.append(arguments[2].rows)
+        return train_heads(*arguments)
 
     monkeypatch.setattr(workflow, "train_heads", noting)
     drawn = np.random.default_rng(0)
@@ -433,10 +433,10 @@ def test_a_better_score_never_predicts_less(seed: int) -> None:
 
 def test_scores_of_some_queries_only_are_passed_over(tmp_path: Path) -> None:
     some = [{**query, "scores": [1.0] * len(query["documents"])} for query in QUERIES[:7]]
-    given = Ranking(write(tmp_path, [*some, *QUERIES[7:]]), OPTIONS)
-    (warning,) = given.warnings
+    job = Ranking(write(tmp_path, [*some, *QUERIES[7:]]), OPTIONS)
+    (warning,) = job.warnings
     assert "only 7 of 320 queries have scores" in warning
-    assert not given.has_scores
+    assert not job.has_scores
     every = [{**query, "scores": [1.0] * len(query["documents"])} for query in QUERIES]
     assert Ranking(write(tmp_path, every), OPTIONS).has_scores
 

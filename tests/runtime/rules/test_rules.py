@@ -366,6 +366,10 @@ def test_rules_survive_their_dictionary(rule: ExitRule, max_exit: int | None) ->
         ({"name": "pabee", "patience": 1, "exit_0_threshold": 90}, "exit_0_threshold is 90"),
         ({"name": "pabee", "patience": 1, "exit_0_threshold": -1}, "from 0 to 1, or 2 for never"),
         ({"name": "top-k", "top": 3, "threshold": -1, "exit_0_threshold": float("inf")}, "finite"),
+        # A document that is among the best would leave.
+        ({"name": "top-k", "top": 3, "threshold": 0.5}, "at most 0"),
+        ({"name": "top-k", "top": 3, "threshold": [-1, 0.5]}, "at most 0"),
+        ({"name": "top-k", "top": 3, "threshold": -1, "exit_0_threshold": 0.5}, "at most 0"),
     ],
     ids=str,
 )
