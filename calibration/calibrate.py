@@ -140,6 +140,9 @@ def calibrate(
         points = tuple(maker.points(engine.core.encode([row.content for row in rows])))
         default = options.default if options.default in options.goals else points[0].name
         chosen = next(point.rule for point in points if point.name == default)
+        earlier = engine.manifest.targets[engine.target].default_operating_point
+        if earlier not in ("", default):
+            warnings.append(f"the default operating point was {earlier}, and is now {default}")
         lost = stopping_costs.scorer.lost_label(exits_of(chosen, seen), engine.labels)
         if lost:
             protected = "a promise about missed texts protects rare labels"

@@ -58,9 +58,8 @@ def check_model_dir(source: str | Path) -> Path:
         return downloaded(repository, CONFIG_NAME, error=ModelError).parent
     folder = Path(source)
     if not folder.is_dir():
-        raise ModelError(
-            f"model folder {source} does not exist", f"{TRAINED}, or its id on the hub"
-        )
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise ModelError(f"model folder {source} {problem}", f"{TRAINED}, or its id on the hub")
     if is_engines_folder(folder):
         raise ModelError(
             f"{source} is an engines folder, not a model",

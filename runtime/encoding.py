@@ -183,12 +183,12 @@ class RowTokenizer:
         self._limit = limit
         self._uses_types = uses_types
 
-    def rows(self, texts: Sequence[Text], first: int = 1) -> list[EncodedRow]:
+    def rows(self, texts: Sequence[Text], first: int = 0) -> list[EncodedRow]:
         """Tokenize texts or pairs of texts; a row may be empty.
 
         Args:
             texts: strings, or (text, text_pair) tuples.
-            first: the number of the first text in errors.
+            first: the number of the first text in errors; they count from 0, as results do.
 
         Raises:
             InputError: a text is neither a string nor a pair of strings, or is not valid Unicode
@@ -351,11 +351,11 @@ class TextEncoder:
         part = next(parts, [])
         following = next(parts, None)
         if following is None:  # a thread would take longer than it saves
-            yield from self._rows(part, 1)
+            yield from self._rows(part, 0)
             return
         with ThreadPoolExecutor(1) as pool:
-            rows: Callable[[], list[EncodedRow]] = partial(self._rows, part, 1)
-            first = 1 + len(part)
+            rows: Callable[[], list[EncodedRow]] = partial(self._rows, part, 0)
+            first = len(part)
             for part in chain([following], parts):
                 ahead = pool.submit(self._rows, part, first)
                 yield from rows()
@@ -420,7 +420,8 @@ def _check(text: object, number: int, most: int) -> None:
     for part in parts:
         if not isinstance(part, str):
             raise InputError(
-                f"text {number} is a {type(text).__name__}", "give a string, or a pair of strings"
+                f"text {number} has the type {type(text).__name__}",
+                "give a string, or a pair of strings",
             )
         try:
             part[:most].encode()

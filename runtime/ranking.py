@@ -167,14 +167,15 @@ def pairs_of(query: str, documents: Sequence[str]) -> list[tuple[str, str]]:
         InputError: they are not a string, and a list or another sequence of strings.
     """
     if not isinstance(query, str):
-        raise InputError(f"the query is a {type(query).__name__}", "give a string")
+        raise InputError(f"the query has the type {type(query).__name__}", "give a string")
     if isinstance(documents, str) or not isinstance(documents, Sequence | np.ndarray):
         kind = type(documents).__name__
         raise InputError(f"the documents are one {kind}", "give a list of strings")
     for number, document in enumerate(documents):
         if not isinstance(document, str):
             raise InputError(
-                f"document {number} is a {type(document).__name__}", "give a list of strings"
+                f"document {number} has the type {type(document).__name__}",
+                "give a list of strings",
             )
     return [(query, document) for document in documents]
 

@@ -170,14 +170,18 @@ def _too_few(job: Classification | Ranking) -> list[str]:
     good = max(enough for _, enough in needed)
     certify = len(job.texts.calibrate)
     own = len(job.texts.own)
-    # Of few texts, more may certify than of many, as they are dealt by chance.
-    texts_for_one = max(own / certify, 1 / job.texts.share_that_certifies)
-    many = 100 * math.ceil(good * texts_for_one / 100)
+
+    def needed_for(certifying: int) -> int:
+        """So many are usually dealt; if that is no more than there are, chance dealt fewer."""
+        usual = certifying / job.texts.share_that_certifies
+        return 100 * math.ceil((usual if usual > own else certifying * own / certify) / 100)
+
+    many = needed_for(good)
     if certify < least:
         raise InputError(
             f"{certify:,} of {own:,} distinct {what} certify, and {least:,} are the "
-            f"least; about {100 * math.ceil(least * texts_for_one / 100):,} distinct {what} are "
-            f"needed, and {many:,} give a good chance",
+            f"least; about {needed_for(least):,} distinct {what} are needed, and {many:,} give a "
+            "good chance",
             f"give more {what}, or allow more",
         )
     if certify < _FEW * least:
@@ -244,6 +248,7 @@ class _Work:
         trained = len(job.numbers(job.texts.train))
         if job.learns_from_altered:
             copies = self._altered(rows)
+            logger.warning(f"{len(copies):,} altered copies of {job.what} train as well")
             new = np.arange(len(copies))
             numbers = np.insert(numbers, trained, len(rows) + new)
             units = np.insert(units, trained, len(taught) + new)
@@ -367,6 +372,10 @@ class _Work:
             refused.setdefault(str(error), []).append(name)
         return [f"not built: {', '.join(names)}: {why}" for why, names in refused.items()]
 
+    def _progress_of(self, target: str) -> Progress:
+        """The progress of steps that are done for each target."""
+        return lambda what, done, total: self.progress(f"{target}: {what}", done, total)
+
     def _certify(self, engines: Path, logits: NDArray[np.float32], chosen: Chosen) -> Conversion:
         """Certify the targets; the default is the fastest one that keeps its promise."""
         job = self.job
@@ -375,7 +384,7 @@ class _Work:
         manifest = folder.manifest
         others = runnable_targets(folder) if self.options.int8 else [manifest.default_target]
         by_name = {
-            name: job.certify(engines, name, logits, chosen, self.progress)
+            name: job.certify(engines, name, logits, chosen, self._progress_of(name))
             for name in dict.fromkeys([FP32_TARGET, *others])
         }
         depths = {

@@ -244,6 +244,8 @@ def test_another_point_becomes_the_default(folder: Path, data: Path) -> None:
     assert read_manifest(folder).targets[TARGET] == changed
     assert not read_manifest(folder).default_is_fixed
     assert run(folder, "--set-default", "safe", "--metric", "macro_f1").exit_code == 2
+    words = "the default operating point was fast, and is now balanced"
+    assert f"warning: {words}" in said(folder, "--data", data)
 
 
 def test_a_target_that_is_made_the_default_stays_it(

@@ -51,11 +51,15 @@ def test_a_folder_is_described(
     assert max(map(len, result.stdout.splitlines())) <= 80
     facts = "no guarantee; goal: drop at most 0.5 points; 1.00 layers per text"
     words = " ".join(result.stdout.split())
-    assert f"onnxruntime-fp32 safe (default): {facts}" in words
+    assert f"onnxruntime-fp32 safe (default of the target): {facts}" in words
     content = json.loads(run(folder, "--env", "--json").stdout)
     assert content["exit_layers"] == [1, 2, 3]
     (target,) = content["targets"]
     assert (target["name"], target["unavailable_reason"]) == ("onnxruntime-fp32", "")
+    assert target["default_operating_point"] == "safe"
+    promise = "no guarantee; goal: drop at most 0.5 points"
+    assert target["operating_points"]["safe"] == {"promise": promise, "mean_depth": 1.0}
+    assert target["logits_differ_by"] > 0
     assert target["size"] > 10_000
     assert content["environment"]["fpabee"] == __version__
     shown = " ".join(run(exit_0_engines["bert"]).stdout.split())

@@ -501,7 +501,7 @@ def test_one_text_has_one_answer(engines: Mapping[str, Path]) -> None:
         assert isinstance(engine, Engine)
         for text in ("play music", ("play", "music")):
             assert engine(text) == engine.predict([text])[0]
-        with pytest.raises(InputError, match="text 1 is a int"):
+        with pytest.raises(InputError, match="text 0 has the type int"):
             engine(3)  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match="no attribute 'engine_of'"):
         fpabee.engine_of  # noqa: B018

@@ -207,11 +207,11 @@ def test_no_documents_have_no_ranking(engine: Engine) -> None:
         (lambda e: e.rank(QUERY, documents(5), top_k=True), "`top_k` is True"),
         (lambda e: e.rank(QUERY, "one string"), "the documents are one str"),
         (lambda e: e.rank(QUERY, None), "the documents are one NoneType"),
-        (lambda e: e.rank(QUERY, ["a", 3]), "document 1 is a int"),
-        (lambda e: e.rank(5, ["a"]), "the query is a int"),
+        (lambda e: e.rank(QUERY, ["a", 3]), "document 1 has the type int"),
+        (lambda e: e.rank(5, ["a"]), "the query has the type int"),
         (
             lambda e: asyncio.run(Scheduler(e).rank(QUERY, [3])),  # type: ignore[list-item]
-            "document 0 is a int",
+            "document 0 has the type int",
         ),
         (lambda e: e.rank(QUERY, documents(5), scores=[1.0]), "1 values in 'scores'"),
         (lambda e: e.rank(QUERY, documents(1), scores=[float("nan")]), "the score nan"),

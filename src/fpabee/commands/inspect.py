@@ -71,9 +71,20 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
 
 
 def _state_of(engines: EnginesFolder, name: str) -> dict[str, Any]:
-    """The bytes of a target's files, or of the graphs that it runs, and why it cannot run here."""
+    """What is known of a target; its size is that of its files, or of the graphs that it runs."""
     target = engines.manifest.targets[name]
-    state: dict[str, Any] = {"name": name, "size": 0, "unavailable_reason": ""}
+    state: dict[str, Any] = {
+        "name": name,
+        "size": 0,
+        "logits_differ_by": target.tolerance,
+        "speed": target.relative_speed,
+        "unavailable_reason": "",
+        "default_operating_point": target.default_operating_point,
+        "operating_points": {
+            point: {"promise": _promised(record), "mean_depth": record.mean_depth}
+            for point, record in target.operating_points.items()
+        },
+    }
     try:
         for graph in (target.files or engines.manifest.graphs_of(target)).values():
             state["size"] += resolve(engines.path, graph.file).stat().st_size
@@ -118,11 +129,6 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
         "precisions": ["fp32", *manifest.precisions],
         "default_rule": manifest.default_rule,
         "default_target": manifest.default_target,
-        "operating_points": {
-            name: list(target.operating_points)
-            for name, target in manifest.targets.items()
-            if target.operating_points
-        },
     }
 
 
@@ -131,30 +137,30 @@ def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
     shown = _summary(manifest)
     default = shown.pop("default_target")
     rule = shown.pop("default_rule")
-    del shown["operating_points"]
     if manifest.task.ranks:
         shown["problem_type"] = "ranking of documents"
     _print_values(shown)
     echo(f"rule without an operating point: {settings_in_words(rule)}")
-    table = Table("target", "MiB", "error of logits", "speed", "runs here", box=box.SIMPLE_HEAD)
+    table = Table("target", "MiB", "logits differ by", "speed", "runs here", box=box.SIMPLE_HEAD)
     table.columns[0].overflow = "fold"  # --target needs the whole name
     below = []
     unit = "document" if manifest.task.ranks else "text"
     for state in states:
         name = state["name"]
-        target = manifest.targets[name]
+        difference = state["logits_differ_by"]
+        speed = state["speed"]
         table.add_row(
             name + " (default)" * (name == default),
             f"{state['size'] / 2**20:.1f}",
-            "not measured" if target.tolerance is None else f"{target.tolerance:.1e}",
-            "" if target.relative_speed is None else f"{target.relative_speed:.2f}x",
+            "not measured" if difference is None else f"{difference:.1e}",
+            "" if speed is None else f"{speed:.2f}x",
             "no" if state["unavailable_reason"] else "yes",
         )
-        below += [
-            f"{name} {point}{' (default)' * (point == target.default_operating_point)}: "
-            f"{_promised(record)}; {record.mean_depth:.2f} layers per {unit}"
-            for point, record in target.operating_points.items()
-        ]
+        for point, record in state["operating_points"].items():
+            is_default = point == state["default_operating_point"]
+            mark = " (default of the target)" if is_default else ""
+            layers = f"{record['mean_depth']:.2f} layers per {unit}"
+            below.append(f"{name} {point}{mark}: {record['promise']}; {layers}")
         if state["unavailable_reason"]:
             below.append(f"{name} cannot run here: {state['unavailable_reason']}")
     table_console().print(table)

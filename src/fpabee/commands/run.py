@@ -54,8 +54,8 @@ fpabee-run reranker-engines/ queries.jsonl --output rankings.jsonl
 @click.option("--input", "more", multiple=True, metavar="FILE", help="Another file to read.")
 @options.path(
     "-o --output",
-    "File to write: .jsonl, .csv or .parquet; rankings .jsonl. Default: JSON lines on standard "
-    "output.",
+    "File to write: .jsonl, .csv or .parquet; rankings .jsonl. An existing file is replaced. "
+    "Default: JSON lines on standard output.",
 )
 @options.option(
     "--operating-point",
