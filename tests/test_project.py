@@ -59,13 +59,13 @@ def test_public_names_change_on_purpose() -> None:
     """
     api = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     modules = [importlib.import_module(name) for name in re.findall("::: (.*)", api)]
-    found = [line for module in modules for line in _public_names(module)]
+    names = [line for module in modules for line in _public_names(module)]
     for name, module in COMMANDS.items():
         options = {opt for each in importlib.import_module(module).main.params for opt in each.opts}
-        found.append(f"fpabee {name}: {', '.join(sorted(options))}")
+        names.append(f"fpabee {name}: {', '.join(sorted(options))}")
 
     listed = (ROOT / "tests" / "public_names.txt").read_text(encoding="utf-8")
-    assert sorted(found) == sorted(listed.splitlines())  # a patched name moves to the end
+    assert sorted(names) == sorted(listed.splitlines())  # a patched name moves to the end
 
 
 def _public_names(module: types.ModuleType) -> Iterator[str]:
