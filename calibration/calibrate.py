@@ -142,7 +142,8 @@ def calibrate(
         chosen = next(point.rule for point in points if point.name == default)
         earlier = engine.manifest.targets[engine.target].default_operating_point
         if earlier not in ("", default):
-            warnings.append(f"the default operating point was {earlier}, and is now {default}")
+            where = f"the default operating point of {engine.target}"
+            warnings.append(f"{where} was {earlier}, and is now {default}")
         lost = stopping_costs.scorer.lost_label(exits_of(chosen, seen), engine.labels)
         if lost:
             protected = "a promise about missed texts protects rare labels"

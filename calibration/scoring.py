@@ -104,7 +104,7 @@ class LabelledLogits:
 
 # Settings are compared at these multiples of the share that may change.
 _AT = (0.5, 1.0, 2.0)
-_FEWEST_GIVEN = 5
+_FEWEST_TEXTS = 5
 """With fewer rows, that a label lost most of them may be chance."""
 
 
@@ -199,15 +199,15 @@ class Scorer:
             one = np.eye(len(labels), dtype=np.int64)
             decided = one[decided]
             reference = one[reference]
-        texts_of = reference.sum(axis=0)
+        counts = reference.sum(axis=0)
         kept = (decided & reference).sum(axis=0)
-        shares = np.where(texts_of < _FEWEST_GIVEN, 1, kept / np.maximum(texts_of, 1))
+        shares = np.where(counts < _FEWEST_TEXTS, 1, kept / np.maximum(counts, 1))
         worst = int(shares.argmin())
         whole = "all layers give" if self.rows.reference is None else "the classifier gives"
         if shares[worst] >= 0.5:
             return ""
         return (
-            f"{kept[worst]} of the {texts_of[worst]} texts to which {whole} the label "
+            f"{kept[worst]} of the {counts[worst]} texts to which {whole} the label "
             f"{labels[worst]!r} keep it"
         )
 

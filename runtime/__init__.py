@@ -4,8 +4,8 @@ It needs numpy, tokenizers, msgspec and one inference library.
 
 `Engine` runs a folder, and an `ExitRule` decides when a row stops. `simulate` computes the exits
 of a rule from logits alone. `Manifest` describes the content of a folder. Layers and lines are
-counted from 1, and so are exits, except exit 0 before layer 1. Array shapes are written as
-`[exits, rows, labels]`.
+counted from 1, and so are exits, except exit 0 before layer 1; texts and documents are counted from
+0. Array shapes are written as `[exits, rows, labels]`.
 
 ```python
 from fpabee.runtime import Engine

@@ -400,8 +400,8 @@ def measure(folder: Path, library: str, emit: Emit) -> None:
                     emit(TIMES, library, name, shape, f"{p50:.3g}", f"{p99:.3g}")
         for check in (same_model, same_exits, same_logits, same_in_threads):
             what = (check.__doc__ or "").rstrip(".")
-            found, good = check(engine, texts_of(folder))
-            emit(CHECKS, library, what, found, GOOD if good else BAD)
+            words, good = check(engine, texts_of(folder))
+            emit(CHECKS, library, what, words, GOOD if good else BAD)
 
 
 def times(runs: Mapping[str, Callable[[], Any]]) -> dict[str, tuple[float, float]]:

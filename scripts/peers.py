@@ -3,6 +3,7 @@
 
     python scripts/peers.py --data DATA --work WORK [--only mini-trec-exit-0] [--kind openvino-int8]
 
+DATA has a folder for each dataset, with train, dev and test as `.jsonl.gz`.
 All systems classify the same test texts on the same machine and threads, each in a fresh process,
 tokenization included. Each one is exported, quantized or trained as its documentation recommends,
 in an environment of its own in WORK, because their requirements conflict. Systems that only run a

@@ -172,9 +172,10 @@ def _too_few(job: Classification | Ranking) -> list[str]:
     own = len(job.texts.own)
 
     def needed_for(certifying: int) -> int:
-        """So many are usually dealt; if that is no more than there are, chance dealt fewer."""
+        """How many texts it takes; of a group only one certifies, and chance may deal fewer."""
         usual = certifying / job.texts.share_that_certifies
-        return 100 * math.ceil((usual if usual > own else certifying * own / certify) / 100)
+        is_usual = job.options.group_column is None and usual > own
+        return 100 * math.ceil((usual if is_usual else certifying * own / certify) / 100)
 
     many = needed_for(good)
     if certify < least:
@@ -248,7 +249,8 @@ class _Work:
         trained = len(job.numbers(job.texts.train))
         if job.learns_from_altered:
             copies = self._altered(rows)
-            logger.warning(f"{len(copies):,} altered copies of {job.what} train as well")
+            if copies:
+                logger.warning(f"{len(copies):,} altered copies of {job.what} train as well")
             new = np.arange(len(copies))
             numbers = np.insert(numbers, trained, len(rows) + new)
             units = np.insert(units, trained, len(taught) + new)

@@ -96,8 +96,8 @@ class ExitRule(msgspec.Struct, frozen=True, kw_only=True, tag_field="name"):
 
     Raises:
         RuleError: a setting has the wrong type or value. Exits are whole numbers from 0, patience
-            from 1, thresholds are finite numbers, that of exit 0 from 0 to 2, and a measure is a
-            `Measure` or its value.
+            from 1, thresholds are finite numbers, that of exit 0 from 0 to 2, those of `TopK` at
+            most 0, and a measure is a `Measure` or its value.
 
     Example:
         >>> from fpabee.runtime import ExitRule, FPabee
@@ -588,7 +588,7 @@ class TopK(ThresholdRule, tag="top-k", frozen=True, kw_only=True):
         return -np.inf if self.exit_0_threshold is None else self.exit_0_threshold
 
     def with_stop_threshold(self, threshold: float | Sequence[float] | Array) -> ExitRule:
-        """This rule with another threshold; above 0 the best would leave, so it ends there."""
+        """This rule with another threshold, lowered to 0, because the best must not leave."""
         return super().with_stop_threshold(np.minimum(threshold, 0))
 
     def stops_at_exit_0(self, now: Outputs) -> Mask | None:

@@ -244,7 +244,7 @@ def test_another_point_becomes_the_default(folder: Path, data: Path) -> None:
     assert read_manifest(folder).targets[TARGET] == changed
     assert not read_manifest(folder).default_is_fixed
     assert run(folder, "--set-default", "safe", "--metric", "macro_f1").exit_code == 2
-    words = "the default operating point was fast, and is now balanced"
+    words = f"the default operating point of {TARGET} was fast, and is now balanced"
     assert f"warning: {words}" in said(folder, "--data", data)
 
 

@@ -25,6 +25,7 @@ STEPS = "engines.partial/conversion-0123456789abcdef"
 MISTAKES = {
     "convert none rows.csv -o new": "model folder none does not exist",
     "convert model none.csv -o new": "none.csv does not exist",
+    "convert engines/rows.csv engines/rows.csv -o new": "rows.csv is not a folder",
     "convert model rows.csv -o engines": "already holds an engines folder",
     "convert model engines/rows.csv -o engines --force": "engines/rows.csv is inside",
     "convert engines/model rows.csv -o engines --force": "engines/model is inside",

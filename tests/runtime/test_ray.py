@@ -45,11 +45,11 @@ def answers_of_run(run: Run, engines: Path, folder: Path, rows: Any, *options: s
     return parquet.read_table(written).drop_columns("index")
 
 
-def check_same(found: Any, expected: Any) -> None:
+def check_same(answered: Any, expected: Any) -> None:
     """Columns are equal, scores within what other batches change, with logits of up to 10."""
-    assert found.num_rows == expected.num_rows
+    assert answered.num_rows == expected.num_rows
     for name in expected.column_names:
-        for one, other in zip(found[name].to_pylist(), expected[name].to_pylist(), strict=True):
+        for one, other in zip(answered[name].to_pylist(), expected[name].to_pylist(), strict=True):
             is_number = name.startswith(("score", "probabilities"))
             assert one == (pytest.approx(other, abs=10 * BATCH_LIMIT / 2) if is_number else other)
 
@@ -66,12 +66,12 @@ def test_rows_are_those_of_the_command(
     flags = ["--with-text", *(["--scores"] if options else [])]
     expected = answers_of_run(run, engines[family], tmp_path, rows, *flags)
 
-    found = Classify(engines[family], **options)(rows)
+    answered = Classify(engines[family], **options)(rows)
 
-    assert found.select(rows.column_names).equals(rows)
-    assert {*found.column_names} == {*expected.column_names, "id"}
-    assert found.select(expected.column_names).schema.types == expected.schema.types
-    check_same(found, expected)
+    assert answered.select(rows.column_names).equals(rows)
+    assert {*answered.column_names} == {*expected.column_names, "id"}
+    assert answered.select(expected.column_names).schema.types == expected.schema.types
+    check_same(answered, expected)
 
 
 def test_strings_of_every_kind_and_no_rows(bert: Path) -> None:
@@ -105,10 +105,10 @@ def test_rows_without_a_text_may_be_skipped(bert: Path) -> None:
     not_unicode = pyarrow.array([b"\xff", b"sun", b""]).view("string")
     texts = pyarrow.chunked_array([pyarrow.array(["rain", None]), not_unicode])
 
-    found = Classify(bert, skip_errors=True)(pyarrow.table({"text": texts}))
+    answered = Classify(bert, skip_errors=True)(pyarrow.table({"text": texts}))
 
-    errors = found["error"].to_pylist()
-    labels = found["label"].to_pylist()
+    errors = answered["error"].to_pylist()
+    labels = answered["label"].to_pylist()
     assert [error is None for error in errors] == [True, False, False, True, True]
     assert [label is not None for label in labels] == [True, False, False, True, True]
     assert "UTF-8" in errors[2]
@@ -166,10 +166,10 @@ def test_a_parquet_dataset_on_ray(cluster: Any, bert: Path, run: Run, tmp_path: 
     answers.write_parquet(str(tmp_path / "answers"))
     assert len(list((tmp_path / "answers").iterdir())) > 1, "one block gives work to one actor"
 
-    found = parquet.read_table(tmp_path / "answers").sort_by("id")
-    assert found["id"].to_pylist() == list(range(3000))
-    check_same(found, expected)
-    assert len(set(found["exit"].to_pylist())) > 1
+    answered = parquet.read_table(tmp_path / "answers").sort_by("id")
+    assert answered["id"].to_pylist() == list(range(3000))
+    check_same(answered, expected)
+    assert len(set(answered["exit"].to_pylist())) > 1
 
 
 @pytest.mark.slow
@@ -193,6 +193,6 @@ def test_the_script_of_the_documentation(bert: Path, run: Run, tmp_path: Path) -
     quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     command = [sys.executable, "-c", code]
     subprocess.run(command, env=environment, check=True, timeout=2 * WAIT, **quiet)
-    found = parquet.read_table(tmp_path / "answers").sort_by("id")
-    assert found["id"].to_pylist() == list(range(400))
-    check_same(found, expected)
+    answered = parquet.read_table(tmp_path / "answers").sort_by("id")
+    assert answered["id"].to_pylist() == list(range(400))
+    check_same(answered, expected)

@@ -278,7 +278,7 @@ def rows(*given: object) -> Give:
 
 
 MISSED = Bound(missed=0.1, thresholds={"score": 0.5})
-FEW = r"1\d\d of 320 distinct queries certify, and 299 are the least; about \d00 distinct queries"
+FEW = r"1\d\d of 320 distinct queries certify, and 299 are the least; about 800 distinct queries"
 REFUSED: dict[str, tuple[Give, str]] = {
     "missed texts": (options(bound=MISSED), "not about rankings -> bound `changed_answers`"),
     "a group": (options(group_column="id"), "belong together.* -> leave out `group_column`"),

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fpabee.calibration import Bound
 from fpabee.exporter.convert import ConvertOptions
 from fpabee.exporter.convert.classification import Classification
 from fpabee.exporter.convert.texts import split
+from fpabee.exporter.convert.workflow import _too_few
 from fpabee.runtime.errors import InputError
 from fpabee.runtime.files import Row
 
@@ -49,10 +51,13 @@ def test_pairs_are_grouped_by_a_text_that_they_share(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     rows = [{"text": f"premise {n // 4}", "text_pair": f"claim {n}"} for n in range(4000)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = Classification(path, ConvertOptions(group_column="text"))
-    premises = [given.texts.units[number].text for number in given.texts.calibrate]
+    pairs = Classification(path, ConvertOptions(group_column="text"))
+    premises = [pairs.texts.units[number].text for number in pairs.texts.calibrate]
     assert len(premises) == len(set(premises)) > 300
-    assert "one text of each new group" in given.warnings[0]
+    assert "one text of each new group" in pairs.warnings[0]
+    pairs.bound = Bound(changed_answers=0.001)
+    with pytest.raises(InputError, match=r"2,995 are the least; about [23]\d,\d00 distinct texts"):
+        _too_few(pairs)  # of four texts, one may certify
 
 
 def test_train_texts_train_and_choose_and_nothing_else() -> None:

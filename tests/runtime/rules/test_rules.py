@@ -31,6 +31,7 @@ from fpabee.runtime import (
     ProblemType,
     RuleError,
     Signal,
+    TopK,
     simulate,
 )
 from fpabee.runtime.check import shifted
@@ -284,6 +285,12 @@ def test_confidences_close_to_1_stay_distinct(task: ProblemType) -> None:
         assert found.tolist() == [2] * (row + 1) + [1] * (len(gaps) - row - 1)
         assert rule.stop_thresholds == pytest.approx(between, rel=1e-2)
         assert ExitRule.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
+
+
+def test_a_moved_threshold_of_rankings_stays_below_0() -> None:
+    rule = TopK(top=3, threshold=(-1.0, 0.0))
+    assert rule.with_stop_threshold([-0.5, 0.5]) == TopK(top=3, threshold=(-0.5, 0.0))
+    assert shifted(rule, 2.0) == TopK(top=3, threshold=(0.0, 0.0))
 
 
 @pytest.mark.parametrize("task", CLASSIFICATION)
