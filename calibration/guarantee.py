@@ -96,7 +96,7 @@ def check_possible(bound: Bound, task: Task, reference: NDArray[np.float32]) -> 
             raise InputError(
                 f"{promise} needs at least {least:,} texts that it is about; among the "
                 f"{len(decisions):,} texts that certify, there are {about.sum():,}",
-                "give more texts, or allow more",
+                f"give more texts, or a larger `{promise.of}`",
             )
 
 

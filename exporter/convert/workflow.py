@@ -183,7 +183,7 @@ def _too_few(job: Classification | Ranking) -> list[str]:
             f"{certify:,} of {own:,} distinct {what} certify, and {least:,} are the "
             f"least; about {needed_for(least):,} distinct {what} are needed, and {many:,} give a "
             "good chance",
-            f"give more {what}, or allow more",
+            f"give more {what}, or a larger {' or '.join(f'`{of}`' for of in bound.shares)}",
         )
     if certify < _FEW * least:
         return [f"few {what} certify; {many:,} distinct {what} would probably save more layers"]

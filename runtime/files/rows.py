@@ -56,11 +56,10 @@ class ReadOptions:
         input_format: the format, or its name; None: the suffix of the file name decides, and
             standard input is JSON lines if its first line starts with `{`, else plain text.
         text_column: the column or field that holds the text.
-        text_pair_column: the one with the second text. None stands for `text_pair`, if neither of
-            the other two columns has this name. An empty name means that there are no second texts.
-        label_column: the one with the true label or labels. None stands for `labels` or `label`, if
-            neither of the other two columns has this name. An empty name means that there are no
-            labels.
+        text_pair_column: the one with the second text; empty: there is none. None means
+            `text_pair`, unless you named that column as one of the other two.
+        label_column: the one with the true label or labels; empty: there is none. None means
+            `labels` or `label`, unless you named that column as one of the other two.
 
     Raises:
         InputError: two of the columns are the same.
