@@ -19,21 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..calibration.progress import Progress, silent
-from ..runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
+from ..runtime.artifact.manifest import ATTENTION_BIAS
 from ..runtime.encoding import EncodedRow, padded_inputs
 from .backbones import family_of
 from .backbones.base import Backbone, Block, Embeddings, attention_bias
 from .exit_config import MultiExitConfig, Pooling
-
-
-def token_weights(attention_bias: Tensor) -> Tensor:
-    """Weights `[rows, 1, sequence]` with which a sum over tokens is the mean over real tokens.
-
-    Args:
-        attention_bias: `[rows, 1, 1, sequence]`, 0 on real tokens and MASK_FILL on padding.
-    """
-    # Its softmax is 1/n on each of the n real tokens, and 0 on padding.
-    return torch.softmax(attention_bias.squeeze(1), dim=-1)
 
 
 def new_queries(hidden: int, count: int) -> nn.Linear:
@@ -106,38 +96,42 @@ class Head(nn.Module):
 
     @property
     def weighs(self) -> bool:
-        """Whether token weights are read."""
+        """Whether it pools a weighted sum over the tokens, for which it reads the mask."""
         return self.pooling in (Pooling.MEAN, Pooling.BOTH, Pooling.ATTENTION)
 
-    def forward(self, hidden_states: Tensor, token_weights: Tensor | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, attention_bias: Tensor | None) -> Tensor:
         """Logits `[rows, labels]`.
 
         Args:
             hidden_states: `[rows, sequence, hidden]`.
-            token_weights: `[rows, 1, sequence]`, see the function of this name; None is allowed
-                unless `weighs`.
+            attention_bias: `[rows, 1, 1, sequence]`, 0 on real tokens and MASK_FILL on padding;
+                None is allowed unless `weighs`.
         """
-        return self.classify(self.pool(hidden_states, token_weights))
+        return self.classify(self.pool(hidden_states, attention_bias))
 
-    def pool(self, hidden_states: Tensor, token_weights: Tensor | None) -> Tensor:
+    def pool(self, hidden_states: Tensor, attention_bias: Tensor | None) -> Tensor:
         """`[rows, pooled size]`; for the arguments, see `forward`."""
         pooled = []
         if self.weighs:
-            assert token_weights is not None
+            assert attention_bias is not None
             states = self.norm(hidden_states)
-            if self.queries is None:
-                pooled.append((token_weights @ states).squeeze(1))
-            else:
-                pooled.append((self.attend(states, token_weights) @ states).flatten(1))
+            weights = self.token_weights(states, attention_bias.squeeze(1))
+            pooled.append((weights @ states).flatten(1))
         if self.pooling in (Pooling.CLS, Pooling.FIRST, Pooling.BOTH):
             pooled.append(self.norm(hidden_states[:, 0]))
         return torch.cat(pooled, dim=-1) if len(pooled) > 1 else pooled[0]
 
-    def attend(self, states: Tensor, token_weights: Tensor) -> Tensor:
-        """The weights `[rows, queries, sequence]` of the tokens, which are 0 on padding."""
-        assert self.queries is not None
-        scores = self.queries(states).transpose(1, 2)
-        return torch.softmax(torch.where(token_weights > 0, scores, MASK_FILL), dim=-1)
+    def token_weights(self, states: Tensor, attention_bias: Tensor) -> Tensor:
+        """How much each token counts: `[rows, queries, sequence]`; without queries, all alike.
+
+        Args:
+            states: `[rows, sequence, hidden]`.
+            attention_bias: `[rows, 1, sequence]`. On padding, the softmax of MASK_FILL is 0 or, on
+                some processors, a number next to 0: nothing may ask whether it is 0.
+        """
+        if self.queries is None:
+            return torch.softmax(attention_bias, dim=-1)
+        return torch.softmax(self.queries(states).transpose(1, 2) + attention_bias, dim=-1)
 
     def classify(self, pooled: Tensor) -> Tensor:
         """Logits `[rows, labels]` of `[rows, pooled size]`."""
@@ -235,7 +229,6 @@ class MultiExitModel(nn.Module):
         """
         embeddings, blocks, heads = self.parts
         bias = attention_bias(attention_mask)
-        weights = token_weights(bias)
         types = token_type_ids if self.backbone.token_types else None
         hidden_states, carried = embeddings(input_ids, types)
         head_of = dict(zip(self.exit_config.exits, heads, strict=True))
@@ -243,7 +236,7 @@ class MultiExitModel(nn.Module):
         for layer, block in enumerate(blocks[: self.exit_config.exits[-1]], start=1):
             hidden_states = block(hidden_states, bias, **carried)
             if layer in head_of:
-                logits.append(head_of[layer](hidden_states, weights).float())
+                logits.append(head_of[layer](hidden_states, bias).float())
         return torch.stack(logits)
 
 

@@ -31,10 +31,8 @@ from ..runtime.artifact.manifest import (
     Size,
 )
 from .backbones.base import Block, Embeddings
-from .model import Head, MultiExitModel, token_weights
+from .model import Head, MultiExitModel
 from .onnx_file import OPSET, strip, write_graph
-
-TOKEN_WEIGHTS = "token_weights"
 
 _TOKEN_IDS = "input_ids"
 _TOKEN_TYPES = "token_type_ids"
@@ -48,7 +46,6 @@ class GraphModule(nn.Module):
 
     Args:
         model: the whole model.
-        weighs: whether any head of the cut reads token weights.
         token_types: whether the tokenizer gives token types.
         embeddings: for the first part.
         blocks: the layers to run.
@@ -63,7 +60,6 @@ class GraphModule(nn.Module):
     def __init__(
         self,
         model: MultiExitModel,
-        weighs: bool,
         token_types: bool,
         embeddings: Embeddings | None,
         blocks: Sequence[Block],
@@ -80,20 +76,13 @@ class GraphModule(nn.Module):
             self.inputs.append(_TOKEN_IDS)
             if token_types and model.backbone.token_types:
                 self.inputs.append(_TOKEN_TYPES)
-            if blocks or weighs:
-                self.inputs.append(ATTENTION_BIAS)
             self.outputs += [NEXT + name for name in model.backbone.carried]
-            # The first part makes the token weights for the heads of all parts.
-            if weighs and not is_last:
-                self.outputs.append(NEXT + TOKEN_WEIGHTS)
         else:
             self.inputs.append(HIDDEN_STATES)
-            if blocks:
-                self.inputs.append(ATTENTION_BIAS)
-            if head is not None and head.weighs:
-                self.inputs.append(TOKEN_WEIGHTS)
-            if blocks:
-                self.inputs += model.backbone.carried
+        if blocks or (head is not None and head.weighs):
+            self.inputs.append(ATTENTION_BIAS)
+        if blocks and embeddings is None:
+            self.inputs += model.backbone.carried
         if not is_last:
             self.outputs.append(NEXT + HIDDEN_STATES)
         if head is not None:
@@ -103,19 +92,17 @@ class GraphModule(nn.Module):
         """The outputs by name, from the inputs by name, see `TensorSpec` in the manifest."""
         values = dict(inputs)
         bias = values.pop(ATTENTION_BIAS, None)
-        weights = values.pop(TOKEN_WEIGHTS, None)
         if self.embeddings is not None:
             hidden_states, carried = self.embeddings(values[_TOKEN_IDS], values.get(_TOKEN_TYPES))
-            weights = None if bias is None else token_weights(bias)
         else:
             hidden_states = values.pop(HIDDEN_STATES)
             carried = values  # what is left; see `Backbone.carried`
         for block in self.blocks:
             hidden_states = block(hidden_states, bias, **carried)
-        leaving = {**carried, TOKEN_WEIGHTS: weights, HIDDEN_STATES: hidden_states}
+        leaving = {**carried, HIDDEN_STATES: hidden_states}
         outputs = {NEXT + name: value for name, value in leaving.items()}
         if self.head is not None:
-            outputs[LOGITS] = self.head(hidden_states, weights)
+            outputs[LOGITS] = self.head(hidden_states, bias)
         return {name: outputs[name] for name in self.outputs}
 
 
@@ -144,7 +131,6 @@ def cut(model: MultiExitModel, exits: Sequence[int], token_types: bool = True) -
     heads = [model.parts[2][number - 1] for number in exits]
     positions = model.backbone.max_positions()
     blocks = model.parts[1]
-    weighs = any(head.weighs for head in heads)
 
     def part(
         embeddings: Embeddings | None = None,
@@ -152,7 +138,7 @@ def cut(model: MultiExitModel, exits: Sequence[int], token_types: bool = True) -
         head: Head | None = None,
         is_last: bool = False,
     ) -> GraphModule:
-        return GraphModule(model, weighs, token_types, embeddings, blocks, head, is_last).eval()
+        return GraphModule(model, token_types, embeddings, blocks, head, is_last).eval()
 
     modules: dict[str, GraphModule] = {}
     block_names: dict[int, str] = {}
@@ -204,7 +190,6 @@ def export_graph(model: MultiExitModel, module: GraphModule, path: Path, file: s
         _TOKEN_IDS: ("batch", "sequence"),
         _TOKEN_TYPES: ("batch", "sequence"),
         ATTENTION_BIAS: ("batch", 1, 1, "sequence"),
-        TOKEN_WEIGHTS: ("batch", 1, "sequence"),
         HIDDEN_STATES: ("batch", "sequence", hidden),
         **model.backbone.carried,
     }

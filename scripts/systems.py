@@ -352,7 +352,6 @@ def load_pabee(spec: Specification) -> Predict:
     import torch
 
     from fpabee.exporter.checkpoint import load_checkpoint
-    from fpabee.exporter.model import token_weights
     from fpabee.runtime import read_manifest
     from fpabee.runtime.encoding import TextEncoder, padded_inputs, padding_values
 
@@ -369,7 +368,7 @@ def load_pabee(spec: Specification) -> Predict:
         same = 0
         for block, head in zip(blocks, heads, strict=True):
             hidden = block(hidden, bias, **carried)
-            now = int(head(hidden, token_weights(bias)).argmax())
+            now = int(head(hidden, bias).argmax())
             same = same + 1 if now == answer else 0
             answer = now
             if same == spec.patience:

@@ -195,9 +195,9 @@ def _first(head: Head) -> nn.Linear:
 
 def _pool(heads: Sequence[Head], states: States, numbers: Numbers) -> Tensor:
     """What heads pool: `[rows, layers - 1, pooled size]`."""
-    tokens, weights = states.batch(numbers)
+    tokens, bias = states.batch(numbers)
     every = zip(heads, tokens, strict=True)
-    return torch.stack([head.pool(each, weights) for head, each in every], dim=1)
+    return torch.stack([head.pool(each, bias) for head, each in every], dim=1)
 
 
 def _parts(numbers: Numbers) -> list[Numbers]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ...calibration.progress import Progress
 from ...runtime.artifact.folder import write_whole
+from ...runtime.artifact.manifest import MASK_FILL
 from ...runtime.encoding import EncodedRow
 from ...runtime.errors import InputError
 from ..model import predict
@@ -69,8 +70,8 @@ class States:
             places: which of `rows`.
 
         Returns:
-            The states `[layers - 1, places, tokens, hidden]` float32, and their weights
-            `[places, 1, tokens]`, see `token_weights`.
+            The states `[layers - 1, places, tokens, hidden]` float32, and the attention bias
+            `[places, 1, 1, tokens]` float32, 0 on tokens and MASK_FILL on padding.
         """
         starts = self.starts[places, None]
         lengths = self.starts[places + 1, None] - starts
@@ -80,8 +81,8 @@ class States:
         by_layer = states.permute(2, 0, 1, 3).to(
             torch.float32, memory_format=torch.contiguous_format
         )
-        weights = np.where(token < lengths, np.float32(1) / lengths, np.float32(0))
-        return by_layer, torch.from_numpy(weights).float()[:, None]
+        bias = np.where(token < lengths, np.float32(0), np.float32(MASK_FILL))
+        return by_layer, torch.from_numpy(bias)[:, None, None]
 
 
 class _WithStates(nn.Module):

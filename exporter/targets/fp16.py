@@ -37,6 +37,7 @@ _FP32_OPS = frozenset(
     {"LayerNormalization", "Softmax", "ReduceMean", "Pow", "Sqrt", "Log", "Exp"}
     | {"Cast", "Constant"}  # which say themselves what they give
 )
+# Graphs of format 1.0 hand token weights on.
 _FP32_TENSORS = ("token_weights", "next_token_weights", LOGITS)
 _LARGEST = 65504.0
 

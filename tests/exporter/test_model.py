@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
@@ -28,9 +29,12 @@ from fpabee.exporter.backbones.base import attention_bias
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.exit_config import MultiExitConfig, Pooling
 from fpabee.exporter.model import MultiExitModel
+from fpabee.exporter.onnx_file import chain_logits
 from fpabee.runtime import Engine, Entropy, simulate
-from fpabee.runtime.artifact.manifest import ProblemType
-from fpabee.runtime.encoding import Text
+from fpabee.runtime.artifact.folder import EnginesFolder
+from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL, ProblemType
+from fpabee.runtime.backends.onnxruntime import cpu_session
+from fpabee.runtime.encoding import Text, TextEncoder, padded_batches, padding_values
 from fpabee.runtime.errors import ModelError
 
 from ..closeness import assert_close, assert_exits, assert_exported
@@ -196,10 +200,10 @@ def test_new_queries_weigh_all_tokens_alike() -> None:
     config = MultiExitConfig((1, 2), ("a", "b"), pooling=Pooling.ATTENTION, queries=3)
     model = MultiExitModel(build_encoder(VARIANTS["electra with wide embeddings"]), config)
     states = torch.randn(2, 5, 16)
-    weights = torch.tensor([[[1 / 3] * 3 + [0.0] * 2], [[0.2] * 5]])
+    bias = attention_bias(torch.tensor([[1, 1, 1, 0, 0], [1] * 5]))
     means = torch.stack([states[0, :3].mean(dim=0), states[1].mean(dim=0)])
     for head in model.parts[2]:
-        torch.testing.assert_close(head.pool(states, weights), means.repeat(1, 3))
+        torch.testing.assert_close(head.pool(states, bias), means.repeat(1, 3))
 
 
 TEXTS: tuple[Text, ...] = (
@@ -215,6 +219,45 @@ TEXTS: tuple[Text, ...] = (
     "the weather is bad " * 40,
 )
 LONGEST = 64
+
+
+# The softmax of the first is exactly 0 on padding. That of the second is a number next to 0, as the
+# first gives on ARM.
+FILLS = (MASK_FILL, -95.0)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("pooling", Pooling)
+@torch.no_grad()
+def test_no_form_of_head_sees_padding(pooling: Pooling, fill: float) -> None:
+    queries = 2 if pooling is Pooling.ATTENTION else 0
+    config = MultiExitConfig((1, 2), ("a", "b"), pooling=pooling, queries=queries)
+    encoder = build_encoder(VARIANTS["electra with wide embeddings"])
+    head = MultiExitModel(encoder, config).eval().parts[2][0]
+    for weight in head.parameters():
+        torch.nn.init.normal_(weight)
+    states = torch.randn(2, 9, 16)
+    padded = head(states, torch.tensor([0.0] * 4 + [fill] * 5).expand(2, 1, 1, 9))
+    assert_exported(padded, head(states[:, :4], torch.zeros(2, 1, 1, 4)))
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("family", ["albert", "bert"])
+def test_graphs_of_heads_that_attend_do_not_see_padding(
+    family: str, fill: float, attending_engines: Mapping[str, Path]
+) -> None:
+    engines = EnginesFolder.read(attending_engines[family])
+    manifest = engines.manifest
+    rows = TextEncoder(engines.path, manifest.tokenizer).encode(TEXTS)
+    padding = padding_values(manifest.tokenizer) | {ATTENTION_BIAS: fill}
+
+    def logits(batch: int) -> NDArray[np.float32]:
+        batches = padded_batches(rows, padding, batch)
+        return chain_logits(
+            manifest, batches, lambda name: cpu_session(engines.graph(manifest.graphs[name]))
+        )
+
+    assert_exported(logits(batch=len(rows)), logits(batch=1))
 
 
 # XLM-RoBERTa and CamemBERT are RoBERTa with other tokenizers: see test_tokenizer.py.
