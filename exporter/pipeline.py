@@ -244,13 +244,16 @@ def _write(
     )
     with engine_of(EnginesFolder(folder, manifest), FP32_TARGET) as engine:
         agreement = check_chain(engine, texts, logits)
+        kind = engine.core.backend.kind_of_machine
     record = folder / VERIFICATION_NAME
     record.write_text(json.dumps(agreement.to_dict(), indent=2) + "\n", encoding="utf-8")
     _write_config(folder / CLASSIFIER_NAME, source, model)
     written = (REFERENCE_NAME, VERIFICATION_NAME, CLASSIFIER_NAME)
     files = {name: sha256_of(folder / name) for name in written}
     tolerance = max(BATCH_LIMIT, agreement.max_logit_difference)
-    target = msgspec.structs.replace(manifest.targets[FP32_TARGET], tolerance=tolerance)
+    target = msgspec.structs.replace(
+        manifest.targets[FP32_TARGET], tolerance=tolerance, checked_on=kind
+    )
     engines = EnginesFolder(folder, manifest).with_manifest(files=files)
     engines = engines.with_target(FP32_TARGET, target)
     engines.write()

@@ -18,6 +18,7 @@ from .check import Agreement, compare, must_pass, requirements_of
 from .core import Core
 from .encoding import EncodedRow, Text, TextEncoder
 from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of, whole_number
+from .first_run import must_check, remember
 from .hub import engines_folder
 from .predictions import Prediction, Tally, Trace
 from .ranking import Ranked, pairs_of, top_of
@@ -66,7 +67,7 @@ class Engine:
         *,
         rule: ExitRule | None = None,
         max_length: int | None = None,
-        check: bool = False,
+        check: bool | None = None,
         revision: str | None = None,
         device: int = 0,
         watch: float | None = None,
@@ -84,7 +85,10 @@ class Engine:
             rule: a rule of your own instead of an operating point.
             max_length: truncate texts to this many tokens, special tokens included. The default
                 and the largest value is what the model and the target take.
-            check: run `check` at once. It loads all segments.
+            check: run `check` at once, which loads all segments. By default, this is done once on
+                each new kind of machine: where the system, the features of the processor, the GPU
+                or the version of the library differ from those on which the target was verified.
+                The user's cache directory remembers it. False: never.
             revision: a branch, a tag or a commit on the hub; default: its main branch.
             device: the number of the GPU, from 0, among those that `CUDA_VISIBLE_DEVICES` leaves.
                 A target for the CPU has only device 0. With TensorRT, the CUDA device and
@@ -108,7 +112,8 @@ class Engine:
                 downloads from the hub.
             RuleError: the operating point or rule does not exist or does not fit the model, or
                 both are given; or there is no promise to watch.
-            CheckError: with `check`, the target is not the model that was exported.
+            CheckError: unless `check` is False, the target is not the model that was exported, or
+                this kind of machine computes something else.
         """
         if rule is not None and operating_point is not None:
             raise RuleError(
@@ -126,8 +131,10 @@ class Engine:
         try:
             engine = cls(engines, backend, rule, point, max_length)
             engine.core.watch = watching
-            if check:
+            kind = backend.kind_of_machine
+            if check or (check is None and must_check(engines, name, kind)):
                 engine.check()
+                remember(engines, name, kind)
         except BaseException:
             backend.close()
             raise
@@ -359,7 +366,10 @@ class Engine:
             logits, expected[:, fits], rule, manifest.task, required, manifest.exits[0]
         )
         what = f"target {self.target} is not the model that was exported,"
-        must_pass(agreement, what, COPY_AGAIN)
+        hint = (
+            "if it is accepted elsewhere, this machine computes otherwise: choose another `target`"
+        )
+        must_pass(agreement, what, f"{COPY_AGAIN}; {hint}")
         return agreement
 
     def warm_up(self, rows: int = 1, tokens: int | None = None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import importlib
 import os
 import platform
 import shlex
@@ -24,7 +26,7 @@ _PACKAGES = (
     "tensorrt-cu13 tensorrt-rtx-cu12 tensorrt-rtx-cu13 cuda-bindings onnx torch transformers"
 )
 # Features that speed up matrix products in float32, bfloat16 and int8, on x86 and ARM.
-_CPU_FEATURES = "avx2 avx512f avx512_vnni avx512_bf16 amx_tile asimddp i8mm bf16 sve"
+_CPU_FEATURES = "avx2 avx512f avx512_vnni avx512_bf16 amx_tile asimddp i8mm bf16 sve sve2 sme"
 _VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
 _OLDEST_CUDA = (12, 4)  # our kernel is made for it
 _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
@@ -164,11 +166,53 @@ def providers() -> str:
 
 def cpu_name() -> str:
     """The model of this machine's processor and the features that make it fast, as far as known."""
-    info = cpu_info()
-    name = info.get("model name") or platform.processor() or platform.machine()
-    flags = info.get("flags", info.get("Features", "")).split()
-    features = [feature for feature in _CPU_FEATURES.split() if feature in flags]
+    name = cpu_info().get("model name") or platform.processor() or platform.machine()
+    features = _cpu_features()
     return f"{name} ({' '.join(features)})" if features else name
+
+
+def _cpu_features() -> list[str]:
+    info = cpu_info()
+    flags = info.get("flags", info.get("Features", "")).split()
+    return [feature for feature in _CPU_FEATURES.split() if feature in flags]
+
+
+def kind_of_machine(library: str, on_gpu: bool = False, device: int = 0) -> str:
+    """What decides how an inference library computes here: system, processor or GPU, and library.
+
+    Two machines of one kind give the same logits, up to the order in which they add.
+
+    Args:
+        library: as a target names its backend, such as `tensorrt-rtx`; it must be installed.
+        on_gpu: whether the library runs on a GPU.
+        device: the number of the GPU.
+    """
+    processor = " ".join([platform.machine(), *_cpu_features()])
+    if on_gpu:
+        gpu = cuda_device(device)
+        driver = ".".join(map(str, gpu.cuda))
+        processor = f"{gpu.name} {gpu.compute_capability} with a driver for CUDA {driver}"
+    module = importlib.import_module(library.replace("-", "_"))
+    version = getattr(module, "__version__", "unknown")
+    return f"{platform.system()}, {processor}, {library} {version}"
+
+
+def cache_folder() -> Path:
+    """Where fpabee keeps what can be made again, in the user's cache directory; it need not exist.
+
+    Raises:
+        OSError: the user has no home directory.
+    """
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(base).expanduser() / "fpabee"
+    except RuntimeError as error:
+        raise FileNotFoundError(errno.ENOENT, "this user has no home directory") from error
 
 
 def hardware(on_gpu: bool, threads: int | None) -> str:

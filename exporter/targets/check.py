@@ -145,7 +145,8 @@ def checked_target(
                 logits, expected, engines.manifest, engine.rule, target.precision
             )
             tolerance = max(tolerance, agreement.max_logit_difference)
-    measured = msgspec.structs.replace(target, tolerance=tolerance)
+        kind = engine.core.backend.kind_of_machine
+    measured = msgspec.structs.replace(target, tolerance=tolerance, checked_on=kind)
     return engines.with_target(name, measured), agreement
 
 

@@ -254,6 +254,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         tolerance: largest measured difference of logits from the PyTorch model in fp32, divided by
             the largest logit of the row if that is more than 1; None: it was built where it cannot
             run.
+        checked_on: the kind of machine on which it gave the logits of the PyTorch model, see
+            `kind_of_machine`; unset: none is recorded, as in folders of fpabee 1.0.
         relative_speed: how many times as fast as the first target for CPUs it was at full depth, on
             the machine that chose the default target; None: not measured.
         compute_capabilities: of the GPUs that run the files, such as `8.6`.
@@ -272,6 +274,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
     files: dict[str, BuiltFile] = {}
     tolerance: Annotated[float, msgspec.Meta(ge=0)] | None
+    # Left out of the JSON if it is unset, so that folders of 1.0 keep their revision.
+    checked_on: str | msgspec.UnsetType = msgspec.UNSET
     relative_speed: Annotated[float, msgspec.Meta(ge=0)] | None = None
     compute_capabilities: tuple[str, ...] = ()
     profiles: tuple[Shapes, ...] = ()

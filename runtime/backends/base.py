@@ -26,6 +26,7 @@ from ..artifact.folder import EnginesFolder, resolve
 from ..artifact.manifest import BuiltFile, Graph, Target, TensorSpec
 from ..encoding import EncodedRow, padding_values
 from ..errors import START_AGAIN, BackendError
+from ..machine import kind_of_machine
 from .buffers import Bucket, BufferName, Limits, carried_specs, nbytes_of, plan_buffers
 from .forks import Origin
 
@@ -319,6 +320,11 @@ class Backend(ABC):
     @abstractmethod
     def limits(self) -> Limits:
         """The shapes that this target runs."""
+
+    @property
+    def kind_of_machine(self) -> str:
+        """What decides how it computes here, see the function of this name."""
+        return kind_of_machine(self.target.backend, self.target.on_gpu, self._device)
 
     @property
     def failed(self) -> str:

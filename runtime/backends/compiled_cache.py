@@ -7,17 +7,15 @@ directory that can be written, nothing is kept.
 
 from __future__ import annotations
 
-import errno
 import logging
 import mmap
-import os
-import sys
 import zlib
 from contextlib import suppress
 from pathlib import Path
 
 from ..artifact.folder import write_whole
 from ..errors import ArtifactError
+from ..machine import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -32,16 +30,7 @@ def folder() -> Path:
     Raises:
         OSError: the user has no home directory.
     """
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        base = "~/Library/Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    try:
-        return Path(base).expanduser() / "fpabee" / "compiled"
-    except RuntimeError as error:
-        raise FileNotFoundError(errno.ENOENT, "this user has no home directory") from error
+    return cache_folder() / "compiled"
 
 
 def read(key: str) -> memoryview | None:

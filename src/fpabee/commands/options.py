@@ -63,9 +63,9 @@ def option(names: str, metavar: str, help: str, **settings: Any) -> Decorator:
     return click.option(*names.split(), metavar=metavar, help=help, **settings)
 
 
-def flag(names: str, help: str) -> Decorator:
+def flag(names: str, help: str, **settings: Any) -> Decorator:
     """An option without a value."""
-    return click.option(*names.split(), is_flag=True, help=help)
+    return click.option(*names.split(), is_flag=True, help=help, **settings)
 
 
 def path(names: str, help: str, metavar: str = "FILE", required: bool = False) -> Decorator:

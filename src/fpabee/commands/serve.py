@@ -47,7 +47,12 @@ fpabee-serve engines/ --host 0.0.0.0 --allowed-host texts.example.com
 @options.target
 @options.count("--max-length", "Truncate texts to this many tokens.")
 @options.threads
-@options.flag("--check", "First check on the reference texts that the target matches the model.")
+@options.flag(
+    "--check/--no-check",
+    "Whether to check first, on the reference texts, that the target matches the model. Default: "
+    "once on each new kind of machine.",
+    default=None,
+)
 @options.number(
     "--watch",
     "Watch the promise about changed answers: run some texts on to full depth after their answer. "
@@ -62,7 +67,7 @@ def main(
     host: str,
     port: int,
     allowed_hosts: tuple[str, ...],
-    check: bool,
+    check: bool | None,
     max_rows: int,
     **loading: Any,
 ) -> None:
