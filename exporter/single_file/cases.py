@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...runtime.artifact.manifest import Manifest
 from ...runtime.check import Logits, Tolerance, exits_near_ties, shifted
-from ...runtime.encoding import EncodedRow
+from ...runtime.encoding import EncodedRow, Text
 from ...runtime.ranking import exits_of_query
 from ...runtime.rules.measures import Array, Integers, Mask
 from ...runtime.rules.rules import ExitRule, TopK, before_top
 from ...runtime.rules.runner import simulate
 from .query_nodes import GAP
+
+_Cases = TypeVar("_Cases", bound="Cases")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +27,42 @@ class Cases:
 
     Attributes:
         manifest: says which exits and labels there are.
-        rows: the texts.
+        texts: the texts.
+        rows: the same, tokenized.
         expected: `[exits, rows, labels]` float32, what the segments give.
         batch: how many rows are run together.
     """
 
     manifest: Manifest
+    texts: Sequence[Text]
     rows: Sequence[EncodedRow]
     expected: Logits
     batch: int = 16
+
+    def take(self: _Cases, numbers: NDArray[np.intp]) -> _Cases:
+        """Some of the texts, as one batch.
+
+        Args:
+            numbers: which of `rows`.
+        """
+        return replace(
+            self,
+            texts=[self.texts[number] for number in numbers],
+            rows=[self.rows[number] for number in numbers],
+            expected=self.expected[:, numbers],
+            batch=len(numbers),
+        )
+
+    def batches_to_keep(self, count: int) -> Iterator[NDArray[np.intp]]:
+        """Batches of texts of different lengths, as `take` wants them.
+
+        Args:
+            count: how many texts are in a batch.
+        """
+        by_length = np.argsort([len(row) for row in self.rows], kind="stable")
+        for start in range(max(1, len(self.rows) - count + 1)):
+            rest = by_length[start:]
+            yield rest[np.linspace(0, len(rest) - 1, min(count, len(rest))).astype(np.intp)]
 
     @property
     def tied_together(self) -> int:
@@ -74,6 +103,15 @@ class QueryCases(Cases):
     """
 
     queries: NDArray[np.intp]
+
+    def take(self, numbers: NDArray[np.intp]) -> QueryCases:
+        """See `Cases`."""
+        return replace(super().take(numbers), queries=self.queries[numbers])
+
+    def batches_to_keep(self, count: int) -> Iterator[NDArray[np.intp]]:
+        """See `Cases`: documents of one query."""
+        for query in np.unique(self.queries):
+            yield np.flatnonzero(self.queries == query)[:count]
 
     @property
     def tied_together(self) -> int:

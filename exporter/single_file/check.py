@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ...runtime.check import (
     logit_differences,
     logit_sizes,
 )
-from ...runtime.encoding import EncodedRow, padded_batches, padding_values
+from ...runtime.encoding import Arrays, EncodedRow, padded_batches, padding_values
 from ...runtime.errors import CheckError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.rules.measures import Integers
@@ -34,6 +34,10 @@ from .rules import as_inputs, settings_of
 _BATCH = 16
 # Smaller tensors, such as the settings, lie in the graph in any case.
 _LEAST_BESIDE = 1024
+# Texts that are kept to check the file with, and how much their logits may differ elsewhere without
+# another exit.
+_KEPT = 4
+_ROUNDING = 10 * EXPORT_LIMIT
 # Most of the texts, as a share, whose exit rounding may decide.
 _MOST_TIES = 0.02
 # Thresholds that are tried besides those of the rule lie between these quantiles of its scores.
@@ -133,6 +137,44 @@ def check_single_graph(
     return ties, difference
 
 
+def texts_to_keep(model: ir.Model, rule: ExitRule, cases: Cases, precision: str) -> dict[str, Any]:
+    """A few texts as one batch, and what the graph gives for them, to check it on other machines.
+
+    Args:
+        model: the graph.
+        rule: the rule.
+        cases: what the graph was checked on. Texts whose exit depends on rounding are avoided.
+        precision: of the graph.
+
+    Returns:
+        `texts`, their `inputs` by name, `logits` and `exits`, and by which `tolerance` logits may
+        differ, in types that JSON has.
+    """
+    batches = [cases.take(numbers) for numbers in cases.batches_to_keep(_KEPT)]
+    batch = min(
+        batches, key=lambda some: some.near_ties(rule, _ROUNDING * logit_sizes(some.expected)).sum()
+    )
+    (arrays,) = _inputs(batch)
+    exits = batch.exits(rule)
+    logits = batch.answers(exits)
+    names = [str(value.name) for value in model.graph.inputs]
+    return {
+        "texts": batch.texts,
+        "inputs": {name: arrays[name].tolist() for name in names if name in arrays},
+        "logits": logits.tolist(),
+        "exits": exits.tolist(),
+        "tolerance": REQUIREMENTS[precision].tie * float(logit_sizes(logits).max()),
+    }
+
+
+def _inputs(cases: Cases) -> Iterator[Arrays]:
+    """The inputs of a graph by name, in batches of unequal rows."""
+    padding = padding_values(cases.manifest.tokenizer)
+    for arrays in padded_batches(cases.rows, padding, cases.batch):
+        mask = arrays.pop(ATTENTION_BIAS)[:, 0, 0] == 0
+        yield arrays | {MASK: mask.astype(np.int64)}
+
+
 def _other_thresholds(scores: NDArray[np.float64]) -> list[float]:
     """Thresholds that decide differently, each in the widest gap between neighbouring scores.
 
@@ -183,11 +225,9 @@ def _run(
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
     answers = []
-    padding = padding_values(cases.manifest.tokenizer)
-    for arrays in padded_batches(cases.rows, padding, cases.batch):
-        arrays[MASK] = (arrays[ATTENTION_BIAS][:, 0, 0] == 0).astype(np.int64)
-        arrays |= settings
-        answers.append(session.run([LOGITS, EXIT], {name: arrays[name] for name in names}))
+    for arrays in _inputs(cases):
+        values = {**arrays, **settings}
+        answers.append(session.run([LOGITS, EXIT], {name: values[name] for name in names}))
     logits = np.concatenate([logits for logits, _ in answers])
     exits = np.concatenate([exits for _, exits in answers])
     return logits, exits

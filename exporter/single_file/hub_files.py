@@ -3,7 +3,7 @@
 config.json            of the plain classifier
 tokenizer.json         that of the engines folder, which cuts texts at the limit of the model
 tokenizer_config.json  what is not in it
-fpabee.json            exits, rule, and what was measured
+fpabee.json            exits, rule, what was measured, and texts to check the file with
 README.md              the model card
 """
 
@@ -110,6 +110,7 @@ def write_files(
     model: Any,
     is_large: bool,
     plan: Plan | None,
+    kept: Mapping[str, Any],
 ) -> None:
     """Write the files.
 
@@ -121,6 +122,7 @@ def write_files(
         model: the graph, an `onnx_ir.Model`.
         is_large: whether its weights lie beside it.
         plan: the plan that was built from it; None: there is none.
+        kept: texts to check the file with, see `texts_to_keep`.
 
     Raises:
         ArtifactError: the configuration of the classifier is damaged.
@@ -162,6 +164,7 @@ def write_files(
             "fpabee_version": __version__,
             "layers": manifest.exit_layers,
             **measured,
+            "reference": kept,
         },
     }
     for name, content in contents.items():
@@ -214,6 +217,8 @@ def write_files(
         fields = _how_to_build(plan)
         name = "use_plan"
     use = Template(_template(name)).substitute(fields)
+    if plan is None:
+        use += Template(_template("use_check")).substitute(fields)
     task = "text-ranking" if manifest.task.ranks else "text-classification"
     metadata = _metadata(manifest.base_model, task, is_for_js=bool(subfolder))
     warning = "" if plan is None else f"{_NO_PROMISE}\n"

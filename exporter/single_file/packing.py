@@ -17,7 +17,7 @@ from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import CLASSIFIER_NAME, Target
 from ...runtime.artifact.reference import Text, read_reference
 from ...runtime.backends.tensorrt import MODULES
-from ...runtime.encoding import EncodedRow, TextEncoder
+from ...runtime.encoding import TextEncoder
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.rules.rules import ExitRule, TopK
@@ -31,7 +31,7 @@ from ..targets.fp16 import lowered_graphs
 from ..targets.plans import PlanOptions
 from ..targets.tensorrt import plans_record
 from .cases import Cases, QueryCases
-from .check import check_single_graph, logits_of_segments
+from .check import check_single_graph, logits_of_segments, texts_to_keep
 from .exit_0_nodes import ExitZeroNodes
 from .graph import TYPES, single_graph
 from .hub_files import Packed, guarantee_in_words, load_tokenizer, write_files
@@ -128,7 +128,7 @@ def pack(
             "run the engines folder instead of a file",
         )
     reference, _ = read_reference(source)
-    rows = [] if ranks else _rows(source, reference, marks)
+    texts = [] if ranks else _texts(reference, marks)
     if ranks:  # a file gets no scores, and the promise holds without them
         source = source.with_manifest(first_stage=None)
         rule = msgspec.structs.replace(rule, exit_0_threshold=None)
@@ -146,8 +146,9 @@ def pack(
     if ranks:
         cases = _query_cases(protos, source, reference, rule, contents.precision)
     else:
+        rows = TextEncoder(source.path, manifest.tokenizer).encode(texts)
         expected = logits_of_segments(manifest, protos, exit_0, rows, contents.precision)
-        cases = Cases(manifest=manifest, rows=rows, expected=expected)
+        cases = Cases(manifest=manifest, texts=texts, rows=rows, expected=expected)
     model = single_graph(
         protos, manifest, rule, inside, contents.plan is not None, marks if ranks else None
     )
@@ -186,7 +187,8 @@ def pack(
             near_ties=near_ties,
             max_logit_difference=difference,
         )
-        write_files(source, folder, file, packed, model, is_large, plan)
+        kept = texts_to_keep(model, rule, cases, contents.precision)
+        write_files(source, folder, file, packed, model, is_large, plan, kept)
     return packed
 
 
@@ -254,19 +256,15 @@ def _for_plan(
     return _Contents(record.name, builder.precision, measured_on, protos, record)
 
 
-def _rows(
-    engines: EnginesFolder, reference: Sequence[Text], marks: PairMarks | None
-) -> list[EncodedRow]:
+def _texts(reference: Sequence[Text], marks: PairMarks | None) -> list[Text]:
     """The reference texts, except those that exit 0 of a graph takes for pairs.
 
     Args:
-        engines: the engines folder.
         reference: the texts.
         marks: how exit 0 recognises pairs: texts with separators in their midst look like some.
     """
     separators = () if marks is None else marks.texts
-    texts = [text for text in reference if not any(each in "".join(text) for each in separators)]
-    return TextEncoder(engines.path, engines.manifest.tokenizer).encode(texts)
+    return [text for text in reference if not any(each in "".join(text) for each in separators)]
 
 
 def _query_cases(
@@ -294,5 +292,10 @@ def _query_cases(
     rows = TextEncoder(engines.path, manifest.tokenizer).encode(texts)
     expected = logits_of_segments(manifest, protos, None, rows, precision)
     return QueryCases(
-        manifest=manifest, rows=rows, expected=expected, batch=documents + top, queries=queries
+        manifest=manifest,
+        texts=texts,
+        rows=rows,
+        expected=expected,
+        batch=documents + top,
+        queries=queries,
     )

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from huggingface_hub import ModelCard
 
@@ -94,13 +96,45 @@ def test_the_python_of_the_card_runs_what_is_on_the_hub(
     packed = pack(folder, tmp_path / "packed", for_transformers_js=for_transformers_js)
     hub.add("OWNER/NAME", tmp_path / "packed")
     card = (tmp_path / "packed" / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code, check = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+
+    def printed(code: str) -> str:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout
+
     labels = "|".join(read_manifest(folder).task.labels)
-    assert re.fullmatch(rf"({labels}) from exit [0-3]\n", done.stdout)
+    assert re.fullmatch(rf"({labels}) from exit [0-3]\n", printed(code))
+    assert printed(check).startswith("right here")
     assert packed.file.relative_to(tmp_path / "packed").as_posix() in code
+
+
+def test_texts_that_check_a_file_need_padding_and_notice_another_answer(
+    folder: Path, tmp_path: Path
+) -> None:
+    pack(folder, tmp_path / "packed", FP32)
+    record = tmp_path / "packed" / "fpabee.json"
+    content = msgspec.json.decode(record.read_bytes())
+    kept = content["reference"]
+    masks = kept["inputs"]["attention_mask"]
+    assert len(masks) == len(kept["texts"]) == len(kept["exits"]) == 4
+    assert len({sum(mask) for mask in masks}) > 1
+    session = onnxruntime.InferenceSession(tmp_path / "packed" / "model.onnx")
+    for name, ids in kept["inputs"].items():
+        kept["inputs"][name] = np.array(ids)
+    logits, exits = session.run(None, kept["inputs"])
+    assert np.abs(logits - kept["logits"]).max() < 1e-5
+    assert exits.tolist() == kept["exits"]
+    card = (tmp_path / "packed" / "README.md").read_text()
+    _, check = re.findall("(?s)```python\n(.*?)```", card)
+    check = check.replace('snapshot_download("OWNER/NAME")', repr(str(tmp_path / "packed")))
+    content["reference"]["inputs"] = {k: v.tolist() for k, v in kept["inputs"].items()}
+    for change, says in ((0.0, "right here"), (0.1, "WRONG HERE")):
+        kept["logits"][0][0] += change
+        record.write_bytes(msgspec.json.encode(content))
+        done = subprocess.run([sys.executable, "-c", check], capture_output=True, check=True)
+        assert done.stdout.decode().startswith(says)
 
 
 def test_triton_can_batch_the_graph_and_complete_its_configuration(
@@ -139,7 +173,7 @@ def test_the_example_gives_all_labels_above_their_thresholds(
     pack(folder, tmp_path / "one", FP32)
     card = (tmp_path / "one" / "README.md").read_text()
     assert "np.flatnonzero(probabilities > [0.0, 0.0, 1.0, 1.0])" in card
-    (example,) = re.findall("(?s)```python\n(.*?)```", card)
+    example, _ = re.findall("(?s)```python\n(.*?)```", card)
     place = f"Path({str(tmp_path / 'one')!r})"
     example = example.replace('Path(snapshot_download("OWNER/NAME"))', place)
     done = subprocess.run(

@@ -100,10 +100,12 @@ def test_the_card_is_about_rankings_and_its_example_runs(
     assert "classifier" not in card
     assert f"set of the best {TOP} documents" in card
     assert "Layers per document: " in card
-    (example,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    example, check = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda _: str(consumer.folder))
     exec(compile(example, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) == 3
+    exec(compile(check, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("right here")
 
 
 def test_the_card_does_not_count_layers_that_scores_saved(tmp_path: Path) -> None:
