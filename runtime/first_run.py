@@ -31,7 +31,9 @@ def must_check(engines: EnginesFolder, target: str, kind: str) -> bool:
     """
     if kind == engines.manifest.targets[target].checked_on:
         return False
-    if REFERENCE_NAME not in engines.manifest.files:
+    if not (engines.path / REFERENCE_NAME).exists():
+        told = f"{engines.path} has no {REFERENCE_NAME}, so {target} is not checked on {kind}"
+        logger.warning("%s, a new kind of machine", told)
         return False
     try:
         return not (cache_folder() / "checked" / _key(engines, target, kind)).is_file()

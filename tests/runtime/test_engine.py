@@ -299,8 +299,7 @@ def test_rows_count_as_much_memory_as_they_take(engines: Mapping[str, Path]) -> 
             limits = engine.core.limits
         for tokens in (1, 8, 32):
             rows = limits.group_tokens // tokens
-            # Both kept in fp32, and the weight of each token as well.
-            row = tokens * (manifest.model.hidden_size + 1)
+            row = tokens * manifest.model.hidden_size  # in fp32
             bias = heads * tokens**2
             hidden = 8 * (row * rows + bias) // rows
             assert buffers.row_bytes(manifest, limits, tokens) == hidden + 16 * tokens

@@ -12,7 +12,6 @@ from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import REFERENCE_NAME
 from fpabee.runtime.artifact.reference import read_reference
 
-from ..bad_input.cases import manifest
 from .test_engine_check import swap_logits
 
 GOLDEN = Path(__file__).parents[1] / "golden/1.0/engines"
@@ -113,10 +112,18 @@ def test_without_a_cache_directory_every_load_checks(
         assert len(checks) == number
 
 
-def test_a_folder_without_a_reference_loads(
-    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_folder_without_a_reference_loads_with_a_warning(
+    engine_copy: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """A device need not have the file."""
     folder = engine_copy()
-    manifest(lambda content: content["files"].pop(REFERENCE_NAME))(folder)
+    (folder / REFERENCE_NAME).unlink()
+    load(folder)
+    assert not caplog.messages
     move_to(monkeypatch, "riscv64", tmp_path)
     load(folder)
+    assert f"has no {REFERENCE_NAME}" in caplog.text
+    assert "riscv64" in caplog.text
