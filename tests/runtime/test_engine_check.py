@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from fpabee.runtime import ArtifactError, CheckError, Engine
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import REFERENCE_NAME
 from fpabee.runtime.artifact.reference import read_reference, write_reference
+from fpabee.runtime.backends.base import Execution, Hidden
+from fpabee.runtime.backends.buffers import Bucket
 from fpabee.runtime.check import requirements_of
+from fpabee.runtime.encoding import EncodedRow
 
 from ..bad_input.cases import corrected, manifest
 
@@ -23,6 +26,22 @@ from ..bad_input.cases import corrected, manifest
 def test_the_engines_max_length_does_not_matter(engines: Mapping[str, Path]) -> None:
     with Engine.load(engines["bert"], threads=1, check=True, max_length=4) as engine:
         assert engine.predict(["the film is not bad"])[0].truncated
+
+
+def test_the_reference_has_batches_with_padding(
+    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a head that attends to padding would pass."""
+    padding = []
+    begin = Execution.begin
+
+    def counted(self: Execution, encoded: Sequence[EncodedRow], bucket: Bucket) -> Hidden:
+        padding.append(sum(bucket.sequence - len(row) for row in encoded))
+        return begin(self, encoded, bucket)
+
+    monkeypatch.setattr(Execution, "begin", counted)
+    Engine.load(engines["bert"], threads=1, check=True).close()
+    assert sum(padding) > 10
 
 
 def swap_logits(folder: Path, logits: np.ndarray[Any, Any]) -> None:
