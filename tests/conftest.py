@@ -410,6 +410,7 @@ def make_model(
     layers: int = 3,
     queries: int = 0,
     *,
+    pooling: str = "",
     ranks: bool = False,
     **sizes: int,
 ) -> Path:
@@ -421,6 +422,7 @@ def make_model(
         width: of the hidden states.
         layers: how many.
         queries: of heads that attend; 0: the heads are the family's tiny ones.
+        pooling: of heads that do not attend; empty: that of the family's tiny ones.
         ranks: whether it gives one logit for a query and a document.
         sizes: other settings than the family's tiny ones.
     """
@@ -448,10 +450,10 @@ def make_model(
         **dict.fromkeys(("eos_token_id", "sep_token_id"), end),
         **(tiny.config | sizes),
     )
-    multi_exit = MultiExitConfig(exits, tiny.labels, tiny.problem_type, Pooling(tiny.pooling))
+    pools = Pooling(pooling or tiny.pooling)
+    multi_exit = MultiExitConfig(exits, tiny.labels, tiny.problem_type, pools)
     if ranks:
-        ranking = ProblemType.RANKING
-        multi_exit = MultiExitConfig(exits, ("score",), ranking, Pooling(tiny.pooling))
+        multi_exit = MultiExitConfig(exits, ("score",), ProblemType.RANKING, pools)
     if queries:
         multi_exit = replace(
             multi_exit,
