@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..runtime.artifact.folder import EnginesFolder
 from ..runtime.artifact.manifest import Task
 from ..runtime.artifact.operating_point import Goal
+from ..runtime.artifact.trained_on import have_trained
 from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError
@@ -71,11 +72,13 @@ def calibrate(
 
     Returns:
         The points, and what they were chosen from. With a reference, a point that promises nothing
-        is not written into the manifest: not even full depth may decide like the reference.
+        is not written into the manifest: not even full depth may decide like the reference. Without
+        `options.force`, no point without a certificate replaces one that has one, see
+        `Calibration.kept`.
 
     Raises:
-        InputError: the folder is a reranker, the rows cannot be used, or no setting is fast enough;
-            the manifest stays unchanged.
+        InputError: the folder is a reranker, the rows cannot be used, too few of them did not train
+            the exits, or no setting is fast enough; the manifest stays unchanged.
         ArtifactError: the folder is damaged, or cannot be written.
         BackendError: the target cannot run here.
 
@@ -95,19 +98,22 @@ def calibrate(
     """
     path = Path(folder)
     options = options or CalibrationOptions()
-    rows = list(read_rows(data, options.reading) if isinstance(data, str | Path) else data)
+    every = list(read_rows(data, options.reading) if isinstance(data, str | Path) else data)
     if report is not None and options.test is not None:
         raise InputError("there are two sets of rows to report on", "give `report` or `test`")
     if options.test is not None:
         held_rows = list(read_rows(options.test, options.reading))
         report = Report(held_rows, Path(options.test).name)
     # Rows run to full depth, so the target needs no operating point, not even a valid one.
-    manifest = EnginesFolder.read(path).manifest
+    engines = EnginesFolder.read(path)
+    manifest = engines.manifest
     if manifest.task.ranks:
         raise InputError(
             f"{path} is a reranker, whose promise is about queries with their documents",
             "convert the model again with other queries or another bound",
         )
+    # Who has a reference knows what trained the exits.
+    rows = _new_to_exits(engines, every) if reference is None else every
     rule = ExitRule.from_dict(manifest.default_rule)
     with Engine.load(path, options.target, threads=options.threads, rule=rule) as engine:
         task = engine.manifest.task
@@ -116,6 +122,10 @@ def calibrate(
         metric = options.metric or (AGREEMENT if len(without_drop) == len(options.goals) else usual)
         least = LEAST_ROWS if reference is None else 1
         warnings = _check(task, options, metric, rows, report, least)
+        if trained := len(every) - len(rows):
+            warnings.append(
+                f"{trained:,} of {len(every):,} rows are left out: the exits learned from them"
+            )
         thresholds = decision_thresholds(task, options.thresholds)
         # With a reference, whoever has it says this before the classifier is converted.
         for bound in options.bounds if len(options.goals) == 1 and reference is None else ():
@@ -140,7 +150,10 @@ def calibrate(
         points = tuple(maker.points(engine.core.encode([row.content for row in rows])))
         default = options.default if options.default in options.goals else points[0].name
         chosen = next(point.rule for point in points if point.name == default)
-        earlier = engine.manifest.targets[engine.target].default_operating_point
+        before = engine.manifest.targets[engine.target]
+        certified = {n for n, point in before.operating_points.items() if point.certificate}
+        lost_certificates = {point.name for point in points if not point.certificate} & certified
+        earlier = before.default_operating_point
         if earlier not in ("", default):
             where = f"the default operating point of {engine.target}"
             warnings.append(f"{where} was {earlier}, and is now {default}")
@@ -160,9 +173,28 @@ def calibrate(
             layers=engine.manifest.exit_layers,
             hardware=hardware(engine.manifest.targets[engine.target].on_gpu, options.threads),
             warnings=tuple(warnings),
+            kept=() if options.force else tuple(sorted(lost_certificates)),
         )
     with_points(EnginesFolder.read(path), result, data_sha256(rows)).write()
     return result
+
+
+def _new_to_exits(engines: EnginesFolder, rows: Sequence[Row]) -> list[Row]:
+    """The rows whose texts did not train the exits, which are too sure of those that did.
+
+    Raises:
+        InputError: too few of them are left.
+    """
+    trained = have_trained(engines, [row.content for row in rows])
+    fresh = [row for row, has_trained in zip(rows, trained, strict=True) if not has_trained]
+    left = len({row.content for row in fresh})
+    if trained.any() and left < LEAST_ROWS:
+        raise InputError(
+            f"the exits learned from {trained.sum():,} of {len(rows):,} rows, and {left} other "
+            "texts are left",
+            f"give at least {LEAST_ROWS} texts from which the exits did not learn",
+        )
+    return fresh
 
 
 def _check(

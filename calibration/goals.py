@@ -133,6 +133,7 @@ class CalibrationOptions:
         reading: how the files of rows are read.
         batch_size: the batch size, in rows, whose measured times settings are chosen by.
         threads: CPU threads; None means the default of `runtime.Engine.load`.
+        force: whether a point without a certificate may replace one of the same name that has one.
 
     Raises:
         InputError: a goal sets neither or both of its fields, a rule does not exist or cannot be
@@ -158,6 +159,7 @@ class CalibrationOptions:
     reading: ReadOptions = field(default_factory=ReadOptions)
     batch_size: int = 32
     threads: int | None = None
+    force: bool = False
 
     def __post_init__(self) -> None:
         if not self.goals:

@@ -115,6 +115,8 @@ class Calibration:
         layers: the layer of each exit.
         hardware: what the points were measured on.
         warnings: what is wrong with the rows without making the result useless.
+        kept: names of points that the folder keeps as they were, because they have a certificate
+            and the new ones have none.
     """
 
     folder: Path
@@ -128,6 +130,7 @@ class Calibration:
     layers: tuple[int, ...]
     hardware: str
     warnings: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
     def is_judged(self, point: Point) -> bool:
         """Whether a point was judged on other rows with a setting that stops rows.
@@ -238,7 +241,7 @@ def with_points(engines: EnginesFolder, result: Calibration, data_sha256: str) -
     """The folder with the points of a calibration, which is not written.
 
     Full depth loses nothing against itself, but it may against another classifier. So a point
-    without a certificate about that classifier is left out.
+    without a certificate about that classifier is left out, as are those that `kept` names.
 
     Args:
         engines: the folder.
@@ -246,12 +249,16 @@ def with_points(engines: EnginesFolder, result: Calibration, data_sha256: str) -
         data_sha256: hash of the rows that chose the points, see `runtime.files.rows.data_sha256`.
     """
     target = engines.manifest.targets[result.target]
-    kept = [p for p in result.points if p.certificate or result.rows.reference is None]
-    if not kept:
+    points = {
+        point.name: _record(point, result, target, data_sha256)
+        for point in result.points
+        if (point.certificate or result.rows.reference is None) and point.name not in result.kept
+    }
+    if not points:
         return engines
-    points = {point.name: _record(point, result, target, data_sha256) for point in kept}
-    default = result.default if result.default in points else kept[0].name
-    changed = with_operating_points(target, target.operating_points | points, default)
+    every = target.operating_points | points
+    default = result.default if result.default in every else next(iter(points))
+    changed = with_operating_points(target, every, default)
     return engines.with_target(result.target, changed)
 
 

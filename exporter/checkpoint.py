@@ -17,7 +17,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..runtime.artifact.manifest import Activation, ProblemType
+from ..runtime.artifact.manifest import TRAINED_ON_NAME, Activation, ProblemType
 from ..runtime.errors import ModelError, first_line
 from ..runtime.hub import answers, hub_errors, repository_of
 from .backbones import build_encoder, family_of
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 COPY_WEIGHTS = "copy the weights again, or train again"
 
 # These leave out the copies for other frameworks that many repositories hold.
-_HUB_FILES = ["*.json", "*.txt", "*.model", *WEIGHTS, EXIT_0_FILE]
+_HUB_FILES = ["*.json", "*.txt", "*.model", *WEIGHTS, EXIT_0_FILE, TRAINED_ON_NAME]
 # The parts of weights that are too large for one file.
 _HUB_FILES += ["model-*.safetensors", "pytorch_model-*.bin"]
 # Settings that ask for memory although no weight has a shape that could contradict them, and the
@@ -241,7 +241,8 @@ def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     with system_errors(folder / WEIGHTS[0]):
         save_file(weights, folder / WEIGHTS[0], metadata={"format": "pt"})
-    (folder / EXIT_0_FILE).unlink(missing_ok=True)  # that of a model which is replaced
+    for name in (EXIT_0_FILE, TRAINED_ON_NAME):  # those of a model which is replaced
+        (folder / name).unlink(missing_ok=True)
 
 
 def load_config(folder: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from ..runtime.artifact.manifest import (
     CLASSIFIER_NAME,
     REFERENCE_NAME,
     SCHEMA_VERSION,
+    TRAINED_ON_NAME,
     VERIFICATION_NAME,
     Activation,
     Manifest,
@@ -248,7 +250,10 @@ def _write(
     record = folder / VERIFICATION_NAME
     record.write_text(json.dumps(agreement.to_dict(), indent=2) + "\n", encoding="utf-8")
     _write_config(folder / CLASSIFIER_NAME, source, model)
-    written = (REFERENCE_NAME, VERIFICATION_NAME, CLASSIFIER_NAME)
+    written = [REFERENCE_NAME, VERIFICATION_NAME, CLASSIFIER_NAME]
+    if (source / TRAINED_ON_NAME).is_file():
+        shutil.copyfile(source / TRAINED_ON_NAME, folder / TRAINED_ON_NAME)
+        written.append(TRAINED_ON_NAME)
     files = {name: sha256_of(folder / name) for name in written}
     tolerance = max(BATCH_LIMIT, agreement.max_logit_difference)
     target = msgspec.structs.replace(

@@ -28,6 +28,7 @@ from ...calibration.ranking import RankingPoint
 from ...calibration.result import Calibration, Point
 from ...runtime.artifact.folder import EnginesFolder, sha256_of
 from ...runtime.artifact.manifest import ProblemType, Task
+from ...runtime.artifact.trained_on import write_trained_on
 from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.encoding import EncodedRow, Text
 from ...runtime.errors import InputError
@@ -319,6 +320,8 @@ class _Work:
         save_checkpoint(model, model_dir)
         with system_errors(model_dir):
             self.tokenizer.save_pretrained(model_dir)
+            taught = self.job.numbers(self.job.texts.taught)
+            write_trained_on(model_dir, (self.job.rows[number].content for number in taught))
         if exit_0 is not None:
             save_exit_0(model_dir, exit_0)
         return chosen

@@ -18,6 +18,7 @@ from transformers import AutoModel, set_seed
 from ...calibration.progress import Progress, silent
 from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import ProblemType
+from ...runtime.artifact.trained_on import write_trained_on
 from ...runtime.errors import InputError, ModelError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
@@ -128,6 +129,7 @@ def train(
     save_checkpoint(model, output)
     with system_errors(output):
         tokenizer.save_pretrained(output)
+        write_trained_on(output, (row.content for row in rows["train"]))
     if exit_0:
         save_exit_0(output, exit_0)
     model_card(report).save(output / "README.md")

@@ -7,6 +7,7 @@
     exit_0.npz               classifier before layer 1, if the model has one
     reference.npz            texts and fp32 logits of the PyTorch model
     verification.json        agreement of the export with the PyTorch model
+    trained_on.npz           which texts the exits learned from, if that is known
     classifier.json          configuration of the plain classifier, for other libraries
 
 Nothing in the folder is ever unpickled. The module `folder` reads and writes the manifest.
@@ -27,10 +28,12 @@ MANIFEST_NAME = "manifest.json"
 REFERENCE_NAME = "reference.npz"
 EXIT_0_NAME = "exit_0.npz"
 VERIFICATION_NAME = "verification.json"
+TRAINED_ON_NAME = "trained_on.npz"
 CLASSIFIER_NAME = "classifier.json"
 TOKENIZER_NAME = "tokenizer/tokenizer.json"
 ENGINES_CONTENT = frozenset(
-    {MANIFEST_NAME, REFERENCE_NAME, EXIT_0_NAME, VERIFICATION_NAME, CLASSIFIER_NAME}
+    {MANIFEST_NAME, REFERENCE_NAME, EXIT_0_NAME, VERIFICATION_NAME, TRAINED_ON_NAME}
+    | {CLASSIFIER_NAME}
     | {"tokenizer", "onnx", "targets", "calibration"}
 )
 """The names of what fpabee writes into an engines folder."""

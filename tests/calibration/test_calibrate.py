@@ -31,10 +31,14 @@ from fpabee.calibration.report.words import promise_in_words
 from fpabee.calibration.scoring import Scorer
 from fpabee.commands.calibrate import main
 from fpabee.runtime import Budget, Confidence, Engine, Entropy, read_manifest, simulate
-from fpabee.runtime.artifact.folder import EnginesFolder
-from fpabee.runtime.errors import InputError
+from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
+from fpabee.runtime.artifact.manifest import TRAINED_ON_NAME
+from fpabee.runtime.artifact.trained_on import have_trained, write_trained_on
+from fpabee.runtime.encoding import Text
+from fpabee.runtime.errors import ArtifactError, InputError
 from fpabee.runtime.rules.rules import ExitRule
 
+from ..bad_input.cases import corrected
 from ..doubles.openvino import add_openvino
 from .conftest import label_rows, write
 
@@ -358,6 +362,63 @@ def test_rows_that_repeat_others_are_counted_with_a_warning(folder: Path) -> Non
     assert not calibrate(folder, rows, options).warnings
     (warning,) = calibrate(folder, [*rows, *rows[:9]], options).warnings
     assert warning.startswith("9 of 69 rows repeat others")
+
+
+def add_trained_on(folder: Path, texts: Sequence[Text]) -> None:
+    """Let the exits of a folder have learned from some texts."""
+    write_trained_on(folder, texts)
+    engines = EnginesFolder.read(folder)
+    digest = sha256_of(folder / TRAINED_ON_NAME)
+    engines.with_manifest(files={**engines.manifest.files, TRAINED_ON_NAME: digest}).write()
+
+
+@pytest.mark.usefixtures("measured")
+def test_texts_that_trained_the_exits_certify_nothing(folder: Path) -> None:
+    rows = label_rows(folder)
+    distinct = list({row.content: row for row in rows}.values())
+    fresh = distinct[-60:]
+    options = CalibrationOptions({"sure": Bound(changed_answers=0.4)}, "sure", threads=1)
+    alone = calibrate(folder, fresh, options)
+    add_trained_on(folder, [row.content for row in distinct[:-60]])
+    result = calibrate(folder, distinct, options)
+    assert f"{len(distinct) - 60} of {len(distinct)} rows are left out" in result.warnings[0]
+    (expected,) = alone.points
+    (point,) = result.points
+    assert (point.rule, point.certificate) == (expected.rule, expected.certificate)
+    assert point.chosen_on.rows == 60
+    add_trained_on(folder, [row.content for row in distinct[:-49]])
+    with pytest.raises(InputError, match="49 other texts are left"):
+        calibrate(folder, distinct, options)
+
+
+def test_a_damaged_list_of_trained_texts_is_refused(folder: Path) -> None:
+    add_trained_on(folder, ["a", ("a", "b")])
+    engines = EnginesFolder.read(folder)
+    texts = ["b", ("a", "b"), "a", ("b", "a")]
+    assert have_trained(engines, texts).tolist() == [False, True, True, False]
+    corrected(TRAINED_ON_NAME, lambda at: at.write_bytes(b"PK nothing"))(folder)
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        have_trained(EnginesFolder.read(folder), texts)
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_point_with_a_guarantee_is_not_lost_in_silence(folder: Path, tmp_path: Path) -> None:
+    rows = label_rows(folder)
+    many = write(rows, tmp_path / "many.jsonl")
+    few = write(rows[:55], tmp_path / "few.jsonl")
+    asked = ("--changed", 5)
+    said(folder, "--data", many, *asked)
+    before = read_manifest(folder).targets[TARGET]
+    assert before.operating_points["changed-5"].certificate is not None
+    result = run(folder, "--data", few, *asked)
+    assert result.exit_code == 1
+    assert "changed-5 stays as it was" in result.stderr
+    assert "--force" in result.stderr
+    assert "No guarantee: " in " ".join(result.stdout.split()), "nothing that was computed is lost"
+    assert read_manifest(folder).targets[TARGET] == before
+    said(folder, "--data", few, *asked, "--force")
+    point = read_manifest(folder).targets[TARGET].operating_points["changed-5"]
+    assert point.certificate is None
 
 
 @pytest.mark.usefixtures("measured")

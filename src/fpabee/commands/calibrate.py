@@ -18,6 +18,7 @@ from ..calibration.result import Report, make_default
 from ..calibration.scoring import METRICS
 from ..runtime.artifact.folder import EnginesFolder
 from ..runtime.artifact.operating_point import Goal
+from ..runtime.errors import InputError
 from ..runtime.files import read_rows
 from ..runtime.files.destination import check_output
 from ..runtime.machine import require
@@ -50,7 +51,7 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 @options.path(
     "--data",
     "Rows like those to classify, with labels unless the goal needs none. A guarantee holds only "
-    "if the model was not trained on them.",
+    "if neither the model nor its exits were trained on them.",
 )
 @options.path("--test", "Other rows to evaluate the result on. Default: cross-validation.")
 @options.number("--max-drop", "Goal: at most this drop of the metric, in points.", min=0, max=100)
@@ -63,6 +64,7 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 @options.number("--false-alarms", "Of the texts that it does not flag, at most X % are flagged.")
 @promises.thresholds
 @options.target
+@options.flag("--force", "Replace a guaranteed point even if the new one guarantees nothing.")
 @options.flag("--all-targets", "Calibrate every target that this machine can run.")
 @options.option(
     "--set-default",
@@ -144,6 +146,12 @@ def main(
     if report is not None:
         write_report(result, report)
         echo(f"report: {report}", err=as_json)
+    kept = [f"{result.target} {name}" for result in results for name in result.kept]
+    if kept:
+        raise InputError(
+            f"{', '.join(kept)} stays as it was: it has a guarantee, and the new one has none",
+            "give more rows, allow more, or replace it with `force`",
+        )
 
 
 def _options(

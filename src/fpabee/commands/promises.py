@@ -39,8 +39,8 @@ def say_condition(certificates: Iterable[Certificate | None], what: str = "texts
     """
     if any(certificates):
         echo_wrapped(
-            f"a guarantee is about new {what}, and holds only if the model was not trained on the "
-            f"{what} given here"
+            f"a guarantee is about new {what}, and holds only if neither the model nor its exits "
+            f"were trained on the {what} given here"
         )
 
 

@@ -38,6 +38,7 @@ from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.exporter.training.trainer import probabilities
 from fpabee.runtime import Budget, Engine, ExitRule
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
+from fpabee.runtime.artifact.trained_on import have_trained
 from fpabee.runtime.check import REQUIREMENTS
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ArtifactError, BackendError, CheckError, InputError
@@ -60,6 +61,10 @@ def test_what_certifies_has_neither_trained_nor_chosen(
     model = calls["learn"][2]
     tokenizer = load_tokenizer(telling[SINGLE.value], model)
     untaught = encoded_rows(others, tokenizer, 64)
+    # The folder knows it, so that no later calibration certifies on texts that trained.
+    engines = EnginesFolder.read(converted.result.folder)
+    assert not have_trained(engines, contents).any()
+    assert have_trained(engines, TEXTS).sum() == train + choose
     both: tuple[Examples, ...] = calls["learn"][:2]
     # The texts that train, and altered copies of them, of which none is among the others.
     learnt = len(both[0].rows)
