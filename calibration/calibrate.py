@@ -148,19 +148,26 @@ def calibrate(
         search = Search(stopping_costs, settings_lists(seen, options.rules))
         maker = _PointMaker(engine, options, progress, search, held)
         points = tuple(maker.points(engine.core.encode([row.content for row in rows])))
-        default = options.default if options.default in options.goals else points[0].name
-        chosen = next(point.rule for point in points if point.name == default)
+        chosen = next((p for p in points if p.name == options.default), points[0])
         before = engine.manifest.targets[engine.target]
         certified = {n for n, point in before.operating_points.items() if point.certificate}
         lost_certificates = {point.name for point in points if not point.certificate} & certified
         earlier = before.default_operating_point
+        default = chosen.name
+        if seen.decides_by_flags and reference is None:
+            # Whoever runs the folder without a word about the point wants answers.
+            default = earlier
+            warnings.append(
+                f"{chosen.name} is not the default operating point: it bounds which labels are "
+                "flagged, and other answers may change"
+            )
         if earlier not in ("", default):
             where = f"the default operating point of {engine.target}"
             warnings.append(f"{where} was {earlier}, and is now {default}")
-        lost = stopping_costs.scorer.lost_label(exits_of(chosen, seen), engine.labels)
+        lost = stopping_costs.scorer.lost_label(exits_of(chosen.rule, seen), engine.labels)
         if lost:
             protected = "a promise about missed texts protects rare labels"
-            warnings.append(f"at {default}, {lost}; {protected}")
+            warnings.append(f"at {chosen.name}, {lost}; {protected}")
         result = Calibration(
             folder=path,
             target=engine.target,

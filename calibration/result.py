@@ -55,6 +55,7 @@ class Outcome:
         exits: how many rows stopped at each exit, from the first exit on.
         rows: how many rows there were.
         exit_0_changed: how many rows stopped at exit 0 with another decision than full depth.
+        relabelled: how many rows got another answer than at full depth, or from the reference.
     """
 
     metric: str
@@ -66,6 +67,7 @@ class Outcome:
     exits: tuple[int, ...]
     rows: int
     exit_0_changed: int = 0
+    relabelled: int = 0
 
     @property
     def changed_answers(self) -> int:
@@ -110,7 +112,7 @@ class Calibration:
         rows: the trace of the rows that chose the points.
         test: the trace of the rows that the points are reported on; None if cross-validated.
         points: the operating points.
-        default: the point that runs if none is named.
+        default: the point that runs if none is named; empty: the default rule of the folder.
         search: the settings that the points were chosen from; not public.
         layers: the layer of each exit.
         hardware: what the points were measured on.
@@ -169,6 +171,7 @@ def outcome(scorer: Scorer, exits: Integers, layers: Sequence[int]) -> Outcome:
         exits=tuple(int(n) for n in np.bincount(places[0], minlength=len(layers))),
         rows=len(exits),
         exit_0_changed=int(np.count_nonzero(scorer.changed[0] & (exits == 0))),
+        relabelled=int(np.count_nonzero(scorer.relabelled[places])),
     )
 
 
@@ -257,7 +260,7 @@ def with_points(engines: EnginesFolder, result: Calibration, data_sha256: str) -
     if not points:
         return engines
     every = target.operating_points | points
-    default = result.default if result.default in every else next(iter(points))
+    default = result.default if result.default in {"", *every} else next(iter(points))
     changed = with_operating_points(target, every, default)
     return engines.with_target(result.target, changed)
 

@@ -67,6 +67,11 @@ class LabelledLogits:
         """The numbers of the exits."""
         return range(self.first_exit, self.first_exit + len(self.logits))
 
+    @property
+    def decides_by_flags(self) -> bool:
+        """Whether a decision is which labels are flagged, and the answer may be another one."""
+        return self.problem_type is ProblemType.SINGLE_LABEL and bool(self.decision_thresholds)
+
     def at(self, exits: NDArray[np.integer[Any]]) -> tuple[Any, ...]:
         """Where arrays `[exits, rows]` hold what belongs to rows that stop at given exits.
 
@@ -143,9 +148,15 @@ class Scorer:
     @cached_property
     def changed(self) -> Mask:
         """Whether the decision differs from that of the reference: `[exits, rows]`."""
-        every, reference = self.decisions
-        different = every != reference
-        return np.asarray(different if different.ndim == 2 else different.any(axis=-1))
+        return _different(*self.decisions)
+
+    @cached_property
+    def relabelled(self) -> Mask:
+        """Whether the answer differs from that of the reference: `[exits, rows]`.
+
+        Where thresholds decide which labels are flagged, it may differ although `changed` is false.
+        """
+        return _different(*replace(self.rows, decision_thresholds=()).decisions())
 
     def right(self) -> Mask:
         """Whether the answer is exactly the expected one: `[exits, rows]`."""
@@ -226,6 +237,12 @@ class Scorer:
         if self.rows.problem_type is ProblemType.MULTI_LABEL:
             return answers.astype(np.float64)
         return np.eye(self.rows.logits.shape[2])[answers]
+
+
+def _different(every: Integers, reference: Integers) -> Mask:
+    """Where decisions `[exits, rows, ...]` are not those of a reference: `[exits, rows]`."""
+    different = every != reference
+    return np.asarray(different if different.ndim == 2 else different.any(axis=-1))
 
 
 def mean_saving(saved: Array, changed: Array, share: float) -> float:

@@ -41,6 +41,8 @@ def promise_in_words(point: Point, result: Calibration) -> str:
         )
     where = "rows that did not choose it" if result.test is None else result.held_out
     judged = f"{_lost_in_words(held)} on {where}"
+    if result.rows.decides_by_flags:
+        judged += f", and {held.relabelled:,} answers, which nothing bounds"
     if not result.is_judged(point):
         judged = (
             "its drop on other rows is not known, because four fifths of these rows confirm no "

@@ -107,9 +107,12 @@ def test_the_table_fits_80_columns_also_in_a_file(
         start = lines.index("") + 1
         table = lines[start : lines.index("", start)]
         assert max(map(cell_len, table)) <= 80
-        assert ("model was not trained on" in result.stdout) == bool(options)
+        sentences = " ".join(result.stdout.split())
+        assert ("neither the model nor its exits" in sentences) == bool(options)
         assert table[-1].split().count("1.2") == 2, "single texts and the file"
-    assert "onnxruntime-fp32 changed-40-missed-45 (default)" in table
+    assert table[1].split()[-2:] == ["layers", "flags"]
+    assert table[-1].startswith("onnxruntime-fp32 changed-40-missed-45  ")
+    assert re.search(r", and \d+ answers, which nothing bounds", sentences)
     assert [record.message for record in caplog.records] == [
         "at most 40 % changed answers: 6 texts are the least, and 40 give a good chance",
         "at most 45 % missed: 6 flagged texts are the least, and 40 give a good chance",
@@ -161,7 +164,7 @@ def test_a_goal_makes_one_point(
         assert point.certificate.label_thresholds == {"music": 0.6}
         assert sorted(rule.label_thresholds) == [0.6, 1.0, 1.0, 1.0]
         assert read_manifest(folder).task.labels[rule.label_thresholds.index(0.6)] == "music"
-        with Engine.load(folder, threads=1) as engine:
+        with Engine.load(folder, operating_point=name, threads=1) as engine:
             texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
             trace = engine.trace(texts)
             exits = simulate(trace.logits, rule, engine.manifest.task.problem_type).exits
@@ -362,6 +365,26 @@ def test_rows_that_repeat_others_are_counted_with_a_warning(folder: Path) -> Non
     assert not calibrate(folder, rows, options).warnings
     (warning,) = calibrate(folder, [*rows, *rows[:9]], options).warnings
     assert warning.startswith("9 of 69 rows repeat others")
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_bound_on_flags_says_how_many_answers_change_and_is_no_default(folder: Path) -> None:
+    bound = Bound(missed=0.45, thresholds={"music": 0.6})
+    rows = label_rows(folder)
+    report = Report(rows, "these rows")
+    options = CalibrationOptions({"flags": bound}, threads=1)
+    before = read_manifest(folder).targets[TARGET].default_operating_point
+    result = calibrate(folder, rows, options, report=report)
+    (warning,) = result.warnings[-1:]
+    assert warning.startswith("flags is not the default operating point")
+    assert read_manifest(folder).targets[TARGET].default_operating_point == before
+    with Engine.load(folder, threads=1, operating_point="flags") as engine:
+        texts = [row.content for row in rows]
+        pairs = zip(engine.predict(texts), engine.predict(texts, full_depth=True), strict=True)
+        changed = sum(early.labels != late.labels for early, late in pairs)
+    (point,) = result.points
+    assert point.held_out.relabelled == changed > 0
+    assert f", and {changed} answers, which nothing bounds" in promise_in_words(point, result)
 
 
 def add_trained_on(folder: Path, texts: Sequence[Text]) -> None:

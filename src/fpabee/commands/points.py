@@ -34,7 +34,8 @@ def show(results: Sequence[Calibration], default_target: str | None = None) -> N
     echo("")
     first = results[0].points[0]
     is_agreement = first.held_out.metric == AGREEMENT
-    show_heads(is_agreement)
+    what = "flags" if results[0].rows.decides_by_flags else "answers"
+    show_heads((what, "changed") if is_agreement else ("points", "lost"))
     for result in results:
         for point in result.points:
             single, *_, file = [f"{ratio:.1f}" for ratio in (*point.measured.values(),) * 2]
@@ -52,19 +53,15 @@ def show(results: Sequence[Calibration], default_target: str | None = None) -> N
                 parts.append(rule_in_words(point.rule))
             echo_wrapped(f"{_name(point, result, default_target)}: {'; '.join(parts)}")
         if result.rows.first_exit == 0:
-            default = next(point for point in result.points if point.name == result.default)
-            echo_wrapped(f"exit 0 answers at {default.name}: {exit_0_in_words(default)}")
+            default = [point for point in result.points if point.name == result.default]
+            shown = next(iter(default), result.points[0])
+            echo_wrapped(f"exit 0 answers at {shown.name}: {exit_0_in_words(shown)}")
         for warning in result.warnings:
             echo_wrapped(f"warning: {warning}")
 
 
-def show_heads(is_agreement: bool) -> None:
-    """Print the heads of the table.
-
-    Args:
-        is_agreement: whether answers are counted that changed; otherwise what a metric lost.
-    """
-    lost = ("answers", "changed") if is_agreement else ("points", "lost")
+def show_heads(lost: tuple[str, str]) -> None:
+    """Print the heads of the table; the two words of the last one are given."""
     for heads in (("", "times faster than", ""), ("layers", "all layers", lost[0])):
         echo_cells("", heads, _HEAD_WIDTHS)
     echo_cells("target and operating point", ("per text", "single text", "file", lost[1]), _WIDTHS)

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -23,7 +24,7 @@ from fpabee.exporter.training import TrainOptions, train
 from fpabee.exporter.training.report import model_card
 from fpabee.exporter.training.workflow import has_fast_bf16
 from fpabee.runtime.artifact.folder import sha256_of
-from fpabee.runtime.artifact.manifest import ProblemType
+from fpabee.runtime.artifact.manifest import TRAINED_ON_NAME, ProblemType
 from fpabee.runtime.errors import InputError, ModelError
 from fpabee.runtime.files import read_rows
 
@@ -46,7 +47,7 @@ def test_a_training_writes_a_model_its_scores_and_a_model_card(
     report = train(folder, settings, lambda *state: seen.append(state), "fpabee-train --of tests")
 
     names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    names |= {"exit_0.safetensors", "README.md", "training.json"}
+    names |= {"exit_0.safetensors", "README.md", "training.json", "trained_on.npz"}
     assert {path.name for path in folder.iterdir()} == names
     assert report.exits == (0, 1, 2)
     model = load_checkpoint(folder)
@@ -82,6 +83,10 @@ def test_a_training_writes_a_model_its_scores_and_a_model_card(
     assert [what.partition(" loss ")[0] for what in after[1:]] == ["exit 0, dev"] * 4
     losses = [float(what.partition(" loss ")[2]) for what in after[1:]]
     assert losses == sorted(losses, reverse=True), "it falls"
+
+    with np.load(folder / TRAINED_ON_NAME) as trained_on:
+        texts = {row.content for row in read_rows(tmp_path / "train.jsonl.gz")}
+        assert len(trained_on["digests"]) == len(texts)
 
     stored = json.loads((folder / "training.json").read_text())
     assert stored == report.to_dict()
