@@ -73,6 +73,22 @@ def test_rows_of_a_batch_have_the_ngrams_that_they_have_alone() -> None:
     assert counts.tolist() == [6, 2, 8, 4]
 
 
+class _Careless(np.ndarray[Any, Any]):
+    """Its products set flags of numbers that they do not use, as those of OpenBLAS on some CPUs."""
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        np.divide(np.float32(1), np.float32(0))
+        plain = [np.asarray(each) for each in inputs]
+        return getattr(ufunc, method)(*plain, **options)
+
+
+def test_flags_of_the_processor_are_no_warnings() -> None:
+    table = np.ones((8, 2), np.float16)
+    exit_0 = ExitZero(4, table, np.eye(2, dtype=np.float32), np.zeros(2, np.float32))
+    exit_0.weights = exit_0.weights.view(_Careless)
+    assert exit_0([row(1, 2)]).tolist() == [[1.0, 1.0]]
+
+
 def test_the_two_texts_of_a_pair_have_ngrams_of_their_own() -> None:
     pair = found(row(7, 8, 7, 8, pair_start=2))
     assert pair[0] == 7
