@@ -161,7 +161,7 @@ class ExitZero:
         vectors = self.table.take(numbers, axis=0).astype(np.float32)
         sums = np.add.reduceat(vectors, np.cumsum(counts) - counts, axis=0)
         sums /= counts[:, None].astype(np.float32)
-        # All logits are finite, as `__init__` has checked. On ARM with SME, products of OpenBLAS leave
-        # the flags of an overflow all the same, and NumPy would warn of it.
+        # All logits are finite, as `__init__` has checked. On ARM with SME, products of OpenBLAS
+        # leave the flags of an overflow all the same, and NumPy would warn of it.
         with np.errstate(all="ignore"):
             return np.asarray(sums @ self.weights + self.bias, np.float32)
