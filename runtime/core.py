@@ -304,9 +304,13 @@ class Core:
             return rows
         return self.first_stage.attach(rows, checked)
 
+    def query_bytes(self, rows: Sequence[EncodedRow]) -> int:
+        """Memory of the documents of a query while they run."""
+        return sum(self._row_bytes(len(row)) for row in rows)
+
     def is_query_possible(self, rows: Sequence[EncodedRow]) -> bool:
         """Whether the documents of a query need no more memory than a query may take."""
-        return sum(self._row_bytes(len(row)) for row in rows) <= _QUERY_BYTES
+        return self.query_bytes(rows) <= _QUERY_BYTES
 
     def check_query(self, rows: Sequence[EncodedRow]) -> None:
         """Refuse a query whose documents need more memory than a query may take.

@@ -3,7 +3,8 @@
 The tokenizers library tokenizes a whole text, which takes a hundred bytes or more for each
 character, before it truncates it. It keeps all that it cut off, and for a pair it combines every
 part of the first text with every part of the second. So `RowTokenizer` gives it only the beginning
-of a long text, and truncates and joins the tokens itself, as the library would.
+of a long text, and truncates and joins the tokens itself, as the library would. A text that comes
+several times, such as the query of many pairs, is tokenized once.
 """
 
 from __future__ import annotations
@@ -198,13 +199,17 @@ class RowTokenizer:
         for number, text in enumerate(texts, first):
             _check(text, number, most)
         parts = [part for text in texts for part in (text if isinstance(text, tuple) else (text,))]
-        tokens = iter(first_tokens(self._tokenizer, parts, self._limit))
+        distinct = list(dict.fromkeys(parts))
+        tokens = first_tokens(self._tokenizer, distinct, self._limit)
+        tokens_of = dict(zip(distinct, tokens, strict=True))
         return [
-            self._row(text, next(tokens), next(tokens) if isinstance(text, tuple) else _NO_TOKENS)
+            self._row(text, *map(tokens_of.__getitem__, text))
+            if isinstance(text, tuple)
+            else self._row(text, tokens_of[text])
             for text in texts
         ]
 
-    def _row(self, text: Text, first: _Tokens, second: _Tokens) -> EncodedRow:
+    def _row(self, text: Text, first: _Tokens, second: _Tokens = _NO_TOKENS) -> EncodedRow:
         pieces = self._templates[isinstance(text, tuple)]
         budget = self._limit - sum(token not in (_FIRST, _SECOND) for token, _ in pieces)
         kept = _longest_first(first.total, second.total, budget)
@@ -347,7 +352,7 @@ class TextEncoder:
         """
         if isinstance(texts, str):
             raise InputError("the texts are one string", "give a list: [text]")
-        parts = blocks(texts, characters, _CHUNK_CHARACTERS, _CHUNK_TEXTS)
+        parts = blocks(texts, _counter(), _CHUNK_CHARACTERS, _CHUNK_TEXTS)
         part = next(parts, [])
         following = next(parts, None)
         if following is None:  # a thread would take longer than it saves
@@ -437,6 +442,20 @@ def characters(text: Text) -> int:
     """Characters of a text or pair; anything else is refused when it is encoded."""
     parts = text if isinstance(text, tuple) else (text,)
     return sum(len(part) for part in parts if isinstance(part, str))
+
+
+def _counter() -> Callable[[Text], int]:
+    """Counts the characters of one text after another; the query of many pairs counts once."""
+    before: object = None
+
+    def count(text: Text) -> int:
+        nonlocal before
+        first = text[0] if isinstance(text, tuple) and text else ""
+        is_repeated = first == before
+        before = first
+        return characters(text) - (characters(first) if is_repeated else 0)
+
+    return count
 
 
 def blocks(

@@ -85,6 +85,11 @@ class RankedQuery:
         at_exit: NDArray[np.float32] = self._logits[places, np.arange(len(places))]
         return at_exit
 
+    @property
+    def undecided(self) -> int:
+        """How many exits are not decided yet, the last one included."""
+        return self._numbers[-1] + 1 - self._next
+
     def passed(
         self, exit_number: int, documents: NDArray[np.intp], logits: NDArray[np.float32]
     ) -> NDArray[np.intp]:

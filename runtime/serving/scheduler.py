@@ -53,7 +53,7 @@ class _Row:
         arrived: when it was submitted, in seconds of the engine's clock.
         deadline: when it should be answered, in the same seconds.
         turn: the round that it belongs to, see `Scheduler`. Rows of a round are in the order of
-            their arrival.
+            their arrival. It says nothing about documents, because queries take other turns.
         query: the query that it is a document of; None for classification.
         place: of the document in its query, from 0.
     """
@@ -73,11 +73,26 @@ class _Query:
 
     Attributes:
         ranking: decides which documents leave.
+        arrived: when it was submitted, in seconds of the engine's clock.
         rows: its documents.
+        nbytes: memory of all its documents while they run.
+        tokens_left: tokens that segments may still run for it: those of all documents that go on,
+            once for each exit that is not decided yet.
+        has_begun: whether a segment was started for it.
     """
 
     ranking: RankedQuery
+    arrived: float
     rows: list[_Row] = field(default_factory=list)
+    nbytes: int = 0
+    tokens_left: int = 0
+    has_begun: bool = False
+
+    def count_left(self) -> None:
+        """Count `tokens_left` again."""
+        going = np.flatnonzero(self.ranking.going)
+        tokens = sum(len(self.rows[number].encoded) for number in going)
+        self.tokens_left = tokens * self.ranking.undecided
 
 
 class Scheduler:
@@ -89,8 +104,11 @@ class Scheduler:
     whose logits are not finite numbers gets an error alone.
 
     Calls take turns: in each round, a call starts rows of about as many tokens as fit into a group.
-    So a text does not wait for all texts of a long list that was submitted before it. Queries with
-    their documents run in the order of their arrival, and the documents of a query go side by side.
+    So a text does not wait for all texts of a long list that was submitted before it. All documents
+    of a query run a segment before any of them goes on. Between two groups of documents, another
+    query may run: the one with the fewest tokens left to run goes first, but every second turn
+    belongs to the oldest query. So a small query does not wait for a large one, and a large one
+    always goes on. What runs beside the oldest query takes at most 256 MiB.
 
     Args:
         engine: the engine, which the scheduler does not close.
@@ -126,8 +144,10 @@ class Scheduler:
         self._closed = self._cancels = self._some_cancelled = False
         self._tokenizer = ThreadPoolExecutor(1, "fpabee tokenizer")
         # What follows belongs to the worker thread.
-        self._waiting: list[Group] = []  # before segment 1; one for each rule, in order of turns
+        # Before segment 1: one for each query; or else one for each rule, in order of turns.
+        self._waiting: list[Group] = []
         self._round = 0
+        self._tokens_beside = 0  # run for other queries since the oldest one had its turn
         self._groups: list[Group] = []
         self._some_left = False
         self._thread = threading.Thread(target=self._work, name="fpabee scheduler", daemon=True)
@@ -253,7 +273,7 @@ class Scheduler:
         runner = self._core.runner()
         pairs = pairs_of(query, documents)
         most = top_of(runner.rule, top_k, len(pairs))
-        asked = _Query(RankedQuery(runner.rule, self._core.manifest.exits, len(pairs)))
+        asked = _Query(RankedQuery(runner.rule, self._core.manifest.exits, len(pairs)), arrived)
         with self._accepted(len(pairs)) as futures:
             encoded = await self._encode(pairs)
             rows = self._core.with_scores(encoded, scores)
@@ -366,8 +386,6 @@ class Scheduler:
         lengths = [len(row) for row in encoded]
         # Not this round, which might never end if rows could join it.
         turns = [self._round + 1 + (n - 1) // limits.group_tokens for n in accumulate(lengths)]
-        if query is not None:
-            turns = [self._round] * len(turns)  # queries are in the order of their arrival
         rows = [
             _Row(row, future, arrived, ends, turn, query, place)
             for place, (row, future, turn) in enumerate(zip(encoded, futures, turns, strict=True))
@@ -376,6 +394,8 @@ class Scheduler:
         group = Group.of(named, encoded, runner, ends, limits)
         if query is not None:
             query.rows += rows
+            query.nbytes = self._core.query_bytes(encoded)
+            query.count_left()
             group.keep(np.argsort(-group.lengths, kind="stable"))
         with self._changed:
             self._check_open()
@@ -460,8 +480,9 @@ class Scheduler:
 
     def _admit(self, chain: Chain) -> None:
         """Let the rows that have arrived wait, and ask exit 0, which answers some of them."""
+        ranks = self._core.manifest.task.ranks
         with self._changed:
-            arrived = _one_for_each_rule(self._arrived)
+            arrived = self._arrived if ranks else _one_for_each_rule(self._arrived)
             self._arrived = []
             self._waiting += arrived  # before anything can fail
         for group in arrived:
@@ -469,7 +490,7 @@ class Scheduler:
             for decision in chain.ask_exit_0(group):
                 self._answer(decision)
         chain.current = None
-        if arrived:
+        if arrived and not ranks:
             self._waiting = _one_for_each_rule(self._waiting)
             for group in self._waiting:
                 group.keep(np.argsort([row.turn for row in group.rows], kind="stable"))
@@ -530,20 +551,38 @@ class Scheduler:
         return group
 
     def _next_of_queries(self, chain: Chain, ready: Sequence[Group]) -> Group | None:
-        """The group of the oldest query that is the farthest behind, which may be a new one.
+        """The group of a query that runs next, which may be a new one; see `Scheduler`.
 
-        So all documents of a query pass an exit before any of them goes on.
+        It is the one that is the farthest behind. So all documents of a query pass an exit before
+        any of them goes on.
         """
-        best = min(ready, key=lambda group: (_arrival(group), group.segment), default=None)
-        if not self._waiting or (best is not None and _arrival(best) < _arrival(self._waiting[0])):
-            return best
-        (waiting,) = self._waiting  # they have one rule
-        first = int(np.argmin([row.arrived for row in waiting.rows]))
-        same = [row.query is waiting.rows[first].query for row in waiting.rows]
-        own = np.flatnonzero(same)  # others would run ahead of their own query
-        places = own[_similar(waiting.lengths[own], 0, chain.limits)]
-        group = waiting.take(places)
-        self._begin(chain, group, waiting, places)
+        queries = {row.query for group in (*self._waiting, *self._groups) for row in group.rows}
+        behind: dict[_Query, Group] = {}
+        for group in sorted((*self._waiting, *ready), key=lambda group: -group.segment):
+            behind.update(dict.fromkeys((row.query for row in group.rows), group))
+        if not behind:
+            return None
+        oldest = min(queries, key=lambda query: query.arrived)
+        others = queries - {oldest}
+        room = self._core.window_bytes - sum(each.nbytes for each in others if each.has_begun)
+        can_run = [
+            each for each in behind if each is oldest or each.has_begun or each.nbytes <= room
+        ]
+        query = min(can_run, key=lambda each: (each.tokens_left, each.arrived), default=None)
+        if oldest in behind and self._tokens_beside >= chain.limits.group_tokens:
+            query = oldest
+        if query is None:
+            return None
+        group = behind[query]
+        if group.hidden is None:
+            query.has_begun = True
+            waiting = group
+            places = _similar(waiting.lengths, 0, chain.limits)
+            group = waiting.take(places)
+            self._begin(chain, group, waiting, places)
+        self._tokens_beside += int(group.lengths.sum())
+        if query is oldest:
+            self._tokens_beside = 0
         return group
 
     def _begin(self, chain: Chain, group: Group, waiting: Group, places: RowNumbers) -> None:
@@ -591,6 +630,7 @@ class Scheduler:
             settled = ranking.stop(documents)
         else:
             settled = ranking.passed(decision.exit, documents, decision.logits[places])
+        query.count_left()
         if len(settled):
             rows = [query.rows[number] for number in settled]
             limited = ranking.limited[settled]
@@ -668,11 +708,6 @@ def _queries(decision: Decision) -> dict[_Query, RowNumbers]:
         if row.query is not None and place not in failed:
             places.setdefault(row.query, []).append(place)
     return {query: np.array(each, np.intp) for query, each in places.items()}
-
-
-def _arrival(group: Group) -> float:
-    """When the oldest row of a group arrived."""
-    return float(min(row.arrived for row in group.rows))
 
 
 def _turn(group: Group) -> tuple[int, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from fpabee.runtime import FpabeeError
 from fpabee.runtime.artifact.folder import read_manifest, sha256_of
 from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
-from fpabee.runtime.encoding import EncodedRow, TextEncoder, padded_batches, padding_values
+from fpabee.runtime.encoding import EncodedRow, Text, TextEncoder, padded_batches, padding_values
 from fpabee.runtime.errors import InputError
 
 
@@ -82,6 +82,22 @@ def test_batches_are_padded_to_their_longest_row(
     assert not first[ATTENTION_BIAS][1].any()
     assert second["input_ids"].tolist() == [ids(rows[2])]
     assert {array.dtype.name for array in first.values()} == {"int64", "float32"}
+
+
+def test_a_long_query_is_not_tokenized_for_each_of_its_documents(
+    bert: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    rows = bert._tokenizer.rows
+
+    def counted(texts: Sequence[Text], first: int) -> list[EncodedRow]:
+        sizes.append(len(texts))
+        return rows(texts, first)
+
+    monkeypatch.setattr(bert._tokenizer, "rows", counted)
+    pairs = [("x" * 500_000, f"document {number}") for number in range(100)]
+    assert len(bert.encode(pairs)) == 100
+    assert sorted(sizes) == [1, 99]
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,18 @@ def test_a_long_text_is_read_to_a_limit(text: str, times: int) -> None:
     assert total > 64
 
 
+def test_the_query_of_many_pairs_is_tokenized_once(make: Make) -> None:
+    query = "the film " * 5000
+    documents = [f"{number} film" for number in range(100)]
+    tokenizer = RowTokenizer(make(), 16, uses_types=True)
+    alone = [tokenizer.rows([(query, each)])[0] for each in documents]
+    spy: Any = Spy(tokenizer._tokenizer)
+    tokenizer._tokenizer = spy
+    rows = tokenizer.rows([(query, each) for each in documents])
+    assert spy.total == characters_read(16) + sum(map(len, documents))
+    assert [content(row) for row in rows] == [content(row) for row in alone]
+
+
 def test_only_what_may_be_read_must_be_valid(make: Make) -> None:
     tokenizer = RowTokenizer(make(), 8, uses_types=True)
     (row,) = tokenizer.rows(["the film " * 5000 + "\ud800"])
