@@ -119,17 +119,22 @@ def check_output(folder: Path, force: bool, inputs: Iterable[str | Path | None] 
         )
     if not force:
         raise ArtifactError(f"{folder} already holds an engines folder", "replace it with `force`")
-    others = sorted(
-        path.name
-        for path in folder.iterdir()
-        # What a process that was killed has left is ours as well.
-        if path.name not in ENGINES_CONTENT and not path.name.startswith(".manifest-")
-    )
-    if others:
+    if others := sorted(path for path in _content(folder) if not ENGINES_CONTENT.fullmatch(path)):
         raise ArtifactError(
             f"{folder} also holds {others[0]}, which no export wrote, and is replaced as a whole",
             "move it elsewhere, or give another folder as `output`",
         )
+
+
+def _content(folder: Path) -> Iterator[str]:
+    """The paths in a folder of its files, of links, and with `/` at the end of empty folders."""
+    for place, folders, files in os.walk(folder):
+        inside = Path(place).relative_to(folder)
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        for name in (*files, *links):
+            yield (inside / name).as_posix()
+        if not (files or folders) and Path(place) != folder:
+            yield f"{inside.as_posix()}/"
 
 
 def check_new(

@@ -14,7 +14,7 @@ import msgspec
 
 from ...calibration.progress import Progress
 from ...runtime.artifact.folder import EnginesFolder
-from ...runtime.artifact.manifest import BuiltFile, Graph, Target
+from ...runtime.artifact.manifest import ENGINES_CONTENT, BuiltFile, Graph, Target
 from ...runtime.backends.cuda import packages
 from ...runtime.backends.tensorrt import MODULES
 from ...runtime.check import Logits
@@ -135,11 +135,13 @@ class Workbench:
         return folder
 
     def drop_unused_files(self) -> None:
-        """Delete graphs and plans that the manifest does not name, where files were written."""
-        named = {self.engines.path / file for file, _ in self.engines.hashes()}
+        """Delete our graphs and plans that the manifest does not name, where files were written."""
+        root = self.engines.path
+        named = {root / file for file, _ in self.engines.hashes()}
         for folder in self._folders:
             for path in (*folder.glob("*.onnx"), *folder.glob("*.plan")):
-                if path not in named:
+                is_ours = ENGINES_CONTENT.fullmatch(path.relative_to(root).as_posix())
+                if path not in named and is_ours:
                     path.unlink()
             for empty in (folder, folder.parent):
                 if not any(empty.iterdir()):

@@ -4,6 +4,7 @@
     tokenizer/tokenizer.json
     onnx/<precision>/*.onnx  portable source of every target
     targets/<target>/        built files, where a backend needs any
+    calibration/             logits of the rows that calibrations have read
     exit_0.npz               classifier before layer 1, if the model has one
     reference.npz            texts and fp32 logits of the PyTorch model
     verification.json        agreement of the export with the PyTorch model
@@ -15,6 +16,7 @@ Nothing in the folder is ever unpickled. The module `folder` reads and writes th
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import Annotated, Literal
 
@@ -31,12 +33,21 @@ VERIFICATION_NAME = "verification.json"
 TRAINED_ON_NAME = "trained_on.npz"
 CLASSIFIER_NAME = "classifier.json"
 TOKENIZER_NAME = "tokenizer/tokenizer.json"
-ENGINES_CONTENT = frozenset(
-    {MANIFEST_NAME, REFERENCE_NAME, EXIT_0_NAME, VERIFICATION_NAME, TRAINED_ON_NAME}
-    | {CLASSIFIER_NAME}
-    | {"tokenizer", "onnx", "targets", "calibration"}
+_GRAPH = r"(embeddings|(segment|block|head)_\d+)"
+_HASH = "-[0-9a-f]{8}"
+_CONTENT = (
+    *map(re.escape, (MANIFEST_NAME, REFERENCE_NAME, EXIT_0_NAME, VERIFICATION_NAME)),
+    *map(re.escape, (TRAINED_ON_NAME, CLASSIFIER_NAME)),
+    r"tokenizer/(tokenizer\.json)?",
+    rf"onnx/([^/]+/({_GRAPH}({_HASH})?\.onnx)?)?",
+    rf"targets/([^/]+/({_GRAPH}{_HASH}\.(onnx|plan)|timing\.cache)?)?",
+    r"calibration/(trace-[^/]+\.npz)?",
+    # What a process that was killed has left.
+    r"\.manifest-[^/]+|calibration/\.trace-[^/]+",
+    rf"(onnx|targets)/([^/]+/)?\.[^/]+{_HASH}\.unfinished/.*",
 )
-"""The names of what fpabee writes into an engines folder."""
+ENGINES_CONTENT = re.compile("|".join(_CONTENT))
+"""The paths of what fpabee writes into an engines folder; those of empty folders end with `/`."""
 
 # A graph output with this prefix replaces the carried tensor with the rest of its name.
 NEXT = "next_"

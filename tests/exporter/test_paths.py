@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,14 +46,59 @@ def test_an_input_elsewhere_is_none_of_its_business(output: str, other: str, pla
     check_apart(resolved(output), [other, None])
 
 
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        "notes.txt",
+        "onnx/notes.txt",
+        "onnx/fp32/model.onnx",
+        "onnx/fp32/more/segment_01.onnx",
+        "targets/int8/segment_01.onnx",
+        "tokenizer/vocab.txt",
+        "calibration/dev.jsonl",
+        "calibration/.hidden",
+        "empty/",
+        "onnx/fp32/empty/",
+        "targets/link",
+    ],
+)
 def test_a_folder_with_files_of_somebody_else_is_not_replaced(
-    engine_copy: Callable[..., Path],
+    foreign: str, engine_copy: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = engine_copy()
-    check_output(folder, force=True)
-    (folder / "notes.txt").touch()
-    with pytest.raises(ArtifactError, match=r"also holds notes\.txt"):
+    place = folder / foreign
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if foreign == "targets/link":
+        place.symlink_to(tmp_path)
+    elif foreign.endswith("/"):
+        place.mkdir()
+    else:
+        place.touch()
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ArtifactError, match=f"also holds {re.escape(foreign)}, which no export"):
         check_output(folder, force=True)
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_what_fpabee_wrote_and_what_a_killed_process_left_is_replaced(
+    family: str, engine_copy: Callable[..., Path]
+) -> None:
+    folder = engine_copy(family, exit_0=family == "bert")
+    for path in (
+        ".manifest-k3x_9",
+        "calibration/trace-onnxruntime-fp32-0123456789ab.npz",
+        "calibration/.trace-onnxruntime-fp32-0123456789ab-k3x_9",
+        "onnx/.fp16-0123abcd.unfinished/segment_01",
+        "onnx/fp16/segment_01-0123abcd.onnx",
+        "targets/tensorrt-fp16-sm86/head_02-0123abcd.plan",
+        "targets/tensorrt-fp16-sm86/timing.cache",
+        "targets/int8/.int8-0123abcd.unfinished/block_01-0123abcd.onnx",
+    ):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).touch()
+    (folder / "targets" / "openvino-fp32").mkdir()
+    check_output(folder, force=True)
 
 
 def test_a_repository_on_the_hub_is_no_path(places: None) -> None:

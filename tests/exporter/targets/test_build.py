@@ -221,6 +221,14 @@ def test_points_stay_with_their_files_and_are_named_when_lost(
     assert (target.operating_points, target.default_operating_point) == ({}, "")
 
 
+def test_a_file_of_somebody_else_beside_the_plans_stays(double: Double) -> None:
+    add(double.folder, "tensorrt-fp32")
+    mine = double.folder / "targets" / PLAN / "my.plan"
+    mine.touch()
+    add(double.folder, "tensorrt-fp32")
+    assert mine.exists()
+
+
 def test_new_graphs_of_a_precision_remove_the_plans_of_the_old_ones(
     double: Double, set_points: Callable[..., None]
 ) -> None:
