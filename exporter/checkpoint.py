@@ -225,8 +225,12 @@ def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
     Raises:
         OSError: a file cannot be written.
     """
-    from safetensors.torch import save_file
+    save_config(model, folder)
+    save_weights(model, folder)
 
+
+def save_config(model: MultiExitModel, folder: Path) -> None:
+    """Write `config.json`; the arguments and errors are those of `save_checkpoint`."""
     folder.mkdir(parents=True, exist_ok=True)
     exits = model.exit_config
     config = model.backbone.config
@@ -238,11 +242,15 @@ def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
     block = {name: value for name, value in msgspec.to_builtins(exits).items() if value}
     setattr(config, CONFIG_BLOCK, {name: block[name] for name in block if name not in others})
     config.save_pretrained(folder)
+
+
+def save_weights(model: MultiExitModel, folder: Path) -> None:
+    """Write `model.safetensors`; the errors are those of `save_checkpoint`."""
+    from safetensors.torch import save_file
+
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     with system_errors(folder / WEIGHTS[0]):
         save_file(weights, folder / WEIGHTS[0], metadata={"format": "pt"})
-    for name in (EXIT_0_FILE, TRAINED_ON_NAME):  # those of a model which is replaced
-        (folder / name).unlink(missing_ok=True)
 
 
 def load_config(folder: Path) -> Any:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from ..runtime.artifact.folder import lock
 from ..runtime.errors import ArtifactError
@@ -39,8 +40,13 @@ def staging(destination: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing(destination: Path) -> Iterator[Path]:
+def replacing(destination: Path, last: str = "") -> Iterator[Path]:
     """A temporary folder whose files are moved to the destination when all of them are written.
+
+    Args:
+        destination: the folder; its other files stay.
+        last: a file without which the others are nothing. An old one is deleted before the first
+            file is moved, so that the destination never mixes old and new.
 
     Raises:
         OSError: a file cannot be written; the destination is unchanged.
@@ -50,8 +56,41 @@ def replacing(destination: Path) -> Iterator[Path]:
     with temporary(place, destination.name) as folder:
         yield folder
         destination.mkdir(exist_ok=True)
-        for file in sorted(folder.iterdir()):
+        if last:
+            (destination / last).unlink(missing_ok=True)
+        for file in sorted(folder.iterdir(), key=lambda file: (file.name == last, file)):
             file.replace(destination / file.name)
+
+
+@contextmanager
+def reserved(path: Path, size: int) -> Iterator[None]:
+    """Keep some space of a disk with a new file, which is deleted at the end.
+
+    Args:
+        path: the file.
+        size: in bytes.
+
+    Raises:
+        OSError: there is not enough space.
+    """
+    try:
+        with path.open("wb") as file:
+            reserve(file, size)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def reserve(file: BinaryIO, size: int) -> None:
+    """Take the space of a file that is open for writing, where the system can do that.
+
+    Raises:
+        OSError: there is not enough space.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    elif size > shutil.disk_usage(Path(file.name).parent).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
 
 
 def unique_name(name: str, sha256: str, ending: str) -> str:

@@ -6,11 +6,8 @@ are those of the classifier itself.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -29,6 +26,7 @@ from ...runtime.artifact.manifest import MASK_FILL
 from ...runtime.encoding import EncodedRow
 from ...runtime.errors import InputError
 from ..model import predict
+from ..staging import reserve
 from .classifier import Classifier
 
 _BATCH = 32
@@ -304,11 +302,8 @@ def _new_file(path: Path, shape: tuple[int, ...]) -> Iterator[np.memmap[Any, np.
     """
     try:
         values = np.lib.format.open_memmap(path, "w+", np.float16, shape)
-        if hasattr(os, "posix_fallocate"):
-            with path.open("rb+") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        elif values.nbytes > shutil.disk_usage(path.parent).free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        with path.open("rb+") as file:
+            reserve(file, path.stat().st_size)
         yield values
     except BaseException:
         with suppress(OSError):  # Windows keeps a file that is mapped

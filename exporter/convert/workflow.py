@@ -48,12 +48,13 @@ from ..targets.check import FP32_TARGET
 from ..targets.default import fastest_with_exits
 from ..tokenizer import load_tokenizer, pad_id, row_limit
 from ..training.examples import encoded_rows, special_tokens
+from ..unfinished import unfinished
 from .altered import altered
 from .classification import Classification
 from .classifier import Classifier, named_task
 from .heads import choose_exits, store, train_heads
 from .options import Chosen, Conversion, ConvertOptions
-from .places import check_places, unfinished
+from .places import STEPS, check_places
 from .ranking import Ranking
 from .states import States, most_tokens, run_classifier
 from .task import Result
@@ -139,7 +140,7 @@ def convert(
         logger.warning(line)
     teacher = Classifier(classifier, options.problem_type, options.adapter)
     work = _Work(teacher, job, progress)
-    with unfinished(target, work.fingerprint) as folder:
+    with unfinished(target, STEPS, work.fingerprint) as folder:
         conversion = work.run(folder)
         for left in folder.glob("engines/.manifest-*"):  # by a process that was killed
             left.unlink()

@@ -12,9 +12,12 @@ from ...runtime.errors import InputError
 from ...runtime.files import Inputs, ReadOptions
 from ..exit_config import Pooling
 from ..paths import check_apart, check_model_dir, resolved
+from ..unfinished import check_free, partial_of
 
 REPORT_NAME = "training.json"
 """Settings and scores, which every training writes beside its model."""
+STEPS = "training"
+"""What the folder with the trained encoder of an unfinished training is named after."""
 
 # A pair has three special tokens, and needs at least one token of text.
 _ABOVE = {"epochs": 0, "lr": 0, "batch_size": 0, "max_length": 3}
@@ -112,13 +115,18 @@ def check_training(output: Path, options: TrainOptions) -> None:
     Raises:
         InputError: there is already a model and no `force`, or it holds what is read; the folder is
             an engines folder or inside of the folder of a model; or there are no such rows.
+        ArtifactError: another process trains into the folder, or something else is in the way.
         ModelError: there is no such encoder.
     """
     sources = [source for source in (options.train, options.dev, options.test) if source]
+    inputs = [options.backbone, *sources]
+    partial = partial_of(resolved(output))
+    check_apart(partial, inputs)
+    check_free(partial, STEPS)
     holds_model = (output / "config.json").is_file()
     check_outside(output if holds_model else output / "config.json")
     if holds_model:
-        check_apart(resolved(output), [options.backbone, *sources])
+        check_apart(resolved(output), inputs)
         if not options.force:
             raise InputError(
                 f"{output} already holds a model",

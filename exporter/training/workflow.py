@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,10 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from transformers import AutoModel, set_seed
 
+from ... import __version__
 from ...calibration.progress import Progress, silent
 from ...runtime.artifact.folder import sha256_of
 from ...runtime.artifact.manifest import ProblemType
@@ -24,16 +28,24 @@ from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
 from ...runtime.files.rows import data_sha256, encode_labels
 from ...runtime.quality import Labels
-from ..checkpoint import load_config, load_pretrained, resolve_model_dir, save_checkpoint
-from ..exit_0_files import save_exit_0
+from ..checkpoint import (
+    load_config,
+    load_pretrained,
+    resolve_model_dir,
+    save_config,
+    save_weights,
+)
+from ..exit_0_files import EXIT_0_FILE, save_exit_0
 from ..exit_config import MultiExitConfig
 from ..model import MultiExitModel, by_row, predict
-from ..staging import system_errors
+from ..paths import CONFIG_NAME, resolved
+from ..staging import replacing, reserved, system_errors
 from ..tokenizer import load_tokenizer, pad_id
-from ..weights import check_weight
+from ..unfinished import unfinished
+from ..weights import WEIGHTS, check_weight, read_weights
 from .bag_of_ngrams import train_exit_0
 from .examples import Examples, encoded_rows, label_names, load_rows
-from .options import REPORT_NAME, TrainOptions, check_training
+from .options import REPORT_NAME, STEPS, TrainOptions, check_training
 from .report import DataSource, TrainReport, model_card
 from .trainer import exit_scores, train_exits
 
@@ -63,7 +75,9 @@ def train(
     Raises:
         InputError: rows cannot be read or lack labels, there is already a model, or bfloat16 is
             asked for where it is slow.
-        ModelError: the encoder cannot be used.
+        ArtifactError: a file cannot be written. A trained encoder stays in `OUTPUT.partial`, and
+            the same call goes on from it.
+        ModelError: the encoder cannot be used, or the training diverged.
         MissingExtraError: a package of `fpabee[train]` is not installed.
 
     Example:
@@ -98,45 +112,103 @@ def train(
         name: Examples(encoded_rows(part, tokenizer, length), _labels(part, config))
         for name, part in rows.items()
     }
-    started = time.perf_counter()
+    used = {name: _source(str(sources[name]), part) for name, part in rows.items()}
     options = replace(options, epochs=options.epochs_for(len(rows["train"])))
-    output.mkdir(parents=True, exist_ok=True)
-    train_exits(model, data["train"], data["dev"], padding, options, progress)
-    for name, value in model.state_dict().items():  # before hours of exit 0, and not at the export
-        check_weight(output, name, value, value.shape)
-    exit_0 = None
-    if options.exit_0:
-        exit_0 = train_exit_0(model, data["train"], data["dev"], padding, options.seed, progress)
-    seconds = time.perf_counter() - started
-    report = TrainReport(
-        options=options,
-        problem_type=config.problem_type,
-        model_type=model.backbone.model_type,
-        data={name: _source(str(sources[name]), part) for name, part in rows.items()},
-        labels=config.labels,
-        exits=(0, *config.exits) if exit_0 else config.exits,
-        exit_0_bytes=sum(part.nbytes for part in exit_0.arrays.values()) if exit_0 else 0,
-        scores={
-            name: _scores(model, exit_0, part, padding)
-            for name, part in data.items()
-            if name != "train"
-        },
-        train_seconds=round(seconds, 1),
-        command=command,
-        versions={"python": platform.python_version()}
-        | {package: version(package) for package in _PACKAGES},
-    )
-    save_checkpoint(model, output)
-    with system_errors(output):
-        tokenizer.save_pretrained(output)
-        write_trained_on(output, (row.content for row in rows["train"]))
-    if exit_0:
-        save_exit_0(output, exit_0)
-    model_card(report).save(output / "README.md")
-    # Last, because this file marks the training as finished.
-    text = json.dumps(report.to_dict(), indent=2)
-    (output / REPORT_NAME).write_text(text, encoding="utf-8")
+    fingerprint = _fingerprint(model, rows["train"], options)
+    with unfinished(resolved(output), STEPS, fingerprint) as steps:
+        seconds = _train_encoder(model, data, padding, options, steps, progress)
+        for name, value in model.state_dict().items():  # before exit 0, and not at the export
+            check_weight(output, name, value, value.shape)
+        started = time.perf_counter()
+        exit_0 = None
+        if options.exit_0:
+            seed = options.seed
+            exit_0 = train_exit_0(model, data["train"], data["dev"], padding, seed, progress)
+        seconds += time.perf_counter() - started
+        report = TrainReport(
+            options=options,
+            problem_type=config.problem_type,
+            model_type=model.backbone.model_type,
+            data=used,
+            labels=config.labels,
+            exits=(0, *config.exits) if exit_0 else config.exits,
+            exit_0_bytes=sum(part.nbytes for part in exit_0.arrays.values()) if exit_0 else 0,
+            scores={
+                name: _scores(model, exit_0, part, padding)
+                for name, part in data.items()
+                if name != "train"
+            },
+            train_seconds=round(seconds, 1),
+            command=command,
+            versions={"python": platform.python_version()}
+            | {package: version(package) for package in _PACKAGES},
+        )
+        output.mkdir(parents=True, exist_ok=True)
+        # Without its configuration, a folder is no model.
+        with replacing(output, last=CONFIG_NAME) as new:
+            save_config(model, new)
+            with system_errors(new):
+                tokenizer.save_pretrained(new)
+                write_trained_on(new, (row.content for row in rows["train"]))
+            if exit_0:
+                save_exit_0(new, exit_0)
+            model_card(report).save(new / "README.md")
+            text = json.dumps(report.to_dict(), indent=2)
+            (new / REPORT_NAME).write_text(text, encoding="utf-8")
+            # Last, because all else may not fit on the disk, and this takes no space.
+            shutil.move(steps / WEIGHTS[0], new / WEIGHTS[0])
+    if exit_0 is None:
+        (output / EXIT_0_FILE).unlink(missing_ok=True)  # that of a model which was replaced
     return report
+
+
+def _fingerprint(model: MultiExitModel, rows: Sequence[Row], options: TrainOptions) -> str:
+    """A hash of everything that decides the trained weights, before they are trained."""
+    settings = replace(options, train="", dev="", test=None, backbone="", force=False)
+    content = [__version__, msgspec.to_builtins(settings), data_sha256(rows)]
+    digest = hashlib.sha256(msgspec.json.encode(content))
+    for value in model.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _train_encoder(
+    model: MultiExitModel,
+    data: Mapping[str, Examples],
+    padding: Mapping[str, float],
+    options: TrainOptions,
+    steps: Path,
+    progress: Progress,
+) -> float:
+    """Train the encoder and its exits, or take the weights that an earlier call has trained.
+
+    Args:
+        model: the model to train, on its device.
+        data: the rows of `train` and `dev`.
+        padding: see `model_inputs`.
+        options: of the training.
+        steps: where the weights are kept.
+        progress: see `train`.
+
+    Returns:
+        How many seconds it took.
+
+    Raises:
+        OSError: the weights do not fit on the disk, which is found before the training.
+    """
+    times = steps / "seconds.json"
+    if (steps / WEIGHTS[0]).is_file():
+        model.load_state_dict(read_weights(steps))
+        return float(json.loads(times.read_text()))
+    started = time.perf_counter()
+    size = sum(value.nbytes for value in model.state_dict().values())
+    with reserved(steps / "space", size):
+        train_exits(model, data["train"], data["dev"], padding, options, progress)
+    seconds = time.perf_counter() - started
+    with replacing(steps, last=WEIGHTS[0]) as new:
+        (new / times.name).write_text(json.dumps(seconds))
+        save_weights(model, new)
+    return seconds
 
 
 def has_fast_bf16() -> bool:

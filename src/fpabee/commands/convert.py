@@ -12,9 +12,10 @@ import msgspec
 import rich_click as click
 
 from ..exporter.convert.options import Conversion, ConvertOptions
-from ..exporter.convert.places import check_places, partial_of
+from ..exporter.convert.places import check_places
 from ..exporter.exit_config import Pooling
 from ..exporter.paths import check_apart, check_new, resolved
+from ..exporter.unfinished import partial_of
 from ..runtime.machine import require
 from . import options, points, promises, rankings
 from .command import READING, command
@@ -122,7 +123,7 @@ def main(
             check_apart(place, [resolved(single_file)], "single_file")
         check_new(resolved(single_file), [target], "single_file")
     if quiet:
-        logging.getLogger("fpabee.exporter.convert").setLevel(logging.ERROR)
+        logging.getLogger("fpabee.exporter").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     from ..exporter.convert.workflow import convert

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -14,20 +16,22 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from fpabee.exporter.checkpoint import load_checkpoint, load_config
 from fpabee.exporter.exit_0_files import EXIT_0_FILE
 from fpabee.exporter.exit_config import MultiExitConfig, Pooling
-from fpabee.exporter.training import TrainOptions, train
+from fpabee.exporter.training import TrainOptions, train, workflow
 from fpabee.exporter.training.report import model_card
 from fpabee.exporter.training.workflow import has_fast_bf16
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import TRAINED_ON_NAME, ProblemType
-from fpabee.runtime.errors import InputError, ModelError
+from fpabee.runtime.errors import ArtifactError, InputError, ModelError
 from fpabee.runtime.files import read_rows
 
+from ...bad_input.cases import contents
 from .conftest import Call
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "pabee_bert"
@@ -183,6 +187,77 @@ def test_a_model_is_replaced_only_on_request_with_its_exit_0(
     assert before.keys() - {path.name for path in folder.iterdir()} == {EXIT_0_FILE}
     assert "exit_0" not in load_config(folder).fpabee
     assert "Exit 0" not in (folder / "README.md").read_text()
+
+
+def failing(_: Any, *__: Any, **___: Any) -> Any:
+    """Write nothing, as on a full disk."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def failing_in_rust(*_: Any, **__: Any) -> Any:
+    """The same as a library in Rust says it."""
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+# What fails on a full disk, and whether the trained encoder is kept.
+FULL: dict[str, tuple[str, Any, bool]] = {
+    "space for the weights": ("fpabee.exporter.staging.reserve", failing, False),
+    "weights": ("safetensors.torch.save_file", failing_in_rust, False),
+    "configuration": ("transformers.PreTrainedConfig.save_pretrained", failing, True),
+    "tokenizer": ("transformers.PreTrainedTokenizerBase.save_pretrained", failing, True),
+    "exit 0": ("safetensors.numpy.save_file", failing_in_rust, True),
+    "card": ("huggingface_hub.ModelCard.save", failing, True),
+    "the end": ("shutil.move", failing, True),
+}
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("case", FULL)
+def test_a_full_disk_keeps_the_trained_encoder_and_never_leaves_half_a_model(
+    case: str, force: bool, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "models" / "model"
+    settings = options(epochs=0.3, force=force)
+    if force:
+        train(folder, options(epochs=0.3, seed=7))
+        (folder / "notes.txt").touch()
+    before = contents(folder)
+    name, fail, is_kept = FULL[case]
+    with monkeypatch.context() as patch:
+        patch.setattr(name, fail)
+        with pytest.raises(ArtifactError, match="No space left on device") as caught:
+            train(folder, settings)
+    assert contents(folder) == before
+    assert ("model.partial keeps the finished steps" in str(caught.value)) == is_kept
+    assert (folder.parent / "model.partial").exists() == is_kept
+    assert not [*folder.parent.rglob("*.unfinished")]
+    with monkeypatch.context() as patch:
+        if is_kept:
+            patch.setattr(workflow, "train_exits", lambda *_: 1 / 0)
+        report = train(folder, settings)
+    assert report.train_seconds > 0
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    assert (folder / "notes.txt").exists() == force
+    train(tmp_path / "other", settings)
+    for file in ("model.safetensors", "exit_0.safetensors", "config.json"):
+        assert (folder / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
+
+
+def test_a_training_with_other_settings_does_not_take_what_an_interrupted_one_kept(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "model"
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, "train_exit_0", stopped)
+        with pytest.raises(KeyboardInterrupt, match="keeps the finished steps"):
+            train(folder, options(epochs=0.3))
+    monkeypatch.setattr(workflow, "train_exits", lambda *_: 1 / 0)
+    for changes in ({"seed": 7}, {"lr": 1e-3}, {"train": options().dev}):
+        with pytest.raises(ZeroDivisionError):
+            train(folder, options(epochs=0.3, **changes))
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
