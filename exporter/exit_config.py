@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -116,12 +117,7 @@ class MultiExitConfig:
                 have a hidden layer than there are, or the pooling does not fit the queries or the
                 last head.
         """
-        inside = [layer for layer in range(1, layers + 1) if layer in self.exits]
-        if not inside or list(self.exits) != inside:
-            raise ModelError(
-                f"exits {list(self.exits)} do not fit an encoder of {layers} layers",
-                f"give `exits` as ascending layers between 1 and {layers}",
-            )
+        check_layers(self.exits, layers)
         if not 0 <= self.hidden_layers <= len(self.exits):
             raise ModelError(
                 f"hidden_layers is {self.hidden_layers}, but there are {len(self.exits)} exits",
@@ -139,3 +135,21 @@ class MultiExitConfig:
                 "or the mean",
                 COPY_CONFIG,
             )
+
+
+def check_layers(exits: Sequence[int], layers: int) -> None:
+    """Check the layers of exits against the depth of an encoder.
+
+    Args:
+        exits: the layer of each exit, counted from 1.
+        layers: how many layers the encoder has.
+
+    Raises:
+        ModelError: the exits are not ascending layers between 1 and `layers`.
+    """
+    inside = [layer for layer in range(1, layers + 1) if layer in exits]
+    if not inside or list(exits) != inside:
+        raise ModelError(
+            f"exits {list(exits)} do not fit an encoder of {layers} layers",
+            f"give `exits` as ascending layers between 1 and {layers}",
+        )

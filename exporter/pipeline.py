@@ -33,7 +33,6 @@ from ..runtime.artifact.manifest import (
 from ..runtime.artifact.reference import write_reference
 from ..runtime.check import BATCH_LIMIT, Agreement
 from ..runtime.encoding import Text, TextEncoder, padding_values
-from ..runtime.errors import ModelError
 from ..runtime.exit_0 import ExitZero
 from ..runtime.first_stage import FirstStage
 from ..runtime.hub import repository_of
@@ -41,6 +40,7 @@ from ..runtime.rules.measures import Measure
 from ..runtime.rules.rules import Budget, FPabee
 from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
+from .early import check_exits
 from .exit_0_files import CONFIG_BLOCK, export_exit_0, load_exit_0
 from .model import MultiExitModel, by_row, predict
 from .paths import check_output, resolved
@@ -183,11 +183,7 @@ def _write(
 ) -> tuple[Manifest, Agreement]:
     count = len(model.exit_config.exits)
     exits = options.exits or tuple(range(1, count + 1))
-    if list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > count:
-        raise ModelError(
-            f"exits {','.join(map(str, exits))} do not fit a model with {count} exits",
-            f"give `exits` as ascending numbers between 1 and {count}",
-        )
+    check_exits(exits, count)
     tokenizer = save_tokenizer(source, model, folder, options.max_length)
     cut = segments.cut(model, exits, "token_type_ids" in tokenizer.inputs)
     graphs = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from ...runtime.artifact.manifest import Task
 from ...runtime.encoding import EncodedRow
 from ...runtime.errors import InputError, RowError
 from ...runtime.exit_0 import ExitZero
-from ...runtime.files import Row, read_rows
+from ...runtime.files import Row
 from ...runtime.files.rows import encode_labels
 from ...runtime.predictions import decision_thresholds
 from ...runtime.quality import Labels
@@ -34,7 +33,7 @@ from ..training.trainer import label_losses, probabilities
 from .heads import PASSES, Judged, Lesson
 from .options import Chosen, ConvertOptions
 from .task import ConversionTask, Logits, Result
-from .texts import Numbers
+from .texts import Numbers, read_texts
 
 _SEED = 42
 # Above this accuracy, the classifier has probably been trained on these texts.
@@ -181,12 +180,7 @@ class Classification(ConversionTask[Row]):
             )
 
     def _read(self, source: str | Path) -> Iterator[Row]:
-        """The rows; a text that names their group is also one of their fields."""
-        reading = self.options.reading
-        group = self.options.group_column
-        for row in read_rows(source, reading):
-            texts = {reading.text_column: row.text, reading.pair_column: row.text_pair}
-            yield replace(row, fields=row.fields | {group: texts[group]}) if group in texts else row
+        return read_texts(source, self.options.reading, self.options.group_column)
 
     def _rows_of(self, unit: Row) -> Sequence[Row]:
         return [unit]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from ...runtime.encoding import Text
 from ...runtime.errors import InputError
+from ...runtime.files import ReadOptions, Row, read_rows
 
 _KEY = b"fpabee-convert"
 # The shares of the texts that train, choose, and certify; the rest is for the report.
@@ -90,6 +92,14 @@ class Texts(Generic[AnyUnit]):
     def taught(self) -> Numbers:
         """What `train` and `choose` have together."""
         return np.concatenate([self.train, self.choose])
+
+
+def read_texts(source: str | Path, reading: ReadOptions, group_column: str | None) -> Iterator[Row]:
+    """The rows of a file of texts; a text that names its group is also one of their fields."""
+    for row in read_rows(source, reading):
+        texts = {reading.text_column: row.text, reading.pair_column: row.text_pair}
+        own = {group_column: texts[group_column]} if group_column in texts else {}
+        yield replace(row, fields=row.fields | own)
 
 
 def split(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ class Examples:
     targets: NDArray[Any]
 
 
-def load_rows(source: str, reading: ReadOptions) -> list[Row]:
-    """The labelled rows of a file.
+def labelled_rows(source: str, reading: ReadOptions) -> Iterator[Row]:
+    """The labelled rows of a file, one at a time.
 
     Args:
         source: the file, or `-` for standard input.
@@ -43,14 +43,13 @@ def load_rows(source: str, reading: ReadOptions) -> list[Row]:
         InputError: the file cannot be read, or a row has no label.
         RowError: a row cannot be read.
     """
-    rows = list(read_rows(source, reading))
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(read_rows(source, reading), start=1):
         if row.labels is None:
             raise InputError(
                 f"{source}, row {number} has no label",
                 "give every row a label, or name their column with `label_column`",
             )
-    return rows
+        yield row
 
 
 def label_names(rows: Sequence[Row], train: str) -> tuple[str, ...]:

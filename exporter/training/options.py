@@ -10,9 +10,11 @@ from ...runtime.artifact.folder import check_outside
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.errors import InputError
 from ...runtime.files import Inputs, ReadOptions
+from ..early import Config
 from ..exit_config import Pooling
 from ..paths import check_apart, check_model_dir, resolved
 from ..unfinished import check_free, partial_of
+from .examples import labelled_rows
 
 REPORT_NAME = "training.json"
 """Settings and scores, which every training writes beside its model."""
@@ -106,7 +108,7 @@ class TrainOptions:
 
 
 def check_training(output: Path, options: TrainOptions) -> None:
-    """Check the paths of a training, before PyTorch is loaded.
+    """Check the paths of a training, its columns and its exits, before PyTorch is loaded.
 
     Args:
         output: the folder to write.
@@ -114,9 +116,11 @@ def check_training(output: Path, options: TrainOptions) -> None:
 
     Raises:
         InputError: there is already a model and no `force`, or it holds what is read; the folder is
-            an engines folder or inside of the folder of a model; or there are no such rows.
+            an engines folder or inside of the folder of a model; there are no such rows, or they
+            lack labels.
+        RowError: a first row cannot be read.
         ArtifactError: another process trains into the folder, or something else is in the way.
-        ModelError: there is no such encoder.
+        ModelError: there is no such encoder, or it lacks a layer of `exits`.
     """
     sources = [source for source in (options.train, options.dev, options.test) if source]
     inputs = [options.backbone, *sources]
@@ -138,4 +142,7 @@ def check_training(output: Path, options: TrainOptions) -> None:
                 "give another `output`",
             )
     Inputs(sources, options.reading)
-    check_model_dir(options.backbone)
+    for source in sources:
+        if Path(source).is_file():  # a pipe can be read only once
+            next(labelled_rows(source, options.reading))  # which needs the columns
+    Config(check_model_dir(options.backbone)).check_layers(options.exits)

@@ -44,7 +44,7 @@ from ..tokenizer import load_tokenizer, pad_id
 from ..unfinished import unfinished
 from ..weights import WEIGHTS, check_weight, read_weights
 from .bag_of_ngrams import train_exit_0
-from .examples import Examples, encoded_rows, label_names, load_rows
+from .examples import Examples, encoded_rows, label_names, labelled_rows
 from .options import REPORT_NAME, STEPS, TrainOptions, check_training
 from .report import DataSource, TrainReport, model_card
 from .trainer import exit_scores, train_exits
@@ -100,7 +100,11 @@ def train(
         )
     set_seed(options.seed)
     sources = {"train": options.train, "dev": options.dev, "test": options.test}
-    rows = {name: load_rows(source, options.reading) for name, source in sources.items() if source}
+    rows = {
+        name: list(labelled_rows(source, options.reading))
+        for name, source in sources.items()
+        if source
+    }
     model, tokenizer = build_model(options, rows["train"])
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     config = model.exit_config

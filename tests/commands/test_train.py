@@ -28,7 +28,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     Path("encoder").mkdir()
     for file in ("train.jsonl", "dev.jsonl"):
-        Path(file).touch()
+        Path(file).write_text('{"text": "rain", "label": "a"}\n')
 
     def train(_: Path, options: TrainOptions, progress: Progress, command: str) -> TrainReport:
         progress("train, loss 0.500", 25, 50)

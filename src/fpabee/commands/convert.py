@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import rich_click as click
 
+from ..exporter.convert.early import check_inputs
 from ..exporter.convert.options import Conversion, ConvertOptions
 from ..exporter.convert.places import check_places
 from ..exporter.exit_config import Pooling
@@ -117,11 +118,13 @@ def main(
     folder = output or Path("engines")
     require("export")
     hide_bars_of_hub(quiet)
-    target = check_places(classifier, texts, folder, wanted)  # before the slow imports
+    # All that can be known before the slow imports.
+    target = check_places(classifier, texts, folder, wanted)
     if single_file is not None:
         for place in (target, partial_of(target)):
             check_apart(place, [resolved(single_file)], "single_file")
         check_new(resolved(single_file), [target], "single_file")
+    check_inputs(classifier, texts, wanted)
     if quiet:
         logging.getLogger("fpabee.exporter").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging

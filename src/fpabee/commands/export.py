@@ -9,6 +9,7 @@ from typing import Any
 
 import rich_click as click
 
+from ..exporter.early import Config
 from ..exporter.paths import check_model_dir, check_output, resolved
 from ..exporter.targets.build import build_targets
 from ..exporter.targets.builders import (
@@ -92,7 +93,9 @@ def main(
     only_with("int8", texts, "--texts")
     reading = options.read_options(settings)
     folder = output or Path("engines")
-    _check_paths(model_dir, folder, texts, force)
+    config = Config(_check_paths(model_dir, folder, texts, force))
+    config.check_exits(exits)
+    config.check_length(max_length)
     rows = read_rows(texts, reading) if texts is not None else ()
     contents = list(dict.fromkeys(row.content for row in rows))  # again would verify nothing more
     families = [FP16_TARGETS] if fp16 else []
@@ -147,13 +150,17 @@ def main(
         raise refusal(built, failed)
 
 
-def _check_paths(model_dir: str, output: Path, texts: Path | None, force: bool) -> None:
+def _check_paths(model_dir: str, output: Path, texts: Path | None, force: bool) -> Path:
     """Check the paths of an export, before texts are read and PyTorch is loaded.
+
+    Returns:
+        A folder with the configuration of the model.
 
     Raises:
         ModelError: there is no such model, or it is an engines folder.
         InputError: an input is inside of the output.
         ArtifactError: the output must not be written.
     """
-    check_model_dir(model_dir)
+    config = check_model_dir(model_dir)
     check_output(resolved(output), force, (model_dir, texts))
+    return config

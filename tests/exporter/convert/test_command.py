@@ -96,7 +96,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     noted: list[Any] = []
     monkeypatch.chdir(tmp_path)
     Path("model").mkdir()
-    Path("texts.jsonl").touch()
+    Path("texts.jsonl").write_text('{"text": "rain", "query": "rain", "documents": []}\n')
 
     def convert(*given: Any) -> Conversion:
         noted.append(given)
@@ -245,7 +245,7 @@ def test_train_texts_are_handed_on_and_must_be_there(calls: list[Any]) -> None:
     assert result.exit_code == 1
     assert "more.jsonl" in result.stderr
     assert not calls
-    Path("more.jsonl").touch()
+    Path("more.jsonl").write_text('{"text": "sun"}\n')
     assert run("model", "texts.jsonl", "--train-texts", "more.jsonl").exit_code == 0
     assert calls[0][3].train_texts == Path("more.jsonl")
 

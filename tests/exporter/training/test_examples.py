@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fpabee.exporter.training.examples import label_names, load_rows
+from fpabee.exporter.training.examples import label_names, labelled_rows
 from fpabee.runtime.errors import InputError
 from fpabee.runtime.files import ReadOptions, Row
 
@@ -19,12 +19,12 @@ def seen(rows: list[Row]) -> list[tuple[object, tuple[str, ...] | None]]:
 
 def test_rows_of_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text('text,text_pair,label\n"a, b",c,yes\nd,,no\n')
-    rows = seen(load_rows(str(tmp_path / "train.csv"), USUAL))
+    rows = seen(list(labelled_rows(str(tmp_path / "train.csv"), USUAL)))
     assert rows == [(("a, b", "c"), ("yes",)), ("d", ("no",))]
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "x", "label": "a"}\n{"text": "y"}\n')
     with pytest.raises(InputError, match="row 2 has no label"):
-        load_rows(str(path), USUAL)
+        list(labelled_rows(str(path), USUAL))
 
 
 def test_labels_are_in_the_order_of_labels_json_or_of_the_alphabet(tmp_path: Path) -> None:
