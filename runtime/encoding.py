@@ -312,7 +312,8 @@ class TextEncoder:
         limit: tokens to which rows are truncated.
 
     Raises:
-        ArtifactError: the tokenizer is missing or damaged, or could expand texts without bound.
+        ArtifactError: the tokenizer is missing or damaged, or could expand texts without bound, or
+            the length in the spec leaves no room for text.
         InputError: `max_length` is not a whole number, or leaves no room for text.
     """
 
@@ -323,7 +324,14 @@ class TextEncoder:
             self.limit = min(self.limit, whole_number("max_length", max_length, InputError))
         with tokenizer_errors(f"{self._path} is not a tokenizer that can be used"):
             tokenizer = read_tokenizer(self._path)
-            self._tokenizer = RowTokenizer(tokenizer, self.limit, "token_type_ids" in spec.inputs)
+            uses_types = "token_type_ids" in spec.inputs
+            try:
+                self._tokenizer = RowTokenizer(tokenizer, self.limit, uses_types)
+            except InputError as error:
+                if self.limit < spec.max_length:  # as the caller asks for
+                    raise
+                again = f"{EXPORT_AGAIN}: {error.hint}"
+                raise ArtifactError(f"{folder}: {error.message}", again) from error
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts or pairs of texts.

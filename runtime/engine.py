@@ -157,6 +157,10 @@ class Engine:
         self.multi_label = self.manifest.task.problem_type is ProblemType.MULTI_LABEL
         self.max_length = self.core.max_length
 
+    def __repr__(self) -> str:
+        point = self.operating_point or "no operating point"
+        return f"<Engine {str(self.core.engines.path)!r}, {self.target}, {point}>"
+
     def __call__(self, text: Text) -> Prediction:
         """Classify one text; see `predict` for the errors.
 

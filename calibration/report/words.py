@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ...runtime.artifact.operating_point import Goal
+from ...runtime.artifact.operating_point import Certificate, Goal
 from ...runtime.rules.rules import Budget
 from ..guarantee import share_interval
 from ..result import Calibration, Outcome, Point
@@ -40,7 +40,7 @@ def promise_in_words(point: Point, result: Calibration) -> str:
             "larger drop"
         )
     where = "rows that did not choose it" if result.test is None else result.held_out
-    judged = f"{_lost_in_words(held)} on {where}"
+    judged = f"{_lost_in_words(held, point.certificate)} on {where}"
     if result.rows.decides_by_flags:
         judged += f", and {held.relabelled:,} answers, which nothing bounds"
     if not result.is_judged(point):
@@ -67,15 +67,31 @@ def promise_in_words(point: Point, result: Calibration) -> str:
     return judged
 
 
-def _lost_in_words(held: Outcome) -> str:
+def share_interval_in_words(count: int, rows: int, certificate: Certificate | None) -> str:
+    """Where the share of all texts or queries probably is: `(95 %: 0.08 to 2.44 %)`.
+
+    Args:
+        count: how many there were.
+        rows: among how many.
+        certificate: what the line says before, whose confidence is not named again.
+    """
+    low, high = share_interval(count, rows)
+    return _interval(f"{100 * low:.2f} to {100 * high:.2f} %", certificate)
+
+
+def _interval(interval: str, certificate: Certificate | None) -> str:
+    is_named = certificate is not None and round(certificate.confidence, 2) == 95
+    return f"({'at this confidence' if is_named else '95 %:'} {interval})"
+
+
+def _lost_in_words(held: Outcome, certificate: Certificate | None) -> str:
     if held.metric == AGREEMENT:
         changed = held.changed_answers
-        low, high = share_interval(changed, held.rows)
-        interval = f"95 %: {100 * low:.2f} to {100 * high:.2f} %"
-        return f"{changed} of {held.rows:,} decisions changed ({interval})"
+        interval = share_interval_in_words(changed, held.rows, certificate)
+        return f"{changed} of {held.rows:,} decisions changed {interval}"
     low, high = held.interval
-    lost = _lost(held.drop, " points")
-    return f"{lost} (95 %: {_lost(low).removesuffix(' lost')} to {_lost(high)})"
+    interval = _interval(f"{_lost(low).removesuffix(' lost')} to {_lost(high)}", certificate)
+    return f"{_lost(held.drop, ' points')} {interval}"
 
 
 def _lost(points: float, unit: str = "") -> str:

@@ -38,10 +38,11 @@ class ConvertOptions:
         threads: CPU threads, at most 1024; None: all cores.
         reading: how the texts are read; files of queries have only one way.
         force: replace an existing engines folder.
+        confidence: of the usual promise; a `bound` has its own.
 
     Raises:
-        InputError: the drop of a metric is bounded, which needs labels; or `top` is not a whole
-            number from 1.
+        InputError: the drop of a metric is bounded, which needs labels; `top` is not a whole
+            number from 1; or `confidence` is out of range.
         BackendError: `threads` is out of range.
     """
 
@@ -56,12 +57,14 @@ class ConvertOptions:
     threads: int | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
     force: bool = False
+    confidence: float = 0.95
 
     def __post_init__(self) -> None:
         if self.threads is not None:
             whole_number("threads", self.threads, BackendError, MOST_THREADS)
         if self.top is not None:
             whole_number("top", self.top, InputError)
+        Bound(confidence=self.confidence, changed_answers=0.5)  # checks it
         if self.bound is not None and self.bound.drop is not None:
             raise InputError("the drop of a metric needs labels", "bound `changed_answers` instead")
 

@@ -68,7 +68,9 @@ class ConversionTask(ABC, Generic[AnyUnit]):
 
     def __init__(self, source: str | Path, options: ConvertOptions) -> None:
         self.options = options
-        self.bound = options.bound or Bound(changed_answers=self.usual_share)
+        self.bound = options.bound or Bound(
+            confidence=options.confidence, changed_answers=self.usual_share
+        )
         if options.int8:
             level = (1 - self.bound.confidence) / _TARGETS
             self.bound = replace(self.bound, confidence=1 - level)

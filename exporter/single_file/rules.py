@@ -23,6 +23,7 @@ from ...runtime.rules.rules import (
     ExitRule,
     ThresholdRule,
     Uncertainty,
+    names_of_rules,
 )
 from .query_nodes import QueryNodes
 
@@ -67,7 +68,7 @@ def settings_of(rule: ExitRule, task: Task, exits: range) -> dict[str, NDArray[A
     if type(rule) not in EVERY_RULE.values():
         raise RuleError(
             f"rule {rule.name} is a rule of your own, which has no form as a graph",
-            f"choose from {', '.join(EVERY_RULE)}",
+            f"choose from {names_of_rules(rule.ranks)}",
         )
     rule.check_exits(exits)
     last = exits[-1]

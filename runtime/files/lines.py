@@ -17,7 +17,12 @@ MAX_LINE_BYTES = 16 * 2**20
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _QUOTE = b'"'
-_HALF_PAIR = re.compile(r"\\ud[89ab][0-9a-f]{2}(?!\\ud[c-f])", re.IGNORECASE)
+# A character beyond U+FFFF that lacks its first or second half; two backslashes begin no escape.
+_HALF_PAIR = re.compile(
+    r"(?<!\\)(?:\\\\)*(\\ud[89ab][0-9a-f]{2}(?!\\ud[c-f])"
+    r"|(?<!\\ud[89ab][0-9a-f]{2})\\ud[c-f][0-9a-f]{2})",
+    re.IGNORECASE,
+)
 
 
 class Lines:
@@ -106,8 +111,12 @@ def json_rows(lines: Lines, options: ReadOptions) -> Iterator[Row | RowError]:
             content = msgspec.json.decode(line, type=dict)
         except (msgspec.MsgspecError, RecursionError) as error:
             problem = str(error) or "it is nested too deeply"
-            if _HALF_PAIR.search(line):  # the library says that the line is too short
-                problem = "it has one half of a surrogate pair"
+            if half := _HALF_PAIR.search(line):  # the library may say that the line is too short
+                raise RowError(
+                    f"{lines.where} has {half[1]} at column {half.start(1) + 1}, which is one half "
+                    "of a surrogate pair and no character",
+                    r"write the whole character, or \ufffd in its place",
+                ) from error
             raise RowError(
                 f"{lines.where} is not a JSON object: {problem}",
                 'write one object such as {"text": "..."} per line; jq -c . IN > OUT does this for '

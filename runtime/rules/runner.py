@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..artifact.manifest import ProblemType
 from ..errors import RuleError
 from .measures import Array, Floats, Integers, Mask, Outputs
-from .rules import Budget, ExitRule
+from .rules import Budget, ExitRule, names_of_rules
 
 
 @dataclass(slots=True, eq=False)
@@ -77,7 +77,7 @@ class RuleRunner:
             what = "rankings" if rule.ranks else "classification"
             raise RuleError(
                 f"rule {rule.name} is for {what}, and the task is {self.problem_type.value}",
-                "give budget, or top-k for rankings and one of the other rules for classification",
+                f"choose from {names_of_rules(not rule.ranks)}",
             )
         rule.check_exits(self.exits)
         self.last = self.exits[-1] if rule.max_exit is None else rule.max_exit

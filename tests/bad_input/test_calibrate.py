@@ -142,7 +142,8 @@ CASES = [
 USAGE = [
     (("--max-drop", 1, "--speedup", 2), "--speedup"),
     (("--speedup", 0.5), "0.5"),
-    (("--confidence", 90), "--risk"),
+    (("--confidence", 90, "--max-drop", 1), "--risk"),
+    (("--confidence", 40), "--confidence"),
     (("--changed", 0), "--changed"),
     (("--changed", "abc"), "--changed"),
     (("--missed", 2), "--threshold"),

@@ -190,11 +190,22 @@ SERVING = [
 ]  # fmt: skip
 
 SETTINGS = [
-    Case("10^9 threads", run("--threads", 10**9), "1000000000", "1024"),
     Case("an unknown target", run("--target", "a\x1b\n"), r"'a\x1b\n'", "onnxruntime-fp32"),
     Case("a target that cannot be built", command("build", "openvino-fp32", "openvino-fp8"),
          "'openvino-fp8'", "this machine can build", code=2),
+    *(
+        Case(f"{threads} threads", run("--threads", threads), str(threads), "1024", code=2)
+        for threads in (0, 99999, 10**9)
+    ),
     Case("an unknown rule", run("--rule", "fastbert"), "fastbert", "fpabee", code=2),
+    Case("a rule of rankings", run("--rule", "top-k threshold=-1 top=3"), "'top-k'",
+         "choose from fpabee", code=2),
+    *(
+        Case(f"{rule} above 1", run("--rule", f"{rule}=1.9"), "1.9", "from 0 to 1", code=2)
+        for rule in ("confidence threshold", "energy threshold", "pcee threshold")
+    ),
+    Case("a confidence below 0", run("--rule", "confidence threshold=0.5,-1,0.5"), "-1",
+         "from 0 to 1", code=2),
     Case("a threshold that is no number", run("--rule", "exit_0_threshold=nan"), "nan", code=2),
     Case("no room for a token", run("--max-length", 2), "2", "3"),
 ]  # fmt: skip

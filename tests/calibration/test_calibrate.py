@@ -75,7 +75,7 @@ def test_three_points_by_default_and_the_runtime_runs_them(folder: Path, data: P
     points = read_manifest(folder).targets[TARGET].operating_points
     assert list(points) == ["safe", "balanced", "fast"]
     assert read_manifest(folder).targets[TARGET].default_operating_point == "balanced"
-    assert f"next: fpabee-run {folder} texts.txt --target {TARGET}" in output
+    assert f"next: fpabee-run {folder} {data} --target {TARGET}" in output
     assert "balanced (default): " in output
     assert "best setting of each kind" not in output
     assert re.search(

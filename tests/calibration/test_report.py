@@ -181,7 +181,7 @@ def test_pictures_are_the_same_bytes_and_nothing_global_is_touched(
 def test_a_loss_that_rounds_to_nothing_is_no_gain(drop: float, said: str) -> None:
     scorer = Scorer(make_rows(), "accuracy")
     found = outcome(scorer, np.full(600, 6), range(1, 7))
-    assert _lost_in_words(dataclasses.replace(found, drop=drop)).startswith(said)
+    assert _lost_in_words(dataclasses.replace(found, drop=drop), None).startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -191,4 +191,4 @@ def test_a_loss_that_rounds_to_nothing_is_no_gain(drop: float, said: str) -> Non
 def test_an_interval_of_losses_says_so_once(low: float, said: str) -> None:
     scorer = Scorer(make_rows(), "accuracy")
     found = outcome(scorer, np.full(600, 6), range(1, 7))
-    assert _lost_in_words(dataclasses.replace(found, interval=(low, 1.1))).endswith(said)
+    assert _lost_in_words(dataclasses.replace(found, interval=(low, 1.1)), None).endswith(said)

@@ -27,7 +27,7 @@ def run(*arguments: object) -> Result:
 
 
 def test_a_new_target_is_calibrated_next_unless_its_points_are_kept(
-    double: Double, set_points: Callable[..., None]
+    double: Double, set_points: Callable[..., None], tmp_path: Path
 ) -> None:
     folder = double.folder
     set_points(folder, usual=FPabee(threshold=0.3))
@@ -37,7 +37,11 @@ def test_a_new_target_is_calibrated_next_unless_its_points_are_kept(
     assert default == f"default target: {FP32}"
     assert after == f"next: fpabee-calibrate {folder} --data DATA --target {PLAN}"
     set_points(folder, PLAN, fast=FPabee(threshold=0.3))
-    assert run(*build).stdout.splitlines()[-1] == f"next: fpabee-run {folder} texts.txt"
+    assert run(*build).stdout.splitlines()[-1] == f"next: fpabee-run {folder} TEXTS"
+    texts = tmp_path / "my texts.txt"
+    texts.write_text("rain\nsun\n")
+    after = run(*build, "--texts", texts).stdout.splitlines()[-1]
+    assert after == f"next: fpabee-run {folder} '{texts}'"
 
 
 def test_a_text_that_is_given_twice_verifies_once(double: Double, tmp_path: Path) -> None:

@@ -128,6 +128,21 @@ def test_without_a_terminal_the_state_is_printed_every_half_minute(
     ]
 
 
+def test_steps_that_take_turns_have_a_line_at_most_every_ten_seconds(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with step_progress(quiet=False) as progress:
+        for done in range(30):
+            progress(f"segment_{done:02}", done, 30)
+            progress(f"target {done}: check", done, 30)
+            clock.now += 1.0
+    assert capsys.readouterr().err.splitlines() == [
+        line
+        for done in (0, 10, 20)
+        for line in (f"segment_{done:02} {done}/30", f"target {done}: check {done}/30")
+    ]
+
+
 def test_the_rows_that_are_shown_are_all_that_are_done(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from fpabee.calibration import Bound, CalibrationOptions, Goal
+from fpabee.calibration.goals import DEFAULT_GOALS
 from fpabee.calibration.result import Report
+from fpabee.commands import convert as convert_command
 from fpabee.exporter import ExportOptions
 from fpabee.exporter.convert import ConvertOptions, places
 from fpabee.exporter.exit_config import Pooling
@@ -26,7 +28,10 @@ from .test_command import COMMANDS
 
 READING = "--column text=body --column text_pair=other --column label=kind"
 READ = ReadOptions(None, "body", "other", "kind")
-ROWS = [Row("a", "b", ("x",), {"text": "e"}), Row("c", "d", ("y",), {"text": "f"})]
+ROWS = [
+    Row("a", "b", ("x",), {"text": "e", "label": "m"}),
+    Row("c", "d", ("y",), {"text": "f", "label": "n"}),
+]
 MULTI = ProblemType.MULTI_LABEL
 ENGINES = Path("engines")
 BUILDS = "fpabee.commands.build.build_targets"
@@ -105,6 +110,18 @@ CALLS: dict[str, tuple[str, list[Any]]] = {
             ),
         ],
     ),
+    "calibrate engines --data rows.csv --confidence 90": (
+        CALIBRATES,
+        [
+            ENGINES,
+            ANY,
+            CalibrationOptions(goals=DEFAULT_GOALS | {"safe": Bound(drop=0.005, confidence=0.9)}),
+        ],
+    ),
+    "convert model rows.csv --confidence 90": (
+        CONVERTS,
+        ["model", Path("rows.csv"), ENGINES, ConvertOptions(confidence=0.9)],
+    ),
     "convert model rows.csv": (CONVERTS, ["model", Path("rows.csv"), ENGINES, ConvertOptions()]),
     "convert model rows.csv -o out --changed 2 --missed 3 --false-alarms 4 --threshold bad=0.7 "
     "--confidence 90 --adapter lora --train-texts dev.csv --int8 --group-column id "
@@ -131,6 +148,7 @@ CALLS: dict[str, tuple[str, list[Any]]] = {
                 threads=2,
                 reading=READ,
                 force=True,
+                confidence=0.9,
             ),
         ],
     ),
@@ -247,9 +265,10 @@ def test_options_reach_the_library(
             Path(folder, "config.json").write_text("{}")
     Path("lora", "adapter_config.json").write_text("{}")
     for file in ("rows.csv", "dev.csv"):
-        Path(file).write_text("body,other,kind,text\na,b,x,e\nc,d,y,f\n")
+        Path(file).write_text("body,other,kind,text,label\na,b,x,e,m\nc,d,y,f,n\n")
     monkeypatch.setattr(places, "require", lambda _: None)  # as if peft were installed
     monkeypatch.setattr(places, "check_buildable", lambda _: None)  # as if the CPU had VNNI
+    monkeypatch.setattr(convert_command, "check_inputs", lambda *_: None)  # two texts are too few
     monkeypatch.setattr(function, call)
     result = CliRunner().invoke(importlib.import_module(COMMANDS[command]).main, arguments)
     assert isinstance(result.exception, CalledError), result.output

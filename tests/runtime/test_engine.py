@@ -305,6 +305,29 @@ def test_rows_count_as_much_memory_as_they_take(engines: Mapping[str, Path]) -> 
             assert buffers.row_bytes(manifest, limits, tokens) == hidden + 16 * tokens
 
 
+def test_an_engine_shows_its_folder_its_target_and_its_point(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+) -> None:
+    folder = engine_copy()
+    with Engine.load(folder) as engine:
+        assert repr(engine) == f"<Engine '{folder}', onnxruntime-fp32, no operating point>"
+    set_points(folder, fast=FPabee(threshold=0.3))
+    with Engine.load(folder, operating_point="fast") as engine:
+        assert repr(engine) == f"<Engine '{folder}', onnxruntime-fp32, fast>"
+
+
+def test_a_folder_whose_length_leaves_no_room_is_to_be_exported_again(
+    engine_copy: Callable[..., Path],
+) -> None:
+    """A `max_length` given to the load could not be more."""
+    engines = EnginesFolder.read(engine_copy())
+    tokenizer = msgspec.structs.replace(engines.manifest.tokenizer, max_length=1)
+    engines.with_manifest(tokenizer=tokenizer).write()
+    for max_length in (None, 64):
+        with pytest.raises(ArtifactError, match=r"export .* again: give `max_length` of at least"):
+            Engine.load(engines.path, max_length=max_length)
+
+
 def test_a_closed_engine_says_so(engines: Mapping[str, Path]) -> None:
     with Engine.load(engines["bert"]) as engine:
         assert engine.predict(["the"])

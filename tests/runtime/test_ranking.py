@@ -249,10 +249,13 @@ def test_tasks_are_not_mixed(
             asyncio.run(scheduler.classify([(QUERY, "rain")]))
         with pytest.raises(RuleError, match="a trace has no queries"):
             engine.trace([(QUERY, "rain")], rule=RULE)
-    with pytest.raises(RuleError, match="confidence is for classification"):
+    with pytest.raises(RuleError, match="confidence is for classification") as refused:
         Engine.load(ranking_engines["bert"], rule=Confidence(threshold=0.9))
-    with pytest.raises(RuleError, match="top-k is for rankings"):
+    assert refused.value.hint == "choose from budget, top-k"
+    with pytest.raises(RuleError, match="top-k is for rankings") as refused:
         Engine.load(engines["bert"], rule=RULE)
+    assert refused.value.hint.startswith("choose from fpabee, pabee, entropy, confidence")
+    assert "top-k" not in refused.value.hint
 
 
 @pytest.mark.parametrize("rule", [Budget(exit=1), TopK(top=TOP, threshold=-0.1, max_exit=2)])

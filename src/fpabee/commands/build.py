@@ -68,7 +68,7 @@ def main(
         click.echo(json.dumps({"folder": str(engines), **to_dict(result)}))
     elif result.added:
         show(result)
-        for line in next_steps(engines, result, [*result.lost_points, *result.added]):
+        for line in next_steps(engines, result, [*result.lost_points, *result.added], texts):
             echo(f"next: {line}")
     refusals = [refusal(result, name) for name in result.refused]
     for each in refusals[:-1]:
@@ -106,13 +106,16 @@ def to_dict(result: BuildResult) -> dict[str, Any]:
     }
 
 
-def next_steps(folder: Path, result: BuildResult, names: Sequence[str]) -> list[str]:
+def next_steps(
+    folder: Path, result: BuildResult, names: Sequence[str], texts: Path | None
+) -> list[str]:
     """The commands that come next: calibrate what has no operating points, or else run.
 
     Args:
         folder: the engines folder.
         result: what was built into it.
         names: the targets to calibrate; if none of them runs here, the default target.
+        texts: a file of texts; None: none was given, so what to give is in capitals.
     """
     manifest = result.manifest
     calibrate = f"fpabee-calibrate {shlex.quote(str(folder))} --data DATA"
@@ -125,4 +128,5 @@ def next_steps(folder: Path, result: BuildResult, names: Sequence[str]) -> list[
     steps = [f"{calibrate} --target {shlex.quote(name)}" for name in here if name in lacking]
     if not here and manifest.default_target in lacking:
         steps = [calibrate]
-    return steps or [f"fpabee-run {shlex.quote(str(folder))} texts.txt"]
+    inputs = "TEXTS" if texts is None else shlex.quote(str(texts))
+    return steps or [f"fpabee-run {shlex.quote(str(folder))} {inputs}"]

@@ -137,7 +137,7 @@ def main(
             if not as_json:
                 show([result])
                 promises.say_condition(point.certificate for point in result.points)
-                following = ["fpabee-run", str(engines), "texts.txt", "--target", result.target]
+                following = ["fpabee-run", str(engines), str(data), "--target", result.target]
                 echo(f"next: {shlex.join(following)}")
     finally:  # an error loses no target that is done
         if as_json and results:
@@ -176,12 +176,20 @@ def _options(
             "makes its own point"
         )
     risk, *decisions = promises.PROMISES.values()
-    options.only_with("confidence", shares, f"{risk}, {_either(decisions)}")
+    options.not_with("confidence", names, f"a goal on average; give {risk} or another guarantee")
     options.only_with("thresholds", shares.keys() - {"drop"}, _either(decisions))
     goals: Mapping[str, Goal | Bound] = DEFAULT_GOALS
     if shares:
         bound = promises.bound_of(shares, thresholds, confidence)
         goals = {bound.point: bound}
+    elif confidence is not None:
+        with options.wrong_usage():
+            goals = {
+                name: replace(goal, confidence=confidence / 100)
+                if isinstance(goal, Bound)
+                else goal
+                for name, goal in DEFAULT_GOALS.items()
+            }
     elif names:
         goals = {names[0]: Goal(max_drop=max_drop, speedup=speedup)}
     reading = options.read_options(settings)

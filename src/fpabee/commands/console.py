@@ -6,6 +6,7 @@ terminal obeys. So all characters that are not printable are escaped; JSON does 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import textwrap
@@ -31,9 +32,10 @@ if TYPE_CHECKING:  # `fpabee-run` starts without calibration
 _WIDTH = 80
 _WIDE = 1000
 _LINE_SECONDS = 30.0
+_STEP_SECONDS = 10.0
 # A bar that has been full once stops its clock for ever.
 _NEARLY_FULL = 0.999
-_DECIMAL = re.compile(r"\d+\.\d+")
+_NUMBER = re.compile(r"\d+(\.\d+)?")
 
 _Show = Callable[[float | None, bool], None]
 
@@ -158,20 +160,26 @@ def _display(quiet: bool, words: Callable[[], str]) -> Iterator[_Show]:
 def step_progress(quiet: bool) -> Iterator[Progress]:
     """Show the steps of an operation; without a terminal, a line for each, and every half minute.
 
-    A step is the same if only a decimal number in its text changed, such as the loss of a training.
+    A step is the same if only numbers in its text changed, such as the loss of a training. If it
+    comes again, it has a line at most every ten seconds.
 
     Args:
         quiet: show nothing.
     """
     last = ""
     text = "loading"
+    shown: dict[str, float] = {}
 
     def progress(what: str, done: int, total: int) -> None:
         nonlocal last, text
-        step = _DECIMAL.sub("", what)
+        step = _NUMBER.sub("", what)
+        now = perf_counter()
         # A single step has no share that is done.
         text = printable(f"{what} {done}/{total}" if total > 1 else what)
-        show(done / total if total > 1 else None, step != last)
+        is_due = step != last and now >= shown.get(step, -math.inf) + _STEP_SECONDS
+        if is_due:
+            shown[step] = now
+        show(done / total if total > 1 else None, is_due)
         last = step
 
     with _display(quiet, lambda: text) as show:

@@ -109,8 +109,10 @@ def main(
     """
     shares = promises.taken_shares(settings)
     # What is promised otherwise depends on the task, which the model names.
-    options.only_with("confidence thresholds", shares, "--changed, --missed or --false-alarms")
+    options.only_with("thresholds", shares, "--changed, --missed or --false-alarms")
     bound = promises.bound_of(shares, thresholds, confidence) if shares else None
+    if confidence is not None:
+        settings["confidence"] = confidence / 100
     reading = options.read_options(settings)
     with options.wrong_usage():
         wanted = msgspec.convert(settings | {"reading": reading}, ConvertOptions)
@@ -143,8 +145,7 @@ def main(
         click.echo(msgspec.json.encode(to_dict(result)).decode())
     else:
         _show(result)
-        inputs = "queries.jsonl" if result.rankings else "texts.txt"
-        echo(f"next: fpabee-run {shlex.quote(str(result.folder))} {inputs}")
+        echo(f"next: fpabee-run {shlex.join([str(result.folder), str(texts)])}")
     if single_file is not None:
         with step_progress(quiet) as progress:
             pack(result.folder, single_file, progress=progress)

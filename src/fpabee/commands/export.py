@@ -144,7 +144,7 @@ def main(
                 echo(f"not added: {name}: {in_terms_of_options(error)}")
         show(built)
         to_calibrate = [name for name in built.added if name not in OPENVINO_TARGETS]
-        for line in next_steps(folder, built, to_calibrate):
+        for line in next_steps(folder, built, to_calibrate, texts):
             echo(f"next: {line}")
     if failed is not None:
         raise refusal(built, failed)

@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import rich_click as click
 from click import get_current_context
 from click.core import ParameterSource
@@ -17,7 +18,8 @@ from click.core import ParameterSource
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import FpabeeError, InputError, RuleError
 from ..runtime.files import ReadOptions
-from ..runtime.rules.rules import RULES, ExitRule
+from ..runtime.rules.rules import RULES, ExitRule, ThresholdRule
+from ..runtime.targets import MOST_THREADS
 from .command import in_terms_of_options, option_of
 
 if TYPE_CHECKING:
@@ -164,7 +166,7 @@ def engines_or_hub(required: bool = True) -> Decorator:
 
 
 target = option("--target", "NAME", "Target to use. Default: the default target of the folder.")
-threads = count("--threads", "Number of CPU threads. Default: all cores.")
+threads = count("--threads", "Number of CPU threads. Default: all cores.", max=MOST_THREADS)
 quiet = flag("--quiet", "Show no progress.")
 as_json = flag("--json as_json", "Print the result as one JSON object.")
 
@@ -256,9 +258,19 @@ def chosen_rule(default: ExitRule, text: str) -> ExitRule:
     changes = once("--rule", map(_setting, words))
     if not (name or changes):
         raise click.UsageError("--rule is empty; give a rule or a setting such as threshold=0.2")
+    if name and name not in RULES:
+        raise click.UsageError(f"--rule {name!r} does not exist; choose from {', '.join(RULES)}")
     base = default.to_dict() if name in ("", default.name) else {"name": name}
     with wrong_usage(RuleError):
-        return ExitRule.from_dict(base | changes)
+        rule = ExitRule.from_dict(base | changes)
+    if isinstance(rule, ThresholdRule) and rule.scores_are_shares and "threshold" in changes:
+        thresholds = np.asarray(rule.threshold)
+        if (thresholds < 0).any() or (thresholds > 1).any():
+            raise click.UsageError(
+                f"--rule {rule.name}: threshold is {changes['threshold']!r}; give a number from 0 "
+                "to 1"
+            )
+    return rule
 
 
 def once(option: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def main(
         echo(f"without exit 0: {packed.no_exit_0}")
     elif packed.operating_point is None and not is_plan:
         command_line = shlex.join(["fpabee-calibrate", str(engines), "--target", packed.target])
-        echo(f"calibrate that target first, with your rows: {command_line} --data dev.jsonl")
+        echo(f"calibrate that target first, with your rows: {command_line} --data DATA")
     kind = "the plan's graph was " if is_plan else ""
     echo_wrapped(
         f"{kind}verified on {packed.rows} texts: logits differ by at most "

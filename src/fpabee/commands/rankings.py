@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..calibration.guarantee import share_interval
 from ..calibration.ranking import RankingPoint
+from ..calibration.report.words import share_interval_in_words
 from ..runtime.artifact.operating_point import Certificate
 from .console import echo, echo_cells, echo_wrapped
 
@@ -97,12 +97,12 @@ def _promise(point: RankingPoint) -> str:
     if point.certificate is None:
         return f"No guarantee: every document runs through all layers, since {point.refusal}"
     held = point.held_out
-    low, high = share_interval(held.changed, held.queries)
+    interval = share_interval_in_words(held.changed, held.queries, point.certificate)
     promised = certificate_in_words(point.certificate, point.top)
     rows = point.certificate.promises[0].rows
     tested = f"tested on {rows:,} of {point.chosen_on.queries:,} queries"
     judged = f"of those that decided nothing, {held.changed} of {held.queries:,} have one"
-    return f"{promised}, {tested}; {judged} (95 %: {100 * low:.2f} to {100 * high:.2f} %)"
+    return f"{promised}, {tested}; {judged} {interval}"
 
 
 def certificate_in_words(certificate: Certificate, top: object) -> str:

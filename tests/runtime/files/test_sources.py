@@ -172,9 +172,22 @@ def test_plain_text_has_no_columns(tmp_path: Path) -> None:
 
 def test_half_of_a_surrogate_pair_is_named(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
-    path.write_bytes(b'{"text": "\\ud83d"}\n{"text": "\\ud83d\\ude00"}\n')
-    error, row = Inputs([path])
-    assert isinstance(error, RowError)
-    assert "one half of a surrogate pair" in error.message
+    lines = [
+        r'{"text": "\ud83d"}',
+        r'{"text": "a \uDE00"}',
+        r'{"text": "\\\ude00"}',
+        r'{"text": "\\ud83d", }',
+        r'{"text": "\ud83d\ude00"}',
+    ]
+    path.write_text("\n".join(lines))
+    *errors, row = Inputs([path])
+    for number, half in enumerate((r"\ud83d", r"\uDE00", r"\ude00")):
+        error = errors[number]
+        assert isinstance(error, RowError)
+        assert f"line {number + 1} has {half} at column" in error.message
+        assert "half of a surrogate pair" in error.message
+        assert error.hint == r"write the whole character, or \ufffd in its place"
+    assert isinstance(errors[3], RowError)
+    assert "surrogate pair" not in errors[3].message, "two backslashes are no escape"
     assert isinstance(row, Row)
     assert row.text == "\U0001f600"
