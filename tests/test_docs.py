@@ -239,12 +239,35 @@ def test_the_example_for_triton_and_its_configuration_name_the_same_tensors() ->
 def test_citation_and_site_have_the_version_and_the_address_of_the_package() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (version,) = re.findall(r'^version = "(.*)"', project, re.M)
-    (address,) = re.findall(r'^Repository = "(.*)"', project, re.M)
+    # Until there is an address, nothing links to one.
+    address = re.findall(r'^Repository = "(.*)"', project, re.M)
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert f"\nversion: {version}\n" in citation
-    assert f"\nrepository-code: {address}\n" in citation
-    links = f"\nrepo_url: {address}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    assert links == ("/OWNER/" not in address), "the site has no link that leads nowhere"
+    assert re.findall(r"^repository-code: (.*)", citation, re.M) == address
+    assert re.findall(r"^repo_url: (.*)", site, re.M) == address
+
+
+# A part of an address that stands for another word, or a host that belongs to nobody.
+PLACEHOLDER = re.compile(
+    r"https?://(?:[^\s\"'()]*/)?(?:[A-Z_]{3,}\b|[<{]|your[-_]|todo\b)|https?://[\w.]*example\.\w+"
+)
+
+
+def test_no_address_is_a_placeholder() -> None:
+    names = ("pyproject.toml", "CITATION.cff", "mkdocs.yml", "README.md", "CHANGELOG.md")
+    folders = (".github", "docs", "runtime", "exporter", "calibration")
+    files = [ROOT / name for name in (*names, "CONTRIBUTING.md", "MANIFEST.in")]
+    files += [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    kinds = {".md", ".yml", ".toml", ".cff", ".html", ".json", ".in"}
+    texts = {
+        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+        for path in files
+        if path.is_file() and path.suffix in kinds
+    }
+    assert len(texts) > 30
+    wrong = {name: match[0] for name, text in texts.items() if (match := PLACEHOLDER.search(text))}
+    assert wrong == {}
 
 
 def _command(name: str) -> click.Command:
