@@ -315,9 +315,6 @@ class ThresholdRule(ExitRule, frozen=True, kw_only=True):
         threshold: one for all exits, or one for each exit from exit 1.
     """
 
-    scores_are_shares: ClassVar[bool] = False
-    """Whether a score is from 0 to 1, as a threshold that makes a difference is, too."""
-
     threshold: Threshold
 
     def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
@@ -420,8 +417,6 @@ class Entropy(ThresholdRule, tag="entropy", frozen=True, kw_only=True):
 class Uncertainty(ThresholdRule, tag="uncertainty", frozen=True, kw_only=True):
     """What `Confidence` compares: 1 - max p is below the threshold."""
 
-    scores_are_shares: ClassVar[bool] = True
-
     label_thresholds: _LabelThresholds = ()
 
     def uncertainty(self, now: Outputs) -> Array:
@@ -476,8 +471,6 @@ class Energy(ThresholdRule, tag="energy", frozen=True, kw_only=True):
         threshold: from 0 to 1; one for all exits, or one for each exit.
     """
 
-    scores_are_shares: ClassVar[bool] = True
-
     def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
         """The energy: the probability of one more class whose logit is 0."""
         top = np.maximum(np.maximum.reduce(now.logits, axis=-1), 0)
@@ -498,8 +491,6 @@ class Pcee(ThresholdRule, tag="pcee", frozen=True, kw_only=True):
         patience: how many consecutive signals stop a row; they count from exit 1 on.
     """
 
-    scores_are_shares: ClassVar[bool] = True
-
     patience: _Patience = 1
 
     def scores(self, earlier: Outputs | None, now: Outputs) -> Array:
@@ -518,7 +509,6 @@ class Epee(ThresholdRule, tag="epee", frozen=True, kw_only=True):
         patience: how many times in a row the answer must stay the same.
     """
 
-    scores_are_shares: ClassVar[bool] = True
     uses_labels: ClassVar[bool] = True
 
     patience: _Patience
@@ -630,6 +620,8 @@ RULES: dict[str, type[ExitRule]] = {str(rule.__struct_config__.tag): rule for ru
 """The class of each rule of classification by its name."""
 EVERY_RULE: dict[str, type[ExitRule]] = RULES | {str(TopK.__struct_config__.tag): TopK}
 """The same with the rule of rankings."""
+OF_SHARES = (Confidence, Energy, Pcee, Epee)
+"""The rules whose scores are from 0 to 1, and so are thresholds that make sense."""
 
 
 def names_of_rules(ranks: bool) -> str:

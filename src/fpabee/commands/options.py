@@ -18,7 +18,7 @@ from click.core import ParameterSource
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import FpabeeError, InputError, RuleError
 from ..runtime.files import ReadOptions
-from ..runtime.rules.rules import RULES, ExitRule, ThresholdRule
+from ..runtime.rules.rules import OF_SHARES, RULES, ExitRule
 from ..runtime.targets import MOST_THREADS
 from .command import in_terms_of_options, option_of
 
@@ -263,7 +263,7 @@ def chosen_rule(default: ExitRule, text: str) -> ExitRule:
     base = default.to_dict() if name in ("", default.name) else {"name": name}
     with wrong_usage(RuleError):
         rule = ExitRule.from_dict(base | changes)
-    if isinstance(rule, ThresholdRule) and rule.scores_are_shares and "threshold" in changes:
+    if isinstance(rule, OF_SHARES) and "threshold" in changes:
         thresholds = np.asarray(rule.threshold)
         if (thresholds < 0).any() or (thresholds > 1).any():
             raise click.UsageError(
