@@ -39,6 +39,10 @@ LEAST_ROWS = 50
 """The least number of different texts that is accepted."""
 CROSS_VALIDATED = f"{PARTS}-fold cross-validation"
 """How points are judged without other rows."""
+# A point of a speed-up that measures slower than all layers is chosen again so often, each time to
+# be at least that much faster.
+_MOST_TRIES = 4
+_LESS = 0.9
 _Choice = Callable[[Search], Certified]
 
 
@@ -78,7 +82,8 @@ def calibrate(
 
     Raises:
         InputError: the folder is a reranker, the rows cannot be used, too few of them did not train
-            the exits, or no setting is fast enough; the manifest stays unchanged.
+            the exits, or no setting is fast enough, as estimated and as measured; the manifest
+            stays unchanged.
         ArtifactError: the folder is damaged, or cannot be written.
         BackendError: the target cannot run here.
 
@@ -289,25 +294,57 @@ class _PointMaker:
         """An operating point for everything that is asked; rows are for measuring speed-ups."""
         for number, (name, goal) in enumerate(self.options.goals.items()):
             self.progress(f"choose {name}", number, len(self.options.goals))
-            choose = self._choice(goal)
-            certified = choose(self.search)
-            rule = certified.rule or self.full_depth
-            scorer = self.search.stopping_costs.scorer
-            exits = exits_of(rule, scorer.rows)
-            layers = np.asarray(self.engine.manifest.exit_layers)[scorer.rows.at(exits)[0]]
-            yield Point(
-                rule=rule,
-                chosen_on=self._outcome(scorer, exits),
-                held_out=self._held_out(rule, choose),
-                name=name,
-                goal=goal,
-                measured={
-                    str(batch): measure_speedup(self.engine, encoded, rule, layers, batch)
-                    for batch in sorted({1, self.options.batch_size})
-                },
-                certificate=certified.certificate,
-                refusal=certified.failed,
-            )
+            if isinstance(goal, Goal) and goal.speedup is not None:
+                yield self._fast_point(name, goal, encoded)
+            else:
+                yield self._point(name, goal, encoded)
+
+    def _fast_point(self, name: str, goal: Goal, encoded: Sequence[EncodedRow]) -> Point:
+        """The point of a speed-up, or a bolder one if it measures slower than all layers.
+
+        Raises:
+            InputError: no point is as fast as all layers.
+        """
+        assert goal.speedup is not None
+        asked = goal.speedup
+        for number in range(_MOST_TRIES):
+            try:
+                point = replace(self._point(name, Goal(speedup=asked), encoded), goal=goal)
+            except InputError:  # nothing is as fast
+                if number == 0:
+                    raise
+                break
+            slowest = min(point.measured.values())
+            if slowest >= 1:
+                return point
+            asked /= min(slowest, _LESS)
+        raise InputError(
+            f"the points that are estimated to be {goal.speedup:g} times as fast, or more, measure "
+            f"{slowest:.2f} times as fast as all layers",
+            "run nothing else meanwhile, and ask for a larger speed-up; or run all layers",
+        )
+
+    def _point(self, name: str, goal: Goal | Bound, encoded: Sequence[EncodedRow]) -> Point:
+        """The point of a goal, as its estimated costs choose it."""
+        choose = self._choice(goal)
+        certified = choose(self.search)
+        rule = certified.rule or self.full_depth
+        scorer = self.search.stopping_costs.scorer
+        exits = exits_of(rule, scorer.rows)
+        layers = np.asarray(self.engine.manifest.exit_layers)[scorer.rows.at(exits)[0]]
+        return Point(
+            rule=rule,
+            chosen_on=self._outcome(scorer, exits),
+            held_out=self._held_out(rule, choose),
+            name=name,
+            goal=goal,
+            measured={
+                str(batch): measure_speedup(self.engine, encoded, rule, layers, batch)
+                for batch in sorted({1, self.options.batch_size})
+            },
+            certificate=certified.certificate,
+            refusal=certified.failed,
+        )
 
     def _choice(self, goal: Goal | Bound) -> _Choice:
         if isinstance(goal, Goal):

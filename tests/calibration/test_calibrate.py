@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ArtifactError, InputError
 from fpabee.runtime.rules.rules import ExitRule
 
-from ..bad_input.cases import corrected
+from ..bad_input.cases import contents, corrected
 from ..doubles.openvino import add_openvino
-from .conftest import label_rows, write
+from .conftest import fix_times, label_rows, write
 
 TARGET = "onnxruntime-fp32"
 
@@ -67,6 +68,33 @@ def folder(engine_copy: Callable[..., Path]) -> Path:
 def data(folder: Path, tmp_path: Path) -> Path:
     """Labelled rows."""
     return write(label_rows(folder), tmp_path / "dev.jsonl")
+
+
+def test_a_point_of_a_speedup_is_never_slower_than_all_layers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Estimates of costs may be wrong: bolder settings are tried."""
+    fix_times(monkeypatch)
+    seen: list[ExitRule] = []
+    needed = 1.6
+
+    def measured(engine: Engine, rows: Any, rule: ExitRule, layers: Any, batch: int) -> float:
+        seen.append(rule)
+        estimate = engine.manifest.exit_layers[-1] / layers.mean()
+        return float(estimate / needed) if batch == 1 else 1.25
+
+    monkeypatch.setattr(import_module("fpabee.calibration.calibrate"), "measure_speedup", measured)
+    rows = label_rows(folder)
+    goal = Goal(speedup=1.1)
+    (point,) = calibrate(folder, rows, CalibrationOptions(goals={"fast": goal})).points
+    assert point.goal == goal
+    assert min(point.measured.values()) >= 1
+    assert len({str(rule) for rule in seen}) > 1
+    before = contents(folder)
+    needed = 100.0
+    with pytest.raises(InputError, match=r"measure 0\.\d\d times as fast as all layers"):
+        calibrate(folder, rows, CalibrationOptions(goals={"fast": goal}))
+    assert contents(folder) == before
 
 
 def test_three_points_by_default_and_the_runtime_runs_them(folder: Path, data: Path) -> None:
