@@ -157,6 +157,9 @@ class Agreement:
         required: the least shares and the largest difference with which the target passes.
         first_bad_exit: the first exit where logits, labels or the decision to stop differ too much;
             None if there is no such exit.
+        labels_are_ties: whether hardly any label is not a near tie, so that near ties are compared
+            as well, which proves little.
+        exits_are_ties: the same of the exits.
     """
 
     rows: int
@@ -166,6 +169,8 @@ class Agreement:
     near_ties: int
     required: Requirements
     first_bad_exit: int | None = None
+    labels_are_ties: bool = False
+    exits_are_ties: bool = False
 
     @property
     def passed(self) -> bool:
@@ -180,7 +185,8 @@ class Agreement:
     def to_dict(self) -> dict[str, Any]:
         """The figures in types that JSON has."""
         content = dataclasses.asdict(self) | {"passed": self.passed}
-        del content["required"], content["first_bad_exit"]
+        for name in ("required", "first_bad_exit", "labels_are_ties", "exits_are_ties"):
+            del content[name]
         return content
 
     def __str__(self) -> str:
@@ -190,10 +196,14 @@ class Agreement:
         what = "answers" if required.by_rule else "labels"
         least = f" (at least {required.exits:.0%} required)" if required.exits else ""
         ties = f"; near ties in {self.near_ties} of {self.rows} texts are not compared"
+        only_ties = "are hardly anything but near ties, of which {:.2%} agree"
+        labels = (only_ties if self.labels_are_ties else "agree for {:.2%}").format(
+            self.label_agreement
+        )
+        exits = (only_ties if self.exits_are_ties else "for {:.2%}").format(self.exit_agreement)
         return (
-            f"logits differ by {self.max_logit_difference:.2e} of their size{limit}, {what} agree "
-            f"for {self.label_agreement:.2%}{least_labels}, exits for "
-            f"{self.exit_agreement:.2%}{least}{ties if self.near_ties else ''}"
+            f"logits differ by {self.max_logit_difference:.2e} of their size{limit}, {what} "
+            f"{labels}{least_labels}, exits {exits}{least}{ties if self.near_ties else ''}"
         )
 
 
@@ -242,7 +252,8 @@ def compare(
 
     exits, expected_exits = (_exits(z, rule, task, first_exit) for z in (logits, expected))
     same_exits = (exits == expected_exits) & finite.all(axis=0)
-    close_exits = _few_enough(exits_near_ties(expected, rule, task, tie, first_exit, score_tie))
+    exit_ties = exits_near_ties(expected, rule, task, tie, first_exit, score_tie)
+    close_exits = _few_enough(exit_ties)
     exit_agreement = _share(same_exits[~close_exits])
 
     # The exits whose labels are compared: `[exits, rows]` all, or `[1, rows]` where rows stop.
@@ -257,7 +268,8 @@ def compare(
     same_labels = answers(logits, task)[places] == answers(expected, task)[expected_places]
     same_labels = same_labels if same_labels.ndim == 2 else same_labels.all(axis=-1)
     same_labels &= finite[places]
-    ties = _few_enough(near_ties(expected, task, tie)[expected_places] & finite[places])
+    label_ties = near_ties(expected, task, tie)[expected_places] & finite[places]
+    ties = _few_enough(label_ties)
 
     bad = ~finite | ~(differences <= required.logits)
     bad_exits = {*(np.flatnonzero(bad.any(axis=1)) + first_exit)}
@@ -273,6 +285,8 @@ def compare(
         near_ties=int((ties.any(axis=0) | close_exits).sum()),
         required=required,
         first_bad_exit=int(min(bad_exits)) if bad_exits else None,
+        labels_are_ties=bool(label_ties.any() and not ties.any()),
+        exits_are_ties=bool(exit_ties.any() and not close_exits.any()),
     )
 
 

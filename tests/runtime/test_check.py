@@ -297,3 +297,18 @@ def test_near_ties_are_compared_if_hardly_anything_else_is_left() -> None:
     assert "; near ties in 89 of 100 texts are not compared" in str(few)
     fewer = compare(found[:, 2:], expected[:, 2:], NEVER, SINGLE, REQUIREMENTS["int8"])
     assert (fewer.label_agreement, fewer.near_ties, fewer.passed) == (9 / 98, 0, False)
+    said = "answers are hardly anything but near ties, of which 9.18% agree (at least"
+    assert said in str(fewer)
+    assert "near ties" not in str(few).split(";")[0]
+    assert few.to_dict().keys() == fewer.to_dict().keys() == {
+        "rows", "max_logit_difference", "label_agreement", "exit_agreement", "near_ties", "passed"
+    }  # fmt: skip
+
+
+def test_exits_that_are_near_ties_only_are_no_agreement() -> None:
+    rule = Confidence(threshold=float(1 / (1 + np.exp(-2.0))))
+    expected = np.tile(np.array([1.0, -1.0], np.float32), (2, 50, 1))  # just at the threshold
+    agreement = compare(expected, expected, rule, SINGLE, REQUIREMENTS["fp32"])
+    assert agreement.passed
+    assert "exits are hardly anything but near ties, of which 100.00% agree" in str(agreement)
+    assert "labels agree for 100.00% (" in str(agreement)
