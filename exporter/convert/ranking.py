@@ -19,6 +19,7 @@ from ...calibration.query_logits import NEAR_TOP, QueryLogits, errors_near_top, 
 from ...calibration.ranking import Queries, RankingPoint, calibrate_ranking
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import FirstStageSpec, Task
+from ...runtime.check import BATCH_LIMIT
 from ...runtime.encoding import EncodedRow
 from ...runtime.errors import InputError
 from ...runtime.files import ReadOptions, Row
@@ -86,7 +87,24 @@ class Ranking(ConversionTask[Query]):
         return self.numbers(np.concatenate([self.texts.calibrate, self.texts.report]))
 
     def check_possible(self, task: Task, logits: Logits) -> None:
-        """Nothing is left to check: the numbers of documents are known before."""
+        """Nothing is refused, but a ranking that rounding changes is named."""
+        close = 0
+        calibrate = self.texts.calibrate
+        for unit in calibrate:
+            scores = np.sort(logits[self.numbers(np.array([unit])), 0])[::-1]
+            if len(scores) <= self.top:
+                continue
+            last, next_one = scores[self.top - 1 : self.top + 1]
+            # Both may move.
+            rounding = 2 * BATCH_LIMIT * max(1.0, abs(last), abs(next_one))
+            close += last - next_one <= rounding
+        share = close / len(calibrate)
+        if share > self.bound.shares["changed_answers"]:
+            self.warnings.append(
+                f"the ranking is not stable to begin with: in {share:.0%} of the queries that "
+                f"certify, the scores of the documents at place {self.top} and after it differ by "
+                "no more than rounding"
+            )
 
     def lesson(self, task: Task, logits: Logits, numbers: Numbers) -> Lesson:
         """The standardised logits of the reranker; documents near the top count more."""

@@ -97,6 +97,19 @@ def scores_of(reranker: Path, pairs: Sequence[tuple[str, str]]) -> NDArray[np.fl
     return torch.stack(every).numpy()
 
 
+def test_a_reranker_whose_scores_hardly_differ_is_named(queries: Path) -> None:
+    """Rounding alone changes the best documents of more queries than may change."""
+    spread = np.random.default_rng(0).normal(size=(9 * 320, 1)).astype(np.float32)
+    task = Task(problem_type=ProblemType.RANKING, labels=("score",))
+    warnings = []
+    for scale in (1e-5, 1.0):
+        job = Ranking(queries, OPTIONS)
+        job.check_possible(task, 3 + scale * spread[: len(job.rows)])
+        warnings.append(" ".join(job.warnings))
+    assert "the ranking is not stable to begin with: in " in warnings[0]
+    assert "not stable" not in warnings[1]
+
+
 def test_queries_are_dealt_with_all_their_documents(converted: Converted) -> None:
     parts = converted.result.parts
     assert sum(parts) == converted.result.texts == len(QUERIES)
