@@ -147,8 +147,7 @@ def calibrate(
         held = None
         if report is not None:
             held = Scorer(traced(report.rows, report.reference), metric)
-        progress(f"time segments, batch {options.batch_size}", 0, 1)
-        costs = measure_costs(engine, seen.lengths, options.batch_size)
+        costs = measure_costs(engine, seen.lengths, options.batch_size, progress)
         stopping_costs = StoppingCosts(seen, metric, costs.row_costs(seen.lengths))
         search = Search(stopping_costs, settings_lists(seen, options.rules))
         maker = _PointMaker(engine, options, progress, search, held)
@@ -332,16 +331,18 @@ class _PointMaker:
         scorer = self.search.stopping_costs.scorer
         exits = exits_of(rule, scorer.rows)
         layers = np.asarray(self.engine.manifest.exit_layers)[scorer.rows.at(exits)[0]]
+        batches = sorted({1, self.options.batch_size})
+        measured = {}
+        for number, batch in enumerate(batches):
+            self.progress(f"time {name}", number, len(batches))
+            measured[str(batch)] = measure_speedup(self.engine, encoded, rule, layers, batch)
         return Point(
             rule=rule,
             chosen_on=self._outcome(scorer, exits),
             held_out=self._held_out(rule, choose),
             name=name,
             goal=goal,
-            measured={
-                str(batch): measure_speedup(self.engine, encoded, rule, layers, batch)
-                for batch in sorted({1, self.options.batch_size})
-            },
+            measured=measured,
             certificate=certified.certificate,
             refusal=certified.failed,
         )

@@ -25,6 +25,7 @@ from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
 from ..runtime.rules.measures import TINY, Array, Integers, Mask, Outputs
 from ..runtime.rules.rules import Budget, ExitRule
+from .progress import Progress, silent
 from .scoring import AGREEMENT, LabelledLogits, Scorer, same_answers
 
 _QUANTILES = (0.1, 0.5, 0.9)
@@ -66,18 +67,22 @@ class CostModel:
         return np.cumsum(np.array(each), axis=0)
 
 
-def measure_costs(engine: Engine, lengths: NDArray[np.intp], batch: int) -> CostModel:
+def measure_costs(
+    engine: Engine, lengths: NDArray[np.intp], batch: int, progress: Progress = silent
+) -> CostModel:
     """Time every exit at the typical lengths of some rows.
 
     Args:
         engine: the engine; its target is timed.
         lengths: `[rows]` tokens.
         batch: rows at a time; fewer are run where the target splits such a group.
+        progress: called with (what, done, total).
     """
     sizes = sorted({max(1, int(size)) for size in np.quantile(lengths, _QUANTILES)})
     columns = []
     limits = engine.core.limits
-    for tokens in sizes:
+    for number, tokens in enumerate(sizes):
+        progress(f"time segments, batch {batch}", number, len(sizes))
         rows = min(batch, limits.max_batch, max(1, limits.group_tokens // tokens))
         runs = [engine.core.time_exits(rows, tokens) for _ in range(_REPEATS + 1)][1:]
         columns.append(np.median(np.array(runs), axis=0) / rows)

@@ -279,7 +279,7 @@ def calibrate_ranking(
             batches={
                 size: _outcome(rule, held.without_scores, top, layers, size) for size in _BATCHES
             },
-            times=_times(engine, report.queries or certifying.queries, rule),
+            times=_times(engine, report.queries or certifying.queries, rule, progress),
             layers=layers[-1],
             certificate=certified.certificate,
             refusal=certified.failed,
@@ -313,7 +313,9 @@ def _outcome(
     )
 
 
-def _times(engine: Engine, queries: Sequence[Query], rule: ExitRule) -> QueryTimes:
+def _times(
+    engine: Engine, queries: Sequence[Query], rule: ExitRule, progress: Progress = silent
+) -> QueryTimes:
     """The time of some queries with the most documents, with a rule and at full depth in turns.
 
     Raises:
@@ -331,8 +333,11 @@ def _times(engine: Engine, queries: Sequence[Query], rule: ExitRule) -> QueryTim
         core.check_query(rows)
     runners = (core.runner(rule), core.full_depth)
     runs = [partial(core.rank, runner=runner) for runner in runners]
-    time_in_turns(units, runs, 1)  # prepares the shapes
-    seconds = time_in_turns(units, runs, _TURNS)
+    turns = []
+    for turn in range(1 + _TURNS):
+        progress("time queries", turn, 1 + _TURNS)
+        turns.append(time_in_turns(units, runs, 1))
+    seconds = np.concatenate(turns[1:])  # the first one prepares the shapes
     with_rule, at_full_depth = 1000 * np.median(seconds, axis=(0, 1))
     return QueryTimes(len(units[0]), float(with_rule), float(at_full_depth))
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ...calibration.progress import Progress
+from ...calibration.progress import Progress, silent
 from ..exit_config import QUERIES, Pooling, attending_width
 from ..model import Head, MultiExitModel, Transform, new_queries
 from ..training.trainer import one_thread
@@ -133,7 +133,12 @@ class _Scaled(nn.Module):
 
 @one_thread()
 def train_heads(
-    form: Form, classifier: Classifier, states: States, lesson: Lesson, count: int
+    form: Form,
+    classifier: Classifier,
+    states: States,
+    lesson: Lesson,
+    count: int,
+    progress: Progress = silent,
 ) -> list[Head]:
     """Train the heads of all layers but the last on what the classifier predicts.
 
@@ -143,6 +148,7 @@ def train_heads(
         states: of rows, see `run_classifier`.
         lesson: of these rows.
         count: how many of the rows train, from the first on.
+        progress: called with (what, done, total).
     """
     torch.manual_seed(0)
     heads = make_heads(form, classifier)
@@ -164,7 +170,8 @@ def train_heads(
     optimizer = torch.optim.AdamW(own, lr=_LR, weight_decay=_WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=steps)
     batches = _batches(states.lengths[:count])
-    for _ in range(steps):
+    for step in range(steps):
+        progress("train heads", step, steps)
         numbers = next(batches)
         every = _pool(heads, states, numbers) - center
         losses = [
@@ -246,10 +253,9 @@ def choose_exits(
             and by what they and full depth cost, `[exits + 1]`, as shares of all layers.
         progress: called with (what, done, total).
     """
-    progress("choose exits", 0, 1)
     form = form_for(classifier)
     cost = cost_of_heads(form, classifier)
-    heads = train_heads(form, classifier, states, lesson, trained)
+    heads = train_heads(form, classifier, states, lesson, trained, progress)
     logits = logits_of(heads, states, np.arange(trained, len(states)))
     candidates = []
     for every in (1, 2):

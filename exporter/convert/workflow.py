@@ -347,8 +347,7 @@ class _Work:
             label_thresholds=self.task.label_thresholds,
         )
         model = teacher.multi_exit(config)
-        self.progress("train heads", 0, 1)
-        heads = train_heads(form, teacher, states, lesson, len(states))
+        heads = train_heads(form, teacher, states, lesson, len(states), self.progress)
         store(heads, form, model)
         return model, chosen
 

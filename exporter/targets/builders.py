@@ -65,7 +65,7 @@ class Workbench:
     @cached_property
     def exact(self) -> tuple[list[Text], Logits] | None:
         """The first 2,000 texts and their fp32 logits, see `exact_logits`; None without texts."""
-        return exact_logits(self.engines, self.texts) if self.texts else None
+        return exact_logits(self.engines, self.texts, self.progress) if self.texts else None
 
     def graphs(self, precision: str) -> dict[str, Graph]:
         """New graphs in a precision, which are made once for all targets.

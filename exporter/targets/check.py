@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from ...calibration.progress import Progress
+from ...calibration.progress import Progress, silent
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import Manifest
 from ...runtime.check import (
@@ -67,7 +67,9 @@ def check_chain(engine: Engine, texts: Sequence[Text], expected: Logits) -> Agre
     return agreement
 
 
-def exact_logits(engines: EnginesFolder, texts: Sequence[Text]) -> tuple[list[Text], Logits]:
+def exact_logits(
+    engines: EnginesFolder, texts: Sequence[Text], progress: Progress = silent
+) -> tuple[list[Text], Logits]:
     """The first 2,000 texts, and their logits in `onnxruntime-fp32`.
 
     Raises:
@@ -76,7 +78,18 @@ def exact_logits(engines: EnginesFolder, texts: Sequence[Text]) -> tuple[list[Te
     texts = list(texts[:_MOST_TEXTS])
     rule = ExitRule.from_dict(engines.manifest.default_rule)
     with engine_of(engines, target_of(engines, FP32_TARGET), rule) as engine:
-        return texts, engine.trace(texts).logits
+        return texts, _logits(engine, texts, "run the exact target", progress)
+
+
+def _logits(engine: Engine, texts: Sequence[Text], what: str, progress: Progress) -> Logits:
+    """The logits of texts at full depth, as `Engine.trace` gives them, with a count."""
+    parts = [np.zeros((len(engine.manifest.exits), 0, len(engine.labels)), np.float32)]
+    done = 0
+    for rows in engine.core.windows(texts):
+        progress(what, done, len(texts))
+        parts.append(engine.run_encoded(rows, engine.core.full_depth.rule).logits)
+        done += len(rows)
+    return np.concatenate(parts, axis=1)
 
 
 def check_logits(
@@ -140,7 +153,7 @@ def checked_target(
             _must_keep_answers(agreement, target.precision)
         else:
             texts, expected = more
-            logits = engine.trace(texts).logits
+            logits = _logits(engine, texts, f"check {name}", progress)
             agreement = check_logits(
                 logits, expected, engines.manifest, engine.rule, target.precision
             )

@@ -61,8 +61,7 @@ def with_fastest_default(engines: EnginesFolder, progress: Progress) -> tuple[En
     ]
     if len(names) < 2:
         return engines, ""
-    progress("measure the targets", 0, 1)
-    seconds = _seconds(engines, names)
+    seconds = _seconds(engines, names, progress)
     speeds = {name: float(np.median(_gains(seconds, name, names[0]))) for name in names}
     targets = dict(manifest.targets)
     for name, speed in speeds.items():
@@ -136,13 +135,14 @@ def _is_clearly_faster(gains: Times) -> bool:
     return bool(np.median(gains) >= _LEAST_GAIN and lost <= _MOST_LOST_TURNS)
 
 
-def _seconds(engines: EnginesFolder, names: Sequence[str]) -> dict[str, Times]:
+def _seconds(engines: EnginesFolder, names: Sequence[str], progress: Progress) -> dict[str, Times]:
     """For each target, seconds of all segments `[turns, shapes]`; the best run of each turn."""
     best = {name: np.full((_TURNS, len(_SHAPES)), np.inf) for name in names}
     with ExitStack() as stack:
         loaded = [stack.enter_context(engine_of(engines, name)) for name in names]
         # In turns, so that a machine whose speed drifts treats all targets alike.
         for turn in range(_TURNS):
+            progress("measure the targets", turn, _TURNS)
             for engine, own in zip(loaded, best.values(), strict=True):
                 for number, (rows, tokens) in enumerate(_SHAPES):
                     tokens = min(tokens, engine.core.limits.max_sequence)

@@ -90,7 +90,7 @@ def write(rows: Sequence[Row], path: Path) -> Path:
 def fix_times(patch: pytest.MonkeyPatch) -> None:
     """Every segment takes a second per row, and every rule is 1.25 times as fast as full depth."""
 
-    def model(engine: Engine, lengths: Any, batch: int) -> CostModel:
+    def model(engine: Engine, *_: Any) -> CostModel:
         return CostModel((1,), ((1.0,),) * len(engine.manifest.exits))
 
     def speedup(engine: Engine, rows: Any, rule: Any, layers: Any, batch: int) -> float:

@@ -70,6 +70,20 @@ def data(folder: Path, tmp_path: Path) -> Path:
     return write(label_rows(folder), tmp_path / "dev.jsonl")
 
 
+def test_the_steps_of_a_calibration_that_take_long_have_a_count(
+    folder: Path, measured: None
+) -> None:
+    seen: dict[str, list[tuple[int, int]]] = {}
+    calibrate(
+        folder,
+        label_rows(folder),
+        CalibrationOptions(goals={"fast": Goal(max_drop=2.0)}),
+        lambda what, done, total: seen.setdefault(what, []).append((done, total)),
+    )
+    assert seen["time fast"] == [(0, 2), (1, 2)]
+    assert seen["trace"][-1] == (120, 120)
+
+
 def test_a_point_of_a_speedup_is_never_slower_than_all_layers(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,7 +35,10 @@ def test_times_between_measured_lengths_are_interpolated() -> None:
 
 def test_every_exit_is_timed_at_the_typical_lengths(engines: Mapping[str, Path]) -> None:
     with Engine.load(engines["bert"], threads=1) as engine:
-        model = measure_costs(engine, np.array([3, 3, 9, 9], np.intp), batch=2)
+        seen: list[Any] = []
+        lengths = np.array([3, 3, 9, 9], np.intp)
+        model = measure_costs(engine, lengths, 2, lambda *state: seen.append(state))
+        assert seen == [("time segments, batch 2", number, 3) for number in range(3)]
         assert model.lengths == (3, 6, 9)
         assert np.shape(model.seconds) == (3, 3)
         assert np.min(model.seconds) > 0

@@ -119,7 +119,12 @@ FORMS = [Form(Pooling.BOTH), Form(Pooling.MEAN, 8), Form(Pooling.ATTENTION, 8, 3
 def test_stored_heads_give_the_same_logits(form: Form, make: Make, quick: None) -> None:
     classifier = Classifier(make("bert"))
     states, lesson = made_up(200)
-    heads = train_heads(form, classifier, states, lesson, 150)
+    seen: list[tuple[int, int]] = []
+    heads = train_heads(
+        form, classifier, states, lesson, 150, lambda _, done, total: seen.append((done, total))
+    )
+    assert len(seen) > 1
+    assert seen == [(step, len(seen)) for step in range(len(seen))]
     numbers = np.arange(200)
     expected = logits_of(heads, states, numbers)
     config = classifier.exit_config(form.exits(classifier.layers), form.pooling)

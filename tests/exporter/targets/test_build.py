@@ -32,7 +32,7 @@ from fpabee.exporter.targets.builders import (
     OPENVINO_TARGETS,
     Builder,
 )
-from fpabee.exporter.targets.check import checked_target, exact_logits
+from fpabee.exporter.targets.check import FP32_TARGET, checked_target, engine_of, exact_logits
 from fpabee.exporter.targets.plan_worker import PlanRequest
 from fpabee.runtime import (
     ArtifactError,
@@ -158,7 +158,11 @@ def test_texts_are_checked_as_well_and_are_within_the_tolerance(
     assert agreement.rows == len(texts)
     engines = EnginesFolder.read(folder)
     measured = engines.manifest.targets[FP32].tolerance
-    _, logits = exact_logits(engines, texts)
+    seen: list[tuple[str, int, int]] = []
+    _, logits = exact_logits(engines, texts, lambda *state: seen.append(state))
+    assert seen == [("run the exact target", 0, len(texts))]
+    with engine_of(engines, FP32_TARGET) as engine:
+        assert (logits == engine.trace(texts).logits).all()
     for difference in (0.0, 0.5):
         more = texts, logits + np.float32(difference)
         found, _ = checked_target(engines, FP32, more, silent)

@@ -48,7 +48,7 @@ def in_turns(seconds: Mapping[str, float], names: Sequence[str]) -> dict[str, ND
 def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """What is measured instead of times."""
     made_up = dict(SECONDS)
-    monkeypatch.setattr(default, "_seconds", lambda _, names: in_turns(made_up, names))
+    monkeypatch.setattr(default, "_seconds", lambda _, names, __: in_turns(made_up, names))
     return made_up
 
 
@@ -58,7 +58,7 @@ def added(engines: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("added") / "engines"
     shutil.copytree(engines["bert"], folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(default, "_seconds", lambda _, names: in_turns(SECONDS, names))
+        patch.setattr(default, "_seconds", lambda _, names, __: in_turns(SECONDS, names))
         add(folder)
     return folder
 
@@ -131,8 +131,12 @@ def test_a_gain_must_show_in_nearly_every_turn(
 
 def test_the_best_run_of_each_turn_counts(added: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1, 1000))
+    seen: list[tuple[int, ...]] = []
     monkeypatch.setattr(Core, "time_exits", lambda *_: [float(next(clock))] * 3)
-    found = default._seconds(EnginesFolder.read(added), [ONNX, FP32])
+    found = default._seconds(
+        EnginesFolder.read(added), [ONNX, FP32], lambda _, *counts: seen.append(counts)
+    )
+    assert seen == [(turn, 6) for turn in range(6)]
     assert {name: times.shape for name, times in found.items()} == {ONNX: (6, 2), FP32: (6, 2)}
     assert found[ONNX][:2].tolist() == [[3.0, 9.0], [27.0, 33.0]]
     assert found[FP32][:2].tolist() == [[15.0, 21.0], [39.0, 45.0]]
