@@ -459,7 +459,7 @@ def test_texts_that_trained_the_exits_certify_nothing(folder: Path) -> None:
 def test_a_damaged_list_of_trained_texts_is_refused(folder: Path) -> None:
     add_trained_on(folder, ["a", ("a", "b")])
     engines = EnginesFolder.read(folder)
-    texts = ["b", ("a", "b"), "a", ("b", "a")]
+    texts: list[Text] = ["b", ("a", "b"), "a", ("b", "a")]
     assert have_trained(engines, texts).tolist() == [False, True, True, False]
     corrected(TRAINED_ON_NAME, lambda at: at.write_bytes(b"PK nothing"))(folder)
     with pytest.raises(ArtifactError, match="cannot be read"):
