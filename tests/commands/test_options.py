@@ -87,9 +87,9 @@ CALLS: dict[str, tuple[str, list[Any]]] = {
             {"report": Report(ROWS, "dev.csv")},
         ],
     ),
-    "calibrate engines --data rows.csv --speedup 2": (
+    "calibrate engines --data rows.csv --speedup 2 --force": (
         CALIBRATES,
-        [ENGINES, ANY, goal("speedup-2", Goal(speedup=2.0))],
+        [ENGINES, ANY, goal("speedup-2", Goal(speedup=2.0), force=True)],
     ),
     "calibrate engines --data rows.csv --risk 4 --changed 3 --missed 2 --false-alarms 1 "
     "--threshold a=0.7 --threshold b=c=0.2 --confidence 90": (
