@@ -8,7 +8,12 @@ from pathlib import Path
 
 import msgspec
 
-from ..runtime.artifact.folder import BAD_JSON, check_outside, is_engines_folder
+from ..runtime.artifact.folder import (
+    BAD_JSON,
+    check_outside,
+    is_engines_folder,
+    strings_of_manifest,
+)
 from ..runtime.artifact.manifest import ENGINES_CONTENT
 from ..runtime.errors import ArtifactError, InputError, ModelError
 from ..runtime.hub import downloaded, repository_of
@@ -119,7 +124,9 @@ def check_output(folder: Path, force: bool, inputs: Iterable[str | Path | None] 
         )
     if not force:
         raise ArtifactError(f"{folder} already holds an engines folder", "replace it with `force`")
-    if others := sorted(path for path in _content(folder) if not ENGINES_CONTENT.fullmatch(path)):
+    named = strings_of_manifest(folder)  # a folder of another version may have other files
+    others = [path for path in _content(folder) if not ENGINES_CONTENT.fullmatch(path)]
+    if others := sorted({*others} - named):
         raise ArtifactError(
             f"{folder} also holds {others[0]}, which no export wrote, and is replaced as a whole",
             "move it elsewhere, or give another folder as `output`",

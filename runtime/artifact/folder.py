@@ -203,6 +203,26 @@ def is_engines_folder(folder: Path) -> bool:
     return {"schema_version", "fpabee_version"} <= fields.keys()
 
 
+def strings_of_manifest(folder: Path) -> set[str]:
+    """All texts in a manifest of any version, among which are the names of the folder's files.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    content = msgspec.json.decode(_read_regular(folder / MANIFEST_NAME))
+    strings = set()
+    left = [content]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            strings.add(item)
+        elif isinstance(item, dict):
+            left += [*item, *item.values()]
+        elif isinstance(item, list):
+            left += item
+    return strings
+
+
 def check_outside(output: Path) -> None:
     """Refuse an output inside an engines folder or a model_dir, whose files it could replace.
 

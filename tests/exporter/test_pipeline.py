@@ -156,7 +156,8 @@ def test_an_engines_folder_of_any_version_is_replaced_by_force_alone(
     bert: Path, engine_copy: Callable[..., Path], tmp_path: Path
 ) -> None:
     old = engine_copy("albert")
-    change_json(old / "manifest.json", lambda m: m.update(schema_version="2.0"))
+    more = {"schema_version": "2.0", "files": {"onnx/older.onnx": "0" * 64}}
+    change_json(old / "manifest.json", lambda m: m.update(more))
     (old / "onnx" / "older.onnx").write_text("of the old model")
     before = contents(old)
     with pytest.raises(ArtifactError, match=r"already holds an engines folder .*force"):
