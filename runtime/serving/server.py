@@ -45,7 +45,7 @@ STATUSES = {
     413: "the body or the number of texts is too large",
     415: "the body is not JSON",
     421: "the request names a host that this server does not accept",
-    429: "the queue is full; try again later",
+    429: "the queue is full, or too many bodies arrive at the same time; try again later",
     500: "the model failed on one of the texts",
     503: "the server is stopping, or its GPU has failed",
 }
@@ -57,6 +57,8 @@ _CLIENT_LEFT = 499
 _MOST_CHUNKS = 4096
 # Descriptors that connections leave to the rest of the process.
 _OTHER_FILES = 64
+# How often the server looks whether a client that sends no more still waits for its answer.
+_PROBE_SECONDS = 0.5
 _JSON = msgspec.json.Encoder()
 _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
 _PAGE_POLICY += "connect-src 'self'; frame-ancestors 'none'"
@@ -71,6 +73,8 @@ class ServerLimits:
 
     Attributes:
         max_body: most bytes in the body of a request.
+        all_bodies: memory for the bodies that arrive at the same time, in bytes. A body that is
+            larger than what is left of it is refused, so small ones get through for longest.
         max_texts: most texts in a request.
         body_seconds: seconds in which the body must arrive. A client that sends no complete head
             of a request, or reads nothing, for this time is cut off within twice this time.
@@ -78,6 +82,7 @@ class ServerLimits:
     """
 
     max_body: int = 2**20
+    all_bodies: int = 2**26
     max_texts: int = 256
     body_seconds: float = 30.0
     stop_seconds: float = 30.0
@@ -162,6 +167,7 @@ def serve(app: ASGIApp, listener: socket.socket, limits: ServerLimits) -> None:
     """Serve until SIGTERM or SIGINT; then answer the requests that have begun."""
     config = uvicorn.Config(
         app,
+        loop="asyncio",  # uvloop accepts connections without asking `_Listener`
         http=_connections(limits.body_seconds),
         lifespan="off",
         log_config=None,
@@ -234,10 +240,43 @@ def _connections(seconds: float) -> type[H11Protocol]:
             self.conn = _Parser()
             self.flow = _Flow(transport, self.conn)
             self._timer = self.loop.call_later(seconds, self._check, None)
+            self._probe: asyncio.TimerHandle | None = None
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._timer.cancel()
+            if self._probe is not None:
+                self._probe.cancel()
             super().connection_lost(exc)
+
+        def eof_received(self) -> bool:  # type: ignore[override]
+            """Keep the connection if its client only sends no more, and waits for an answer.
+
+            A client that has left looks the same, until it is sent something.
+            """
+            if self._probe is None and self._owes_answer():
+                is_new = self.conn.their_http_version != b"1.0"  # older clients know no status 100
+                if is_new and self.conn.our_state is h11.SEND_RESPONSE:
+                    go_on = h11.InformationalResponse(status_code=100, headers=[])
+                    self.transport.write(self.conn.send(go_on))
+                self._look_for_client()
+            return self._owes_answer()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self._probe is not None and not self._owes_answer():
+                self.transport.close()
+
+        def _owes_answer(self) -> bool:
+            cycle = self.cycle
+            return cycle is not None and not (cycle.response_complete or cycle.more_body)
+
+        def _look_for_client(self) -> None:
+            """Cut off a client that has left, and look again later if it has not."""
+            connection = self.transport.get_extra_info("socket")
+            if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self.transport.abort()
+            else:
+                self._probe = self.loop.call_later(_PROBE_SECONDS, self._look_for_client)
 
         def send_400_response(self, msg: str) -> None:
             """Answer a broken request, unless its head was fine and it has been answered."""
@@ -310,18 +349,21 @@ class Service:
         page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
         index = HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
         schema = _json(openapi(__version__, formats, STATUSES))
+        pages = [
+            Route("/", index, methods=["GET"]),
+            Route(HEALTH, self._health),
+            Route("/info", self._info),
+            Route("/metrics", self._show_metrics),
+            Route("/openapi.json", schema, methods=["GET"]),
+        ]
         app = Starlette(
             routes=[
-                Route("/", index, methods=["GET"]),
+                *pages,
                 *(
                     Route(path, answers(usual), methods=["POST"])
                     for path, usual in formats.paths.items()
                 ),
                 *(Route(path, refuse, methods=["POST"]) for path in others.paths),
-                Route(HEALTH, self._health),
-                Route("/info", self._info),
-                Route("/metrics", self._show_metrics),
-                Route("/openapi.json", schema, methods=["GET"]),
             ],
             exception_handlers=dict.fromkeys(
                 (HTTPException, FpabeeError, ClientDisconnect, Exception), self._failed
@@ -330,6 +372,8 @@ class Service:
         hint = "add it to `allowed_hosts`, or let the proxy send an address"
         refusal = _error(421, f"{STATUSES[421]} -> {hint}", "InvalidRequest")
         self.app = HostCheck(app, self.hosts, refusal)
+        self._addresses = ", ".join([*formats.paths, *(page.path for page in pages)])
+        self._arriving = 0  # bytes of the bodies that have not arrived completely
 
     async def _answer(self, request: Request, formats: Formats, usual: type[Asked]) -> Response:
         asked = await self._read(request, formats, usual)
@@ -386,12 +430,26 @@ class Service:
         return asked
 
     async def _body(self, request: Request) -> bytes:
+        most = self.limits.max_body
+        too_large = HTTPException(413, f"the body has more than {most} bytes")
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > most:
+            raise too_large
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self.limits.max_body:
-                raise HTTPException(413, f"the body has more than {self.limits.max_body} bytes")
-        return bytes(body)
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                self._arriving += len(chunk)
+                if len(body) > most:
+                    raise too_large
+                if len(body) > self.limits.all_bodies - self._arriving:
+                    raise OverloadedError(
+                        "the bodies of too many requests arrive at the same time",
+                        "try again later, or send fewer texts in a request",
+                    )
+            return bytes(body)
+        finally:
+            self._arriving -= len(body)
 
     async def _health(self, _: Request) -> Response:
         reason = _STOPPING if self.scheduler.is_closed else self.engine.core.backend.failed
@@ -427,12 +485,19 @@ class Service:
         kind = "text/plain; version=0.0.4; charset=utf-8"
         return Response(self.metrics.text(), headers={"Content-Type": kind})
 
-    async def _failed(self, _: Request, error: Exception) -> Response:
+    async def _failed(self, request: Request, error: Exception) -> Response:
         """What a client gets instead of an answer; a traceback goes to the log of the server."""
         if isinstance(error, ClientDisconnect):
             return Response(status_code=_CLIENT_LEFT)
         if isinstance(error, HTTPException):
-            return _error(error.status_code, error.detail, "InvalidRequest", error.headers)
+            wrong = error.detail
+            path = request.url.path[:80]
+            if error.status_code == 404 and "endpoint" not in request.scope:
+                wrong = f"there is no address {path} -> use one of {self._addresses}"
+            elif error.status_code == 405:
+                allowed = (error.headers or {}).get("Allow", "")
+                wrong = f"{path} does not take the method {request.method} -> use {allowed}"
+            return _error(error.status_code, wrong, "InvalidRequest", error.headers)
         if not isinstance(error, FpabeeError):
             return _error(500, STATUSES[500], FpabeeError.__name__)
         headers = None

@@ -265,14 +265,16 @@ def test_bad_requests(server: Server, path: str, status: int, says: str, content
 
 def test_other_refusals(server: Server) -> None:
     wrong_type = server.post("/classify", {"input": "a"}, **{"Content-Type": "text/plain"})
-    for status, response in [
-        (415, wrong_type),
-        (404, server.client.get("/nothing")),
-        (405, server.client.get("/classify")),
-        (405, server.client.post("/health")),
+    for status, response, says in [
+        (415, wrong_type, "expected application/json"),
+        (404, server.client.get("/nothing"), "no address /nothing -> use one of /classify, "),
+        (404, server.client.post("/" + "x" * 9999), "/openapi.json"),
+        (405, server.client.get("/classify"), "/classify does not take the method GET -> use POST"),
+        (405, server.client.post("/health"), "use GET"),
     ]:
         assert response.status_code == status
         assert set(response.json()) == {"error", "error_type"}
+        assert says in response.json()["error"]
     assert server.schema["paths"]["/classify"]["post"]["responses"]["415"]
 
 

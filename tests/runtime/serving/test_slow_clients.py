@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import re
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import uvicorn
@@ -207,6 +210,83 @@ def test_a_client_that_leaves_is_noticed(
         assert is_cancelled.wait(WAIT)
 
 
+@pytest.fixture
+def late_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers take longer than a client needs to end what it sends."""
+    classify = Scheduler.classify
+
+    async def slow(*arguments: object) -> object:
+        await asyncio.sleep(SECONDS)
+        return await classify(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Scheduler, "classify", slow)
+
+
+@pytest.mark.usefixtures("late_answers")
+@pytest.mark.parametrize(
+    ("version", "count", "extra", "answers"),
+    [
+        (b"1.1", 1, b"", [b"100", b"200"]),
+        (b"1.1", 2, b"", [b"100", b"200", b"200"]),
+        (b"1.1", 1, SLOW["half a body"], [b"100", b"200"]),
+        (b"1.0", 1, b"", [b"200"]),
+    ],
+)
+def test_a_client_that_ends_what_it_sends_gets_its_answers(
+    serving: Serving, version: bytes, count: int, extra: bytes, answers: list[bytes]
+) -> None:
+    """As `nc -N` does; status 100 tells whether it has left."""
+    sent = request({"input": "rain"}).replace(b"HTTP/1.1", b"HTTP/" + version) * count + extra
+    with serving() as (port, _, _), connected(port, sent) as client:
+        client.shutdown(socket.SHUT_WR)
+        received = client.makefile("rb").read()
+    assert re.findall(rb"HTTP/1.1 (\d+)", received) == answers
+    assert received.count(b'"labels"') == count
+
+
+@pytest.mark.parametrize("kind", SLOW)
+def test_a_client_that_ends_an_incomplete_request_is_cut_off(serving: Serving, kind: str) -> None:
+    limits = replace(LIMITS, body_seconds=WAIT)
+    with serving(limits) as (port, _, _), connected(port, SLOW[kind]) as client:
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(100) == b""
+
+
+def test_a_body_that_is_declared_too_large_is_not_read(serving: Serving) -> None:
+    head = HEAD + b"Content-Length: 20000000000\r\n\r\n"
+    limits = replace(LIMITS, body_seconds=WAIT)
+    with serving(limits) as (port, _, _), connected(port, head) as client:
+        assert client.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_bodies_that_arrive_at_the_same_time_share_memory(serving: Serving) -> None:
+    """Large ones are refused first."""
+    limits = replace(LIMITS, max_body=40_000, all_bodies=100_000, body_seconds=WAIT)
+    body = json.dumps({"input": "rain " * 6000}).encode()
+    head = HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
+    with serving(limits) as (port, _, _):
+        with ExitStack() as clients:
+            for _ in range(3):
+                half = clients.enter_context(connected(port, head + body[:20_000]))
+            until(lambda: posted_status(port, body) == 429)
+            assert ask(port, "/classify", {"input": "rain " * 200})[0] == 200
+            half.sendall(body[20_000:])  # 70,000 are too many for it, too
+            answer = http.client.HTTPResponse(half)
+            answer.begin()
+            assert (answer.status, answer.headers["Retry-After"]) == (429, "1")
+            assert json.loads(answer.read())["error_type"] == "OverloadedError"
+        until(lambda: posted_status(port, body) == 200)
+
+
+def test_uvloop_is_not_used(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would accept more connections than files may be open."""
+    other = Mock()
+    monkeypatch.setitem(sys.modules, "uvloop", other)
+    with serving():
+        pass
+    assert not other.mock_calls
+
+
 def test_small_chunks(serving: Serving) -> None:
     """Each takes time in the thread of all clients, so a body may only have 4096."""
     body = json.dumps({"input": "rain " * 500}).encode()
@@ -294,6 +374,14 @@ def test_a_request_that_outlasts_a_stop_gets_an_error(
         status, connection, error = asked.result(WAIT)
         assert (status, connection, error) == (503, "close", "the server is stopping")
         thread.join(WAIT)
+
+
+def posted_status(port: int, body: bytes) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
+    connection.request("POST", "/classify", body, {"Content-Type": "application/json"})
+    status = connection.getresponse().status
+    connection.close()
+    return status
 
 
 def posted(port: int, body: bytes) -> tuple[int, str | None, str]:
