@@ -81,7 +81,7 @@ def converted(reranker: Path, queries: Path, tmp_path_factory: pytest.TempPathFa
         certify = noting("certify", calibrate_ranking)
         patch.setattr(ranking, "calibrate_ranking", certify)
         result = convert(reranker, queries, folder, OPTIONS)
-    _, _, states, lesson, _ = calls["heads"]
+    states, lesson = calls["heads"][2:4]
     certifying, report = calls["certify"][2:4]
     (job,) = calls["job"]
     return Converted(folder, result, certifying, report, lesson, states.rows, job)
