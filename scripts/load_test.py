@@ -1,14 +1,17 @@
 #!/usr/bin/env python
-"""Send texts to a server at a constant rate, and print how long the answers take.
+"""Send texts or queries to a server at a constant rate, and print how long the answers take.
 
     python scripts/load_test.py http://127.0.0.1:8000 --input test.jsonl.gz --rate 50
     python scripts/load_test.py engines/ --input test.jsonl.gz --rate 50 --rate 100 -- --threads 2
+    python scripts/load_test.py engines/ --input small.jsonl --rate 4 --queries --beside large.jsonl
 
 SERVER is the address of a running server, or an engines folder, for which `fpabee-serve` is started
 with the options after `--`. Requests of one text arrive at random times (a Poisson process) of this
 mean rate, whether or not earlier ones have been answered, and the time of an answer counts from the
 moment at which its request was due. What is refused, or not answered within ten seconds after the
-last request, is an error.
+last request, is an error. With `--beside`, other clients send the requests of another file all at
+once, again and again; only those of `--input` are counted. With `--queries`, files have queries for
+a reranker, each of which is a request, and the last column is the mean exit of the documents.
 """
 
 from __future__ import annotations
@@ -30,22 +33,22 @@ import click
 import numpy as np
 
 from fpabee.commands.command import exits_with_one_line
-from fpabee.runtime import InputError
+from fpabee.runtime import InputError, read_queries
 from fpabee.runtime.files import read_rows
 
 PATIENCE_SECONDS = 10.0
 POSITIVE = click.FloatRange(min=0, min_open=True)
-HEAD = "POST /classify HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\n"
+HEAD = "POST {} HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\n"
 
 
 class Client:
     """Each connection is for one request at a time, and is used again once that is answered."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, path: str = "/classify") -> None:
         parts = urlsplit(address)
         self._host = parts.hostname or ""
         self._port = parts.port or 80
-        self._head = HEAD.format(parts.netloc).encode()
+        self._head = HEAD.format(path, parts.netloc).encode()
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._answers: list[tuple[float, float]] = []
 
@@ -88,6 +91,16 @@ class Client:
         self._close()
         return self._answers
 
+    async def beside(self, bodies: Sequence[bytes]) -> None:
+        """Send requests all at once, and again when all are answered, until it is cancelled."""
+        try:
+            while True:
+                now = time.perf_counter()
+                await asyncio.gather(*(self._ask(body, now) for body in bodies))
+        finally:
+            self._close()
+            await asyncio.sleep(0)  # in which the connections are closed
+
     def _close(self) -> None:
         for _, writer in self._idle:
             writer.close()
@@ -110,8 +123,10 @@ class Client:
             raise
         self._idle.append((reader, writer))
         if head.split(None, 2)[1] == b"200":
-            layer = json.loads(content)["data"][0]["layer"]
-            self._answers.append((time.perf_counter() - due, layer))
+            answer = json.loads(content)
+            exits = [document["exit"] for document in answer.get("results", [])]
+            layer = np.mean(exits) if exits else answer["data"][0]["layer"]
+            self._answers.append((time.perf_counter() - due, float(layer)))
 
 
 @contextmanager
@@ -148,23 +163,59 @@ def row_of(rate: float, seconds: float, sent: int, answers: Sequence[tuple[float
     )
 
 
+def bodies_of(source: Path, queries: bool) -> list[bytes]:
+    """The bodies of the requests that the rows of a file make."""
+    if queries:
+        asked = [
+            {"query": query.text, "documents": query.documents, "scores": query.scores}
+            for query in read_queries(source)
+        ]
+        return [json.dumps(each).encode() for each in asked]
+    return [json.dumps({"input": [row.content]}).encode() for row in read_rows(source)]
+
+
+async def measured(
+    client: Client, bodies: Sequence[bytes], rate: float, seconds: float, other: Client,
+    beside: Sequence[bytes],
+) -> tuple[int, list[tuple[float, float]]]:  # fmt: skip
+    """As `Client.send`, while another client sends the requests `beside`, if there are any."""
+    task = asyncio.ensure_future(other.beside(beside)) if beside else None
+    answered = await client.send(bodies, rate, seconds)
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    return answered
+
+
 @click.command(context_settings={"show_default": True})
 @click.argument("server")
 @click.option("--input", "source", required=True, type=Path, help="Texts, as for fpabee-run.")
 @click.option("--rate", "rates", required=True, multiple=True, type=POSITIVE, help="Per second.")
 @click.option("--seconds", default=60.0, type=POSITIVE, help="Duration of each rate.")
+@click.option("--queries", is_flag=True, help="The files have queries with their documents.")
+@click.option("--beside", type=Path, help="A file of requests that are sent all the time.")
 @click.argument("options", nargs=-1)
 @exits_with_one_line
 def main(
-    server: str, source: Path, rates: tuple[float, ...], seconds: float, options: tuple[str, ...]
+    server: str,
+    source: Path,
+    rates: tuple[float, ...],
+    seconds: float,
+    queries: bool,
+    beside: Path | None,
+    options: tuple[str, ...],
 ) -> None:
-    """Send the texts of a file to SERVER, and start it with OPTIONS if it is an engines folder."""
-    bodies = [json.dumps({"input": [row.content]}).encode() for row in read_rows(source)]
+    """Send the rows of a file to SERVER, and start it with OPTIONS if it is an engines folder."""
+    bodies = bodies_of(source, queries)
+    others = bodies_of(beside, queries) if beside else []
+    path = "/v1/rerank" if queries else "/classify"
     with served(server, options) as address:
         click.echo("| rate | seconds | requests | errors | p50 ms | mean ms | p99 ms | layers |")
         click.echo("|---|---|---|---|---|---|---|---|")
         for rate in rates:
-            sent, answers = asyncio.run(Client(address).send(bodies, rate, seconds))
+            client = Client(address, path)
+            other = Client(address, path)
+            sent, answers = asyncio.run(measured(client, bodies, rate, seconds, other, others))
             click.echo(row_of(rate, seconds, sent, answers))
 
 

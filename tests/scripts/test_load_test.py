@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,6 +38,19 @@ def test_a_server_is_started_and_answers_everything(
         assert errors == "0"
         assert 0 < float(times[0]) <= float(times[2])
         assert float(layers) == 3
+
+
+def test_queries_are_counted_beside_others(
+    ranking_engines: Mapping[str, Path], tmp_path: Path
+) -> None:
+    for name, count in (("small", 2), ("large", 40)):
+        line = json.dumps({"query": "rain", "documents": ["the sun " * 20] * count})
+        (tmp_path / f"{name}.jsonl").write_text(f"{line}\n{line}\n")
+    options = ["--queries", "--beside", str(tmp_path / "large.jsonl")]
+    folder = str(ranking_engines["bert"])
+    ((_, _, sent, errors, *_, exits),) = _rows(folder, str(tmp_path / "small.jsonl"), *options)
+    assert int(sent) > 0
+    assert (errors, float(exits)) == ("0", 3)
 
 
 def test_refused_requests_are_errors(texts: str) -> None:
