@@ -458,6 +458,8 @@ def _counter() -> Callable[[Text], int]:
 
     def count(text: Text) -> int:
         nonlocal before
+        if isinstance(text, str):
+            return len(text)
         first = text[0] if isinstance(text, tuple) and text else ""
         is_repeated = first == before
         before = first
