@@ -68,8 +68,8 @@ class Double:
         return ""
 
     def load(self, **settings: Any) -> Engine:
-        """The engine on the double."""
-        return Engine.load(self.folder, target=self.target, **settings)
+        """The engine on the double, whose plans were never checked anywhere."""
+        return Engine.load(self.folder, target=self.target, **{"check": False, **settings})
 
     def used(self) -> int:
         """Device memory that is allocated, in bytes."""

@@ -271,7 +271,7 @@ def test_a_shared_block_is_compiled_once_and_late_segments_when_needed(
 ) -> None:
     folder = engine_copy("albert", "albert")
     add_openvino(folder, "fp32")
-    with Engine.load(folder, TARGET) as engine:
+    with Engine.load(folder, TARGET, check=False) as engine:
         engine.predict(TEXTS, max_exit=1)
         first = set(engine.core.backend._loaded)
         assert first < set(engine.manifest.graphs)
