@@ -6,11 +6,13 @@ import asyncio
 import logging
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -110,6 +112,8 @@ class Scheduler:
     belongs to the oldest query. So a small query does not wait for a large one, and a large one
     always goes on. What runs beside the oldest query takes at most 256 MiB.
 
+    A scheduler that is dropped without `close` answers what was submitted, and its thread ends.
+
     Args:
         engine: the engine, which the scheduler does not close.
         max_rows: most rows that are unanswered at a time, tokenization included; more are refused.
@@ -137,7 +141,9 @@ class Scheduler:
         self._core = engine.core
         self._most = whole_number("max_rows", max_rows, InputError)
         self._metrics = metrics
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        # Itself whenever rows have arrived, and None after the last ones.
+        self._news = SimpleQueue[Scheduler | None]()
         self._arrived: list[Group] = []
         self._unanswered = 0
         self._tokens: dict[Future[Prediction], int] = {}  # of the rows that were queued
@@ -150,8 +156,12 @@ class Scheduler:
         self._tokens_beside = 0  # run for other queries since the oldest one had its turn
         self._groups: list[Group] = []
         self._some_left = False
-        self._thread = threading.Thread(target=self._work, name="fpabee scheduler", daemon=True)
+        # The thread holds the scheduler, and with it the engine, only while there are rows.
+        self._thread = threading.Thread(
+            target=_work, args=[self._news], name="fpabee scheduler", daemon=True
+        )
         self._thread.start()
+        weakref.finalize(self, self._news.put, None).atexit = False
 
     def submit(
         self, text: Text, deadline_ms: float | None = None, max_exit: int | None = None
@@ -309,10 +319,10 @@ class Scheduler:
         """
         if self._origin.is_elsewhere:
             return
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._cancels |= cancel
-            self._changed.notify()
+            self._news.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._tokenizer.shutdown(wait=False, cancel_futures=cancel)
@@ -332,7 +342,7 @@ class Scheduler:
     def _accepted(self, rows: int) -> Iterator[list[Future[Prediction]]]:
         """The futures of new rows, which count as unanswered from now on; an error cancels them."""
         self._check_open()  # before the lock, which a fork may have copied while it was held
-        with self._changed:
+        with self._lock:
             if self._unanswered + rows > self._most:
                 state = f"{self._unanswered} of at most {self._most} rows are unanswered"
                 raise self._full(state, rows)
@@ -355,14 +365,22 @@ class Scheduler:
         )
 
     def _future(self) -> Future[Prediction]:
+        forget = weakref.WeakMethod(self._forget)  # a future may be kept for longer than this
+
+        def done(future: Future[Prediction]) -> None:
+            if future.cancelled():
+                future.set_running_or_notify_cancel()  # `concurrent.futures.wait` waits for this
+            if (call := forget()) is not None:
+                call(future)
+
         future: Future[Prediction] = Future()
-        future.add_done_callback(self._forget)
+        future.add_done_callback(done)
         return future
 
     async def _encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         if sum(map(characters, texts)) <= _SHORT_CHARACTERS:
             return self._core.encode(texts)
-        with self._changed:
+        with self._lock:
             self._check_open()  # a pool that is shut down takes nothing
             tokenized = self._tokenizer.submit(self._core.encode, texts)
         return await asyncio.wrap_future(tokenized)
@@ -397,7 +415,7 @@ class Scheduler:
             query.nbytes = self._core.query_bytes(encoded)
             query.count_left()
             group.keep(np.argsort(-group.lengths, kind="stable"))
-        with self._changed:
+        with self._lock:
             self._check_open()
             tokens = sum(self._tokens.values())
             most = self._most * _TOKENS_OF_A_ROW
@@ -407,18 +425,16 @@ class Scheduler:
             group.watched = self._core.choose_watched(len(rows), runner, ends)
             self._tokens.update(zip(futures, lengths, strict=True))
             self._arrived += [group] if rows else []
-            self._changed.notify()
+            self._news.put(self)
 
     def _forget(self, future: Future[Prediction]) -> None:
-        if future.cancelled():
-            future.set_running_or_notify_cancel()  # `concurrent.futures.wait` waits for this
-        with self._changed:
+        with self._lock:
             self._some_cancelled |= future.cancelled()
             self._unanswered -= 1
             self._tokens.pop(future, None)
 
-    def _work(self) -> None:
-        while self._wait():
+    def _answer_arrived(self) -> None:
+        while self._arrived:
             try:
                 with self._core.chain() as chain:
                     while self._is_busy or (chain.watched and not self._closed):
@@ -433,7 +449,7 @@ class Scheduler:
     def _fail_all(self, error: Exception) -> None:
         # Not in the function that catches the error: the futures hold it, and its traceback that
         # function's variables, so these must not hold the futures.
-        with self._changed:
+        with self._lock:
             groups = [*self._arrived, *self._waiting, *self._groups]
             self._arrived = []
             self._waiting = []
@@ -441,12 +457,6 @@ class Scheduler:
         for group in groups:
             group.lose_watched()
             self._fail(group.rows, error)
-
-    def _wait(self) -> bool:
-        """Wait for rows; False when the scheduler is closed and has answered all."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._arrived or self._closed)
-            return bool(self._arrived)
 
     def _try_step(self, chain: Chain) -> None:
         """Take a step. If a group fails, its rows get the error, and the others go on."""
@@ -481,7 +491,7 @@ class Scheduler:
     def _admit(self, chain: Chain) -> None:
         """Let the rows that have arrived wait, and ask exit 0, which answers some of them."""
         ranks = self._core.manifest.task.ranks
-        with self._changed:
+        with self._lock:
             arrived = self._arrived if ranks else _one_for_each_rule(self._arrived)
             self._arrived = []
             self._waiting += arrived  # before anything can fail
@@ -497,7 +507,7 @@ class Scheduler:
 
     def _clear(self, chain: Chain) -> None:
         """Drop the rows that are answered or cancelled, and answer those that would be late."""
-        with self._changed:
+        with self._lock:
             some_cancelled = self._some_cancelled or self._cancels or self._some_left
             self._some_cancelled = self._some_left = False
         for group in (*self._waiting, *self._groups):
@@ -686,6 +696,13 @@ class Scheduler:
         for row in failed:
             with suppress(InvalidStateError):
                 row.future.set_exception(error)
+
+
+def _work(news: SimpleQueue[Scheduler | None]) -> None:
+    """Answer the rows of a scheduler until it is closed, or dropped."""
+    while (scheduler := news.get()) is not None:
+        scheduler._answer_arrived()
+        del scheduler  # so that nothing holds it while this waits
 
 
 def _worth(group: Group, left: int, now: float) -> float:

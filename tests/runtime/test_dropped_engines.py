@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from fpabee.runtime import BackendError, Budget, Engine
+from fpabee.runtime.backends.device import DeviceExecution
 from fpabee.runtime.backends.host import HostExecution
 from fpabee.runtime.core import Core
 from fpabee.runtime.serving import Scheduler
 
+from ..doubles.device import install, install_cuda_provider
 from ..doubles.openvino import add_openvino
 
 TEXTS = ["the plot is not good but the music is", "turn the lights on"]
@@ -34,7 +36,8 @@ def predict(engine: Engine) -> None:
 def predict_and_fail(engine: Engine) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HostExecution, "_prepare", fails)
-        with pytest.raises(BackendError, match="made up"):
+        patch.setattr(DeviceExecution, "_prepare", fails)
+        with pytest.raises((BackendError, RuntimeError), match="made up"):
             engine.predict(["rain " * 30])
 
 
@@ -55,13 +58,43 @@ def schedule(engine: Engine) -> None:
 
 def schedule_and_fail(engine: Engine) -> None:
     async def classify(scheduler: Scheduler) -> None:
-        with pytest.raises(BackendError, match="made up"):
+        with pytest.raises((BackendError, RuntimeError), match="made up"):
             await scheduler.classify(["rain " * 30])
 
     with pytest.MonkeyPatch.context() as patch, Scheduler(engine) as scheduler:
         patch.setattr(HostExecution, "_prepare", fails)
+        patch.setattr(DeviceExecution, "_prepare", fails)
         assert scheduler.submit("rain " * 30).exception(WAIT)
         asyncio.run(classify(scheduler))
+
+
+def ends(thread: threading.Thread) -> None:
+    """What the last thread holds is freed when it ends."""
+    thread.join(WAIT)
+    assert not thread.is_alive()
+
+
+def schedule_without_closing(engine: Engine) -> None:
+    scheduler = Scheduler(engine)
+    thread = scheduler._thread
+    assert scheduler.submit("rain").result(WAIT)
+    asyncio.run(scheduler.classify(["rain " * 9000]))  # which another thread tokenizes
+    dropped = weakref.ref(scheduler)
+    del scheduler
+    ends(thread)
+    assert dropped() is None
+
+
+def schedule_and_drop_at_once(engine: Engine) -> None:
+    """What was submitted is answered; an answer that is kept does not hold the scheduler."""
+    scheduler = Scheduler(engine)
+    thread = scheduler._thread
+    answers = scheduler.submit_all(TEXTS * 5)
+    dropped = weakref.ref(scheduler)
+    del scheduler
+    ends(thread)
+    assert all(answer.result(WAIT) for answer in answers)
+    assert dropped() is None
 
 
 def schedule_and_fail_without_a_chain(engine: Engine) -> None:
@@ -84,18 +117,20 @@ def without_collector() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        predict,
-        predict_and_fail,
-        begin_a_stream,
-        begin_to_run,
-        schedule,
-        schedule_and_fail,
-        schedule_and_fail_without_a_chain,
-    ],
-)
+USES = [
+    predict,
+    predict_and_fail,
+    begin_a_stream,
+    begin_to_run,
+    schedule,
+    schedule_without_closing,
+    schedule_and_drop_at_once,
+    schedule_and_fail,
+    schedule_and_fail_without_a_chain,
+]
+
+
+@pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("target", ["onnxruntime-fp32", "openvino-fp32"])
 def test_nothing_holds_a_dropped_engine(
     target: str, use: Callable[[Engine], None], engine_copy: Callable[..., Path]
@@ -120,3 +155,27 @@ def test_nothing_holds_a_dropped_engine(
     left = [weakref.ref(each) for each in held]
     del engine, backend, held
     assert [each() for each in left] == [None] * len(left)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda"])
+@pytest.mark.parametrize("use", USES)
+def test_nothing_holds_a_dropped_engine_on_a_gpu(
+    target: str,
+    use: Callable[[Engine], None],
+    engine_copy: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its memory on the GPU, which only the driver knows, is freed, too."""
+    if target == "onnxruntime-cuda":
+        double = install_cuda_provider(monkeypatch, engine_copy())
+    else:
+        double = install(monkeypatch, engine_copy(), backend=target)
+    engine = double.load(rule=Budget(exit=3))
+    engine.predict(TEXTS)
+    use(engine)
+    backend: Any = engine.core.backend
+    left = [weakref.ref(each) for each in (engine, engine.core, backend, *backend._idle)]
+    assert backend._idle
+    del engine, backend
+    assert [each() for each in left] == [None] * len(left)
+    assert double.cuda.memory_of == double.cuda.streams == {}

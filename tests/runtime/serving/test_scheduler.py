@@ -433,9 +433,9 @@ def test_a_forked_child_gets_an_error(engine: Engine) -> None:
         report("closed")
 
     with Scheduler(engine) as scheduler, ThreadPoolExecutor(1) as another_thread:
-        another_thread.submit(scheduler._changed.acquire).result()
+        another_thread.submit(scheduler._lock.acquire).result()
         ended = forked(child, WAIT)
-        another_thread.submit(scheduler._changed.release).result()
+        another_thread.submit(scheduler._lock.release).result()
         assert ended == Ended(["closed"], "")
         assert scheduler.submit("rain").result(WAIT).exit == 3
 
