@@ -227,6 +227,8 @@ def save_checkpoint(model: MultiExitModel, folder: Path) -> None:
     """
     save_config(model, folder)
     save_weights(model, folder)
+    for name in (EXIT_0_FILE, TRAINED_ON_NAME):  # those of a model which is replaced
+        (folder / name).unlink(missing_ok=True)
 
 
 def save_config(model: MultiExitModel, folder: Path) -> None:

@@ -58,7 +58,7 @@ JSON = [
     Case("an empty line", line(""), "in.jsonl, line 2", "JSON"),
     Case("an array", line('[{"text": "a"}]'), "line 2", "jq -c '.[]'"),
     Case("an object over several lines", given("in.json", '{\n"text": "a"\n}\n'), "jq -c . IN"),
-    Case("half of a surrogate pair", line(r'{"text": "\ud800"}'), "line 2", "JSON"),
+    Case("half of a surrogate pair", line(r'{"text": "\ud800"}'), "line 2", "surrogate"),
     Case("NaN", line('{"text": "a", "x": NaN}'), "line 2"),
     Case("deep JSON", line('{"text": "a", "x": ' + "[" * 9999 + "]" * 9999 + "}"),
          "line 2", "recursion"),

@@ -175,7 +175,7 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     (tmp_path / "engines.partial").mkdir()  # as a kill leaves it at the beginning
     broken = BackendError("the device failed", "restart it")
     defect = ZeroDivisionError()
-    times = f"{FP32_TARGET}: time segments"
+    times = f"{FP32_TARGET}: choose"
     for stop, error in (("segment", KeyboardInterrupt()), ("segment", defect), (times, broken)):
         with pytest.raises(type(error)) as caught:
             convert(*given, options, until(stop, error))

@@ -481,7 +481,7 @@ def test_what_was_not_calibrated_is_said_with_the_command_that_does_it(
 ) -> None:
     result = CliRunner().invoke(main, [str(engines["bert"]), "-o", str(tmp_path / "packed")])
     assert result.exit_code == 0, result.output
-    assert f"fpabee-calibrate {engines['bert']} --target {FP32} --data dev.jsonl" in result.stdout
+    assert f"fpabee-calibrate {engines['bert']} --target {FP32} --data DATA" in result.stdout
     assert f"hf upload OWNER/NAME {tmp_path / 'packed'}\n" in result.stdout
 
 
