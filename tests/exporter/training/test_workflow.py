@@ -234,7 +234,7 @@ def test_a_full_disk_keeps_the_trained_encoder_and_never_leaves_half_a_model(
     with monkeypatch.context() as patch:
         if is_kept:
             patch.setattr(workflow, "train_exits", lambda *_: 1 / 0)
-        report = train(folder, settings)
+        train(folder, settings)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
     assert (folder / "notes.txt").exists() == force
     train(tmp_path / "other", settings)
