@@ -74,7 +74,8 @@ class ServerLimits:
     Attributes:
         max_body: most bytes in the body of a request.
         all_bodies: memory for the bodies that arrive at the same time, in bytes. A body that is
-            larger than what is left of it is refused, so small ones get through for longest.
+            larger than what is left of it is refused, unless it has at most 64 KiB. So whoever
+            sends large bodies slowly does not keep small ones out.
         max_texts: most texts in a request.
         body_seconds: seconds in which the body must arrive. A client that sends no complete head
             of a request, or reads nothing, for this time is cut off within twice this time.
@@ -256,7 +257,9 @@ def _connections(seconds: float) -> type[H11Protocol]:
             if self._probe is None and self._owes_answer():
                 is_new = self.conn.their_http_version != b"1.0"  # older clients know no status 100
                 if is_new and self.conn.our_state is h11.SEND_RESPONSE:
-                    go_on = h11.InformationalResponse(status_code=100, headers=[])
+                    go_on = h11.InformationalResponse(
+                        status_code=100, headers=[], reason=b"Continue"
+                    )
                     self.transport.write(self.conn.send(go_on))
                 self._look_for_client()
             return self._owes_answer()
@@ -442,7 +445,9 @@ class Service:
                 self._arriving += len(chunk)
                 if len(body) > most:
                     raise too_large
-                if len(body) > self.limits.all_bodies - self._arriving:
+                left = self.limits.all_bodies - self._arriving
+                # uvicorn keeps as much for each connection in any case.
+                if len(body) > max(left, HIGH_WATER_LIMIT):
                     raise OverloadedError(
                         "the bodies of too many requests arrive at the same time",
                         "try again later, or send fewer texts in a request",

@@ -261,20 +261,25 @@ def test_a_body_that_is_declared_too_large_is_not_read(serving: Serving) -> None
 
 def test_bodies_that_arrive_at_the_same_time_share_memory(serving: Serving) -> None:
     """Large ones are refused first."""
-    limits = replace(LIMITS, max_body=40_000, all_bodies=100_000, body_seconds=WAIT)
-    body = json.dumps({"input": "rain " * 6000}).encode()
+    limits = replace(LIMITS, max_body=200_000, all_bodies=500_000, body_seconds=WAIT)
+    body = json.dumps({"input": "rain " * 30_000}).encode()
     head = HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
     with serving(limits) as (port, _, _):
         with ExitStack() as clients:
             for _ in range(3):
-                half = clients.enter_context(connected(port, head + body[:20_000]))
+                half = clients.enter_context(connected(port, head + body[:100_000]))
             until(lambda: posted_status(port, body) == 429)
             assert ask(port, "/classify", {"input": "rain " * 200})[0] == 200
-            half.sendall(body[20_000:])  # 70,000 are too many for it, too
+            half.sendall(body[100_000:])  # 350,000 are too many for it, too
             answer = http.client.HTTPResponse(half)
             answer.begin()
             assert (answer.status, answer.headers["Retry-After"]) == (429, "1")
             assert json.loads(answer.read())["error_type"] == "OverloadedError"
+            for size in (60_000, 20_000, 5_000, 1_000, 200, 40, 10):  # until nothing is left
+                for _ in range(8):
+                    clients.enter_context(connected(port, head + body[:size]))
+            until(lambda: posted_status(port, body[:70_000]) == 429)
+            assert ask(port, "/classify", {"input": "rain"})[0] == 200, "small ones get through"
         until(lambda: posted_status(port, body) == 200)
 
 
