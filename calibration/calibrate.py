@@ -158,12 +158,12 @@ def calibrate(
         lost_certificates = {point.name for point in points if not point.certificate} & certified
         earlier = before.default_operating_point
         default = chosen.name
-        if seen.decides_by_flags and reference is None:
+        if chosen.bounds_only_flags(seen) and reference is None and chosen.name != earlier:
             # Whoever runs the folder without a word about the point wants answers.
             default = earlier
             warnings.append(
                 f"{chosen.name} is not the default operating point: it bounds which labels are "
-                "flagged, and other answers may change"
+                "flagged, and other answers may change; --set-default makes it the default"
             )
         if earlier not in ("", default):
             where = f"the default operating point of {engine.target}"

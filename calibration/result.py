@@ -100,6 +100,15 @@ class Point:
     certificate: Certificate | None = None
     refusal: str = ""
 
+    def bounds_only_flags(self, rows: LabelledLogits) -> bool:
+        """Whether it bounds which labels are flagged, while other answers of the model may change.
+
+        Args:
+            rows: those that chose it.
+        """
+        bounds_answers = isinstance(self.goal, Goal) or self.goal.drop is not None
+        return rows.decides_by_flags and not bounds_answers
+
 
 @dataclass(frozen=True)
 class Calibration:

@@ -41,7 +41,7 @@ def promise_in_words(point: Point, result: Calibration) -> str:
         )
     where = "rows that did not choose it" if result.test is None else result.held_out
     judged = f"{_lost_in_words(held, point.certificate)} on {where}"
-    if result.rows.decides_by_flags:
+    if point.bounds_only_flags(result.rows):
         judged += f", and {held.relabelled:,} answers, which nothing bounds"
     if not result.is_judged(point):
         judged = (

@@ -29,6 +29,7 @@ from fpabee.calibration import (
 from fpabee.calibration.guarantee import useful_rows
 from fpabee.calibration.report import plots
 from fpabee.calibration.report.words import promise_in_words
+from fpabee.calibration.result import make_default
 from fpabee.calibration.scoring import Scorer
 from fpabee.commands.calibrate import main
 from fpabee.runtime import Budget, Confidence, Engine, Entropy, read_manifest, simulate
@@ -427,6 +428,24 @@ def test_a_bound_on_flags_says_how_many_answers_change_and_is_no_default(folder:
     (point,) = result.points
     assert point.held_out.relabelled == changed > 0
     assert f", and {changed} answers, which nothing bounds" in promise_in_words(point, result)
+
+
+@pytest.mark.usefixtures("measured")
+def test_bounds_of_answers_beside_one_of_flags_become_the_default(folder: Path) -> None:
+    rows = label_rows(folder)
+    flags = Bound(missed=0.45, thresholds={"music": 0.6})
+    both: dict[str, Goal | Bound] = {"average": Goal(max_drop=50), "flags": flags}
+    result = calibrate(folder, rows, CalibrationOptions(both, "average", threads=1))
+    assert result.default == "average"
+    words = [promise_in_words(point, result) for point in result.points]
+    assert ["which nothing bounds" in each for each in words] == [False, True]
+    drop = Bound(drop=0.4, missed=0.45, thresholds={"music": 0.6})
+    result = calibrate(folder, rows, CalibrationOptions({"drop": drop}, threads=1))
+    assert read_manifest(folder).targets[TARGET].default_operating_point == "drop"
+    make_default(folder, "flags")
+    result = calibrate(folder, rows, CalibrationOptions({"flags": flags}, threads=1))
+    assert read_manifest(folder).targets[TARGET].default_operating_point == "flags"
+    assert not any("default" in warning for warning in result.warnings)
 
 
 def add_trained_on(folder: Path, texts: Sequence[Text]) -> None:

@@ -61,7 +61,11 @@ def show(results: Sequence[Calibration], default_target: str | None = None) -> N
 
 
 def show_heads(lost: tuple[str, str]) -> None:
-    """Print the heads of the table; the two words of the last one are given."""
+    """Print the heads of the table.
+
+    Args:
+        lost: the two words over the last column, such as `answers` and `changed`.
+    """
     for heads in (("", "times faster than", ""), ("layers", "all layers", lost[0])):
         echo_cells("", heads, _HEAD_WIDTHS)
     echo_cells("target and operating point", ("per text", "single text", "file", lost[1]), _WIDTHS)
