@@ -163,7 +163,7 @@ def calibrate(
             default = earlier
             warnings.append(
                 f"{chosen.name} is not the default operating point: it bounds which labels are "
-                "flagged, and other answers may change; --set-default makes it the default"
+                "flagged, and other answers may change"
             )
         if earlier not in ("", default):
             where = f"the default operating point of {engine.target}"
