@@ -20,6 +20,9 @@ from .query_nodes import GAP
 
 _Cases = TypeVar("_Cases", bound="Cases")
 
+# Batches of which one is kept, see `Cases.batches_to_keep`.
+_DRAWS = 200
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cases:
@@ -54,15 +57,17 @@ class Cases:
         )
 
     def batches_to_keep(self, count: int) -> Iterator[NDArray[np.intp]]:
-        """Batches of texts of different lengths, as `take` wants them.
+        """Some batches of texts, if possible of different lengths, as `take` wants them.
 
         Args:
             count: how many texts are in a batch.
         """
-        by_length = np.argsort([len(row) for row in self.rows], kind="stable")
-        for start in range(max(1, len(self.rows) - count + 1)):
-            rest = by_length[start:]
-            yield rest[np.linspace(0, len(rest) - 1, min(count, len(rest))).astype(np.intp)]
+        generator = np.random.default_rng(0)
+        lengths = np.array([len(row) for row in self.rows])
+        for _ in range(_DRAWS):
+            numbers = generator.permutation(len(lengths))[:count]
+            if len({*lengths[numbers]}) > 1 or len({*lengths}) == 1:
+                yield numbers
 
     @property
     def tied_together(self) -> int:

@@ -143,17 +143,20 @@ def texts_to_keep(model: ir.Model, rule: ExitRule, cases: Cases, precision: str)
     Args:
         model: the graph.
         rule: the rule.
-        cases: what the graph was checked on. Texts whose exit depends on rounding are avoided.
+        cases: what the graph was checked on. Texts whose exit depends on rounding are avoided, and
+            then the batch with the most different exits is taken, because it shows most.
         precision: of the graph.
 
     Returns:
         `texts`, their `inputs` by name, `logits` and `exits`, and by which `tolerance` logits may
         differ, in types that JSON has.
     """
-    batches = [cases.take(numbers) for numbers in cases.batches_to_keep(_KEPT)]
-    batch = min(
-        batches, key=lambda some: some.near_ties(rule, _ROUNDING * logit_sizes(some.expected)).sum()
-    )
+
+    def preference(batch: Cases) -> tuple[int, int]:
+        ties = batch.near_ties(rule, _ROUNDING * logit_sizes(batch.expected))
+        return int(ties.sum()), -len({*batch.exits(rule).tolist()})
+
+    batch = min(map(cases.take, cases.batches_to_keep(_KEPT)), key=preference)
     (arrays,) = _inputs(batch)
     exits = batch.exits(rule)
     logits = batch.answers(exits)
