@@ -500,7 +500,8 @@ class Service:
             if error.status_code == 404 and "endpoint" not in request.scope:
                 wrong = f"there is no address {path} -> use one of {self._addresses}"
             elif error.status_code == 405:
-                allowed = (error.headers or {}).get("Allow", "")
+                # Starlette names them in the order of a set.
+                allowed = " or ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
                 wrong = f"{path} does not take the method {request.method} -> use {allowed}"
             return _error(error.status_code, wrong, "InvalidRequest", error.headers)
         if not isinstance(error, FpabeeError):

@@ -270,7 +270,7 @@ def test_other_refusals(server: Server) -> None:
         (404, server.client.get("/nothing"), "no address /nothing -> use one of /classify, "),
         (404, server.client.post("/" + "x" * 9999), "/openapi.json"),
         (405, server.client.get("/classify"), "/classify does not take the method GET -> use POST"),
-        (405, server.client.post("/health"), "use GET"),
+        (405, server.client.post("/health"), "use GET or HEAD"),
     ]:
         assert response.status_code == status
         assert set(response.json()) == {"error", "error_type"}
