@@ -38,6 +38,8 @@ _LEAST_BESIDE = 1024
 # another exit.
 _KEPT = 4
 _ROUNDING = 10 * EXPORT_LIMIT
+# A plan computes its rule in float32, some 64 roundings deep.
+_ROUNDING_IN_32_BITS = 64 * float(np.finfo(np.float32).eps)
 # Most of the texts, as a share, whose exit rounding may decide.
 _MOST_TIES = 0.02
 # Thresholds that are tried besides those of the rule lie between these quantiles of its scores.
@@ -114,8 +116,7 @@ def check_single_graph(
         logits, exits = _run(file, cases, as_inputs(settings), _options(precision))
         differences = logit_differences(logits, cases.answers(exits))
         difference = float(np.maximum(difference, differences.max()))  # NaN stays NaN
-        # Settings may be rounded to float32.
-        rounding = max(difference, float(np.finfo(np.float32).eps))
+        rounding = max(difference, _ROUNDING_IN_32_BITS)
         close = cases.near_ties(each, rounding * logit_sizes(cases.expected))
         own_ties = int(close.sum())
         ties = max(ties, own_ties)

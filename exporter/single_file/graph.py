@@ -26,6 +26,7 @@ from ...runtime.artifact.manifest import (
     Manifest,
 )
 from ...runtime.rules.rules import ExitRule
+from ..for_tensorrt import fit_tensorrt, read_by_identity, share_weights
 from .exit_0_nodes import ExitZeroNodes
 from .nodes import Tensor, Writer
 from .pair_marks import PairMarks
@@ -59,8 +60,9 @@ def single_graph(
     documents that leave are moved below those of all others, see `QueryNodes`.
 
     Rows that have stopped leave. TensorRT builds no such graph, so it has a form of its own: all
-    rows run until the last one has stopped, both branches of an `If` give the same shapes, and the
-    settings of the rule are inputs, see `as_inputs`.
+    rows run until the last one has stopped, both branches of an `If` give the same shapes and read
+    what is outside through nodes of their own, see `for_tensorrt`, the rule computes in 32
+    bits, and its settings are inputs, see `as_inputs`.
 
     Args:
         protos: the graphs of a target by name, each an `onnx.ModelProto`, whose weights get other
@@ -74,8 +76,11 @@ def single_graph(
     Raises:
         RuleError: the rule has no form as a graph, or does not fit the exits.
     """
-    writer = Writer("classifier")
+    writer = Writer("classifier", in_32_bits=for_plan)
     top = writer.graph
+    if for_plan:
+        for proto in protos.values():  # of fp32, or made by fpabee 1.0
+            fit_tensorrt(proto.graph)
     parts = {name: ir.from_proto(proto).graph for name, proto in protos.items()}
     reads = [
         {str(value.name) for call in segment.calls for value in parts[call].inputs}
@@ -100,6 +105,8 @@ def single_graph(
     for name, part in parts.items():
         if calls[name] > 1:  # a block whose weights several branches share
             move_weights(part, top, f"{name}/")
+            if for_plan:
+                share_weights(top, f"{name}/")
     settings = settings_of(rule, manifest.task, manifest.exits)
     if for_plan:
         held = {name: _input(writer, name, each) for name, each in as_inputs(settings).items()}
@@ -158,7 +165,7 @@ def single_graph(
         logits = queries.below_others(logits, state[EXIT] < manifest.exits[-1])
     answers = {
         LOGITS: logits,
-        EXIT: state[EXIT].then("Identity"),
+        EXIT: state[EXIT].then("Cast", to=ir.DataType.INT64),
     }
     shapes = {LOGITS: (_BATCH, len(manifest.task.labels)), EXIT: (_BATCH,)}
     for name, tensor in answers.items():
@@ -271,6 +278,9 @@ def _guarded(
                     kept = kept.then("Expand", writer.node("Concat", *lengths, axis=0))
             skipped.outputs.append(kept.value)
     branch.outputs.extend(tensor.value for tensor in results.values())
+    if sizes:
+        for each in (skipped, branch):
+            read_by_identity(each)
     branches = {"then_branch": skipped, "else_branch": branch}
     node = ir.node("If", [before["done"].value], branches, num_outputs=len(results))
     writer.graph.append(node)
@@ -290,7 +300,7 @@ def _input(writer: Writer, name: str, setting: NDArray[Any]) -> Tensor:
     value = ir.val(name, ir.DataType.from_numpy(setting.dtype), setting.shape)
     writer.graph.inputs.append(value)
     tensor = Tensor(writer, value)
-    return tensor.astype(np.float64) if setting.dtype == np.float32 else tensor
+    return tensor if tensor.dtype == writer.type_of(tensor.dtype) else tensor.astype(tensor.dtype)
 
 
 def append(

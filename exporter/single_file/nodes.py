@@ -27,16 +27,31 @@ _REDUCTIONS: dict[np.ufunc, str] = {
     np.minimum: "ReduceMin",
 }
 
+_IN_32_BITS: dict[np.dtype[Any], np.dtype[Any]] = {
+    np.dtype(np.float64): np.dtype(np.float32),
+    np.dtype(np.int64): np.dtype(np.int32),
+}
+
 
 class Writer:
     """Adds nodes to a graph, or to the branch of an `If` that is being written.
+
+    Args:
+        name: of the graph.
+        in_32_bits: whether formulas compute in float32 and int32 instead of float64 and int64.
 
     Attributes:
         graph: what gets the nodes.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, in_32_bits: bool = False) -> None:
+        self._in_32_bits = in_32_bits
         self._begin(name)
+
+    def type_of(self, dtype: Any) -> np.dtype[Any]:
+        """The type in which formulas compute that are written for another one."""
+        wanted: np.dtype[Any] = np.dtype(dtype)
+        return _IN_32_BITS.get(wanted, wanted) if self._in_32_bits else wanted
 
     def _begin(self, name: str) -> None:
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name=name)
@@ -109,8 +124,8 @@ class Tensor(NDArrayOperatorsMixin):
         return self.writer.node(kind, self, *inputs, **attributes)
 
     def astype(self, dtype: Any, copy: bool = True) -> Tensor:
-        """The same values in another type."""
-        return self.then("Cast", to=ir.DataType.from_numpy(np.dtype(dtype)))
+        """The same values in another type, see `Writer.type_of`."""
+        return self.then("Cast", to=ir.DataType.from_numpy(self.writer.type_of(dtype)))
 
     def argmax(self, axis: int) -> Tensor:
         """The number of the largest value along an axis, the lowest of equal ones."""
@@ -158,9 +173,11 @@ def _stack(tensors: Sequence[Tensor], axis: int) -> Tensor:
 
 def _full_like(rows: Tensor, value: Any, dtype: Any = None) -> Tensor:
     is_tensor = isinstance(value, Tensor)
-    constant = rows.writer.constant
-    one = value if is_tensor else constant(np.asarray(value, dtype or rows.dtype))
-    return rows.writer.node("Expand", one, rows.then("Shape"))
+    writer = rows.writer
+    one = value
+    if not is_tensor:
+        one = writer.constant(np.asarray(value, writer.type_of(dtype or rows.dtype)))
+    return writer.node("Expand", one, rows.then("Shape"))
 
 
 _FUNCTIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {

@@ -63,8 +63,10 @@ class PairMarks:
                 for place, token in enumerate(self.separators)
             ]
             begins = functools.reduce(np.bitwise_and, matches)
-        # TensorRT sums no integers here.
-        second = (begins.astype(np.float32).then("CumSum", 1) > 0) & mask
+        length = ids.then("Shape")[1]
+        places = ids.writer.node("Range", 0, length, 1)
+        first = np.minimum.reduce(np.where(begins, places, length), axis=1, keepdims=True)
+        second = (places >= first) & mask
         return second & (np.add.reduce(second.astype(np.int64), axis=1, keepdims=True) > self.after)
 
 

@@ -1,7 +1,8 @@
 """Exit rules as nodes of a graph: which rows stop at an exit, and what they answer.
 
-The formulas are those of `runtime.rules`, in float64 as there. A row keeps the logits of its own
-exit, so what is computed for a row that has stopped does not matter.
+The formulas are those of `runtime.rules`, in float64 as there, or in a plan in float32, because
+TensorRT has no float64. A row keeps the logits of its own exit, so what is computed for a row that
+has stopped does not matter.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ State = dict[str, Any]
 """Tensors that are carried from exit to exit. Those of the rule are:
 
     logits   [batch, labels] float32, of the exit that a row has reached
-    exit     [batch] int64, that exit
+    exit     [batch] int64, in a plan int32, that exit
     stopped  [batch] bool, whether the row has stopped there
     done     [] bool, whether all rows have stopped
-    streak   [batch] int64, only if the rule has a patience: consecutive signals so far
+    streak   [batch], as `exit`, only if the rule has a patience: consecutive signals so far
 """
 
 

@@ -29,6 +29,7 @@ from ...runtime.check import Logits
 from ...runtime.encoding import Text, TextEncoder, padded_batches, padding_values
 from ...runtime.errors import ModelError
 from ...runtime.rules.rules import ExitRule
+from ..for_tensorrt import fit_tensorrt
 from ..onnx_file import chain_logits, in_head, load_graphs
 from .check import check_logits
 
@@ -61,6 +62,8 @@ def lowered_graphs(
     """
     manifest = engines.manifest
     protos = load_graphs(engines, manifest.graphs)
+    for proto in protos.values():
+        fit_tensorrt(proto.graph)
     texts, expected = read_reference(engines)
     if more is not None:
         texts = [*texts, *more[0]]
