@@ -379,9 +379,6 @@ class Engine:
     def warm_up(self, rows: int = 1, tokens: int | None = None) -> None:
         """Load the segments, and run them once at each length, because first runs take longer.
 
-        On a GPU, calls at the same time run in an execution of their own, which prepares its own
-        shapes.
-
         Args:
             rows: rows of a call.
             tokens: longest row in tokens; default: the longest that the target runs.

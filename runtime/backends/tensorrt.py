@@ -10,11 +10,11 @@ import importlib
 import json
 import logging
 import shlex
-import threading
+import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata, util
 from typing import Any
@@ -22,12 +22,12 @@ from typing import Any
 from ..artifact.folder import EnginesFolder
 from ..artifact.manifest import Shapes, Target
 from ..errors import ArtifactError, BackendError, MissingExtraError
-from ..machine import CudaDevice, cuda_device
+from ..machine import cuda_device
 from . import compiled_cache
-from .base import Execution, is_out_of_memory
+from .base import Backend, Execution, is_out_of_memory
 from .buffers import Bucket, Limits, shape_of
-from .cuda import packages, required_gpu
-from .device import DeviceBackend, DeviceExecution, Runner, on_device
+from .cuda import cuda, packages, required_gpu
+from .device import DeviceExecution, Runner, on_device
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +49,12 @@ class ErrorLog:
 
     def __init__(self) -> None:
         self.count = 0
-        # The garbage collector may free an object of the library, which logs, while it is held.
-        self._lock = threading.RLock()
         self._latest = deque[str](maxlen=_MOST_ERRORS)
 
     def add(self, message: str) -> None:
         """Keep an error."""
-        with self._lock:
-            self._latest.append(message.strip())
-            self.count += 1
+        self._latest.append(message.strip())
+        self.count += 1
 
     def since(self, begun: int) -> str:
         """The errors of an operation, the first one first.
@@ -65,9 +62,8 @@ class ErrorLog:
         Args:
             begun: `count` when it began.
         """
-        with self._lock:
-            first = max(0, len(self._latest) - (self.count - begun))
-            return "; ".join([*self._latest][first:]) or "TensorRT gives no reason"
+        first = max(0, len(self._latest) - (self.count - begun))
+        return "; ".join([*self._latest][first:]) or "TensorRT gives no reason"
 
     def must(self, done: bool, what: str, begun: int) -> None:
         """Raise an error, with its reasons, unless an operation is done.
@@ -103,33 +99,23 @@ def succeeds(call: Callable[..., bool], *arguments: object) -> bool:
         return False
 
 
-@dataclass(eq=False)
-class PlanContext:
-    """An execution context at one shape, which all runners of this shape share.
+def run_plan(context: Any, addresses: Mapping[str, int], stream: int, errors: ErrorLog) -> None:
+    """Enqueue a plan.
 
-    Attributes:
-        context: the object of the library.
-        stream: the stream that it runs in.
+    Args:
+        context: an execution context, which may have run at other addresses before.
+        addresses: where each input and output is, by its name.
+        stream: the stream to run in.
         errors: what the library reports.
-        addresses: the addresses that are set, by the name of the input or output.
+
+    Raises:
+        BackendError: the library refuses an address or the run.
     """
-
-    context: Any
-    stream: int
-    errors: ErrorLog
-    addresses: Mapping[str, int] = field(default_factory=dict)
-
-    def run(self, addresses: Mapping[str, int]) -> None:
-        """Enqueue the plan in the stream, at the addresses of inputs and outputs by name."""
-        begun = self.errors.count
-        if self.addresses != addresses:
-            self.addresses = {}  # until all are set, they are a mixture
-            for name, address in addresses.items():
-                done = self.context.set_tensor_address(name, address)
-                self.errors.must(done, f"TensorRT does not accept the address of {name}", begun)
-            self.addresses = addresses
-        done = self.context.execute_async_v3(self.stream)
-        self.errors.must(done, "TensorRT could not start a segment", begun)
+    begun = errors.count
+    for name, address in addresses.items():
+        done = context.set_tensor_address(name, address)
+        errors.must(done, f"TensorRT does not accept the address of {name}", begun)
+    errors.must(context.execute_async_v3(stream), "TensorRT could not start a segment", begun)
 
 
 class RuntimeCache:
@@ -191,13 +177,22 @@ class RuntimeCache:
         compiled_cache.write(self._key, bytes(content))
 
 
-class TensorRtBackend(DeviceBackend):
+class TensorRtBackend(Backend):
     """Plans of TensorRT or of TensorRT for RTX; see `Backend`.
+
+    There is one execution, because each has contexts and buffers of its own for every shape.
+
+    Attributes:
+        cuda: the driver on the device.
+        errors: what the library reports.
 
     Raises:
         ArtifactError: a plan was built from another graph than the one in the folder.
     """
 
+    most_executions = 1
+    in_flight = 2
+    joins = True
     prepares_shapes = True
 
     def __init__(
@@ -205,14 +200,19 @@ class TensorRtBackend(DeviceBackend):
     ) -> None:
         super().__init__(engines, name, threads, device)
         self._compiled: RuntimeCache | None = None  # what is freed also if nothing else is made
-        self.trt: Any = importlib.import_module(MODULES[self.target.backend])
-        self._errors = ErrorLog()
-        self._logger = error_logger(self.trt, self._errors)  # must live as long as the runtime
+        self.cuda = cuda(device)
+        self.errors = ErrorLog()
+        self._trt: Any = importlib.import_module(MODULES[self.target.backend])
+        self._logger = error_logger(self._trt, self.errors)  # must live as long as the runtime
         with self.cuda:
-            self._runtime = self.trt.Runtime(self._logger)
+            self._runtime = self._trt.Runtime(self._logger)
         if self.target.backend == "tensorrt-rtx":
-            key = _cache_key(self.target, self.trt.__version__, cuda_device(device))
-            self._compiled = RuntimeCache(key, self._errors)
+            plans = sorted(file.sha256 for file in self.target.files.values())
+            gpu = cuda_device(device)
+            # What decides how it compiles.
+            parts = [plans, self._trt.__version__, gpu.name, gpu.compute_capability]
+            key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+            self._compiled = RuntimeCache(key, self.errors)
         for graph, file in self.target.files.items():
             if file.onnx_sha256 != self.graphs[graph].sha256:
                 raise ArtifactError(
@@ -244,7 +244,7 @@ class TensorRtBackend(DeviceBackend):
             raise BackendError(
                 f"target {name} was built by {module} {built}, but {module} {here} is installed, "
                 "which cannot load it",
-                rebuild(target, f"pip install {shlex.quote(f'{module}=={built}')}"),
+                f"{rebuild(target)}; or pip install {shlex.quote(f'{module}=={built}')}",
             )
 
     def limits(self) -> Limits:
@@ -270,94 +270,36 @@ class TensorRtBackend(DeviceBackend):
         finally:
             super().give_back(execution, failed)
 
-    def runner(
-        self, graph: str, bucket: Bucket, addresses: Mapping[str, int], execution: DeviceExecution
-    ) -> Runner:
-        """A runner on the execution's context of a graph and shape."""
-        shared = execution.shared.get((bucket, graph))
-        if shared is None:
-            shared = execution.shared[bucket, graph] = self._context(graph, bucket, execution)
-        return partial(shared.run, addresses)
+    @property
+    def failed(self) -> str:
+        """Why the device cannot be used any more; see `Backend.failed`."""
+        return self.cuda.failed
 
-    def _profile(self, bucket: Bucket) -> int:
-        """The narrowest optimization profile for a shape.
+    @on_device
+    def open(self) -> TensorRtExecution:
+        """A new execution."""
+        return TensorRtExecution(self)
 
-        Raises:
-            BackendError: no profile includes the shape.
-        """
-        number = profile_for(self.target.profiles, bucket)
-        if number is not None:
-            return number
-        ranges = "; ".join(
-            f"{p.batch.min} to {p.batch.max} rows of {p.sequence.min} to {p.sequence.max} tokens"
-            for p in self.target.profiles
-            if p.batch.max > 1 or len(self.target.profiles) < 3
-        )
-        raise BackendError(
-            f"target {self.name} takes {ranges}, not {bucket.batch} rows of {bucket.sequence}",
-            "build it again for more shapes, with larger `batch` and `sequence`",
-        )
-
-    def _context(self, graph: str, bucket: Bucket, execution: DeviceExecution) -> PlanContext:
-        """A context of a graph with its shapes set, which uses scratch memory of the execution."""
+    def new_context(self, graph: str) -> Any:
+        """An execution context of a graph; None: memory is lacking."""
         engine = self.graph(graph)
-        errors = self._errors
-        begun = errors.count
         with self._lock:
-            how = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            how = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
             if self._compiled is not None:
-                how = self._compiled.config(self.trt, graph, engine)
-            context = engine.create_execution_context(how)
-        # For lack of memory, which this execution or others that no call uses may hold.
-        for free_some in (execution.free_unused, self.drop_idle):
-            if context is None:
-                free_some()
-                with self._lock:
-                    context = engine.create_execution_context(how)
-        if context is None:
-            free, total = self.cuda.memory()
-            raise BackendError(
-                f"{self.name}: no execution context for {graph}: {errors.since(begun)}; "
-                f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB of device memory are free",
-                _LESS_MEMORY,
-            )
-        set_profile = context.set_optimization_profile_async
-        done = succeeds(set_profile, self._profile(bucket), execution.stream)
-        errors.must(done, f"{graph} does not accept its profile", begun)
-        for spec in self.graphs[graph].inputs:
-            shape = shape_of(spec, bucket)
-            done = context.set_input_shape(spec.name, shape)
-            errors.must(done, f"{graph} does not accept {spec.name} of shape {list(shape)}", begun)
-        done = succeeds(lambda: not context.infer_shapes())
-        errors.must(done, f"{graph} cannot infer its shapes", begun)
-        # Enough for every shape, so that the memory rarely has to grow.
-        need = int(context.update_device_memory_size_for_shapes())
-        size = max(need, int(engine.device_memory_size_v2))
-        if size:
-            context.set_device_memory(execution.scratch(size), size)
-        return PlanContext(context, execution.stream, errors)
+                how = self._compiled.config(self._trt, graph, engine)
+            return engine.create_execution_context(how)
 
     @on_device
     def _load(self, name: str) -> Any:
         file = self._file(name)
         path = self._engines.file(file.file, file.sha256)
         plan = path.read_bytes()
-        begun = self._errors.count
-        if self._compiled is not None:
-            validity, _ = self._runtime.get_engine_validity(
-                plan[: self._runtime.engine_header_size]
-            )
-            if validity == self.trt.EngineValidity.INVALID:
-                raise ArtifactError(
-                    f"{path} was not built for this GPU and this release of TensorRT for RTX: "
-                    f"{self._errors.since(begun)}",
-                    rebuild(self.target),
-                )
+        begun = self.errors.count
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             if self.cuda.memory()[0] < len(plan):
                 raise self.cuda.no_room(len(plan))
-            reasons = self._errors.since(begun)
+            reasons = self.errors.since(begun)
             raise ArtifactError(f"{path} cannot be loaded: {reasons}", rebuild(self.target))
         return engine
 
@@ -367,13 +309,74 @@ class TensorRtBackend(DeviceBackend):
             with suppress(BackendError), self.cuda:
                 self._compiled.save()
 
+    def __del__(self) -> None:
+        """Free what is on the device, which is known by its address only, if nobody has closed it.
+
+        When the process ends, the driver frees it.
+        """
+        if hasattr(self, "cuda") and not sys.is_finalizing():  # otherwise it was never made
+            self.close()
+
     def _free(self) -> None:
         try:
             self._save()
         finally:
-            with suppress(BackendError), self.cuda:
+            with suppress(BackendError), self.cuda:  # one that has failed can free nothing
                 self._compiled = None  # of the engines, so it goes before them
-            super()._free()
+                super()._free()
+
+
+class TensorRtExecution(DeviceExecution):
+    """Runs plans; see `Execution`.
+
+    Args:
+        backend: the backend.
+    """
+
+    def __init__(self, backend: TensorRtBackend) -> None:
+        super().__init__(backend, backend.cuda)
+        self._backend: TensorRtBackend = weakref.proxy(backend)  # no cycle, as in `HostExecution`
+
+    def runner(self, graph: str, bucket: Bucket, addresses: Mapping[str, int]) -> Runner:
+        """A runner on the context of a graph and shape."""
+        context = self.shared.get((bucket, graph))
+        if context is None:
+            context = self.shared[bucket, graph] = self._context(graph, bucket)
+        return partial(run_plan, context, addresses, self.stream, self._backend.errors)
+
+    def _context(self, graph: str, bucket: Bucket) -> Any:
+        """A context of a graph with its shapes set, which uses scratch memory of the execution."""
+        backend = self._backend
+        errors = backend.errors
+        begun = errors.count
+        engine = backend.graph(graph)
+        context = backend.new_context(graph)
+        if context is None:
+            self.free_unused()
+            context = backend.new_context(graph)
+        if context is None:
+            free, total = self.cuda.memory()
+            raise BackendError(
+                f"{backend.name}: no execution context for {graph}: {errors.since(begun)}; "
+                f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB of device memory are free",
+                _LESS_MEMORY,
+            )
+        # If none fits, profile 0 refuses the shape below, and the library says which it takes.
+        profile = profile_for(backend.target.profiles, bucket) or 0
+        done = succeeds(context.set_optimization_profile_async, profile, self.stream)
+        errors.must(done, f"{graph} does not accept its profile", begun)
+        for spec in backend.graphs[graph].inputs:
+            shape = shape_of(spec, bucket)
+            done = context.set_input_shape(spec.name, shape)
+            errors.must(done, f"{graph} does not accept {spec.name} of shape {list(shape)}", begun)
+        done = succeeds(lambda: not context.infer_shapes())
+        errors.must(done, f"{graph} cannot infer its shapes", begun)
+        # Enough for every shape, so that the memory rarely has to grow.
+        need = int(context.update_device_memory_size_for_shapes())
+        size = max(need, int(engine.device_memory_size_v2))
+        if size:
+            context.set_device_memory(self.scratch(size), size)
+        return context
 
 
 def profile_for(profiles: Sequence[Shapes], bucket: Bucket) -> int | None:
@@ -387,24 +390,9 @@ def profile_for(profiles: Sequence[Shapes], bucket: Bucket) -> int | None:
     return min(fitting)[-1] if fitting else None
 
 
-def _cache_key(target: Target, version: str, gpu: CudaDevice) -> str:
-    """A hash of the plans, the library's version and the GPU, which decide what is compiled."""
-    plans = sorted(file.sha256 for file in target.files.values())
-    parts = [plans, version, gpu.name, gpu.compute_capability]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def rebuild(target: Target, otherwise: str = "") -> str:
-    """The hint to build a target on this machine.
-
-    Args:
-        target: the target's record.
-        otherwise: what else can be done.
-    """
-    if target.backend not in MODULES:
-        return "update fpabee"
-    here = f"build target {target.backend}-{target.precision} here"
-    return f"{here}; or {otherwise}" if otherwise else here
+def rebuild(target: Target) -> str:
+    """The hint to build a target on this machine."""
+    return f"build target {target.backend}-fp16 here"
 
 
 def library_version(module: str) -> str:

@@ -29,9 +29,6 @@ class FakeCudaSession:
         self.device = device
         self._session = shared_session(path.read_bytes())
 
-    def get_provider_graph_assignment_info(self) -> list[Any]:
-        return []
-
     def get_providers(self) -> list[str]:
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 

@@ -18,7 +18,7 @@ import onnxruntime
 import pytest
 
 from fpabee.exporter.backbones import _FAMILIES
-from fpabee.exporter.single_file import pack
+from fpabee.exporter.single_file import pack, packing
 from fpabee.exporter.targets import fp16
 from fpabee.exporter.targets.plans import PlanOptions
 from fpabee.runtime import (
@@ -37,6 +37,7 @@ from fpabee.runtime import (
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.backends.onnxruntime import session_options
 
+from ...doubles.device import offer_fp32_plans
 from .consumer import Consumer
 from .test_packing import FP32, PAIRS, SINGLE, assert_equal
 
@@ -70,9 +71,14 @@ RULES: dict[str, list[ExitRule]] = {
 
 @pytest.fixture
 def packed_plan(
-    engine_copy: Callable[..., Path], tmp_path: Path, set_points: Callable[..., None]
+    engine_copy: Callable[..., Path],
+    tmp_path: Path,
+    set_points: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., tuple[Path, dict[str, Any]]]:
     """Builds a plan for a copy of the engines folder of a family, with operating points."""
+    offer_fp32_plans(monkeypatch)
+    monkeypatch.setattr(packing, "_PLANS", [RTX, RTX_FP16])
     for package in ("tensorrt_rtx", "polygraphy"):
         pytest.importorskip(package, reason=f"{package} is not installed")
 

@@ -29,10 +29,9 @@ IN_BOTH = """
 """These exist in the bindings of TensorRT 10.3.0 and 11.4.0 (tensorrt-cu12-bindings and
 tensorrt-cu13-bindings). Look other names up there before you use and add them."""
 ONLY_WITH_RTX = """
-    DynamicShapesKernelSpecializationStrategy EAGER EngineValidity INVALID create_runtime_cache
-    create_runtime_config dynamic_shapes_kernel_specialization_strategy engine_header_size
-    get_engine_validity
-    set_execution_context_allocation_strategy set_runtime_cache
+    DynamicShapesKernelSpecializationStrategy EAGER create_runtime_cache create_runtime_config
+    dynamic_shapes_kernel_specialization_strategy set_execution_context_allocation_strategy
+    set_runtime_cache
 """
 """Used only with TensorRT for RTX, because not all versions of TensorRT have them."""
 
