@@ -36,9 +36,13 @@ _THREADS = 256
 """Threads of a block."""
 _GATHERED_BYTES = 8192
 """Bytes of a row that a block gathers, in words of 8 bytes."""
-# Numbers of `CUresult`, such as 214, uncorrectable memory, and 700, an illegal address.
-_FINAL = {4, 46, 201, 214, 220, 226, 700, 702, 709, 710, *range(714, 720), 721}
-_FINAL |= {*range(805, 811), 999}  # those of MPS, which shares a GPU, and an unknown one
+FINAL = {4, 46, 201, 214, 220, 226, 700, 702, 709, 710, *range(714, 720), 721}
+FINAL |= {*range(805, 811), 999}  # those of MPS, which shares a GPU, and an unknown one
+"""Errors after which a process cannot use the device again, because they break its context.
+
+They are numbers of `CUresult`, such as 214, uncorrectable memory, and 700, an illegal address. All
+others are refusals of one call, such as those while another thread captures a graph.
+"""
 
 
 class Cuda:
@@ -205,22 +209,13 @@ class Cuda:
         _, text = self._driver.cuGetErrorString(status)
         reason = (text or b"unknown").decode()
         # Before the context exists, another process may have the device for itself, and end.
-        if is_final(code) and self._context is not None:
+        if code in FINAL and self._context is not None:
             self.failed = f"GPU {self._number} has failed: {reason} (CUDA error {code})"
             raise BackendError(self.failed, START_AGAIN)
         raise BackendError(
             f"CUDA: {reason} (error {code})",
             "check the driver with nvidia-smi, and close other programs that use the GPU",
         )
-
-
-def is_final(code: int) -> bool:
-    """Whether an error of CUDA means that this process cannot use the device again.
-
-    Such an error breaks the context of the device, and every later call returns it again. All
-    others are refusals of one call, such as those while another thread captures a graph.
-    """
-    return code in _FINAL
 
 
 class PinnedArray(NamedTuple):

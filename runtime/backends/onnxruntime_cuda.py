@@ -12,7 +12,6 @@ import io
 import re
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from ..artifact.folder import EnginesFolder
 from ..artifact.manifest import Target, TensorSpec
 from ..errors import START_AGAIN, BackendError
-from .cuda import is_final, packages, required_gpu
+from .cuda import FINAL, packages, required_gpu
 from .host import HostBackend, Run
 from .onnxruntime import check_installed, new_session, ort_errors, session_options
 
@@ -78,7 +77,7 @@ class OnnxRuntimeCudaBackend(HostBackend):
                 values = session.run(outputs, inputs)
             except ort_errors() as error:
                 failure = _FAILURE.search(str(error))
-                if failure is None or (failure[1] and not is_final(int(failure[1]))):
+                if failure is None or (failure[1] and int(failure[1]) not in FINAL):
                     raise
                 reason = f"GPU {backend._device} has failed: ONNX Runtime reports {failure[0]}"
                 backend._failed = reason
@@ -93,7 +92,13 @@ class OnnxRuntimeCudaBackend(HostBackend):
         import onnxruntime as ort
 
         problems = _preload()
-        session = create_session(self._engines.graph(self._file(name)), self._device)
+        # As in plans, heads in fp32 are not rounded to TF32.
+        settings = {"device_id": str(self._device), "use_tf32": "0"}
+        session = new_session(
+            self._engines.graph(self._file(name)),
+            session_options(threads=1),
+            providers=[(PROVIDER, settings)],
+        )
         if session.get_providers()[0] != PROVIDER:
             raise BackendError(
                 f"ONNX Runtime put {name} on {session.get_providers()[0]}, not on the GPU"
@@ -102,18 +107,6 @@ class OnnxRuntimeCudaBackend(HostBackend):
                 f"pip install -U {packages('gpu')}",
             )
         return session
-
-
-def create_session(path: Path, device: int) -> Any:
-    """A session on a GPU.
-
-    Args:
-        path: the ONNX file.
-        device: the number of the GPU.
-    """
-    # As in plans, heads in fp32 are not rounded to TF32.
-    settings = {"device_id": str(device), "use_tf32": "0"}
-    return new_session(path, session_options(threads=1), providers=[(PROVIDER, settings)])
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 import logging
+import re
 import shlex
 import sys
 import weakref
@@ -21,7 +22,7 @@ from typing import Any
 
 from ..artifact.folder import EnginesFolder
 from ..artifact.manifest import Shapes, Target
-from ..errors import ArtifactError, BackendError, MissingExtraError
+from ..errors import ArtifactError, BackendError, MissingExtraError, warn_once
 from ..machine import cuda_device
 from . import compiled_cache
 from .base import Backend, Execution, is_out_of_memory
@@ -202,17 +203,24 @@ class TensorRtBackend(Backend):
         self._compiled: RuntimeCache | None = None  # what is freed also if nothing else is made
         self.cuda = cuda(device)
         self.errors = ErrorLog()
+        gpu = cuda_device(device)
         self._trt: Any = importlib.import_module(MODULES[self.target.backend])
         self._logger = error_logger(self._trt, self.errors)  # must live as long as the runtime
         with self.cuda:
             self._runtime = self._trt.Runtime(self._logger)
         if self.target.backend == "tensorrt-rtx":
             plans = sorted(file.sha256 for file in self.target.files.values())
-            gpu = cuda_device(device)
             # What decides how it compiles.
             parts = [plans, self._trt.__version__, gpu.name, gpu.compute_capability]
             key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
             self._compiled = RuntimeCache(key, self.errors)
+        if self.target.built_on and self.target.built_on != gpu.name:
+            warn_once(
+                logger,
+                f"target {name} was built on {self.target.built_on}, and runs on {gpu.name}: its "
+                f"plans may be slow or fail there, so {rebuild(self.target)}",
+                engines.path,
+            )
         for graph, file in self.target.files.items():
             if file.onnx_sha256 != self.graphs[graph].sha256:
                 raise ArtifactError(
@@ -236,6 +244,12 @@ class TensorRtBackend(Backend):
                 f"target {name} is for compute capability "
                 f"{', '.join(target.compute_capabilities)}; this {gpu.name} has "
                 f"{gpu.compute_capability}",
+                rebuild(target),
+            )
+        if target.built_on and mig_slice(target.built_on) != mig_slice(gpu.name):
+            raise BackendError(
+                f"target {name} was built on {target.built_on}, but this is {gpu.name}: plans fit "
+                "only slices (MIG) of one size, or only whole GPUs",
                 rebuild(target),
             )
         built = target.versions.get(module, "unknown")
@@ -390,6 +404,12 @@ def profile_for(profiles: Sequence[Shapes], bucket: Bucket) -> int | None:
     return min(fitting)[-1] if fitting else None
 
 
+def mig_slice(gpu: str) -> str:
+    """The size of the part of a GPU that a name stands for, such as `1g.10gb`; empty: all of it."""
+    part = re.search(r" MIG ([\w.]+)", gpu)
+    return part[1] if part else ""
+
+
 def rebuild(target: Target) -> str:
     """The hint to build a target on this machine."""
     return f"build target {target.backend}-fp16 here"
@@ -407,7 +427,7 @@ def library_version(module: str) -> str:
 
 
 def error_logger(trt: Any, errors: ErrorLog) -> Any:
-    """A logger that keeps errors instead of printing them, and drops everything else.
+    """A logger that keeps errors, logs each warning once, and drops everything else.
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
@@ -421,5 +441,7 @@ def error_logger(trt: Any, errors: ErrorLog) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 errors.add(message)
+            elif severity == trt.ILogger.Severity.WARNING:
+                warn_once(logger, f"{trt.__name__}: {message.strip()}")
 
     return Logger()

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fpabee.runtime.backends.cuda import GATHER, Cuda, PinnedArray, is_final
+from fpabee.runtime.backends.cuda import FINAL, GATHER, Cuda, PinnedArray
 
 _GAP = 1 << 20
 _OF_THREAD = threading.local()
@@ -255,7 +255,7 @@ class FakeCuda(Cuda):
         """Whether this call of a kind is the one that fails."""
         self.fails_at[call] = self.fails_at.get(call, 0) - 1
         fails = self.fails_at[call] == 0
-        if fails and is_final(self.error):
+        if fails and self.error in FINAL:
             self.dead = self.error
         return fails
 

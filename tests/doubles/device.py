@@ -186,7 +186,7 @@ def serve_cuda_provider(patch: pytest.MonkeyPatch) -> None:
     """Let doubles run the graphs of all folders as ONNX Runtime's CUDA provider."""
     check = staticmethod(lambda target, name, device=0: None)
     patch.setattr(onnxruntime_cuda.OnnxRuntimeCudaBackend, "check", check)
-    patch.setattr(onnxruntime_cuda, "create_session", FakeCudaSession)
+    patch.setattr(onnxruntime_cuda, "new_session", FakeCudaSession)
 
 
 def _add_target(folder: Path, name: str, target: Target) -> None:

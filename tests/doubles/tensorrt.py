@@ -155,6 +155,8 @@ class FakeTensorRt(types.ModuleType):
 
             INTERNAL_ERROR = 0
             ERROR = 1
+            WARNING = 2
+            INFO = 3
 
         def log(self, severity: Any, message: str) -> None:
             """Overridden by loggers."""
@@ -189,10 +191,10 @@ class FakeTensorRt(types.ModuleType):
         self.logger = logger
         return FakeRuntime(self)
 
-    def report(self, *messages: str) -> None:
-        """Report errors."""
+    def report(self, *messages: str, severity: str = "ERROR") -> None:
+        """Report errors, or something else."""
         for message in messages:
-            self.logger.log(self.ILogger.Severity.ERROR, message)
+            self.logger.log(self.ILogger.Severity[severity], message)
 
 
 class FakeRuntime:

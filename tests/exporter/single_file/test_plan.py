@@ -37,7 +37,7 @@ from fpabee.runtime import (
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.backends.onnxruntime import session_options
 
-from ...doubles.device import offer_fp32_plans
+from ...doubles.device import GPU, offer_fp32_plans, serve
 from .consumer import Consumer
 from .test_packing import FP32, PAIRS, SINGLE, assert_equal
 
@@ -129,6 +129,16 @@ def test_a_plan_serves_every_operating_point_of_its_rule(
                 assert_equal(engine, texts, answers, least_exits)
 
 
+def test_a_plan_of_tensorrt_names_the_gpu_that_built_it(
+    engine_copy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_PLANS", ["tensorrt-fp32"])
+    folder = serve(monkeypatch, engine_copy()).folder
+    pack(folder, tmp_path / "plan", "tensorrt-fp32", plans=SMALL)
+    plan = json.loads((tmp_path / "plan" / "fpabee.json").read_text())["plan"]
+    assert (plan["compute_capabilities"], plan["built_on"]) == ([GPU.compute_capability], GPU.name)
+
+
 @pytest.mark.parametrize(
     "family",
     [
@@ -147,6 +157,7 @@ def test_fp16_plans_of_every_family(
     assert plan["onnx_sha256"] == sha256_of(folder / plan["onnx"])
     assert plan["versions"].keys() == {"tensorrt_rtx"}
     assert plan["compute_capabilities"] == ["8.6", "12.0"]
+    assert "built_on" not in plan
     assert plan["shapes"]["sequence"] == {"min": 8, "opt": 16, "max": 32}
     outputs = {each["name"]: (each["dtype"], each["shape"][0]) for each in plan["outputs"]}
     assert outputs == {"logits": ("float32", "batch"), "exit": ("int64", "batch")}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from msgspec import UNSET
 from onnx import helper
 
 from fpabee.calibration.progress import Progress, silent
@@ -33,7 +34,7 @@ from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.machine import CudaDevice
 
 from ...bad_input.cases import corrected, with_loop
-from ...doubles.device import Double, offer_fp32_plans
+from ...doubles.device import GPU, Double, offer_fp32_plans
 
 SMALL = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32), compute_capabilities=("8.6", "12.0"))
 SEGMENTS = ["segment_01", "segment_02", "segment_03"]
@@ -105,6 +106,7 @@ def test_every_graph_becomes_one_rtx_plan(
         assert file.onnx_sha256 == graphs[graph].sha256
     assert seen == [(number, len(graphs)) for number in range(len(graphs) + 1)]
     assert (target.compute_capabilities, target.tolerance) == (capabilities, None)
+    assert target.built_on is UNSET, "it was built for more GPUs"
     assert [(p.sequence.min, p.sequence.max) for p in target.profiles] == [(8, 16), (17, 32)]
     assert target.batch_sizes == (1, 4)
     assert target.sequence_lengths == (8, 16, 32)
@@ -259,3 +261,4 @@ def test_segments_share_what_was_timed(double: Double) -> None:
         assert wanted.compute_capabilities == ()
         assert len(wanted.profiles) == len(target.profiles) == 2
     assert target.compute_capabilities == ("8.6",)
+    assert target.built_on == GPU.name

@@ -16,7 +16,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from fpabee.runtime import ArtifactError, BackendError
 from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.backends import onnxruntime_cuda
-from fpabee.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend, create_session
+from fpabee.runtime.backends.onnxruntime import new_session
+from fpabee.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from fpabee.runtime.machine import CudaDevice
 
 from ...doubles.device import Double, set_gpu
@@ -28,13 +29,14 @@ def test_a_fallback_is_never_silent(
 ) -> None:
     """And each graph is loaded once, on the chosen GPU."""
     made = double(backend="onnxruntime")
-    create = Mock(wraps=onnxruntime_cuda.create_session)
-    monkeypatch.setattr(onnxruntime_cuda, "create_session", create)
+    create = Mock(wraps=FakeCudaSession)
+    monkeypatch.setattr(onnxruntime_cuda, "new_session", create)
     with made.load(device=1) as engine:
         engine.predict(["rain"] * 2)
     loaded = [call.args[0].name for call in create.call_args_list]
     assert len(loaded) == len(set(loaded)) > 1
-    assert {call.args[1] for call in create.call_args_list} == {1}
+    settings = {"device_id": "1", "use_tf32": "0"}
+    assert create.call_args.kwargs == {"providers": [("CUDAExecutionProvider", settings)]}
     monkeypatch.setattr(FakeCudaSession, "get_providers", lambda self: ["CPUExecutionProvider"])
     message = r"not on the GPU.* -> onnxruntime-gpu .*\[gpu-cu13\]"
     with made.load() as engine, pytest.raises(BackendError, match=message):
@@ -65,15 +67,11 @@ def test_it_needs_a_gpu_and_the_cuda_provider(monkeypatch: pytest.MonkeyPatch) -
         OnnxRuntimeCudaBackend.check(target, "x")
 
 
-def test_the_whole_session_runs_on_the_chosen_gpu(
-    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_session_moves_to_the_cpu_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Mock()
     monkeypatch.setattr(ort, "InferenceSession", made)
-    create_session(engines["bert"] / "x.onnx", 7)
-    settings = {"device_id": "7", "use_tf32": "0"}
-    providers = [("CUDAExecutionProvider", settings)]
-    assert made.call_args.kwargs == {"providers": providers, "enable_fallback": 0}
+    new_session(b"", None)
+    assert made.call_args.kwargs == {"enable_fallback": 0}
 
 
 def test_cuda_libraries_are_loaded_and_standard_output_stays_clean(
@@ -91,7 +89,7 @@ def test_a_graph_that_cannot_be_loaded_at_all(
 ) -> None:
     made = double(backend="onnxruntime")
     fails = Mock(side_effect=RuntimeError("CUDA failure 100\nat line 7"))
-    monkeypatch.setattr(onnxruntime_cuda, "create_session", fails)
+    monkeypatch.setattr(onnxruntime_cuda, "new_session", fails)
     message = rf"load {made.target} of .*: CUDA failure 100 -> .*\[gpu-cu13\]"
     with made.load() as engine, pytest.raises(ArtifactError, match=message):
         engine.predict(["rain"])

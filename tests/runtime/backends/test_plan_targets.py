@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import UNSET, UnsetType
 
 from fpabee.exporter.targets.plans import (
     PlanOptions,
@@ -19,7 +23,7 @@ from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import Range, Shapes
 from fpabee.runtime.chain.groups import split
 
-from ...doubles.device import Double
+from ...doubles.device import GPU, Double, set_gpu
 
 MIB = 2**20
 
@@ -31,6 +35,64 @@ def test_a_plan_needs_its_library(
     monkeypatch.delitem(sys.modules, "tensorrt")
     with pytest.raises(MissingExtraError, match=r"pip install .*\[tensorrt-cu1[23]\]'"):
         made.load()
+
+
+A100 = "NVIDIA A100-SXM4-40GB"
+
+
+@pytest.mark.parametrize(
+    ("built_on", "here", "says"),
+    [
+        (A100, A100, ""),
+        (f"{A100} MIG 1g.5gb", f"{A100} MIG 1g.5gb", ""),
+        (f"{A100} MIG 1g.5gb", f"{A100} MIG 1g.5gb+me", "warning"),
+        ("NVIDIA L4", "NVIDIA GeForce RTX 4090", "warning"),
+        (A100, f"{A100} MIG 1g.5gb", "error"),
+        (f"{A100} MIG 1g.5gb", A100, "error"),
+        (f"{A100} MIG 1g.5gb", f"{A100} MIG 2g.10gb", "error"),
+        (UNSET, f"{A100} MIG 1g.5gb", ""),
+    ],
+)
+def test_a_plan_is_for_the_gpu_that_built_it(
+    built_on: str | UnsetType,
+    here: str,
+    says: str,
+    double: Callable[..., Double],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = double(built_on=built_on)
+    set_gpu(monkeypatch, replace(GPU, name=here))
+    if says == "error":
+        message = rf"built on {built_on}, but this is {here}: .* \(MIG\) .* -> build target ten"
+        with pytest.raises(BackendError, match=re.sub(r"\+", ".", message)):
+            made.load()
+        return
+    for _ in range(2):
+        made.load().close()
+    hint = f"target {made.target} was built on {built_on}, and runs on {here}: "
+    assert [hint in each for each in caplog.messages if "built on" in each] == [True] * bool(says)
+    assert "so build target tensorrt-fp16 here" in caplog.text or not says
+
+
+def test_warnings_of_the_library_are_logged_once(
+    double: Callable[..., Double], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as that a plan was built on another model of GPU, which each of its files says."""
+    made = double()
+    plans = made.trt.plans
+
+    def warns(content: bytes) -> Any:
+        made.trt.report("made up on another\nGPU \n", severity="WARNING")
+        made.trt.report("loaded", severity="INFO")
+        return plans(content)
+
+    made.trt.plans = warns
+    with made.load() as engine:
+        engine.predict(["rain"])
+    told = [each for each in caplog.messages if each.startswith("tensorrt: ")]
+    assert told == [r"tensorrt: made up on another\nGPU"]
+    assert "loaded" not in caplog.text
 
 
 def test_a_plan_that_does_not_fit_into_device_memory(double: Callable[..., Double]) -> None:

@@ -24,7 +24,7 @@ IN_BOTH = """
     ERROR ExecutionContextAllocationStrategy ILogger INTERNAL_ERROR Runtime Severity USER_MANAGED
     create_execution_context deserialize deserialize_cuda_engine device_memory_size_v2
     execute_async_v3 infer_shapes serialize set_device_memory set_input_shape
-    set_optimization_profile_async set_tensor_address update_device_memory_size_for_shapes
+    set_optimization_profile_async set_tensor_address update_device_memory_size_for_shapes WARNING
 """
 """These exist in the bindings of TensorRT 10.3.0 and 11.4.0 (tensorrt-cu12-bindings and
 tensorrt-cu13-bindings). Look other names up there before you use and add them."""
