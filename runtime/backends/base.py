@@ -412,6 +412,9 @@ class Backend(ABC):
         """Note that a call has run a segment, so that those which wait have patience."""
         self._progressed = time.monotonic()
 
+    def keep_compiled(self) -> None:  # noqa: B027 - most backends have nothing to do
+        """Keep what was compiled for this machine, if anything, for later processes."""
+
     def drop_idle(self) -> None:
         """Close the executions that no call uses."""
         with self._pool_lock:

@@ -108,12 +108,15 @@ class Cuda:
 
     def no_room(self, size: int) -> BackendError:
         """The error that `size` bytes of device memory cannot be allocated."""
-        free, total = self.memory()
         return BackendError(
-            f"the GPU has no room for {size / 2**20:.1f} MiB: {free / 2**20:.0f} of "
-            f"{total / 2**20:.0f} MiB are free",
-            "use smaller batches or fewer threads, or close other programs that use the GPU",
+            f"the GPU has no room for {size / 2**20:.1f} MiB: {self.free_room()}",
+            "use smaller batches, or close other programs that use the GPU",
         )
+
+    def free_room(self) -> str:
+        """How much device memory is free, in words."""
+        free, total = self.memory()
+        return f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB of device memory are free"
 
     def free(self, pointer: int) -> None:
         """Free device memory."""
@@ -152,6 +155,10 @@ class Cuda:
         """Create a stream that does not wait for the default stream."""
         flag = self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         return int(self._check(self._driver.cuStreamCreate(int(flag)))[0])
+
+    def finish(self, stream: int) -> None:
+        """Wait until all that was enqueued in a stream is done."""
+        self._check(self._driver.cuStreamSynchronize(stream))
 
     def destroy_stream(self, stream: int) -> None:
         """Destroy a stream."""

@@ -58,16 +58,9 @@ class _Memory(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """A prepared segment.
+    """A prepared segment: its graphs, and its logits on the device and on the host."""
 
-    Attributes:
-        event: marks the end of its last run.
-        runners: its graphs, in order.
-        logits: where they are on the device.
-        pinned: where they are copied to on the host.
-    """
-
-    event: int
+    event: int  # marks the end of its last run
     runners: list[Runner]
     logits: int
     pinned: PinnedArray
@@ -91,11 +84,6 @@ class DeviceExecution(Execution):
         super().__init__(backend, _FREE_BYTES)
         self.cuda = cuda
         self.stream = cuda.stream()
-        try:
-            self._end = self.cuda.event()
-        except BackendError:
-            self.cuda.destroy_stream(self.stream)
-            raise
         self._scratch = [(0, 0)]  # sizes and addresses
         # Tensors by name: the inputs of segment 1, and logits.
         self._on_host = {*self._stages[0].live, LOGITS}
@@ -160,22 +148,16 @@ class DeviceExecution(Execution):
     def close(self) -> None:
         """Free everything."""
         super().close()
-        self._wait_for_all()
+        self.cuda.finish(self.stream)
         self.shared.clear()
         for _, pointer in self._scratch[1:]:
             self.cuda.free(pointer)
         del self._scratch[1:]
-        self.cuda.destroy_event(self._end)
         self.cuda.destroy_stream(self.stream)
-
-    def _wait_for_all(self) -> None:
-        """Wait until the device has done what is enqueued, without keeping a core busy."""
-        self.cuda.record(self._end, self.stream)
-        self.cuda.wait(self._end)
 
     @on_device
     def _free(self, hidden: Hidden) -> None:
-        self._wait_for_all()
+        self.cuda.finish(self.stream)
         for prepared in hidden.prepared.values():
             self.cuda.destroy_event(prepared.event)
         for memory in hidden.buffers.values():
@@ -248,12 +230,8 @@ class DeviceExecution(Execution):
     ) -> None:
         """Copy rows to one place, in as many launches as the parameters of a kernel need.
 
-        Args:
-            to: the address of the first row.
-            pitch: bytes of a row there.
-            sources: the address of each row.
-            widths: bytes to copy of each row.
-            fill: is repeated in the rest of each row; its first 8 bytes count.
+        Of each row at `sources`, `widths` bytes are copied to a row of `pitch` bytes. In the rest
+        of it, the first 8 bytes of `fill` are repeated.
         """
         plan = np.zeros(1, GATHER)
         plan["fill"] = fill.view(np.uint64)[0]

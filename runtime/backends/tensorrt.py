@@ -25,7 +25,7 @@ from ..artifact.manifest import Shapes, Target
 from ..errors import ArtifactError, BackendError, MissingExtraError, warn_once
 from ..machine import cuda_device
 from . import compiled_cache
-from .base import Backend, Execution, is_out_of_memory
+from .base import Backend, is_out_of_memory
 from .buffers import Bucket, Limits, shape_of
 from .cuda import cuda, packages, required_gpu
 from .device import DeviceExecution, Runner, on_device
@@ -35,14 +35,13 @@ logger = logging.getLogger(__name__)
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 _MOST_ERRORS = 1000  # that are kept; an operation reports far fewer
-_LESS_MEMORY = "use fewer threads, or close other programs that use the GPU"
+_LESS_MEMORY = "close other programs that use the GPU, or build the target for smaller shapes"
 
 
 class ErrorLog:
     """The errors that TensorRT reports, which is the only place where it says why something failed.
 
     The first error of an operation is the cause; those after it name what failed because of it.
-    Threads share the log, so an operation may also see errors of others that ran meanwhile.
 
     Attributes:
         count: how many errors were reported until now; an operation notes it when it begins.
@@ -100,18 +99,8 @@ def succeeds(call: Callable[..., bool], *arguments: object) -> bool:
         return False
 
 
-def run_plan(context: Any, addresses: Mapping[str, int], stream: int, errors: ErrorLog) -> None:
-    """Enqueue a plan.
-
-    Args:
-        context: an execution context, which may have run at other addresses before.
-        addresses: where each input and output is, by its name.
-        stream: the stream to run in.
-        errors: what the library reports.
-
-    Raises:
-        BackendError: the library refuses an address or the run.
-    """
+def _run(context: Any, addresses: Mapping[str, int], stream: int, errors: ErrorLog) -> None:
+    """Enqueue a plan at the addresses of its inputs and outputs; groups share its context."""
     begun = errors.count
     for name, address in addresses.items():
         done = context.set_tensor_address(name, address)
@@ -122,7 +111,9 @@ def run_plan(context: Any, addresses: Mapping[str, int], stream: int, errors: Er
 class RuntimeCache:
     """What TensorRT for RTX compiled for this GPU, kept in the user's cache directory.
 
-    It is code, so it is never read from an engines folder.
+    It is code, so it is never read from an engines folder. It is written after a warm-up, after the
+    check of a first load, and when the engine is closed. A process that ends without any of these
+    compiles again next time.
 
     Args:
         key: its name in the cache.
@@ -133,13 +124,11 @@ class RuntimeCache:
         self._key = key
         self._errors = errors
         self._cache: Any = None
-        self._is_new = False
         self._configs: dict[str, Any] = {}  # they must live as long as the contexts made with them
 
     def config(self, trt: Any, graph: str, engine: Any) -> Any:
         """The configuration of an engine's next context, which uses the cache."""
         if graph in self._configs:
-            self._is_new = True  # the library compiles for the context when it first runs
             return self._configs[graph]
         begun = self._errors.count
         refused = "TensorRT for RTX cannot configure an execution context"
@@ -159,23 +148,21 @@ class RuntimeCache:
                 logger.info("what was compiled before is for another driver, so it is replaced")
         self._errors.must(runtime_config.set_runtime_cache(self._cache), refused, begun)
         self._configs[graph] = runtime_config
-        self._is_new = True
         return runtime_config
 
     def save(self) -> None:
-        """Write the cache if contexts were made since the last time, and if possible.
+        """Write the cache unless the user's cache directory has the same, and if possible.
 
         The context of the device must be current, because the library asks for its driver.
         """
-        if not self._is_new:
+        if self._cache is None:
             return
-        self._is_new = False
         begun = self._errors.count
         content = self._cache.serialize()
         if content is None:
             logger.warning("compiled graphs are not kept: %s", self._errors.since(begun))
-            return
-        compiled_cache.write(self._key, bytes(content))
+        elif compiled_cache.read(self._key) != memoryview(bytes(content)):
+            compiled_cache.write(self._key, bytes(content))
 
 
 class TensorRtBackend(Backend):
@@ -275,14 +262,15 @@ class TensorRtBackend(Backend):
             sequence_lengths=self.target.sequence_lengths,
         )
 
-    def give_back(self, execution: Execution, failed: bool = False) -> None:
-        """Also keep what the device compiled, because many processes end without closing."""
-        try:
-            if not failed and not self.origin.is_elsewhere:
-                with self._lock:
-                    self._save()
-        finally:
-            super().give_back(execution, failed)
+    @on_device
+    def keep_compiled(self) -> None:
+        """Keep what TensorRT for RTX compiled, see `RuntimeCache`."""
+        if self._compiled is not None:
+            execution = self.check_out()  # so that nothing is compiled meanwhile
+            try:
+                self._compiled.save()
+            finally:
+                self.give_back(execution)
 
     @property
     def failed(self) -> str:
@@ -297,11 +285,10 @@ class TensorRtBackend(Backend):
     def new_context(self, graph: str) -> Any:
         """An execution context of a graph; None: memory is lacking."""
         engine = self.graph(graph)
-        with self._lock:
-            how = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            if self._compiled is not None:
-                how = self._compiled.config(self._trt, graph, engine)
-            return engine.create_execution_context(how)
+        how = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._compiled is not None:
+            how = self._compiled.config(self._trt, graph, engine)
+        return engine.create_execution_context(how)
 
     @on_device
     def _load(self, name: str) -> Any:
@@ -317,12 +304,6 @@ class TensorRtBackend(Backend):
             raise ArtifactError(f"{path} cannot be loaded: {reasons}", rebuild(self.target))
         return engine
 
-    def _save(self) -> None:
-        """Keep what the device compiled; one that has failed has nothing to keep."""
-        if self._compiled is not None:
-            with suppress(BackendError), self.cuda:
-                self._compiled.save()
-
     def __del__(self) -> None:
         """Free what is on the device, which is known by its address only, if nobody has closed it.
 
@@ -332,10 +313,11 @@ class TensorRtBackend(Backend):
             self.close()
 
     def _free(self) -> None:
-        try:
-            self._save()
-        finally:
-            with suppress(BackendError), self.cuda:  # one that has failed can free nothing
+        with suppress(BackendError), self.cuda:  # one that has failed can neither save nor free
+            try:
+                if self._compiled is not None:
+                    self._compiled.save()
+            finally:
                 self._compiled = None  # of the engines, so it goes before them
                 super()._free()
 
@@ -356,7 +338,7 @@ class TensorRtExecution(DeviceExecution):
         context = self.shared.get((bucket, graph))
         if context is None:
             context = self.shared[bucket, graph] = self._context(graph, bucket)
-        return partial(run_plan, context, addresses, self.stream, self._backend.errors)
+        return partial(_run, context, addresses, self.stream, self._backend.errors)
 
     def _context(self, graph: str, bucket: Bucket) -> Any:
         """A context of a graph with its shapes set, which uses scratch memory of the execution."""
@@ -369,10 +351,9 @@ class TensorRtExecution(DeviceExecution):
             self.free_unused()
             context = backend.new_context(graph)
         if context is None:
-            free, total = self.cuda.memory()
             raise BackendError(
                 f"{backend.name}: no execution context for {graph}: {errors.since(begun)}; "
-                f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB of device memory are free",
+                f"{self.cuda.free_room()}",
                 _LESS_MEMORY,
             )
         # If none fits, profile 0 refuses the shape below, and the library says which it takes.

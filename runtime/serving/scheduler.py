@@ -210,16 +210,15 @@ class Scheduler:
         """Load the segments, and prepare what would make the first rows wait.
 
         On a GPU, every padded shape runs once, as each takes longer at first. This can take
-        minutes when TensorRT for RTX compiles for a GPU for the first time. On a CPU, one short row
-        runs.
+        minutes when TensorRT for RTX compiles for a GPU for the first time; what it compiled is
+        kept for later processes. On a CPU, one short row runs.
 
         Raises:
             BackendError: the engine is closed, or memory is lacking.
             ArtifactError: a segment is missing or damaged.
         """
         every = shapes(self._core.limits) if self._core.backend.prepares_shapes else []
-        for rows, tokens in every or [(1, 1)]:
-            self._core.time_exits(rows, tokens)
+        self._core.prepare(every or [(1, 1)])
 
     async def classify(
         self,

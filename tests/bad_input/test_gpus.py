@@ -46,7 +46,8 @@ CASES = [
     Case("plans of another release", on_gpu(versions={"tensorrt": "10.3.0"}),
          "tensorrt 10.3.0", REBUILD),
     Case("a plan made before its graph changed", on_gpu(rebuilt_graph), "another graph", REBUILD),
-    Case("no room on the GPU", on_gpu(lacks_memory), "MiB are free", "smaller batches"),
+    Case("no room on the GPU", on_gpu(lacks_memory), "MiB of device memory are free",
+         "smaller batches"),
 ]  # fmt: skip
 
 

@@ -220,6 +220,9 @@ class FakeCuda(Cuda):
         while state.queue:
             self._step(state)
 
+    def finish(self, stream: int) -> None:
+        self.run_all(stream)
+
     def destroy_stream(self, stream: int) -> None:
         assert not self.streams[stream].queue
         del self.streams[stream]

@@ -94,6 +94,7 @@ static int record(Address event, Address stream) {
 }
 static int wait(Address event) { CALL("wait %llu", event); return 0; }
 static int end_event(Address event) { CALL("end event %llu", event); return 0; }
+static int finish(Address stream) { CALL("finish %llu", stream); return 0; }
 static int end_stream(Address stream) { CALL("end stream %llu", stream); return 0; }
 static int reason(int status, const char **text) { *text = "made up"; return 0; }
 static const struct { const char *name; void *function; } calls[] = {
@@ -103,6 +104,7 @@ static const struct { const char *name; void *function; } calls[] = {
     {"cuMemAlloc", allocate}, {"cuMemFree", release}, {"cuMemGetInfo", room},
     {"cuMemHostAlloc", pin}, {"cuMemFreeHost", unpin}, {"cuMemcpyAsync", copy},
     {"cuStreamCreate", stream}, {"cuStreamDestroy", end_stream},
+    {"cuStreamSynchronize", finish},
     {"cuEventCreate", event}, {"cuEventRecord", record}, {"cuEventSynchronize", wait},
     {"cuEventDestroy", end_event}, {"cuGetErrorString", reason}, {"cuInit", other}};
 int cuGetProcAddress_v2(const char *name, void **function, int version, long flags, void *status) {
@@ -140,6 +142,7 @@ with cuda:
     cuda.gather(plan, 256, stream)
     cuda.record(event, stream)
     cuda.wait(event)
+    cuda.finish(stream)
     cuda.free(address)
     cuda.destroy_event(event)
     cuda.destroy_stream(stream)
@@ -165,13 +168,14 @@ copy 4096 1 24 78
 launch 3 256 2 1 256 1 1 0 78 (nil) 7 8193 9 10 11
 record 79 78
 wait 79
+finish 78
 free 4096
 end event 79
 end stream 78
 unpin 1
 allocate {64 << 20}
 room
-the GPU has no room for 64.0 MiB: 3 of 8 MiB are free -> use .*
+the GPU has no room for 64.0 MiB: 3 of 8 MiB of device memory are free -> use .*
 free 1
 GPU 1 has failed: made up .CUDA error 719. -> start .* again
 GPU 1 has failed: made up .CUDA error 719. -> start .* again

@@ -104,7 +104,7 @@ def test_a_plan_that_does_not_fit_into_device_memory(double: Callable[..., Doubl
     made.trt.plans = lambda content: None
     made.cuda.room = 3 * MIB
     with made.load() as engine:
-        with pytest.raises(BackendError, match=r"no room for 5\.0 MiB: 3 of 3 MiB are free -> use"):
+        with pytest.raises(BackendError, match=r"no room for 5\.0 MiB: 3 of 3 MiB of .* -> use"):
             engine.predict(["rain"])
         made.trt.plans = plans
         made.cuda.room = 1024 * MIB
