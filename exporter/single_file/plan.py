@@ -41,7 +41,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     onnx_sha256: str
     versions: dict[str, str]
     compute_capabilities: tuple[str, ...]
-    built_on: str | msgspec.UnsetType
+    built_on: str | msgspec.UnsetType = msgspec.UNSET
     shapes: Shapes
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]

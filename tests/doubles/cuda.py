@@ -92,7 +92,6 @@ class FakeCuda(Cuda):
         error: the number of the error with which they fail.
         dead: the number of the error that every call gives; 0: none.
         calls: how often each method was called.
-        frees: how often device memory was freed; each waits for the whole device.
         idle: how often the device had nothing left to do when a wait ended.
         freed_elsewhere: kinds of objects of a library that were freed in another context.
     """
@@ -114,7 +113,6 @@ class FakeCuda(Cuda):
         self.pinned_of = weakref.WeakValueDictionary()
         self.streams: dict[int, _Stream] = {}
         self.events: dict[int, bool] = {}
-        self.frees = 0
         self.idle = 0
         self.freed_elsewhere: list[str] = []
         self.fails_at: dict[str, int] = {}
@@ -145,7 +143,6 @@ class FakeCuda(Cuda):
         return pointer
 
     def free(self, pointer: int) -> None:
-        self.frees += 1
         for stream in self.streams.values():
             while stream.queue:
                 self._step(stream)
