@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -135,6 +136,7 @@ class Engine:
             if check or (check is None and must_check(engines, name, kind)):
                 engine.check()
                 remember(engines, name, kind)
+                backend.keep_compiled()
         except BaseException:
             backend.close()
             raise
@@ -379,8 +381,8 @@ class Engine:
     def warm_up(self, rows: int = 1, tokens: int | None = None) -> None:
         """Load the segments, and run them once at each length, because first runs take longer.
 
-        On a GPU, calls at the same time run in an execution of their own, which prepares its own
-        shapes.
+        What TensorRT for RTX compiles is kept for later processes, now and when the engine is
+        closed.
 
         Args:
             rows: rows of a call.
@@ -395,11 +397,12 @@ class Engine:
         limits = self.core.limits
         longest = limits.max_sequence
         most = longest if tokens is None else whole_number("tokens", tokens, InputError)
-        for length in limits.sequence_lengths or _powers_of_two(longest):
+        lengths = limits.sequence_lengths or _powers_of_two(longest)
+        shapes = []
+        for length in lengths[: bisect_left(lengths, most) + 1]:
             full = max(1, min(limits.max_batch, limits.group_tokens // length))
-            self.core.time_exits(min(rows, full), length)
-            if length >= most:
-                break
+            shapes.append((min(rows, full), length))
+        self.core.prepare(shapes)
 
     def use(self, operating_point: str) -> None:
         """Switch to another operating point of the target, for calls that begin from now on.

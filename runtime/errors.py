@@ -18,6 +18,8 @@ contain line endings, escape codes, or megabytes.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import re
 from numbers import Integral, Real
@@ -101,6 +103,18 @@ def printable(text: str) -> str:
 def in_one_line(text: str) -> str:
     """The text in one line of at most about 480 characters; a longer text loses its middle."""
     return _without_middle(printable(_without_middle(text)))
+
+
+@functools.lru_cache(maxsize=1000)
+def warn_once(logger: logging.Logger, warning: str, about: object = None) -> None:
+    """Log a warning in one line, unless this process was told the same about the same thing.
+
+    Args:
+        logger: that of the module that warns.
+        warning: what is the case, and what to do.
+        about: what it is about, such as a folder, which may be loaded again.
+    """
+    logger.warning("%s", printable(warning))
 
 
 def first_line(error: BaseException) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from .. import __version__
 from .artifact.folder import EnginesFolder
 from .artifact.manifest import Manifest, Target
 from .artifact.operating_point import RuleSettings
 from .backends.base import Backend
-from .errors import BackendError, RuleError, whole_number
+from .errors import BackendError, RuleError, warn_once, whole_number
 from .rules.rules import ExitRule
 from .rules.runner import RuleRunner
 
@@ -18,8 +17,6 @@ logger = logging.getLogger(__name__)
 
 # ONNX Runtime starts all of them, so an absurd number would exhaust the machine.
 MOST_THREADS = 1024
-# Warnings about each folder: an application that loads it again is not told again.
-_told: set[tuple[Path, str]] = set()
 
 
 def target_of(engines: EnginesFolder, name: str | None) -> str:
@@ -86,17 +83,19 @@ def _default_target(engines: EnginesFolder) -> str:
         if (error is None and not targets[name].on_gpu) or why_not(manifest, name) is not None:
             continue
         if error is None:
-            _tell(
-                engines.path,
+            warn_once(
+                logger,
                 f"the default target {default} runs on the CPU, but {name} can run on the GPU of "
                 "this machine: choose that target, or make it the default target",
+                engines.path,
             )
             return default
         lost = sorted(points - targets[name].operating_points.keys())
         without = f", without the operating points {', '.join(lost)}" if lost else ""
-        _tell(
-            engines.path,
+        warn_once(
+            logger,
             f"{name} runs instead of the default target {default}{without}: {error.message}",
+            engines.path,
         )
         return name
     return default  # which runs, or whose error is the one to report
@@ -111,18 +110,13 @@ def rule_here(engines: EnginesFolder, name: str, point: str | None) -> tuple[str
     point, rule = rule_of(manifest, name, point)
     others = [other for other, target in manifest.targets.items() if target.operating_points]
     if others and name not in others:
-        _tell(
-            engines.path,
+        warn_once(
+            logger,
             f"target {name} has no operating points, unlike {', '.join(others)}: until it is "
             "calibrated, it runs by the default rule of the folder",
+            engines.path,
         )
     return point, rule
-
-
-def _tell(folder: Path, warning: str) -> None:
-    if (folder, warning) not in _told:
-        _told.add((folder, warning))
-        logger.warning("%s", warning)
 
 
 def rule_of(manifest: Manifest, target: str, point: str | None) -> tuple[str | None, ExitRule]:

@@ -29,6 +29,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         onnx_sha256: the hash of that graph.
         versions: of the library that built it, and that can run it.
         compute_capabilities: the GPUs that it is for.
+        built_on: the name of the GPU that built it; unset with TensorRT for RTX.
         shapes: the smallest, typical and largest number of rows and tokens.
         inputs: what it reads: tokens, and the settings of the rule.
         outputs: what it gives.
@@ -40,6 +41,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     onnx_sha256: str
     versions: dict[str, str]
     compute_capabilities: tuple[str, ...]
+    built_on: str | msgspec.UnsetType = msgspec.UNSET
     shapes: Shapes
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -79,6 +81,7 @@ def build_plan(model: ir.Model, graph: Path, target: Target) -> Plan:
         onnx_sha256=sha256_of(graph),
         versions=target.versions,
         compute_capabilities=target.compute_capabilities,
+        built_on=target.built_on,
         shapes=shapes,
         inputs=inputs,
         outputs=_specs(model.graph.outputs),

@@ -311,10 +311,11 @@ class _CudaProvider(Builder):
 
 
 @dataclass(frozen=True)
-class _Plans(Builder):
+class Plans(Builder):
     """Plans of TensorRT, for the GPU of this machine, or of TensorRT for RTX, for any."""
 
     def why_not(self) -> FpabeeError | None:
+        """A library that is missing, or the GPU; see `Builder`."""
         module = MODULES[self.backend]
         if util.find_spec(module) is None:
             return MissingExtraError(
@@ -330,6 +331,7 @@ class _Plans(Builder):
         return None
 
     def build(self, bench: Workbench) -> tuple[EnginesFolder, Target]:
+        """Build a plan of each graph; see `Builder`."""
         engines = _with_fp16_graphs(bench) if self.precision == FP16 else bench.engines
         target = plans_record(engines, self.backend, self.precision, bench.plans)
         home = bench.folder(f"targets/{target.name}")
@@ -359,9 +361,6 @@ def _with_fp16_graphs(bench: Workbench) -> EnginesFolder:
     return changed.keep_targets(is_current)
 
 
-_RTX_NEEDS = "TensorRT for RTX"
-_TENSORRT_NEEDS = "TensorRT and its GPU"
-
 BUILDERS: dict[str, Builder] = {
     builder.name: builder
     for builder in (
@@ -371,10 +370,8 @@ BUILDERS: dict[str, Builder] = {
         _Int8(OPENVINO, INT8, "texts, NNCF, VNNI, OpenVINO"),
         _Int8(OPENVINO, f"{INT8}-bf16", "texts, NNCF, VNNI, OpenVINO, bf16"),
         _CudaProvider(ONNXRUNTIME, FP16, "the package onnx; it runs on a GPU", "cuda"),
-        _Plans(RTX, FP16, _RTX_NEEDS),
-        _Plans(RTX, "fp32", _RTX_NEEDS),
-        _Plans(TENSORRT, FP16, _TENSORRT_NEEDS),
-        _Plans(TENSORRT, "fp32", _TENSORRT_NEEDS),
+        Plans(RTX, FP16, "TensorRT for RTX"),
+        Plans(TENSORRT, FP16, "TensorRT and its GPU"),
     )
 }
 """What builds each target, by what one types. `onnxruntime-fp32` comes with every export."""

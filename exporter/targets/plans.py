@@ -15,7 +15,6 @@ PORTABLE = ("8.6", "8.9", "12.0")
 
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 
-_MOST_ONE_ROW_LENGTHS = 4
 _SHORT = 8  # tokens; shorter rows are not faster
 
 
@@ -69,12 +68,10 @@ def fitted(options: PlanOptions, manifest: Manifest, backend: str) -> PlanOption
 
 
 def profiles_of(options: PlanOptions) -> tuple[Shapes, ...]:
-    """Two ranges of lengths, up to the typical length and beyond it, and shapes of one row.
+    """Two ranges of lengths, up to the typical length and beyond it.
 
-    TensorRT chooses kernels for the typical shape of a profile, and those for many rows are slow
-    for a single one. So a single row has profiles of its own, each for the lengths up to the one
-    that it is tuned for. They are few, because each of them makes a build longer. TensorRT for RTX
-    compiles kernels for the actual shape on the device.
+    TensorRT chooses kernels for the typical shape of a profile. TensorRT for RTX compiles kernels
+    for the actual shape on the device.
     """
     fewest, usual, most = options.batch
     batch = Range(min=fewest, opt=usual, max=most)
@@ -82,21 +79,7 @@ def profiles_of(options: PlanOptions) -> tuple[Shapes, ...]:
     profiles = [Shapes(batch=batch, sequence=Range(min=low, opt=typical, max=typical))]
     if high > typical:
         profiles.append(Shapes(batch=batch, sequence=Range(min=typical + 1, opt=high, max=high)))
-    if not options.compute_capabilities and fewest == 1 < most:
-        one = Range(min=1, opt=1, max=1)
-        for length in _one_row_lengths(options):
-            profiles.append(Shapes(batch=one, sequence=Range(min=low, opt=length, max=length)))
-            low = length + 1
     return tuple(profiles)
-
-
-def _one_row_lengths(options: PlanOptions) -> list[int]:
-    """The longest, the next one that is at most half as long, and so on, four at most."""
-    lengths = [options.sequence[2]]
-    for length in reversed(sequence_lengths_of(options)):
-        if 2 * length <= lengths[0] and len(lengths) < _MOST_ONE_ROW_LENGTHS:
-            lengths.insert(0, length)
-    return lengths
 
 
 def batch_sizes_of(options: PlanOptions) -> tuple[int, ...]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from ...calibration.progress import Progress
 from ...runtime.artifact.folder import EnginesFolder, sha256_of
 from ...runtime.artifact.manifest import BuiltFile, Target
@@ -44,14 +46,16 @@ def plans_record(
     """
     options = fitted(options, engines.manifest, backend)
     module = MODULES[backend]
-    here = cuda_device().compute_capability
+    here = cuda_device()
+    builds_here = backend != RTX
     return Target(
         backend=backend,
         precision=precision,
-        device="" if backend == RTX else "sm" + here.replace(".", ""),
+        device="sm" + here.compute_capability.replace(".", "") if builds_here else "",
         versions={module: library_version(module)},
         tolerance=None,
-        compute_capabilities=options.compute_capabilities or (here,),
+        compute_capabilities=options.compute_capabilities or (here.compute_capability,),
+        built_on=here.name if builds_here else msgspec.UNSET,
         profiles=profiles_of(options),
         batch_sizes=batch_sizes_of(options),
         sequence_lengths=sequence_lengths_of(options),

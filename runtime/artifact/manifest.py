@@ -273,6 +273,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         relative_speed: how many times as fast as the first target for CPUs it was at full depth, on
             the machine that chose the default target; None: not measured.
         compute_capabilities: of the GPUs that run the files, such as `8.6`.
+        built_on: the driver's name for the GPU that built the files, if they are built on the GPU
+            that runs them; unset: none is recorded, as in folders of fpabee 1.0.
         profiles: the shapes that the files accept, by length; empty: any.
         batch_sizes: the batch sizes to pad to, in rows; empty: any.
         sequence_lengths: the lengths to pad to, in tokens; empty: any.
@@ -292,6 +294,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     checked_on: str | msgspec.UnsetType = msgspec.UNSET
     relative_speed: Annotated[float, msgspec.Meta(ge=0)] | None = None
     compute_capabilities: tuple[str, ...] = ()
+    built_on: str | msgspec.UnsetType = msgspec.UNSET
     profiles: tuple[Shapes, ...] = ()
     batch_sizes: tuple[Count, ...] = ()
     sequence_lengths: tuple[Count, ...] = ()

@@ -373,8 +373,9 @@ class Backend(ABC):
                 patience = max(arrival, self._progressed) + _PATIENCE_SECONDS - time.monotonic()
                 if patience <= 0:
                     raise BackendError(
-                        f"target {self.name} runs at most {self.most_executions} calls at a time, "
-                        f"and none of them has run a segment for {_PATIENCE_SECONDS:g} seconds",
+                        f"all calls that target {self.name} can run at a time "
+                        f"({self.most_executions}) have run no segment for {_PATIENCE_SECONDS:g} "
+                        "seconds",
                         "if no segment should take so long, the device may hang: start the process "
                         "again; to answer the texts of many threads, use one Scheduler",
                     )
@@ -402,9 +403,17 @@ class Backend(ABC):
         finally:
             self._end_call(usable)
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether a call waits for an execution."""
+        return bool(self._waiting)
+
     def progressed(self) -> None:
         """Note that a call has run a segment, so that those which wait have patience."""
         self._progressed = time.monotonic()
+
+    def keep_compiled(self) -> None:  # noqa: B027 - most backends have nothing to do
+        """Keep what was compiled for this machine, if anything, for later processes."""
 
     def drop_idle(self) -> None:
         """Close the executions that no call uses."""

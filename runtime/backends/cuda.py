@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import threading
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -37,33 +36,13 @@ _THREADS = 256
 """Threads of a block."""
 _GATHERED_BYTES = 8192
 """Bytes of a row that a block gathers, in words of 8 bytes."""
-_FINAL = {
-    4: "CUDA_ERROR_DEINITIALIZED",
-    46: "CUDA_ERROR_DEVICE_UNAVAILABLE",
-    201: "CUDA_ERROR_INVALID_CONTEXT",
-    214: "CUDA_ERROR_ECC_UNCORRECTABLE",
-    220: "CUDA_ERROR_NVLINK_UNCORRECTABLE",
-    226: "CUDA_ERROR_CONTAINED",
-    700: "CUDA_ERROR_ILLEGAL_ADDRESS",
-    702: "CUDA_ERROR_LAUNCH_TIMEOUT",
-    709: "CUDA_ERROR_CONTEXT_IS_DESTROYED",
-    710: "CUDA_ERROR_ASSERT",
-    714: "CUDA_ERROR_HARDWARE_STACK_ERROR",
-    715: "CUDA_ERROR_ILLEGAL_INSTRUCTION",
-    716: "CUDA_ERROR_MISALIGNED_ADDRESS",
-    717: "CUDA_ERROR_INVALID_ADDRESS_SPACE",
-    718: "CUDA_ERROR_INVALID_PC",
-    719: "CUDA_ERROR_LAUNCH_FAILED",
-    721: "CUDA_ERROR_TENSOR_MEMORY_LEAK",
-    805: "CUDA_ERROR_MPS_CONNECTION_FAILED",
-    806: "CUDA_ERROR_MPS_RPC_FAILURE",
-    807: "CUDA_ERROR_MPS_SERVER_NOT_READY",
-    808: "CUDA_ERROR_MPS_MAX_CLIENTS_REACHED",
-    809: "CUDA_ERROR_MPS_MAX_CONNECTIONS_REACHED",
-    810: "CUDA_ERROR_MPS_CLIENT_TERMINATED",
-    999: "CUDA_ERROR_UNKNOWN",
-}
-"""Errors after which a process cannot use the device again; the runtime library has the same."""
+FINAL = {4, 46, 201, 214, 220, 226, 700, 702, 709, 710, *range(714, 720), 721}
+FINAL |= {*range(805, 811), 999}  # those of MPS, which shares a GPU, and an unknown one
+"""Errors after which a process cannot use the device again, because they break its context.
+
+They are numbers of `CUresult`, such as 214, uncorrectable memory, and 700, an illegal address. All
+others are refusals of one call, such as those while another thread captures a graph.
+"""
 
 
 class Cuda:
@@ -129,12 +108,15 @@ class Cuda:
 
     def no_room(self, size: int) -> BackendError:
         """The error that `size` bytes of device memory cannot be allocated."""
-        free, total = self.memory()
         return BackendError(
-            f"the GPU has no room for {size / 2**20:.1f} MiB: {free / 2**20:.0f} of "
-            f"{total / 2**20:.0f} MiB are free",
-            "use smaller batches or fewer threads, or close other programs that use the GPU",
+            f"the GPU has no room for {size / 2**20:.1f} MiB: {self.free_room()}",
+            "use smaller batches, or close other programs that use the GPU",
         )
+
+    def free_room(self) -> str:
+        """How much device memory is free, in words."""
+        free, total = self.memory()
+        return f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB of device memory are free"
 
     def free(self, pointer: int) -> None:
         """Free device memory."""
@@ -173,6 +155,10 @@ class Cuda:
         """Create a stream that does not wait for the default stream."""
         flag = self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         return int(self._check(self._driver.cuStreamCreate(int(flag)))[0])
+
+    def finish(self, stream: int) -> None:
+        """Wait until all that was enqueued in a stream is done."""
+        self._check(self._driver.cuStreamSynchronize(stream))
 
     def destroy_stream(self, stream: int) -> None:
         """Destroy a stream."""
@@ -230,22 +216,13 @@ class Cuda:
         _, text = self._driver.cuGetErrorString(status)
         reason = (text or b"unknown").decode()
         # Before the context exists, another process may have the device for itself, and end.
-        if is_final(code) and self._context is not None:
+        if code in FINAL and self._context is not None:
             self.failed = f"GPU {self._number} has failed: {reason} (CUDA error {code})"
             raise BackendError(self.failed, START_AGAIN)
         raise BackendError(
             f"CUDA: {reason} (error {code})",
             "check the driver with nvidia-smi, and close other programs that use the GPU",
         )
-
-
-def is_final(code: int) -> bool:
-    """Whether an error of CUDA means that this process cannot use the device again.
-
-    Such an error breaks the context of the device, and every later call returns it again. All
-    others are refusals of one call, such as those while another thread captures a graph.
-    """
-    return code in _FINAL
 
 
 class PinnedArray(NamedTuple):
@@ -255,14 +232,10 @@ class PinnedArray(NamedTuple):
     pointer: int
 
 
-_made = functools.cache(Cuda)
-_making = threading.Lock()
-
-
+@functools.cache
 def cuda(device: int) -> Cuda:
     """The driver on a device, made once."""
-    with _making:  # a cache alone would let two threads make one each
-        return _made(device)
+    return Cuda(device)
 
 
 _FOR_CUDA_12 = {"gpu": "'onnxruntime-gpu[cuda,cudnn]<1.27'", "tensorrt": "'tensorrt-cu12<12'"}
@@ -287,7 +260,8 @@ def required_gpu(target: str, number: int = 0) -> CudaDevice:
         number: of the GPU.
 
     Raises:
-        BackendError: no GPU can be used.
+        BackendError: no GPU can be used, or this process was forked after CUDA was used: libraries
+            can crash in it.
     """
     device = cuda_device(number)
     if device.error:
@@ -296,23 +270,11 @@ def required_gpu(target: str, number: int = 0) -> CudaDevice:
             f"target {target} needs an NVIDIA GPU, but {device.error}",
             f"give another `device`, or {other_target}" if number else other_target,
         )
-    check_not_forked(target)
-    return device
-
-
-def check_not_forked(target: str) -> None:
-    """Refuse a process that was forked after CUDA was used: libraries can crash in it.
-
-    Args:
-        target: name of the target, for messages.
-
-    Raises:
-        BackendError: this is such a process.
-    """
-    if cuda_device().process != os.getpid():
+    if device.process != os.getpid():
         raise BackendError(
             f"target {target} cannot run in this process, which was forked from one that had used "
             "the GPU",
             "start processes with the method spawn or forkserver of multiprocessing, and load the "
             "engine in each of them",
         )
+    return device

@@ -15,27 +15,22 @@ An application may use CUDA, too. Methods that call the driver, or a library tha
 from __future__ import annotations
 
 import functools
-import sys
-import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact.folder import EnginesFolder
 from ..artifact.manifest import ATTENTION_BIAS, LOGITS, MASK_FILL, TensorSpec
 from ..encoding import EncodedRow, write_rows
 from ..errors import BackendError
 from .base import Backend, Execution, Hidden, Outputs, Rows
 from .buffers import Bucket, BufferName, dtype_of, nbytes_of, shape_of
-from .cuda import GATHER, PinnedArray, cuda
+from .cuda import GATHER, Cuda, PinnedArray
 
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 # Unused buffers keep up to this much device memory.
 _FREE_BYTES = 256 * 2**20
@@ -44,17 +39,15 @@ Runner = Callable[[], object]
 """Enqueues one graph at one shape, with fixed addresses, in its stream."""
 
 
-def on_device(
-    verb: Callable[Concatenate[Any, _Arguments], _Result],
-) -> Callable[Concatenate[Any, _Arguments], _Result]:
+def on_device(method: _Method) -> _Method:
     """Let a method run while the context of its object's `cuda` is current in this thread."""
 
-    @functools.wraps(verb)
-    def run(self: Any, /, *arguments: _Arguments.args, **others: _Arguments.kwargs) -> _Result:
+    @functools.wraps(method)
+    def run(self: Any, *arguments: Any) -> Any:
         with self.cuda:
-            return verb(self, *arguments, **others)
+            return method(self, *arguments)
 
-    return run
+    return cast("_Method", run)
 
 
 class _Memory(NamedTuple):
@@ -65,74 +58,12 @@ class _Memory(NamedTuple):
 
 
 class _Prepared(NamedTuple):
-    """A prepared segment.
+    """A prepared segment: its graphs, and its logits on the device and on the host."""
 
-    Attributes:
-        event: marks the end of its last run.
-        runners: its graphs, in order.
-        logits: where they are on the device.
-        pinned: where they are copied to on the host.
-    """
-
-    event: int
+    event: int  # marks the end of its last run
     runners: list[Runner]
     logits: int
     pinned: PinnedArray
-
-
-class DeviceBackend(Backend):
-    """A backend on a CUDA device; see `Backend`.
-
-    Attributes:
-        most_executions: two keep the device busy: one runs while the other waits for the host.
-            Each has contexts and buffers of its own for every shape.
-        cuda: the driver on the device.
-    """
-
-    most_executions = 2
-    in_flight = 2
-    joins = True
-
-    def __init__(
-        self, engines: EnginesFolder, name: str, threads: int | None = None, device: int = 0
-    ) -> None:
-        super().__init__(engines, name, threads, device)
-        self.cuda = cuda(device)
-
-    @property
-    def failed(self) -> str:
-        """Why the device cannot be used any more; see `Backend.failed`."""
-        return self.cuda.failed
-
-    @on_device
-    def open(self) -> DeviceExecution:
-        """A new execution."""
-        return DeviceExecution(self)
-
-    @abstractmethod
-    def runner(
-        self, graph: str, bucket: Bucket, addresses: Mapping[str, int], execution: DeviceExecution
-    ) -> Runner:
-        """A runner of a graph.
-
-        Args:
-            graph: name of the graph.
-            bucket: the padded shape.
-            addresses: where each input and output is, by its name.
-            execution: has the stream to run in, and keeps what runners share.
-        """
-
-    def __del__(self) -> None:
-        """Free what is on the device, which is known by its address only, if nobody has closed it.
-
-        When the process ends, the driver frees it.
-        """
-        if hasattr(self, "cuda") and not sys.is_finalizing():  # otherwise it was never made
-            self.close()
-
-    def _free(self) -> None:
-        with suppress(BackendError), self.cuda:  # if the device has failed, nothing can be freed
-            super()._free()
 
 
 class DeviceExecution(Execution):
@@ -140,6 +71,7 @@ class DeviceExecution(Execution):
 
     Args:
         backend: the backend.
+        cuda: the driver on the device.
 
     Attributes:
         cuda: the driver on the device.
@@ -148,20 +80,24 @@ class DeviceExecution(Execution):
             when unused buffers are freed, unless memory is short.
     """
 
-    def __init__(self, backend: DeviceBackend) -> None:
+    def __init__(self, backend: Backend, cuda: Cuda) -> None:
         super().__init__(backend, _FREE_BYTES)
-        self.backend: DeviceBackend = weakref.proxy(backend)  # no cycle, as in `HostExecution`
-        self.cuda = backend.cuda
-        self.stream = self.cuda.stream()
-        try:
-            self._end = self.cuda.event()
-        except BackendError:
-            self.cuda.destroy_stream(self.stream)
-            raise
+        self.cuda = cuda
+        self.stream = cuda.stream()
         self._scratch = [(0, 0)]  # sizes and addresses
         # Tensors by name: the inputs of segment 1, and logits.
         self._on_host = {*self._stages[0].live, LOGITS}
         self.shared: dict[tuple[Bucket, str], Any] = {}
+
+    @abstractmethod
+    def runner(self, graph: str, bucket: Bucket, addresses: Mapping[str, int]) -> Runner:
+        """A runner of a graph.
+
+        Args:
+            graph: name of the graph.
+            bucket: the padded shape.
+            addresses: where each input and output is, by its name.
+        """
 
     @on_device
     def enqueue(self, hidden: Hidden) -> Outputs:
@@ -196,12 +132,11 @@ class DeviceExecution(Execution):
         return self._scratch[-1][1]
 
     def malloc(self, size: int) -> int:
-        """Allocate device memory, and free what no call uses if there is too little."""
-        for free_some in (self.free_unused, self.backend.drop_idle):
-            try:
-                return self.cuda.malloc(size)
-            except BackendError:
-                free_some()
+        """Allocate device memory, and free what no group uses if there is too little."""
+        try:
+            return self.cuda.malloc(size)
+        except BackendError:
+            self.free_unused()
         return self.cuda.malloc(size)
 
     def free_unused(self) -> None:
@@ -213,22 +148,16 @@ class DeviceExecution(Execution):
     def close(self) -> None:
         """Free everything."""
         super().close()
-        self._wait_for_all()
+        self.cuda.finish(self.stream)
         self.shared.clear()
         for _, pointer in self._scratch[1:]:
             self.cuda.free(pointer)
         del self._scratch[1:]
-        self.cuda.destroy_event(self._end)
         self.cuda.destroy_stream(self.stream)
-
-    def _wait_for_all(self) -> None:
-        """Wait until the device has done what is enqueued, without keeping a core busy."""
-        self.cuda.record(self._end, self.stream)
-        self.cuda.wait(self._end)
 
     @on_device
     def _free(self, hidden: Hidden) -> None:
-        self._wait_for_all()
+        self.cuda.finish(self.stream)
         for prepared in hidden.prepared.values():
             self.cuda.destroy_event(prepared.event)
         for memory in hidden.buffers.values():
@@ -248,7 +177,7 @@ class DeviceExecution(Execution):
             addresses = {
                 name: self._buffer(hidden, buffer).address for name, buffer in buffers.items()
             }
-            runners.append(self.backend.runner(graph, hidden.bucket, addresses, self))
+            runners.append(self.runner(graph, hidden.bucket, addresses))
         logits: _Memory = self._buffer(hidden, stage.logits)
         assert logits.pinned is not None
         return _Prepared(self.cuda.event(), runners, logits.address, logits.pinned)
@@ -301,12 +230,8 @@ class DeviceExecution(Execution):
     ) -> None:
         """Copy rows to one place, in as many launches as the parameters of a kernel need.
 
-        Args:
-            to: the address of the first row.
-            pitch: bytes of a row there.
-            sources: the address of each row.
-            widths: bytes to copy of each row.
-            fill: is repeated in the rest of each row; its first 8 bytes count.
+        Of each row at `sources`, `widths` bytes are copied to a row of `pitch` bytes. In the rest
+        of it, the first 8 bytes of `fill` are repeated.
         """
         plan = np.zeros(1, GATHER)
         plan["fill"] = fill.view(np.uint64)[0]

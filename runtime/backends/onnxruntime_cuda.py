@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import logging
 import re
 import weakref
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -22,26 +19,19 @@ from numpy.typing import NDArray
 from ..artifact.folder import EnginesFolder
 from ..artifact.manifest import Target, TensorSpec
 from ..errors import START_AGAIN, BackendError
-from .buffers import Limits
-from .cuda import is_final, packages, required_gpu
+from .cuda import FINAL, packages, required_gpu
 from .host import HostBackend, Run
 from .onnxruntime import check_installed, new_session, ort_errors, session_options
-
-logger = logging.getLogger(__name__)
 
 PROVIDER = "CUDAExecutionProvider"
 
 # cuBLAS and cuDNN number errors in their own way, and call all that break the device this.
 _FAILURE = re.compile(r"CUDA failure (\d+)|(?:CUBLAS|CUDNN) failure \d+: \w*EXECUTION_FAILED")
-_GROUP_TOKENS = 4096
-# Their inputs are sizes, which the host knows.
-_SHAPE_NODES = {"Shape", "Squeeze", "Unsqueeze", "Concat", "Range"}
 
 
 class OnnxRuntimeCudaBackend(HostBackend):
     """Graphs as sessions of the CUDA provider; see `Backend`."""
 
-    most_executions = 2  # one copies while the other computes
     joins = True
     library = "ONNX Runtime"
     failures = staticmethod(ort_errors)
@@ -71,10 +61,6 @@ class OnnxRuntimeCudaBackend(HostBackend):
         """Why the device cannot be used any more; see `Backend.failed`."""
         return self._failed
 
-    def limits(self) -> Limits:
-        """As on the CPU, but a GPU needs more tokens to be busy."""
-        return replace(super().limits(), group_tokens=_GROUP_TOKENS)
-
     def tensor(self, array: NDArray[Any], spec: TensorSpec) -> NDArray[Any]:
         """The array."""
         return array
@@ -91,7 +77,7 @@ class OnnxRuntimeCudaBackend(HostBackend):
                 values = session.run(outputs, inputs)
             except ort_errors() as error:
                 failure = _FAILURE.search(str(error))
-                if failure is None or (failure[1] and not is_final(int(failure[1]))):
+                if failure is None or (failure[1] and int(failure[1]) not in FINAL):
                     raise
                 reason = f"GPU {backend._device} has failed: ONNX Runtime reports {failure[0]}"
                 backend._failed = reason
@@ -102,11 +88,17 @@ class OnnxRuntimeCudaBackend(HostBackend):
         return run
 
     def read(self, name: str) -> Any:
-        """A session, all of which is on the GPU."""
+        """A session on the GPU."""
         import onnxruntime as ort
 
         problems = _preload()
-        session = create_session(self._engines.graph(self._file(name)), self._device)
+        # As in plans, heads in fp32 are not rounded to TF32.
+        settings = {"device_id": str(self._device), "use_tf32": "0"}
+        session = new_session(
+            self._engines.graph(self._file(name)),
+            session_options(threads=1),
+            providers=[(PROVIDER, settings)],
+        )
         if session.get_providers()[0] != PROVIDER:
             raise BackendError(
                 f"ONNX Runtime put {name} on {session.get_providers()[0]}, not on the GPU"
@@ -114,45 +106,7 @@ class OnnxRuntimeCudaBackend(HostBackend):
                 f"onnxruntime-gpu {ort.__version__} needs other CUDA or cuDNN libraries: "
                 f"pip install -U {packages('gpu')}",
             )
-        on_cpu = nodes_on_cpu(session)
-        if on_cpu:
-            logger.warning(
-                "%s: nodes run on the CPU, such as %s (%d in all), so it is slower than it could "
-                "be; export or convert the model again",
-                name,
-                on_cpu[0],
-                len(on_cpu),
-            )
         return session
-
-
-def create_session(path: Path, device: int) -> Any:
-    """A session on a GPU.
-
-    Args:
-        path: the ONNX file.
-        device: the number of the GPU.
-    """
-    options = session_options(threads=1)
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    # As in plans, heads in fp32 are not rounded to TF32.
-    settings = {"device_id": str(device), "use_tf32": "0"}
-    return new_session(path, options, providers=[(PROVIDER, settings)])
-
-
-def nodes_on_cpu(session: Any) -> list[str]:
-    """The nodes of a session that run on the CPU, except those that compute shapes.
-
-    Empty before ONNX Runtime 1.24, which does not tell.
-    """
-    ask = getattr(session, "get_provider_graph_assignment_info", list)
-    return [
-        node.name
-        for part in ask()
-        if part.ep_name == "CPUExecutionProvider"
-        for node in part.get_nodes()
-        if node.op_type not in _SHAPE_NODES
-    ]
 
 
 @functools.cache

@@ -9,39 +9,39 @@ import hashlib
 import importlib
 import json
 import logging
+import re
 import shlex
-import threading
+import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata, util
 from typing import Any
 
 from ..artifact.folder import EnginesFolder
 from ..artifact.manifest import Shapes, Target
-from ..errors import ArtifactError, BackendError, MissingExtraError
-from ..machine import CudaDevice, cuda_device
+from ..errors import ArtifactError, BackendError, MissingExtraError, warn_once
+from ..machine import cuda_device
 from . import compiled_cache
-from .base import Execution, is_out_of_memory
+from .base import Backend, is_out_of_memory
 from .buffers import Bucket, Limits, shape_of
-from .cuda import packages, required_gpu
-from .device import DeviceBackend, DeviceExecution, Runner, on_device
+from .cuda import cuda, packages, required_gpu
+from .device import DeviceExecution, Runner, on_device
 
 logger = logging.getLogger(__name__)
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 _MOST_ERRORS = 1000  # that are kept; an operation reports far fewer
-_LESS_MEMORY = "use fewer threads, or close other programs that use the GPU"
+_LESS_MEMORY = "close other programs that use the GPU, or build the target for smaller shapes"
 
 
 class ErrorLog:
     """The errors that TensorRT reports, which is the only place where it says why something failed.
 
     The first error of an operation is the cause; those after it name what failed because of it.
-    Threads share the log, so an operation may also see errors of others that ran meanwhile.
 
     Attributes:
         count: how many errors were reported until now; an operation notes it when it begins.
@@ -49,15 +49,12 @@ class ErrorLog:
 
     def __init__(self) -> None:
         self.count = 0
-        # The garbage collector may free an object of the library, which logs, while it is held.
-        self._lock = threading.RLock()
         self._latest = deque[str](maxlen=_MOST_ERRORS)
 
     def add(self, message: str) -> None:
         """Keep an error."""
-        with self._lock:
-            self._latest.append(message.strip())
-            self.count += 1
+        self._latest.append(message.strip())
+        self.count += 1
 
     def since(self, begun: int) -> str:
         """The errors of an operation, the first one first.
@@ -65,9 +62,8 @@ class ErrorLog:
         Args:
             begun: `count` when it began.
         """
-        with self._lock:
-            first = max(0, len(self._latest) - (self.count - begun))
-            return "; ".join([*self._latest][first:]) or "TensorRT gives no reason"
+        first = max(0, len(self._latest) - (self.count - begun))
+        return "; ".join([*self._latest][first:]) or "TensorRT gives no reason"
 
     def must(self, done: bool, what: str, begun: int) -> None:
         """Raise an error, with its reasons, unless an operation is done.
@@ -103,39 +99,21 @@ def succeeds(call: Callable[..., bool], *arguments: object) -> bool:
         return False
 
 
-@dataclass(eq=False)
-class PlanContext:
-    """An execution context at one shape, which all runners of this shape share.
-
-    Attributes:
-        context: the object of the library.
-        stream: the stream that it runs in.
-        errors: what the library reports.
-        addresses: the addresses that are set, by the name of the input or output.
-    """
-
-    context: Any
-    stream: int
-    errors: ErrorLog
-    addresses: Mapping[str, int] = field(default_factory=dict)
-
-    def run(self, addresses: Mapping[str, int]) -> None:
-        """Enqueue the plan in the stream, at the addresses of inputs and outputs by name."""
-        begun = self.errors.count
-        if self.addresses != addresses:
-            self.addresses = {}  # until all are set, they are a mixture
-            for name, address in addresses.items():
-                done = self.context.set_tensor_address(name, address)
-                self.errors.must(done, f"TensorRT does not accept the address of {name}", begun)
-            self.addresses = addresses
-        done = self.context.execute_async_v3(self.stream)
-        self.errors.must(done, "TensorRT could not start a segment", begun)
+def _run(context: Any, addresses: Mapping[str, int], stream: int, errors: ErrorLog) -> None:
+    """Enqueue a plan at the addresses of its inputs and outputs; groups share its context."""
+    begun = errors.count
+    for name, address in addresses.items():
+        done = context.set_tensor_address(name, address)
+        errors.must(done, f"TensorRT does not accept the address of {name}", begun)
+    errors.must(context.execute_async_v3(stream), "TensorRT could not start a segment", begun)
 
 
 class RuntimeCache:
     """What TensorRT for RTX compiled for this GPU, kept in the user's cache directory.
 
-    It is code, so it is never read from an engines folder.
+    It is code, so it is never read from an engines folder. It is written after a warm-up, after the
+    check of a first load, and when the engine is closed. A process that ends without any of these
+    compiles again next time.
 
     Args:
         key: its name in the cache.
@@ -146,13 +124,11 @@ class RuntimeCache:
         self._key = key
         self._errors = errors
         self._cache: Any = None
-        self._is_new = False
         self._configs: dict[str, Any] = {}  # they must live as long as the contexts made with them
 
     def config(self, trt: Any, graph: str, engine: Any) -> Any:
         """The configuration of an engine's next context, which uses the cache."""
         if graph in self._configs:
-            self._is_new = True  # the library compiles for the context when it first runs
             return self._configs[graph]
         begun = self._errors.count
         refused = "TensorRT for RTX cannot configure an execution context"
@@ -172,32 +148,39 @@ class RuntimeCache:
                 logger.info("what was compiled before is for another driver, so it is replaced")
         self._errors.must(runtime_config.set_runtime_cache(self._cache), refused, begun)
         self._configs[graph] = runtime_config
-        self._is_new = True
         return runtime_config
 
     def save(self) -> None:
-        """Write the cache if contexts were made since the last time, and if possible.
+        """Write the cache unless the user's cache directory has the same, and if possible.
 
         The context of the device must be current, because the library asks for its driver.
         """
-        if not self._is_new:
+        if self._cache is None:
             return
-        self._is_new = False
         begun = self._errors.count
         content = self._cache.serialize()
         if content is None:
             logger.warning("compiled graphs are not kept: %s", self._errors.since(begun))
-            return
-        compiled_cache.write(self._key, bytes(content))
+        elif compiled_cache.read(self._key) != memoryview(bytes(content)):
+            compiled_cache.write(self._key, bytes(content))
 
 
-class TensorRtBackend(DeviceBackend):
+class TensorRtBackend(Backend):
     """Plans of TensorRT or of TensorRT for RTX; see `Backend`.
+
+    There is one execution, because each has contexts and buffers of its own for every shape.
+
+    Attributes:
+        cuda: the driver on the device.
+        errors: what the library reports.
 
     Raises:
         ArtifactError: a plan was built from another graph than the one in the folder.
     """
 
+    most_executions = 1
+    in_flight = 2
+    joins = True
     prepares_shapes = True
 
     def __init__(
@@ -205,14 +188,26 @@ class TensorRtBackend(DeviceBackend):
     ) -> None:
         super().__init__(engines, name, threads, device)
         self._compiled: RuntimeCache | None = None  # what is freed also if nothing else is made
-        self.trt: Any = importlib.import_module(MODULES[self.target.backend])
-        self._errors = ErrorLog()
-        self._logger = error_logger(self.trt, self._errors)  # must live as long as the runtime
+        self.cuda = cuda(device)
+        self.errors = ErrorLog()
+        gpu = cuda_device(device)
+        self._trt: Any = importlib.import_module(MODULES[self.target.backend])
+        self._logger = error_logger(self._trt, self.errors)  # must live as long as the runtime
         with self.cuda:
-            self._runtime = self.trt.Runtime(self._logger)
+            self._runtime = self._trt.Runtime(self._logger)
         if self.target.backend == "tensorrt-rtx":
-            key = _cache_key(self.target, self.trt.__version__, cuda_device(device))
-            self._compiled = RuntimeCache(key, self._errors)
+            plans = sorted(file.sha256 for file in self.target.files.values())
+            # What decides how it compiles.
+            parts = [plans, self._trt.__version__, gpu.name, gpu.compute_capability]
+            key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+            self._compiled = RuntimeCache(key, self.errors)
+        if self.target.built_on and self.target.built_on != gpu.name:
+            warn_once(
+                logger,
+                f"target {name} was built on {self.target.built_on}, and runs on {gpu.name}: its "
+                f"plans may be slow or fail there, so {rebuild(self.target)}",
+                engines.path,
+            )
         for graph, file in self.target.files.items():
             if file.onnx_sha256 != self.graphs[graph].sha256:
                 raise ArtifactError(
@@ -238,13 +233,19 @@ class TensorRtBackend(DeviceBackend):
                 f"{gpu.compute_capability}",
                 rebuild(target),
             )
+        if target.built_on and mig_slice(target.built_on) != mig_slice(gpu.name):
+            raise BackendError(
+                f"target {name} was built on {target.built_on}, but this is {gpu.name}: plans fit "
+                "only slices (MIG) of one size, or only whole GPUs",
+                rebuild(target),
+            )
         built = target.versions.get(module, "unknown")
         here = library_version(module)
         if built != here:
             raise BackendError(
                 f"target {name} was built by {module} {built}, but {module} {here} is installed, "
                 "which cannot load it",
-                rebuild(target, f"pip install {shlex.quote(f'{module}=={built}')}"),
+                f"{rebuild(target)}; or pip install {shlex.quote(f'{module}=={built}')}",
             )
 
     def limits(self) -> Limits:
@@ -261,70 +262,105 @@ class TensorRtBackend(DeviceBackend):
             sequence_lengths=self.target.sequence_lengths,
         )
 
-    def give_back(self, execution: Execution, failed: bool = False) -> None:
-        """Also keep what the device compiled, because many processes end without closing."""
-        try:
-            if not failed and not self.origin.is_elsewhere:
-                with self._lock:
-                    self._save()
-        finally:
-            super().give_back(execution, failed)
+    @on_device
+    def keep_compiled(self) -> None:
+        """Keep what TensorRT for RTX compiled, see `RuntimeCache`."""
+        if self._compiled is not None:
+            execution = self.check_out()  # so that nothing is compiled meanwhile
+            try:
+                self._compiled.save()
+            finally:
+                self.give_back(execution)
 
-    def runner(
-        self, graph: str, bucket: Bucket, addresses: Mapping[str, int], execution: DeviceExecution
-    ) -> Runner:
-        """A runner on the execution's context of a graph and shape."""
-        shared = execution.shared.get((bucket, graph))
-        if shared is None:
-            shared = execution.shared[bucket, graph] = self._context(graph, bucket, execution)
-        return partial(shared.run, addresses)
+    @property
+    def failed(self) -> str:
+        """Why the device cannot be used any more; see `Backend.failed`."""
+        return self.cuda.failed
 
-    def _profile(self, bucket: Bucket) -> int:
-        """The narrowest optimization profile for a shape.
+    @on_device
+    def open(self) -> TensorRtExecution:
+        """A new execution."""
+        return TensorRtExecution(self)
 
-        Raises:
-            BackendError: no profile includes the shape.
-        """
-        number = profile_for(self.target.profiles, bucket)
-        if number is not None:
-            return number
-        ranges = "; ".join(
-            f"{p.batch.min} to {p.batch.max} rows of {p.sequence.min} to {p.sequence.max} tokens"
-            for p in self.target.profiles
-            if p.batch.max > 1 or len(self.target.profiles) < 3
-        )
-        raise BackendError(
-            f"target {self.name} takes {ranges}, not {bucket.batch} rows of {bucket.sequence}",
-            "build it again for more shapes, with larger `batch` and `sequence`",
-        )
-
-    def _context(self, graph: str, bucket: Bucket, execution: DeviceExecution) -> PlanContext:
-        """A context of a graph with its shapes set, which uses scratch memory of the execution."""
+    def new_context(self, graph: str) -> Any:
+        """An execution context of a graph; None: memory is lacking."""
         engine = self.graph(graph)
-        errors = self._errors
-        begun = errors.count
-        with self._lock:
-            how = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            if self._compiled is not None:
-                how = self._compiled.config(self.trt, graph, engine)
-            context = engine.create_execution_context(how)
-        # For lack of memory, which this execution or others that no call uses may hold.
-        for free_some in (execution.free_unused, self.drop_idle):
-            if context is None:
-                free_some()
-                with self._lock:
-                    context = engine.create_execution_context(how)
+        how = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._compiled is not None:
+            how = self._compiled.config(self._trt, graph, engine)
+        return engine.create_execution_context(how)
+
+    @on_device
+    def _load(self, name: str) -> Any:
+        file = self._file(name)
+        path = self._engines.file(file.file, file.sha256)
+        plan = path.read_bytes()
+        begun = self.errors.count
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            if self.cuda.memory()[0] < len(plan):
+                raise self.cuda.no_room(len(plan))
+            reasons = self.errors.since(begun)
+            raise ArtifactError(f"{path} cannot be loaded: {reasons}", rebuild(self.target))
+        return engine
+
+    def __del__(self) -> None:
+        """Free what is on the device, which is known by its address only, if nobody has closed it.
+
+        When the process ends, the driver frees it.
+        """
+        if hasattr(self, "cuda") and not sys.is_finalizing():  # otherwise it was never made
+            self.close()
+
+    def _free(self) -> None:
+        with suppress(BackendError), self.cuda:  # one that has failed can neither save nor free
+            try:
+                if self._compiled is not None:
+                    self._compiled.save()
+            finally:
+                self._compiled = None  # of the engines, so it goes before them
+                super()._free()
+
+
+class TensorRtExecution(DeviceExecution):
+    """Runs plans; see `Execution`.
+
+    Args:
+        backend: the backend.
+    """
+
+    def __init__(self, backend: TensorRtBackend) -> None:
+        super().__init__(backend, backend.cuda)
+        self._backend: TensorRtBackend = weakref.proxy(backend)  # no cycle, as in `HostExecution`
+
+    def runner(self, graph: str, bucket: Bucket, addresses: Mapping[str, int]) -> Runner:
+        """A runner on the context of a graph and shape."""
+        context = self.shared.get((bucket, graph))
         if context is None:
-            free, total = self.cuda.memory()
+            context = self.shared[bucket, graph] = self._context(graph, bucket)
+        return partial(_run, context, addresses, self.stream, self._backend.errors)
+
+    def _context(self, graph: str, bucket: Bucket) -> Any:
+        """A context of a graph with its shapes set, which uses scratch memory of the execution."""
+        backend = self._backend
+        errors = backend.errors
+        begun = errors.count
+        engine = backend.graph(graph)
+        context = backend.new_context(graph)
+        if context is None:
+            self.free_unused()
+            context = backend.new_context(graph)
+        if context is None:
             raise BackendError(
-                f"{self.name}: no execution context for {graph}: {errors.since(begun)}; "
-                f"{free / 2**20:.0f} of {total / 2**20:.0f} MiB of device memory are free",
+                f"{backend.name}: no execution context for {graph}: {errors.since(begun)}; "
+                f"{self.cuda.free_room()}",
                 _LESS_MEMORY,
             )
-        set_profile = context.set_optimization_profile_async
-        done = succeeds(set_profile, self._profile(bucket), execution.stream)
+        # If none fits, profile 0 refuses the shape below, and the library says which it takes.
+        profile = profile_for(backend.target.profiles, bucket) or 0
+        done = succeeds(context.set_optimization_profile_async, profile, self.stream)
         errors.must(done, f"{graph} does not accept its profile", begun)
-        for spec in self.graphs[graph].inputs:
+        for spec in backend.graphs[graph].inputs:
             shape = shape_of(spec, bucket)
             done = context.set_input_shape(spec.name, shape)
             errors.must(done, f"{graph} does not accept {spec.name} of shape {list(shape)}", begun)
@@ -334,46 +370,8 @@ class TensorRtBackend(DeviceBackend):
         need = int(context.update_device_memory_size_for_shapes())
         size = max(need, int(engine.device_memory_size_v2))
         if size:
-            context.set_device_memory(execution.scratch(size), size)
-        return PlanContext(context, execution.stream, errors)
-
-    @on_device
-    def _load(self, name: str) -> Any:
-        file = self._file(name)
-        path = self._engines.file(file.file, file.sha256)
-        plan = path.read_bytes()
-        begun = self._errors.count
-        if self._compiled is not None:
-            validity, _ = self._runtime.get_engine_validity(
-                plan[: self._runtime.engine_header_size]
-            )
-            if validity == self.trt.EngineValidity.INVALID:
-                raise ArtifactError(
-                    f"{path} was not built for this GPU and this release of TensorRT for RTX: "
-                    f"{self._errors.since(begun)}",
-                    rebuild(self.target),
-                )
-        engine = self._runtime.deserialize_cuda_engine(plan)
-        if engine is None:
-            if self.cuda.memory()[0] < len(plan):
-                raise self.cuda.no_room(len(plan))
-            reasons = self._errors.since(begun)
-            raise ArtifactError(f"{path} cannot be loaded: {reasons}", rebuild(self.target))
-        return engine
-
-    def _save(self) -> None:
-        """Keep what the device compiled; one that has failed has nothing to keep."""
-        if self._compiled is not None:
-            with suppress(BackendError), self.cuda:
-                self._compiled.save()
-
-    def _free(self) -> None:
-        try:
-            self._save()
-        finally:
-            with suppress(BackendError), self.cuda:
-                self._compiled = None  # of the engines, so it goes before them
-            super()._free()
+            context.set_device_memory(self.scratch(size), size)
+        return context
 
 
 def profile_for(profiles: Sequence[Shapes], bucket: Bucket) -> int | None:
@@ -387,24 +385,15 @@ def profile_for(profiles: Sequence[Shapes], bucket: Bucket) -> int | None:
     return min(fitting)[-1] if fitting else None
 
 
-def _cache_key(target: Target, version: str, gpu: CudaDevice) -> str:
-    """A hash of the plans, the library's version and the GPU, which decide what is compiled."""
-    plans = sorted(file.sha256 for file in target.files.values())
-    parts = [plans, version, gpu.name, gpu.compute_capability]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+def mig_slice(gpu: str) -> str:
+    """The size of the part of a GPU that a name stands for, such as `1g.10gb`; empty: all of it."""
+    part = re.search(r" MIG ([\w.]+)", gpu)
+    return part[1] if part else ""
 
 
-def rebuild(target: Target, otherwise: str = "") -> str:
-    """The hint to build a target on this machine.
-
-    Args:
-        target: the target's record.
-        otherwise: what else can be done.
-    """
-    if target.backend not in MODULES:
-        return "update fpabee"
-    here = f"build target {target.backend}-{target.precision} here"
-    return f"{here}; or {otherwise}" if otherwise else here
+def rebuild(target: Target) -> str:
+    """The hint to build a target on this machine."""
+    return f"build target {target.backend}-fp16 here"
 
 
 def library_version(module: str) -> str:
@@ -419,7 +408,7 @@ def library_version(module: str) -> str:
 
 
 def error_logger(trt: Any, errors: ErrorLog) -> Any:
-    """A logger that keeps errors instead of printing them, and drops everything else.
+    """A logger that keeps errors, logs each warning once, and drops everything else.
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.
@@ -433,5 +422,7 @@ def error_logger(trt: Any, errors: ErrorLog) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 errors.add(message)
+            elif severity == trt.ILogger.Severity.WARNING:
+                warn_once(logger, f"{trt.__name__}: {message.strip()}")
 
     return Logger()

@@ -93,6 +93,11 @@ class Chain:
             self._lent = self.backend.check_out()
         return self._lent
 
+    @property
+    def gives_way(self) -> bool:
+        """Whether another call waits for what this one has borrowed."""
+        return self._lent is not None and self.backend.is_awaited
+
     def __enter__(self) -> Chain:
         return self
 

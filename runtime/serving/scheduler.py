@@ -110,7 +110,8 @@ class Scheduler:
     of a query run a segment before any of them goes on. Between two groups of documents, another
     query may run: the one with the fewest tokens left to run goes first, but every second turn
     belongs to the oldest query. So a small query does not wait for a large one, and a large one
-    always goes on. What runs beside the oldest query takes at most 256 MiB.
+    always goes on. What runs beside the oldest query takes at most 256 MiB. Other calls of the
+    engine have their turn between groups.
 
     A scheduler that is dropped without `close` answers what was submitted, and its thread ends.
 
@@ -179,7 +180,8 @@ class Scheduler:
         Returns:
             A future of the answer. Its `cancel` takes the row out of the queue, or out of its group
             before the next segment. If the row cannot be answered, `result` raises the error
-            that `predict` would raise.
+            that `predict` would raise. Its callbacks must not call the engine, which may wait for
+            them.
 
         Raises:
             InputError: it is neither a text nor a pair, the deadline is not a number, or the model
@@ -208,17 +210,15 @@ class Scheduler:
         """Load the segments, and prepare what would make the first rows wait.
 
         On a GPU, every padded shape runs once, as each takes longer at first. This can take
-        minutes when TensorRT for RTX compiles for a GPU for the first time. On a CPU, one short row
-        runs. The rows of a scheduler run in one execution at a time, so only this one is prepared:
-        other calls of the engine at the same time prepare their own.
+        minutes when TensorRT for RTX compiles for a GPU for the first time; what it compiled is
+        kept for later processes. On a CPU, one short row runs.
 
         Raises:
             BackendError: the engine is closed, or memory is lacking.
             ArtifactError: a segment is missing or damaged.
         """
         every = shapes(self._core.limits) if self._core.backend.prepares_shapes else []
-        for rows, tokens in every or [(1, 1)]:
-            self._core.time_exits(rows, tokens)
+        self._core.prepare(every or [(1, 1)])
 
     async def classify(
         self,
@@ -434,13 +434,19 @@ class Scheduler:
             self._tokens.pop(future, None)
 
     def _answer_arrived(self) -> None:
-        while self._arrived:
+        while self._is_busy:
             try:
                 with self._core.chain() as chain:
-                    while self._is_busy or (chain.watched and not self._closed):
+                    while self._goes_on(chain):
                         self._try_step(chain)
             except Exception as error:  # noqa: BLE001 - it belongs to all rows
                 self._fail_all(error)
+
+    def _goes_on(self, chain: Chain) -> bool:
+        """Whether the chain has work. No new group begins while another call waits for its turn."""
+        if self._groups or (chain.watched and not self._closed):
+            return True
+        return self._is_busy and not chain.gives_way
 
     @property
     def _is_busy(self) -> bool:
@@ -477,7 +483,7 @@ class Scheduler:
         self._admit(chain)
         self._clear(chain)
         group = self._choose(chain)
-        if not (self._waiting or self._groups):
+        if group is None and not self._groups:
             group = chain.next_watched()
         if group is not None and not group.is_answered and self._metrics is not None:
             self._metrics.ran(len(group))
@@ -540,7 +546,7 @@ class Scheduler:
 
         best = max(ready, key=gain, default=None)
         under_way = sum(group.hidden.nbytes for group in self._groups if group.hidden)
-        if not self._waiting or under_way > self._core.window_bytes:
+        if not self._waiting or under_way > self._core.window_bytes or chain.gives_way:
             return best
         waiting = min(self._waiting, key=lambda group: float(group.deadlines.min()))
         first = int(waiting.deadlines.argmin())
@@ -576,10 +582,12 @@ class Scheduler:
         others = queries - {oldest}
         room = self._core.window_bytes - sum(each.nbytes for each in others if each.has_begun)
         can_run = [
-            each for each in behind if each is oldest or each.has_begun or each.nbytes <= room
+            each
+            for each in behind
+            if each.has_begun or (not chain.gives_way and (each is oldest or each.nbytes <= room))
         ]
         query = min(can_run, key=lambda each: (each.tokens_left, each.arrived), default=None)
-        if oldest in behind and self._tokens_beside >= chain.limits.group_tokens:
+        if oldest in can_run and self._tokens_beside >= chain.limits.group_tokens:
             query = oldest
         if query is None:
             return None

@@ -40,13 +40,14 @@ def rebuilt_graph(_: Place, double: Double) -> None:
     double.change_plan("segment_02", onnx_sha256="0" * 64)
 
 
-REBUILD = "build target tensorrt-fp32 here"
+REBUILD = "build target tensorrt-fp16 here"
 CASES = [
     Case("plans for another GPU", on_gpu(other_gpu), "8.6", "11.0", "Thor", REBUILD),
     Case("plans of another release", on_gpu(versions={"tensorrt": "10.3.0"}),
          "tensorrt 10.3.0", REBUILD),
     Case("a plan made before its graph changed", on_gpu(rebuilt_graph), "another graph", REBUILD),
-    Case("no room on the GPU", on_gpu(lacks_memory), "MiB are free", "smaller batches"),
+    Case("no room on the GPU", on_gpu(lacks_memory), "MiB of device memory are free",
+         "smaller batches"),
 ]  # fmt: skip
 
 

@@ -192,12 +192,12 @@ CALLS: dict[str, tuple[str, list[Any]]] = {
         [ENGINES, "fast", "safe", {"max_length": 9, "threads": 2}],
     ),
     "serve engines --target fast --operating-point safe --max-length 9 --threads 2 --check "
-    "--watch 1": (
+    "--watch 1 --device 1": (
         LOADS,
         [
             ENGINES,
             {"target": "fast", "operating_point": "safe", "max_length": 9, "threads": 2}
-            | {"check": True, "watch": 1.0},
+            | {"check": True, "watch": 1.0, "device": 1},
         ],
     ),
     TRAIN: (

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fpabee.runtime.backends.cuda import GATHER, Cuda, PinnedArray, is_final
+from fpabee.runtime.backends.cuda import FINAL, GATHER, Cuda, PinnedArray
 
 _GAP = 1 << 20
 _OF_THREAD = threading.local()
@@ -92,7 +92,6 @@ class FakeCuda(Cuda):
         error: the number of the error with which they fail.
         dead: the number of the error that every call gives; 0: none.
         calls: how often each method was called.
-        frees: how often device memory was freed; each waits for the whole device.
         idle: how often the device had nothing left to do when a wait ended.
         freed_elsewhere: kinds of objects of a library that were freed in another context.
     """
@@ -114,7 +113,6 @@ class FakeCuda(Cuda):
         self.pinned_of = weakref.WeakValueDictionary()
         self.streams: dict[int, _Stream] = {}
         self.events: dict[int, bool] = {}
-        self.frees = 0
         self.idle = 0
         self.freed_elsewhere: list[str] = []
         self.fails_at: dict[str, int] = {}
@@ -145,7 +143,6 @@ class FakeCuda(Cuda):
         return pointer
 
     def free(self, pointer: int) -> None:
-        self.frees += 1
         for stream in self.streams.values():
             while stream.queue:
                 self._step(stream)
@@ -220,6 +217,9 @@ class FakeCuda(Cuda):
         while state.queue:
             self._step(state)
 
+    def finish(self, stream: int) -> None:
+        self.run_all(stream)
+
     def destroy_stream(self, stream: int) -> None:
         assert not self.streams[stream].queue
         del self.streams[stream]
@@ -255,7 +255,7 @@ class FakeCuda(Cuda):
         """Whether this call of a kind is the one that fails."""
         self.fails_at[call] = self.fails_at.get(call, 0) - 1
         fails = self.fails_at[call] == 0
-        if fails and is_final(self.error):
+        if fails and self.error in FINAL:
             self.dead = self.error
         return fails
 

@@ -22,7 +22,7 @@ from fpabee.exporter.targets.plan_worker import PlanRequest
 from fpabee.runtime import Engine, machine
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
 from fpabee.runtime.artifact.manifest import BuiltFile, Manifest, Range, Shapes, Target
-from fpabee.runtime.backends import cuda, device, onnxruntime_cuda, tensorrt
+from fpabee.runtime.backends import cuda, onnxruntime_cuda, tensorrt
 from fpabee.runtime.chain.chain import Chain
 from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.encoding import Text
@@ -83,6 +83,13 @@ class Double:
         _add_target(self.folder, self.target, msgspec.structs.replace(target, files=files))
 
 
+def offer_fp32_plans(patch: pytest.MonkeyPatch) -> None:
+    """Let plans be built in fp32, too: their answers are close to those of the CPU."""
+    for library in tensorrt.MODULES:
+        builder = builders.Plans(library, "fp32", "a test")
+        patch.setitem(builders.BUILDERS, builder.name, builder)
+
+
 def set_gpu(patch: pytest.MonkeyPatch, gpu: CudaDevice = GPU) -> None:
     """Let the code find this GPU."""
     for module in (machine, cuda, tensorrt, targets, builders):
@@ -96,7 +103,7 @@ def serve(patch: pytest.MonkeyPatch, folder: Path, backend: str = "tensorrt") ->
     trt = FakeTensorRt(plans_of(folder, unwritten), name)
     patch.setitem(sys.modules, name, trt)
     double = Double(folder, "", FakeCuda(), trt, unwritten=unwritten)
-    patch.setattr(device, "cuda", lambda number: (double.cuda, double.second)[number])
+    patch.setattr(tensorrt, "cuda", lambda number: (double.cuda, double.second)[number])
     patch.setattr(metadata, "packages_distributions", _packages)
     set_gpu(patch)
     engine_of = check.engine_of
@@ -108,6 +115,7 @@ def serve(patch: pytest.MonkeyPatch, folder: Path, backend: str = "tensorrt") ->
     patch.setattr(check, "engine_of", noted)
     if backend == "tensorrt":
         patch.setattr(targets, "run_worker", double.build)
+    offer_fp32_plans(patch)
     return double
 
 
@@ -178,7 +186,7 @@ def serve_cuda_provider(patch: pytest.MonkeyPatch) -> None:
     """Let doubles run the graphs of all folders as ONNX Runtime's CUDA provider."""
     check = staticmethod(lambda target, name, device=0: None)
     patch.setattr(onnxruntime_cuda.OnnxRuntimeCudaBackend, "check", check)
-    patch.setattr(onnxruntime_cuda, "create_session", FakeCudaSession)
+    patch.setattr(onnxruntime_cuda, "new_session", FakeCudaSession)
 
 
 def _add_target(folder: Path, name: str, target: Target) -> None:

@@ -19,18 +19,10 @@ def shared_session(content: bytes) -> Any:
 
 
 class FakeCudaSession:
-    """A session that says that it runs on the GPU.
+    """A session that says that it runs on the GPU."""
 
-    Attributes:
-        device: the number of the GPU.
-    """
-
-    def __init__(self, path: Path, device: int) -> None:
-        self.device = device
+    def __init__(self, path: Path, options: object, providers: object) -> None:
         self._session = shared_session(path.read_bytes())
-
-    def get_provider_graph_assignment_info(self) -> list[Any]:
-        return []
 
     def get_providers(self) -> list[str]:
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]

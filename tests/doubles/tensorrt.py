@@ -40,7 +40,7 @@ class Plan:
 
 
 def plans_of(folder: Path, unwritten: Sequence[Manifest] = ()) -> Callable[[bytes], Plan | None]:
-    """A function that finds a plan of a folder by its bytes, or by the first of them.
+    """A function that finds a plan of a folder by its bytes.
 
     Args:
         folder: the folder.
@@ -52,7 +52,7 @@ def plans_of(folder: Path, unwritten: Sequence[Manifest] = ()) -> Callable[[byte
             for target in manifest.targets.values():
                 for name, file in target.files.items():
                     path = folder / file.file
-                    if path.is_file() and path.read_bytes().startswith(content):
+                    if path.is_file() and path.read_bytes() == content:
                         graph = manifest.graphs_in(target.precision)[name]
                         return Plan(folder / graph.file, graph, target.profiles)
         return None
@@ -71,7 +71,7 @@ class FakeContext:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.scratch = (0, 0)
-        self.config: Callable[[], Any] = lambda: self
+        self.config: Callable[[], Any] = lambda: "TensorRT has none"
         self.is_eager = True
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
@@ -155,6 +155,8 @@ class FakeTensorRt(types.ModuleType):
 
             INTERNAL_ERROR = 0
             ERROR = 1
+            WARNING = 2
+            INFO = 3
 
         def log(self, severity: Any, message: str) -> None:
             """Overridden by loggers."""
@@ -170,12 +172,6 @@ class FakeTensorRt(types.ModuleType):
 
         LAZY = 0
         EAGER = 1
-
-    class EngineValidity(enum.Enum):
-        """As in TensorRT for RTX."""
-
-        VALID = 0
-        INVALID = 2
 
     def __init__(
         self,
@@ -195,10 +191,10 @@ class FakeTensorRt(types.ModuleType):
         self.logger = logger
         return FakeRuntime(self)
 
-    def report(self, *messages: str) -> None:
-        """Report errors."""
+    def report(self, *messages: str, severity: str = "ERROR") -> None:
+        """Report errors, or something else."""
         for message in messages:
-            self.logger.log(self.ILogger.Severity.ERROR, message)
+            self.logger.log(self.ILogger.Severity[severity], message)
 
 
 class FakeRuntime:
@@ -214,13 +210,6 @@ class FakeRuntime:
             self._trt.report("Version tag does not match")
             return None
         return FakeEngine(self._trt, plan)
-
-    engine_header_size = 72
-
-    def get_engine_validity(self, header: bytes) -> tuple[Any, int]:
-        assert len(header) == self.engine_header_size
-        validity = self._trt.EngineValidity
-        return (validity.INVALID if self._trt.plans(header) is None else validity.VALID), 0
 
 
 class FakeRuntimeCache(OnDevice):

@@ -22,7 +22,7 @@ import pytest
 from click.testing import CliRunner
 from one_graph import write_one_graph
 
-from fpabee.exporter.single_file import pack, plan
+from fpabee.exporter.single_file import pack, packing, plan
 from fpabee.exporter.targets import PlanOptions
 from fpabee.exporter.targets.builders import BUILDERS
 from fpabee.exporter.targets.check import FP32_TARGET
@@ -264,6 +264,7 @@ def test_a_library_is_measured_and_judged(
 def pack_for(library: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the part `build` packs, but nothing is built."""
     target = f"{library}-fp32"
+    monkeypatch.setattr(packing, "_PLANS", [target])
     monkeypatch.setattr(type(BUILDERS[target]), "why_not", lambda self: None)
     monkeypatch.setattr(
         plan,

@@ -47,6 +47,7 @@ fpabee-serve engines/ --host 0.0.0.0 --allowed-host texts.example.com
 @options.target
 @options.count("--max-length", "Truncate texts to this many tokens.")
 @options.threads
+@options.count("--device", "Number of the GPU.", 0, min=0)
 @options.flag(
     "--check/--no-check",
     "Whether to check first, on the reference texts, that the target matches the model. Default: "

@@ -18,7 +18,7 @@ import onnxruntime
 import pytest
 
 from fpabee.exporter.backbones import _FAMILIES
-from fpabee.exporter.single_file import pack
+from fpabee.exporter.single_file import pack, packing
 from fpabee.exporter.targets import fp16
 from fpabee.exporter.targets.plans import PlanOptions
 from fpabee.runtime import (
@@ -37,6 +37,7 @@ from fpabee.runtime import (
 from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.backends.onnxruntime import session_options
 
+from ...doubles.device import GPU, offer_fp32_plans, serve
 from .consumer import Consumer
 from .test_packing import FP32, PAIRS, SINGLE, assert_equal
 
@@ -70,9 +71,14 @@ RULES: dict[str, list[ExitRule]] = {
 
 @pytest.fixture
 def packed_plan(
-    engine_copy: Callable[..., Path], tmp_path: Path, set_points: Callable[..., None]
+    engine_copy: Callable[..., Path],
+    tmp_path: Path,
+    set_points: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., tuple[Path, dict[str, Any]]]:
     """Builds a plan for a copy of the engines folder of a family, with operating points."""
+    offer_fp32_plans(monkeypatch)
+    monkeypatch.setattr(packing, "_PLANS", [RTX, RTX_FP16])
     for package in ("tensorrt_rtx", "polygraphy"):
         pytest.importorskip(package, reason=f"{package} is not installed")
 
@@ -123,6 +129,16 @@ def test_a_plan_serves_every_operating_point_of_its_rule(
                 assert_equal(engine, texts, answers, least_exits)
 
 
+def test_a_plan_of_tensorrt_names_the_gpu_that_built_it(
+    engine_copy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "_PLANS", ["tensorrt-fp32"])
+    folder = serve(monkeypatch, engine_copy()).folder
+    pack(folder, tmp_path / "plan", "tensorrt-fp32", plans=SMALL)
+    plan = json.loads((tmp_path / "plan" / "fpabee.json").read_text())["plan"]
+    assert (plan["compute_capabilities"], plan["built_on"]) == ([GPU.compute_capability], GPU.name)
+
+
 @pytest.mark.parametrize(
     "family",
     [
@@ -141,6 +157,7 @@ def test_fp16_plans_of_every_family(
     assert plan["onnx_sha256"] == sha256_of(folder / plan["onnx"])
     assert plan["versions"].keys() == {"tensorrt_rtx"}
     assert plan["compute_capabilities"] == ["8.6", "12.0"]
+    assert "built_on" not in plan
     assert plan["shapes"]["sequence"] == {"min": 8, "opt": 16, "max": 32}
     outputs = {each["name"]: (each["dtype"], each["shape"][0]) for each in plan["outputs"]}
     assert outputs == {"logits": ("float32", "batch"), "exit": ("int64", "batch")}

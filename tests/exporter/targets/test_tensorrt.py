@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from msgspec import UNSET
 from onnx import helper
 
 from fpabee.calibration.progress import Progress, silent
@@ -33,7 +34,7 @@ from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.machine import CudaDevice
 
 from ...bad_input.cases import corrected, with_loop
-from ...doubles.device import Double
+from ...doubles.device import GPU, Double, offer_fp32_plans
 
 SMALL = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32), compute_capabilities=("8.6", "12.0"))
 SEGMENTS = ["segment_01", "segment_02", "segment_03"]
@@ -62,6 +63,11 @@ def noted_builds(double: Double, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(tensorrt, "run_worker", noted)
     return built
+
+
+@pytest.fixture(autouse=True)
+def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer_fp32_plans(monkeypatch)
 
 
 def needs_rtx() -> None:
@@ -100,6 +106,7 @@ def test_every_graph_becomes_one_rtx_plan(
         assert file.onnx_sha256 == graphs[graph].sha256
     assert seen == [(number, len(graphs)) for number in range(len(graphs) + 1)]
     assert (target.compute_capabilities, target.tolerance) == (capabilities, None)
+    assert target.built_on is UNSET, "it was built for more GPUs"
     assert [(p.sequence.min, p.sequence.max) for p in target.profiles] == [(8, 16), (17, 32)]
     assert target.batch_sizes == (1, 4)
     assert target.sequence_lengths == (8, 16, 32)
@@ -122,9 +129,9 @@ def test_shapes_end_where_the_model_ends(engines: Mapping[str, Path]) -> None:
     manifest = read_manifest(engines["bert"])
     options = fitted(dataclasses.replace(SMALL, sequence=(16, 128, 512)), manifest, RTX)
     assert sequence_lengths_of(options)[-1] == manifest.tokenizer.max_length == 64
-    assert [p.sequence.max for p in profiles_of(options) if p.batch.max > 1] == [64]
+    assert [p.sequence.max for p in profiles_of(options)] == [64]
     ranges = [p.sequence for p in profiles_of(SMALL)]
-    assert [(each.min, each.max) for each in ranges] == [(8, 16), (17, 32)], "none for one row"
+    assert [(each.min, each.max) for each in ranges] == [(8, 16), (17, 32)]
 
 
 @pytest.mark.parametrize(
@@ -145,25 +152,6 @@ def test_there_are_few_shapes_to_prepare(
     options = PlanOptions(batch, sequence)
     assert batch_sizes_of(options) == batches
     assert sequence_lengths_of(options) == lengths
-
-
-@pytest.mark.parametrize(
-    ("sequence", "typical"),
-    [
-        ((16, 64, 128), [16, 32, 64, 128]),
-        ((16, 128, 512), [64, 128, 256, 512]),
-        ((16, 64, 100), [16, 32, 100]),
-    ],
-)
-def test_few_profiles_are_tuned_for_a_single_row(
-    sequence: tuple[int, int, int], typical: list[int]
-) -> None:
-    """And they take every length: each profile makes a build longer."""
-    options = PlanOptions(sequence=sequence, compute_capabilities=())
-    ranges = [p.sequence for p in profiles_of(options) if p.batch.max == 1]
-    assert [each.opt for each in ranges] == typical
-    assert sum(each.max - each.min + 1 for each in ranges) == sequence[2] - sequence[0] + 1
-    assert (ranges[0].min, ranges[-1].max) == (sequence[0], sequence[2])
 
 
 def test_tensorrt_needs_packages_and_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,5 +259,6 @@ def test_segments_share_what_was_timed(double: Double) -> None:
     assert [timed for _, timed in double.builds] == [[], SEGMENTS[:1], SEGMENTS[:2]]
     for wanted, _ in double.builds:
         assert wanted.compute_capabilities == ()
-        assert len(wanted.profiles) == len(target.profiles) == 2 + 3
+        assert len(wanted.profiles) == len(target.profiles) == 2
     assert target.compute_capabilities == ("8.6",)
+    assert target.built_on == GPU.name

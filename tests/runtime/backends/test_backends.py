@@ -234,7 +234,7 @@ def test_results_stay_valid_while_the_next_segment_runs(chain: Chain) -> None:
 
 def test_reused_buffers_hold_nothing_of_earlier_rows(chain: Chain) -> None:
     bucket = Bucket(2, 64)
-    fresh = chain.backend.check_out()
+    fresh = chain.backend.open()
     for execution in (chain.execution, fresh):
         for numbers in ([7, 7], [1, 0]):
             hidden = execution.begin([chain.rows[number] for number in numbers], bucket)
@@ -243,7 +243,7 @@ def test_reused_buffers_hold_nothing_of_earlier_rows(chain: Chain) -> None:
                 alone = np.concatenate([chain.alone[number][segment][0] for number in numbers])
                 assert_close(outputs(), alone, chain.limit)
             execution.release(hidden)
-    chain.backend.give_back(fresh)
+    fresh.close()
 
 
 def test_buffers_in_host_memory_start_at_a_cache_line(chain: Chain) -> None:

@@ -26,8 +26,8 @@ from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.targets import open_backend
 
 from ...child_process import Ended, Report, forked
-from ...doubles.device import Double, run_through, set_gpu
-from ...doubles.tensorrt import FakeContext, FakeEngine
+from ...doubles.device import Double, set_gpu
+from ...doubles.tensorrt import FakeContext
 
 TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 FAILURES = ["malloc", "pinned", "event", "stream", "run"]
@@ -62,7 +62,7 @@ def test_threads_at_the_same_time(double: Callable[..., Double]) -> None:
             expected = usual.trace(texts).logits
             for logits in times:
                 np.testing.assert_allclose(logits, expected, atol=1e-5)
-        assert len(made.cuda.streams) <= 2
+        assert len(made.cuda.streams) == 1
     assert nothing_is_left(made)
 
 
@@ -94,20 +94,18 @@ def test_closing_during_a_call(
     assert nothing_is_left(made)
 
 
-def test_a_call_waits_for_one_of_two_executions(double: Callable[..., Double]) -> None:
+def test_a_call_waits_for_the_only_execution(double: Callable[..., Double]) -> None:
     """Even if the engine is closed meanwhile; more executions would need more device memory."""
     made = double()
     engine = made.load()
     backend = engine.core.backend
-    lent = [backend.check_out() for _ in range(2)]
+    lent = backend.check_out()
     with ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(engine.predict, TEXTS) for _ in range(2)]
         assert until(lambda: len(backend._waiting) == 2)
         engine.close()
-        backend.give_back(lent.pop(), failed=True)
+        backend.give_back(lent, failed=True)
         assert [len(answer.result(60)) for answer in answers] == [len(TEXTS)] * 2
-        assert len(made.cuda.streams) == 2
-        backend.give_back(lent.pop())
     assert nothing_is_left(made)
 
 
@@ -122,31 +120,29 @@ def test_the_call_that_has_waited_longest_is_next(double: Callable[..., Double])
             order.append("other")
             backend.give_back(execution)
 
-        lent = [backend.check_out() for _ in range(2)]
+        lent = backend.check_out()
         waits = pool.submit(other)
         assert until(lambda: len(backend._waiting) == 1)
-        backend.give_back(lent.pop())
-        lent.append(backend.check_out())
+        backend.give_back(lent)
+        lent = backend.check_out()
         order.append("the loop")
         waits.result(60)
-        for execution in lent:
-            backend.give_back(execution)
+        backend.give_back(lent)
     assert order == ["other", "the loop"]
 
 
 def test_no_call_waits_for_ever(
     double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two calls hang on the device; each of the others gets an error in time."""
+    """A call hangs on the device; each of the others gets an error in time."""
     monkeypatch.setattr(base, "_PATIENCE_SECONDS", 0.1)
     with double().load() as engine, ThreadPoolExecutor(3) as pool:
         backend = engine.core.backend
-        lent = [backend.check_out() for _ in range(2)]
+        lent = backend.check_out()
         for answer in [pool.submit(engine.predict, TEXTS) for _ in range(3)]:
-            with pytest.raises(BackendError, match=r"at most 2 calls .* 0\.1 seconds -> .*start"):
+            with pytest.raises(BackendError, match=r"at a time \(1\) .* 0\.1 seconds -> .*start"):
                 answer.result(60)
-        for execution in lent:
-            backend.give_back(execution)
+        backend.give_back(lent)
         assert len(engine.predict(TEXTS)) == len(TEXTS)
 
 
@@ -156,15 +152,14 @@ def test_a_call_is_patient_while_others_run_segments(
     monkeypatch.setattr(base, "_PATIENCE_SECONDS", 0.3)
     with double().load() as engine, ThreadPoolExecutor(1) as pool:
         backend = engine.core.backend
-        lent = [backend.check_out() for _ in range(2)]
+        lent = backend.check_out()
         answer = pool.submit(engine.predict, TEXTS)
         until_then = time.monotonic() + 0.9
         while time.monotonic() < until_then:
             backend.progressed()
             time.sleep(0.01)
         assert not answer.done()
-        for execution in lent:
-            backend.give_back(execution)
+        backend.give_back(lent)
         assert len(answer.result(60)) == len(TEXTS)
 
 
@@ -197,31 +192,6 @@ def test_a_call_that_dies(
                     engine.trace(TEXTS)
                 assert made.used() < used
         assert len(engine.predict(TEXTS)) == len(TEXTS)
-        assert len(made.cuda.streams) == 1
-    assert nothing_is_left(made)
-
-
-@pytest.mark.parametrize("lacking", ["memory", "contexts"])
-def test_idle_executions_make_room(
-    lacking: str, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Calls at the same time leave executions behind; a call that lacks memory closes them."""
-    made = double()
-    create = FakeEngine.create_execution_context
-
-    def lacks_memory(engine: FakeEngine, how: Any) -> Any:
-        return create(engine, how) if len(made.cuda.streams) == 1 else None
-
-    with made.load() as engine:
-        with engine.core.chain() as chain, engine.core.chain() as other:
-            for each in (chain, other):
-                run_through(engine, each, TEXTS)
-        assert len(made.cuda.streams) == 2
-        if lacking == "memory":
-            made.cuda.room = made.used()
-        else:
-            monkeypatch.setattr(FakeEngine, "create_execution_context", lacks_memory)
-        assert len(engine.predict(["rain " * 40] * 2)) == 2
         assert len(made.cuda.streams) == 1
     assert nothing_is_left(made)
 
@@ -285,7 +255,7 @@ class Calls(RuleBasedStateMachine):
         except BackendError:
             self.end_call(execution, failed=True)
 
-    @precondition(lambda self: len(self.lent) < 2)
+    @precondition(lambda self: not self.lent)
     @rule()
     def check_out(self) -> None:
         with suppress(BackendError):

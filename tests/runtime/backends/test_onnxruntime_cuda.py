@@ -6,8 +6,6 @@ import gc
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 from unittest.mock import Mock
 
 import onnx
@@ -18,66 +16,31 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from fpabee.runtime import ArtifactError, BackendError
 from fpabee.runtime.artifact.manifest import Target
 from fpabee.runtime.backends import onnxruntime_cuda
-from fpabee.runtime.backends.onnxruntime import cpu_session, session_options
-from fpabee.runtime.backends.onnxruntime_cuda import (
-    OnnxRuntimeCudaBackend,
-    create_session,
-    nodes_on_cpu,
-)
+from fpabee.runtime.backends.onnxruntime import new_session
+from fpabee.runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from fpabee.runtime.machine import CudaDevice
 
 from ...doubles.device import Double, set_gpu
 from ...doubles.onnxruntime_cuda import FakeCudaSession
 
 
-def node(name: str, kind: str) -> SimpleNamespace:
-    return SimpleNamespace(name=name, op_type=kind)
-
-
 def test_a_fallback_is_never_silent(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither of single nodes nor of a whole session; and each graph is loaded once."""
+    """And each graph is loaded once, on the chosen GPU."""
     made = double(backend="onnxruntime")
-    loaded: list[str] = []
-    devices = set[int]()
-    create = onnxruntime_cuda.create_session
-
-    def counted(path: Path, device: int) -> Any:
-        loaded.append(path.name)
-        devices.add(device)
-        return create(path, device)
-
-    monkeypatch.setattr(onnxruntime_cuda, "create_session", counted)
-    nodes = [node("slow/conv", "Conv"), node("size", "Shape")]
-    parts = [
-        SimpleNamespace(ep_name="CPUExecutionProvider", get_nodes=lambda: nodes),
-        SimpleNamespace(ep_name=onnxruntime_cuda.PROVIDER, get_nodes=lambda: [node("x", "MatMul")]),
-    ]
-    ask = "get_provider_graph_assignment_info"
-    monkeypatch.setattr(FakeCudaSession, ask, lambda self: parts)
+    create = Mock(wraps=FakeCudaSession)
+    monkeypatch.setattr(onnxruntime_cuda, "new_session", create)
     with made.load(device=1) as engine:
-        engine.predict(["rain"])
-    assert devices == {1}
-    assert "segment_01: nodes run on the CPU, such as slow/conv (1 in all)" in caplog.text
+        engine.predict(["rain"] * 2)
+    loaded = [call.args[0].name for call in create.call_args_list]
     assert len(loaded) == len(set(loaded)) > 1
+    settings = {"device_id": "1", "use_tf32": "0"}
+    assert create.call_args.kwargs == {"providers": [("CUDAExecutionProvider", settings)]}
     monkeypatch.setattr(FakeCudaSession, "get_providers", lambda self: ["CPUExecutionProvider"])
     message = r"not on the GPU.* -> onnxruntime-gpu .*\[gpu-cu13\]"
     with made.load() as engine, pytest.raises(BackendError, match=message):
         engine.predict(["rain"])
-
-
-@pytest.mark.skipif(
-    not hasattr(ort.InferenceSession, "get_provider_graph_assignment_info"),
-    reason="this version does not say which provider has a node",
-)
-def test_the_partition_of_a_real_session(engines: Mapping[str, Path]) -> None:
-    """On the CPU all nodes are reported, except those that compute shapes."""
-    options = session_options()
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    path = engines["bert"] / "onnx/fp32/segment_02.onnx"
-    on_cpu = nodes_on_cpu(cpu_session(path, options))
-    assert any(name.startswith("blocks.0.layer.attention") for name in on_cpu)
 
 
 @pytest.mark.parametrize("family", ["bert", "albert", "mpnet", "modernbert"])
@@ -104,18 +67,11 @@ def test_it_needs_a_gpu_and_the_cuda_provider(monkeypatch: pytest.MonkeyPatch) -
         OnnxRuntimeCudaBackend.check(target, "x")
 
 
-def test_the_whole_session_runs_on_the_chosen_gpu(
-    engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[tuple[Any, dict[str, Any]]] = []
-    monkeypatch.setattr(
-        ort, "InferenceSession", lambda path, options, **others: made.append((options, others))
-    )
-    create_session(engines["bert"] / "x.onnx", 7)
-    ((options, others),) = made
-    settings = {"device_id": "7", "use_tf32": "0"}
-    assert others == {"providers": [("CUDAExecutionProvider", settings)], "enable_fallback": 0}
-    assert options.get_session_config_entry("session.record_ep_graph_assignment_info") == "1"
+def test_no_session_moves_to_the_cpu_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Mock()
+    monkeypatch.setattr(ort, "InferenceSession", made)
+    new_session(b"", None)
+    assert made.call_args.kwargs == {"enable_fallback": 0}
 
 
 def test_cuda_libraries_are_loaded_and_standard_output_stays_clean(
@@ -133,7 +89,7 @@ def test_a_graph_that_cannot_be_loaded_at_all(
 ) -> None:
     made = double(backend="onnxruntime")
     fails = Mock(side_effect=RuntimeError("CUDA failure 100\nat line 7"))
-    monkeypatch.setattr(onnxruntime_cuda, "create_session", fails)
+    monkeypatch.setattr(onnxruntime_cuda, "new_session", fails)
     message = rf"load {made.target} of .*: CUDA failure 100 -> .*\[gpu-cu13\]"
     with made.load() as engine, pytest.raises(ArtifactError, match=message):
         engine.predict(["rain"])

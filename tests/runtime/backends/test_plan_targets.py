@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import UNSET, UnsetType
 
 from fpabee.exporter.targets.plans import (
     PlanOptions,
@@ -16,12 +19,11 @@ from fpabee.exporter.targets.plans import (
     sequence_lengths_of,
 )
 from fpabee.runtime import BackendError, Engine, MissingExtraError
-from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
-from fpabee.runtime.backends.buffers import Bucket
+from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.artifact.manifest import Range, Shapes
 from fpabee.runtime.chain.groups import split
-from fpabee.runtime.targets import open_backend
 
-from ...doubles.device import Double
+from ...doubles.device import GPU, Double, set_gpu
 
 MIB = 2**20
 
@@ -35,6 +37,64 @@ def test_a_plan_needs_its_library(
         made.load()
 
 
+A100 = "NVIDIA A100-SXM4-40GB"
+
+
+@pytest.mark.parametrize(
+    ("built_on", "here", "says"),
+    [
+        (A100, A100, ""),
+        (f"{A100} MIG 1g.5gb", f"{A100} MIG 1g.5gb", ""),
+        (f"{A100} MIG 1g.5gb", f"{A100} MIG 1g.5gb+me", "warning"),
+        ("NVIDIA L4", "NVIDIA GeForce RTX 4090", "warning"),
+        (A100, f"{A100} MIG 1g.5gb", "error"),
+        (f"{A100} MIG 1g.5gb", A100, "error"),
+        (f"{A100} MIG 1g.5gb", f"{A100} MIG 2g.10gb", "error"),
+        (UNSET, f"{A100} MIG 1g.5gb", ""),
+    ],
+)
+def test_a_plan_is_for_the_gpu_that_built_it(
+    built_on: str | UnsetType,
+    here: str,
+    says: str,
+    double: Callable[..., Double],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = double(built_on=built_on)
+    set_gpu(monkeypatch, replace(GPU, name=here))
+    if says == "error":
+        message = rf"built on {built_on}, but this is {here}: .* \(MIG\) .* -> build target ten"
+        with pytest.raises(BackendError, match=re.sub(r"\+", ".", message)):
+            made.load()
+        return
+    for _ in range(2):
+        made.load().close()
+    hint = f"target {made.target} was built on {built_on}, and runs on {here}: "
+    assert [hint in each for each in caplog.messages if "built on" in each] == [True] * bool(says)
+    assert "so build target tensorrt-fp16 here" in caplog.text or not says
+
+
+def test_warnings_of_the_library_are_logged_once(
+    double: Callable[..., Double], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as that a plan was built on another model of GPU, which each of its files says."""
+    made = double()
+    plans = made.trt.plans
+
+    def warns(content: bytes) -> Any:
+        made.trt.report("made up on another\nGPU \n", severity="WARNING")
+        made.trt.report("loaded", severity="INFO")
+        return plans(content)
+
+    made.trt.plans = warns
+    with made.load() as engine:
+        engine.predict(["rain"])
+    told = [each for each in caplog.messages if each.startswith("tensorrt: ")]
+    assert told == [r"tensorrt: made up on another\nGPU"]
+    assert "loaded" not in caplog.text
+
+
 def test_a_plan_that_does_not_fit_into_device_memory(double: Callable[..., Double]) -> None:
     made = double()
     plan = made.folder / "targets" / made.target / "segment_01.plan"
@@ -44,7 +104,7 @@ def test_a_plan_that_does_not_fit_into_device_memory(double: Callable[..., Doubl
     made.trt.plans = lambda content: None
     made.cuda.room = 3 * MIB
     with made.load() as engine:
-        with pytest.raises(BackendError, match=r"no room for 5\.0 MiB: 3 of 3 MiB are free -> use"):
+        with pytest.raises(BackendError, match=r"no room for 5\.0 MiB: 3 of 3 MiB of .* -> use"):
             engine.predict(["rain"])
         made.trt.plans = plans
         made.cuda.room = 1024 * MIB
@@ -92,24 +152,36 @@ def test_rows_fill_the_smallest_batch(double: Callable[..., Double]) -> None:
             assert [len(rows) for rows in groups] == [32, 32]
 
 
-@pytest.mark.parametrize("batch", [(1, 8, 32), (2, 4, 8)])
-def test_one_row_runs_in_the_profile_of_its_length(
-    batch: tuple[int, int, int], double: Callable[..., Double]
+def test_folders_of_1_0_run_single_rows_in_profiles_of_their_own(
+    double: Callable[..., Double],
 ) -> None:
-    """Kernels are chosen for the typical shape of a profile. Older plans have two profiles."""
-    options = PlanOptions(batch=batch, compute_capabilities=())
-    profiles = profiles_of(options)
-    made = double(profiles=profiles, batch_sizes=batch_sizes_of(options))
-    backend: Any = open_backend(EnginesFolder.read(made.folder), made.target, None)
-    limits = backend.limits()
-    assert (limits.max_batch, limits.max_sequence) == (options.batch[2], 128)
-    assert limits.group_tokens == options.batch[2] * 64
-    few = options.batch[0]
-    for length in sequence_lengths_of(options):
-        chosen = profiles[backend._profile(Bucket(few, length))]
-        assert chosen.sequence.min <= length <= chosen.sequence.max
-        assert (chosen.batch.max == 1) == (few == 1)
-        assert profiles[backend._profile(Bucket(8, length))].batch.max > 1
-    with pytest.raises(BackendError, match=r"takes \d to \d+ rows of 16 to 64 tokens; [^;]*, not"):
-        backend._profile(Bucket(64, 16))
-    backend.close()
+    ranges = [
+        ((1, 8, 32), (2, 16)),
+        ((1, 8, 32), (17, 64)),
+        ((1, 1, 1), (2, 8)),
+        ((1, 1, 1), (9, 64)),
+    ]
+    profiles = [
+        Shapes(
+            batch=Range(min=batch[0], opt=batch[1], max=batch[2]),
+            sequence=Range(min=sequence[0], opt=sequence[1], max=sequence[1]),
+        )
+        for batch, sequence in ranges
+    ]
+    made = double(profiles=profiles, batch_sizes=(1, 32), sequence_lengths=(8, 16, 64))
+    texts = ["rain", "rain " * 40, "turn the lights on and play music"]
+    with made.load() as engine, Engine.load(made.folder) as usual:
+        limits = engine.core.limits
+        assert (limits.max_batch, limits.max_sequence, limits.group_tokens) == (32, 64, 512)
+        for batch in (*([text] for text in texts), texts * 3):
+            found = engine.trace(batch).logits
+            np.testing.assert_allclose(found, usual.trace(batch).logits, atol=1e-5)
+    used = {profiles.index(context.profile) for context in made.trt.contexts if context.profile}
+    assert used == {0, 2, 3}, "long rows run alone, too, because they would fill a group"
+
+
+def test_a_shape_outside_all_profiles_is_refused(double: Callable[..., Double]) -> None:
+    made = double(batch=(2, 2, 4))
+    message = r"segment_01 does not accept input_ids of shape \[1, \d\]"
+    with made.load() as engine, pytest.raises(BackendError, match=message):
+        engine.predict(["rain"])

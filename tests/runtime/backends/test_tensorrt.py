@@ -6,7 +6,6 @@ import errno
 import gc
 import logging
 import tempfile
-import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -27,9 +26,9 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.backends import compiled_cache, device
 from fpabee.runtime.backends.device import DeviceExecution
-from fpabee.runtime.backends.tensorrt import ErrorLog, PlanContext
 from fpabee.runtime.machine import CudaDevice
 from fpabee.runtime.rules.runner import RuleRunner
+from fpabee.runtime.serving import Scheduler
 
 from ...bad_input.cases import changed_heads
 from ...doubles.device import Double, install, run_through, set_gpu
@@ -132,12 +131,13 @@ def test_outputs_are_read_before_their_memory_is_freed(double: Callable[..., Dou
 
 def test_contexts_are_freed_at_once(double: Callable[..., Double]) -> None:
     """Not when the garbage collector runs next: what lacks memory needs theirs now."""
-    with double().load() as engine:
+    made = double()
+    with made.load() as engine:
         with engine.core.chain() as chain:
             run_through(engine, chain, ["rain"])
-            execution: Any = chain.execution
-            contexts = [weakref.ref(context) for context in execution.shared.values()]
-            assert len(contexts) == 3
+        contexts = list(map(weakref.ref, made.trt.contexts))
+        assert len(contexts) == 3
+        made.trt.contexts.clear()
         gc.disable()
         try:
             engine.core.backend.drop_idle()
@@ -206,24 +206,11 @@ def test_warming_up_makes_what_it_is_asked_for(
         assert len(made.trt.contexts) == contexts
 
 
-@pytest.mark.parametrize(
-    ("backend", "message"),
-    [
-        (
-            "tensorrt",
-            r"segment_01\.plan .*: Version tag does not match -> build target tensorrt-fp32",
-        ),
-        (
-            "tensorrt-rtx",
-            r"segment_01\.plan was not built for this GPU .*target tensorrt-rtx-fp32 here",
-        ),
-    ],
-)
-def test_a_plan_that_does_not_load_says_why(
-    backend: str, message: str, double: Callable[..., Double]
-) -> None:
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_a_plan_that_does_not_load_says_why(backend: str, double: Callable[..., Double]) -> None:
     made = double(backend=backend)
     made.trt.plans = lambda content: None
+    message = rf"segment_01\.plan .*: Version tag does not match -> build target {backend}-fp16"
     with made.load() as engine, pytest.raises(ArtifactError, match=message):
         engine.predict(["rain"])
 
@@ -261,58 +248,11 @@ def test_a_call_that_fails_says_why(
         with pytest.raises(BackendError, match=r": no kernel; no segment -> build the target"):
             engine.predict(["rain"])
         reasons = ["OutOfMemory (Requested size was 8 bytes.)"]
-        with pytest.raises(BackendError, match=r": OutOfMemory [^;]* -> use fewer threads"):
+        with pytest.raises(BackendError, match=r": OutOfMemory [^;]* -> close other"):
             engine.predict(["rain"])
         reasons = []
         with pytest.raises(BackendError, match="no reason"):
             engine.predict(["rain"])
-
-
-def test_an_object_that_is_freed_meanwhile_may_log() -> None:
-    """The garbage collector runs in any thread, also in one that is adding an error."""
-    errors = ErrorLog()
-
-    class Collects(str):
-        def strip(self, *_: Any) -> str:
-            errors.add("freed in a wrong context")
-            return super().strip()
-
-    thread = threading.Thread(target=errors.add, args=(Collects("no kernel"),), daemon=True)
-    thread.start()
-    thread.join(30)
-    assert not thread.is_alive()
-    assert errors.since(0) == "freed in a wrong context; no kernel"
-
-
-def test_addresses_that_were_refused_are_set_again() -> None:
-    """Groups share a context, which a call that fails leaves with a mixture of their addresses."""
-    context = FakeAddresses()
-    plan = PlanContext(context, 1, ErrorLog())
-    one = {"tokens": 256, "logits": 512}
-    plan.run(one)
-    context.refused.add(1024)
-    with pytest.raises(BackendError, match="address of logits"):
-        plan.run({"tokens": 768, "logits": 1024})
-    plan.run(one)
-    assert context.ran == [one, one]
-
-
-class FakeAddresses:
-    """An execution context that only notes the addresses at which it runs."""
-
-    def __init__(self) -> None:
-        self.addresses: dict[str, int] = {}
-        self.refused = set[int]()
-        self.ran: list[dict[str, int]] = []
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        if address not in self.refused:
-            self.addresses[name] = address
-        return address not in self.refused
-
-    def execute_async_v3(self, stream: int) -> bool:
-        self.ran.append(dict(self.addresses))
-        return True
 
 
 def test_rtx_keeps_what_the_device_compiled(
@@ -323,25 +263,54 @@ def test_rtx_keeps_what_the_device_compiled(
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = compiled_cache.folder()
 
-    def kept(made: Double) -> list[bytes]:
-        with made.load() as engine:
-            engine.trace(["rain"])
-            # Many processes end without closing an engine.
-            names = (path.name for path in sorted((tmp_path / "cache/fpabee/compiled").iterdir()))
-            return [bytes(compiled_cache.read(name) or b"") for name in names]
+    def kept() -> list[bytes]:
+        names = (path.name for path in sorted(folder.iterdir()))
+        return [bytes(compiled_cache.read(name) or b"") for name in names]
 
     made = double(backend="tensorrt-rtx")
     before = sorted(made.folder.rglob("*"))
-    assert kept(made) == [b"compiled 3"]
-    assert kept(made) == [b"compiled 6"], "the next process starts with what the first one kept"
+    with made.load() as engine:
+        engine.predict(["rain"])
+        assert not folder.exists(), "calls keep nothing"
+    assert kept() == [b"compiled 3"]
+    with made.load() as engine:
+        engine.predict(["rain"])
+    assert kept() == [b"compiled 6"], "the next process starts with what the first one kept"
     assert sorted(made.folder.rglob("*")) == before, "a folder must stay verifiable"
-    (path,) = (tmp_path / "cache/fpabee/compiled").iterdir()
+    (path,) = folder.iterdir()
     compiled_cache.write(path.name, b"of another driver")
-    assert kept(made) == [b"compiled 3"]
+    with made.load() as engine:
+        engine.predict(["rain"])
+    assert kept() == [b"compiled 3"]
     assert "for another driver" in caplog.text
     set_gpu(monkeypatch, CudaDevice("Another GPU", "8.6", (13, 0)))
-    assert kept(made) == [b"compiled 3"] * 2, "what another GPU compiled is not read"
+    with made.load() as engine:
+        engine.predict(["rain"])
+    assert kept() == [b"compiled 3"] * 2, "what another GPU compiled is not read"
+
+
+@pytest.mark.parametrize("how", ["check", "warm_up", "scheduler"])
+def test_rtx_keeps_it_once_and_before_the_end(
+    how: str, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers may be killed. What is there already is not written again."""
+    made = double(backend="tensorrt-rtx", batch_sizes=(1, 64), sequence_lengths=(16, 64))
+    write = Mock(wraps=compiled_cache.write)
+    monkeypatch.setattr(compiled_cache, "write", write)
+    with made.load(check=how == "check") as engine:
+        if how == "warm_up":
+            engine.warm_up()
+        if how == "scheduler":
+            with Scheduler(engine) as scheduler:
+                scheduler.warm_up()
+        assert write.call_count == 1
+        engine.warm_up()
+        writes = write.call_count
+        assert writes == 1 + (how == "check"), "the check runs other shapes"
+        engine.predict(["rain"])
+    assert write.call_count == writes
 
 
 @pytest.mark.parametrize(
@@ -362,25 +331,12 @@ def test_a_cache_that_cannot_be_kept_loses_no_answer(
     else:
         monkeypatch.setattr(FakeRuntimeCache, "serialize", lambda cache: None)
     with made.load() as engine:
-        for number in range(1, 4):
-            assert len(engine.predict(["rain " * 10 * number])) == 1
-            assert len(caplog.messages) == number
-    assert {record.levelname for record in caplog.records} == {level}
-    assert {message.split(":")[0] for message in caplog.messages} == {
-        "compiled graphs are not kept"
-    }
-
-
-def test_a_device_that_fails_before_the_cache_is_kept_loses_no_answer(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = double(backend="tensorrt-rtx")
-    serialize = Mock()
-    monkeypatch.setattr(FakeRuntimeCache, "serialize", serialize)
-    with made.load() as engine, engine.core.chain() as chain:
-        run_through(engine, chain, ["rain"])
-        made.cuda.failed = "another engine has broken the context"
-    assert not serialize.called
+        engine.warm_up(tokens=1)
+        assert len(engine.predict(["rain"])) == 1
+    told = "compiled graphs are not kept"
+    assert [(each.levelname, each.message.split(":")[0]) for each in caplog.records] == [
+        (level, told)
+    ] * 2
 
 
 def test_an_error_of_the_cache_leaves_the_execution_to_others(
@@ -389,7 +345,6 @@ def test_an_error_of_the_cache_leaves_the_execution_to_others(
     with double(backend="tensorrt-rtx").load() as engine:
         with monkeypatch.context() as patch:
             patch.setattr(FakeRuntimeCache, "serialize", Mock(side_effect=MemoryError))
-            for number in range(1, 4):
-                with pytest.raises(MemoryError):
-                    engine.predict(["rain " * 10 * number])
+            with pytest.raises(MemoryError):
+                engine.warm_up(tokens=1)
         assert len(engine.predict(["rain"])) == 1

@@ -24,15 +24,14 @@ IN_BOTH = """
     ERROR ExecutionContextAllocationStrategy ILogger INTERNAL_ERROR Runtime Severity USER_MANAGED
     create_execution_context deserialize deserialize_cuda_engine device_memory_size_v2
     execute_async_v3 infer_shapes serialize set_device_memory set_input_shape
-    set_optimization_profile_async set_tensor_address update_device_memory_size_for_shapes
+    set_optimization_profile_async set_tensor_address update_device_memory_size_for_shapes WARNING
 """
 """These exist in the bindings of TensorRT 10.3.0 and 11.4.0 (tensorrt-cu12-bindings and
 tensorrt-cu13-bindings). Look other names up there before you use and add them."""
 ONLY_WITH_RTX = """
-    DynamicShapesKernelSpecializationStrategy EAGER EngineValidity INVALID create_runtime_cache
-    create_runtime_config dynamic_shapes_kernel_specialization_strategy engine_header_size
-    get_engine_validity
-    set_execution_context_allocation_strategy set_runtime_cache
+    DynamicShapesKernelSpecializationStrategy EAGER create_runtime_cache create_runtime_config
+    dynamic_shapes_kernel_specialization_strategy set_execution_context_allocation_strategy
+    set_runtime_cache
 """
 """Used only with TensorRT for RTX, because not all versions of TensorRT have them."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,28 @@ def test_a_group_that_fails_while_another_runs(
         for answer in results(short):
             np.testing.assert_allclose(answer.probabilities, expected[0].probabilities, atol=1e-5)
     assert double.cuda.memory_of == double.cuda.streams == {}
+
+
+def test_other_calls_of_the_engine_have_their_turn(double: Double) -> None:
+    """Although the scheduler always has texts, and one call runs at a time."""
+    is_busy = threading.Event()
+    is_busy.set()
+
+    def again(_: object) -> None:
+        if is_busy.is_set():
+            scheduler.submit("rain").add_done_callback(again)
+
+    with double.load(rule=NEVER) as engine, Scheduler(engine) as scheduler:
+        expected = engine.predict(TEXTS)
+        for _ in range(12):
+            again(None)
+        with ThreadPoolExecutor(2) as pool:
+            try:
+                calls = [pool.submit(engine.predict, TEXTS) for _ in range(4)]
+                answers = [call.result(WAIT) for call in calls]
+            finally:
+                is_busy.clear()
+    assert [[each.exit for each in some] for some in answers] == [[e.exit for e in expected]] * 4
 
 
 @pytest.fixture

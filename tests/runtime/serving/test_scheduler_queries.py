@@ -192,3 +192,21 @@ def test_closing_while_queries_take_turns(
         else:
             assert len(each.result(WAIT)) == len(some)
     assert scheduler._unanswered == 0
+
+
+def test_another_call_of_the_engine_has_its_turn_before_the_next_query(
+    engine: Engine, gate: Gate, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one call runs at a time, as on a device."""
+    monkeypatch.setattr(HostBackend, "most_executions", 1)
+    with Scheduler(engine) as scheduler, ThreadPoolExecutor(1) as pool:
+        asked = [ask(scheduler, LARGE)]
+        assert gate.at() == (0, 20)
+        ranked = pool.submit(engine.rank, QUERY, ["rain"] * 3)
+        until(lambda: engine.core.backend.is_awaited)
+        asked.append(ask(scheduler, MIDDLE))
+        large = [(segment, 20) for segment in (0, 0, 1, 1, 1, 2, 2, 2)]
+        assert steps(gate, 9) == [*large, (0, 16)]
+        assert len(ranked.result(WAIT)) == 3
+        gate.open()
+        assert [len(each.result(WAIT)) for each in asked] == [60, 16]
