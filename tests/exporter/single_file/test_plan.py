@@ -6,7 +6,9 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from fpabee.commands import pack as pack_command
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.single_file import pack
 from fpabee.exporter.targets import fp16
@@ -146,9 +149,35 @@ def test_fp16_plans_of_every_family(
     assert outputs == {"logits": ("float32", "batch"), "exit": ("int64", "batch")}
     card = (folder / "README.md").read_text()
     assert "Nothing is promised on a GPU" in card
-    assert "--maxShapes=input_ids:64x32" in card
+    (again,) = re.findall("^fpabee-pack (.*)$", card, re.M)
+    options = pack_command.main.make_context("fpabee-pack", shlex.split(again)).params
+    assert options["target"] == RTX_FP16
+    assert (options["batch"], options["sequence"]) == (SMALL.batch, SMALL.sequence)
     weights = {each.data_type for each in onnx.load(folder / plan["onnx"]).graph.initializer}
     assert onnx.TensorProto.FLOAT16 in weights
+
+
+@pytest.mark.parametrize("target", [FP32, RTX_FP16])
+def test_packing_needs_only_the_extra_for_graphs(
+    target: str, engine_copy: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A Jetson packs a plan without PyTorch."""
+    if target == RTX_FP16:
+        for package in ("tensorrt_rtx", "polygraphy"):
+            pytest.importorskip(package, reason=f"{package} is not installed")
+    lacking = ("torch", "transformers", "safetensors", "nncf", "openvino", "jinja2", "sklearn")
+    command = (
+        "import sys\n"
+        f"for name in {lacking}: sys.modules[name] = None\n"
+        "from fpabee.commands.pack import main\n"
+        "main()"
+    )
+    arguments = [str(engine_copy(exit_0=True)), "-o", str(tmp_path / "packed"), "--target", target]
+    done = subprocess.run(
+        [sys.executable, "-c", command, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"MiB of {target}\n" in done.stdout
 
 
 def test_a_skipped_branch_gives_the_same_shapes(
