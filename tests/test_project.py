@@ -45,13 +45,17 @@ def test_the_release_check_installs_extras_that_exist() -> None:
     """Installers only warn of unknown extras."""
     script = (ROOT / "scripts" / "check_release").read_text(encoding="utf-8")
     lists = re.findall(
-        r"every=(\S+)|\$place/env\" \"\$python\" (\S*,\S*)|for extra in (.*);", script
+        r"(?:every|jetson)=(\S+)|\$place/env\" \"\$python\" (\S*,\S*)|for extra in (.*);", script
     )
     names = {name for each in lists for name in re.split("[, ]", "".join(each))}
 
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert {"parquet", "tensorrt-rtx-cu13"} < names
     assert names <= set(re.findall(r"^([\w-]+) = \[", text, re.M))
+
+    (jetson,) = re.findall(r"^jetson=(.*)$", script, re.M)
+    for path in ("docs/gpus.md", "scripts/Dockerfile.l4t"):
+        assert f"[{jetson}]" in (ROOT / path).read_text(encoding="utf-8"), path
 
 
 def test_the_hint_of_a_feature_installs_its_packages() -> None:
