@@ -258,7 +258,7 @@ def package(extras: str) -> str:
 # For each feature: the packages that it needs, and what installs them; brackets hold our extras.
 _FEATURES = {
     "export": ("torch transformers onnx onnxscript safetensors huggingface_hub", "[export,cpu]"),
-    "graphs": ("huggingface_hub onnx onnx_ir onnxscript onnxruntime", "[export,cpu]"),
+    "graphs": ("huggingface_hub onnx onnx_ir onnxscript onnxruntime", "[cpu,graphs]"),
     "quantize": ("nncf onnx onnxruntime", "[export,cpu,quantize]"),
     "train": ("torch transformers safetensors huggingface_hub jinja2", "[train]"),
     "peft": ("peft", "peft"),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import shlex
+import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import click
 import demo
@@ -17,7 +21,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from fpabee.commands import points, rankings
-from fpabee.runtime import RuleError
+from fpabee.runtime import Engine, RuleError
 
 from .calibration.conftest import label_rows, write
 from .commands.test_command import COMMANDS as MODULES
@@ -235,6 +239,34 @@ def test_the_example_for_triton_and_its_configuration_name_the_same_tensors() ->
         names = re.findall(rf'^{kind} {{ name: "(\w+)" data_type: TYPE_\w+ dims: ', config, re.M)
         assert names
         assert names == re.findall(rf'{re.escape(call)}"(\w+)"', code)
+
+
+@pytest.mark.parametrize(("kind", "device"), [("CPU", 0), ("GPU", 1)])
+def test_the_example_for_triton_loads_the_device_of_its_instance(
+    kind: str,
+    device: int,
+    engines: Mapping[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "engines").symlink_to(engines["bert"])
+    load = Mock(return_value=Engine.load(engines["bert"]))
+    monkeypatch.setattr(Engine, "load", load)
+    name = "triton_python_backend_utils"
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    example = runpy.run_path(str(ROOT / "docs" / "examples" / "triton" / "1" / "model.py"))
+    model = example["TritonPythonModel"]()
+    model.initialize(
+        {
+            "model_repository": str(tmp_path),
+            "model_version": "1",
+            "model_instance_kind": kind,
+            "model_instance_device_id": "1",
+        }
+    )
+    model.finalize()
+    load.assert_called_once_with(tmp_path / "1" / "engines", device=device)
 
 
 def test_citation_and_site_have_the_version_and_the_address_of_the_package() -> None:

@@ -20,6 +20,8 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import sizes
 
+from fpabee.runtime import machine
+
 from .commands.test_command import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -43,13 +45,34 @@ def test_the_release_check_installs_extras_that_exist() -> None:
     """Installers only warn of unknown extras."""
     script = (ROOT / "scripts" / "check_release").read_text(encoding="utf-8")
     lists = re.findall(
-        r"every=(\S+)|\$place/env\" \"\$python\" (\S*,\S*)|for extra in (.*);", script
+        r"(?:every|jetson)=(\S+)|\$place/env\" \"\$python\" (\S*,\S*)|for extra in (.*);", script
     )
     names = {name for each in lists for name in re.split("[, ]", "".join(each))}
 
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert {"parquet", "tensorrt-rtx-cu13"} < names
     assert names <= set(re.findall(r"^([\w-]+) = \[", text, re.M))
+
+    (jetson,) = re.findall(r"^jetson=(.*)$", script, re.M)
+    for path in ("docs/gpus.md", "scripts/Dockerfile.l4t"):
+        assert f"[{jetson}]" in (ROOT / path).read_text(encoding="utf-8"), path
+
+
+def test_the_hint_of_a_feature_installs_its_packages() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = dict(re.findall(r"^([\w-]+) = \[(.*?)\]$", text, re.M | re.S))
+
+    def packages(names: str) -> set[str]:
+        """What extras install, by the names of the modules."""
+        entries = re.findall('"(.*?)"', "".join(extras[name] for name in names.split(",")))
+        inner = [each for entry in entries for each in re.findall(r"fpabee\[(.*)\]", entry)]
+        here = {re.split(r"[^\w-]", entry)[0].replace("-", "_") for entry in entries}
+        return here.union(*map(packages, inner))
+
+    hints = [(needs, hint.strip("[]")) for needs, hint in machine._FEATURES.values() if "[" in hint]
+    assert "cpu,graphs" in {hint for _, hint in hints}
+    for needs, hint in hints:
+        assert set(needs.split()) <= packages(hint), hint
 
 
 def test_public_names_change_on_purpose() -> None:

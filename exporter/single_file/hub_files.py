@@ -214,7 +214,7 @@ def write_files(
     fields = {"file": file.as_posix(), "subfolder": subfolder, "answer": _answer(manifest.task)}
     name = f"{kind}use"
     if plan is not None:
-        fields = _how_to_build(plan)
+        fields = _how_to_build(plan, packed.precision)
         name = "use_plan"
     use = Template(_template(name)).substitute(fields)
     if plan is None:
@@ -257,15 +257,15 @@ def _of_plan(
     }
 
 
-def _how_to_build(plan: Plan) -> dict[str, str]:
-    """The fields of `use_plan.md`: the shapes as `trtexec` reads them, and what runs the plan."""
-    fields = {"onnx": plan.onnx, "plan": plan.file}
-    fields["versions"] = ", ".join(map(" ".join, plan.versions.items()))
+def _how_to_build(plan: Plan, precision: str) -> dict[str, str]:
+    """The fields of `use_plan.md`: what the plan is for, and what builds it again."""
+    (library,) = plan.versions
+    fields = {"target": f"{library.replace('_', '-')}-{precision}"}
+    fields["versions"] = f"{library} {plan.versions[library]}"
     fields["gpus"] = ", ".join(plan.compute_capabilities)
-    names = [spec.name for spec in plan.inputs if "batch" in spec.shape]
-    for end in ("min", "opt", "max"):
-        sizes = (getattr(plan.shapes.batch, end), getattr(plan.shapes.sequence, end))
-        fields[end] = ",".join(f"{name}:{'x'.join(map(str, sizes))}" for name in names)
+    for name in ("batch", "sequence"):
+        sizes = getattr(plan.shapes, name)
+        fields[name] = f"{sizes.min},{sizes.opt},{sizes.max}"
     return fields
 
 

@@ -163,7 +163,7 @@ PACKAGES = [
     Case("an empty onnxruntime", empty_module, "pip uninstall"),
     Case("no pyarrow", without("pyarrow", out("x.parquet")), "pip install", "[parquet]'"),
     Case("no torch", without("torch", command("export")), "torch", "[export,cpu]'"),
-    Case("nothing that packs", without("onnx", command("pack")), "onnx", "[export,cpu]'"),
+    Case("nothing that packs", without("onnx", command("pack")), "onnx", "[cpu,graphs]'"),
     Case("no jinja2", without("jinja2", training), "jinja2", "[train]'"),
     Case("no uvicorn", without("uvicorn", lambda p: ["serve", p.shared["bert"]]),
          "uvicorn", "[serve]'"),

@@ -6,7 +6,9 @@ import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from fpabee.commands import pack as pack_command
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.single_file import pack, packing
 from fpabee.exporter.targets import fp16
@@ -163,9 +166,35 @@ def test_fp16_plans_of_every_family(
     assert outputs == {"logits": ("float32", "batch"), "exit": ("int64", "batch")}
     card = (folder / "README.md").read_text()
     assert "Nothing is promised on a GPU" in card
-    assert "--maxShapes=input_ids:64x32" in card
+    (again,) = re.findall("^fpabee-pack (.*)$", card, re.M)
+    options = pack_command.main.make_context("fpabee-pack", shlex.split(again)).params
+    assert options["target"] == RTX_FP16
+    assert (options["batch"], options["sequence"]) == (SMALL.batch, SMALL.sequence)
     weights = {each.data_type for each in onnx.load(folder / plan["onnx"]).graph.initializer}
     assert onnx.TensorProto.FLOAT16 in weights
+
+
+@pytest.mark.parametrize("target", [FP32, RTX_FP16])
+def test_packing_needs_only_the_extra_for_graphs(
+    target: str, engine_copy: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A Jetson packs a plan without PyTorch."""
+    if target == RTX_FP16:
+        for package in ("tensorrt_rtx", "polygraphy"):
+            pytest.importorskip(package, reason=f"{package} is not installed")
+    lacking = ("torch", "transformers", "safetensors", "nncf", "openvino", "jinja2", "sklearn")
+    command = (
+        "import sys\n"
+        f"for name in {lacking}: sys.modules[name] = None\n"
+        "from fpabee.commands.pack import main\n"
+        "main()"
+    )
+    arguments = [str(engine_copy(exit_0=True)), "-o", str(tmp_path / "packed"), "--target", target]
+    done = subprocess.run(
+        [sys.executable, "-c", command, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"MiB of {target}\n" in done.stdout
 
 
 def test_a_skipped_branch_gives_the_same_shapes(
@@ -220,11 +249,109 @@ def test_a_plan_jumps_at_each_exit(
     assert sorted(jumps) == [b"0", b"1", b"2"]
 
 
-@pytest.mark.skipif("TENSORRT_INCLUDE" not in os.environ, reason="needs headers of TensorRT")
-def test_the_example_in_cpp_compiles(tmp_path: Path) -> None:
-    """`TENSORRT_INCLUDE` names folders with the headers of TensorRT, CUDA and nlohmann-json."""
-    example = ROOT / "docs" / "examples" / "classify_trt.cpp"
+EXAMPLE = ROOT / "docs" / "examples" / "classify_trt.cpp"
+needs_headers = pytest.mark.skipif(
+    "TENSORRT_INCLUDE" not in os.environ,
+    reason="TENSORRT_INCLUDE names no folders with headers of TensorRT, CUDA and nlohmann-json",
+)
+
+
+def compile_example(output: Path, *flags: str) -> None:
     folders = [f"-isystem{each}" for each in os.environ["TENSORRT_INCLUDE"].split(os.pathsep)]
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-c"]
-    output = str(tmp_path / "classify_trt.o")
-    subprocess.run(["g++", *flags, *folders, str(example), "-o", output], check=True)
+    flags = ("-std=c++17", "-Wall", "-Wextra", "-Werror", *flags)
+    subprocess.run(["g++", *flags, *folders, str(EXAMPLE), "-o", str(output)], check=True)
+
+
+@needs_headers
+def test_the_example_in_cpp_compiles(tmp_path: Path) -> None:
+    compile_example(tmp_path / "classify_trt.o", "-c")
+
+
+# Four texts, whose sums and lengths are the answers of the double.
+LINES = ["1 2", "2 2 1", " ".join(["1"] * 20), "7"]
+ANSWERS = ["0 from exit 4", "2 from exit 5", "2 from exit 22", "1 from exit 3"]
+
+
+@pytest.fixture
+def classify(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the example with doubles of TensorRT and CUDA, on a plan for two rows of 24 tokens."""
+    tokens = [
+        {"name": name, "dtype": "int64", "shape": ["batch", "sequence"]}
+        for name in ("input_ids", "attention_mask")
+    ]
+    plan = {
+        "file": "model.plan",
+        "versions": {"tensorrt": "10.3.0.30"},
+        "compute_capabilities": ["8.7"],
+        "shapes": {"batch": {"min": 2, "max": 2}, "sequence": {"min": 8, "max": 24}},
+        "inputs": [*tokens, {"name": "fpabee.patience", "dtype": "int32", "shape": []}],
+    }
+    (tmp_path / "model.plan").write_bytes(b"plan")
+
+    def run(
+        lines: list[str], *flags: str, size: int = 64, **changes: str
+    ) -> subprocess.CompletedProcess[str]:
+        description = {"plan": {**plan, **changes}, "settings": {"fpabee.patience": 2}}
+        (tmp_path / "fpabee.json").write_text(json.dumps(description))
+        program = tmp_path / "-".join(["classify_trt", *flags])
+        if not program.exists():
+            compile_example(program, f"-I{ROOT / 'tests' / 'doubles' / 'cpp'}", *flags)
+        return subprocess.run(
+            [str(program), str(tmp_path)],
+            input="".join(f"{line}\n" for line in lines),
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "SIZE": str(size)},
+        )
+
+    return run
+
+
+@needs_headers
+def test_the_example_in_cpp_runs_any_number_of_lines_in_batches(
+    classify: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    done = classify(LINES * 3 + LINES[:1], built_on="Double")
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == ANSWERS * 3 + ANSWERS[:1]
+    steps = done.stderr.splitlines()
+    # Two inputs, a setting, two outputs and the context; the longer rows need larger inputs.
+    assert steps.count("cudaMalloc") == 6 + 2
+    assert [each for each in steps if each != "cudaMalloc"] == [
+        *["ran 2 x 16", "ran 2 x 24"] * 3,
+        "ran 2 x 16",
+    ]
+
+
+@needs_headers
+def test_the_example_in_cpp_keeps_what_rtx_compiled(
+    classify: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    cache = tmp_path / "model.plan.cache"
+    for lines, shapes in ((LINES[:2], "2x16 "), (LINES[2:], "2x16 2x24 ")):
+        assert classify(lines, "-DTRT_MAJOR_RTX=1").returncode == 0
+        assert cache.read_text() == shapes
+    before = cache.stat().st_mtime_ns
+    assert classify(LINES, "-DTRT_MAJOR_RTX=1").stdout.splitlines() == ANSWERS
+    assert cache.stat().st_mtime_ns == before, "nothing was compiled"
+
+
+@needs_headers
+def test_the_example_in_cpp_says_what_is_wrong(
+    classify: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    done = classify(LINES[:2], built_on="Orin Nano")
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 2)
+    assert "was built on Orin Nano, not on Double" in done.stderr
+    for line, problem in (
+        (" ".join(["1"] * 25), "line 3 holds 25 token ids, and the plan takes at most 24"),
+        ("", "line 3 holds no token ids"),
+        ("1 x", "line 3 holds something else than token ids: 1 x"),
+    ):
+        done = classify([*LINES[:2], line])
+        assert done.returncode == 1
+        assert problem in done.stderr
+    done = classify(LINES, size=0)
+    assert done.returncode == 1
+    assert "returned 0" in done.stderr

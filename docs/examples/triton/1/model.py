@@ -17,8 +17,11 @@ class TritonPythonModel:
     """Triton makes one of these, in a process of its own."""
 
     def initialize(self, args):
-        """Load the engines folder that lies beside this file."""
-        self.engine = Engine.load(Path(args["model_repository"], args["model_version"], "engines"))
+        """Load the engines folder that lies beside this file, for the device of this instance."""
+        folder = Path(args["model_repository"], args["model_version"], "engines")
+        on_gpu = args["model_instance_kind"] == "GPU"
+        device = int(args["model_instance_device_id"]) if on_gpu else 0
+        self.engine = Engine.load(folder, device=device)
         self.scheduler = Scheduler(self.engine, max_rows=1000)
         self.scheduler.warm_up()
         self.loop = asyncio.new_event_loop()
