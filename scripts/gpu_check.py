@@ -238,10 +238,14 @@ def judged(chain: Engine, packed: BarePlan, rows: Rows) -> Findings:
     layers = chain.manifest.exit_layers
     task = chain.manifest.task.problem_type
     full = chain.run_encoded(rows, Budget(exit=len(layers))).logits
-    for depth in DEPTHS:
-        rule = threshold_for_depth(full, chain.rule, task, layers, depth * layers[-1])
-        rule = rule.capped(len(layers) - 1)  # so that a setting that is a whole number counts, too
-        at = f"at {depth:.0%} of the depth"
+    rules = {
+        f"at {depth:.0%} of the depth": threshold_for_depth(
+            full, chain.rule, task, layers, depth * layers[-1]
+        )
+        for depth in DEPTHS
+    }
+    rules["stopped half-way"] = chain.rule.capped((len(layers) + 1) // 2)
+    for at, rule in rules.items():
         expected = at_exits(full, simulate(full, rule, task).exits)
         answers = prepared(chain, rows, rule)()
         yield f"The chain stops where its logits say, {at}", *compared(answers, expected)

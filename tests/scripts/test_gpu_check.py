@@ -11,8 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,15 @@ from bare_plan import BarePlan
 from click.testing import CliRunner
 from one_graph import write_one_graph
 
+from fpabee.exporter.single_file import pack, plan
+from fpabee.exporter.targets import PlanOptions, tensorrt
 from fpabee.exporter.targets.builders import BUILDERS
 from fpabee.exporter.targets.check import FP32_TARGET
+from fpabee.exporter.targets.plan_worker import PlanRequest
 from fpabee.runtime import Bucket, Engine
+from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import Graph, Shapes
+from fpabee.runtime.errors import BackendError
 from fpabee.runtime.machine import CudaDevice
 
 from ..conftest import WORDS
@@ -128,9 +131,7 @@ def test_a_check_that_is_stopped_keeps_what_it_has(
     assert ends(int(log.read_text("utf-8").split()[-1]))
 
 
-def test_exit_codes(
-    check: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exit_codes(check: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     assert check(works=60)[0] == 0
     for part, error in (("fails", "error: fails;"), ("differs", "error: Labels. (tensorrt);")):
         code, output = check(works=60, **{part: 60})
@@ -211,10 +212,20 @@ def on_doubles(patch: pytest.MonkeyPatch, models: Path, library: str) -> Double:
     double = serve(patch, models / "chain", library)
     of_chain = double.trt.plans
     double.trt.plans = lambda content: of_chain(content) or packed_in(models, content)
+    if library == "tensorrt":
+
+        def build(module: str, request: PlanRequest, **environment: str) -> str:
+            """Plans differ as their graphs do."""
+            double.build(module, request, **environment)
+            Path(request.plan).write_bytes(sha256_of(Path(request.onnx)).encode().ljust(96, b"."))
+            return ""
+
+        patch.setattr(tensorrt, "run_worker", build)
     for module in (gpu_check, bare_plan):
         patch.setattr(module, "cuda", lambda device: double.cuda)
     patch.setattr(gpu_check, "cuda_device", lambda: GPU)
     patch.setattr(gpu_check, "SHAPES", (Bucket(1, 16), Bucket(1, 64), Bucket(4, 64)))
+    patch.setattr(gpu_check, "DEPTHS", (0.9, 0.8))
     patch.setattr(gpu_check, "TIMED_SECONDS", 0.0)
     return double
 
@@ -262,24 +273,95 @@ def build_and_measure(output: Path, library: str) -> None:
         stops = ("never", "half-way", "all stop at exit 1")
         names = {ways[0], *(f"{way}, {stop}" for way in ways[1:] for stop in stops)}
         times = [row[2:] for row in rows if row[0] == gpu_check.TIMES]
-        assert {(name, shape) for name, shape, *_ in times} == {(n, s) for n in names for s in shapes}
+        assert {(name, shape) for name, shape, *_ in times} == {
+            (n, s) for n in names for s in shapes
+        }
         assert all(0 < float(p50) <= float(p99) for *_, p50, p99 in times)
         checks = [row for row in rows if row[0] == gpu_check.CHECKS]
-        assert len(checks) == 6
-        for *_, words, verdict in checks:
+        assert len(checks) == 9
+        for _, _, check, words, verdict in checks:
             assert verdict == gpu_check.GOOD, words
-            assert not re.search(r" [01] exits are used", words)
+            assert ("2 exits are used" in words) != ("half-way" in check)
         made = [each for each in double.trt.contexts[before:] if "input_ids" in each.shapes]
         packed = [each.shapes for each in made if "attention_mask" in each.shapes]
         assert len(packed) == 2 * len(shapes), "one for each plan and shape"
         left = (double.cuda.memory_of, double.cuda.streams, double.cuda.events)
         assert not any(left)
         assert not double.cuda.freed_elsewhere
-    assert "torch" not in sys.modules or "conftest" in str(sys.modules["torch"])
+        patch.setattr(bare_plan, "settings_of", lambda *_: {})
+        verdicts = [row[-1] for row in found(output, f"measure {library}") if row[0] == "Checks"]
+        assert verdicts == 3 * [gpu_check.GOOD, gpu_check.BAD, gpu_check.BAD], "it stops elsewhere"
 
 
-def test_tensorrt_is_built_measured_and_judged(output: Path) -> None:
+def test_a_library_is_measured_and_judged(output: Path) -> None:
     build_and_measure(output, "tensorrt")
+
+
+def test_only_the_part_that_makes_the_model_needs_pytorch(output: Path) -> None:
+    for package in ("tensorrt_rtx", "polygraphy"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    for package in ("torch", "transformers"):
+        (output / f"{package}.py").write_text(f"raise ImportError('there is no {package}')")
+    script = f"import {__name__} as t; t.build_and_measure(t.Path({str(output)!r}), 'tensorrt-rtx')"
+    path = os.pathsep.join([str(output), *sys.path])
+    subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=True
+    )
+
+
+@pytest.mark.parametrize("library", ["tensorrt-rtx", "tensorrt"])
+def test_a_plan_runs_with_any_settings_and_is_freed_in_order(
+    library: str, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = output / "models" / "chain"
+    double = on_doubles(monkeypatch, output / "models", library)
+    monkeypatch.setattr(
+        plan, "build_in_worker", lambda request, *_: Path(request.plan).write_bytes(b"." * 96)
+    )
+    options = PlanOptions(compute_capabilities=("8.6",))
+    packed = pack(chain, output / "models" / "packed", f"{library}-fp16", plans=options).file.parent
+    with Engine.load(chain, FP32_TARGET) as engine:
+        rows = engine.core.encode(["the film is not good", "rain", "music"])
+        bare = BarePlan(packed, library, engine.manifest, gpu_check.SHAPES)
+        for number in (3, 1, 2):
+            rule = engine.rule.with_stop_threshold(0.0).capped(number)
+            for some in (rows[:1], rows):
+                answers = bare.prepare(some, rule)()
+                assert set(answers["exit"]) == {number}
+                expected = gpu_check.prepared(engine, some, rule)()["logits"]
+                np.testing.assert_allclose(answers["logits"], expected, atol=0.05)
+    assert len(double.trt.contexts) == 2, "one for each shape"
+    bare.close()
+    made_with = ["FakeRuntimeConfig", "FakeRuntimeCache"] if library == "tensorrt-rtx" else []
+    assert double.cuda.freed == [*2 * ["FakeContext"], "FakeEngine", *made_with, "FakeRuntime"]
+    left = (double.cuda.memory_of, double.cuda.streams, double.cuda.events)
+    assert not any(left)
+    assert not double.cuda.freed_elsewhere
+    double.trt.plans = lambda content: None
+    with pytest.raises(BackendError, match="cannot be loaded: Version tag does not match"):
+        BarePlan(packed, library, engine.manifest, gpu_check.SHAPES)
+
+
+def test_wrong_answers_are_bad() -> None:
+    right = {"logits": np.ones((60, 4), np.float32), "exit": np.arange(60) % 3}
+    assert gpu_check.compared(right, right)[1] == gpu_check.GOOD
+    for name, wrong in (("exit", right["exit"] % 2), ("logits", 1.1), ("logits", np.nan)):
+        answers = right | {name: np.full_like(right[name], wrong)}
+        assert gpu_check.compared(answers, right)[1] == gpu_check.BAD
+
+
+def test_a_server_is_measured(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "SERVED_SECONDS", 0.5)
+    monkeypatch.setattr(gpu_check, "CLIENTS", (1, 8))
+    monkeypatch.setattr(gpu_check, "target_in", lambda *_: FP32_TARGET)
+    started, *times = gpu_check.serve(output / "models", "tensorrt")
+    assert started[:4] == (gpu_check.FIRST, "tensorrt", "server", "start")
+    for clients, (table, _, name, _, p50, p99) in zip((1, 8), times, strict=True):
+        assert table == gpu_check.TIMES
+        speed = re.fullmatch(rf"server, {clients} clients: (\d+) texts/s", name)
+        assert speed
+        assert int(speed[1]) > 0
+        assert 0 < float(p50) <= float(p99)
 
 
 def test_the_images_install_extras_that_exist() -> None:
