@@ -37,7 +37,7 @@ from unittest import mock
 import click
 import numpy as np
 from bare_plan import BarePlan
-from load_test import Client, served
+from load_test import POSITIVE, Client, served
 from one_graph import write_one_graph
 
 from fpabee.calibration import threshold_for_depth
@@ -61,7 +61,8 @@ SHAPES = (Bucket(1, 16), Bucket(1, 128), Bucket(16, 64))  # ascending, within th
 PACKED_BATCH = (1, 1, 32)  # that of fpabee-pack
 TEXTS = 500
 TIMED_SECONDS = 2.0  # for each shape
-LEAST_RUNS = 5
+LEAST_ROUNDS = 5  # the first one does not count
+QUANTILES = (0.5, 0.99)
 SERVED_SECONDS = 5.0  # for each number of clients
 CLIENTS = (1, 64)
 DEPTHS = (0.5, 0.4)  # of all layers, at the operating points whose answers are compared
@@ -72,7 +73,7 @@ PARTS = {
     **{f"build {RTX}": 80.0, f"measure {RTX}": 85.0, f"server {RTX}": 55.0},
     **{f"build {TENSORRT}": 130.0, f"measure {TENSORRT}": 80.0, f"server {TENSORRT}": 60.0},
 }
-"""Seconds that are kept for each part: estimates for a desktop GPU."""
+"""Seconds that are kept for each part of 600: estimates for a desktop GPU."""
 TABLES = {
     "Times": ("library", "what", "rows x tokens", "p50 ms", "p99 ms"),
     "First times": ("library", "what", "step", "ms", "MiB of the GPU since loading began"),
@@ -86,8 +87,8 @@ INTERRUPTED = "interrupted"
 GOOD = "good"
 BAD = "BAD"
 
-Findings = Iterable[tuple[str, ...]]
-"""The name of a table, and the cells of a row, for all that a part finds."""
+Findings = Iterable[Sequence[str | float]]
+"""Rows of what a part finds, each the name of a table and its cells."""
 Rows = Sequence[EncodedRow]
 Run = Callable[[], Arrays]
 """Gives `logits` `[rows, labels]` and `exit` `[rows]` of some rows."""
@@ -107,12 +108,8 @@ def make_model(folder: Path, library: str) -> Findings:
     texts = [" ".join(draw.choices(WORDS, k=draw.randint(1, 60))) for _ in range(TEXTS)]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
-    sizes: Any = {
-        "num_attention_heads": 12,
-        "intermediate_size": 1536,
-        "max_position_embeddings": 128,
-    }
-    make("bert", folder / "model", width=384, layers=6, **sizes)
+    sizes: Any = {"num_attention_heads": 12, "max_position_embeddings": 128}
+    make("bert", folder / "model", width=384, layers=6, intermediate_size=1536, **sizes)
     export(folder / "model", folder / "chain", ExportOptions(force=True))
     build_targets(folder / "chain", ["onnxruntime-fp16-cuda"])
     with staging(folder / "one") as new:
@@ -150,11 +147,11 @@ def texts_of(folder: Path) -> list[str]:
     return (folder / "texts.txt").read_text(encoding="utf-8").splitlines()
 
 
-def timed(work: Callable[[], Any]) -> tuple[Any, str]:
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     """The result of some work, and the milliseconds that it took."""
     started = time.perf_counter()
     result = work()
-    return result, f"{1e3 * (time.perf_counter() - started):.3g}"
+    return result, 1e3 * (time.perf_counter() - started)
 
 
 def prepared(way: Engine | BarePlan, rows: Rows, rule: ExitRule) -> Run:
@@ -188,10 +185,10 @@ def measure(folder: Path, library: str) -> Findings:
             before = used_memory()
             ways[name], ms = timed(load)
             stack.callback(ways[name].close)
-            yield FIRST, library, name, "load", ms, f"{used_memory() - before:.0f}"
+            yield FIRST, library, name, "load", ms, used_memory() - before
             for shape, some in exact.items():
                 _, ms = timed(prepared(ways[name], some, never))
-                yield FIRST, library, name, shape, ms, f"{used_memory() - before:.0f}"
+                yield FIRST, library, name, shape, ms, used_memory() - before
         for shape, some in exact.items():
             runs = {"without exits": prepared(ways["without exits"], some, never)}
             for name in ("packed plan", "chain"):
@@ -216,21 +213,16 @@ def used_memory() -> float:
     return (total - free) / 2**20
 
 
-def times(runs: Mapping[str, Run]) -> dict[str, list[str]]:
+def times(runs: Mapping[str, Run]) -> dict[str, list[float]]:
     """Median and 99th percentile in ms; one runs after another, so that all see the same clocks."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    ms: dict[str, list[float]] = {name: [] for name in runs}
     until = time.perf_counter() + TIMED_SECONDS
-    while len(seconds[next(iter(runs))]) < LEAST_RUNS or time.perf_counter() < until:
+    rounds = 0
+    while rounds < LEAST_ROUNDS or time.perf_counter() < until:
+        rounds += 1
         for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: quantiles_of(each[1:]) for name, each in seconds.items()}
-
-
-def quantiles_of(seconds: Sequence[float]) -> list[str]:
-    """Median and 99th percentile in ms."""
-    return [f"{1e3 * each:.3g}" for each in np.quantile(seconds or [np.nan], (0.5, 0.99))]
+            ms[name].append(timed(run)[1])
+    return {name: np.quantile(each[1:], QUANTILES).tolist() for name, each in ms.items()}
 
 
 def judged(chain: Engine, packed: BarePlan, rows: Rows) -> Findings:
@@ -238,13 +230,10 @@ def judged(chain: Engine, packed: BarePlan, rows: Rows) -> Findings:
     layers = chain.manifest.exit_layers
     task = chain.manifest.task.problem_type
     full = chain.run_encoded(rows, Budget(exit=len(layers))).logits
-    rules = {
-        f"at {depth:.0%} of the depth": threshold_for_depth(
-            full, chain.rule, task, layers, depth * layers[-1]
-        )
-        for depth in DEPTHS
-    }
-    rules["stopped half-way"] = chain.rule.capped((len(layers) + 1) // 2)
+    rules = {"stopped half-way": chain.rule.capped((len(layers) + 1) // 2)}
+    for depth in DEPTHS:
+        rule = threshold_for_depth(full, chain.rule, task, layers, depth * layers[-1])
+        rules[f"at {depth:.0%} of the depth"] = rule
     for at, rule in rules.items():
         expected = at_exits(full, simulate(full, rule, task).exits)
         answers = prepared(chain, rows, rule)()
@@ -284,14 +273,14 @@ def compared(answers: Arrays, expected: Arrays) -> tuple[str, str]:
 def serve(folder: Path, library: str) -> Findings:
     """Send single texts to `fpabee-serve`; each client sends one as soon as it has an answer."""
     bodies = [json.dumps({"input": [text]}).encode() for text in texts_of(folder)]
-    with ExitStack() as stack:
-        server = served(str(folder / "chain"), ["--target", target_in(folder, library)])
-        address, ms = timed(partial(stack.enter_context, server))
-        yield FIRST, library, "server", "start", ms, ""
+    started = time.perf_counter()
+    with served(str(folder / "chain"), ["--target", target_in(folder, library)]) as address:
+        yield FIRST, library, "server", "start", 1e3 * (time.perf_counter() - started), ""
         for clients in CLIENTS:
             answers = asyncio.run(Client(address).in_turns(bodies, clients, SERVED_SECONDS))
+            ms = [1e3 * seconds for seconds, _ in answers] or [np.nan]
             name = f"server, {clients} clients: {len(answers) / SERVED_SECONDS:.0f} texts/s"
-            yield TIMES, library, name, "1 x any", *quantiles_of([each for each, _ in answers])
+            yield TIMES, library, name, "1 x any", *np.quantile(ms, QUANTILES).tolist()
 
 
 def why_skipped(part: str) -> str:
@@ -308,7 +297,7 @@ def why_skipped(part: str) -> str:
 WORK = {"model": make_model, "build": build, "measure": measure, "server": serve}
 
 
-def run_part(part: str, output: Path, limit: float) -> tuple[str, str, list[list[str]]]:
+def run_part(part: str, output: Path, limit: float) -> tuple[str, str, list[Any]]:
     """Run a part in a process of its own; returns its state, why it ended, and what it found."""
     path = output / "logs" / f"{part.replace(' ', '-')}.log"
     command = [sys.executable, __file__, "--output", str(output), "--part", part]
@@ -327,12 +316,12 @@ def run_part(part: str, output: Path, limit: float) -> tuple[str, str, list[list
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    findings = [line for line in lines if line.startswith('["') and line.endswith('"]')]
+    findings = [line for line in lines if line.startswith('["') and line.endswith("]")]
     messages = [line for line in lines if line not in findings and state != DONE]
     return state, "".join(messages[-1:]), [json.loads(line) for line in findings]
 
 
-def write_report(rows: Sequence[Sequence[str]], output: Path) -> None:
+def write_report(rows: Findings, output: Path) -> None:
     """Write the environment and the tables as `gpu_check.json` and `gpu_check.md`."""
     facts = environment() | {"providers": providers()}
     tables = {title: [cells for table, *cells in rows if table == title] for title in TABLES}
@@ -342,39 +331,32 @@ def write_report(rows: Sequence[Sequence[str]], output: Path) -> None:
     for title, heads in TABLES.items():
         text += ["", f"## {title}", "", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
         for cells in tables[title]:
-            escaped = (cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
-            text.append(f"| {' | '.join(escaped)} |")
+            words = (f"{cell:.3g}" if isinstance(cell, float) else cell for cell in cells)
+            text.append(f"| {' | '.join(word.replace('|', '/') for word in words)} |")
     (output / "gpu_check.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     (output / "gpu_check.md").write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
 def check(output: Path, seconds: float) -> list[str]:
-    """Run parts, and write the report after each of them.
+    """Run all parts, and write the report after each; returns what did not finish or is wrong.
 
-    Args:
-        output: the folder for the report, logs and models.
-        seconds: time limit of the whole. Each part that can run here has its share of it, and all
-            that earlier parts did not need.
-
-    Returns:
-        What did not finish or is wrong.
+    Each part that can run here has its share of the time, and all that earlier parts did not need.
     """
     until = time.monotonic() + seconds
     reasons = {part: why_skipped(part) for part in PARTS}
     shares = {part: share for part, share in PARTS.items() if not reasons[part]}
     scale = seconds / max(1, sum(shares.values()))
-    rows: list[list[str]] = []
+    rows: list[Sequence[str | float]] = []
     bad: list[str] = []
     for part, reason in reasons.items():
         started = time.monotonic()
         shares.pop(part, None)
         limit = until - started - scale * sum(shares.values())
         state = SKIPPED
-        findings: list[list[str]] = []
+        findings: list[Any] = []
         if not reason:
             state, reason, findings = run_part(part, output, limit)
-        taken = f"{time.monotonic() - started:.0f}"
-        rows += [*findings, [STATES, part, state, taken, reason]]
+        rows += [*findings, [STATES, part, state, time.monotonic() - started, reason]]
         write_report(rows, output)
         click.echo(f"{part}: {state} {reason}".rstrip())
         bad += [part] if state not in (DONE, SKIPPED) else []
@@ -388,13 +370,7 @@ def check(output: Path, seconds: float) -> list[str]:
 
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), default=OUTPUT, help="Folder to write.")
-@click.option(
-    "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
-    default=sum(PARTS.values()),
-    show_default=True,
-    help="Time limit of the whole.",
-)
+@click.option("--seconds", type=POSITIVE, default=600.0, show_default=True, help="Time limit.")
 @click.option(
     "--part",
     type=click.Choice(tuple(PARTS)),
