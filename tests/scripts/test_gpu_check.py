@@ -85,8 +85,8 @@ def ends(child: int) -> bool:
 
 
 def states(output: Path) -> list[list[str]]:
-    record = json.loads((output / "gpu_check.json").read_text("utf-8"))
-    return [[part, state, reason] for part, state, _, reason in record["tables"]["Parts"]]
+    tables = json.loads((output / "gpu_check.json").read_text("utf-8"))["tables"]
+    return [[part, state, reason] for part, state, _, reason in tables["Parts"]]
 
 
 def test_a_part_that_crashes_or_hangs_does_not_lose_what_it_or_others_found(
@@ -207,12 +207,6 @@ def packed_in(models: Path, content: bytes) -> Plan | None:
     return None
 
 
-def left_of(double: Double) -> tuple[Any, ...]:
-    """What was not freed, and what was freed in another context."""
-    cuda = double.cuda
-    return cuda.memory_of, cuda.streams, cuda.events, cuda.freed_elsewhere
-
-
 def found(output: Path, part: str) -> list[list[str]]:
     """What a part finds in this process."""
     options = ["--output", str(output), "--part", part]
@@ -223,6 +217,7 @@ def found(output: Path, part: str) -> list[list[str]]:
 def build_and_measure(output: Path, library: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         double = on_doubles(patch, output / "models", library)
+        (output / "models" / f"plain-{library}").mkdir()  # for another GPU
         steps = [row[1:4] for row in found(output, f"build {library}")]
         built = ("chain", f"plain-{library}", f"packed-{library}")
         assert steps == [[library, what, "build"] for what in built]
@@ -239,17 +234,18 @@ def build_and_measure(output: Path, library: str) -> None:
         names = [ways[0], *(f"{way}, {stop}" for way in ways[1:] for stop in stops)]
         assert [row[:2] for row in times] == [[name, each] for each in shapes for name in names]
         assert all(0 < float(p50) <= float(p99) for *_, p50, p99 in times)
-        checks = [row[2:] for row in rows if row[0] == gpu_check.CHECKS]
-        assert len(checks) == 9
+        *checks, last = [row[2:] for row in rows if row[0] == gpu_check.CHECKS]
+        assert [last[2], len(checks)] == [gpu_check.GOOD, 9]
         for check, words, verdict in checks:
             assert verdict == gpu_check.GOOD, words
             assert ("2 exits are used" in words) != ("half-way" in check)
         packed = [each for each in double.trt.contexts if "attention_mask" in each.shapes]
         assert len(packed) == 2 * len(shapes), "one for each plan and shape"
-        assert not any(left_of(double))
+        cuda = double.cuda
+        assert not any((cuda.memory_of, cuda.streams, cuda.events, cuda.freed_elsewhere))
         patch.setattr(bare_plan, "settings_of", lambda *_: {})
         verdicts = [row[-1] for row in found(output, f"measure {library}") if row[0] == "Checks"]
-        assert verdicts == 3 * [gpu_check.GOOD, gpu_check.BAD, gpu_check.BAD], "it stops elsewhere"
+        assert verdicts == [*3 * ["good", "BAD", "BAD"], "good"], "the packed plan stops elsewhere"
 
 
 def test_a_library_is_measured_and_judged(output: Path) -> None:
@@ -292,9 +288,10 @@ def test_a_plan_runs_with_any_settings_and_is_freed_in_order(
     bare.close()
     kinds = list(dict.fromkeys(each.removeprefix("Fake") for each in double.cuda.freed))
     assert kinds == ["Context", "Engine", "RuntimeConfig", "RuntimeCache", "Runtime"]
-    assert not any(left_of(double))
+    cuda = double.cuda
+    assert not any((cuda.memory_of, cuda.streams, cuda.events, cuda.freed_elsewhere))
     double.trt.plans = lambda content: None
-    with pytest.raises(BackendError, match="cannot be loaded: Version tag does not match"):
+    with pytest.raises(BackendError, match="cannot be loaded: Version tag"):
         bare_plan.BarePlan(packed, RTX, engine.manifest, gpu_check.SHAPES)
 
 
@@ -310,8 +307,7 @@ def test_a_server_is_measured(output: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(gpu_check, "SERVED_SECONDS", 0.5)
     monkeypatch.setattr(gpu_check, "CLIENTS", (1, 8))
     monkeypatch.setattr(gpu_check, "target_in", lambda *_: FP32_TARGET)
-    started, *times = gpu_check.serve(output / "models", "tensorrt")
-    assert started[:4] == (gpu_check.FIRST, "tensorrt", "server", "start")
+    _, *times = gpu_check.serve(output / "models", "tensorrt")
     for clients, (table, _, name, _, p50, p99) in zip((1, 8), times, strict=True):
         assert table == gpu_check.TIMES
         assert re.fullmatch(rf"server, {clients} clients: [1-9]\d* texts/s", str(name))
