@@ -16,11 +16,10 @@ import msgspec
 import numpy as np
 
 from fpabee.exporter.single_file.graph import MASK
-from fpabee.exporter.single_file.plan import Plan
 from fpabee.exporter.single_file.rules import settings_of
 from fpabee.exporter.targets.backends import RTX
 from fpabee.runtime import Bucket, ExitRule
-from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, Manifest
+from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, Manifest, TensorSpec
 from fpabee.runtime.backends.buffers import dtype_of, shape_of
 from fpabee.runtime.backends.cuda import PinnedArray, cuda
 from fpabee.runtime.backends.tensorrt import (
@@ -50,7 +49,8 @@ class BarePlan:
     ) -> None:
         description = json.loads((folder / "fpabee.json").read_text(encoding="utf-8"))
         self._settings: dict[str, Any] = description["settings"]
-        self._plan = msgspec.convert(description["plan"], Plan)
+        self._inputs = msgspec.convert(description["plan"]["inputs"], list[TensorSpec])
+        self._outputs = msgspec.convert(description["plan"]["outputs"], list[TensorSpec])
         self._manifest = manifest
         self._shapes = shapes
         self._trt: Any = import_module(MODULES[library])
@@ -66,7 +66,7 @@ class BarePlan:
             self._stream = self._calls.stream()
             self._event = self._calls.event()
             self._runtime = self._trt.Runtime(self._logger)
-            plan = (folder / self._plan.file).read_bytes()
+            plan = (folder / description["plan"]["file"]).read_bytes()
             self._engine = self._runtime.deserialize_cuda_engine(plan)
             self._must(self._engine is not None, "cannot be loaded")
 
@@ -77,7 +77,7 @@ class BarePlan:
         padding = padding_values(self._manifest.tokenizer)
         settings = self._settings | settings_of(rule, self._manifest.task, self._manifest.exits)
         inputs = {}
-        for spec in self._plan.inputs:
+        for spec in self._inputs:
             inputs[spec.name] = array = np.empty(shape_of(spec, shape), dtype_of(spec))
             if spec.name in settings:
                 array[...] = settings[spec.name]
@@ -98,7 +98,7 @@ class BarePlan:
                 pinned.array[...] = array
                 self._calls.copy(address, pinned.pointer, array.nbytes, self._stream)
             self._must(context.execute_async_v3(self._stream), "does not start")
-            outputs = {spec.name: memory[spec.name] for spec in self._plan.outputs}
+            outputs = {spec.name: memory[spec.name] for spec in self._outputs}
             for pinned, address in outputs.values():
                 self._calls.copy(pinned.pointer, address, pinned.array.nbytes, self._stream)
             self._calls.record(self._event, self._stream)
@@ -109,18 +109,18 @@ class BarePlan:
         """An execution context, and where its inputs and outputs are on the host and the device."""
         how = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._compiled is not None:  # otherwise slow kernels run until better ones are compiled
-            how = self._compiled.config(self._trt, self._plan.file, self._engine)
+            how = self._compiled.config(self._trt, "plan", self._engine)
         context = self._engine.create_execution_context(how)
         self._must(context is not None, "has no execution context")
         set_profile = context.set_optimization_profile_async
         self._must(succeeds(set_profile, 0, self._stream), "has no profile")
         memory = {}
-        for spec in (*self._plan.inputs, *self._plan.outputs):
+        for spec in (*self._inputs, *self._outputs):
             pinned = self._calls.pinned(shape_of(spec, shape), dtype_of(spec))
             address = self._malloc(pinned.array.nbytes)
             memory[spec.name] = pinned, address
             accepted = context.set_tensor_address(spec.name, address)
-            if spec in self._plan.inputs:
+            if spec in self._inputs:
                 accepted &= context.set_input_shape(spec.name, pinned.array.shape)
             self._must(accepted, f"does not accept {spec.name} of shape {pinned.array.shape}")
         self._must(succeeds(lambda: not context.infer_shapes()), "lacks an input")

@@ -28,7 +28,7 @@ from fpabee.exporter.targets.backends import RTX
 from fpabee.exporter.targets.builders import BUILDERS
 from fpabee.exporter.targets.check import FP32_TARGET
 from fpabee.runtime import Bucket, Engine
-from fpabee.runtime.artifact.manifest import Graph
+from fpabee.runtime.artifact.manifest import Graph, Shapes
 from fpabee.runtime.errors import BackendError
 from fpabee.runtime.machine import CudaDevice
 
@@ -199,11 +199,12 @@ def on_doubles(patch: pytest.MonkeyPatch, models: Path, library: str) -> Double:
 def packed_in(models: Path, content: bytes) -> Plan | None:
     """The packed plan with this content, or that begins with it."""
     for path in models.glob("p*/fpabee.json"):
-        packed = msgspec.convert(json.loads(path.read_bytes())["plan"], plan.Plan)
-        if path.with_name(packed.file).read_bytes().startswith(content):
-            specs = {"inputs": packed.inputs, "outputs": packed.outputs}
-            graph = Graph(file=packed.onnx, sha256=packed.onnx_sha256, **specs)
-            return Plan(path.with_name(packed.onnx), graph, (packed.shapes,))
+        record = json.loads(path.read_bytes())["plan"]
+        if path.with_name(record["file"]).read_bytes().startswith(content):
+            names = {"file": record["onnx"], "sha256": record["onnx_sha256"]}
+            graph = msgspec.convert(record | names, Graph)
+            shapes = msgspec.convert(record["shapes"], Shapes)
+            return Plan(path.with_name(graph.file), graph, (shapes,))
     return None
 
 
