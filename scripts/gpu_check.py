@@ -328,7 +328,7 @@ def write_report(rows: Findings, output: Path) -> None:
     tables = {title: [cells for table, *cells in rows if table == title] for title in TABLES}
     record = {"environment": facts, "heads": TABLES, "tables": tables}
     text = ["# fpabee on a GPU", "", ", ".join(f"{key} {value}" for key, value in facts.items())]
-    text += ["", "The model has random weights. Texts are timed without tokenization."]
+    text += ["", "Random weights, no tokenization; what loads first also starts the library."]
     for title, heads in TABLES.items():
         text += ["", f"## {title}", "", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
         for cells in tables[title]:
