@@ -55,6 +55,7 @@ class OnDevice:
         self.cuda = current()
 
     def __del__(self) -> None:
+        self.cuda.freed.append(type(self).__name__)
         if contexts()[-1:] != [self.cuda]:
             self.cuda.freed_elsewhere.append(type(self).__name__)
 
@@ -93,6 +94,7 @@ class FakeCuda(Cuda):
         dead: the number of the error that every call gives; 0: none.
         calls: how often each method was called.
         idle: how often the device had nothing left to do when a wait ended.
+        freed: kinds of objects of a library that were freed, in this order.
         freed_elsewhere: kinds of objects of a library that were freed in another context.
     """
 
@@ -114,6 +116,7 @@ class FakeCuda(Cuda):
         self.streams: dict[int, _Stream] = {}
         self.events: dict[int, bool] = {}
         self.idle = 0
+        self.freed: list[str] = []
         self.freed_elsewhere: list[str] = []
         self.fails_at: dict[str, int] = {}
         self._lock = threading.RLock()

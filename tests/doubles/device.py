@@ -63,7 +63,7 @@ class Double:
         timed = json.loads(cache.read_text("utf-8")) if cache.is_file() else []
         self.builds.append((request, timed))
         cache.write_text(json.dumps([*timed, name]), "utf-8")
-        plan = f"plan of {name} by the double".encode().ljust(96, b".")
+        plan = f"{sha256_of(Path(request.onnx))}, built as {name}".encode().ljust(96, b".")
         Path(request.plan).write_bytes(plan)
         return ""
 

@@ -60,11 +60,11 @@ def plans_of(folder: Path, unwritten: Sequence[Manifest] = ()) -> Callable[[byte
     return find
 
 
-class FakeContext:
+class FakeContext(OnDevice):
     """An execution context that runs its graph with ONNX Runtime."""
 
     def __init__(self, plan: Plan) -> None:
-        self.cuda = current()
+        super().__init__()
         self.plan = plan
         self.session = shared_session(plan.onnx.read_bytes())
         self.profile: Shapes | None = None
@@ -182,12 +182,11 @@ class FakeTensorRt(types.ModuleType):
         self.__spec__ = importlib.machinery.ModuleSpec(name, None)
         self.plans = plans
         self.logger: Any = None
-        self.contexts: list[FakeContext] = []
+        self.contexts: list[types.SimpleNamespace] = []  # their shapes, also after they are freed
         self.contexts_left = sys.maxsize
 
     def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802
         """A runtime that reports to a logger."""
-        current()
         self.logger = logger
         return FakeRuntime(self)
 
@@ -201,7 +200,11 @@ class FakeRuntime:
     """Loads plans."""
 
     def __init__(self, trt: FakeTensorRt) -> None:
+        self._cuda = current()
         self._trt = trt
+
+    def __del__(self) -> None:
+        self._cuda.freed.append(type(self).__name__)
 
     def deserialize_cuda_engine(self, content: bytes) -> FakeEngine | None:
         current()
@@ -279,5 +282,5 @@ class FakeEngine(OnDevice):
             strategies = self._trt.DynamicShapesKernelSpecializationStrategy
             eager = config.dynamic_shapes_kernel_specialization_strategy is strategies.EAGER
             context.is_eager = eager
-        self._trt.contexts.append(context)
+        self._trt.contexts.append(types.SimpleNamespace(shapes=context.shapes))
         return context

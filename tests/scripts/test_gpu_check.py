@@ -1,4 +1,4 @@
-"""The parts and the report of `scripts/gpu_check.py`, without a GPU."""
+"""The parts and the report of `scripts/gpu_check.py`, on doubles of a GPU."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import bare_plan
 import gpu_check
 import msgspec
 import numpy as np
@@ -22,38 +22,33 @@ import pytest
 from click.testing import CliRunner
 from one_graph import write_one_graph
 
-from fpabee.exporter.single_file import pack, packing, plan
+from fpabee.exporter.single_file import pack, plan
 from fpabee.exporter.targets import PlanOptions
+from fpabee.exporter.targets.backends import RTX
 from fpabee.exporter.targets.builders import BUILDERS
 from fpabee.exporter.targets.check import FP32_TARGET
 from fpabee.runtime import Bucket, Engine
-from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.artifact.manifest import Graph, Shapes
+from fpabee.runtime.errors import BackendError
 from fpabee.runtime.machine import CudaDevice
 
 from ..conftest import WORDS
-from ..doubles.cuda import FakeCuda
-from ..doubles.device import GPU, install
-from ..doubles.tensorrt import Plan, plans_of
+from ..doubles.device import GPU, Double, serve
+from ..doubles.tensorrt import Plan
 
 ROOT = Path(__file__).parents[2]
-PACKED = b"packed plan".ljust(96, b".")
+Check = Callable[..., tuple[int, str]]
 
 FAKE_PART = """
 import json, os, subprocess, sys, time
-from pathlib import Path
-output, name = Path(sys.argv[2]), sys.argv[6]
-lines = [json.dumps(["note", name])]
-if name.endswith("skips"):
-    lines.append(json.dumps(["skipped", "TensorRT is not installed"]))
+name = sys.argv[4]
+print(json.dumps(["Times", "tensorrt", name, "1 x 16", "1", "2"]))
 if name == "differs":
-    lines.append(json.dumps(["Checks", "tensorrt", "Labels.", "5 differ", "BAD"]))
-(output / "logs" / f"{name}.jsonl").write_text("\\n".join(lines) + '\\n["incompl')
+    print(json.dumps(["Checks", "tensorrt", "Labels.", "5 differ", "BAD"]))
+print('["incompl')
 print("what the part printed last", flush=True)
 if name == "crashes":
     os.abort()
-if name == "fails":
-    sys.exit(1)
 if name == "hangs":
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     print(child.pid, flush=True)
@@ -62,15 +57,22 @@ if name == "hangs":
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The folder of results of fake parts, on a machine with a GPU."""
-    part = tmp_path / "part.py"
-    part.write_text(FAKE_PART, encoding="utf-8")
-    (tmp_path / "logs").mkdir()
-    monkeypatch.setattr(gpu_check, "__file__", str(part))
+def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Check]:
+    """Runs the command with fake parts, on a machine with a GPU; gives exit code and output."""
+    script = tmp_path / "part.py"
+    script.write_text(FAKE_PART, encoding="utf-8")
+    monkeypatch.setattr(gpu_check, "__file__", str(script))
     monkeypatch.setattr(gpu_check, "cuda_device", lambda: GPU)
-    monkeypatch.setattr(gpu_check, "LEAST_SECONDS", 0.1)
-    return tmp_path
+
+    def check(**seconds: float) -> tuple[int, str]:
+        monkeypatch.setattr(gpu_check, "PARTS", seconds)
+        options = ["--output", str(tmp_path), "--seconds", str(sum(seconds.values()))]
+        done = CliRunner().invoke(gpu_check.main, options)
+        return done.exit_code, done.output
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield check
+    signal.signal(signal.SIGTERM, handler)
 
 
 def ends(child: int) -> bool:
@@ -82,238 +84,234 @@ def ends(child: int) -> bool:
     return False
 
 
-def states(output: Path) -> dict[str, str]:
-    record = json.loads((output / "gpu_check.json").read_text("utf-8"))
-    return {part: state for part, state, *_ in record["tables"]["Parts"]}
+def states(output: Path) -> list[list[str]]:
+    tables = json.loads((output / "gpu_check.json").read_text("utf-8"))["tables"]
+    return [[part, state, reason] for part, state, _, reason in tables["Parts"]]
 
 
 def test_a_part_that_crashes_or_hangs_does_not_lose_what_it_or_others_found(
-    fake: Path, monkeypatch: pytest.MonkeyPatch
+    check: Check, tmp_path: Path
 ) -> None:
-    """The limit of the part that hangs is in proportion to that of the whole."""
-    reasons = {
-        "works": ("done", ""),
-        "crashes": ("failed", "it was ended by signal 6: what the part printed last; "),
-        "fails": ("failed", "it ended with code 1: what the part printed last; "),
-        "skips": ("skipped", "TensorRT is not installed; "),
-        "hangs": ("stopped", "it took longer than 1 seconds; "),
-    }
-    seconds = dict.fromkeys(reasons, 500.0) | {"hangs": 9.0}
-    monkeypatch.setattr(gpu_check, "PARTS", seconds)
-    monkeypatch.setattr(gpu_check, "SECONDS", 525.0)
-    assert gpu_check.check(fake, "minilm", 60) == ["crashes", "fails", "hangs"]
-    assert states(fake) == {name: state for name, (state, _) in reasons.items()}
-    text = (fake / "gpu_check.md").read_text("utf-8")
-    for name, (state, reason) in reasons.items():
-        assert re.search(rf"\| {name} \| {state} \| \d+ s \| {reason}{name} \|", text)
-    assert ends(int((fake / "logs" / "hangs.log").read_text("utf-8").split()[-1]))
+    code, output = check(hangs=1, works=60, crashes=60)
+    child = (tmp_path / "logs" / "hangs.log").read_text("utf-8").split()[-1]
+    assert (code, "error: hangs, crashes;" in output) == (1, True)
+    assert (tmp_path / "gpu_check.md").read_text("utf-8") in output
+    assert states(tmp_path) == [
+        ["hangs", "stopped after 1 s", child],
+        ["works", "done", ""],
+        ["crashes", "failed with code -6", "what the part printed last"],
+    ]
+    for name in ("hangs", "works", "crashes"):
+        assert f"| tensorrt | {name} | 1 x 16 | 1 | 2 |" in output
+    assert ends(int(child))
 
 
-def test_a_check_that_measures_nothing_is_bad(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "PARTS", {"works": 500.0, "measure-skips": 500.0})
-    assert gpu_check.check(fake, "minilm", 60) == ["nothing was measured"]
-
-
-@pytest.fixture
-def run(fake: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Runs the command with some parts."""
-
-    def run(*parts: str) -> Any:
-        monkeypatch.setattr(gpu_check, "PARTS", dict.fromkeys(parts, 500.0))
-        return CliRunner().invoke(gpu_check.main, ["--output", str(fake)])
-
-    handler = signal.getsignal(signal.SIGTERM)
-    yield run
-    signal.signal(signal.SIGTERM, handler)
-
-
-def test_a_check_that_is_stopped_keeps_what_it_has(fake: Path, run: Callable[..., Any]) -> None:
-    log = fake / "logs" / "hangs.log"
+def test_a_check_that_is_stopped_keeps_what_it_has(check: Check, tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "hangs.log"
 
     def stop() -> None:
-        while not (log.exists() and log.read_text("utf-8").count("\n") == 2):
+        while not (log.exists() and log.read_text("utf-8").count("\n") == 4):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
-    assert "error: hangs;" in run("works", "hangs", "skips").output
-    assert states(fake) == {"works": "done", "hangs": "interrupted"}
-    assert "the check was stopped; hangs |" in (fake / "gpu_check.md").read_text("utf-8")
-    assert ends(int(log.read_text("utf-8").split()[-1]))
+    code, output = check(works=60, hangs=60, differs=60)
+    assert (code, "error: hangs;" in output) == (1, True)
+    child = log.read_text("utf-8").split()[-1]
+    assert states(tmp_path) == [["works", "done", ""], ["hangs", "interrupted", child]]
+    assert ends(int(child))
 
 
-def test_exit_codes(fake: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run("works", "skips").exit_code == 0
-    for bad, says in (("fails", "error: fails"), ("differs", r"error: Labels\. \(tensorrt\)")):
-        done = run("works", bad)
-        assert done.exit_code == 1
-        assert re.search(says, done.output)
-    monkeypatch.setattr(gpu_check, "cuda_device", lambda: CudaDevice(error="there is no driver"))
-    done = run("works")
-    assert done.exit_code == 1
-    assert "there is no driver" in done.output
-    assert states(fake) == {"works": "skipped"}
+def test_exit_codes(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check(works=60)[0] == 0
+    code, output = check(works=60, differs=60)
+    assert (code, "error: Labels. (tensorrt);" in output) == (1, True)
+    monkeypatch.setattr(gpu_check, "why_skipped", lambda part: "it cannot run here")
+    code, output = check(works=60)
+    assert (code, "error: nothing was measured;" in output) == (1, True)
+    assert states(tmp_path) == [["works", "skipped", "it cannot run here"]]
 
 
-def test_the_plan_of_parts_takes_ten_minutes_and_prefers_no_library() -> None:
-    parts = [part.split() for part in gpu_check.PARTS]
-    assert gpu_check.SECONDS <= 600
-    assert parts[:2] == [["driver"], ["model"]]
-    for library in ("tensorrt-rtx", "tensorrt"):
-        own = [name for name, *others in parts if others == [library]]
-        assert own == ["build", "measure", "server"], "it measures what it has built"
-
-
-@pytest.mark.parametrize("works", [True, False])
-def test_the_driver_is_tried(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = FakeCuda()
-    if not works:
-        monkeypatch.setattr(calls, "gather", lambda *_: None)
-    monkeypatch.setattr(gpu_check, "cuda", lambda device: calls)
-    rows: list[tuple[str, ...]] = []
-    gpu_check.smoke(lambda *row: rows.append(row))
-    assert rows[-1][0] == gpu_check.CHECKS
-    assert rows[-1][-1] == (gpu_check.GOOD if works else gpu_check.BAD)
-    left = [*calls.memory_of, *calls.streams, *calls.events]
-    assert left == []
-
-
-@pytest.mark.parametrize("capability", ["8.7", "9.0"])
-def test_gpus_without_tensorrt_for_rtx_build_with_tensorrt(
-    capability: str, model: Path, monkeypatch: pytest.MonkeyPatch
+def test_time_that_a_part_does_not_use_is_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_check, "cuda_device", lambda: CudaDevice("Orin", capability, (12, 6)))
-    monkeypatch.setattr(type(BUILDERS["tensorrt-fp16"]), "why_not", lambda self: None)
-    with pytest.raises(gpu_check.Skipped, match=f"not support compute capability {capability}"):
-        gpu_check.build(model, "tensorrt-rtx", print)
-    targets: list[str] = []
-    result = SimpleNamespace(refused={})
+    parts = {"skipped": 100.0, "quick": 10.0, "slow": 20.0, "other": 20.0, "last": 50.0}
+    takes = {"quick": 4.0, "slow": 1000.0, "other": 20.0, "last": 1000.0}
+    now = 0.0
+    limits = {}
 
-    def build_targets(folder: Path, names: list[str], plans: PlanOptions) -> SimpleNamespace:
-        targets.extend(names)
-        return result
+    def run_part(part: str, output: Path, limit: float) -> tuple[str, str, list[list[str]]]:
+        nonlocal now
+        limits[part] = limit
+        now += min(takes[part], limit)
+        return gpu_check.DONE, "", []
 
-    monkeypatch.setattr(gpu_check, "build_targets", build_targets)
-    monkeypatch.setattr(gpu_check, "pack", lambda *_, **__: None)
-    gpu_check.build(model, "tensorrt", lambda *_: None)
-    assert targets == ["tensorrt-fp16", "tensorrt-fp16"]
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    monkeypatch.setattr(gpu_check, "why_skipped", lambda part: "x" if part == "skipped" else "")
+    monkeypatch.setattr(gpu_check, "run_part", run_part)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    gpu_check.check(tmp_path, 200)
+    assert limits == {"quick": 20, "slow": 40 + 16, "other": 40, "last": 100 + 20}
+    assert now == 200
+
+
+def test_what_cannot_run_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reasons(gpu: CudaDevice, missing: str) -> list[str]:
+        monkeypatch.setattr(gpu_check, "cuda_device", lambda: gpu)
+        monkeypatch.setattr(type(BUILDERS["tensorrt-fp16"]), "why_not", lambda self: missing)
+        parts = ("model", "measure tensorrt-rtx", "measure tensorrt")
+        return [gpu_check.why_skipped(part) for part in parts]
+
+    unknown = "TensorRT for RTX does not support compute capability 8.7"
+    assert reasons(CudaDevice("Orin", "8.7"), "") == ["", unknown, ""]
+    assert reasons(CudaDevice("a 4090", "8.9"), "it is missing") == ["", *["it is missing"] * 2]
+    assert reasons(CudaDevice(error="there is no driver"), "") == ["there is no driver"] * 3
 
 
 @pytest.fixture
-def model(engine_copy: Callable[..., Path], tmp_path: Path) -> Path:
+def output(engine_copy: Callable[..., Path], tmp_path: Path) -> Path:
     """What the part `model` makes, but tiny."""
-    chain = engine_copy(name="chain")
-    one = tmp_path / "one"
-    one.mkdir()
-    write_one_graph(chain, one)
+    models = tmp_path / "models"
+    models.mkdir()
+    chain = engine_copy(name="models/chain")
+    (models / "one").mkdir()
+    write_one_graph(chain, models / "one")
     texts = [" ".join(WORDS[n % 7 : n % 7 + n % 20]) for n in range(60)]
-    (tmp_path / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    (models / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
+    (tmp_path / "logs").mkdir()
     return tmp_path
 
 
-@pytest.mark.parametrize("library", ["tensorrt-rtx", "tensorrt"])
-def test_a_library_is_measured_and_judged(
-    library: str, model: Path, monkeypatch: pytest.MonkeyPatch
+def on_doubles(patch: pytest.MonkeyPatch, models: Path, library: str) -> Double:
+    """Doubles that run the chain and what is packed; TensorRT for RTX really builds."""
+    double = serve(patch, models / "chain", library)
+    of_chain = double.trt.plans
+    double.trt.plans = lambda content: of_chain(content) or packed_in(models, content)
+    for module in (gpu_check, bare_plan):
+        patch.setattr(module, "cuda", lambda device: double.cuda)
+    patch.setattr(gpu_check, "cuda_device", lambda: GPU)
+    patch.setattr(gpu_check, "SHAPES", (Bucket(1, 16), Bucket(1, 64), Bucket(4, 64)))
+    patch.setattr(gpu_check, "DEPTHS", (0.9, 0.8))
+    patch.setattr(gpu_check, "TIMED_SECONDS", 0.0)
+    return double
+
+
+def packed_in(models: Path, content: bytes) -> Plan | None:
+    """The packed plan with this content, or that begins with it."""
+    for path in models.glob("p*/fpabee.json"):
+        record = json.loads(path.read_bytes())["plan"]
+        if path.with_name(record["file"]).read_bytes().startswith(content):
+            names = {"file": record["onnx"], "sha256": record["onnx_sha256"]}
+            graph = msgspec.convert(record | names, Graph)
+            shapes = msgspec.convert(record["shapes"], Shapes)
+            return Plan(path.with_name(graph.file), graph, (shapes,))
+    return None
+
+
+def found(output: Path, part: str) -> list[list[str]]:
+    """What a part finds in this process."""
+    options = ["--output", str(output), "--part", part]
+    done = CliRunner().invoke(gpu_check.main, options, catch_exceptions=False)
+    return [json.loads(line) for line in done.output.splitlines()]
+
+
+def build_and_measure(output: Path, library: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        double = on_doubles(patch, output / "models", library)
+        (output / "models" / f"plain-{library}").mkdir()  # for another GPU
+        steps = [row[1:4] for row in found(output, f"build {library}")]
+        built = ("chain", f"plain-{library}", f"packed-{library}")
+        assert steps == [[library, what, "build"] for what in built]
+        assert found(output, f"build {library}") == [], "it is kept"
+        rows = found(output, f"measure {library}")
+        tables = list(dict.fromkeys(row[0] for row in rows))
+        assert tables == ["First times", "Times", "Checks"], "it measures before it judges"
+        shapes = ["1 x 16", "1 x 64", "4 x 64"]
+        ways = ["without exits", "packed plan", "chain"]
+        first = [row[2:4] for row in rows if row[0] == gpu_check.FIRST]
+        assert first == [[way, step] for way in ways for step in ["load", *shapes]]
+        times = [row[2:] for row in rows if row[0] == gpu_check.TIMES]
+        stops = ("never", "half-way", "all stop at exit 1")
+        names = [ways[0], *(f"{way}, {stop}" for way in ways[1:] for stop in stops)]
+        assert [row[:2] for row in times] == [[name, each] for each in shapes for name in names]
+        assert all(0 < float(p50) <= float(p99) for *_, p50, p99 in times)
+        *checks, last = [row[2:] for row in rows if row[0] == gpu_check.CHECKS]
+        assert [last[2], len(checks)] == [gpu_check.GOOD, 9]
+        for check, words, verdict in checks:
+            assert verdict == gpu_check.GOOD, words
+            assert ("2 exits are used" in words) != ("half-way" in check)
+        packed = [each for each in double.trt.contexts if "attention_mask" in each.shapes]
+        assert len(packed) == 2 * len(shapes), "one for each plan and shape"
+        cuda = double.cuda
+        assert not any((cuda.memory_of, cuda.streams, cuda.events, cuda.freed_elsewhere))
+        patch.setattr(bare_plan, "settings_of", lambda *_: {})
+        verdicts = [row[-1] for row in found(output, f"measure {library}") if row[0] == "Checks"]
+        assert verdicts == [*3 * ["good", "BAD", "BAD"], "good"], "the packed plan stops elsewhere"
+
+
+def test_a_library_is_measured_and_judged(output: Path) -> None:
+    build_and_measure(output, "tensorrt")
+
+
+def test_only_the_part_that_makes_the_model_needs_pytorch(output: Path) -> None:
+    for package in ("tensorrt_rtx", "polygraphy"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    for package in ("torch", "transformers"):
+        (output / f"{package}.py").write_text(f"raise ImportError('there is no {package}')")
+    script = f"import {__name__} as t; t.build_and_measure(t.Path({str(output)!r}), 'tensorrt-rtx')"
+    path = os.pathsep.join([str(output), *sys.path])
+    subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=True
+    )
+
+
+def test_a_plan_runs_with_any_settings_and_is_freed_in_order(
+    output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes = (Bucket(1, 16), Bucket(4, 32))
-    monkeypatch.setattr(gpu_check, "SHAPES", shapes)
-    monkeypatch.setattr(gpu_check, "TIMED_SECONDS", 0.0)
-    monkeypatch.setattr(gpu_check, "REPEATS", 3)
-    one = install(monkeypatch, model / "one", backend=library)
-    plan = model / "one" / "targets" / one.target / "segment_01.plan"
-    plan.write_bytes(b"plan of all layers".ljust(96, b"."))
-    one.change_plan("segment_01", sha256=sha256_of(plan))
-    chain = install(monkeypatch, model / "chain", backend=library)
-    finders = (plans_of(model / "one"), plans_of(model / "chain"), partial(packed_in, model))
-    chain.trt.plans = lambda content: next((p for find in finders if (p := find(content))), None)
-    monkeypatch.setattr(gpu_check, "cuda", lambda device: chain.cuda)
-    pack_for(library, model, monkeypatch)
-    rows: list[tuple[str, ...]] = []
-    gpu_check.measure(model, library, lambda *row: rows.append(row))
-    tables = [row[0] for row in rows]
-    assert tables == sorted(tables, reverse=True), "it measures before it judges"
-    names = {row[2] for row in rows if row[0] == gpu_check.TIMES}
-    assert names == {
-        "plain engine",
-        *(
-            f"{way}, {stop}"
-            for way in ("chain", "packed plan")
-            for stop in ("all stop at exit 1", "half-way", "never")
-        ),
-    }
-    for table, _, *_, found, last in rows:
-        if table == gpu_check.TIMES:
-            assert 0 < float(found) <= float(last)
-        else:
-            assert last == gpu_check.GOOD, found
-    assert tables.count(gpu_check.TIMES) == len(names) * len(shapes)
-    assert list(chain.cuda.memory_of) == [], "memory of bare plans is freed"
-    with Engine.load(model / "one", FP32_TARGET) as usual:
-        encoded = gpu_check.exact_rows(usual, model, shapes[1])
-        bare = gpu_check.plain_engine(model / "one", library, encoded, shapes[1])
-        bare.run()
-        expected = usual.run_encoded(encoded, usual.rule).logits[-1]
-        np.testing.assert_allclose(bare.outputs["logits"], expected, atol=1e-5)
-        for number in (1, 3):
-            packed = gpu_check.packed_plan(model, library, encoded, number)
-            packed.run()
-            assert set(packed.outputs["exit"]) == {number}
-        np.testing.assert_allclose(packed.outputs["logits"], expected, atol=1e-5)
-
-
-def pack_for(library: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the part `build` packs, but nothing is built."""
-    target = f"{library}-fp32"
-    monkeypatch.setattr(packing, "_PLANS", [target])
-    monkeypatch.setattr(type(BUILDERS[target]), "why_not", lambda self: None)
+    chain = output / "models" / "chain"
+    double = on_doubles(monkeypatch, output / "models", RTX)
     monkeypatch.setattr(
-        plan,
-        "build_in_worker",
-        lambda request, *_: Path(request.plan).write_bytes(PACKED),
+        plan, "build_in_worker", lambda request, *_: Path(request.plan).write_bytes(b"." * 96)
     )
-    options = PlanOptions((1, 2, 64), (8, 16, 32), ("8.6",))
-    pack(model / "chain", model / f"packed-{library}", target, plans=options)
+    options = PlanOptions(compute_capabilities=("8.6",))
+    packed = pack(chain, output / "models" / "packed", f"{RTX}-fp16", plans=options).file.parent
+    with Engine.load(chain, FP32_TARGET) as engine:
+        rows = engine.core.encode(["the film is not good", "rain", "music"])
+        bare = bare_plan.BarePlan(packed, RTX, engine.manifest, gpu_check.SHAPES)
+        for number in (3, 1, 2):
+            rule = engine.rule.with_stop_threshold(0.0).capped(number)
+            for some in (rows[:1], rows):
+                answers = bare.prepare(some, rule)()
+                assert set(answers["exit"]) == {number}
+                expected = gpu_check.prepared(engine, some, rule)()["logits"]
+                np.testing.assert_allclose(answers["logits"], expected, atol=0.05)
+    assert len(double.trt.contexts) == 2, "one for each shape"
+    bare.close()
+    kinds = list(dict.fromkeys(each.removeprefix("Fake") for each in double.cuda.freed))
+    assert kinds == ["Context", "Engine", "RuntimeConfig", "RuntimeCache", "Runtime"]
+    cuda = double.cuda
+    assert not any((cuda.memory_of, cuda.streams, cuda.events, cuda.freed_elsewhere))
+    double.trt.plans = lambda content: None
+    with pytest.raises(BackendError, match="cannot be loaded: Version tag"):
+        bare_plan.BarePlan(packed, RTX, engine.manifest, gpu_check.SHAPES)
 
 
-def packed_in(model: Path, content: bytes) -> Plan | None:
-    """The packed plan, if this is its content or begins it."""
-    if not PACKED.startswith(content):
-        return None
-    (path,) = model.glob("packed-*/fpabee.json")
-    record = msgspec.json.decode(path.read_bytes())["plan"]
-    graph = {"file": record["onnx"], "sha256": record["onnx_sha256"]}
-    specs = {name: record[name] for name in ("inputs", "outputs")}
-    return Plan(
-        path.with_name(record["onnx"]),
-        msgspec.convert(graph | specs, Graph),
-        (msgspec.convert(record["shapes"], Shapes),),
-    )
+def test_wrong_answers_are_bad() -> None:
+    right: Any = {"logits": np.ones((60, 4), np.float32), "exit": np.arange(60) % 3}
+    assert gpu_check.compared(right, right)[1] == gpu_check.GOOD
+    for name, wrong in (("exit", right["exit"] % 2), ("logits", 1.1), ("logits", np.nan)):
+        answers = right | {name: np.full_like(right[name], wrong)}
+        assert gpu_check.compared(answers, right)[1] == gpu_check.BAD
 
 
-def test_wrong_answers_are_bad(model: Path) -> None:
-    texts = (model / "texts.txt").read_text("utf-8").splitlines()
-    with Engine.load(model / "chain") as engine:
-        full = engine.trace(texts)
-        shifted = replace(full, exits=full.exits * 0, logits=full.logits + 1)
-        wrong: Any = SimpleNamespace(
-            manifest=engine.manifest,
-            trace=lambda texts, rule=None: full if rule is None else shifted,
-        )
-        for check in (gpu_check.same_exits, gpu_check.same_logits):
-            found, good = check(wrong, texts)
-            assert not good, found
-
-
-def test_a_server_is_measured(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_is_measured(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "SERVED_SECONDS", 0.5)
     monkeypatch.setattr(gpu_check, "CLIENTS", (1, 8))
     monkeypatch.setattr(gpu_check, "target_in", lambda *_: FP32_TARGET)
-    rows: list[tuple[str, ...]] = []
-    gpu_check.serve(model, "tensorrt", lambda *row: rows.append(row))
-    _, *times = rows
-    assert [row[:3] for row in times] == [(gpu_check.SERVER, "tensorrt", n) for n in ("1", "8")]
-    for _, _, _, speed, p50, p99 in times:
-        assert float(speed) > 0
+    _, *times = gpu_check.serve(output / "models", "tensorrt")
+    for clients, (table, _, name, _, p50, p99) in zip((1, 8), times, strict=True):
+        assert table == gpu_check.TIMES
+        assert re.fullmatch(rf"server, {clients} clients: [1-9]\d* texts/s", str(name))
         assert 0 < float(p50) <= float(p99)
 
 
