@@ -9,8 +9,8 @@ import numpy as np
 
 from ..errors import RowError, RuleError
 from ..quality import Labels
-from ..rules.measures import TINY, Array, Floats, Integers, Mask, Outputs
-from ..rules.rules import RULES, ExitRule
+from ..rules.measures import TINY, Array, Floats, Integers, Mask, Measure, Outputs
+from ..rules.rules import RULES, ExitRule, FPabee
 from .task import HALF, Task, Tolerance
 
 
@@ -22,6 +22,13 @@ class Classification(Task):
     does = "classifies texts"
     method = "predict"
     rules = RULES
+
+    def default_rule(self, exits: range) -> ExitRule:
+        """Cautious: two neighbouring exits have to agree, and be nearly certain.
+
+        For two classes, that is a mean probability of 0.98.
+        """
+        return FPabee(measure=Measure.JSKD, threshold=0.1, patience=1)
 
     def _check_rule(self, rule: ExitRule) -> None:
         if rule.ranks:

@@ -24,6 +24,15 @@ class Ranking(Task):
     compares = True
     rules: ClassVar[Mapping[str, type[ExitRule]]] = {"budget": Budget, "top-k": TopK}
 
+    @property
+    def name(self) -> str:
+        """What a reader calls it."""
+        return "ranking of documents"
+
+    def default_rule(self, exits: range) -> ExitRule:
+        """All layers for all documents, because no other order can be promised."""
+        return Budget(exit=exits[-1])
+
     def runner(self, rule: ExitRule, exits: range) -> RuleRunner:
         """A runner for a rule by which some documents run all layers; see `Task.runner`."""
         runner = super().runner(rule, exits)

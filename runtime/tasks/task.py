@@ -83,6 +83,19 @@ class Task(ABC):
         self._check_rule(rule)
         return RuleRunner(rule, exits, self.outputs)
 
+    @property
+    def name(self) -> str:
+        """What a reader calls it."""
+        return self.record.problem_type.value
+
+    @abstractmethod
+    def default_rule(self, exits: range) -> ExitRule:
+        """The rule of a model that was not calibrated.
+
+        Args:
+            exits: the numbers of its exits.
+        """
+
     @abstractmethod
     def _check_rule(self, rule: ExitRule) -> None:
         """Refuse rules of other tasks.
