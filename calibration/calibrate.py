@@ -20,9 +20,9 @@ from ..runtime.errors import InputError
 from ..runtime.files import Row, read_rows
 from ..runtime.files.rows import data_sha256
 from ..runtime.machine import hardware
-from ..runtime.predictions import decision_thresholds
 from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import Budget, ExitRule
+from ..runtime.tasks import task_of
 from .choose import PARTS, Search
 from .costs import StoppingCosts, measure_costs, measure_speedup
 from .goals import Bound, CalibrationOptions
@@ -112,7 +112,7 @@ def calibrate(
     # Rows run to full depth, so the target needs no operating point, not even a valid one.
     engines = EnginesFolder.read(path)
     manifest = engines.manifest
-    if manifest.task.ranks:
+    if task_of(manifest.task).compares:
         raise InputError(
             f"{path} is a reranker, whose promise is about queries with their documents",
             "convert the model again with other queries or another bound",
@@ -131,7 +131,7 @@ def calibrate(
             warnings.append(
                 f"{trained:,} of {len(every):,} rows are left out: the exits learned from them"
             )
-        thresholds = decision_thresholds(task, options.thresholds)
+        thresholds = engine.core.task.decision_thresholds(options.thresholds)
         # With a reference, whoever has it says this before the classifier is converted.
         for bound in options.bounds if len(options.goals) == 1 and reference is None else ():
             for line in needs_in_words(bound):
@@ -255,7 +255,7 @@ def _check(
     if report is None:
         return warnings
     if metric != AGREEMENT:
-        expected_labels(report.rows, task)
+        expected_labels(report.rows, task_of(task))
     both = [row for row in report.rows if row.content in texts]
     if not both:
         return warnings

@@ -20,13 +20,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.artifact.manifest import ProblemType
 from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
-from ..runtime.rules.measures import TINY, Array, Integers, Mask, Outputs
+from ..runtime.rules.measures import TINY, Array, Mask
 from ..runtime.rules.rules import Budget, ExitRule
 from .progress import Progress, silent
-from .scoring import AGREEMENT, LabelledLogits, Scorer, same_answers
+from .scoring import AGREEMENT, LabelledLogits, Scorer, task_of_rows
 
 _QUANTILES = (0.1, 0.5, 0.9)
 _REPEATS = 5
@@ -223,14 +222,14 @@ def expected_losses(scorer: Scorer) -> Array:
     probabilities that it gives to both answers are used as well.
     """
     rows = scorer.rows
-    differs = ~same_answers(scorer.answers, scorer.answers[-1], rows.problem_type)
+    differs = ~task_of_rows(rows).same(scorer.answers, scorer.answers[-1])
     last = rows.logits[-1] / np.float32(fit_temperature(rows))
-    likely = np.exp(_log_likelihood(rows, last, scorer.answers))
+    likely = np.exp(task_of_rows(rows).log_likelihoods(last, scorer.answers))
     expected = likely[-1] - likely
     observed = observed_losses(scorer)
     if rows.first_exit == 1:
         return recalibrated([expected], observed, differs)
-    both = np.exp(_log_likelihood(rows, rows.logits[0], scorer.answers[[-1, 0]]))
+    both = np.exp(task_of_rows(rows).log_likelihoods(rows.logits[0], scorer.answers[[-1, 0]]))
     of_exit_0 = recalibrated([expected[:1], both[:1] - both[1:]], observed[:1], differs[:1])
     return np.concatenate([of_exit_0, recalibrated([expected[1:]], observed[1:], differs[1:])])
 
@@ -261,18 +260,10 @@ def fit_temperature(rows: LabelledLogits) -> float:
     assert rows.expected is not None
     last = rows.logits[-1]
     fits = [
-        _log_likelihood(rows, last / np.float32(temperature), rows.expected).mean()
+        task_of_rows(rows).log_likelihoods(last / np.float32(temperature), rows.expected).mean()
         for temperature in _TEMPERATURES
     ]
     return float(_TEMPERATURES[int(np.argmax(fits))])
-
-
-def _log_likelihood(rows: LabelledLogits, logits: NDArray[np.float32], answers: Integers) -> Array:
-    """Log probability `[..., rows]` of answers under logits; labels as if independent."""
-    logs = np.log(np.maximum(Outputs(logits, rows.problem_type).distributions, TINY))
-    if rows.problem_type is ProblemType.SINGLE_LABEL:
-        return np.asarray(logs[np.arange(len(rows)), answers])
-    return np.asarray(np.where(answers == 1, logs[..., 0], logs[..., 1]).sum(axis=-1))
 
 
 def estimated(observed: Array, expected: Array) -> Array:

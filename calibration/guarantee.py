@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from ..runtime.artifact.manifest import Task
 from ..runtime.artifact.operating_point import Certificate, Promise
 from ..runtime.errors import InputError
-from ..runtime.predictions import decision_thresholds
 from ..runtime.rules.measures import Array, Integers, Mask
 from ..runtime.rules.rules import Budget, ExitRule
+from ..runtime.tasks import task_of
 from .costs import observed_losses
 from .goals import DEFAULT_RULE, Bound
 from .result import drop_interval
@@ -76,7 +76,7 @@ def check_possible(bound: Bound, task: Task, reference: NDArray[np.float32]) -> 
     Raises:
         InputError: all decisions are the same, or a promise is about too few texts.
     """
-    thresholds = decision_thresholds(task, bound.thresholds)
+    thresholds = task_of(task).decision_thresholds(bound.thresholds)
     lengths = np.ones(len(reference), np.intp)
     rows = LabelledLogits(
         reference[None], lengths, None, task.problem_type, decision_thresholds=thresholds

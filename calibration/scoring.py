@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.quality import f1, matthews
-from ..runtime.rules.measures import Array, Integers, Mask, Outputs
+from ..runtime.rules.measures import Array, Integers, Mask
+from ..runtime.tasks import Task, unnamed_task
 
 AGREEMENT = "agreement"
 """Share of rows with the same decision as the reference, usually full depth; it needs no labels."""
@@ -70,7 +71,7 @@ class LabelledLogits:
     @property
     def decides_by_flags(self) -> bool:
         """Whether a decision is which labels are flagged, and the answer may be another one."""
-        return self.problem_type is ProblemType.SINGLE_LABEL and bool(self.decision_thresholds)
+        return bool(self.decision_thresholds) and not task_of_rows(self).flags
 
     def at(self, exits: NDArray[np.integer[Any]]) -> tuple[Any, ...]:
         """Where arrays `[exits, rows]` hold what belongs to rows that stop at given exits.
@@ -90,7 +91,7 @@ class LabelledLogits:
 
     def answers(self) -> Integers:
         """Class indices `[exits, rows]`, or for multi-label `[exits, rows, labels]` of 0 and 1."""
-        return np.stack([self._outputs(logits).answers for logits in self.logits])
+        return task_of_rows(self).answers(self.logits)
 
     def decisions(self) -> tuple[Integers, Integers]:
         """What is decided at every exit, and by the reference: without the first axis.
@@ -99,12 +100,14 @@ class LabelledLogits:
         `[exits, rows, labels]` of 0 and 1.
         """
         every = self.logits if self.reference is None else [*self.logits, self.reference]
-        outputs = map(self._outputs, every)
+        outputs = map(task_of_rows(self).outputs, every)
         decisions = [each.decisions(self.decision_thresholds) for each in outputs]
         return np.stack(decisions[: len(self.logits)]), decisions[-1]
 
-    def _outputs(self, logits: NDArray[np.float32]) -> Outputs:
-        return Outputs(logits, self.problem_type, self.label_thresholds)
+
+def task_of_rows(rows: LabelledLogits) -> Task:
+    """What the logits of rows mean; its labels have no names."""
+    return unnamed_task(rows.problem_type, rows.logits.shape[2], rows.label_thresholds)
 
 
 # Settings are compared at these multiples of the share that may change.
@@ -162,7 +165,7 @@ class Scorer:
         """Whether the answer is exactly the expected one: `[exits, rows]`."""
         if self.metric == AGREEMENT:
             return ~self.changed
-        return same_answers(self.answers, self._expected, self.rows.problem_type)
+        return task_of_rows(self.rows).same(self.answers, self._expected)
 
     @property
     def _expected(self) -> Integers:
@@ -179,7 +182,7 @@ class Scorer:
         if self.metric == "matthews":
             return matthews(hits, predicted, truth, len(self.rows))
         by_label = f1(hits, predicted + truth)
-        if self.rows.problem_type is ProblemType.MULTI_LABEL:
+        if task_of_rows(self.rows).flags:
             return np.asarray(by_label.mean(axis=-1))
         # The mean over the labels that occur, as in `evaluate`.
         occurs = (predicted + truth > 0).sum(axis=-1)
@@ -234,7 +237,7 @@ class Scorer:
 
     def _marks(self, answers: Integers) -> Array:
         """`[..., labels]` of 0 and 1."""
-        if self.rows.problem_type is ProblemType.MULTI_LABEL:
+        if task_of_rows(self.rows).flags:
             return answers.astype(np.float64)
         return np.eye(self.rows.logits.shape[2])[answers]
 
@@ -254,9 +257,3 @@ def mean_saving(saved: Array, changed: Array, share: float) -> float:
         share: what may change; the mean is over half, once and twice as much.
     """
     return float(np.mean([saved[changed <= at * share].max(initial=0.0) for at in _AT]))
-
-
-def same_answers(some: Integers, others: Integers, problem_type: ProblemType) -> Mask:
-    """Where answers are the same; for multi-label tasks, the whole set of labels."""
-    same = some == others
-    return np.asarray(same.all(axis=-1) if problem_type is ProblemType.MULTI_LABEL else same)

@@ -12,7 +12,6 @@ remains the reference: the tests compare the two row by row.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,12 +21,11 @@ from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import RuleError
-from ..runtime.rules.measures import Array, Integers, Measure, Outputs
+from ..runtime.rules.measures import Array, Integers, Measure
 from ..runtime.rules.rules import RULES, Confidence, Entropy, ExitRule, ThresholdRule
-from ..runtime.rules.runner import simulate
 from ..runtime.rules.words import rounded
 from .goals import DEFAULT_RULE
-from .scoring import LabelledLogits
+from .scoring import LabelledLogits, task_of_rows
 
 EXIT_0_POWERS = (0.5, 1.0, 2.0, 4.0)
 """For each, there are lists in which exit 0 answers, see `settings_lists`."""
@@ -128,17 +126,14 @@ def _largest_score(rule: ExitRule, rows: LabelledLogits) -> float:
     if isinstance(rule, Confidence):
         return _largest_doubt(rows)
     if isinstance(rule, Entropy):
-        labels = rows.logits.shape[2]
-        is_single = rows.problem_type is ProblemType.SINGLE_LABEL
-        return math.log(labels) if is_single else labels * math.log(2)
+        return task_of_rows(rows).largest_entropy()
     scores = StopScores(rows).scores_of(rule)
     return float(scores[np.isfinite(scores)].max(initial=0.0))
 
 
 def _largest_doubt(rows: LabelledLogits) -> float:
     """The largest 1 - confidence: where every label is a yes or no, it is a half."""
-    is_multi_label = rows.problem_type is ProblemType.MULTI_LABEL
-    return 0.5 if is_multi_label or rows.decision_thresholds else 1.0
+    return 0.5 if task_of_rows(rows).flags or rows.decision_thresholds else 1.0
 
 
 def exits_below(
@@ -174,16 +169,15 @@ class StopScores:
     def __init__(self, rows: LabelledLogits) -> None:
         self._rows = rows
         self._known: dict[ExitRule, Array] = {}
-        self._exit_0 = Outputs(rows.logits[0], rows.problem_type, rows.label_thresholds)
+        self._exit_0 = task_of_rows(rows).outputs(rows.logits[0])
 
     def scores_of(self, rule: ExitRule) -> Array:
         """The scores `[exits, rows]` of a rule, see `Simulation.scores`."""
         if rule not in self._known:
             rows = self._rows
-            thresholds = rows.label_thresholds
-            first = rows.first_exit
-            result = simulate(rows.logits, rule, rows.problem_type, thresholds, first)
-            self._known[rule] = result.scores
+            self._known[rule] = (
+                task_of_rows(rows).simulate(rows.logits, rule, rows.first_exit).scores
+            )
         return self._known[rule]
 
     def stop_scores(self, rule: ExitRule) -> Array:
@@ -278,6 +272,4 @@ def threshold_for_depth(
 
 def exits_of(rule: ExitRule, rows: LabelledLogits) -> Integers:
     """The exits `[rows]` of a rule, the same as in a live run with these logits."""
-    thresholds = rows.label_thresholds
-    first = rows.first_exit
-    return simulate(rows.logits, rule, rows.problem_type, thresholds, first).exits
+    return task_of_rows(rows).simulate(rows.logits, rule, rows.first_exit).exits

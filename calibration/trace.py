@@ -21,14 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.artifact.folder import write_whole
-from ..runtime.artifact.manifest import Manifest, Task
+from ..runtime.artifact.manifest import Manifest
 from ..runtime.artifact.untrusted.arrays import read_arrays
 from ..runtime.check import logit_differences, requirements_of
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError
 from ..runtime.files import Row
-from ..runtime.files.rows import data_sha256, encode_labels
+from ..runtime.files.rows import data_sha256
 from ..runtime.quality import Labels
+from ..runtime.tasks import Task
 from .progress import Progress, silent
 from .scoring import LabelledLogits
 
@@ -54,7 +55,7 @@ def artifact_sha256(manifest: Manifest, target: str) -> str:
 
 
 def expected_labels(rows: Sequence[Row], task: Task) -> Labels:
-    """The labels of rows as numbers, see `encode_labels`.
+    """The labels of rows as numbers, see `Task.encode`.
 
     Raises:
         InputError: a row has no label, or a label that the model does not know.
@@ -67,7 +68,7 @@ def expected_labels(rows: Sequence[Row], task: Task) -> Labels:
                 "agreement",
             )
     labels = [row.labels or () for row in rows]
-    return encode_labels(labels, task.labels, task.problem_type, [row.where for row in rows])
+    return task.encode(labels, [row.where for row in rows])
 
 
 def trace_rows(
@@ -93,7 +94,7 @@ def trace_rows(
     """
     manifest = engine.manifest
     task = engine.manifest.task
-    expected = expected_labels(rows, task) if labels else None
+    expected = expected_labels(rows, engine.core.task) if labels else None
     texts = data_sha256(rows, labels=False)
     artifact = artifact_sha256(manifest, engine.target)
     path = folder / f"trace-{engine.target}-{texts[:12]}.npz"

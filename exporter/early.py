@@ -17,7 +17,7 @@ from ..runtime.artifact.manifest import ProblemType, Task
 from ..runtime.artifact.untrusted.tokenizer_content import check_file
 from ..runtime.encoding import tokenizer_errors
 from ..runtime.errors import ModelError
-from ..runtime.predictions import decision_thresholds
+from ..runtime.tasks import task_of
 from .exit_0_files import CONFIG_BLOCK
 from .exit_config import check_layers
 from .paths import CONFIG_NAME
@@ -58,7 +58,7 @@ class Config:
         """
         if self.labels:
             task = Task(problem_type=ProblemType.MULTI_LABEL, labels=self.labels)
-            decision_thresholds(task, thresholds)
+            task_of(task).decision_thresholds(thresholds)
 
     def check_layers(self, layers: Sequence[int] | None) -> None:
         """Refuse exits after layers that the encoder does not have.

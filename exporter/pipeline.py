@@ -36,8 +36,7 @@ from ..runtime.encoding import Text, TextEncoder, padding_values
 from ..runtime.exit_0 import ExitZero
 from ..runtime.first_stage import FirstStage
 from ..runtime.hub import repository_of
-from ..runtime.rules.measures import Measure
-from ..runtime.rules.rules import Budget, FPabee
+from ..runtime.tasks import task_of
 from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
 from .early import check_exits
@@ -48,10 +47,6 @@ from .staging import staging
 from .targets.backends import ONNXRUNTIME, version_of
 from .targets.check import FP32_TARGET, check_chain, engine_of
 from .tokenizer import save_tokenizer
-
-# Cautious: a row stops only if two neighbouring exits agree and are nearly certain (for two
-# classes, a mean probability of 0.98). It applies until the user calibrates.
-DEFAULT_RULE = FPabee(measure=Measure.JSKD, threshold=0.1, patience=1)
 
 _MAX_BATCH = 256
 
@@ -235,7 +230,7 @@ def _write(
             )
         },
         default_target=FP32_TARGET,
-        default_rule=(Budget(exit=len(exits)) if task.ranks else DEFAULT_RULE).to_dict(),
+        default_rule=task_of(task).default_rule(range(1, len(exits) + 1)).to_dict(),
         exit_0=export_exit_0(folder, exit_0) if isinstance(exit_0, ExitZero) else None,
         first_stage=exit_0.spec if isinstance(exit_0, FirstStage) else None,
         base_model=base_model,

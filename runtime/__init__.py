@@ -75,7 +75,8 @@ from .rules.rules import (
     ThresholdRule,
     TopK,
 )
-from .rules.runner import Simulation, simulate
+from .rules.runner import Simulation
+from .tasks import simulate
 from .watch import Watched
 
 __all__ = [

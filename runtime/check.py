@@ -20,15 +20,15 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact.manifest import Manifest, ProblemType, Task
+from .artifact.manifest import Manifest
 from .errors import ArtifactError, CheckError
-from .rules.measures import TINY, Array, Integers, Mask, Outputs
+from .rules.measures import TINY, Array, Mask
 from .rules.rules import ExitRule
-from .rules.runner import simulate
+from .tasks import Task
+from .tasks.task import Tolerance
 
 Logits = NDArray[np.float32]
 # By how much logits or scores may move: all alike, or `[exits, rows]`.
-Tolerance = float | NDArray[np.floating[Any]]
 
 EXPORT_LIMIT = 1e-4
 """How much the logits of an fp32 export may differ from those of the PyTorch model.
@@ -250,7 +250,7 @@ def compare(
     tie = np.maximum(required.tie, rounding)
     score_tie = np.maximum(required.score_tie, _SCORE_PER_LOGIT * rounding)
 
-    exits, expected_exits = (_exits(z, rule, task, first_exit) for z in (logits, expected))
+    exits, expected_exits = (task.simulate(z, rule, first_exit).exits for z in (logits, expected))
     same_exits = (exits == expected_exits) & finite.all(axis=0)
     exit_ties = exits_near_ties(expected, rule, task, tie, first_exit, score_tie)
     close_exits = _few_enough(exit_ties)
@@ -265,10 +265,10 @@ def compare(
     rows = np.arange(logits.shape[1])
     places = (at - first_exit, rows)
     expected_places = (expected_at - first_exit, rows)
-    same_labels = answers(logits, task)[places] == answers(expected, task)[expected_places]
+    same_labels = task.answers(logits)[places] == task.answers(expected)[expected_places]
     same_labels = same_labels if same_labels.ndim == 2 else same_labels.all(axis=-1)
     same_labels &= finite[places]
-    label_ties = near_ties(expected, task, tie)[expected_places] & finite[places]
+    label_ties = task.near_ties(expected, tie)[expected_places] & finite[places]
     ties = _few_enough(label_ties)
 
     bad = ~finite | ~(differences <= required.logits)
@@ -290,22 +290,6 @@ def compare(
     )
 
 
-def answers(logits: Logits, task: Task) -> Integers:
-    """Predicted labels: `[exits, rows]`, or for multi-label `[exits, rows, labels]`."""
-    return np.stack([Outputs(z, task.problem_type, task.label_thresholds).answers for z in logits])
-
-
-def near_ties(logits: Logits, task: Task, tolerance: Tolerance) -> Mask:
-    """Where the labels may change if each logit moves by the tolerance: `[exits, rows]`."""
-    if task.problem_type is ProblemType.MULTI_LABEL:
-        margins = np.abs(logits - _threshold_logits(task)).min(axis=-1)
-        return np.asarray(margins <= tolerance)
-    if logits.shape[-1] == 1:
-        return np.asarray(np.abs(logits[..., 0]) <= tolerance)
-    top = np.sort(logits, axis=-1)
-    return np.asarray(top[..., -1] - top[..., -2] <= 2 * np.asarray(tolerance))
-
-
 def exits_near_ties(
     logits: Logits,
     rule: ExitRule,
@@ -324,12 +308,12 @@ def exits_near_ties(
     unsure = np.zeros(logits.shape[1], np.bool_)
     for by, rows in _by_movement(np.broadcast_to(moved, logits.shape[:2]).max(axis=0, initial=0.0)):
         low, high = (
-            _exits(logits[:, rows], shifted(rule, each, is_relative), task, first_exit)
+            task.simulate(logits[:, rows], shifted(rule, each, is_relative), first_exit).exits
             for each in (-by, by)
         )
         unsure[rows] = low != high
     if rule.uses_labels:
-        unsure |= near_ties(logits, task, tolerance).any(axis=0)
+        unsure |= task.near_ties(logits, tolerance).any(axis=0)
     return unsure
 
 
@@ -375,10 +359,6 @@ def _by_movement(moved: Array) -> Iterator[tuple[float, NDArray[np.intp]]]:
         yield least * 2.0 ** float(doubling), np.flatnonzero(doublings == doubling)
 
 
-def _exits(logits: Logits, rule: ExitRule, task: Task, first_exit: int) -> Integers:
-    return simulate(logits, rule, task.problem_type, task.label_thresholds, first_exit).exits
-
-
 def _few_enough(ties: Mask) -> Mask:
     """The near ties to leave out: none if hardly anything would be left."""
     enough = ties.size == 0 or 1 - ties.mean() >= _LEAST_COMPARED
@@ -387,10 +367,3 @@ def _few_enough(ties: Mask) -> Mask:
 
 def _share(values: Mask) -> float:
     return float(values.mean()) if values.size else 1.0
-
-
-def _threshold_logits(task: Task) -> NDArray[np.float64]:
-    """The logit `[labels]` from which each label is predicted."""
-    thresholds = np.asarray(task.label_thresholds or 0.5, np.float64)
-    with np.errstate(divide="ignore"):  # no logit is near a threshold of 0 or 1
-        return np.asarray(np.log(thresholds) - np.log1p(-thresholds))

@@ -25,11 +25,12 @@ from .encoding import EncodedRow, Text, TextEncoder, blocks
 from .errors import InputError, RuleError, whole_number
 from .exit_0 import ExitZero
 from .first_stage import FirstStage, checked_scores
-from .predictions import Prediction, Stopped, Tally, Trace, make_predictions, outputs_of
+from .predictions import Prediction, Stopped, Tally, Trace, make_predictions
 from .ranking import Ranked, RankedQuery, ranked
 from .rules.measures import Integers, Mask
 from .rules.rules import Budget, ExitRule
 from .rules.runner import RuleRunner
+from .tasks import task_of
 from .watch import Watch
 
 _WINDOW_BYTES = 256 * 2**20
@@ -51,6 +52,7 @@ class Core:
     Attributes:
         engines: the engines folder.
         manifest: its manifest.
+        task: what the logits of the model mean.
         backend: what runs the segments.
         limits: the shapes that the target runs.
         max_length: tokens to which texts are truncated, special tokens included.
@@ -80,6 +82,7 @@ class Core:
     ) -> None:
         self.engines = engines.absolute()
         self.manifest = engines.manifest
+        self.task = task_of(self.manifest.task)
         self.backend = backend
         self.limits = backend.limits()
         self.window_bytes = _WINDOW_BYTES
@@ -161,21 +164,17 @@ class Core:
             runner = self.full_depth
         return runner if max_exit is None else self._runner(runner.rule.capped(max_exit))
 
-    def check_task(self, ranks: bool) -> None:
-        """Refuse a call that belongs to the other task.
+    def check_method(self, method: str) -> None:
+        """Refuse a call that belongs to another task.
 
         Args:
-            ranks: whether the call ranks documents; otherwise, it classifies texts.
+            method: the method of `Engine` that is called, or that means the same.
 
         Raises:
-            InputError: the model is for the other task.
+            InputError: the model is for another task.
         """
-        if self.manifest.task.ranks != ranks:
-            what = "ranks documents" if self.manifest.task.ranks else "classifies texts"
-            raise InputError(
-                f"this model {what}",
-                f"call {'`predict`' if ranks else '`rank`'} instead",
-            )
+        if method != self.task.method:
+            raise InputError(f"this model {self.task.does}", f"call `{self.task.method}` instead")
 
     def check_open(self) -> None:
         """Check that the engine can run.
@@ -268,7 +267,7 @@ class Core:
             InputError: the documents have too many tokens.
         """
         self.check_query(rows)
-        query = RankedQuery(runner.rule, self._exits, len(rows))
+        query = RankedQuery(runner, len(rows))
         window = Group.of(np.arange(len(rows)), rows, self.full_depth, deadline, self.limits)
         with self.chain() as chain:
             for decision in chain.run(window, query.going):
@@ -328,7 +327,7 @@ class Core:
 
     def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Trace:
         """Run tokenized rows as one window, see `Engine.run_encoded`."""
-        if rule.ranks:
+        if rule.ranks:  # TASK
             raise RuleError(
                 f"rule {rule.name} compares the documents of one query, and a trace has no queries",
                 "rank them, or trace them to full depth",
@@ -342,7 +341,7 @@ class Core:
             exits[decision.rows[decision.stopped]] = decision.exit
         at_exit = logits[exits - first, np.arange(len(rows))]
         lengths = np.array([len(row) for row in rows], np.intp)
-        return Trace(logits, exits, outputs_of(self.manifest, at_exit).answers, lengths, first)
+        return Trace(logits, exits, self.task.outputs(at_exit).answers, lengths, first)
 
     def answers(self, stopped: Stopped, missed: Mask) -> list[Prediction]:
         """Count rows in the tally, and make their predictions.
@@ -352,7 +351,7 @@ class Core:
             missed: `[rows]` whether the deadline was missed.
         """
         self.count(stopped, missed)
-        return make_predictions(self.manifest, stopped, missed)
+        return make_predictions(self.manifest, self.task, stopped, missed)
 
     def count(self, stopped: Stopped, missed: Mask) -> None:
         """Count rows in the tally; the arguments are those of `answers`."""
@@ -413,8 +412,7 @@ class Core:
         self.backend.keep_compiled()
 
     def _runner(self, rule: ExitRule) -> RuleRunner:
-        task = self.manifest.task
-        return RuleRunner(rule, task.problem_type, self._exits, task.label_thresholds)
+        return self.task.runner(rule, self._exits)
 
     def decisions(
         self,

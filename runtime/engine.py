@@ -12,7 +12,6 @@ import msgspec
 import numpy as np
 
 from .artifact.folder import EnginesFolder
-from .artifact.manifest import ProblemType
 from .artifact.reference import read_reference
 from .backends.base import Backend
 from .check import Agreement, compare, must_pass, requirements_of
@@ -25,6 +24,7 @@ from .predictions import Prediction, Tally, Trace
 from .ranking import Ranked, pairs_of, top_of
 from .rules.rules import ExitRule
 from .targets import open_backend, rule_here, target_of
+from .tasks import MultiLabel
 from .watch import Watch, Watched
 
 _LEAST_TOKENS = 8
@@ -156,7 +156,7 @@ class Engine:
         self.manifest = engines.manifest
         self.revision = hashlib.sha256(msgspec.json.encode(self.manifest)).hexdigest()
         self.labels = self.manifest.task.labels
-        self.multi_label = self.manifest.task.problem_type is ProblemType.MULTI_LABEL
+        self.multi_label = isinstance(self.core.task, MultiLabel)
         self.max_length = self.core.max_length
 
     def __repr__(self) -> str:
@@ -207,7 +207,7 @@ class Engine:
                 target's logits are not finite at an exit that a row reached.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
-        self.core.check_task(ranks=False)
+        self.core.check_method("predict")
         deadline = self._deadline(deadline_ms)
         runner = self.core.runner(rule, full_depth=full_depth, max_exit=max_exit)
         windows = [self.core.run(rows, runner, deadline) for rows in self.core.windows(texts)]
@@ -238,7 +238,7 @@ class Engine:
         Raises:
             FpabeeError: as in `predict`, when the predictions are taken.
         """
-        self.core.check_task(ranks=False)
+        self.core.check_method("predict")
         runner = self.core.runner(rule, full_depth=full_depth, max_exit=max_exit)
         for rows in self.core.windows(texts):
             yield from self.core.answers(self.core.run(rows, runner), np.zeros(len(rows), np.bool_))
@@ -298,7 +298,7 @@ class Engine:
                     print(best.index, best.score, best.exit)
             ```
         """
-        self.core.check_task(ranks=True)
+        self.core.check_method("rank")
         deadline = self._deadline(deadline_ms)
         runner = self.core.runner(full_depth=full_depth)
         pairs = pairs_of(query, documents)
@@ -367,9 +367,9 @@ class Engine:
         full_depth = self.core.full_depth.rule
         logits = self.run_encoded([rows[n] for n in fits], full_depth).logits
         # The reference has pairs, and no queries with their documents.
-        rule = full_depth if self.rule.ranks else self.rule
+        rule = full_depth if self.core.task.compares else self.rule
         agreement = compare(
-            logits, expected[:, fits], rule, manifest.task, required, manifest.exits[0]
+            logits, expected[:, fits], rule, self.core.task, required, manifest.exits[0]
         )
         what = f"target {self.target} is not the model that was exported,"
         hint = (

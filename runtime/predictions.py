@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import add
 from typing import NamedTuple
@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact.manifest import Manifest, ProblemType, Task
+from .artifact.manifest import Manifest
 from .encoding import EncodedRow
-from .errors import InputError
-from .rules.measures import Integers, Mask, Outputs
+from .rules.measures import Integers, Mask
+from .tasks import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,39 +134,6 @@ class Tally:
         return sum(abs(share - count / total) for share, count in pairs) / 2
 
 
-def outputs_of(manifest: Manifest, logits: NDArray[np.float32]) -> Outputs:
-    """The outputs of rows of a model, from their logits `[rows, labels]`."""
-    return Outputs(logits, manifest.task.problem_type, manifest.task.label_thresholds)
-
-
-def decision_thresholds(task: Task, thresholds: Mapping[str, float]) -> tuple[float, ...]:
-    """The probability above which each label is flagged, if that is what is decided.
-
-    In a model with one label for each text, only the named labels decide; in a multi-label model
-    all labels do.
-
-    Args:
-        task: the task.
-        thresholds: the probability by label.
-
-    Returns:
-        `[labels]`, 1 for labels that decide nothing; empty if the answer is the decision.
-
-    Raises:
-        InputError: the model does not have a named label.
-    """
-    for label in thresholds:
-        if label not in task.labels:
-            raise InputError(
-                f"the model has no label {label!r}", f"choose from {', '.join(task.labels)}"
-            )
-    if not thresholds and not task.label_thresholds:
-        return ()
-    usual = 0.5 if task.problem_type is ProblemType.MULTI_LABEL else 1.0
-    values = task.label_thresholds or (usual,) * len(task.labels)
-    return tuple(map(thresholds.get, task.labels, values))
-
-
 class Stopped(NamedTuple):
     """Rows that have stopped.
 
@@ -183,26 +150,21 @@ class Stopped(NamedTuple):
     limited: Mask
 
 
-def make_predictions(manifest: Manifest, stopped: Stopped, missed: Mask) -> list[Prediction]:
+def make_predictions(
+    manifest: Manifest, task: Task, stopped: Stopped, missed: Mask
+) -> list[Prediction]:
     """The predictions of rows that have stopped.
 
     Args:
         manifest: that of the model.
+        task: what its logits mean.
         stopped: the rows.
         missed: `[rows]` whether the deadline was missed.
     """
-    outputs = outputs_of(manifest, stopped.logits)
-    labels = manifest.task.labels
-    chosen = outputs.answers.tolist()
-    if manifest.task.problem_type is ProblemType.SINGLE_LABEL:
-        chosen = [[number] for number in chosen]
-    elif manifest.task.ranks:  # what a document answers depends on the others, see `ranking`
-        chosen = [[] for _ in stopped.rows]
-    else:
-        chosen = [[n for n, is_predicted in enumerate(row) if is_predicted] for row in chosen]
+    outputs = task.outputs(stopped.logits)
     columns = zip(
         stopped.rows,
-        chosen,
+        task.predicted(outputs),
         outputs.probabilities.tolist(),
         stopped.logits.tolist(),
         stopped.exits.tolist(),
@@ -212,7 +174,7 @@ def make_predictions(manifest: Manifest, stopped: Stopped, missed: Mask) -> list
     )
     return [
         Prediction(
-            labels=tuple([labels[number] for number in numbers]),
+            labels=tuple([task.labels[number] for number in numbers]),
             scores=tuple([probabilities[number] for number in numbers]),
             exit=exit_number,
             layer=manifest.segments[exit_number - 1].layer if exit_number else 0,

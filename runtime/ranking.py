@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact.manifest import Activation, ProblemType
+from .artifact.manifest import Activation
 from .errors import InputError, whole_number
 from .predictions import Stopped
 from .rules.measures import Floats, Integers, Mask
@@ -53,8 +53,7 @@ class RankedQuery:
     """The documents of one query on their way through the exits.
 
     Args:
-        rule: decides which documents leave: `TopK`, or `Budget` for all layers.
-        exits: the numbers of the exits of the model.
+        runner: decides which documents leave, by `TopK`, or by `Budget` for all layers.
         documents: how many documents there are.
 
     Attributes:
@@ -62,13 +61,11 @@ class RankedQuery:
         exits: `[documents]` int64, the exit of each document: where it left, or the last one that
             it has passed.
         limited: `[documents]` whether a deadline stopped a document.
-
-    Raises:
-        RuleError: the rule does not fit.
     """
 
-    def __init__(self, rule: ExitRule, exits: range, documents: int) -> None:
-        self._runner = RuleRunner(rule, ProblemType.RANKING, exits)
+    def __init__(self, runner: RuleRunner, documents: int) -> None:
+        exits = runner.exits
+        self._runner = runner
         self._state = self._runner.start(documents)
         self._numbers = exits
         self._next = exits[0]
@@ -147,20 +144,16 @@ class RankedQuery:
             self._next += 1
 
 
-def exits_of_query(logits: NDArray[np.float32], rule: ExitRule, exits: range) -> Integers:
+def exits_of_query(logits: NDArray[np.float32], runner: RuleRunner) -> Integers:
     """The exits `[documents]` of one query: those of a live run that gives these logits.
 
     Args:
         logits: `[exits, documents]` at full depth.
-        rule: the rule.
-        exits: the numbers of the exits.
-
-    Raises:
-        RuleError: the rule does not fit.
+        runner: has the rule.
     """
-    query = RankedQuery(rule, exits, logits.shape[1])
+    query = RankedQuery(runner, logits.shape[1])
     every = np.arange(logits.shape[1])
-    for number, at_exit in zip(exits, logits, strict=True):
+    for number, at_exit in zip(runner.exits, logits, strict=True):
         query.passed(number, every, at_exit[:, None])
     return query.exits
 

@@ -11,7 +11,7 @@ from .artifact.operating_point import RuleSettings
 from .backends.base import Backend
 from .errors import BackendError, RuleError, warn_once, whole_number
 from .rules.rules import ExitRule
-from .rules.runner import RuleRunner
+from .tasks import task_of
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +156,7 @@ def _stored_rule(manifest: Manifest, settings: RuleSettings, where: str) -> Exit
     """
     try:
         rule = ExitRule.from_dict(settings)
-        task = manifest.task
-        RuleRunner(rule, task.problem_type, manifest.exits, task.label_thresholds)
+        task_of(manifest.task).runner(rule, manifest.exits)
     except RuleError as error:
         raise RuleError(
             f"{where} in the manifest cannot be used: {error.message}",

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from .artifact.manifest import Manifest
 from .artifact.operating_point import OperatingPoint
 from .errors import InputError, RuleError
-from .predictions import decision_thresholds, outputs_of
 from .rules.measures import Integers
+from .tasks import task_of
 
 logger = logging.getLogger(__name__)
 
@@ -238,9 +238,10 @@ class Watch:
             raise InputError(
                 f"watch is {percent!r}", "give `watch` as a percentage above 0 and up to 100"
             )
-        if manifest.task.ranks:
+        self._task = task_of(manifest.task)
+        if self._task.compares:
             raise RuleError(
-                "this model ranks documents, and only answers of classification are watched",
+                f"this model {self._task.does}, and only answers of classification are watched",
                 "leave out `watch`",
             )
         self._manifest = manifest
@@ -311,7 +312,7 @@ class Watch:
                 self._waiting += 1
                 if exit_number < self._manifest.exits[-1]:
                     return True
-            both = outputs_of(self._manifest, np.stack([row.answer, logits]))
+            both = self._task.outputs(np.stack([row.answer, logits]))
             early, late = both.decisions(row.promise.label_thresholds)
             self._done(row, bool((early != late).any()))
         return False
@@ -406,5 +407,7 @@ def _promise(
         test=RateTest(rate, level),
         permitted=rate,
         mean_depth=min(point.mean_depth, float(manifest.exit_layers[-1])),
-        label_thresholds=decision_thresholds(manifest.task, point.certificate.label_thresholds),
+        label_thresholds=task_of(manifest.task).decision_thresholds(
+            point.certificate.label_thresholds
+        ),
     )

@@ -42,17 +42,15 @@ from fpabee.runtime.check import (
     exits_near_ties,
     logit_differences,
     logit_sizes,
-    near_ties,
     requirements_of,
 )
 from fpabee.runtime.encoding import TextEncoder, padded_inputs, padding_values
 from fpabee.runtime.errors import CheckError, FpabeeError
 from fpabee.runtime.machine import environment
-from fpabee.runtime.predictions import outputs_of
 from fpabee.runtime.rules.measures import Integers, Mask
 from fpabee.runtime.rules.rules import ExitRule
-from fpabee.runtime.rules.runner import simulate
 from fpabee.runtime.targets import rule_of, why_not
+from fpabee.runtime.tasks import task_of
 
 ROOT = Path(__file__).parents[1]
 ENGINES = "engines"
@@ -259,25 +257,22 @@ class Expected:
     def exits(self, rule: ExitRule) -> Integers:
         """The exits `[rows]` of a rule."""
         manifest = self.engines.manifest
-        task = manifest.task
-        return simulate(
-            self.logits, rule, task.problem_type, task.label_thresholds, manifest.exits[0]
-        ).exits
+        return task_of(manifest.task).simulate(self.logits, rule, manifest.exits[0]).exits
 
     def labels(self, rule: ExitRule) -> NDArray[Any]:
         """The labels of a rule: `[rows]`, or with many labels `[rows, labels]`."""
         manifest = self.engines.manifest
         rows = np.arange(len(self.texts))
         at_exit = self.logits[self.exits(rule) - manifest.exits[0], rows]
-        return outputs_of(manifest, at_exit).answers
+        return task_of(manifest.task).outputs(at_exit).answers
 
     def near_ties(self, rule: ExitRule) -> Mask:
         """The rows `[rows]` whose answer or exit may be another one where numbers are rounded."""
         manifest = self.engines.manifest
-        task = manifest.task
+        task = task_of(manifest.task)
         moved = EXPORT_LIMIT * logit_sizes(self.logits)
         unsure = exits_near_ties(self.logits, rule, task, moved, manifest.exits[0])
-        return unsure | near_ties(self.logits, task, moved).any(axis=0)
+        return unsure | task.near_ties(self.logits, moved).any(axis=0)
 
 
 def check_target(report: Report, folder: Path, target: str) -> None:

@@ -18,10 +18,9 @@ from fpabee.runtime.check import (
     exits_near_ties,
     logit_differences,
     logit_sizes,
-    near_ties,
 )
 from fpabee.runtime.rules.rules import ExitRule
-from fpabee.runtime.rules.runner import simulate
+from fpabee.runtime.tasks import simulate, task_of
 
 Mask = NDArray[np.bool_]
 
@@ -75,12 +74,12 @@ def exits_may_differ(
         first_exit: the exit of the first logits.
     """
     moved = BATCH_LIMIT * logit_sizes(logits)
-    return exits_near_ties(logits, rule, task, moved, first_exit)
+    return exits_near_ties(logits, rule, task_of(task), moved, first_exit)
 
 
 def labels_may_differ(logits: NDArray[np.float32], task: Task) -> Mask:
     """Where `[exits, rows]` the labels may be other ones in another batch."""
-    return near_ties(logits, task, BATCH_LIMIT * logit_sizes(logits))
+    return task_of(task).near_ties(logits, BATCH_LIMIT * logit_sizes(logits))
 
 
 def assert_exits(

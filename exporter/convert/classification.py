@@ -15,17 +15,15 @@ from ...calibration.goals import CalibrationOptions
 from ...calibration.guarantee import check_possible
 from ...calibration.progress import Progress
 from ...calibration.result import Calibration, Report
-from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, mean_saving, same_answers
+from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, mean_saving
 from ...calibration.settings import StopScores, exits_of, settings_lists
 from ...runtime.artifact.manifest import Task
 from ...runtime.encoding import EncodedRow
 from ...runtime.errors import InputError, RowError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
-from ...runtime.files.rows import encode_labels
-from ...runtime.predictions import decision_thresholds
 from ...runtime.quality import Labels
-from ...runtime.rules.measures import Outputs
+from ...runtime.tasks import task_of
 from ..model import MultiExitModel
 from ..training.bag_of_ngrams import learn
 from ..training.examples import Examples
@@ -87,7 +85,7 @@ class Classification(ConversionTask[Row]):
             np.ones(len(numbers), np.intp),
             None,
             task.problem_type,
-            decision_thresholds=decision_thresholds(task, self.bound.thresholds),
+            decision_thresholds=task_of(task).decision_thresholds(self.bound.thresholds),
         )
         scorer = Scorer(rows, AGREEMENT)
         share = min(self.bound.shares.values())
@@ -144,8 +142,8 @@ class Classification(ConversionTask[Row]):
         if expected is None:
             return None
         own = logits[: len(self.texts.own)]
-        of_classifier = Outputs(own, task.problem_type, task.label_thresholds).answers
-        right = same_answers(of_classifier, expected, task.problem_type)
+        kind = task_of(task)
+        right = kind.same(kind.outputs(own).answers, expected)
         if right.mean() > _TOO_GOOD:
             self.warnings.append(
                 f"the classifier is right on {right.mean():.1%} of these texts: if it was "
@@ -153,7 +151,7 @@ class Classification(ConversionTask[Row]):
             )
         report = self.texts.report
         scorer, at = _decided(result)
-        converted = same_answers(scorer.answers[at], expected[report], task.problem_type)
+        converted = kind.same(scorer.answers[at], expected[report])
         return float(right[report].mean()), float(converted.mean())
 
     def _labels(self, task: Task) -> Labels | None:
@@ -167,7 +165,7 @@ class Classification(ConversionTask[Row]):
             return None
         try:
             places = [row.where for row in rows]
-            return encode_labels(labels, task.labels, task.problem_type, places)
+            return task_of(task).encode(labels, places)
         except RowError as error:
             self.warnings.append(f"accuracy is not known: {error.message}")
             return None

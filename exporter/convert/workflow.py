@@ -33,9 +33,9 @@ from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.encoding import EncodedRow, Text
 from ...runtime.errors import InputError
 from ...runtime.files.rows import data_sha256
-from ...runtime.predictions import decision_thresholds
 from ...runtime.rules.rules import Budget
 from ...runtime.targets import runnable_targets
+from ...runtime.tasks import task_of
 from ..checkpoint import save_checkpoint
 from ..exit_0_files import save_exit_0
 from ..model import MultiExitModel
@@ -213,8 +213,9 @@ class _Work:
         self.options = job.options
         self.progress = progress
         self.task = Task(problem_type=teacher.problem_type, labels=teacher.labels)
-        thresholds = decision_thresholds(self.task, job.bound.thresholds)
-        if self.task.problem_type is ProblemType.MULTI_LABEL:
+        kind = task_of(self.task)
+        thresholds = kind.decision_thresholds(job.bound.thresholds)
+        if kind.flags:
             # What is promised about labels is said of those that the folder predicts.
             self.task = msgspec.structs.replace(self.task, label_thresholds=thresholds)
         self.plain = teacher.multi_exit(teacher.exit_config(()))

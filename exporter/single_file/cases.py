@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...runtime.artifact.manifest import Manifest
-from ...runtime.check import Logits, Tolerance, exits_near_ties, shifted
+from ...runtime.check import Logits, exits_near_ties, shifted
 from ...runtime.encoding import EncodedRow, Text
 from ...runtime.ranking import exits_of_query
 from ...runtime.rules.measures import Array, Integers, Mask
 from ...runtime.rules.rules import ExitRule, TopK, before_top
-from ...runtime.rules.runner import simulate
+from ...runtime.tasks import Task, task_of
+from ...runtime.tasks.task import Tolerance
 from .query_nodes import GAP
 
 _Cases = TypeVar("_Cases", bound="Cases")
@@ -70,28 +71,27 @@ class Cases:
                 yield numbers
 
     @property
+    def task(self) -> Task:
+        """What the logits mean."""
+        return task_of(self.manifest.task)
+
+    @property
     def tied_together(self) -> int:
         """How many rows one score near a threshold makes unsure."""
         return 1
 
     def exits(self, rule: ExitRule) -> Integers:
         """The exit of each row: `[rows]`."""
-        task = self.manifest.task
-        thresholds = task.label_thresholds
-        first = self.manifest.exits[0]
-        return simulate(self.expected, rule, task.problem_type, thresholds, first).exits
+        return self.task.simulate(self.expected, rule, self.manifest.exits[0]).exits
 
     def scores(self, rule: ExitRule) -> Array:
         """What the rule compares with its threshold, in any shape; may not be finite."""
-        task = self.manifest.task
-        thresholds = task.label_thresholds
-        first = self.manifest.exits[0]
-        return simulate(self.expected, rule, task.problem_type, thresholds, first).scores
+        return self.task.simulate(self.expected, rule, self.manifest.exits[0]).scores
 
     def near_ties(self, rule: ExitRule, tolerance: Tolerance) -> Mask:
         """The rows whose exit may differ if logits move by a tolerance: `[rows]`."""
         first = self.manifest.exits[0]
-        return exits_near_ties(self.expected, rule, self.manifest.task, tolerance, first)
+        return exits_near_ties(self.expected, rule, self.task, tolerance, first)
 
     def answers(self, exits: NDArray[np.integer[Any]]) -> Logits:
         """The logits `[rows, labels]` of rows that stop at given exits."""
@@ -125,10 +125,11 @@ class QueryCases(Cases):
 
     def exits(self, rule: ExitRule) -> Integers:
         """See `Cases`."""
+        runner = self.task.runner(rule, self.manifest.exits)
         exits = np.zeros(len(self.rows), np.int64)
         for rows in self._compared():
             logits = self.expected[:, rows, 0]
-            exits[rows] = exits_of_query(logits, rule, self.manifest.exits)
+            exits[rows] = exits_of_query(logits, runner)
         return exits
 
     def scores(self, rule: ExitRule) -> Array:

@@ -21,17 +21,23 @@ from tokenizers import Tokenizer
 from ... import __version__
 from ...calibration.scoring import AGREEMENT
 from ...runtime.artifact.folder import BAD_JSON, EnginesFolder
-from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest, ProblemType, Task
+from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest
 from ...runtime.artifact.operating_point import OperatingPoint
 from ...runtime.encoding import read_tokenizer
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError
 from ...runtime.rules.rules import ExitRule
 from ...runtime.rules.words import rule_in_words
 from ...runtime.targets import rule_of
+from ...runtime.tasks import Task, task_of
+from ...runtime.tasks.task import HALF
 from ..markdown import MarkdownFormatter
 from .plan import Plan
 from .rules import SETTINGS, as_inputs, differ_in_settings_only, settings_of
 
+# By the method of `Engine` that answers: what the names of templates begin with, and what the hub
+# calls the task.
+_TEMPLATES = {"predict": "", "rank": "ranking_"}
+_HUB_TASKS = {"predict": "text-classification", "rank": "text-ranking"}
 _NO_PROMISE = (
     "The plan has not run yet. What was measured holds for the target in `measured_on`. Nothing is "
     "promised on a GPU until the rule is calibrated there."
@@ -171,7 +177,8 @@ def write_files(
         text = msgspec.json.format(msgspec.json.encode(content), indent=2)
         (folder / name).write_bytes(text + b"\n")
     texts = MarkdownFormatter()
-    kind = "ranking_" if manifest.task.ranks else ""
+    task = task_of(manifest.task)
+    kind = _TEMPLATES[task.method]
     promises = "Nothing is promised: the rule was not calibrated for this file.\n"
     if point is not None:
         speed = ", ".join(
@@ -179,7 +186,7 @@ def write_files(
             for batch, times in point.measured_speedup.items()
         )
         # Scores save layers that the file has to run.
-        had_scores = manifest.task.ranks and len(point.exits) > len(packed.exits)
+        had_scores = task.compares and len(point.exits) > len(packed.exits)
         costs = _COSTS_OF_RANKING.format(
             depth=point.mean_depth, layers=manifest.model.layers, speed=speed
         )
@@ -211,7 +218,7 @@ def write_files(
         exit_0=packed.no_exit_0 or ("inside" if packed.exits[0] == 0 else "the model has none"),
     )
     subfolder = "/".join(file.parent.parts)
-    fields = {"file": file.as_posix(), "subfolder": subfolder, "answer": _answer(manifest.task)}
+    fields = {"file": file.as_posix(), "subfolder": subfolder, "answer": _answer(task)}
     name = f"{kind}use"
     if plan is not None:
         fields = _how_to_build(plan, packed.precision)
@@ -219,8 +226,7 @@ def write_files(
     use = Template(_template(name)).substitute(fields)
     if plan is None:
         use += Template(_template("use_check")).substitute(fields)
-    task = "text-ranking" if manifest.task.ranks else "text-classification"
-    metadata = _metadata(manifest.base_model, task, is_for_js=bool(subfolder))
+    metadata = _metadata(manifest.base_model, _HUB_TASKS[task.method], is_for_js=bool(subfolder))
     warning = "" if plan is None else f"{_NO_PROMISE}\n"
     page = f"---\n{metadata}\n---\n\n{card}{warning}{promises}{use}"
     (folder / "README.md").write_text(page, encoding="utf-8")
@@ -294,9 +300,9 @@ def _metadata(base_model: str, task: str, is_for_js: bool) -> Any:
 
 def _answer(task: Task) -> str:
     """The lines of Python that make an answer of `logits` and `labels`."""
-    if task.problem_type is not ProblemType.MULTI_LABEL:
+    if not task.flags:
         return _ONE_LABEL
-    thresholds = list(task.label_thresholds) or 0.5
+    thresholds = list(task.record.label_thresholds) or HALF
     return Template(_SEVERAL_LABELS).substitute(thresholds=thresholds)
 
 

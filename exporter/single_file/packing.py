@@ -22,6 +22,7 @@ from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.rules.rules import ExitRule, TopK
 from ...runtime.targets import rule_of, target_of
+from ...runtime.tasks import task_of
 from ..onnx_file import graphs_of, load_graphs
 from ..paths import check_new, resolved
 from ..staging import staging
@@ -172,7 +173,7 @@ def pack(
         record = manifest.targets[contents.measured_on].operating_points.get(point or "")
         guarantee = ""
         if record is not None:
-            guarantee = guarantee_in_words(record, "queries" if ranks else "texts")
+            guarantee = guarantee_in_words(record, task_of(source.manifest.task).unit)
         packed = Packed(
             file=place / file,
             target=contents.target,

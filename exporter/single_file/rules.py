@@ -24,8 +24,8 @@ from ...runtime.rules.rules import (
     ExitRule,
     ThresholdRule,
     Uncertainty,
-    names_of_rules,
 )
+from ...runtime.tasks import task_of
 from .query_nodes import QueryNodes
 
 SETTINGS = "fpabee."
@@ -69,7 +69,7 @@ def settings_of(rule: ExitRule, task: Task, exits: range) -> dict[str, NDArray[A
     if type(rule) not in EVERY_RULE.values():
         raise RuleError(
             f"rule {rule.name} is a rule of your own, which has no form as a graph",
-            f"choose from {names_of_rules(rule.ranks)}",
+            f"choose from {', '.join(task_of(task).rules)}",
         )
     rule.check_exits(exits)
     last = exits[-1]

@@ -30,6 +30,7 @@ from ...runtime.engine import Engine
 from ...runtime.errors import CheckError
 from ...runtime.rules.rules import ExitRule
 from ...runtime.targets import open_backend, rule_of, target_of
+from ...runtime.tasks import task_of
 
 FP32_TARGET = "onnxruntime-fp32"
 _OTHER_TARGET = f"use another target, such as {FP32_TARGET}, or for int8 give more texts as `texts`"
@@ -57,7 +58,7 @@ def check_chain(engine: Engine, texts: Sequence[Text], expected: Logits) -> Agre
         logits,
         expected,
         engine.rule,
-        engine.manifest.task,
+        engine.core.task,
         EXPORT_REQUIREMENTS,
         engine.manifest.exits[0],
     )
@@ -109,7 +110,7 @@ def check_logits(
     """
     first_exit = manifest.exits.stop - len(logits)
     required = REQUIREMENTS[precision]
-    agreement = compare(logits, expected, rule, manifest.task, required, first_exit)
+    agreement = compare(logits, expected, rule, task_of(manifest.task), required, first_exit)
     _must_keep_answers(agreement, precision)
     return agreement
 

@@ -21,13 +21,14 @@ from transformers import AutoModel, set_seed
 from ... import __version__
 from ...calibration.progress import Progress, silent
 from ...runtime.artifact.folder import sha256_of
-from ...runtime.artifact.manifest import ProblemType
+from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.artifact.trained_on import write_trained_on
 from ...runtime.errors import InputError, ModelError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
-from ...runtime.files.rows import data_sha256, encode_labels
+from ...runtime.files.rows import data_sha256
 from ...runtime.quality import Labels
+from ...runtime.tasks import task_of
 from ..checkpoint import (
     load_config,
     load_pretrained,
@@ -265,7 +266,8 @@ def _labels(rows: Sequence[Row], config: MultiExitConfig) -> Labels:
     """
     names = [row.labels or () for row in rows]
     places = [row.where for row in rows]
-    return encode_labels(names, config.labels, config.problem_type, places)
+    task = Task(problem_type=config.problem_type, labels=config.labels)
+    return task_of(task).encode(names, places)
 
 
 def _scores(

@@ -9,11 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from ..artifact.manifest import ProblemType
 from ..errors import InputError, RowError
-from ..quality import Labels
 from .formats import TextFormat
 
 LABEL_SEPARATOR = "|"
@@ -185,47 +181,6 @@ class ReadOptions:
                 )
             return tuple(map(str, names))
         return None
-
-
-def encode_labels(
-    rows: Sequence[Sequence[str]],
-    names: Sequence[str],
-    problem_type: ProblemType,
-    places: Sequence[str] = (),
-) -> Labels:
-    """Convert label names to numbers.
-
-    Args:
-        rows: the label names of each row.
-        names: all label names, in the order of the logits.
-        problem_type: the task.
-        places: how to refer to each row in messages; default: by its number.
-
-    Returns:
-        Single-label: `[rows]` indices. Multi-label: `[rows, labels]` of 0 and 1. Both int64.
-
-    Raises:
-        RowError: the model does not have a label, or a row of a single-label task does not
-            have exactly one.
-    """
-    index = {name: number for number, name in enumerate(names)}
-    encoded = np.zeros((len(rows), len(names)), np.int64)
-    for number, row in enumerate(rows):
-        place = places[number] if places else f"row {number + 1}"
-        unknown = [name for name in row if name not in index]
-        if unknown:
-            raise RowError(
-                f"{place} has label {unknown[0]!r}, which the model does not know",
-                f"the model's labels are: {', '.join(names)}",
-            )
-        if problem_type is ProblemType.SINGLE_LABEL and len(row) != 1:
-            raise RowError(
-                f"{place} has {len(row)} labels, but the task is single-label",
-                'give each row one "label"; several labels need a model that was trained and '
-                "exported with `problem_type` multi_label_classification",
-            )
-        encoded[number, [index[name] for name in row]] = 1
-    return encoded.argmax(axis=1) if problem_type is ProblemType.SINGLE_LABEL else encoded
 
 
 def data_sha256(rows: Sequence[Row], labels: bool = True) -> str:

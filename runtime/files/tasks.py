@@ -19,7 +19,7 @@ from ..ranking import Ranked
 from ..rules.rules import ExitRule
 from .queries import QUERY_COLUMN, Query
 from .records import Record, RecordSchema
-from .rows import Row, encode_labels
+from .rows import Row
 
 ItemT = TypeVar("ItemT")
 AnswerT = TypeVar("AnswerT")
@@ -100,7 +100,6 @@ class Classification(Task[Row, Prediction]):
         super().__init__(engine, rule)
         self._schema = schema
         self._metrics = metrics
-        self._task = engine.manifest.task
         # How often each pair of true and predicted labels occurred.
         self._answers: Counter[tuple[tuple[str, ...], tuple[str, ...]]] = Counter()
 
@@ -151,10 +150,10 @@ class Classification(Task[Row, Prediction]):
             np.repeat(self._encoded(labels), counts, axis=0)
             for labels in zip(*self._answers, strict=True)
         )
-        return evaluate(predicted, expected, len(self._task.labels))
+        return evaluate(predicted, expected, len(self.engine.labels))
 
     def _encoded(self, labels: Sequence[Sequence[str]], places: Sequence[str] = ()) -> Labels:
-        return encode_labels(labels, self._task.labels, self._task.problem_type, places)
+        return self.engine.core.task.encode(labels, places)
 
 
 @dataclass(frozen=True, slots=True)

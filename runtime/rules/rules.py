@@ -622,14 +622,3 @@ EVERY_RULE: dict[str, type[ExitRule]] = RULES | {str(TopK.__struct_config__.tag)
 """The same with the rule of rankings."""
 OF_SHARES = (Confidence, Energy, Pcee, Epee)
 """The rules whose scores are from 0 to 1, and so are thresholds that make sense."""
-
-
-def names_of_rules(ranks: bool) -> str:
-    """The names of the rules of a task, for hints; `budget` compares nothing, so it fits both.
-
-    Args:
-        ranks: whether the task is to rank documents.
-    """
-    return ", ".join(
-        name for name, kind in EVERY_RULE.items() if kind.ranks == ranks or kind is Budget
-    )

@@ -200,7 +200,7 @@ class Scheduler:
         max_exit: int | None = None,
     ) -> list[Future[Prediction]]:
         """Queue several texts, or none of them if one is refused; see `submit`."""
-        self._core.check_task(ranks=False)
+        self._core.check_method("predict")
         arrived = self._core.clock()
         with self._accepted(len(texts)) as futures:
             self._queue(futures, self._core.encode(texts), deadline_ms, max_exit, arrived)
@@ -241,7 +241,7 @@ class Scheduler:
         Returns:
             One prediction for each text, in the same order. Cancelling this cancels the rows.
         """
-        self._core.check_task(ranks=False)
+        self._core.check_method("predict")
         arrived = self._core.clock()
         with self._accepted(len(texts)) as futures:
             rows = await self._encode(texts)
@@ -278,12 +278,12 @@ class Scheduler:
         Raises:
             FpabeeError: as in `submit` and `Engine.rank`.
         """
-        self._core.check_task(ranks=True)
+        self._core.check_method("rank")
         arrived = self._core.clock()
         runner = self._core.runner()
         pairs = pairs_of(query, documents)
         most = top_of(runner.rule, top_k, len(pairs))
-        asked = _Query(RankedQuery(runner.rule, self._core.manifest.exits, len(pairs)), arrived)
+        asked = _Query(RankedQuery(runner, len(pairs)), arrived)
         with self._accepted(len(pairs)) as futures:
             encoded = await self._encode(pairs)
             rows = self._core.with_scores(encoded, scores)

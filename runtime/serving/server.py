@@ -39,6 +39,9 @@ from .scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
+# By the method of `Engine` that answers.
+_FORMATS = {"predict": CLASSIFICATION, "rank": RANKING}
+
 STATUSES = {
     400: "the request is not what the schema says",
     408: "the body of the request took too long",
@@ -338,12 +341,15 @@ class Service:
     hosts: Collection[str] = (ANY_HOST,)
 
     def __post_init__(self) -> None:
-        ranks = self.engine.manifest.task.ranks
-        formats = RANKING if ranks else CLASSIFICATION
-        others = CLASSIFICATION if ranks else RANKING
+        formats = _FORMATS[self.engine.core.task.method]
+        others = {
+            path: each.what
+            for each in _FORMATS.values()
+            for path in (each.paths if each is not formats else ())
+        }
 
-        async def refuse(_: Request) -> Response:
-            wrong = f"this model can {formats.what}, but not {others.what}"
+        async def refuse(request: Request) -> Response:
+            wrong = f"this model can {formats.what}, but not {others[request.url.path]}"
             raise HTTPException(404, f"{wrong} -> send requests to {', '.join(formats.paths)}")
 
         def answers(usual: type[Asked]) -> _Respond:
@@ -366,7 +372,7 @@ class Service:
                     Route(path, answers(usual), methods=["POST"])
                     for path, usual in formats.paths.items()
                 ),
-                *(Route(path, refuse, methods=["POST"]) for path in others.paths),
+                *(Route(path, refuse, methods=["POST"]) for path in others),
             ],
             exception_handlers=dict.fromkeys(
                 (HTTPException, FpabeeError, ClientDisconnect, Exception), self._failed
@@ -473,7 +479,7 @@ class Service:
                 "operating_point": self.engine.operating_point,
                 "label_thresholds": self.engine.label_thresholds,
                 "rule": self.engine.rule.to_dict(),
-                "ranks": manifest.task.ranks,
+                "ranks": self.engine.core.task.compares,
                 "labels": self.engine.labels,
                 "multi_label": self.engine.multi_label,
                 "exits": list(manifest.exits),

@@ -27,7 +27,7 @@ from fpabee.calibration.scoring import Scorer
 from fpabee.calibration.settings import StopScores, exits_of, settings_lists
 from fpabee.runtime import Budget, Confidence, ExitRule, ProblemType, simulate
 from fpabee.runtime.artifact.manifest import Task
-from fpabee.runtime.predictions import decision_thresholds
+from fpabee.runtime.tasks import task_of
 
 from .conftest import make_rows, search_on, two_exits
 
@@ -238,11 +238,11 @@ def test_texts_near_a_threshold_are_not_certain() -> None:
 def test_what_decides() -> None:
     task: dict[str, Any] = {"labels": LABELS}
     single = Task(problem_type=ProblemType.SINGLE_LABEL, **task)
-    assert decision_thresholds(single, {}) == ()
-    assert decision_thresholds(single, {"b": 0.7}) == (1.0, 0.7, 1.0)
+    assert task_of(single).decision_thresholds({}) == ()
+    assert task_of(single).decision_thresholds({"b": 0.7}) == (1.0, 0.7, 1.0)
     multi = Task(problem_type=ProblemType.MULTI_LABEL, label_thresholds=(0.4, 0.5, 0.6), **task)
-    assert decision_thresholds(multi, {"b": 0.7}) == (0.4, 0.7, 0.6)
-    assert decision_thresholds(structs.replace(multi, label_thresholds=()), {}) == ()
+    assert task_of(multi).decision_thresholds({"b": 0.7}) == (0.4, 0.7, 0.6)
+    assert task_of(structs.replace(multi, label_thresholds=())).decision_thresholds({}) == ()
     rows = make_rows(problem_type=ProblemType.MULTI_LABEL)
     answers = rows.answers()
     for thresholds in ((), (0.5,) * 3):

@@ -15,7 +15,9 @@ from fpabee.calibration.guarantee import binomial_tail
 from fpabee.calibration.query_logits import QueryLogits, errors_near_top, saved, settings, stops_of
 from fpabee.calibration.ranking import certify
 from fpabee.runtime import Budget, TopK
+from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.ranking import changed_sets, exits_of_query
+from fpabee.runtime.tasks import unnamed_task
 
 NOISE = np.array([0.8, 0.5, 0.2])
 # By the first exit, which is 0 with scores.
@@ -44,9 +46,10 @@ def live(rows: QueryLogits, rule: TopK) -> tuple[list[int], list[bool]]:
     """The exits of documents in live runs that give these logits, and which queries changed."""
     exits: list[int] = []
     changed = []
+    runner = unnamed_task(ProblemType.RANKING, 1).runner(rule, rows.exits)
     for start, end in pairwise(rows.starts):
         logits = rows.logits[:, start:end]
-        own = exits_of_query(logits, rule, rows.exits)
+        own = exits_of_query(logits, runner)
         left = own < rows.exits[-1]
         reference = rows.reference[start:end].astype(np.float64)
         changed.append(changed_sets(logits[-1:], left[None], reference[None], rule.top)[0])

@@ -24,23 +24,21 @@ from fpabee.runtime import (
     ThresholdRule,
     simulate,
 )
-from fpabee.runtime.artifact.manifest import Task
 from fpabee.runtime.check import (
     EXPORT_LIMIT,
     EXPORT_REQUIREMENTS,
     REQUIREMENTS,
-    answers,
     compare,
     exits_near_ties,
     logit_differences,
-    near_ties,
 )
+from fpabee.runtime.tasks import Task, unnamed_task
 
 Logits = NDArray[np.float32]
-SINGLE = Task(problem_type=ProblemType.SINGLE_LABEL, labels=("a", "b"))
-MULTI = Task(problem_type=ProblemType.MULTI_LABEL, labels=("a", "b"))
+SINGLE = unnamed_task(ProblemType.SINGLE_LABEL, 2)
+MULTI = unnamed_task(ProblemType.MULTI_LABEL, 2)
 # Label a is predicted from a probability of 0.9 on, which is a logit of log 9; b always is.
-TUNED = Task(problem_type=ProblemType.MULTI_LABEL, labels=("a", "b"), label_thresholds=(0.9, 0.0))
+TUNED = unnamed_task(ProblemType.MULTI_LABEL, 2, (0.9, 0.0))
 LOG_9 = float(np.log(9.0))
 SINGLE_LABEL = ProblemType.SINGLE_LABEL
 NEVER = FPabee(threshold=-1.0)
@@ -73,7 +71,7 @@ def export_agreement(found: Logits, expected: Logits, rule: ExitRule | None = No
     [(SINGLE, [[0], [1]]), (MULTI, [[[1, 0]], [[1, 1]]]), (TUNED, [[[0, 1]], [[1, 1]]])],
 )
 def test_answers_depend_on_the_task(task: Task, expected: list[object]) -> None:
-    assert answers(logits([(1.0, -4.0)], [(3.0, 4.0)]), task).tolist() == expected
+    assert task.answers(logits([(1.0, -4.0)], [(3.0, 4.0)])).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -91,7 +89,7 @@ def test_answers_depend_on_the_task(task: Task, expected: list[object]) -> None:
 def test_labels_within_the_tolerance_are_near_ties(
     task: Task, row: tuple[float, ...], near: bool
 ) -> None:
-    assert near_ties(logits([row]), task, 0.01).tolist() == [[near]]
+    assert task.near_ties(logits([row]), 0.01).tolist() == [[near]]
 
 
 def test_equal_logits_agree(clear: Logits) -> None:
@@ -250,15 +248,15 @@ def test_the_exits_of_other_rows_do_not_depend_on_rounding(
     expected = random.normal(0, 1, (4, 2000, 1)) + random.choice([0, 4], (1, 2000, 1))
     expected = expected * (1, -1)
     expected += random.normal(0, 0.05, expected.shape)
-    scores = rule.stop_scores(lambda each: simulate(expected, each, task.problem_type).scores)
+    scores = rule.stop_scores(lambda each: task.simulate(expected, each).scores)
     threshold = float(np.quantile(scores[np.isfinite(scores)], quantile))
     chosen = rule.with_stop_threshold(threshold)
     tolerance = 1e-5
-    exits = simulate(expected, chosen, task.problem_type).exits
+    exits = task.simulate(expected, chosen).exits
     ties = exits_near_ties(expected, chosen, task, tolerance)
     for _ in range(5):
         found = expected + random.choice([-tolerance, tolerance], expected.shape)
-        assert (simulate(found, chosen, task.problem_type).exits == exits)[~ties].all()
+        assert (task.simulate(found, chosen).exits == exits)[~ties].all()
     assert ties.mean() < 0.02
 
 

@@ -27,6 +27,7 @@ from fpabee.runtime import (
     RuleError,
     TopK,
 )
+from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.backends.host import HostBackend
 from fpabee.runtime.chain.chain import Chain
 from fpabee.runtime.chain.groups import Group
@@ -35,6 +36,7 @@ from fpabee.runtime.predictions import Stopped
 from fpabee.runtime.ranking import RankedQuery, changed_sets, exits_of_query, ranked
 from fpabee.runtime.rules.rules import before_top
 from fpabee.runtime.serving import Scheduler
+from fpabee.runtime.tasks import unnamed_task
 
 from ..conftest import WORDS
 
@@ -87,7 +89,7 @@ def expected(
     logits = engine.trace([(QUERY, each) for each in some]).logits[..., 0].copy()
     if scores is not None and engine.core.first_stage is not None:
         logits[0] = engine.core.first_stage.predict(scores)
-    exits = exits_of_query(logits, engine.rule, engine.manifest.exits)
+    exits = exits_of_query(logits, engine.core.runner())
     last = engine.manifest.exits[-1]
     best = np.where(exits == last, logits[-1], -np.inf)
     order = np.argsort(-best, kind="stable")[: min(TOP, (exits == last).sum())]
@@ -369,8 +371,9 @@ def test_the_order_in_which_groups_pass_does_not_matter(
         exit_0_threshold=None if first else -float(margin),
     )
     exits = range(first, 4)
-    want = exits_of_query(logits, rule, exits)
-    query = RankedQuery(rule, exits, 9)
+    runner = unnamed_task(ProblemType.RANKING, 1).runner(rule, exits)
+    want = exits_of_query(logits, runner)
+    query = RankedQuery(runner, 9)
     parts = [np.arange(0, 5), np.arange(5, 9)]
     # The first part is a segment ahead, as on a device.
     steps = [(0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (2, 1), (3, 0), (3, 1)]

@@ -20,6 +20,7 @@ from ..runtime.hub import engines_folder
 from ..runtime.machine import environment, providers
 from ..runtime.rules.words import settings_in_words
 from ..runtime.targets import backend_class, rule_of, target_of
+from ..runtime.tasks import task_of
 from . import options
 from .command import command, in_terms_of_options
 from .console import echo, echo_wrapped, table_console
@@ -137,14 +138,13 @@ def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
     shown = _summary(manifest)
     default = shown.pop("default_target")
     rule = shown.pop("default_rule")
-    if manifest.task.ranks:
-        shown["problem_type"] = "ranking of documents"
+    task = task_of(manifest.task)
+    shown["problem_type"] = task.name
     _print_values(shown)
     echo(f"rule without an operating point: {settings_in_words(rule)}")
     table = Table("target", "MiB", "logits differ by", "speed", "runs here", box=box.SIMPLE_HEAD)
     table.columns[0].overflow = "fold"  # --target needs the whole name
     below = []
-    unit = "document" if manifest.task.ranks else "text"
     for state in states:
         name = state["name"]
         difference = state["logits_differ_by"]
@@ -159,7 +159,7 @@ def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
         for point, record in state["operating_points"].items():
             is_default = point == state["default_operating_point"]
             mark = " (default of the target)" if is_default else ""
-            layers = f"{record['mean_depth']:.2f} layers per {unit}"
+            layers = f"{record['mean_depth']:.2f} layers per {task.item}"
             below.append(f"{name} {point}{mark}: {record['promise']}; {layers}")
         if state["unavailable_reason"]:
             below.append(f"{name} cannot run here: {state['unavailable_reason']}")

@@ -36,7 +36,8 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.check import shifted
 from fpabee.runtime.rules.rules import ThresholdRule
-from fpabee.runtime.rules.runner import PatienceState, RuleRunner
+from fpabee.runtime.rules.runner import PatienceState
+from fpabee.runtime.tasks import unnamed_task
 
 from ...conftest import CLASSIFICATION
 
@@ -201,7 +202,7 @@ def test_any_grouping_of_the_rows_gives_the_same_exits(
     logits: Logits, task: ProblemType, rule: ExitRule, random: Any
 ) -> None:
     exits, rows, _ = logits.shape
-    runner = RuleRunner(rule, task, range(1, exits + 1))
+    runner = unnamed_task(task, logits.shape[2]).runner(rule, range(1, exits + 1))
     found = np.zeros(rows, np.int64)
     groups = [(np.arange(rows), runner.start(rows))]
     for number in range(1, exits + 1):
@@ -382,7 +383,7 @@ def test_rules_survive_their_dictionary(rule: ExitRule, max_exit: int | None) ->
 )
 def test_wrong_settings_are_named(given_: dict[str, Any], says: str) -> None:
     with pytest.raises(RuleError) as caught:
-        RuleRunner(ExitRule.from_dict(given_), SINGLE, range(1, 4))
+        unnamed_task(SINGLE, 2).runner(ExitRule.from_dict(given_), range(1, 4))
     assert says in str(caught.value)
     assert caught.value.hint
 

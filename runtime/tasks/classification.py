@@ -1,0 +1,99 @@
+"""Texts that get one of several labels, or any number of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import RowError, RuleError
+from ..quality import Labels
+from ..rules.measures import TINY, Array, Floats, Integers, Mask, Measure, Outputs
+from ..rules.rules import RULES, ExitRule, FPabee
+from .task import HALF, Task, Tolerance
+
+
+class Classification(Task):
+    """What both have in common."""
+
+    unit = "texts"
+    item = "text"
+    does = "classifies texts"
+    method = "predict"
+    rules = RULES
+
+    def default_rule(self, exits: range) -> ExitRule:
+        """Cautious: two neighbouring exits have to agree, and be nearly certain.
+
+        For two classes, that is a mean probability of 0.98.
+        """
+        return FPabee(measure=Measure.JSKD, threshold=0.1, patience=1)
+
+    def _check_rule(self, rule: ExitRule) -> None:
+        if rule.ranks:
+            raise RuleError(
+                f"rule {rule.name} is for rankings, and the task is "
+                f"{self.record.problem_type.value}",
+                f"choose from {', '.join(self.rules)}",
+            )
+
+
+class SingleLabel(Classification):
+    """One label for each text: the softmax over the logits."""
+
+    def near_ties(self, logits: Floats, tolerance: Tolerance) -> Mask:
+        """Where the two largest logits are too close."""
+        if logits.shape[-1] == 1:
+            return np.asarray(np.abs(logits[..., 0]) <= tolerance)
+        top = np.sort(logits, axis=-1)
+        return np.asarray(top[..., -1] - top[..., -2] <= 2 * np.asarray(tolerance))
+
+    def log_likelihoods(self, logits: Floats, answers: Integers) -> Array:
+        """Log probability `[..., rows]` of class indices `[..., rows]`."""
+        logs = np.log(np.maximum(self.outputs(logits).distributions, TINY))
+        return np.asarray(logs[np.arange(len(logs)), answers])
+
+    def largest_entropy(self) -> float:
+        """That of equal probabilities."""
+        return math.log(len(self.labels))
+
+    def predicted(self, outputs: Outputs) -> list[list[int]]:
+        """The label with the largest logit."""
+        return [[number] for number in outputs.answers.tolist()]
+
+    def encode(self, names: Sequence[Sequence[str]], places: Sequence[str] = ()) -> Labels:
+        """Class indices `[rows]`."""
+        encoded = np.zeros(len(names), np.int64)
+        for number, row in enumerate(names):
+            place = places[number] if places else f"row {number + 1}"
+            marks = self._marks(row, place)
+            if len(row) != 1:
+                raise RowError(
+                    f"{place} has {len(row)} labels, but the task is single-label",
+                    'give each row one "label"; several labels need a model that was trained and '
+                    "exported with `problem_type` multi_label_classification",
+                )
+            encoded[number] = marks.argmax()
+        return encoded
+
+
+class MultiLabel(Classification):
+    """Any number of labels for each text: the sigmoid of each logit."""
+
+    flags = True
+
+    def near_ties(self, logits: Floats, tolerance: Tolerance) -> Mask:
+        """Where a logit is too close to the one from which its label is predicted."""
+        thresholds = np.asarray(self.record.label_thresholds or HALF, np.float64)
+        with np.errstate(divide="ignore"):  # no logit is near a threshold of 0 or 1
+            limits = np.log(thresholds) - np.log1p(-thresholds)
+        return np.asarray(np.abs(logits - limits).min(axis=-1) <= tolerance)
+
+    def same(self, some: Integers, others: Integers) -> Mask:
+        """Where the whole sets of labels are the same."""
+        return np.asarray(super().same(some, others).all(axis=-1))
+
+    def predicted(self, outputs: Outputs) -> list[list[int]]:
+        """The labels whose probabilities are above their thresholds."""
+        return [np.flatnonzero(row).tolist() for row in outputs.answers]

@@ -1,0 +1,62 @@
+"""Documents that are put in order for a query."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+
+from ..errors import RuleError
+from ..rules.measures import Floats, Mask, Outputs
+from ..rules.rules import Budget, ExitRule, TopK
+from ..rules.runner import RuleRunner
+from .task import Task, Tolerance
+
+
+class Ranking(Task):
+    """One logit for each document of a query: how well it answers the query."""
+
+    unit = "queries"
+    item = "document"
+    does = "ranks documents"
+    method = "rank"
+    compares = True
+    rules: ClassVar[Mapping[str, type[ExitRule]]] = {"budget": Budget, "top-k": TopK}
+
+    @property
+    def name(self) -> str:
+        """What a reader calls it."""
+        return "ranking of documents"
+
+    def default_rule(self, exits: range) -> ExitRule:
+        """All layers for all documents, because no other order can be promised."""
+        return Budget(exit=exits[-1])
+
+    def runner(self, rule: ExitRule, exits: range) -> RuleRunner:
+        """A runner for a rule by which some documents run all layers; see `Task.runner`."""
+        runner = super().runner(rule, exits)
+        stops = min(runner.last, rule.exit) if isinstance(rule, Budget) else runner.last
+        if stops < exits[-1]:
+            raise RuleError(
+                f"the rule stops all documents at exit {stops}, so none has the score of the model",
+                f"give a rule that reaches exit {exits[-1]}, without an earlier `max_exit`",
+            )
+        return runner
+
+    def _check_rule(self, rule: ExitRule) -> None:
+        # `Budget` compares nothing, so it fits any task.
+        if not rule.ranks and not isinstance(rule, Budget):
+            raise RuleError(
+                f"rule {rule.name} is for classification, and the task is "
+                f"{self.record.problem_type.value}",
+                f"choose from {', '.join(self.rules)}",
+            )
+
+    def near_ties(self, logits: Floats, tolerance: Tolerance) -> Mask:
+        """Where the logit is too close to 0."""
+        return np.asarray(np.abs(logits[..., 0]) <= tolerance)
+
+    def predicted(self, outputs: Outputs) -> list[list[int]]:
+        """None: what a document answers depends on the others of its query."""
+        return [[] for _ in outputs.logits]

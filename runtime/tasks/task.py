@@ -1,0 +1,213 @@
+"""What every kind of model can say about its logits."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..artifact import manifest
+from ..errors import InputError, RowError, RuleError
+from ..quality import Labels
+from ..rules.measures import TINY, Array, Floats, Integers, Mask, Outputs
+from ..rules.rules import ExitRule
+from ..rules.runner import RuleRunner, Simulation
+
+HALF = 0.5
+"""The probability above which a label is predicted that has no threshold of its own."""
+
+Tolerance = float | NDArray[np.floating[Any]]
+"""By how much each logit may move: one number, or `[exits, rows]`."""
+
+
+class Task(ABC):
+    """A kind of model: what its logits mean, and what its callers give and get.
+
+    A *unit* is what a caller gives and what a promise counts: a text, or a query with documents. An
+    *item* is what the model gives logits for, and what has an exit.
+
+    Args:
+        record: the task, as the manifest describes it.
+
+    Attributes:
+        unit: what units are called, such as `texts`.
+        item: what items are called, in the singular.
+        does: what the model does, such as `classifies texts`.
+        method: the method of `Engine` that asks it.
+        flags: whether any number of labels is given, so that each of them is a yes or no.
+        compares: whether the exit of an item, and what it answers, depend on the others of its
+            unit.
+        rules: the rules that fit, by name.
+        record: the task, as the manifest describes it.
+        labels: the names of the labels, in the order of the logits.
+        outputs: makes the outputs of rows at an exit, from their logits `[rows, labels]`.
+    """
+
+    unit: ClassVar[str]
+    item: ClassVar[str]
+    does: ClassVar[str]
+    method: ClassVar[str]
+    flags: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
+    rules: ClassVar[Mapping[str, type[ExitRule]]]
+
+    def __init__(self, record: manifest.Task) -> None:
+        self.record = record
+        self.labels = record.labels
+        self.outputs: Callable[[Floats], Outputs] = partial(
+            Outputs,
+            problem_type=record.problem_type,
+            label_thresholds=record.label_thresholds,
+        )
+
+    def runner(self, rule: ExitRule, exits: range) -> RuleRunner:
+        """What applies a rule to groups of rows.
+
+        Args:
+            rule: the rule.
+            exits: the numbers of the exits of the model.
+
+        Raises:
+            RuleError: `rule` is not a rule, is one for another task, or does not fit the exits.
+        """
+        if not isinstance(rule, ExitRule):
+            raise RuleError(
+                f"the rule is {rule!r}, a {type(rule).__name__}",
+                "give a rule such as FPabee(threshold=0.2), or ExitRule.from_dict(...)",
+            )
+        self._check_rule(rule)
+        return RuleRunner(rule, exits, self.outputs)
+
+    @property
+    def name(self) -> str:
+        """What a reader calls it."""
+        return self.record.problem_type.value
+
+    @abstractmethod
+    def default_rule(self, exits: range) -> ExitRule:
+        """The rule of a model that was not calibrated.
+
+        Args:
+            exits: the numbers of its exits.
+        """
+
+    @abstractmethod
+    def _check_rule(self, rule: ExitRule) -> None:
+        """Refuse rules of other tasks.
+
+        Raises:
+            RuleError: it is one.
+        """
+
+    def simulate(self, logits: Floats, rule: ExitRule, first_exit: int = 1) -> Simulation:
+        """Apply a rule to a trace: exactly the exits of a live run that gives these logits.
+
+        Args:
+            logits: `[exits, rows, labels]` at full depth, see `simulate`.
+            rule: the rule.
+            first_exit: the exit of the first logits.
+
+        Raises:
+            RuleError: the rule does not fit.
+        """
+        exits = range(first_exit, first_exit + len(logits))
+        return self.runner(rule, exits).simulate(logits)
+
+    def answers(self, logits: Floats) -> Integers:
+        """The answers at every exit: `[exits, rows]`, or with several labels a row `[..., labels]`.
+
+        Args:
+            logits: `[exits, rows, labels]`.
+        """
+        return np.stack([self.outputs(each).answers for each in logits])
+
+    @abstractmethod
+    def near_ties(self, logits: Floats, tolerance: Tolerance) -> Mask:
+        """Where answers may change if each logit moves by the tolerance: `[exits, rows]`.
+
+        Args:
+            logits: `[exits, rows, labels]`.
+            tolerance: by how much.
+        """
+
+    def log_likelihoods(self, logits: Floats, answers: Integers) -> Array:
+        """Log probability `[..., rows]` of answers; several labels count as independent.
+
+        Args:
+            logits: `[rows, labels]` that give the probabilities.
+            answers: int64 `[..., rows]`, or `[..., rows, labels]` of 0 and 1.
+        """
+        logs = np.log(np.maximum(self.outputs(logits).distributions, TINY))
+        return np.asarray(np.where(answers == 1, logs[..., 0], logs[..., 1]).sum(axis=-1))
+
+    def largest_entropy(self) -> float:
+        """The largest entropy that there can be, in nats."""
+        return len(self.labels) * math.log(2)
+
+    def same(self, some: Integers, others: Integers) -> Mask:
+        """Where answers are the same: `[..., rows]`."""
+        return np.asarray(some == others)
+
+    @abstractmethod
+    def predicted(self, outputs: Outputs) -> list[list[int]]:
+        """The numbers of the labels that each row gets, from its outputs alone."""
+
+    def encode(self, names: Sequence[Sequence[str]], places: Sequence[str] = ()) -> Labels:
+        """Convert label names to numbers.
+
+        Args:
+            names: the label names of each row.
+            places: how to refer to each row in messages; default: by its number.
+
+        Returns:
+            int64: with one label for each row `[rows]` indices, else `[rows, labels]` of 0 and 1.
+
+        Raises:
+            RowError: the model does not have a label, or a row does not have exactly one although
+                it must.
+        """
+        every = places or [f"row {number + 1}" for number in range(len(names))]
+        rows = [self._marks(*pair) for pair in zip(names, every, strict=True)]
+        return np.array(rows, np.int64).reshape(len(names), len(self.labels))
+
+    def _marks(self, names: Sequence[str], place: str) -> NDArray[np.int64]:
+        """`[labels]` of 0 and 1, from the label names of one row.
+
+        Raises:
+            RowError: the model does not have a label.
+        """
+        for name in names:
+            if name not in self.labels:
+                raise RowError(
+                    f"{place} has label {name!r}, which the model does not know",
+                    f"the model's labels are: {', '.join(self.labels)}",
+                )
+        return np.array([label in names for label in self.labels], np.int64)
+
+    def decision_thresholds(self, thresholds: Mapping[str, float]) -> tuple[float, ...]:
+        """The probability above which each label is flagged, if that is what is decided.
+
+        Args:
+            thresholds: the probability by label.
+
+        Returns:
+            `[labels]`, 1 for labels that decide nothing; empty if the answer is the decision.
+
+        Raises:
+            InputError: the model does not have a named label.
+        """
+        for label in thresholds:
+            if label not in self.labels:
+                raise InputError(
+                    f"the model has no label {label!r}", f"choose from {', '.join(self.labels)}"
+                )
+        own = self.record.label_thresholds
+        if not thresholds and not own:
+            return ()
+        values = own or (HALF if self.flags else 1.0,) * len(self.labels)
+        return tuple(map(thresholds.get, self.labels, values))
