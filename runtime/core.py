@@ -327,7 +327,7 @@ class Core:
 
     def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Trace:
         """Run tokenized rows as one window, see `Engine.run_encoded`."""
-        if rule.ranks:  # TASK
+        if rule.ranks:
             raise RuleError(
                 f"rule {rule.name} compares the documents of one query, and a trace has no queries",
                 "rank them, or trace them to full depth",

@@ -29,6 +29,7 @@ _PACKAGES = (
 _CPU_FEATURES = "avx2 avx512f avx512_vnni avx512_bf16 amx_tile asimddp i8mm bf16 sve sve2 sme"
 _VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
 _OLDEST_CUDA = (12, 4)  # our kernel is made for it
+_MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
@@ -69,6 +70,7 @@ class CudaDevice:
         error: why no GPU can be used; empty if one can.
         process: the process that has asked, the only one that can use the GPU: CUDA does not work
             in processes that are forked from it.
+        multiprocessors: how many it has; 0: not known.
     """
 
     name: str = ""
@@ -76,6 +78,14 @@ class CudaDevice:
     cuda: tuple[int, int] = (0, 0)
     error: str = ""
     process: int = field(default_factory=os.getpid, compare=False)
+    multiprocessors: int = 0
+
+    @property
+    def size(self) -> str:
+        """Its name and multiprocessors: all modules of the Jetson Orin have the same name."""
+        if not self.multiprocessors:
+            return self.name
+        return f"{self.name}, {self.multiprocessors} multiprocessors"
 
 
 def cuda_device(number: int = 0) -> CudaDevice:
@@ -127,12 +137,18 @@ def _described(driver: ctypes.CDLL, number: int, cuda: tuple[int, int]) -> CudaD
     driver.cuDeviceGet(ctypes.byref(device), number)
     text = ctypes.create_string_buffer(256)
     driver.cuDeviceGetName(text, len(text), device)
-    parts = []
-    for attribute in _COMPUTE_CAPABILITY:
+    values = []
+    for attribute in (*_COMPUTE_CAPABILITY, _MULTIPROCESSORS):
         value = ctypes.c_int()
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-        parts.append(str(value.value))
-    return CudaDevice(text.value.decode(errors="replace"), ".".join(parts), cuda)
+        values.append(value.value)
+    major, minor, multiprocessors = values
+    return CudaDevice(
+        name=text.value.decode(errors="replace"),
+        compute_capability=f"{major}.{minor}",
+        cuda=cuda,
+        multiprocessors=multiprocessors,
+    )
 
 
 def environment() -> dict[str, str]:

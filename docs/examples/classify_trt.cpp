@@ -71,8 +71,12 @@ void check_device(const nlohmann::json& plan) {
   const auto gpus = plan["compute_capabilities"].get<std::vector<std::string>>();
   must(std::find(gpus.begin(), gpus.end(), here) != gpus.end(),
        "the plan is not for compute capability " + here + ": build it again");
-  const std::string name = device.name;
+  // All modules of the Jetson Orin have the same name.
+  const std::string name = std::string(device.name) + ", " +
+                           std::to_string(device.multiProcessorCount) + " multiprocessors";
   const std::string built_on = plan.value("built_on", name);
+  must(built_on == name || (built_on + name).find(" MIG ") == std::string::npos,
+       "the plan was built on " + built_on + ", and this is " + name + ": build it again");
   if (built_on != name)
     std::cerr << "the plan was built on " << built_on << ", not on " << name
               << ": it may be slow or fail, so build it again\n";

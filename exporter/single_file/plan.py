@@ -29,7 +29,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         onnx_sha256: the hash of that graph.
         versions: of the library that built it, and that can run it.
         compute_capabilities: the GPUs that it is for.
-        built_on: the name of the GPU that built it; unset with TensorRT for RTX.
+        built_on: the GPU that built it, as in `Target`; unset with TensorRT for RTX.
         shapes: the smallest, typical and largest number of rows and tokens.
         inputs: what it reads: tokens, and the settings of the rule.
         outputs: what it gives.

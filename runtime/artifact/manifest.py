@@ -273,8 +273,9 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         relative_speed: how many times as fast as the first target for CPUs it was at full depth, on
             the machine that chose the default target; None: not measured.
         compute_capabilities: of the GPUs that run the files, such as `8.6`.
-        built_on: the driver's name for the GPU that built the files, if they are built on the GPU
-            that runs them; unset: none is recorded, as in folders of fpabee 1.0.
+        built_on: the GPU that built the files, by the driver's name for it and its multiprocessors,
+            if they are built on the GPU that runs them; unset: none is recorded, as in folders of
+            fpabee 1.0.
         profiles: the shapes that the files accept, by length; empty: any.
         batch_sizes: the batch sizes to pad to, in rows; empty: any.
         sequence_lengths: the lengths to pad to, in tokens; empty: any.

@@ -27,13 +27,14 @@ from ..machine import cuda_device
 from . import compiled_cache
 from .base import Backend, is_out_of_memory
 from .buffers import Bucket, Limits, shape_of
-from .cuda import cuda, packages, required_gpu
+from .cuda import Cuda, cuda, packages, required_gpu
 from .device import DeviceExecution, Runner, on_device
 
 logger = logging.getLogger(__name__)
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
+_SECOND_LOGGER = "differs from one already registered"  # what a process with two engines is told
 _MOST_ERRORS = 1000  # that are kept; an operation reports far fewer
 _LESS_MEMORY = "close other programs that use the GPU, or build the target for smaller shapes"
 
@@ -81,7 +82,10 @@ class ErrorLog:
         error = BackendError(f"{what}: {self.since(begun)}", "build the target again")
         if is_out_of_memory(error):
             error.hint = _LESS_MEMORY
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # its traceback holds this variable, and what is to be freed
 
 
 def succeeds(call: Callable[..., bool], *arguments: object) -> bool:
@@ -99,13 +103,39 @@ def succeeds(call: Callable[..., bool], *arguments: object) -> bool:
         return False
 
 
-def _run(context: Any, addresses: Mapping[str, int], stream: int, errors: ErrorLog) -> None:
+class PlanContext:
+    """An execution context, which is freed on its device, wherever the last reference to it goes.
+
+    That may be the traceback of an error.
+
+    Args:
+        library: the object of the library.
+        cuda: the driver on the device.
+    """
+
+    def __init__(self, library: Any, cuda: Cuda) -> None:
+        self.library = library
+        self.addresses: Mapping[str, int] | None = None  # those that are set
+        self._cuda = cuda
+
+    def __del__(self) -> None:
+        """Free it. When the process ends, the driver does."""
+        if not sys.is_finalizing():
+            with suppress(BackendError), self._cuda:
+                self.library = None
+
+
+def _run(context: PlanContext, addresses: Mapping[str, int], stream: int, errors: ErrorLog) -> None:
     """Enqueue a plan at the addresses of its inputs and outputs; groups share its context."""
     begun = errors.count
-    for name, address in addresses.items():
-        done = context.set_tensor_address(name, address)
-        errors.must(done, f"TensorRT does not accept the address of {name}", begun)
-    errors.must(context.execute_async_v3(stream), "TensorRT could not start a segment", begun)
+    if context.addresses is not addresses:
+        context.addresses = None  # until all are set, they are a mixture
+        for name, address in addresses.items():
+            done = context.library.set_tensor_address(name, address)
+            errors.must(done, f"TensorRT does not accept the address of {name}", begun)
+        context.addresses = addresses
+    started = context.library.execute_async_v3(stream)
+    errors.must(started, "TensorRT could not start a segment", begun)
 
 
 class RuntimeCache:
@@ -201,10 +231,10 @@ class TensorRtBackend(Backend):
             parts = [plans, self._trt.__version__, gpu.name, gpu.compute_capability]
             key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
             self._compiled = RuntimeCache(key, self.errors)
-        if self.target.built_on and self.target.built_on != gpu.name:
+        if self.target.built_on and self.target.built_on != gpu.size:
             warn_once(
                 logger,
-                f"target {name} was built on {self.target.built_on}, and runs on {gpu.name}: its "
+                f"target {name} was built on {self.target.built_on}, and runs on {gpu.size}: its "
                 f"plans may be slow or fail there, so {rebuild(self.target)}",
                 engines.path,
             )
@@ -233,9 +263,9 @@ class TensorRtBackend(Backend):
                 f"{gpu.compute_capability}",
                 rebuild(target),
             )
-        if target.built_on and mig_slice(target.built_on) != mig_slice(gpu.name):
+        if target.built_on and mig_slice(target.built_on) != mig_slice(gpu.size):
             raise BackendError(
-                f"target {name} was built on {target.built_on}, but this is {gpu.name}: plans fit "
+                f"target {name} was built on {target.built_on}, but this is {gpu.size}: plans fit "
                 "only slices (MIG) of one size, or only whole GPUs",
                 rebuild(target),
             )
@@ -282,13 +312,14 @@ class TensorRtBackend(Backend):
         """A new execution."""
         return TensorRtExecution(self)
 
-    def new_context(self, graph: str) -> Any:
+    def new_context(self, graph: str) -> PlanContext | None:
         """An execution context of a graph; None: memory is lacking."""
         engine = self.graph(graph)
         how = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if self._compiled is not None:
             how = self._compiled.config(self._trt, graph, engine)
-        return engine.create_execution_context(how)
+        context = engine.create_execution_context(how)
+        return None if context is None else PlanContext(context, self.cuda)
 
     @on_device
     def _load(self, name: str) -> Any:
@@ -320,6 +351,7 @@ class TensorRtBackend(Backend):
             finally:
                 self._compiled = None  # of the engines, so it goes before them
                 super()._free()
+                self._runtime = None
 
 
 class TensorRtExecution(DeviceExecution):
@@ -340,7 +372,7 @@ class TensorRtExecution(DeviceExecution):
             context = self.shared[bucket, graph] = self._context(graph, bucket)
         return partial(_run, context, addresses, self.stream, self._backend.errors)
 
-    def _context(self, graph: str, bucket: Bucket) -> Any:
+    def _context(self, graph: str, bucket: Bucket) -> PlanContext:
         """A context of a graph with its shapes set, which uses scratch memory of the execution."""
         backend = self._backend
         errors = backend.errors
@@ -358,19 +390,20 @@ class TensorRtExecution(DeviceExecution):
             )
         # If none fits, profile 0 refuses the shape below, and the library says which it takes.
         profile = profile_for(backend.target.profiles, bucket) or 0
-        done = succeeds(context.set_optimization_profile_async, profile, self.stream)
+        done = succeeds(context.library.set_optimization_profile_async, profile, self.stream)
         errors.must(done, f"{graph} does not accept its profile", begun)
         for spec in backend.graphs[graph].inputs:
             shape = shape_of(spec, bucket)
-            done = context.set_input_shape(spec.name, shape)
+            done = context.library.set_input_shape(spec.name, shape)
             errors.must(done, f"{graph} does not accept {spec.name} of shape {list(shape)}", begun)
-        done = succeeds(lambda: not context.infer_shapes())
+        done = succeeds(lambda: not context.library.infer_shapes())
         errors.must(done, f"{graph} cannot infer its shapes", begun)
+        need = int(context.library.update_device_memory_size_for_shapes())
+        errors.must(need > 0 or errors.count == begun, f"{graph} cannot tell its memory", begun)
         # Enough for every shape, so that the memory rarely has to grow.
-        need = int(context.update_device_memory_size_for_shapes())
         size = max(need, int(engine.device_memory_size_v2))
         if size:
-            context.set_device_memory(self.scratch(size), size)
+            context.library.set_device_memory(self.scratch(size), size)
         return context
 
 
@@ -422,7 +455,7 @@ def error_logger(trt: Any, errors: ErrorLog) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
                 errors.add(message)
-            elif severity == trt.ILogger.Severity.WARNING:
+            elif severity == trt.ILogger.Severity.WARNING and _SECOND_LOGGER not in message:
                 warn_once(logger, f"{trt.__name__}: {message.strip()}")
 
     return Logger()

@@ -480,7 +480,10 @@ class Scheduler:
 
     def _step(self, chain: Chain) -> None:
         """Take new rows, and let one group take a step of the chain."""
-        self._admit(chain)
+        if not chain.gives_way:
+            self._admit(chain)
+            if self._waiting:
+                chain.borrow()  # before the next line, because rows may be late after a wait
         self._clear(chain)
         group = self._choose(chain)
         if group is None and not self._groups:

@@ -69,13 +69,16 @@ class FakeContext(OnDevice):
         self.session = shared_session(plan.onnx.read_bytes())
         self.profile: Shapes | None = None
         self.shapes: dict[str, tuple[int, ...]] = {}
+        # What is known of it also after it is freed.
+        self.record = types.SimpleNamespace(shapes=self.shapes, profile=None)
+        self.record.context = weakref.ref(self)
         self.addresses: dict[str, int] = {}
         self.scratch = (0, 0)
         self.config: Callable[[], Any] = lambda: "TensorRT has none"
         self.is_eager = True
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
-        self.profile = self.plan.profiles[index]
+        self.profile = self.record.profile = self.plan.profiles[index]
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -182,7 +185,7 @@ class FakeTensorRt(types.ModuleType):
         self.__spec__ = importlib.machinery.ModuleSpec(name, None)
         self.plans = plans
         self.logger: Any = None
-        self.contexts: list[types.SimpleNamespace] = []  # their shapes, also after they are freed
+        self.contexts: list[types.SimpleNamespace] = []  # their records
         self.contexts_left = sys.maxsize
 
     def Runtime(self, logger: Any) -> FakeRuntime:  # noqa: N802
@@ -282,5 +285,5 @@ class FakeEngine(OnDevice):
             strategies = self._trt.DynamicShapesKernelSpecializationStrategy
             eager = config.dynamic_shapes_kernel_specialization_strategy is strategies.EAGER
             context.is_eager = eager
-        self._trt.contexts.append(types.SimpleNamespace(shapes=context.shapes))
+        self._trt.contexts.append(context.record)
         return context

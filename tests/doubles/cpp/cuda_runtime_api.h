@@ -12,6 +12,7 @@ constexpr unsigned cudaStreamNonBlocking = 1;
 
 struct cudaDeviceProp {
   char name[256];
+  int multiProcessorCount;
   int major;
   int minor;
 };
@@ -19,7 +20,7 @@ struct cudaDeviceProp {
 inline const char* cudaGetErrorString(cudaError_t) { return "error"; }
 
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* device, int) {
-  *device = {"Double", 8, 7};
+  *device = {"Double", 8, 8, 7};
   return cudaSuccess;
 }
 

@@ -312,7 +312,7 @@ def classify(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 def test_the_example_in_cpp_runs_any_number_of_lines_in_batches(
     classify: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
-    done = classify(LINES * 3 + LINES[:1], built_on="Double")
+    done = classify(LINES * 3 + LINES[:1], built_on="Double, 8 multiprocessors")
     assert done.returncode == 0
     assert done.stdout.splitlines() == ANSWERS * 3 + ANSWERS[:1]
     steps = done.stderr.splitlines()
@@ -341,9 +341,11 @@ def test_the_example_in_cpp_keeps_what_rtx_compiled(
 def test_the_example_in_cpp_says_what_is_wrong(
     classify: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
+    done = classify(LINES[:2], built_on="NVIDIA H100 MIG 1g.10gb")
+    assert (done.returncode, done.stdout) == (1, "")
     done = classify(LINES[:2], built_on="Orin Nano")
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 2)
-    assert "was built on Orin Nano, not on Double" in done.stderr
+    assert "was built on Orin Nano, not on Double, 8 multiprocessors" in done.stderr
     for line, problem in (
         (" ".join(["1"] * 25), "line 3 holds 25 token ids, and the plan takes at most 24"),
         ("", "line 3 holds no token ids"),

@@ -293,3 +293,8 @@ def test_the_bindings_are_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(MissingExtraError, match=r"pip install .*\[cuda\]'"):
         cuda.Cuda(0)
+
+
+def test_modules_of_a_jetson_differ_in_their_multiprocessors() -> None:
+    sizes = {CudaDevice("Orin", "8.7", (12, 6), multiprocessors=count).size for count in (8, 16)}
+    assert sizes == {"Orin, 8 multiprocessors", "Orin, 16 multiprocessors"}

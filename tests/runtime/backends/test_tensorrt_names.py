@@ -12,7 +12,7 @@ from fpabee.runtime.backends import tensorrt
 
 SOURCE = Path(tensorrt.__file__).read_text("utf-8")
 KINDS = {
-    "context": "IExecutionContext",
+    "context.library": "IExecutionContext",
     "engine": "ICudaEngine",
     "_runtime": "Runtime",
     "_cache": "IRuntimeCache",
