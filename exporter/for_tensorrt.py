@@ -41,9 +41,9 @@ clip (int64[n] numbers, int64 low, int64 high) => (int64[n] clipped) {
 
 
 def fit_tensorrt(graph: Any) -> None:
-    """Put operators that TensorRT lists for int64 in place of others, in graphs for GPUs.
+    """Replace operators on int64 that TensorRT does not list, in graphs for GPUs.
 
-    Before 10.8, TensorRT also runs `CumSum` as a loop on the device.
+    One of them is `CumSum`, which TensorRT before 10.8 also runs as a loop on the device.
 
     Args:
         graph: an `onnx.GraphProto`. Its sums are of `[batch, sequence]` along a row.
@@ -63,6 +63,8 @@ def _replacement(node: Any) -> list[Any]:
     """What takes the place of a node, see `_REPLACEMENTS`."""
     part = onnx.parser.parse_graph(_REPLACEMENTS[node.op_type])
     inputs = [value.name for value in part.input]
+    if len(inputs) != len([*filter(None, node.input)]):  # a bound is left out
+        return [node]
     result = node.output[0]
     outside = dict(zip(inputs, node.input, strict=True)) | {part.output[0].name: result}
     for each in part.node:

@@ -81,7 +81,7 @@ class CudaDevice:
     multiprocessors: int = 0
 
     @property
-    def size(self) -> str:
+    def model(self) -> str:
         """Its name and multiprocessors: all modules of the Jetson Orin have the same name."""
         if not self.multiprocessors:
             return self.name

@@ -38,7 +38,7 @@ _LEAST_BESIDE = 1024
 # another exit.
 _KEPT = 4
 _ROUNDING = 10 * EXPORT_LIMIT
-# A plan computes its rule in float32, some 64 roundings deep.
+# How far the sums of a rule may be off in a plan, which computes them in float32.
 _ROUNDING_IN_32_BITS = 64 * float(np.finfo(np.float32).eps)
 # Most of the texts, as a share, whose exit rounding may decide.
 _MOST_TIES = 0.02

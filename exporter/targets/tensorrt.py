@@ -55,7 +55,7 @@ def plans_record(
         versions={module: library_version(module)},
         tolerance=None,
         compute_capabilities=options.compute_capabilities or (here.compute_capability,),
-        built_on=here.size if builds_here else msgspec.UNSET,
+        built_on=here.model if builds_here else msgspec.UNSET,
         profiles=profiles_of(options),
         batch_sizes=batch_sizes_of(options),
         sequence_lengths=sequence_lengths_of(options),

@@ -157,8 +157,13 @@ class Cuda:
         return int(self._check(self._driver.cuStreamCreate(int(flag)))[0])
 
     def finish(self, stream: int) -> None:
-        """Wait until all that was enqueued in a stream is done."""
-        self._check(self._driver.cuStreamSynchronize(stream))
+        """Wait until all that was enqueued in a stream is done, without keeping a core busy."""
+        event = self.event()
+        try:
+            self.record(event, stream)
+            self.wait(event)
+        finally:
+            self.destroy_event(event)
 
     def destroy_stream(self, stream: int) -> None:
         """Destroy a stream."""

@@ -231,10 +231,10 @@ class TensorRtBackend(Backend):
             parts = [plans, self._trt.__version__, gpu.name, gpu.compute_capability]
             key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
             self._compiled = RuntimeCache(key, self.errors)
-        if self.target.built_on and self.target.built_on != gpu.size:
+        if self.target.built_on and self.target.built_on != gpu.model:
             warn_once(
                 logger,
-                f"target {name} was built on {self.target.built_on}, and runs on {gpu.size}: its "
+                f"target {name} was built on {self.target.built_on}, and runs on {gpu.model}: its "
                 f"plans may be slow or fail there, so {rebuild(self.target)}",
                 engines.path,
             )
@@ -263,9 +263,9 @@ class TensorRtBackend(Backend):
                 f"{gpu.compute_capability}",
                 rebuild(target),
             )
-        if target.built_on and mig_slice(target.built_on) != mig_slice(gpu.size):
+        if target.built_on and mig_slice(target.built_on) != mig_slice(gpu.model):
             raise BackendError(
-                f"target {name} was built on {target.built_on}, but this is {gpu.size}: plans fit "
+                f"target {name} was built on {target.built_on}, but this is {gpu.model}: plans fit "
                 "only slices (MIG) of one size, or only whole GPUs",
                 rebuild(target),
             )

@@ -64,18 +64,16 @@ class SingleLabel(Classification):
 
     def encode(self, names: Sequence[Sequence[str]], places: Sequence[str] = ()) -> Labels:
         """Class indices `[rows]`."""
-        encoded = np.zeros(len(names), np.int64)
-        for number, row in enumerate(names):
-            place = places[number] if places else f"row {number + 1}"
-            marks = self._marks(row, place)
-            if len(row) != 1:
-                raise RowError(
-                    f"{place} has {len(row)} labels, but the task is single-label",
-                    'give each row one "label"; several labels need a model that was trained and '
-                    "exported with `problem_type` multi_label_classification",
-                )
-            encoded[number] = marks.argmax()
-        return encoded
+        classes: Labels = super().encode(names, places).argmax(axis=1)
+        return classes
+
+    def _check_count(self, names: Sequence[str], place: str) -> None:
+        if len(names) != 1:
+            raise RowError(
+                f"{place} has {len(names)} labels, but the task is single-label",
+                'give each row one "label"; several labels need a model that was trained and '
+                "exported with `problem_type` multi_label_classification",
+            )
 
 
 class MultiLabel(Classification):

@@ -171,23 +171,26 @@ class Task(ABC):
             RowError: the model does not have a label, or a row does not have exactly one although
                 it must.
         """
-        every = places or [f"row {number + 1}" for number in range(len(names))]
-        rows = [self._marks(*pair) for pair in zip(names, every, strict=True)]
-        return np.array(rows, np.int64).reshape(len(names), len(self.labels))
-
-    def _marks(self, names: Sequence[str], place: str) -> NDArray[np.int64]:
-        """`[labels]` of 0 and 1, from the label names of one row.
-
-        Raises:
-            RowError: the model does not have a label.
-        """
-        for name in names:
-            if name not in self.labels:
+        index = {name: number for number, name in enumerate(self.labels)}
+        encoded = np.zeros((len(names), len(self.labels)), np.int64)
+        for number, row in enumerate(names):
+            place = places[number] if places else f"row {number + 1}"
+            unknown = [name for name in row if name not in index]
+            if unknown:
                 raise RowError(
-                    f"{place} has label {name!r}, which the model does not know",
+                    f"{place} has label {unknown[0]!r}, which the model does not know",
                     f"the model's labels are: {', '.join(self.labels)}",
                 )
-        return np.array([label in names for label in self.labels], np.int64)
+            self._check_count(row, place)
+            encoded[number, [index[name] for name in row]] = 1
+        return encoded
+
+    def _check_count(self, names: Sequence[str], place: str) -> None:  # noqa: B027 - any number is right
+        """Refuse a row with too many labels, or too few.
+
+        Raises:
+            RowError: it has.
+        """
 
     def decision_thresholds(self, thresholds: Mapping[str, float]) -> tuple[float, ...]:
         """The probability above which each label is flagged, if that is what is decided.

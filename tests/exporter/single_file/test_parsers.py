@@ -1,4 +1,4 @@
-"""Does every version of TensorRT read the graph of a plan as it is meant?
+"""Parsers of all versions of TensorRT know the operators of a plan, and what its branches read.
 
 The graphs are parsed by TensorRT for RTX. What older parsers would do with them follows from their
 source and from the tables of NVIDIA.

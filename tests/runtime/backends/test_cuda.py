@@ -94,7 +94,6 @@ static int record(Address event, Address stream) {
 }
 static int wait(Address event) { CALL("wait %llu", event); return 0; }
 static int end_event(Address event) { CALL("end event %llu", event); return 0; }
-static int finish(Address stream) { CALL("finish %llu", stream); return 0; }
 static int end_stream(Address stream) { CALL("end stream %llu", stream); return 0; }
 static int reason(int status, const char **text) { *text = "made up"; return 0; }
 static const struct { const char *name; void *function; } calls[] = {
@@ -104,7 +103,6 @@ static const struct { const char *name; void *function; } calls[] = {
     {"cuMemAlloc", allocate}, {"cuMemFree", release}, {"cuMemGetInfo", room},
     {"cuMemHostAlloc", pin}, {"cuMemFreeHost", unpin}, {"cuMemcpyAsync", copy},
     {"cuStreamCreate", stream}, {"cuStreamDestroy", end_stream},
-    {"cuStreamSynchronize", finish},
     {"cuEventCreate", event}, {"cuEventRecord", record}, {"cuEventSynchronize", wait},
     {"cuEventDestroy", end_event}, {"cuGetErrorString", reason}, {"cuInit", other}};
 int cuGetProcAddress_v2(const char *name, void **function, int version, long flags, void *status) {
@@ -168,7 +166,10 @@ copy 4096 1 24 78
 launch 3 256 2 1 256 1 1 0 78 (nil) 7 8193 9 10 11
 record 79 78
 wait 79
-finish 78
+event 3
+record 79 78
+wait 79
+end event 79
 free 4096
 end event 79
 end stream 78
@@ -296,5 +297,5 @@ def test_the_bindings_are_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_modules_of_a_jetson_differ_in_their_multiprocessors() -> None:
-    sizes = {CudaDevice("Orin", "8.7", (12, 6), multiprocessors=count).size for count in (8, 16)}
-    assert sizes == {"Orin, 8 multiprocessors", "Orin, 16 multiprocessors"}
+    models = {CudaDevice("Orin", "8.7", (12, 6), multiprocessors=count).model for count in (8, 16)}
+    assert models == {"Orin, 8 multiprocessors", "Orin, 16 multiprocessors"}

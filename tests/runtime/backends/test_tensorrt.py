@@ -293,7 +293,7 @@ def test_rtx_keeps_what_the_device_compiled(
 def test_rtx_keeps_it_once_and_before_the_end(
     how: str, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Servers may be killed. What is there already is not written again."""
+    """It is written before the process ends, which may be killed, and then only if it changed."""
     made = double(backend="tensorrt-rtx", batch_sizes=(1, 64), sequence_lengths=(16, 64))
     write = Mock(wraps=compiled_cache.write)
     monkeypatch.setattr(compiled_cache, "write", write)
