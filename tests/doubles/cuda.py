@@ -53,11 +53,29 @@ class OnDevice:
 
     def __init__(self) -> None:
         self.cuda = current()
+        number = next(_NUMBERS)
+        self._number = _Number(number)
+        _MADE[number] = (self.cuda, type(self).__name__)
+
+
+class _Number(int):
+    """Notes that the object which has it is freed.
+
+    Like objects of a library, a number cannot be finalized by the garbage collector before what
+    refers to its owner.
+    """
+
+    __slots__ = ()
 
     def __del__(self) -> None:
-        self.cuda.freed.append(type(self).__name__)
-        if contexts()[-1:] != [self.cuda]:
-            self.cuda.freed_elsewhere.append(type(self).__name__)
+        cuda, kind = _MADE.pop(self)
+        cuda.freed.append(kind)
+        if contexts()[-1:] != [cuda]:
+            cuda.freed_elsewhere.append(kind)
+
+
+_NUMBERS = itertools.count()
+_MADE: dict[int, tuple[FakeCuda, str]] = {}
 
 
 def one_at_a_time(kind: type[Any]) -> type[Any]:

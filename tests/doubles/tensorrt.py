@@ -199,15 +199,12 @@ class FakeTensorRt(types.ModuleType):
             self.logger.log(self.ILogger.Severity[severity], message)
 
 
-class FakeRuntime:
+class FakeRuntime(OnDevice):
     """Loads plans."""
 
     def __init__(self, trt: FakeTensorRt) -> None:
-        self._cuda = current()
+        super().__init__()
         self._trt = trt
-
-    def __del__(self) -> None:
-        self._cuda.freed.append(type(self).__name__)
 
     def deserialize_cuda_engine(self, content: bytes) -> FakeEngine | None:
         current()

@@ -128,6 +128,21 @@ def test_outputs_are_read_before_their_memory_is_freed(double: Callable[..., Dou
     raise AssertionError("a call makes fewer allocations")
 
 
+def test_a_context_that_a_traceback_holds_is_freed_on_its_device(
+    double: Callable[..., Double],
+) -> None:
+    made = double()
+    with made.load() as engine:
+        made.cuda.fails_at["run"] = 1
+        with pytest.raises(BackendError) as caught:
+            engine.predict(["rain"])
+    before = made.cuda.freed.count("FakeContext")
+    del caught
+    gc.collect()
+    assert made.cuda.freed.count("FakeContext") > before
+    assert made.cuda.freed_elsewhere == []
+
+
 def test_contexts_are_freed_at_once(double: Callable[..., Double]) -> None:
     """Not when the garbage collector runs next: what lacks memory needs theirs now."""
     made = double()
