@@ -89,7 +89,8 @@ class Exits:
 
     def depths(self, exits: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
         """How many layers run for rows that stop at these exits; of the same shape."""
-        return np.asarray(self.layers)[self.place(exits)]
+        layers: NDArray[np.integer[Any]] = np.asarray(self.layers)[self.place(exits)]
+        return layers
 
     def from_first_layer(self) -> Exits:
         """The exits of the passes with segments only: all but exit 0."""
