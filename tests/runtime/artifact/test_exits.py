@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fpabee.runtime.artifact.exits import Exits, Pass, exits_of
-from fpabee.runtime.artifact.manifest import FirstStageSpec, Manifest
+from fpabee.runtime.artifact.manifest import ExitZeroSpec, FirstStageSpec, Manifest
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "manifest.json"
 
@@ -20,18 +20,18 @@ def manifest() -> Manifest:
 
 
 def test_exits_of_a_manifest_are_those_it_says(manifest: Manifest) -> None:
+    ngrams = ExitZeroSpec(file="exit_0.npz", sha256="0" * 64, unigrams=8, buckets=8)
     scores = FirstStageSpec(weights=(1.0, 0.0, 0.0), bias=0.0)
-    manifest = msgspec.structs.replace(manifest, first_stage=None)
-    without = msgspec.structs.replace(manifest, exit_0=None)
-    ranking = msgspec.structs.replace(without, first_stage=scores)
-    for each in (manifest, without, ranking):
+    texts = msgspec.structs.replace(manifest, exit_0=ngrams)
+    ranking = msgspec.structs.replace(manifest, first_stage=scores)
+    for each in (manifest, texts, ranking):
         exits = exits_of(each)
         assert exits.numbers == each.exits
         assert exits.layers == each.exit_layers
         assert len(exits) == len(each.exits)
         assert exits.last == each.exits[-1]
-    assert [each.reads for each in exits_of(manifest).passes] == ["ngrams", "tokens"]
-    assert [each.reads for each in exits_of(without).passes] == ["tokens"]
+    assert [each.reads for each in exits_of(texts).passes] == ["ngrams", "tokens"]
+    assert [each.reads for each in exits_of(manifest).passes] == ["tokens"]
     assert [each.reads for each in exits_of(ranking).passes] == ["scores", "tokens"]
 
 
