@@ -11,11 +11,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from time import perf_counter
+from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from .artifact.exits import exits_of
 from .artifact.folder import EnginesFolder
 from .backends.base import Backend
 from .backends.buffers import row_bytes
@@ -25,11 +27,11 @@ from .encoding import EncodedRow, Text, TextEncoder, blocks
 from .errors import InputError, RuleError, whole_number
 from .exit_0 import ExitZero
 from .first_stage import FirstStage, checked_scores
-from .predictions import Prediction, Stopped, Tally, Trace, make_predictions
-from .ranking import Ranked, RankedQuery, ranked
+from .predictions import Tally, Trace
+from .ranking import Ranked, ranked
 from .rules.measures import Integers, Mask
 from .rules.rules import Budget, ExitRule
-from .rules.runner import RuleRunner
+from .rules.settling import Runner, Settled
 from .tasks import task_of
 from .watch import Watch
 
@@ -53,6 +55,7 @@ class Core:
         engines: the engines folder.
         manifest: its manifest.
         task: what the logits of the model mean.
+        exits: those of the model.
         backend: what runs the segments.
         limits: the shapes that the target runs.
         max_length: tokens to which texts are truncated, special tokens included.
@@ -88,18 +91,17 @@ class Core:
         self.window_bytes = _WINDOW_BYTES
         self.clock: Callable[[], float] = perf_counter
         self._row_bytes = lru_cache(None)(partial(row_bytes, self.manifest, self.limits))
-        first_stage = self.manifest.first_stage
-        self.first_stage = None if first_stage is None else FirstStage(first_stage)
+        self.exits = exits_of(self.manifest)
+        self.first_stage = FirstStage.load(engines)
         self._exit_0 = self.first_stage or ExitZero.load(engines)
-        self._exits = self.manifest.exits
         self.in_use = (operating_point, self._runner(rule))
-        self.full_depth = self._runner(Budget(exit=self._exits[-1]))
+        self.full_depth = self._runner(Budget(exit=self.exits.last))
         tokenizer = self.manifest.tokenizer
         most = min(tokenizer.max_length, self.limits.max_sequence)
         spec = msgspec.structs.replace(tokenizer, max_length=most)
         self._encoder = TextEncoder(engines.path, spec, max_length)
         self.max_length = self._encoder.limit
-        self.tally = Tally((0,) * len(self._exits))
+        self.tally = Tally((0,) * len(self.exits))
         self._tally_lock = threading.Lock()
         self.watch: Watch | None = None
 
@@ -142,7 +144,7 @@ class Core:
         *,
         full_depth: bool = False,
         max_exit: int | None = None,
-    ) -> RuleRunner:
+    ) -> Runner[Any]:
         """What applies a rule to rows of this model, for code that chains segments itself.
 
         Args:
@@ -194,7 +196,7 @@ class Core:
         return Chain(self.backend, self.limits, self._exit_0, self.full_depth, self.clock)
 
     def choose_watched(
-        self, rows: int, runner: RuleRunner, deadline: float = math.inf
+        self, rows: int, runner: Runner[Any], deadline: float = math.inf
     ) -> NDArray[np.object_]:
         """Which of some rows are watched, see `Watch.choose`.
 
@@ -214,40 +216,46 @@ class Core:
             self.watch.ran(exits)
 
     def run(
-        self, rows: Sequence[EncodedRow], runner: RuleRunner, deadline: float = math.inf
-    ) -> Stopped:
+        self, rows: Sequence[EncodedRow], runner: Runner[Any], deadline: float = math.inf
+    ) -> Settled:
         """Run a window of rows, and keep the logits of their exits only.
 
         Args:
-            rows: the rows of the window.
-            runner: their rule.
+            rows: the rows of the window; in a ranking, the documents of one query.
+            runner: decides which of them stop.
             deadline: when their answers should be there, in seconds of `clock`.
+
+        Returns:
+            All rows, in their order.
 
         Raises:
             BackendError: as in `Engine.run_encoded`.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
-        exits = np.zeros(len(rows), np.int64)
-        limited = np.zeros(len(rows), np.bool_)
-        logits = np.zeros((len(rows), len(self.manifest.task.labels)), np.float32)
-        watched = self.choose_watched(len(rows), runner, deadline)
+        count = len(rows)
+        window = Settled(
+            rows=np.fromiter(rows, np.object_, count),
+            exits=np.full(count, self.exits.first, np.int64),
+            logits=np.zeros((count, len(self.task.labels)), np.float32),
+            limited=np.zeros(count, np.bool_),
+        )
+        watched = self.choose_watched(count, runner, deadline)
         try:
             for decision in self.decisions(rows, runner, deadline, watched):
-                if len(decision.stopped):
-                    stopped = decision.rows[decision.stopped]
-                    exits[stopped] = decision.exit
-                    limited[stopped] = decision.limited
-                    logits[stopped] = decision.logits[decision.stopped]
+                if (settled := decision.settled) is not None:
+                    window.exits[settled.rows] = settled.exits
+                    window.logits[settled.rows] = settled.logits
+                    window.limited[settled.rows] = settled.limited
         finally:
             for row in filter(None, watched):
                 row.lost()
-        self.count_depth(exits)
-        return Stopped(rows, exits, logits, limited)
+        self.count_depth(window.exits)
+        return window
 
     def rank(
         self,
         rows: Sequence[EncodedRow],
-        runner: RuleRunner,
+        runner: Runner[Any],
         deadline: float = math.inf,
         top_k: int | None = None,
         with_left: bool = False,
@@ -267,21 +275,19 @@ class Core:
             InputError: the documents have too many tokens.
         """
         self.check_query(rows)
-        query = RankedQuery(runner, len(rows))
-        window = Group.of(np.arange(len(rows)), rows, self.full_depth, deadline, self.limits)
-        with self.chain() as chain:
-            for decision in chain.run(window, query.going):
-                if len(decision.failed):
-                    raise not_finite(self.backend.name, decision.exit)
-                if decision.limited:
-                    query.stop(decision.rows)
-                else:
-                    query.passed(decision.exit, decision.rows, decision.logits)
-        stopped = Stopped(rows, query.exits, query.logits[:, None], query.limited)
+        settled = self.run(rows, runner, deadline)
         missed = np.full(len(rows), self.clock() > deadline)
-        self.count(stopped, missed)
-        activation = self.manifest.task.activation
-        return ranked(stopped, missed, ~query.going, activation, top_k, with_left)
+        self.count(settled, missed)
+        return self.in_order(settled, missed, top_k, with_left)
+
+    def in_order(
+        self, settled: Settled, missed: Mask, top_k: int | None, with_left: bool
+    ) -> list[Ranked]:
+        """The documents of a query in order; the arguments are those of `ranked`."""
+        left = (settled.exits < self.exits.last) & ~settled.limited
+        return ranked(
+            settled, missed, left, self.manifest.task.activation, top_k, with_left=with_left
+        )
 
     def with_scores(
         self, rows: Sequence[EncodedRow], scores: Sequence[float] | None
@@ -332,34 +338,35 @@ class Core:
                 f"rule {rule.name} compares the documents of one query, and a trace has no queries",
                 "rank them, or trace them to full depth",
             )
-        first = self._exits[0]
-        shape = (len(self._exits), len(rows), len(self.manifest.task.labels))
+        first = self.exits.first
+        shape = (len(self.exits), len(rows), len(self.task.labels))
         logits = np.full(shape, np.nan, np.float32)
         exits = np.full(len(rows), first, np.int64)
         for decision in self.decisions(rows, self.runner(rule)):
             logits[decision.exit - first, decision.rows] = decision.logits
-            exits[decision.rows[decision.stopped]] = decision.exit
+            if (settled := decision.settled) is not None:
+                exits[settled.rows] = settled.exits
         at_exit = logits[exits - first, np.arange(len(rows))]
         lengths = np.array([len(row) for row in rows], np.intp)
         return Trace(logits, exits, self.task.outputs(at_exit).answers, lengths, first)
 
-    def answers(self, stopped: Stopped, missed: Mask) -> list[Prediction]:
-        """Count rows in the tally, and make their predictions.
+    def answers(self, settled: Settled, missed: Mask) -> list[Any]:
+        """Count rows in the tally, and make their answers, see `Task.results`.
 
         Args:
-            stopped: the rows.
+            settled: the rows, each an `EncodedRow`.
             missed: `[rows]` whether the deadline was missed.
         """
-        self.count(stopped, missed)
-        return make_predictions(self.manifest, self.task, stopped, missed)
+        self.count(settled, missed)
+        return [*self.task.results(settled, missed, self.exits)]
 
-    def count(self, stopped: Stopped, missed: Mask) -> None:
+    def count(self, settled: Settled, missed: Mask) -> None:
         """Count rows in the tally; the arguments are those of `answers`."""
-        numbers = stopped.exits - self._exits[0]
+        places = settled.exits - self.exits.first
         counts = Tally(
-            exits=tuple(np.bincount(numbers, minlength=len(self._exits)).tolist()),
-            truncated=sum(row.truncated for row in stopped.rows),
-            deadline_limited=int(np.count_nonzero(stopped.limited)),
+            exits=tuple(np.bincount(places, minlength=len(self.exits)).tolist()),
+            truncated=sum(row.truncated for row in settled.rows.tolist()),
+            deadline_limited=int(np.count_nonzero(settled.limited)),
             deadline_missed=int(np.count_nonzero(missed)),
         )
         with self._tally_lock:
@@ -370,7 +377,7 @@ class Core:
         self.backend.origin.check()
         with self._tally_lock:
             before = self.tally
-            self.tally = Tally((0,) * len(self._exits))
+            self.tally = Tally((0,) * len(self.exits))
         return before
 
     def time_exits(self, rows: int, tokens: int) -> list[float]:
@@ -395,13 +402,16 @@ class Core:
         group = Group.of(np.arange(rows), made_up, self.full_depth, math.inf, self.limits)
         seconds = []
         with self.chain() as chain:
-            for exit_number in self._exits:
+
+            def run_segment(group: Group) -> None:
+                chain.enqueue(group)
+                chain.finish()
+
+            before: list[Callable[[Group], object]] = [chain.ask_exit_0]
+            before *= len(self.exits.before_layers)
+            for way in (*before, *[run_segment] * self.backend.segments):
                 started = self.clock()
-                if exit_number == 0:
-                    chain.ask_exit_0(group)
-                else:
-                    chain.enqueue(group)
-                    chain.finish()
+                way(group)
                 seconds.append(self.clock() - started)
         return seconds
 
@@ -411,13 +421,13 @@ class Core:
             self.time_exits(rows, tokens)
         self.backend.keep_compiled()
 
-    def _runner(self, rule: ExitRule) -> RuleRunner:
-        return self.task.runner(rule, self._exits)
+    def _runner(self, rule: ExitRule) -> Runner[Any]:
+        return self.task.runner(rule, self.exits.numbers)
 
     def decisions(
         self,
         rows: Sequence[EncodedRow],
-        runner: RuleRunner,
+        runner: Runner[Any],
         deadline: float = math.inf,
         watched: NDArray[np.object_] | None = None,
     ) -> Iterator[Decision]:

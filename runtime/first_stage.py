@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .artifact.folder import EnginesFolder
 from .artifact.manifest import FirstStageSpec
 from .encoding import EncodedRow
 from .errors import InputError
@@ -75,6 +76,12 @@ class FirstStage:
     """
 
     spec: FirstStageSpec
+
+    @classmethod
+    def load(cls, engines: EnginesFolder) -> FirstStage | None:
+        """The first stage of an engines folder; None if the model has none."""
+        spec = engines.manifest.first_stage
+        return None if spec is None else cls(spec)
 
     def predict(self, scores: Sequence[float]) -> NDArray[np.float32]:
         """The logits `[documents]` that the scores of a query predict.

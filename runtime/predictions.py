@@ -1,19 +1,15 @@
-"""What an engine gives: predictions from the logits of exits, traces, and a tally of answers."""
+"""What an engine gives: predictions, traces, and a tally of answers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import add
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact.manifest import Manifest
-from .encoding import EncodedRow
-from .rules.measures import Integers, Mask
-from .tasks import Task
+from .rules.measures import Integers
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,57 +128,3 @@ class Tally:
         total = sum(expected)
         pairs = zip(self.shares, expected, strict=True)
         return sum(abs(share - count / total) for share, count in pairs) / 2
-
-
-class Stopped(NamedTuple):
-    """Rows that have stopped.
-
-    Attributes:
-        rows: the rows.
-        exits: `[rows]` int64, the exit of each row.
-        logits: `[rows, labels]` float32 at that exit.
-        limited: `[rows]` whether the deadline stopped a row before its rule did.
-    """
-
-    rows: Sequence[EncodedRow]
-    exits: Integers
-    logits: NDArray[np.float32]
-    limited: Mask
-
-
-def make_predictions(
-    manifest: Manifest, task: Task, stopped: Stopped, missed: Mask
-) -> list[Prediction]:
-    """The predictions of rows that have stopped.
-
-    Args:
-        manifest: that of the model.
-        task: what its logits mean.
-        stopped: the rows.
-        missed: `[rows]` whether the deadline was missed.
-    """
-    outputs = task.outputs(stopped.logits)
-    columns = zip(
-        stopped.rows,
-        task.predicted(outputs),
-        outputs.probabilities.tolist(),
-        stopped.logits.tolist(),
-        stopped.exits.tolist(),
-        stopped.limited.tolist(),
-        missed.tolist(),
-        strict=True,
-    )
-    return [
-        Prediction(
-            labels=tuple([task.labels[number] for number in numbers]),
-            scores=tuple([probabilities[number] for number in numbers]),
-            exit=exit_number,
-            layer=manifest.segments[exit_number - 1].layer if exit_number else 0,
-            probabilities=tuple(probabilities),
-            logits=tuple(at_exit),
-            truncated=row.truncated,
-            deadline_limited=is_limited,
-            deadline_missed=is_missed,
-        )
-        for row, numbers, probabilities, at_exit, exit_number, is_limited, is_missed in columns
-    ]

@@ -1,11 +1,9 @@
 """Ranking: documents that cannot be among the best of their query leave after a few layers.
 
 A row is a query with one of its documents. Each exit predicts the final logit; exit 0 does so from
-the score of a search, and equally for all documents if there are no scores, see `first_stage`. *An
-exit of a query is decided when all its documents have passed it*, whatever groups they run in. So
-the exits of a query depend on the logits of its documents only, and `exits_of_query` reproduces
-them. Documents that leave do so before their group's next segment; the others run all layers, and
-have the logits and the order of the whole model.
+the score of a search, and equally for all documents if there are no scores, see `first_stage`.
+Documents that leave do so before their group's next segment, see `fpabee.runtime.tasks.queries`;
+the others run all layers, and have the logits and the order of the whole model.
 """
 
 from __future__ import annotations
@@ -18,10 +16,9 @@ from numpy.typing import NDArray
 
 from .artifact.manifest import Activation
 from .errors import InputError, whole_number
-from .predictions import Stopped
-from .rules.measures import Floats, Integers, Mask
+from .rules.measures import Floats, Mask
 from .rules.rules import ExitRule, TopK
-from .rules.runner import RuleRunner
+from .rules.settling import Settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,115 +44,6 @@ class Ranked:
     truncated: bool = False
     deadline_limited: bool = False
     deadline_missed: bool = False
-
-
-class RankedQuery:
-    """The documents of one query on their way through the exits.
-
-    Args:
-        runner: decides which documents leave, by `TopK`, or by `Budget` for all layers.
-        documents: how many documents there are.
-
-    Attributes:
-        going: `[documents]` whether a document still goes on; changes in place.
-        exits: `[documents]` int64, the exit of each document: where it left, or the last one that
-            it has passed.
-        limited: `[documents]` whether a deadline stopped a document.
-    """
-
-    def __init__(self, runner: RuleRunner, documents: int) -> None:
-        exits = runner.exits
-        self._runner = runner
-        self._state = self._runner.start(documents)
-        self._numbers = exits
-        self._next = exits[0]
-        self._logits = np.full((len(exits), documents), np.nan, np.float32)
-        self.going = np.ones(documents, np.bool_)
-        self.exits = np.full(documents, exits[0], np.int64)
-        self.limited = np.zeros(documents, np.bool_)
-        self._final = np.zeros(documents, np.bool_)
-
-    @property
-    def logits(self) -> NDArray[np.float32]:
-        """`[documents]` the logit of each document at its exit."""
-        places = self.exits - self._numbers[0]
-        at_exit: NDArray[np.float32] = self._logits[places, np.arange(len(places))]
-        return at_exit
-
-    @property
-    def undecided(self) -> int:
-        """How many exits are not decided yet, the last one included."""
-        return self._numbers[-1] + 1 - self._next
-
-    def passed(
-        self, exit_number: int, documents: NDArray[np.intp], logits: NDArray[np.float32]
-    ) -> NDArray[np.intp]:
-        """Note the logits of documents at an exit, and decide the exits that all have passed.
-
-        Args:
-            exit_number: the exit.
-            documents: the numbers of the documents.
-            logits: `[documents, 1]` at this exit.
-
-        Returns:
-            The numbers of the documents whose exits are final from now on. Documents that are ahead
-            of others wait for them, even at the last exit.
-        """
-        self._logits[exit_number - self._numbers[0], documents] = logits[:, 0]
-        still = documents[self.going[documents]]
-        self.exits[still] = exit_number
-        self._decide()
-        return self._settled()
-
-    def stop(self, documents: NDArray[np.intp]) -> NDArray[np.intp]:
-        """Note that a deadline has stopped documents, after which nothing is decided any more.
-
-        Args:
-            documents: the numbers of the documents.
-
-        Returns:
-            As `passed`.
-        """
-        self.limited[documents] = True
-        return self._settled()
-
-    def _settled(self) -> NDArray[np.intp]:
-        """The documents whose exits have become final since the last call."""
-        last = self._numbers[-1]
-        is_decided = self._next == last or self.limited.any()
-        final = ~self.going | self.limited | (is_decided & (self.exits == last))
-        new = np.flatnonzero(final & ~self._final)
-        self._final |= final
-        return new
-
-    def _decide(self) -> None:
-        """Let documents leave at each exit which can be decided now."""
-        while self._next < self._numbers[-1] and not self.limited.any():
-            left = np.flatnonzero(self.going)
-            logits = self._logits[self._next - self._numbers[0], left]
-            if np.isnan(logits).any():
-                return
-            stops, _ = self._runner.decide(self._next, self._state, logits[:, None])
-            if stops is not None:
-                self._state = self._state.take(np.flatnonzero(~stops))
-                leaving = left[stops]
-                self.going[leaving] = False
-                self.exits[leaving] = self._next
-            self._next += 1
-
-
-def exits_of_query(logits: NDArray[np.float32], runner: RuleRunner) -> Integers:
-    """The exits `[documents]` of one query: those of a live run that gives these logits.
-
-    Args:
-        logits: `[exits, documents]` at full depth.
-        runner: has the rule.
-    """
-    query = RankedQuery(runner, logits.shape[1])
-    every = np.arange(logits.shape[1])
-    for number, at_exit in zip(runner.exits, logits, strict=True):
-        query.passed(number, every, at_exit[:, None])
-    return query.exits
 
 
 def pairs_of(query: str, documents: Sequence[str]) -> list[tuple[str, str]]:
@@ -202,7 +90,7 @@ def top_of(rule: ExitRule, top_k: int | None, documents: int) -> int | None:
 
 
 def ranked(
-    stopped: Stopped,
+    settled: Settled,
     missed: Mask,
     left: Mask,
     activation: Activation,
@@ -215,14 +103,14 @@ def ranked(
     that left early come after all others.
 
     Args:
-        stopped: the documents, with their exits and logits.
+        settled: the documents, each an `EncodedRow`, with their exits and logits.
         missed: `[documents]` whether the deadline was missed.
         left: `[documents]` whether a document left before the last exit, by the rule.
         activation: what makes a score of a logit.
         top_k: most documents to return; None: all.
         with_left: also return those that left early, whatever `top_k` is.
     """
-    predicted = stopped.logits[:, 0]
+    predicted = settled.logits[:, 0]
     least = predicted[~left].min(initial=np.float32(np.inf))
     below = np.nextafter(least, np.float32(-np.inf))
     logits = np.where(left, np.minimum(predicted, below), predicted).astype(np.float64)
@@ -235,9 +123,9 @@ def ranked(
             index=int(number),
             score=float(scores[number]),
             logit=float(logits[number]),
-            exit=int(stopped.exits[number]),
-            truncated=stopped.rows[number].truncated,
-            deadline_limited=bool(stopped.limited[number]),
+            exit=int(settled.exits[number]),
+            truncated=settled.rows[number].truncated,
+            deadline_limited=bool(settled.limited[number]),
             deadline_missed=bool(missed[number]),
         )
         for number in order

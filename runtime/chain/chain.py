@@ -17,7 +17,7 @@ from ..backends.buffers import Bucket, Limits
 from ..encoding import EncodedRow
 from ..errors import BackendError, FpabeeError
 from ..rules.measures import Mask
-from ..rules.runner import RuleRunner
+from ..rules.settling import Runner, Settled
 from .groups import Group, RowNumbers, Running, fits, split
 
 logger = logging.getLogger(__name__)
@@ -31,20 +31,19 @@ class Decision(NamedTuple):
     Attributes:
         group: the group, which has only the rows that go on.
         exit: the number of the exit.
-        rows: `[rows]` the rows before, as the caller calls them.
+        rows: `[rows]` the rows that have passed the exit, as the caller calls them.
         logits: `[rows, labels]` float32 of these rows at the exit.
-        stopped: places of the rows that are answered with these logits.
-        failed: places of the rows whose logits are not finite numbers, which have left the group.
-        limited: whether a deadline stopped them, not their rule.
+        settled: the rows that have their answers now, of this group or another one; None: there
+            are none, or nobody waits for them.
+        failed: `[rows]` further rows, whose logits are not finite numbers, and which have left.
     """
 
     group: Group
     exit: int
     rows: NDArray[Any]
     logits: NDArray[np.float32]
-    stopped: RowNumbers = _NONE
-    failed: RowNumbers = _NONE
-    limited: bool = False
+    settled: Settled | None = None
+    failed: NDArray[Any] = _NONE
 
 
 @dataclass(eq=False)
@@ -73,7 +72,7 @@ class Chain:
     backend: Backend
     limits: Limits
     exit_0: Callable[[Sequence[EncodedRow]], NDArray[np.float32]] | None = None
-    full_depth: RuleRunner | None = None
+    full_depth: Runner[Any] | None = None
     clock: Callable[[], float] = perf_counter
     running: deque[Group] = field(default_factory=deque, init=False)
     watched: list[Group] = field(default_factory=list, init=False)
@@ -111,14 +110,12 @@ class Chain:
         if lent is not None:
             self.backend.give_back(lent, failed=error is not None)
 
-    def run(self, window: Group, going: Mask | None = None) -> Iterator[Decision]:
+    def run(self, window: Group) -> Iterator[Decision]:
         """Run rows until all of them have stopped; then those of them that are watched run on.
 
         Args:
             window: any number of rows. They are split into groups of similar length, and each
                 group takes a segment in turn.
-            going: whether the row of each number goes on. The caller may stop rows by clearing it,
-                and they leave before the next segment of their group. None: only the rule does.
 
         Yields:
             The decision about each group at each exit.
@@ -135,11 +132,11 @@ class Chain:
             if group is None and not self.running:
                 group = self.next_watched()
             if group is not None:
-                if going is not None:
-                    self.keep(group, going[group.rows])
+                self.let_go(group)
                 if len(group):
                     self.borrow()  # before the next line, because rows may be late after a wait
-                yield from self.stop_late(group)
+                if (late := self.stop_late(group)) is not None:
+                    yield Decision(group, group.exit, late.rows[:0], late.logits[:0], late)
                 if not len(group):
                     continue
             try:
@@ -213,30 +210,31 @@ class Chain:
             return []
         return [self._decide(group, self.exit_0(group.encoded.tolist()))]
 
-    def stop_late(self, group: Group) -> list[Decision]:
+    def let_go(self, group: Group) -> None:
+        """Drop the rows of a group that go on no further, because others have decided so."""
+        going = group.runner.goes_on(group.state)
+        if going is not None:
+            self.keep(group, going)
+
+    def stop_late(self, group: Group) -> Settled | None:
         """Stop the rows that would miss their deadline while another segment runs.
 
         They are answered at the last exit that they have reached. Rows that have not reached an
         exit go on.
+
+        Returns:
+            The rows that have their answers now; None: no row is late.
         """
         self.current = group
-        earlier = group.state.earlier
-        if earlier is None:
-            return []
+        if not group.state.has_exit:
+            return None
         soon = self.soon()
         if group.earliest >= soon:
-            return []
+            return None
         late = np.flatnonzero(group.deadlines < soon)
-        stopped = Decision(
-            group=group,
-            exit=group.exit,
-            rows=group.rows[late],
-            logits=earlier.logits[late].astype(np.float32),
-            stopped=np.arange(len(late)),
-            limited=True,
-        )
+        settled = group.runner.stop(group.exit, group.state, group.rows, late)
         self.keep(group, group.deadlines >= soon)
-        return [stopped]
+        return settled
 
     def join(self, group: Group, others: Sequence[Group]) -> None:
         """Take the rows of other groups into a group, as far as they fit.
@@ -336,25 +334,28 @@ class Chain:
         return self._decide(group, logits)
 
     def _decide(self, group: Group, logits: NDArray[np.float32]) -> Decision:
-        failed = _NONE
+        exit_number = group.exit
+        failed: NDArray[Any] = _NONE
         finite = np.isfinite(logits)
         if not np.logical_and.reduce(finite, axis=None):
-            failed = np.flatnonzero(~finite.all(axis=1))
-            logits = np.where(finite, logits, np.float32(0))
-        exit_number = group.exit
+            sound = finite.all(axis=1)
+            failed = group.rows[~sound]
+            for row in group.watched_in(np.flatnonzero(~sound)).values():
+                row.lost()
+            self.keep(group, sound)
+            logits = logits[sound]
         rows = group.rows
-        stops, _ = group.runner.decide(exit_number, group.state, logits)
-        if stops is None and not len(failed):
-            return Decision(group, exit_number, rows, logits)
-        going = np.ones(len(rows), np.bool_) if stops is None else ~stops
-        going[failed] = True
-        stopped = np.flatnonzero(~going)
-        going[failed] = False
-        self._watch(group, exit_number, logits, stopped, failed)
-        self.keep(group, going)
-        if group.is_answered:  # nobody waits for these logits
-            return Decision(group, exit_number, rows, logits)
-        return Decision(group, exit_number, rows, logits, stopped, failed)
+        settled: Settled | None = None
+        going: Mask | None = None
+        if len(rows):
+            settled, going = group.runner.settle(exit_number, group.state, rows, logits)
+        if going is not None:
+            self._watch(group, exit_number, logits, np.flatnonzero(~going))
+            self.keep(group, going)
+        if group.is_answered:  # nobody waits for them
+            settled = None
+            failed = _NONE
+        return Decision(group, exit_number, rows, logits, settled, failed)
 
     def _watch(
         self,
@@ -362,11 +363,8 @@ class Chain:
         exit_number: int,
         logits: NDArray[np.float32],
         stopped: RowNumbers,
-        failed: RowNumbers,
     ) -> None:
-        """Tell watched rows what has happened to them; those that are answered now run on."""
-        for row in group.watched_in(failed).values():
-            row.lost()
+        """Tell watched rows that they have stopped; those that are answered now run on."""
         watched = group.watched_in(stopped)
         run_on = [n for n, row in watched.items() if row.stopped(exit_number, logits[n])]
         if not run_on:

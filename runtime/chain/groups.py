@@ -13,7 +13,7 @@ from ..backends.base import Hidden, Outputs
 from ..backends.buffers import Limits
 from ..encoding import EncodedRow
 from ..errors import BackendError
-from ..rules.runner import PatienceState, RuleRunner
+from ..rules.settling import Runner, State
 from ..watch import WatchedRow
 
 RowNumbers = NDArray[np.intp]
@@ -50,12 +50,12 @@ class Group:
         running: the segment that runs; None between two segments.
     """
 
-    runner: RuleRunner
+    runner: Runner[Any]
     rows: NDArray[Any]
     encoded: NDArray[np.object_]
     lengths: NDArray[np.intp]
     deadlines: NDArray[np.float64]
-    state: PatienceState
+    state: State
     watched: NDArray[np.object_]
     is_answered: bool = False
     hidden: Hidden | None = None
@@ -67,7 +67,7 @@ class Group:
         cls,
         rows: NDArray[Any],
         encoded: Sequence[EncodedRow],
-        runner: RuleRunner,
+        runner: Runner[Any],
         deadline: float,
         limits: Limits,
     ) -> Group:
@@ -96,7 +96,7 @@ class Group:
             encoded=np.fromiter(encoded, np.object_, count),
             lengths=lengths,
             deadlines=np.full(count, deadline),
-            state=runner.start(count),
+            state=runner.start(rows),
             watched=np.full(count, None),
         )
 
@@ -150,7 +150,7 @@ class Group:
         self.encoded = np.concatenate([group.encoded for group in groups])
         self.lengths = np.concatenate([group.lengths for group in groups])
         self.deadlines = np.concatenate([group.deadlines for group in groups])
-        self.state = PatienceState.join([group.state for group in groups])
+        self.state = self.state.join([group.state for group in groups])
         self.watched = np.concatenate([group.watched for group in groups])
 
     def watched_in(self, rows: RowNumbers) -> dict[int, WatchedRow]:

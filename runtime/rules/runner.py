@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .measures import Array, Floats, Integers, Mask, Outputs
 from .rules import ExitRule
+from .settling import Runner, Settled, State
 
 
 @dataclass(slots=True, eq=False)
-class PatienceState:
+class PatienceState(State):
     """What a rule remembers of a group of rows from one exit to the next.
 
     Attributes:
@@ -23,6 +25,11 @@ class PatienceState:
 
     streak: Integers
     earlier: Outputs | None = None
+
+    @property
+    def has_exit(self) -> bool:
+        """Whether there is a previous exit."""
+        return self.earlier is not None
 
     def take(self, rows: NDArray[np.intp]) -> PatienceState:
         """The state of some of the rows."""
@@ -57,8 +64,8 @@ class Simulation:
 
 
 @dataclass(eq=False)
-class RuleRunner:
-    """Applies a rule to groups of rows, one exit after another.
+class RuleRunner(Runner[PatienceState]):
+    """Applies a rule to groups of rows that know by themselves when to stop.
 
     Args:
         rule: the rule.
@@ -81,9 +88,25 @@ class RuleRunner:
         self.last = self.exits[-1] if self.rule.max_exit is None else self.rule.max_exit
         self._signals_needed = self.rule.signals_needed
 
-    def start(self, rows: int) -> PatienceState:
+    def start(self, rows: NDArray[Any]) -> PatienceState:
         """The state of a group of rows before the first exit."""
-        return PatienceState(np.zeros(rows, np.int64))
+        return PatienceState(np.zeros(len(rows), np.int64))
+
+    def settle(
+        self, exit_number: int, state: PatienceState, rows: NDArray[Any], logits: NDArray[np.float32]
+    ) -> tuple[Settled | None, Mask | None]:
+        """See `Runner.settle`."""
+        stops, _ = self.decide(exit_number, state, logits)
+        if stops is None:
+            return None, None
+        return Settled.at(exit_number, rows[stops], logits[stops]), ~stops
+
+    def stop(
+        self, exit_number: int, state: PatienceState, rows: NDArray[Any], places: NDArray[np.intp]
+    ) -> Settled:
+        """See `Runner.stop`."""
+        assert state.earlier is not None
+        return Settled.at(exit_number, rows[places], state.earlier.logits[places], limited=True)
 
     def decide(
         self, exit_number: int, state: PatienceState, logits: Floats
@@ -128,7 +151,7 @@ class RuleRunner:
             logits: `[exits, rows, labels]` at full depth.
         """
         count, rows, _ = logits.shape
-        state = self.start(rows)
+        state = self.start(np.arange(rows))
         chosen = np.full(rows, -1, np.int64)
         predictions: Integers | None = None
         scores = np.full((count, rows), np.nan)

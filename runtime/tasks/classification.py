@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
 
+from ..artifact.exits import Exits
 from ..errors import RowError, RuleError
+from ..predictions import Prediction
 from ..quality import Labels
 from ..rules.measures import TINY, Array, Floats, Integers, Mask, Measure, Outputs
 from ..rules.rules import RULES, ExitRule, FPabee
+from ..rules.runner import RuleRunner
+from ..rules.settling import Settled
 from .task import HALF, Task, Tolerance
 
 
@@ -29,6 +34,52 @@ class Classification(Task):
         For two classes, that is a mean probability of 0.98.
         """
         return FPabee(measure=Measure.JSKD, threshold=0.1, patience=1)
+
+    def runner(self, rule: ExitRule, exits: range) -> RuleRunner:
+        """Each text knows by itself when to stop; see `Task.runner`."""
+        return self.rule_runner(rule, exits)
+
+    def results(self, settled: Settled, missed: Mask, exits: Exits) -> list[Prediction]:
+        """The predictions of the texts."""
+        outputs = self.outputs(settled.logits)
+        columns = zip(
+            settled.rows.tolist(),
+            self._predicted(outputs),
+            outputs.probabilities.tolist(),
+            settled.logits.tolist(),
+            settled.exits.tolist(),
+            exits.depths(settled.exits).tolist(),
+            settled.limited.tolist(),
+            missed.tolist(),
+            strict=True,
+        )
+        return [
+            Prediction(
+                labels=tuple([self.labels[number] for number in numbers]),
+                scores=tuple([probabilities[number] for number in numbers]),
+                exit=exit_number,
+                layer=layer,
+                probabilities=tuple(probabilities),
+                logits=tuple(at_exit),
+                truncated=row.truncated,
+                deadline_limited=is_limited,
+                deadline_missed=is_missed,
+            )
+            for (
+                row,
+                numbers,
+                probabilities,
+                at_exit,
+                exit_number,
+                layer,
+                is_limited,
+                is_missed,
+            ) in columns
+        ]
+
+    @abstractmethod
+    def _predicted(self, outputs: Outputs) -> list[list[int]]:
+        """The numbers of the labels that each text gets."""
 
     def _check_rule(self, rule: ExitRule) -> None:
         if rule.ranks:
@@ -58,7 +109,7 @@ class SingleLabel(Classification):
         """That of equal probabilities."""
         return math.log(len(self.labels))
 
-    def predicted(self, outputs: Outputs) -> list[list[int]]:
+    def _predicted(self, outputs: Outputs) -> list[list[int]]:
         """The label with the largest logit."""
         return [[number] for number in outputs.answers.tolist()]
 
@@ -92,6 +143,6 @@ class MultiLabel(Classification):
         """Where the whole sets of labels are the same."""
         return np.asarray(super().same(some, others).all(axis=-1))
 
-    def predicted(self, outputs: Outputs) -> list[list[int]]:
+    def _predicted(self, outputs: Outputs) -> list[list[int]]:
         """The labels whose probabilities are above their thresholds."""
         return [np.flatnonzero(row).tolist() for row in outputs.answers]

@@ -7,10 +7,12 @@ from typing import ClassVar
 
 import numpy as np
 
+from ..artifact.exits import Exits
 from ..errors import RuleError
-from ..rules.measures import Floats, Mask, Outputs
+from ..rules.measures import Floats, Mask
 from ..rules.rules import Budget, ExitRule, TopK
-from ..rules.runner import RuleRunner
+from ..rules.settling import Settled
+from .queries import QueryRunner
 from .task import Task, Tolerance
 
 
@@ -33,16 +35,16 @@ class Ranking(Task):
         """All layers for all documents, because no other order can be promised."""
         return Budget(exit=exits[-1])
 
-    def runner(self, rule: ExitRule, exits: range) -> RuleRunner:
+    def runner(self, rule: ExitRule, exits: range) -> QueryRunner:
         """A runner for a rule by which some documents run all layers; see `Task.runner`."""
-        runner = super().runner(rule, exits)
+        runner = self.rule_runner(rule, exits)
         stops = min(runner.last, rule.exit) if isinstance(rule, Budget) else runner.last
         if stops < exits[-1]:
             raise RuleError(
                 f"the rule stops all documents at exit {stops}, so none has the score of the model",
                 f"give a rule that reaches exit {exits[-1]}, without an earlier `max_exit`",
             )
-        return runner
+        return QueryRunner(runner)
 
     def _check_rule(self, rule: ExitRule) -> None:
         # `Budget` compares nothing, so it fits any task.
@@ -57,6 +59,6 @@ class Ranking(Task):
         """Where the logit is too close to 0."""
         return np.asarray(np.abs(logits[..., 0]) <= tolerance)
 
-    def predicted(self, outputs: Outputs) -> list[list[int]]:
-        """None: what a document answers depends on the others of its query."""
-        return [[] for _ in outputs.logits]
+    def results(self, settled: Settled, missed: Mask, exits: Exits) -> list[None]:
+        """None for each: what a document answers depends on the others, see `ranked`."""
+        return [None] * len(settled.rows)

@@ -12,11 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifact import manifest
+from ..artifact.exits import Exits
 from ..errors import InputError, RowError, RuleError
+from ..predictions import Prediction
 from ..quality import Labels
 from ..rules.measures import TINY, Array, Floats, Integers, Mask, Outputs
 from ..rules.rules import ExitRule
 from ..rules.runner import RuleRunner, Simulation
+from ..rules.settling import Runner, Settled
 
 HALF = 0.5
 """The probability above which a label is predicted that has no threshold of its own."""
@@ -65,8 +68,20 @@ class Task(ABC):
             label_thresholds=record.label_thresholds,
         )
 
-    def runner(self, rule: ExitRule, exits: range) -> RuleRunner:
-        """What applies a rule to groups of rows.
+    @abstractmethod
+    def runner(self, rule: ExitRule, exits: range) -> Runner[Any]:
+        """What decides which rows of groups stop.
+
+        Args:
+            rule: the rule.
+            exits: the numbers of the exits of the model.
+
+        Raises:
+            RuleError: as in `rule_runner`, or nothing would run all layers although it must.
+        """
+
+    def rule_runner(self, rule: ExitRule, exits: range) -> RuleRunner:
+        """What applies a rule to rows that see the same exits.
 
         Args:
             rule: the rule.
@@ -116,7 +131,7 @@ class Task(ABC):
             RuleError: the rule does not fit.
         """
         exits = range(first_exit, first_exit + len(logits))
-        return self.runner(rule, exits).simulate(logits)
+        return self.rule_runner(rule, exits).simulate(logits)
 
     def answers(self, logits: Floats) -> Integers:
         """The answers at every exit: `[exits, rows]`, or with several labels a row `[..., labels]`.
@@ -154,8 +169,14 @@ class Task(ABC):
         return np.asarray(some == others)
 
     @abstractmethod
-    def predicted(self, outputs: Outputs) -> list[list[int]]:
-        """The numbers of the labels that each row gets, from its outputs alone."""
+    def results(self, settled: Settled, missed: Mask, exits: Exits) -> Sequence[Prediction | None]:
+        """What each row answers by itself.
+
+        Args:
+            settled: the rows, each an `EncodedRow`.
+            missed: `[rows]` whether the deadline was missed.
+            exits: those of the model.
+        """
 
     def encode(self, names: Sequence[Sequence[str]], places: Sequence[str] = ()) -> Labels:
         """Convert label names to numbers.
