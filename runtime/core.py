@@ -235,7 +235,7 @@ class Core:
         count = len(rows)
         window = Settled(
             rows=np.fromiter(rows, np.object_, count),
-            exits=np.full(count, self.exits.first, np.int64),
+            exits=np.zeros(count, np.int64),
             logits=np.zeros((count, len(self.task.labels)), np.float32),
             limited=np.zeros(count, np.bool_),
         )
@@ -364,7 +364,7 @@ class Core:
         """Count rows in the tally; the arguments are those of `answers`."""
         places = settled.exits - self.exits.first
         counts = Tally(
-            exits=tuple(np.bincount(places, minlength=len(self.exits)).tolist()),
+            exits=tuple(np.bincount(places, minlength=len(self.exits.layers)).tolist()),
             truncated=sum(row.truncated for row in settled.rows.tolist()),
             deadline_limited=int(np.count_nonzero(settled.limited)),
             deadline_missed=int(np.count_nonzero(missed)),

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from ...runtime.artifact.manifest import Manifest
 from ...runtime.check import Logits, exits_near_ties, shifted
 from ...runtime.encoding import EncodedRow, Text
-from ...runtime.ranking import exits_of_query
 from ...runtime.rules.measures import Array, Integers, Mask
 from ...runtime.rules.rules import ExitRule, TopK, before_top
 from ...runtime.tasks import Task, task_of
@@ -128,8 +127,7 @@ class QueryCases(Cases):
         runner = self.task.runner(rule, self.manifest.exits)
         exits = np.zeros(len(self.rows), np.int64)
         for rows in self._compared():
-            logits = self.expected[:, rows, 0]
-            exits[rows] = exits_of_query(logits, runner)
+            exits[rows] = runner.exits_of(self.expected[:, rows])
         return exits
 
     def scores(self, rule: ExitRule) -> Array:

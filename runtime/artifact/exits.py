@@ -65,12 +65,12 @@ class Exits:
         first = min(1, self.layers[0])
         return range(first, first + len(self.layers))
 
-    @property
+    @cached_property
     def first(self) -> int:
         """The number of the first exit, 0 or 1."""
         return self.numbers[0]
 
-    @property
+    @cached_property
     def last(self) -> int:
         """The number of the last exit: full depth."""
         return self.numbers[-1]
@@ -89,8 +89,12 @@ class Exits:
 
     def depths(self, exits: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
         """How many layers run for rows that stop at these exits; of the same shape."""
-        layers: NDArray[np.integer[Any]] = np.asarray(self.layers)[self.place(exits)]
-        return layers
+        depths: NDArray[np.integer[Any]] = self._depths[exits - self.first]
+        return depths
+
+    @cached_property
+    def _depths(self) -> NDArray[np.intp]:
+        return np.array(self.layers, np.intp)
 
     def from_first_layer(self) -> Exits:
         """The exits of the passes with segments only: all but exit 0."""

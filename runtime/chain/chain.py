@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -213,7 +214,7 @@ class Chain:
     def let_go(self, group: Group) -> None:
         """Drop the rows of a group that go on no further, because others have decided so."""
         going = group.runner.goes_on(group.state)
-        if going is not None:
+        if going is not None and len(group):
             self.keep(group, going)
 
     def stop_late(self, group: Group) -> Settled | None:
@@ -226,10 +227,11 @@ class Chain:
             The rows that have their answers now; None: no row is late.
         """
         self.current = group
-        if not group.state.has_exit:
+        earliest = group.earliest
+        if earliest == math.inf or not group.state.has_exit:
             return None
         soon = self.soon()
-        if group.earliest >= soon:
+        if earliest >= soon:
             return None
         late = np.flatnonzero(group.deadlines < soon)
         settled = group.runner.stop(group.exit, group.state, group.rows, late)
@@ -284,8 +286,9 @@ class Chain:
 
     def keep(self, group: Group, rows: Mask) -> None:
         """Drop the other rows of a group, and free the group if none is left."""
-        if rows.any():
-            group.keep(np.flatnonzero(rows))
+        places = rows.nonzero()[0]
+        if len(places):
+            group.keep(places)
         else:
             self.drop(group)
 
@@ -338,19 +341,18 @@ class Chain:
         failed: NDArray[Any] = _NONE
         finite = np.isfinite(logits)
         if not np.logical_and.reduce(finite, axis=None):
-            sound = finite.all(axis=1)
+            sound = np.logical_and.reduce(finite, axis=1)
             failed = group.rows[~sound]
             for row in group.watched_in(np.flatnonzero(~sound)).values():
                 row.lost()
             self.keep(group, sound)
             logits = logits[sound]
+            if not len(group):
+                group.state = group.state.take(_NONE)
         rows = group.rows
-        settled: Settled | None = None
-        going: Mask | None = None
-        if len(rows):
-            settled, going = group.runner.settle(exit_number, group.state, rows, logits)
+        settled, going = group.runner.settle(exit_number, group.state, rows, logits)
         if going is not None:
-            self._watch(group, exit_number, logits, np.flatnonzero(~going))
+            self._watch(group, exit_number, logits, (~going).nonzero()[0])
             self.keep(group, going)
         if group.is_answered:  # nobody waits for them
             settled = None

@@ -93,20 +93,27 @@ class RuleRunner(Runner[PatienceState]):
         return PatienceState(np.zeros(len(rows), np.int64))
 
     def settle(
-        self, exit_number: int, state: PatienceState, rows: NDArray[Any], logits: NDArray[np.float32]
+        self,
+        exit_number: int,
+        state: PatienceState,
+        rows: NDArray[Any],
+        logits: NDArray[np.float32],
     ) -> tuple[Settled | None, Mask | None]:
         """See `Runner.settle`."""
         stops, _ = self.decide(exit_number, state, logits)
         if stops is None:
             return None, None
-        return Settled.at(exit_number, rows[stops], logits[stops]), ~stops
+        stopped = rows[stops]
+        limited = np.zeros(len(stopped), np.bool_)
+        return Settled.at(exit_number, stopped, logits[stops], limited), ~stops
 
     def stop(
         self, exit_number: int, state: PatienceState, rows: NDArray[Any], places: NDArray[np.intp]
     ) -> Settled:
         """See `Runner.stop`."""
         assert state.earlier is not None
-        return Settled.at(exit_number, rows[places], state.earlier.logits[places], limited=True)
+        logits = state.earlier.logits[places].astype(np.float32)
+        return Settled.at(exit_number, rows[places], logits, np.ones(len(places), np.bool_))
 
     def decide(
         self, exit_number: int, state: PatienceState, logits: Floats
@@ -143,6 +150,10 @@ class RuleRunner(Runner[PatienceState]):
         if stops is None or exit_number < self.rule.min_exit or not np.count_nonzero(stops):
             return None, scores
         return stops, scores
+
+    def exits_of(self, logits: NDArray[np.float32]) -> Integers:
+        """See `Runner.exits_of`."""
+        return self.simulate(logits).exits
 
     def simulate(self, logits: Floats) -> Simulation:
         """Apply the rule to a trace: exactly the exits of a live run that gives these logits.

@@ -13,7 +13,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .measures import Floats, Integers, Mask
+from .measures import Integers, Mask
 from .rules import ExitRule
 
 
@@ -34,23 +34,19 @@ class Settled(NamedTuple):
 
     @classmethod
     def at(
-        cls, exit_number: int, rows: NDArray[Any], logits: Floats, *, limited: bool = False
+        cls, exit_number: int, rows: NDArray[Any], logits: NDArray[np.float32], limited: Mask
     ) -> Settled:
         """Rows that all stop at one exit.
 
         Args:
             exit_number: the exit.
             rows: as in the attributes.
-            logits: as in the attributes, of any floating-point type.
-            limited: whether a deadline stopped all of them.
+            logits: as in the attributes.
+            limited: as in the attributes.
         """
-        count = len(rows)
-        return cls(
-            rows=rows,
-            exits=np.full(count, exit_number),
-            logits=logits.astype(np.float32, copy=False),
-            limited=np.full(count, limited),
-        )
+        exits = np.empty(len(rows), np.int64)
+        exits.fill(exit_number)
+        return cls(rows, exits, logits, limited)
 
     def take(self, places: NDArray[np.intp]) -> Settled:
         """Some of the rows, by their places."""
@@ -81,6 +77,7 @@ class State(ABC):
     @abstractmethod
     def join(parts: Sequence[Any]) -> State:
         """That of several groups of the same kind that have all passed the same exit."""
+
 
 class Runner(ABC, Generic[StateT]):
     """Decides which rows of groups may go on, and which have their answers.
@@ -120,7 +117,15 @@ class Runner(ABC, Generic[StateT]):
             none. And which rows of the group go on, `[rows]`; None: all of them.
         """
 
-    def goes_on(self, state: StateT) -> Mask | None:  # noqa: ARG002 - a row knows by itself
+    @abstractmethod
+    def exits_of(self, logits: NDArray[np.float32]) -> Integers:
+        """The exits `[rows]` of rows that run together: those of a live run with these logits.
+
+        Args:
+            logits: `[exits, rows, labels]` at full depth.
+        """
+
+    def goes_on(self, state: StateT) -> Mask | None:
         """Which rows of a group still go on, `[rows]`, if others decide about them; None: all.
 
         It is asked before each segment.

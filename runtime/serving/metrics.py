@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ..engine import Engine
-from ..predictions import Prediction
+from ..rules.measures import Mask
+from ..rules.settling import Settled
 
 _SECONDS = tuple(base * 10**power for power in range(-3, 2) for base in (1, 2, 5))
 _ROWS = tuple(2**power for power in range(11))
@@ -61,12 +63,12 @@ class Metrics:
         """Count a run of a segment on a group of this many rows."""
         self._batch.observe(rows)
 
-    def answered(self, predictions: Sequence[Prediction], seconds: Sequence[float]) -> None:
-        """Count answers, and the seconds from their arrival."""
-        for prediction, value in zip(predictions, seconds, strict=True):
-            self._rows.labels(prediction.exit).inc()
-            self._limited.inc(prediction.deadline_limited)
-            self._missed.inc(prediction.deadline_missed)
+    def answered(self, settled: Settled, missed: Mask, seconds: Sequence[float]) -> None:
+        """Count answers, those after their deadline, and the seconds from their arrival."""
+        self._limited.inc(np.count_nonzero(settled.limited))
+        self._missed.inc(np.count_nonzero(missed))
+        for exit_number, value in zip(settled.exits.tolist(), seconds, strict=True):
+            self._rows.labels(exit_number).inc()
             self._answer.observe(value)
 
     def failed(self, rows: int) -> None:

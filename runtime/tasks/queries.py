@@ -69,9 +69,7 @@ class RankedQuery:
             limited=self.limited[documents],
         )
 
-    def passed(
-        self, exit_number: int, documents: Numbers, logits: NDArray[np.float32]
-    ) -> Numbers:
+    def passed(self, exit_number: int, documents: Numbers, logits: NDArray[np.float32]) -> Numbers:
         """Note the logits of documents at an exit, and decide the exits that all have passed.
 
         Args:
@@ -153,6 +151,11 @@ class Documents(State):
             parts[0].has_exit,
         )
 
+    def settled(self) -> Settled:
+        """At least one document, in this order, with the logits of their exits."""
+        every = np.arange(len(self.numbers))
+        return _joined([query.settled(self.numbers[at]) for query, at in self.by_query(every)])
+
     def by_query(self, places: Numbers) -> Iterator[tuple[RankedQuery, Numbers]]:
         """The queries of the documents at these places, and which places belong to each."""
         queries = self.queries[places]
@@ -206,7 +209,11 @@ class QueryRunner(Runner[Documents]):
         return None if going.all() else going
 
     def stop(
-        self, exit_number: int, state: Documents, rows: NDArray[Any], places: Numbers  # noqa: ARG002
+        self,
+        exit_number: int,
+        state: Documents,
+        rows: NDArray[Any],
+        places: Numbers,
     ) -> Settled:
         """See `Runner.stop`; a document is answered with the last exit that it has passed."""
         parts = [
@@ -215,15 +222,11 @@ class QueryRunner(Runner[Documents]):
         return _joined(parts)
 
     def exits_of(self, logits: NDArray[np.float32]) -> Integers:
-        """The exits `[documents]` of one query: those of a live run that gives these logits.
-
-        Args:
-            logits: `[exits, documents]` at full depth.
-        """
+        """See `Runner.exits_of`; the rows are the documents of one query."""
         every = np.arange(logits.shape[1])
         query = RankedQuery(self._documents, every)
         for number, at_exit in zip(self.exits, logits, strict=True):
-            query.passed(number, every, at_exit[:, None])
+            query.passed(number, every, at_exit)
         return query.exits
 
 

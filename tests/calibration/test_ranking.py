@@ -16,7 +16,7 @@ from fpabee.calibration.query_logits import QueryLogits, errors_near_top, saved,
 from fpabee.calibration.ranking import certify
 from fpabee.runtime import Budget, TopK
 from fpabee.runtime.artifact.manifest import ProblemType
-from fpabee.runtime.ranking import changed_sets, exits_of_query
+from fpabee.runtime.ranking import changed_sets
 from fpabee.runtime.tasks import unnamed_task
 
 NOISE = np.array([0.8, 0.5, 0.2])
@@ -49,7 +49,7 @@ def live(rows: QueryLogits, rule: TopK) -> tuple[list[int], list[bool]]:
     runner = unnamed_task(ProblemType.RANKING, 1).runner(rule, rows.exits)
     for start, end in pairwise(rows.starts):
         logits = rows.logits[:, start:end]
-        own = exits_of_query(logits, runner)
+        own = runner.exits_of(logits[..., None])
         left = own < rows.exits[-1]
         reference = rows.reference[start:end].astype(np.float64)
         changed.append(changed_sets(logits[-1:], left[None], reference[None], rule.top)[0])

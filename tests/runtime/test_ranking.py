@@ -32,11 +32,12 @@ from fpabee.runtime.backends.host import HostBackend
 from fpabee.runtime.chain.chain import Chain
 from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.encoding import EncodedRow
-from fpabee.runtime.predictions import Stopped
-from fpabee.runtime.ranking import RankedQuery, changed_sets, exits_of_query, ranked
+from fpabee.runtime.ranking import changed_sets, ranked
 from fpabee.runtime.rules.rules import before_top
+from fpabee.runtime.rules.settling import Settled
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.tasks import unnamed_task
+from fpabee.runtime.tasks.queries import RankedQuery
 
 from ..conftest import WORDS
 
@@ -86,12 +87,12 @@ def expected(
     engine: Engine, some: Sequence[str], scores: Sequence[float] | None = None
 ) -> tuple[list[int], list[int]]:
     """The best documents in order, and the exit of each document, from the logits alone."""
-    logits = engine.trace([(QUERY, each) for each in some]).logits[..., 0].copy()
+    logits = engine.trace([(QUERY, each) for each in some]).logits.copy()
     if scores is not None and engine.core.first_stage is not None:
-        logits[0] = engine.core.first_stage.predict(scores)
-    exits = exits_of_query(logits, engine.core.runner())
+        logits[0, :, 0] = engine.core.first_stage.predict(scores)
+    exits = engine.core.runner().exits_of(logits)
     last = engine.manifest.exits[-1]
-    best = np.where(exits == last, logits[-1], -np.inf)
+    best = np.where(exits == last, logits[-1, :, 0], -np.inf)
     order = np.argsort(-best, kind="stable")[: min(TOP, (exits == last).sum())]
     return order.tolist(), exits.tolist()
 
@@ -371,9 +372,9 @@ def test_the_order_in_which_groups_pass_does_not_matter(
         exit_0_threshold=None if first else -float(margin),
     )
     exits = range(first, 4)
-    runner = unnamed_task(ProblemType.RANKING, 1).runner(rule, exits)
-    want = exits_of_query(logits, runner)
-    query = RankedQuery(runner, 9)
+    task = unnamed_task(ProblemType.RANKING, 1)
+    want = task.runner(rule, exits).exits_of(logits[..., None])
+    query = RankedQuery(task.rule_runner(rule, exits), np.arange(9))
     parts = [np.arange(0, 5), np.arange(5, 9)]
     # The first part is a segment ahead, as on a device.
     steps = [(0, 0), (0, 1), (1, 0), (2, 0), (1, 1), (2, 1), (3, 0), (3, 1)]
@@ -400,11 +401,11 @@ def test_scores_have_the_activation() -> None:
     logits = np.array([[-2.0], [2.0]], np.float32)
     flags = np.zeros(2, np.bool_)
     ids = np.zeros(2, np.int64)
-    rows = [EncodedRow(ids, ids, truncated=False)] * 2
-    stopped = Stopped(rows, np.array([3, 3]), logits, flags)
-    best = ranked(stopped, flags, flags, Activation.IDENTITY)
+    rows = np.full(2, EncodedRow(ids, ids, truncated=False))
+    settled = Settled(rows, np.array([3, 3]), logits, flags)
+    best = ranked(settled, flags, flags, Activation.IDENTITY)
     assert [each.score for each in best] == [2.0, -2.0]
-    first, second = ranked(stopped, flags, flags, Activation.SIGMOID)
+    first, second = ranked(settled, flags, flags, Activation.SIGMOID)
     assert first.score == pytest.approx(0.8808, abs=1e-4)
     assert first.score + second.score == pytest.approx(1.0)
 
@@ -412,12 +413,12 @@ def test_scores_have_the_activation() -> None:
 def test_documents_that_left_have_scores_below_all_others() -> None:
     """Also where the prediction was higher: some clients sort by the scores again."""
     ids = np.zeros(2, np.int64)
-    rows = [EncodedRow(ids, ids, truncated=False)] * 4
+    rows = np.full(4, EncodedRow(ids, ids, truncated=False))
     logits = np.array([[3.0], [0.5], [1.0], [2.0]], np.float32)
     left = np.array([True, False, False, True])
-    stopped = Stopped(rows, np.array([1, 3, 3, 2]), logits, np.zeros(4, np.bool_))
+    settled = Settled(rows, np.array([1, 3, 3, 2]), logits, np.zeros(4, np.bool_))
     missed = np.array([True, False, False, False])
-    best = ranked(stopped, missed, left, Activation.SIGMOID, with_left=True)
+    best = ranked(settled, missed, left, Activation.SIGMOID, with_left=True)
     assert [each.deadline_missed for each in best] == [False, False, True, False]
     assert [each.index for each in best] == [2, 1, 0, 3]
     assert best[1].score > best[2].score == best[3].score
