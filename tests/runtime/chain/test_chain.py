@@ -16,6 +16,7 @@ from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.backends.host import HostBackend, HostExecution
 from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.rules.measures import Outputs
+from fpabee.runtime.rules.runner import PatienceState
 
 from ...closeness import assert_close
 
@@ -33,18 +34,24 @@ def group_of(engine: Engine, rows: list[int]) -> Group:
     return Group.of(np.array(rows), encoded, engine.core.runner(), math.inf, engine.core.limits)
 
 
+def state_of(group: Group) -> PatienceState:
+    assert isinstance(group.state, PatienceState)
+    return group.state
+
+
 def test_some_rows_of_a_group_keep_what_belongs_to_them(engine: Engine) -> None:
     group = group_of(engine, [0, 1, 2])
     group.deadlines = np.array([100.0, 101.0, 102.0])
-    group.state.streak = np.array([10, 11, 12])
-    group.state.earlier = Outputs(np.arange(12.0).reshape(3, 4), ProblemType.SINGLE_LABEL)
+    state_of(group).streak = np.array([10, 11, 12])
+    state_of(group).earlier = Outputs(np.arange(12.0).reshape(3, 4), ProblemType.SINGLE_LABEL)
     part = group.take(np.array([2, 1]))
     assert part.rows.tolist() == [2, 1]
     assert [len(row) for row in part.encoded] == part.lengths.tolist()
     assert part.deadlines.tolist() == [102.0, 101.0]
-    assert part.state.streak.tolist() == [12, 11]
-    assert part.state.earlier is not None
-    assert part.state.earlier.logits[:, 0].tolist() == [8.0, 4.0]
+    assert state_of(part).streak.tolist() == [12, 11]
+    earlier = state_of(part).earlier
+    assert earlier is not None
+    assert earlier.logits[:, 0].tolist() == [8.0, 4.0]
 
 
 def test_rows_may_leave_while_their_segment_runs(engine: Engine) -> None:
@@ -105,8 +112,8 @@ def test_joined_rows_keep_what_belongs_to_them(
             group = group_of(engine, rows.tolist())
             chain.enqueue(group)
             chain.finish()
-            group.state.streak = 10 + rows
-            group.state.earlier = Outputs(logits[rows], ProblemType.SINGLE_LABEL)
+            state_of(group).streak = 10 + rows
+            state_of(group).earlier = Outputs(logits[rows], ProblemType.SINGLE_LABEL)
             group.deadlines = np.array([100.0 + row for row in rows])
             groups.append(group)
         joined, other = groups
@@ -117,9 +124,10 @@ def test_joined_rows_keep_what_belongs_to_them(
         assert joined.rows.tolist() == going
         assert joined.lengths.tolist() == [len(encoded[row]) for row in going]
         assert joined.deadlines.tolist() == [100.0 + row for row in going]
-        assert joined.state.streak.tolist() == [10 + row for row in going]
-        assert joined.state.earlier is not None
-        np.testing.assert_array_equal(joined.state.earlier.logits, logits[going])
+        assert state_of(joined).streak.tolist() == [10 + row for row in going]
+        earlier = state_of(joined).earlier
+        assert earlier is not None
+        np.testing.assert_array_equal(earlier.logits, logits[going])
         chain.enqueue(joined)
         assert_close(chain.finish().logits, depth[1, going])
         assert len(chain.execution._taken) == 1, "the hidden states of both groups were released"

@@ -204,7 +204,7 @@ def test_any_grouping_of_the_rows_gives_the_same_exits(
     exits, rows, _ = logits.shape
     runner = unnamed_task(task, logits.shape[2]).runner(rule, range(1, exits + 1))
     found = np.zeros(rows, np.int64)
-    groups = [(np.arange(rows), runner.start(rows))]
+    groups = [(np.arange(rows), runner.start(np.arange(rows)))]
     for number in range(1, exits + 1):
         # Deal all rows out into new groups, whatever groups they came from.
         everyone = np.concatenate([group for group, _ in groups])
@@ -218,10 +218,12 @@ def test_any_grouping_of_the_rows_gives_the_same_exits(
             order = order[size:]
             group = everyone[taken]
             part = state.take(taken)
-            stopped, _ = runner.decide(number, part, logits[number - 1, group])
-            stopped = np.zeros(size, np.bool_) if stopped is None else stopped
-            found[group[stopped]] = number
-            left = np.flatnonzero(~stopped)
+            at_exit = logits[number - 1, group].astype(np.float32)
+            settled, going = runner.settle(number, part, group, at_exit)
+            if settled is not None and going is not None:
+                found[settled.rows] = settled.exits
+                np.testing.assert_array_equal(settled.logits, at_exit[~going])
+            left = np.arange(size) if going is None else np.flatnonzero(going)
             if len(left):
                 groups.append((group[left], part.take(left)))
         if not groups:

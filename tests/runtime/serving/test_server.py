@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import jsonschema
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +24,7 @@ from fpabee.runtime.artifact.manifest import MANIFEST_NAME, with_operating_point
 from fpabee.runtime.artifact.operating_point import Certificate
 from fpabee.runtime.backends.host import HostExecution
 from fpabee.runtime.encoding import Text
+from fpabee.runtime.rules.settling import Settled
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.metrics import Metrics
 from fpabee.runtime.serving.server import ServerLimits, Service
@@ -392,8 +393,10 @@ def test_metrics_info_health_and_page(
         assert "\nfpabee_drift NaN\n" in server.client.get("/metrics").text
         server.post("/classify", {"input": ["a", "b", "c"]})
         server.post("/classify", {"input": "d", "deadline_ms": 0})
-        (row,) = server.engine.predict(["e"])
-        server.metrics.answered([dataclasses.replace(row, deadline_limited=True)], [0.1])
+        server.engine.predict(["e"])
+        none = np.zeros(1, np.bool_)
+        row = Settled.at(2, np.zeros(1), np.zeros((1, 4), np.float32), ~none)
+        server.metrics.answered(row, none, [0.1])
         text = server.client.get("/metrics")
         assert text.headers["Content-Type"].startswith("text/plain")
         for line in (
