@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from ..artifact import manifest
 from ..errors import InputError, RowError, RuleError
 from ..quality import Labels
-from ..rules.measures import TINY, Array, Floats, Integers, Mask, Outputs
+from ..rules.measures import TINY, Array, Floats, Integers, Mask, Outputs, outputs_of
 from ..rules.rules import ExitRule
 from ..rules.runner import RuleRunner, Simulation
 
@@ -59,10 +58,8 @@ class Task(ABC):
     def __init__(self, record: manifest.Task) -> None:
         self.record = record
         self.labels = record.labels
-        self.outputs: Callable[[Floats], Outputs] = partial(
-            Outputs,
-            problem_type=record.problem_type,
-            label_thresholds=record.label_thresholds,
+        self.outputs: Callable[[Floats], Outputs] = outputs_of(
+            record.problem_type, record.label_thresholds
         )
 
     def runner(self, rule: ExitRule, exits: range) -> RuleRunner:
