@@ -6,7 +6,6 @@ Logarithms are natural, and their arguments are at least 1e-12. Divergences are 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import cached_property, partial
@@ -102,7 +101,7 @@ def _softmax(z: Array) -> Array:
     return powers
 
 
-class Outputs(ABC):
+class Outputs:
     """The outputs of one exit for some rows; everything but the logits is computed when needed.
 
     Args:
@@ -128,23 +127,23 @@ class Outputs(ABC):
         return self.logits, *self._settings
 
     @property
-    @abstractmethod
     def distributions(self) -> Array:
         """The softmax `[rows, labels]`, or for multi-label tasks `[rows, labels, 2]`; float64.
 
         The latter holds both outcomes of each label's binary distribution, so that the measures
         apply to every label. It is the softmax of the logit and 0.
         """
+        raise NotImplementedError
 
     @property
-    @abstractmethod
     def probabilities(self) -> Array:
         """The softmax, or for multi-label tasks the sigmoid of each logit: `[rows, labels]`."""
+        raise NotImplementedError
 
     @property
-    @abstractmethod
     def answers(self) -> Integers:
         """Class indices `[rows]`, or for multi-label tasks `[rows, labels]` of 0 and 1; int64."""
+        raise NotImplementedError
 
     def decisions(self, label_thresholds: Sequence[float] = ()) -> Integers:
         """What is decided: the answers, or which labels are above thresholds.
@@ -224,13 +223,13 @@ class Outputs(ABC):
                 margins[:, label] = self.margin(label, threshold)
         return margins
 
-    @abstractmethod
     def margin(self, label: int, threshold: float) -> Array:
         """How far one label is from its threshold, see `margins`: `[rows]`."""
+        raise NotImplementedError
 
-    @abstractmethod
     def unchanged(self, earlier: Outputs) -> Mask:
         """Whether the answer is the same as at an earlier exit: `[rows]`."""
+        raise NotImplementedError
 
 
 class Softmax(Outputs):

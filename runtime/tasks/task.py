@@ -189,6 +189,12 @@ class Task(ABC):
             RowError: it has.
         """
 
+    @property
+    def predicted_above(self) -> tuple[float, ...]:
+        """The probability above which each label is predicted; 1 if the largest one decides."""
+        usual = HALF if self.flags else 1.0
+        return self.record.label_thresholds or (usual,) * len(self.labels)
+
     def decision_thresholds(self, thresholds: Mapping[str, float]) -> tuple[float, ...]:
         """The probability above which each label is flagged, if that is what is decided.
 
@@ -206,8 +212,6 @@ class Task(ABC):
                 raise InputError(
                     f"the model has no label {label!r}", f"choose from {', '.join(self.labels)}"
                 )
-        own = self.record.label_thresholds
-        if not thresholds and not own:
+        if not thresholds and not self.record.label_thresholds:
             return ()
-        values = own or (HALF if self.flags else 1.0,) * len(self.labels)
-        return tuple(map(thresholds.get, self.labels, values))
+        return tuple(map(thresholds.get, self.labels, self.predicted_above))
