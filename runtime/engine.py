@@ -22,9 +22,8 @@ from .first_run import must_check, remember
 from .hub import engines_folder
 from .predictions import Prediction, Tally, Trace
 from .ranking import Ranked, pairs_of, top_of
-from .rules.rules import ExitRule
+from .rules.rules import ExitRule, Uncertainty
 from .targets import open_backend, rule_here, target_of
-from .tasks import MultiLabel
 from .watch import Watch, Watched
 
 _LEAST_TOKENS = 8
@@ -156,7 +155,7 @@ class Engine:
         self.manifest = engines.manifest
         self.revision = hashlib.sha256(msgspec.json.encode(self.manifest)).hexdigest()
         self.labels = self.manifest.task.labels
-        self.multi_label = isinstance(self.core.task, MultiLabel)
+        self.multi_label = self.core.task.flags
         self.max_length = self.core.max_length
 
     def __repr__(self) -> str:
@@ -464,9 +463,8 @@ class Engine:
         `probabilities` with these thresholds to flag texts.
         """
         point, runner = self.core.in_use
-        task = self.manifest.task
-        usual = (0.5,) * len(self.labels) if self.multi_label else ()
-        decides = getattr(runner.rule, "label_thresholds", ()) or task.label_thresholds or usual
+        of_rule = runner.rule.label_thresholds if isinstance(runner.rule, Uncertainty) else ()
+        decides = of_rule or self.core.task.predicted_above
         thresholds = {label: p for label, p in zip(self.labels, decides, strict=False) if p < 1}
         points = self.manifest.targets[self.target].operating_points
         certificate = None if point is None else points[point].certificate

@@ -9,7 +9,7 @@ from .engine import Engine
 from .errors import InputError, RowError
 from .files import ReadOptions, Row
 from .files.parquet import row_at
-from .files.records import RecordSchema, arrow_type, records
+from .files.records import SCHEMAS, arrow_type, records
 from .hub import repository_of
 from .machine import require
 
@@ -37,7 +37,7 @@ class Classify:
         **load: arguments of `Engine.load`, such as `target`, `revision` and `threads`.
 
     Raises:
-        FpabeeError: as `Engine.load`.
+        FpabeeError: as `Engine.load`, or `InputError`: the model ranks documents.
     """
 
     def __init__(
@@ -52,12 +52,9 @@ class Classify:
     ) -> None:
         self._reading = ReadOptions(text_column=text_column, text_pair_column=text_pair_column)
         self._engine = Engine.load(engines, **load)
-        self._schema = RecordSchema(
-            self._engine.labels,
-            self._engine.multi_label,
-            probabilities=probabilities,
-            errors=skip_errors,
-        )
+        self._engine.core.check_method("predict")
+        schema = SCHEMAS[self._engine.manifest.task.problem_type]
+        self._schema = schema(self._engine.labels, probabilities=probabilities, errors=skip_errors)
         self._names = self._schema.results
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:

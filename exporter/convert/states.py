@@ -125,17 +125,83 @@ def most_tokens(classifier: Classifier) -> int:
     return _MOST_BYTES // (np.dtype(np.float16).itemsize * states)
 
 
+@dataclass(frozen=True)
+class Taught:
+    """The rows that teach heads, and how much of them is kept.
+
+    Attributes:
+        rows: numbers of the rows whose states are kept: those that train, then others.
+        trained: how many of them train.
+        units: `[rows]` the unit of each of these rows, such as its query; all rows of a unit take
+            part, or none. None: each row is one.
+        needed: numbers of the rows that are run even if their states are not kept; None: all.
+        fewest_tokens: of a row whose tokens are not all kept.
+    """
+
+    rows: NDArray[np.intp]
+    trained: int
+    units: NDArray[np.intp] | None = None
+    needed: NDArray[np.intp] | None = None
+    fewest_tokens: int = _FEWEST_TOKENS
+
+
+class _StatesFile:
+    """A file of states, mapped into memory.
+
+    Args:
+        path: the file.
+        rows: numbers of the rows whose states it holds.
+        tokens: `[rows]` how many tokens each of them has.
+    """
+
+    def __init__(self, path: Path, rows: NDArray[np.intp], tokens: NDArray[np.intp]) -> None:
+        self._path = path
+        self._rows = rows
+        self._starts = np.concatenate([[0], np.cumsum(tokens)])
+        self._places = {number: place for place, number in enumerate(rows.tolist())}
+
+    @contextmanager
+    def new(self, shape: tuple[int, int]) -> Iterator[None]:
+        """Make the file, which is deleted if an error comes before the end.
+
+        Args:
+            shape: of the states of a token: layers without the last one, and hidden size.
+
+        Raises:
+            OSError: there is no space.
+        """
+        with _new_file(self._path, (int(self._starts[-1]), *shape)) as self._states:
+            yield
+
+    def write(self, row: int, values: NDArray[np.float32]) -> None:
+        """Write the states of a row, if the file holds it.
+
+        Args:
+            row: its number.
+            values: `[tokens, layers - 1, hidden]`; what follows the tokens of the row is padding.
+        """
+        place = self._places.get(row)
+        if place is not None:
+            start = self._starts[place]
+            stop = self._starts[place + 1]
+            self._states[start:stop] = values[: stop - start]
+
+    def flush(self) -> None:
+        """Have all that was written in the file."""
+        self._states.flush()
+
+    def read(self) -> States:
+        """The states; changes of them stay in memory."""
+        return States(self._rows, self._starts, np.load(self._path, mmap_mode="c"))
+
+
 def run_classifier(
     classifier: Classifier,
     rows: Sequence[EncodedRow],
     padding: Mapping[str, float],
-    taught: NDArray[np.intp],
-    trained: int,
+    taught: Taught,
     folder: Path,
     progress: Progress,
-    units: NDArray[np.intp] | None = None,
-    needed: NDArray[np.intp] | None = None,
-    fewest_tokens: int = 32,
 ) -> tuple[NDArray[np.float32], States]:
     """Run rows once, unless the folder has the results already.
 
@@ -147,14 +213,9 @@ def run_classifier(
         classifier: the classifier.
         rows: tokenized rows.
         padding: see `model_inputs`.
-        taught: numbers of the rows whose states are kept: those that train, then others.
-        trained: how many of them train.
+        taught: the rows whose states are kept.
         folder: where logits and states are kept; states may be larger than the memory.
         progress: called with (what, rows done, rows).
-        units: `[taught]` the unit of each of these rows, such as its query; all rows of a unit take
-            part, or none. None: each row is one.
-        needed: numbers of the rows that are run even if their states are not kept; None: all.
-        fewest_tokens: of a row whose tokens are not all kept.
 
     Returns:
         The logits `[rows, labels]`, NaN for rows that were not run; and the states, which are
@@ -165,51 +226,59 @@ def run_classifier(
         OSError: there is no space for the states.
         ArtifactError: the logits cannot be written.
     """
-    hidden = int(classifier.model.config.hidden_size)
-    shape = (classifier.layers - 1, hidden)
     lengths = np.array([len(row) for row in rows])
     # Altered rows may be others than those of a run that was interrupted.
     tokens_of_all = np.concatenate([(row.input_ids, row.token_type_ids) for row in rows], axis=1)
     digest = hashlib.sha256(lengths.tobytes() + tokens_of_all.tobytes()).hexdigest()[:16]
     logits_file = folder / f"logits-{digest}.npy"
-    states_file = folder / f"states-{digest}.npy"
-    if units is None:
-        units = np.arange(len(taught))
-    fitting = most_tokens(classifier)
-    most, kept = _fitting(lengths[taught], units, trained, fitting, fewest_tokens)
-    numbers_kept = taught[kept]
-    tokens = lengths[numbers_kept].clip(max=most)
-    starts = np.concatenate([[0], np.cumsum(tokens)])
+    units = np.arange(len(taught.rows)) if taught.units is None else taught.units
+    most, kept = _fitting(
+        lengths[taught.rows],
+        units,
+        taught.trained,
+        most_tokens(classifier),
+        taught.fewest_tokens,
+    )
+    numbers = taught.rows[kept]
+    file = _StatesFile(folder / f"states-{digest}.npy", numbers, lengths[numbers].clip(max=most))
     if not logits_file.is_file():
-        model = _WithStates(classifier, most)
-        labels = len(classifier.labels)
-        logits = np.full((len(rows), labels), np.nan, np.float32)
-        place = np.full(len(rows), -1)
-        place[numbers_kept] = np.arange(len(numbers_kept))
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        run = np.arange(len(rows)) if needed is None else np.union1d(numbers_kept, needed)
-        parts = _batches(run, lengths)
+        run = np.arange(len(rows))
+        if taught.needed is not None:
+            run = np.union1d(numbers, taught.needed)
+        shape = (classifier.layers - 1, int(classifier.model.config.hidden_size))
+        logits = np.full((len(rows), len(classifier.labels)), np.nan, np.float32)
         done = 0
-
-        def outputs_of(numbers: NDArray[np.intp]) -> NDArray[np.float32]:
-            some = [rows[number] for number in numbers]
-            return predict(model, some, padding, lambda each: each, batch=_BATCH)
-
-        with _new_file(states_file, (int(starts[-1]), *shape)) as states:
-            for numbers, outputs in zip(parts, _at_once(outputs_of, parts), strict=True):
+        with file.new(shape):
+            for part, outputs in _outputs(classifier, rows, padding, _batches(run, lengths), most):
                 progress("run the classifier", done, len(run))
-                done += len(numbers)
-                logits[numbers] = outputs[:, :labels]
-                values = outputs[:, labels:].reshape(len(numbers), -1, *shape)
-                for n, at in enumerate(place[numbers]):
-                    if at >= 0:
-                        states[starts[at] : starts[at + 1]] = values[n, : tokens[at]]
-            states.flush()
+                done += len(part)
+                logits[part] = outputs[:, : len(classifier.labels)]
+                values = outputs[:, len(classifier.labels) :].reshape(len(part), -1, *shape)
+                for number, of_row in zip(part.tolist(), values, strict=True):
+                    file.write(number, of_row)
+            file.flush()
             content = io.BytesIO()
             np.save(content, logits)
             write_whole(logits_file, content.getvalue())  # last: it says that both are complete
-    states = np.load(states_file, mmap_mode="c")
-    return np.load(logits_file), States(numbers_kept, starts, states)
+    return np.load(logits_file), file.read()
+
+
+def _outputs(
+    classifier: Classifier,
+    rows: Sequence[EncodedRow],
+    padding: Mapping[str, float],
+    parts: Sequence[NDArray[np.intp]],
+    most: int,
+) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float32]]]:
+    """Numbers of rows, part by part, with what `_WithStates` gives for them."""
+    model = _WithStates(classifier, most)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def outputs_of(numbers: NDArray[np.intp]) -> NDArray[np.float32]:
+        some = [rows[number] for number in numbers]
+        return predict(model, some, padding, lambda each: each, batch=_BATCH)
+
+    return zip(parts, _at_once(outputs_of, parts), strict=True)
 
 
 def _batches(numbers: NDArray[np.intp], lengths: NDArray[np.intp]) -> list[NDArray[np.intp]]:

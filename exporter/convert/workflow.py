@@ -56,7 +56,7 @@ from .heads import choose_exits, store, train_heads
 from .options import Chosen, Conversion, ConvertOptions
 from .places import STEPS, check_places
 from .ranking import Ranking
-from .states import States, most_tokens, run_classifier
+from .states import States, Taught, most_tokens, run_classifier
 from .task import Result
 
 logger = logging.getLogger(__name__)
@@ -259,17 +259,9 @@ class _Work:
             units = np.insert(units, trained, len(taught) + new)
             rows += copies
             trained += len(copies)
+        kept = Taught(numbers, trained, units, job.needed, job.fewest_tokens)
         logits, states = run_classifier(
-            self.teacher,
-            rows,
-            self.padding,
-            numbers,
-            trained,
-            folder,
-            self.progress,
-            units=units,
-            needed=job.needed,
-            fewest_tokens=job.fewest_tokens,
+            self.teacher, rows, self.padding, kept, folder, self.progress
         )
         job.check_possible(self.task, logits)
         model_dir = folder / "model"

@@ -10,7 +10,8 @@ Writing:
 
 - `records`: what is written for a row, as a line of JSON or as a row of CSV or Parquet
 - `destination`: the output as a whole, and the rows of a file that is not complete yet
-- `job`: from rows to records, block by block, and what it counted
+- `jobs`: what is done with each row, by the kind of model
+- `run`: from rows to records, block by block, and what it counted
 
 `.txt`: each line is a text, and an empty line is an empty text, so that results line up with the
 file. `.jsonl`: each line is an object with `text`, optionally `text_pair`, `label` or `labels`, and

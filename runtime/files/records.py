@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
+from ..artifact.manifest import ProblemType
 from ..encoding import blocks
 from ..errors import InputError, RowError
 from ..predictions import Prediction
@@ -29,19 +31,20 @@ _MAX_EXACT = 2**53
 
 
 @dataclass(frozen=True)
-class RecordSchema:
+class RecordSchema(ABC):
     """What the record of a classified row contains.
 
     Attributes:
+        answer: the fields of the answer.
         labels: the labels of the model.
-        multi_label: whether a row may have any number of labels.
         with_text: whether the text is repeated.
         probabilities: whether the probabilities of all labels are included.
         errors: whether a record may be an error.
     """
 
+    answer: ClassVar[tuple[str, str]]
+
     labels: tuple[str, ...]
-    multi_label: bool
     with_text: bool = False
     probabilities: bool = False
     errors: bool = False
@@ -55,10 +58,7 @@ class RecordSchema:
             if row.text_pair is not None:
                 record["text_pair"] = row.text_pair
         scores = [round(score, 6) for score in prediction.scores]
-        if self.multi_label:
-            record |= {"labels": list(prediction.labels), "scores": scores}
-        else:
-            record |= {"label": prediction.labels[0], "score": scores[0]}
+        record |= zip(self.answer, self._values(list(prediction.labels), scores), strict=True)
         record |= {"exit": prediction.exit, "layer": prediction.layer}
         if prediction.truncated:
             record["truncated"] = True
@@ -71,10 +71,9 @@ class RecordSchema:
     def results(self) -> tuple[str, ...]:
         """The columns of a table that hold the results of a row."""
         text = ("text", "text_pair") if self.with_text else ()
-        answer = ("labels", "scores") if self.multi_label else ("label", "score")
         all_labels = (f"{_PROBABILITIES}.{label}" for label in self.labels if self.probabilities)
         error = ("error",) if self.errors else ()
-        return (*text, *answer, "exit", "layer", "truncated", *all_labels, *error)
+        return (*text, *self.answer, "exit", "layer", "truncated", *all_labels, *error)
 
     @cached_property
     def names(self) -> set[str]:
@@ -90,18 +89,62 @@ class RecordSchema:
             record.setdefault("truncated", False)
         return record
 
-    def check_separator(self) -> None:
+    @abstractmethod
+    def _values(self, labels: list[str], scores: list[float]) -> tuple[Any, Any]:
+        """The values of the fields of the answer."""
+
+    @abstractmethod
+    def labels_of(self, record: Record) -> tuple[str, ...]:
+        """The predicted labels in a record."""
+
+    def check_separator(self) -> None:  # noqa: B027 - one label is not joined to others
         """Check that labels which are joined in a cell can be told apart again.
 
         Raises:
             InputError: a label contains the separator.
         """
-        for label in self.labels if self.multi_label else ():
+
+
+class OneLabel(RecordSchema):
+    """The record of a row that gets one label."""
+
+    answer = ("label", "score")
+
+    def _values(self, labels: list[str], scores: list[float]) -> tuple[Any, Any]:
+        return labels[0], scores[0]
+
+    def labels_of(self, record: Record) -> tuple[str, ...]:
+        """The label."""
+        return (record["label"],)
+
+
+class AnyLabels(RecordSchema):
+    """The record of a row that gets any number of labels."""
+
+    answer = ("labels", "scores")
+
+    def _values(self, labels: list[str], scores: list[float]) -> tuple[Any, Any]:
+        return labels, scores
+
+    def labels_of(self, record: Record) -> tuple[str, ...]:
+        """The labels, in the order of the record."""
+        return tuple(record["labels"])
+
+    def check_separator(self) -> None:
+        """Check that no label contains the separator; see `RecordSchema`."""
+        for label in self.labels:
             if LABEL_SEPARATOR in label:
                 raise InputError(
                     f"the label {label!r} contains {LABEL_SEPARATOR!r}, which separates labels",
                     "write JSON lines or Parquet",
                 )
+
+
+SCHEMAS: dict[ProblemType, type[RecordSchema]] = {
+    ProblemType.SINGLE_LABEL: OneLabel,
+    ProblemType.MULTI_LABEL: AnyLabels,
+}
+"""For each kind of classifier, what its records contain."""
 
 
 def records(

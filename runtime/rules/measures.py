@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,13 @@ MEASURES: dict[Measure, Callable[[Array, Array], Array]] = {
 """The formula of each measure, for arrays `[..., outcomes]` of distributions p and q."""
 
 
+def _softmax(z: Array) -> Array:
+    """The softmax along the last axis, without overflow."""
+    powers: Array = np.exp(z - np.maximum.reduce(z, axis=-1, keepdims=True))
+    powers /= np.add.reduce(powers, axis=-1, keepdims=True)
+    return powers
+
+
 class Outputs:
     """The outputs of one exit for some rows; everything but the logits is computed when needed.
 
@@ -106,45 +113,37 @@ class Outputs:
         logits: `[rows, labels]` float64.
     """
 
-    def __init__(
-        self, logits: Floats, problem_type: ProblemType, label_thresholds: Sequence[float] = ()
-    ) -> None:
-        self.logits: Array = logits.astype(np.float64, copy=False)
-        self._single = problem_type is ProblemType.SINGLE_LABEL
-        self._problem_type = problem_type
-        self._label_thresholds = label_thresholds
+    logits: Array
+    # What makes outputs of the same kind, besides the logits.
+    _settings: tuple[Any, ...] = ()
 
-    @cached_property
+    def __new__(
+        cls, logits: Floats, problem_type: ProblemType, label_thresholds: Sequence[float] = ()
+    ) -> Outputs:
+        """Outputs of the kind that goes with the type of the task."""
+        return outputs_of(problem_type, label_thresholds)(logits)
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return self.logits, *self._settings
+
+    @property
     def distributions(self) -> Array:
         """The softmax `[rows, labels]`, or for multi-label tasks `[rows, labels, 2]`; float64.
 
         The latter holds both outcomes of each label's binary distribution, so that the measures
         apply to every label. It is the softmax of the logit and 0.
         """
-        if self._single:
-            return self._softmax(self.logits)
-        return self._softmax(self.logits[..., None] * (1.0, 0.0))
-
-    @staticmethod
-    def _softmax(z: Array) -> Array:
-        """The softmax along the last axis, without overflow."""
-        powers: Array = np.exp(z - np.maximum.reduce(z, axis=-1, keepdims=True))
-        powers /= np.add.reduce(powers, axis=-1, keepdims=True)
-        return powers
+        raise NotImplementedError
 
     @property
     def probabilities(self) -> Array:
         """The softmax, or for multi-label tasks the sigmoid of each logit: `[rows, labels]`."""
-        return self.distributions if self._single else self.distributions[..., 0]
+        raise NotImplementedError
 
-    @cached_property
+    @property
     def answers(self) -> Integers:
         """Class indices `[rows]`, or for multi-label tasks `[rows, labels]` of 0 and 1; int64."""
-        if self._single:
-            classes: Integers = self.logits.argmax(axis=-1)
-            return classes
-        thresholds = self._label_thresholds if len(self._label_thresholds) else 0.5
-        return (self.probabilities > thresholds).astype(np.int64)
+        raise NotImplementedError
 
     def decisions(self, label_thresholds: Sequence[float] = ()) -> Integers:
         """What is decided: the answers, or which labels are above thresholds.
@@ -161,13 +160,13 @@ class Outputs:
 
     def take(self, rows: NDArray[np.intp] | Mask) -> Outputs:
         """The outputs of some of the rows, given by their numbers or as a mask."""
-        return Outputs(self.logits[rows], self._problem_type, self._label_thresholds)
+        return type(self)(self.logits[rows], *self._settings)
 
     @staticmethod
     def join(parts: Sequence[Outputs]) -> Outputs:
         """The outputs of several groups of rows; at least one group."""
         logits = np.concatenate([part.logits for part in parts])
-        return Outputs(logits, parts[0]._problem_type, parts[0]._label_thresholds)
+        return type(parts[0])(logits, *parts[0]._settings)
 
     def entropy(self) -> Array:
         """Entropy `[rows]` in nats; for multi-label tasks the sum of the binary entropies."""
@@ -193,7 +192,8 @@ class Outputs:
             small: Array = np.exp(-np.minimum.reduce(margins, axis=-1))
             return small / (1 + small)
         others = _sum(np.sort(self.distributions, axis=-1)[..., :-1])
-        return others if self._single else np.maximum.reduce(others, axis=-1)
+        # With several distributions in a row, the least certain one counts.
+        return others if others.ndim == 1 else np.maximum.reduce(others, axis=-1)
 
     def confidence(self) -> Array:
         """The largest probability `[rows]`; for multi-label tasks the smallest of all labels."""
@@ -225,19 +225,126 @@ class Outputs:
 
     def margin(self, label: int, threshold: float) -> Array:
         """How far one label is from its threshold, see `margins`: `[rows]`."""
-        logit = self.logits[:, label]
-        if self._single:
-            others = np.delete(self.logits, label, axis=-1)
-            top = np.maximum.reduce(others, axis=-1)
-            powers = np.exp(others - top[:, None])
-            logit = logit - top - np.log(np.add.reduce(powers, axis=-1))
+        raise NotImplementedError
+
+    def unchanged(self, earlier: Outputs) -> Mask:
+        """Whether the answer is the same as at an earlier exit: `[rows]`."""
+        raise NotImplementedError
+
+
+class Softmax(Outputs):
+    """One distribution over all labels; the most probable label is the answer.
+
+    Like `Sigmoid`, it is made in `__new__` alone, because `Outputs` has one.
+
+    Args:
+        logits: `[rows, labels]` of any floating-point type.
+    """
+
+    def __new__(cls, logits: Floats) -> Softmax:
+        """Keep the logits."""
+        self = object.__new__(cls)
+        self.logits = logits.astype(np.float64, copy=False)
+        return self
+
+    @cached_property
+    def distributions(self) -> Array:
+        """The softmax `[rows, labels]`."""
+        return _softmax(self.logits)
+
+    @property
+    def probabilities(self) -> Array:
+        """The softmax `[rows, labels]`."""
+        return self.distributions
+
+    @cached_property
+    def answers(self) -> Integers:
+        """Class indices `[rows]`; int64."""
+        classes: Integers = self.logits.argmax(axis=-1)
+        return classes
+
+    def margin(self, label: int, threshold: float) -> Array:
+        """The logit of p is that of the label minus the logarithm of the powers of the others."""
+        others = np.delete(self.logits, label, axis=-1)
+        top = np.maximum.reduce(others, axis=-1)
+        powers = np.exp(others - top[:, None])
+        logit: Array = self.logits[:, label] - top - np.log(np.add.reduce(powers, axis=-1))
         shift: Array = np.log(threshold / (1 - threshold))
         return logit - shift
 
     def unchanged(self, earlier: Outputs) -> Mask:
-        """Whether the answer is the same as at an earlier exit: `[rows]`."""
+        """Whether the class is the same: `[rows]`."""
         same: Mask = self.answers == earlier.answers
-        return same if self._single else np.logical_and.reduce(same, axis=-1)
+        return same
+
+
+class Sigmoid(Outputs):
+    """A distribution over yes and no for each label; the answer is all labels that are predicted.
+
+    Args:
+        logits: `[rows, labels]` of any floating-point type.
+        label_thresholds: `[labels]` the probabilities above which labels are predicted; empty means
+            0.5.
+    """
+
+    def __new__(cls, logits: Floats, label_thresholds: Sequence[float] = ()) -> Sigmoid:
+        """Keep the logits and the thresholds."""
+        self = object.__new__(cls)
+        self.logits = logits.astype(np.float64, copy=False)
+        self._settings = (label_thresholds,)
+        return self
+
+    @cached_property
+    def distributions(self) -> Array:
+        """Both outcomes of each label, `[rows, labels, 2]`: the softmax of the logit and 0."""
+        return _softmax(self.logits[..., None] * (1.0, 0.0))
+
+    @property
+    def probabilities(self) -> Array:
+        """The sigmoid of each logit: `[rows, labels]`."""
+        return self.distributions[..., 0]
+
+    @cached_property
+    def answers(self) -> Integers:
+        """Which labels are predicted, `[rows, labels]` of 0 and 1; int64."""
+        (label_thresholds,) = self._settings
+        thresholds = label_thresholds if len(label_thresholds) else 0.5
+        return (self.probabilities > thresholds).astype(np.int64)
+
+    def margin(self, label: int, threshold: float) -> Array:
+        """The logit of p is that of the label."""
+        shift: Array = np.log(threshold / (1 - threshold))
+        margin: Array = self.logits[:, label] - shift
+        return margin
+
+    def unchanged(self, earlier: Outputs) -> Mask:
+        """Whether the whole set of labels is the same: `[rows]`."""
+        same: Mask = np.logical_and.reduce(self.answers == earlier.answers, axis=-1)
+        return same
+
+
+def _with_thresholds(label_thresholds: Sequence[float]) -> Callable[[Floats], Outputs]:
+    return partial(Sigmoid, label_thresholds=label_thresholds)
+
+
+_KINDS: dict[ProblemType, Callable[[Sequence[float]], Callable[[Floats], Outputs]]] = {
+    ProblemType.SINGLE_LABEL: lambda label_thresholds: Softmax,
+    ProblemType.MULTI_LABEL: _with_thresholds,
+    ProblemType.RANKING: _with_thresholds,
+}
+"""For each type of task, what gives the kind of its outputs from the thresholds of the labels."""
+
+
+def outputs_of(
+    problem_type: ProblemType, label_thresholds: Sequence[float] = ()
+) -> Callable[[Floats], Outputs]:
+    """What makes the outputs of rows at an exit, from their logits `[rows, labels]`.
+
+    Args:
+        problem_type: the type of the task.
+        label_thresholds: see `Outputs`.
+    """
+    return _KINDS[problem_type](label_thresholds)
 
 
 def per_row(values: Array) -> Array:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +15,7 @@ from ..artifact.exits import Exits
 from ..errors import InputError, RowError, RuleError
 from ..predictions import Prediction
 from ..quality import Labels
-from ..rules.measures import TINY, Array, Floats, Integers, Mask, Outputs
+from ..rules.measures import TINY, Array, Floats, Integers, Mask, Outputs, outputs_of
 from ..rules.rules import ExitRule
 from ..rules.runner import RuleRunner, Simulation
 from ..rules.settling import Runner, Settled
@@ -62,10 +61,8 @@ class Task(ABC):
     def __init__(self, record: manifest.Task) -> None:
         self.record = record
         self.labels = record.labels
-        self.outputs: Callable[[Floats], Outputs] = partial(
-            Outputs,
-            problem_type=record.problem_type,
-            label_thresholds=record.label_thresholds,
+        self.outputs: Callable[[Floats], Outputs] = outputs_of(
+            record.problem_type, record.label_thresholds
         )
 
     @abstractmethod
@@ -213,6 +210,12 @@ class Task(ABC):
             RowError: it has.
         """
 
+    @property
+    def predicted_above(self) -> tuple[float, ...]:
+        """The probability above which each label is predicted; 1 if the largest one decides."""
+        usual = HALF if self.flags else 1.0
+        return self.record.label_thresholds or (usual,) * len(self.labels)
+
     def decision_thresholds(self, thresholds: Mapping[str, float]) -> tuple[float, ...]:
         """The probability above which each label is flagged, if that is what is decided.
 
@@ -230,8 +233,6 @@ class Task(ABC):
                 raise InputError(
                     f"the model has no label {label!r}", f"choose from {', '.join(self.labels)}"
                 )
-        own = self.record.label_thresholds
-        if not thresholds and not own:
+        if not thresholds and not self.record.label_thresholds:
             return ()
-        values = own or (HALF if self.flags else 1.0,) * len(self.labels)
-        return tuple(map(thresholds.get, self.labels, values))
+        return tuple(map(thresholds.get, self.labels, self.predicted_above))

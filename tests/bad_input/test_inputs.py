@@ -181,7 +181,7 @@ USAGE = [
 @each(ENCODINGS, JSON, TABLES, LABELLED, EMPTY, FILES, QUERIES, USAGE)
 def test_a_bad_input(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     # Otherwise the rows before the bad one would be printed first.
-    place.patch.setattr("fpabee.runtime.files.job.BLOCK_ROWS", 2**20)
+    place.patch.setattr("fpabee.runtime.files.run.BLOCK_ROWS", 2**20)
     check(case, place, capfd)
 
 

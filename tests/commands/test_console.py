@@ -147,10 +147,10 @@ def test_the_rows_that_are_shown_are_all_that_are_done(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rows are counted in large blocks, so what was true at the last count may be long ago."""
-    job: Any = SimpleNamespace(rows=0, rate=0.0, task=SimpleNamespace(unit="rows", part="rows"))
-    with row_progress(job, quiet=False):
-        job.rows = 4096
-        job.rate = 136.5
+    shown: Any = SimpleNamespace(rows=0, rate=0.0, job=SimpleNamespace(unit="rows", part="rows"))
+    with row_progress(shown, quiet=False):
+        shown.rows = 4096
+        shown.rate = 136.5
         clock.pass_half_a_minute()
     assert capsys.readouterr().err == "4096 rows, 136 rows/s (0:00:30)\n"
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..runtime.errors import printable
-from ..runtime.files.job import Job
+from ..runtime.files.run import Run
 
 if TYPE_CHECKING:  # `fpabee-run` starts without calibration
     from ..calibration.progress import Progress
@@ -187,16 +187,16 @@ def step_progress(quiet: bool) -> Iterator[Progress]:
 
 
 @contextmanager
-def row_progress(job: Job, quiet: bool) -> Iterator[None]:
+def row_progress(run: Run, quiet: bool) -> Iterator[None]:
     """Show rows and rate; without a terminal, one line every half minute.
 
     Args:
-        job: whose rows are shown.
+        run: whose rows are shown.
         quiet: show nothing.
     """
 
     def words() -> str:
-        return f"{job.rows} {job.task.unit}, {job.rate:.0f} {job.task.part}/s"
+        return f"{run.rows} {run.job.unit}, {run.rate:.0f} {run.job.part}/s"
 
     with _display(quiet, words):
         yield

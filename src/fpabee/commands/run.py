@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from .. import __version__
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError, RowError
 from ..runtime.files import STANDARD_INPUT, Inputs, ReadOptions, Row, TextFormat, queries
-from ..runtime.files.destination import check_output, open_output
+from ..runtime.files.destination import Convert, check_output, open_output
 from ..runtime.files.formats import is_plain_file, output_format
-from ..runtime.files.job import Job
-from ..runtime.files.records import RecordSchema, convert
-from ..runtime.files.tasks import Classification, Ranking, Task
+from ..runtime.files.jobs import JOBS, JobOptions
+from ..runtime.files.run import Run
+from ..runtime.rules.rules import ExitRule
 from ..runtime.rules.words import rule_in_words
 from . import options
 from .command import READING, command, hint_of
@@ -87,36 +87,91 @@ fpabee-run reranker-engines/ queries.jsonl --output rankings.jsonl
     "Write the result of each row before reading the next one. Slower; always done when standard "
     "input is a terminal.",
 )
-def main(
-    engines: Path,
-    files: tuple[str, ...],
-    more: tuple[str, ...],
-    output: Path | None,
-    resume: bool,
-    on_error: str,
-    target: str | None,
-    operating_point: str | None,
-    full_depth: bool,
-    metrics: bool,
-    unbuffered: bool,
-    quiet: bool,
-    as_json: bool,
-    rule_text: str | None,
-    **settings: Any,
-) -> None:
+def main(engines: Path, **settings: Any) -> None:
     """Classify texts, or rank the documents of queries, as the model does.
 
     Results go to standard output or --output, all else to standard error.
     """
-    files += more
+    asked = _asked(settings)
+    hide_bars_of_hub(quiet=not asked.shows)
+    with Engine.load(engines, asked.target, asked.operating_point, **asked.loading) as engine:
+        task = engine.core.task
+        kind = _KINDS[task.method]
+        options.not_with(kind.without, True, f"a model that {task.does}")
+        job = JOBS[task.method](engine, _rule(engine, asked), asked.job)
+        table = job.table(asked.output, asked.chosen)
+        reading = kind.reading(asked.reading)
+        run = Run(job)
+        _answer(run, asked, reading, table)
+        is_of_point = job.rule is not None and asked.rule_text is None
+        _print_results(run, asked, engine.operating_point if is_of_point else None)
+    if run.first_error is not None and run.errors == run.rows:
+        raise InputError(
+            f"none of {run.rows} rows could be used; the first: {run.first_error.message}",
+            run.first_error.hint,
+        )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the command line says.
+
+    Attributes:
+        files: the inputs.
+        output: the file to write; None for standard output.
+        chosen: its format.
+        reading: how texts are read.
+        target: the target; None for the default.
+        operating_point: the calibrated rule; None for the default.
+        rule_text: the rule itself, if it is given.
+        full_depth: whether all layers run.
+        job: what is written.
+        loading: arguments of `Engine.load`.
+        resume: whether an interrupted run is continued.
+        unbuffered: whether each result is written before the next row is read.
+        is_typed: whether somebody types the rows.
+        quiet: show nothing.
+        as_json: print the summary as JSON.
+    """
+
+    files: tuple[str, ...]
+    output: Path | None
+    chosen: TextFormat
+    reading: ReadOptions
+    target: str | None
+    operating_point: str | None
+    rule_text: str | None
+    full_depth: bool
+    job: JobOptions
+    loading: dict[str, Any]
+    resume: bool
+    unbuffered: bool
+    is_typed: bool
+    quiet: bool
+    as_json: bool
+
+    @property
+    def shows(self) -> bool:
+        """Whether progress and a summary for people are shown."""
+        return not (self.quiet or self.as_json)
+
+
+def _asked(settings: dict[str, Any]) -> _Asked:
+    """What the command line says, checked as far as it can be without the model.
+
+    Raises:
+        click.UsageError: options contradict each other.
+        InputError: an input or the output cannot be used.
+    """
+    files = settings.pop("files") + settings.pop("more")
     if not files:
         raise click.UsageError("no input: give files such as texts.txt, or - for standard input")
     reading = options.read_options(settings)
-    loading = {name: settings.pop(name) for name in ("max_length", "threads")}
-    written = {name: settings.pop(name) for name in ("with_text", "probabilities")}
-    options.not_with("operating_point", rule_text, "--rule, which sets the rule itself")
-    options.not_with("full_depth", operating_point or rule_text, "an exit rule")
-    is_typed = STANDARD_INPUT in files and sys.stdin is not None and sys.stdin.isatty()
+    options.not_with("operating_point", settings["rule_text"], "--rule, which sets the rule itself")
+    options.not_with(
+        "full_depth", settings["operating_point"] or settings["rule_text"], "an exit rule"
+    )
+    output = settings.pop("output")
     output = None if output == Path("-") else output
     is_file = is_plain_file(output)
     options.not_with(
@@ -126,65 +181,71 @@ def main(
     )
     options.only_with("resume", is_file, "--output FILE")
     chosen = output_format(output)
-    unbuffered = unbuffered or (is_typed and not is_file)
-    inputs = Inputs(files, reading)
+    is_typed = STANDARD_INPUT in files and sys.stdin is not None and sys.stdin.isatty()
+    unbuffered = settings.pop("unbuffered") or (is_typed and not is_file)
+    Inputs(files, reading)
     if output is not None:
         check_output(output, files)
-    shows = not (quiet or as_json)
-    hide_bars_of_hub(quiet=not shows)
-    with Engine.load(engines, target, operating_point, **loading) as engine:
-        ranks = engine.manifest.task.ranks
-        options.not_with("metrics rule_text probabilities", ranks, "a model that ranks documents")
-        rule = options.chosen_rule(engine.rule, rule_text) if rule_text is not None else engine.rule
-        applied = None if full_depth else rule
-        skips = on_error == "skip"
-        task: Task[Any, Any]
-        table = None
-        if ranks:
-            if chosen is not TextFormat.JSON_LINES:
-                raise InputError(
-                    f"{output} cannot hold rankings, which are lists", "write .jsonl instead"
-                )
-            reading = _of_queries(reading)
-            inputs = Inputs(files, reading)
-            task = Ranking(engine, applied, written["with_text"])
-        else:
-            schema = RecordSchema(engine.labels, engine.multi_label, errors=skips, **written)
-            task = Classification(engine, applied, schema, metrics)
-            if chosen is TextFormat.CSV:
-                schema.check_separator()
-            if chosen is not TextFormat.JSON_LINES:
-                table = partial(convert, chosen=chosen, schema=schema)
-        job = Job(task, skips)
-        # All that a run and the run that resumes it must share, besides the inputs.
-        shared = {
-            "fpabee": __version__,
-            "target": engine.target,
-            "rule": "full depth" if full_depth else rule.to_dict(),
-            "engines": engine.revision,
-            "metrics": metrics,
-            **(asdict(reading) | written | loading),
-        }
-        if is_typed and shows:
-            echo("reading rows from the terminal; Ctrl-D ends the input", err=True)
-        with (
-            closing(iter(inputs)) as rows,
-            open_output(output, table, inputs, shared, resume) as (write, completed),
-            row_progress(job, not shows or unbuffered),
-        ):
-            job.run(map(_in_options, rows), write, completed, unbuffered)
-        point = None if rule_text or full_depth else engine.operating_point
-        if as_json:
-            click.echo(json.dumps(job.to_dict(point)), err=True)
-        elif not quiet:
-            _print_summary(job, point)
-        else:
-            _print_scores(job)
-    if job.first_error is not None and job.errors == job.rows:
-        raise InputError(
-            f"none of {job.rows} rows could be used; the first: {job.first_error.message}",
-            job.first_error.hint,
-        )
+    return _Asked(
+        files=files,
+        output=output,
+        chosen=chosen,
+        reading=reading,
+        job=JobOptions(
+            with_text=settings.pop("with_text"),
+            probabilities=settings.pop("probabilities"),
+            metrics=settings.pop("metrics"),
+            skips_errors=settings.pop("on_error") == "skip",
+        ),
+        loading={name: settings.pop(name) for name in ("max_length", "threads")},
+        unbuffered=unbuffered,
+        is_typed=is_typed,
+        **settings,
+    )
+
+
+def _rule(engine: Engine, asked: _Asked) -> ExitRule | None:
+    """The rule that decides; None for full depth.
+
+    Raises:
+        click.UsageError: the value of `--rule` is no rule.
+    """
+    rule = engine.rule
+    if asked.rule_text is not None:
+        rule = options.chosen_rule(rule, asked.rule_text)
+    return None if asked.full_depth else rule
+
+
+def _answer(run: Run, asked: _Asked, reading: ReadOptions, table: Convert | None) -> None:
+    """Answer the rows, and write their records.
+
+    Args:
+        run: the run.
+        asked: what the command line says.
+        reading: how the rows are read.
+        table: what converts the records to the output, see `Job.table`.
+    """
+    engine = run.job.engine
+    rule = run.job.rule
+    written = {name: getattr(asked.job, name) for name in ("with_text", "probabilities")}
+    # All that a run and the run that resumes it must share, besides the inputs.
+    shared = {
+        "fpabee": __version__,
+        "target": engine.target,
+        "rule": "full depth" if rule is None else rule.to_dict(),
+        "engines": engine.revision,
+        "metrics": asked.job.metrics,
+        **(asdict(reading) | written | asked.loading),
+    }
+    inputs = Inputs(asked.files, reading)
+    if asked.is_typed and asked.shows:
+        echo("reading rows from the terminal; Ctrl-D ends the input", err=True)
+    with (
+        closing(iter(inputs)) as rows,
+        open_output(asked.output, table, inputs, shared, asked.resume) as (write, completed),
+        row_progress(run, not asked.shows or asked.unbuffered),
+    ):
+        run.answer(map(_in_options, rows), write, completed, asked.unbuffered)
 
 
 def _in_options(row: Row | RowError) -> Row | RowError:
@@ -207,50 +268,93 @@ def _of_queries(reading: ReadOptions) -> ReadOptions:
     return replace(queries.READING, text_column=query, input_format=reading.input_format)
 
 
-def _print_summary(job: Job, operating_point: str | None) -> None:
+def _as_texts(reading: ReadOptions) -> ReadOptions:
+    """How texts are read: as the options say."""
+    return reading
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the command does and says for a kind of model.
+
+    Attributes:
+        reading: how the rows are read, with what the options say about texts.
+        without: the options that mean nothing, separated by spaces.
+        calibration: what to do for a rule that is calibrated.
+    """
+
+    reading: Callable[[ReadOptions], ReadOptions]
+    without: str
+    calibration: str
+
+
+# By the method of `Engine` that answers.
+_KINDS = {
+    "predict": _Kind(_as_texts, "", "run fpabee-calibrate on labelled rows."),
+    "rank": _Kind(
+        _of_queries,
+        "metrics rule_text probabilities",
+        "convert the model again with queries of yours.",
+    ),
+}
+
+
+def _print_results(run: Run, asked: _Asked, operating_point: str | None) -> None:
+    """Print to standard error what the command line asks for.
+
+    Args:
+        run: the run.
+        asked: what the command line says.
+        operating_point: the name of the calibrated rule that was run, if it was one.
+    """
+    if asked.as_json:
+        click.echo(json.dumps(run.to_dict(operating_point)), err=True)
+    elif not asked.quiet:
+        _print_summary(run, operating_point)
+    else:
+        _print_scores(run)
+
+
+def _print_summary(run: Run, operating_point: str | None) -> None:
     """Print the tally of a run to standard error.
 
     Args:
-        job: the run.
+        run: the run.
         operating_point: the name of the calibrated rule that was run, if it was one.
     """
     console = PlainConsole(stderr=True)
-    tally = job.to_dict(operating_point)
-    task = job.task
-    rule = "full depth" if task.rule is None else f"rule {rule_in_words(task.rule)}"
+    tally = run.to_dict(operating_point)
+    job = run.job
+    rule = "full depth" if job.rule is None else f"rule {rule_in_words(job.rule)}"
     if operating_point:
         rule = f"operating point {operating_point}: {rule}"
-    answered = job.exits.total()
-    parts = "" if task.part == task.unit else f" with {answered} {task.part}"
+    answered = run.exits.total()
+    parts = "" if job.part == job.unit else f" with {answered} {job.part}"
     lines = [
-        f"{job.rows} {task.unit}{parts} in {tally['seconds']:.1f} s ({job.rate:.0f} {task.part}/s) "
+        f"{run.rows} {job.unit}{parts} in {tally['seconds']:.1f} s ({run.rate:.0f} {job.part}/s) "
         f"on {tally['target']}, {rule}"
     ]
     if tally["mean_depth"] is not None:
         lines.append(
             f"mean depth {tally['mean_depth']:.2f} of {tally['layers']} layers, saving "
-            f"{tally['saving']:.1%}; {job.truncated} truncated, {job.empty} empty"
+            f"{tally['saving']:.1%}; {run.truncated} truncated, {run.empty} empty"
         )
-    if job.rows_before:
-        lines.append(f"{job.rows_before} {task.unit} were done by an earlier run")
-    if job.errors:
-        lines.append(f"{job.errors} {task.unit} could not be used: their records are errors")
+    if run.rows_before:
+        lines.append(f"{run.rows_before} {job.unit} were done by an earlier run")
+    if run.errors:
+        lines.append(f"{run.errors} {job.unit} could not be used: their records are errors")
     for line in lines:
         console.print(line, soft_wrap=True)
-    table = Table("exit", "layer", task.part, "share", "", box=None, pad_edge=False)
+    table = Table("exit", "layer", job.part, "share", "", box=None, pad_edge=False)
     for part in tally["exits"]:
-        share = part[task.part] / max(1, answered)
+        share = part[job.part] / max(1, answered)
         bar = "█" * round(_BAR_WIDTH * share)
         table.add_row(*map(str, part.values()), f"{share:.1%}", bar)
     console.print(table)
-    _print_scores(job)
-    if operating_point is None and task.rule is not None:
-        uncalibrated = (
-            "convert the model again with queries of yours."
-            if task.engine.manifest.task.ranks
-            else "run fpabee-calibrate on labelled rows."
-        )
-        points = ", ".join(task.engine.manifest.targets[tally["target"]].operating_points)
+    _print_scores(run)
+    if operating_point is None and job.rule is not None:
+        uncalibrated = _KINDS[job.engine.core.task.method].calibration
+        points = ", ".join(job.engine.manifest.targets[tally["target"]].operating_points)
         console.print(
             f"The rule is not one of the operating points of {tally['target']}: {points}."
             if points
@@ -259,8 +363,8 @@ def _print_summary(job: Job, operating_point: str | None) -> None:
         )
 
 
-def _print_scores(job: Job) -> None:
+def _print_scores(run: Run) -> None:
     """Print the scores of a run, if there are any, to standard error."""
-    if scores := job.task.scores():
+    if scores := run.job.scores():
         words = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         PlainConsole(stderr=True).print(words)

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from fpabee.calibration.progress import silent
 from fpabee.exporter.convert import states as states_module
 from fpabee.exporter.convert.classifier import Classifier
-from fpabee.exporter.convert.states import _at_once, _batches, _new_file, run_classifier
+from fpabee.exporter.convert.states import Taught, _at_once, _batches, _new_file, run_classifier
 from fpabee.exporter.exit_config import Pooling
 from fpabee.exporter.model import by_row, predict
 from fpabee.exporter.training.examples import encoded_rows
@@ -46,7 +46,7 @@ def test_heads_see_in_training_what_they_see_in_the_model(
     tokenizer = AutoTokenizer.from_pretrained(classifier.folder)
     rows = encoded_rows([Row(text) for text in TEXTS[:40]], tokenizer, 32)
     taught = np.array([3, 39, 0, 17])
-    logits, states = run_classifier(classifier, rows, PADDING, taught, 2, tmp_path, silent)
+    logits, states = run_classifier(classifier, rows, PADDING, Taught(taught, 2), tmp_path, silent)
     expected = predict(classifier.model, rows, PADDING, lambda output: output.logits)
     assert_exported(logits, expected)
     assert states.rows.tolist() == taught.tolist()
@@ -127,7 +127,7 @@ def test_states_are_bounded(
     rows = [encoded(np.arange(4, 4 + length)) for length in all_lengths]
     taught = np.array([0, 2, 3, 4])
     monkeypatch.setattr(states_module, "_MOST_BYTES", most_tokens * 2 * 2 * 32)
-    _, states = run_classifier(classifier, rows, PADDING, taught, 2, tmp_path, silent)
+    _, states = run_classifier(classifier, rows, PADDING, Taught(taught, 2), tmp_path, silent)
     assert states.rows.tolist() == taught[kept].tolist()
     assert states.lengths.tolist() == lengths
     ids = torch.from_numpy(rows[0].input_ids)[None]
@@ -144,17 +144,10 @@ def test_a_unit_takes_part_with_all_its_rows_and_others_are_not_run(
     classifier = Classifier(make("bert"))
     rows = [encoded(np.arange(4, 4 + length)) for length in (9, 8, 7, 6, 5, 4, 3, 2)]
     monkeypatch.setattr(states_module, "_MOST_BYTES", 25 * 2 * 2 * 32)
-    logits, states = run_classifier(
-        classifier,
-        rows,
-        PADDING,
-        np.array([5, 4, 3, 2, 1, 7]),
-        5,
-        tmp_path,
-        silent,
-        units=np.array([0, 0, 0, 1, 1, 2]),
-        needed=np.array([6]),
+    taught = Taught(
+        np.array([5, 4, 3, 2, 1, 7]), 5, units=np.array([0, 0, 0, 1, 1, 2]), needed=np.array([6])
     )
+    logits, states = run_classifier(classifier, rows, PADDING, taught, tmp_path, silent)
     assert states.rows.tolist() == [5, 4, 3, 7]
     assert np.flatnonzero(np.isfinite(logits[:, 0])).tolist() == [3, 4, 5, 6, 7]
 
@@ -191,7 +184,7 @@ def test_a_state_beyond_fp16_is_cut_off(make: Callable[..., Path], tmp_path: Pat
     with torch.no_grad():
         classifier.model.bert.encoder.layer[0].output.LayerNorm.bias[0] = -1e6
     rows = [encoded(np.array([4, 5, 6]))]
-    _, states = run_classifier(classifier, rows, PADDING, np.arange(1), 1, tmp_path, silent)
+    _, states = run_classifier(classifier, rows, PADDING, Taught(np.arange(1), 1), tmp_path, silent)
     assert (states.tokens[:, 0, 0] == -65504).all()
 
 
@@ -201,7 +194,7 @@ def test_a_finished_run_is_read(
     classifier = Classifier(make("bert"))
     tokenizer = AutoTokenizer.from_pretrained(classifier.folder)
     rows = encoded_rows([Row(text) for text in TEXTS[:10]], tokenizer, 32)
-    given = classifier, rows, PADDING, np.arange(5), 3, tmp_path, silent
+    given = classifier, rows, PADDING, Taught(np.arange(5), 3), tmp_path, silent
     logits, states = run_classifier(*given)
     monkeypatch.setattr(classifier.model, "forward", None)
     again, states_again = run_classifier(*given)
@@ -217,7 +210,9 @@ def test_a_finished_run_of_other_rows_is_not_read(
     tokenizer = AutoTokenizer.from_pretrained(classifier.folder)
     rows = encoded_rows([Row(text) for text in TEXTS[:11]], tokenizer, 32)
     for some in (rows[:10], rows[1:]):
-        logits, _ = run_classifier(classifier, some, PADDING, np.arange(5), 3, tmp_path, silent)
+        logits, _ = run_classifier(
+            classifier, some, PADDING, Taught(np.arange(5), 3), tmp_path, silent
+        )
         expected = predict(classifier.model, some, PADDING, lambda output: output.logits)
         assert_exported(logits, expected)
 

@@ -14,7 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from fpabee.runtime.errors import InputError
-from fpabee.runtime.files.records import RecordSchema
+from fpabee.runtime.files.records import AnyLabels, OneLabel
 
 from ..running import Run, write_lines
 
@@ -119,6 +119,6 @@ def test_the_page_names_the_same_fields() -> None:
 
 def test_a_label_with_the_separator_is_refused_in_a_table() -> None:
     labels = ("a|b", "c")
-    RecordSchema(labels, multi_label=False).check_separator()
+    OneLabel(labels).check_separator()
     with pytest.raises(InputError, match=r"'a\|b' contains '\|'.*JSON lines"):
-        RecordSchema(labels, multi_label=True).check_separator()
+        AnyLabels(labels).check_separator()

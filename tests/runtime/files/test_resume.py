@@ -32,7 +32,7 @@ WORDS = ["the", "a", "film", "rain", "sun", "lights", "alarm", "off", "good", "b
 
 # Small blocks of several windows each, so that a run stops within a block and a window.
 SMALL = {
-    "fpabee.runtime.files.job.BLOCK_ROWS": 64,
+    "fpabee.runtime.files.run.BLOCK_ROWS": 64,
     "fpabee.runtime.core._WINDOW_BYTES": 1,
     "fpabee.runtime.backends.host._GROUP_TOKENS": 64,
 }
@@ -215,7 +215,7 @@ def test_a_disk_that_is_full_when_the_table_is_made(classify: Classify) -> None:
         raise NO_SPACE
 
     with classify.patch.context() as patch:
-        patch.setattr("fpabee.commands.run.convert", full)
+        patch.setattr("fpabee.runtime.files.jobs.convert", full)
         check_refused(classify(), "No space left on device", f"{ROWS} finished rows are in")
     assert classify.output.read_text() == "old"
     assert classify.files == ["in.jsonl", "out.csv", "out.csv.partial", "out.csv.partial.run"]
@@ -316,7 +316,7 @@ def test_a_damaged_partial_is_refused(classify: Classify) -> None:
 
 
 def test_a_run_that_stopped_at_a_bad_row_can_skip_it(classify: Classify) -> None:
-    classify.patch.setattr("fpabee.runtime.files.job.BLOCK_ROWS", 2)
+    classify.patch.setattr("fpabee.runtime.files.run.BLOCK_ROWS", 2)
     classify.source.write_text('{"text": "a"}\n{"text": "b"}\n{\n{"text": "c"}\n')
     check_refused(classify(), "line 3 is not a JSON object", "2 finished rows are in")
     gc.disable()  # which would close what the error's frames keep

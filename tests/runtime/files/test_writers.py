@@ -14,11 +14,19 @@ from pyarrow import parquet
 from fpabee.runtime.errors import InputError, RowError
 from fpabee.runtime.files import Row, TextFormat, read_rows
 from fpabee.runtime.files.formats import output_format
-from fpabee.runtime.files.records import Record, RecordSchema, convert, records, to_json
+from fpabee.runtime.files.records import (
+    AnyLabels,
+    OneLabel,
+    Record,
+    RecordSchema,
+    convert,
+    records,
+    to_json,
+)
 from fpabee.runtime.predictions import Prediction
 
-SINGLE = RecordSchema(("no", "yes"), multi_label=False)
-MULTI = RecordSchema(("a", "b"), multi_label=True, with_text=True, probabilities=True, errors=True)
+SINGLE = OneLabel(("no", "yes"))
+MULTI = AnyLabels(("a", "b"), with_text=True, probabilities=True, errors=True)
 
 
 def record(index: int = 0, **fields: Any) -> Record:

@@ -1,4 +1,4 @@
-"""What differs between the tasks in a job: what a row becomes, and what is written for it."""
+"""What is done with the rows of files: what a row becomes, and what is written for it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -17,24 +19,46 @@ from ..predictions import Prediction
 from ..quality import Labels, evaluate
 from ..ranking import Ranked
 from ..rules.rules import ExitRule
+from .destination import Convert
+from .formats import TextFormat
 from .queries import QUERY_COLUMN, Query
-from .records import Record, RecordSchema
+from .records import SCHEMAS, Record, convert
 from .rows import Row
 
 ItemT = TypeVar("ItemT")
 AnswerT = TypeVar("AnswerT")
 
 
-class Task(ABC, Generic[ItemT, AnswerT]):
-    """A task of a job. An item is what a row becomes.
+@dataclass(frozen=True)
+class JobOptions:
+    """What a job writes, and how it deals with errors.
+
+    Attributes:
+        with_text: whether the text, or the query, is repeated in its record.
+        probabilities: whether the probabilities of all labels are written.
+        metrics: whether predictions are scored against the labels of the rows.
+        skips_errors: whether the record of a row that cannot be used is its error; otherwise such a
+            row ends the run.
+    """
+
+    with_text: bool = False
+    probabilities: bool = False
+    metrics: bool = False
+    skips_errors: bool = False
+
+
+class Job(ABC, Generic[ItemT, AnswerT]):
+    """What is done with each row of a file. An item is what a row becomes.
 
     Args:
         engine: the engine that runs.
         rule: the rule that decides; None for full depth.
+        options: what is written.
 
     Attributes:
         engine: as given.
         rule: as given.
+        options: as given.
         unit: what the rows are called.
         part: what those are called that have an exit of their own.
     """
@@ -42,9 +66,25 @@ class Task(ABC, Generic[ItemT, AnswerT]):
     unit: ClassVar[str]
     part: ClassVar[str]
 
-    def __init__(self, engine: Engine, rule: ExitRule | None) -> None:
+    def __init__(self, engine: Engine, rule: ExitRule | None, options: JobOptions) -> None:
         self.engine = engine
         self.rule = rule
+        self.options = options
+
+    @abstractmethod
+    def table(self, output: Path | None, chosen: TextFormat) -> Convert | None:
+        """What converts a file of records as JSON lines to the output.
+
+        Args:
+            output: the file that is written; None for standard output.
+            chosen: its format.
+
+        Returns:
+            None: the output takes JSON lines.
+
+        Raises:
+            InputError: this format cannot hold the records.
+        """
 
     @abstractmethod
     def item(self, row: Row) -> ItemT:
@@ -82,35 +122,38 @@ class Task(ABC, Generic[ItemT, AnswerT]):
         return {}
 
 
-class Classification(Task[Row, Prediction]):
-    """Each row is a text, which gets labels.
-
-    Args:
-        engine: the engine that runs.
-        rule: the rule that decides; None for full depth.
-        schema: what is written for a row.
-        metrics: whether predictions are scored against the labels of the rows.
-    """
+class TextJob(Job[Row, Prediction]):
+    """Each row is a text, which gets labels."""
 
     unit = part = "rows"
 
-    def __init__(
-        self, engine: Engine, rule: ExitRule | None, schema: RecordSchema, metrics: bool = False
-    ) -> None:
-        super().__init__(engine, rule)
-        self._schema = schema
-        self._metrics = metrics
+    def __init__(self, engine: Engine, rule: ExitRule | None, options: JobOptions) -> None:
+        super().__init__(engine, rule, options)
+        self._schema = SCHEMAS[engine.manifest.task.problem_type](
+            engine.labels,
+            with_text=options.with_text,
+            probabilities=options.probabilities,
+            errors=options.skips_errors,
+        )
         # How often each pair of true and predicted labels occurred.
         self._answers: Counter[tuple[tuple[str, ...], tuple[str, ...]]] = Counter()
 
+    def table(self, output: Path | None, chosen: TextFormat) -> Convert | None:
+        """Tables have a column for each field of the records."""
+        if chosen is TextFormat.JSON_LINES:
+            return None
+        if chosen is TextFormat.CSV:
+            self._schema.check_separator()
+        return partial(convert, chosen=chosen, schema=self._schema)
+
     def item(self, row: Row) -> Row:
         """The row itself."""
-        if self._metrics and row.labels is None:
+        if self.options.metrics and row.labels is None:
             raise RowError(
                 f"{row.where} has no label to score against",
                 "give every row a label, set `label_column`, or leave out `metrics`",
             )
-        if self._metrics:
+        if self.options.metrics:
             self._encoded([row.labels or ()], [row.where])
         return row
 
@@ -137,9 +180,8 @@ class Classification(Task[Row, Prediction]):
 
     def count(self, item: Row, record: Record) -> None:
         """Count the true labels together with the predicted ones."""
-        if self._metrics:
-            labels = record["labels"] if self.engine.multi_label else [record["label"]]
-            self._answers[item.labels or (), tuple(labels)] += 1
+        if self.options.metrics:
+            self._answers[item.labels or (), self._schema.labels_of(record)] += 1
 
     def scores(self) -> dict[str, float]:
         """The scores of the rows so far, by `evaluate`."""
@@ -169,23 +211,22 @@ class EncodedQuery:
     rows: Sequence[EncodedRow]
 
 
-class Ranking(Task[EncodedQuery, list[Ranked]]):
-    """Each row is a query with documents, which are put in order.
-
-    Args:
-        engine: the engine that runs.
-        rule: the rule that decides; None for full depth.
-        with_text: whether the query is repeated in its record.
-    """
+class QueryJob(Job[EncodedQuery, list[Ranked]]):
+    """Each row is a query with documents, which are put in order."""
 
     unit = "queries"
     part = "documents"
     _NAMES = frozenset({"index", QUERY_COLUMN, "results", "error"})
 
-    def __init__(self, engine: Engine, rule: ExitRule | None, with_text: bool = False) -> None:
-        super().__init__(engine, rule)
-        self._with_text = with_text
+    def __init__(self, engine: Engine, rule: ExitRule | None, options: JobOptions) -> None:
+        super().__init__(engine, rule, options)
         self._runner = engine.core.runner(rule, full_depth=rule is None)
+
+    def table(self, output: Path | None, chosen: TextFormat) -> Convert | None:
+        """A table cannot hold a list of results for each query."""
+        if chosen is TextFormat.JSON_LINES:
+            return None
+        raise InputError(f"{output} cannot hold rankings, which are lists", "write .jsonl instead")
 
     def item(self, row: Row) -> EncodedQuery:
         """The query of a row, tokenized."""
@@ -216,7 +257,7 @@ class Ranking(Task[EncodedQuery, list[Ranked]]):
         record: Record = {"index": index}
         fields = item.query.fields.items()
         record |= {name: value for name, value in fields if name not in self._NAMES}
-        if self._with_text:
+        if self.options.with_text:
             record[QUERY_COLUMN] = item.query.text
         return record | {"results": results}
 
@@ -228,3 +269,7 @@ class Ranking(Task[EncodedQuery, list[Ranked]]):
     def empty(self, item: EncodedQuery) -> int:
         """How many documents are empty."""
         return item.query.documents.count("")
+
+
+JOBS: dict[str, type[Job[Any, Any]]] = {"predict": TextJob, "rank": QueryJob}
+"""By the method of `Engine` that answers."""

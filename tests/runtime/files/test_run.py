@@ -70,7 +70,7 @@ BAD = [
 def test_skipped_rows_are_records_of_their_errors(
     run: Run, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metrics: bool
 ) -> None:
-    monkeypatch.setattr("fpabee.runtime.files.job.BLOCK_ROWS", 2)
+    monkeypatch.setattr("fpabee.runtime.files.run.BLOCK_ROWS", 2)
     source = tmp_path / "in.jsonl"
     source.write_text("".join(line + "\n" for line in BAD))
     options = ["--metrics"] if metrics else []

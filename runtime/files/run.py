@@ -1,4 +1,4 @@
-"""A job: the rows of inputs are answered in blocks, and counted; see `Job`.
+"""A run: the rows of inputs are answered in blocks, and counted; see `Run`.
 
 Where a block ends depends only on the rows, and each block runs separately. A resumed run repeats
 the unfinished block with the same batches, so it writes the same bytes. (The last digits of a row's
@@ -15,24 +15,22 @@ from typing import Any
 
 from ..encoding import blocks
 from ..errors import RowError
+from .jobs import Job
 from .records import Record, records
 from .rows import Row
-from .tasks import Task
 
 BLOCK_ROWS = 4096
 BLOCK_CHARACTERS = 512 * 2**10
 
 
-class Job:
+class Run:
     """Answers rows, and keeps a tally of them in flat memory.
 
     Args:
-        task: what a row becomes, and what is written for it.
-        skips_errors: whether the record of a row that cannot be used is its error; otherwise such a
-            row ends the job.
+        job: what a row becomes, and what is written for it.
 
     Attributes:
-        task: as given.
+        job: as given.
         rows: number of rows.
         rows_before: how many of these an earlier run has done.
         errors: rows that could not be used.
@@ -42,17 +40,16 @@ class Job:
         exits: texts by the exit at which they stopped: rows, or documents of queries.
     """
 
-    def __init__(self, task: Task[Any, Any], skips_errors: bool = False) -> None:
-        self.task = task
+    def __init__(self, job: Job[Any, Any]) -> None:
+        self.job = job
         self.rows = self.rows_before = self.errors = self.truncated = self.empty = 0
         self.first_error: RowError | None = None
         # Without new keys, another thread can count them.
-        self.exits = Counter(dict.fromkeys(task.engine.manifest.exits, 0))
-        self._skips_errors = skips_errors
+        self.exits = Counter(dict.fromkeys(job.engine.manifest.exits, 0))
         self._answered_before = 0
         self._started = time.perf_counter()
 
-    def run(
+    def answer(
         self,
         items: Iterable[Row | RowError],
         write: Callable[[Record], object],
@@ -81,8 +78,8 @@ class Job:
             if self.rows == start + len(block):
                 continue
             # The whole block is run even if some of its rows are completed already.
-            answers = self.task.answers([each for each in block if not isinstance(each, RowError)])
-            made = records(block, answers, self.task.record, start)
+            answers = self.job.answers([each for each in block if not isinstance(each, RowError)])
+            made = records(block, answers, self.job.record, start)
             for item, record in zip(block, made, strict=True):
                 if record["index"] == self.rows:
                     write(record)
@@ -93,14 +90,14 @@ class Job:
         try:
             if isinstance(row, RowError):
                 raise row
-            return self.task.item(row)
+            return self.job.item(row)
         except RowError as error:
-            if not self._skips_errors:
+            if not self.job.options.skips_errors:
                 raise
             return error
 
     def _size(self, item: Any) -> int:
-        return 0 if isinstance(item, RowError) else self.task.size(item)
+        return 0 if isinstance(item, RowError) else self.job.size(item)
 
     def _count(self, item: Any, record: Record) -> None:
         self.rows += 1
@@ -108,11 +105,11 @@ class Job:
             self.first_error = self.first_error or item
             self.errors += 1
             return
-        for part in self.task.parts(record):
+        for part in self.job.parts(record):
             self.exits[part["exit"]] += 1
             self.truncated += "truncated" in part
-        self.empty += self.task.empty(item)
-        self.task.count(item, record)
+        self.empty += self.job.empty(item)
+        self.job.count(item, record)
 
     @property
     def rate(self) -> float:
@@ -126,28 +123,28 @@ class Job:
         Args:
             operating_point: the name of the calibrated rule that was run, if it was one.
         """
-        task = self.task
-        manifest = task.engine.manifest
+        job = self.job
+        manifest = job.engine.manifest
         layers = manifest.model.layers
         answered = self.exits.total()
         exits = [
-            {"exit": number, "layer": layer, task.part: self.exits[number]}
+            {"exit": number, "layer": layer, job.part: self.exits[number]}
             for number, layer in zip(manifest.exits, manifest.exit_layers, strict=True)
         ]
-        ran = sum(part["layer"] * part[task.part] for part in exits)
+        ran = sum(part["layer"] * part[job.part] for part in exits)
         depth = ran / answered if answered else None
-        scores = task.scores()
-        parts = {} if task.part == task.unit else {task.part: answered}
+        scores = job.scores()
+        parts = {} if job.part == job.unit else {job.part: answered}
         return {
-            task.unit: self.rows,
-            f"{task.unit}_before": self.rows_before,
+            job.unit: self.rows,
+            f"{job.unit}_before": self.rows_before,
             **parts,
             **{name: getattr(self, name) for name in ("errors", "truncated", "empty")},
             "seconds": time.perf_counter() - self._started,
-            f"{task.part}_per_second": self.rate,
-            "target": task.engine.target,
+            f"{job.part}_per_second": self.rate,
+            "target": job.engine.target,
             "operating_point": operating_point,
-            "rule": None if task.rule is None else task.rule.to_dict(),
+            "rule": None if job.rule is None else job.rule.to_dict(),
             "layers": layers,
             "mean_depth": depth,
             "saving": None if depth is None else 1 - depth / layers,
