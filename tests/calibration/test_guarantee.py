@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import comb
 from typing import Any
@@ -10,19 +11,19 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from msgspec import structs
+from numpy.typing import NDArray
 
-from fpabee.calibration import Bound, Goal, LabelledLogits, guarantee
+from fpabee.calibration import Bound, Goal, LabelledLogits, evidence, guarantee
 from fpabee.calibration.costs import observed_losses
-from fpabee.calibration.guarantee import (
-    Certified,
+from fpabee.calibration.evidence import TextEvidence
+from fpabee.calibration.exact import (
     binomial_tail,
-    certify,
     most_losses,
     rows_needed,
     share_interval,
-    shuffled,
     useful_rows,
 )
+from fpabee.calibration.guarantee import Certified, certify, shuffled
 from fpabee.calibration.scoring import Scorer
 from fpabee.calibration.settings import StopScores, exits_of, settings_lists
 from fpabee.runtime import Budget, Confidence, ExitRule, ProblemType, simulate
@@ -35,8 +36,13 @@ BOUND = Bound(drop=0.04)
 LABELS = ("a", "b", "c")
 
 
-def certified(rows: LabelledLogits, bound: Bound = BOUND, metric: str = "accuracy") -> Certified:
-    return certify(Scorer(rows, metric), bound, LABELS)
+def certified(
+    rows: LabelledLogits,
+    bound: Bound = BOUND,
+    metric: str = "accuracy",
+    labels: Sequence[str] = LABELS,
+) -> Certified:
+    return certify(TextEvidence(Scorer(rows, metric), labels), bound)
 
 
 @pytest.mark.parametrize("samples", [40, pytest.param(400, marks=pytest.mark.slow)])
@@ -138,7 +144,7 @@ def test_the_drop_of_an_f1_passes_two_tests(metric: str, monkeypatch: pytest.Mon
     assert early == {"accuracy": True, metric: False}
     assert certified(rows, Bound(drop=0.4), metric).rule != Budget(exit=2)
     interval = Mock(return_value=(0.0, 0.0))
-    monkeypatch.setattr(guarantee, "drop_interval", interval)
+    monkeypatch.setattr(evidence, "drop_interval", interval)
     certified(rows, Bound(drop=0.4, confidence=0.9), metric)
     _, _, share, _ = interval.call_args.args
     assert share == pytest.approx(0.8), "10 % on the one side that counts"
@@ -187,7 +193,7 @@ def test_every_promise_must_pass_and_each_is_about_its_own_rows() -> None:
     rows = replace(rows, decision_thresholds=(1.0, 0.5))
 
     def early(**shares: float) -> tuple[bool, str]:
-        found = certify(Scorer(rows, "agreement"), Bound(thresholds=thresholds, **shares), "ab")
+        found = certified(rows, Bound(thresholds=thresholds, **shares), "agreement", "ab")
         return found.rule not in (None, Budget(exit=2)), found.failed.split("; ")[0]
 
     assert (
@@ -200,11 +206,8 @@ def test_every_promise_must_pass_and_each_is_about_its_own_rows() -> None:
         "the next setting has 15 changed answers in 1829 texts",
     )
     assert early(changed_answers=0.02, missed=0.015, false_alarms=0.02)[0] is False
-    found = certify(
-        Scorer(rows, "agreement"),
-        Bound(missed=0.05, changed_answers=0.02, thresholds=thresholds),
-        "ab",
-    )
+    bound = Bound(missed=0.05, changed_answers=0.02, thresholds=thresholds)
+    found = certified(rows, bound, "agreement", "ab")
     assert found.certificate is not None
     assert [(each.of, each.label, each.rows) for each in found.certificate.promises] == [
         ("changed_answers", None, 1972),
@@ -221,9 +224,8 @@ def test_texts_near_a_threshold_are_not_certain() -> None:
     logits = np.stack([np.zeros_like(logit), logit], axis=-1).astype(np.float32)
     rows = LabelledLogits(logits, np.full(4000, 9, np.intp), None, ProblemType.SINGLE_LABEL)
     rows = replace(rows, decision_thresholds=(1.0, 0.7))
-    found = certify(
-        Scorer(rows, "agreement"), Bound(changed_answers=0.02, thresholds={"b": 0.7}), "ab"
-    )
+    bound = Bound(changed_answers=0.02, thresholds={"b": 0.7})
+    found = certified(rows, bound, "agreement", "ab")
     assert isinstance(found.rule, Confidence)
     assert found.rule.label_thresholds == (1.0, 0.7)
     exits = exits_of(found.rule, rows)
@@ -285,14 +287,18 @@ def test_decisions_are_compared_with_the_reference_where_there_is_one() -> None:
 
 def test_which_rows_are_left_out_depends_on_the_rows_only() -> None:
     rows = make_rows(count=300)
-    order = np.random.default_rng(0).permutation(300)
-    first = rows.take(shuffled(rows))
-    again = rows.take(order).take(shuffled(rows.take(order)))
-    np.testing.assert_array_equal(first.logits, again.logits)
-    other = shuffled(rows.take(np.arange(1, 300)))
+
+    def order_of(some: LabelledLogits) -> NDArray[np.intp]:
+        return shuffled(TextEvidence(Scorer(some, "accuracy"), LABELS))
+
+    mixed = rows.take(np.random.default_rng(0).permutation(300))
+    first = rows.take(order_of(rows))
+    np.testing.assert_array_equal(first.logits, mixed.take(order_of(mixed)).logits)
+    other = order_of(rows.take(np.arange(1, 300)))
     assert sorted(other) == list(range(299))
     assert (np.diff(other) < 0).any()
-    assert ((other + 1)[:200] != shuffled(rows)[shuffled(rows) > 0][:200]).any()
+    own = order_of(rows)
+    assert ((other + 1)[:200] != own[own > 0][:200]).any()
 
 
 @pytest.mark.parametrize("useful", [False, True])

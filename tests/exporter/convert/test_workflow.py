@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer
 
 from fpabee.calibration import Bound, calibrate
-from fpabee.calibration.guarantee import useful_rows
+from fpabee.calibration.exact import useful_rows
 from fpabee.calibration.scoring import Scorer
 from fpabee.exporter.convert import ConvertOptions, classification, convert, places, workflow
 from fpabee.exporter.convert.classification import Classification
