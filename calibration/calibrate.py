@@ -129,9 +129,8 @@ def calibrate(
             )
         thresholds = engine.core.task.decision_thresholds(options.thresholds)
         # With a reference, whoever has it says this before the classifier is converted.
-        for bound in options.bounds if len(options.goals) == 1 and reference is None else ():
-            for line in needs_in_words(bound):
-                logger.warning(line)
+        if len(options.goals) == 1 and reference is None:
+            _say_needs(options.bounds)
 
         def traced(some: Sequence[Row], other: NDArray[np.float32] | None) -> LabelledLogits:
             logits = trace_rows(engine, some, path / "calibration", metric != AGREEMENT, progress)
@@ -147,9 +146,6 @@ def calibrate(
         maker = _PointMaker(engine, options, progress, search, held)
         points = tuple(maker.points(engine.core.encode([row.content for row in rows])))
         default, more = _default(engine, options, search, points)
-        before = engine.manifest.targets[engine.target]
-        certified = {n for n, point in before.operating_points.items() if point.certificate}
-        lost_certificates = {point.name for point in points if not point.certificate} & certified
         result = Calibration(
             folder=path,
             target=engine.target,
@@ -160,9 +156,9 @@ def calibrate(
             default=default,
             search=search,
             layers=maker.exits.layers,
-            hardware=hardware(before.on_gpu, options.threads),
+            hardware=hardware(engine.manifest.targets[engine.target].on_gpu, options.threads),
             warnings=(*warnings, *more),
-            kept=() if options.force else tuple(sorted(lost_certificates)),
+            kept=() if options.force else _kept(engine, points),
         )
     with_points(EnginesFolder.read(path), result, data_sha256(rows)).write()
     return result
@@ -187,6 +183,20 @@ def _metric(options: CalibrationOptions, task: Task) -> str:
     decisions_only = all(isinstance(g, Bound) and g.drop is None for g in options.goals.values())
     usual = AGREEMENT if decisions_only else METRICS[task.record.problem_type][0]
     return options.metric or usual
+
+
+def _say_needs(bounds: Sequence[Bound]) -> None:
+    """Say how many texts bounds need."""
+    for bound in bounds:
+        for line in needs_in_words(bound):
+            logger.warning(line)
+
+
+def _kept(engine: Engine, points: Sequence[Point]) -> tuple[str, ...]:
+    """The points of the folder that have a certificate, while the new ones have none."""
+    earlier = engine.manifest.targets[engine.target].operating_points
+    certified = {name for name, point in earlier.items() if point.certificate}
+    return tuple(sorted(certified & {point.name for point in points if not point.certificate}))
 
 
 def _default(

@@ -34,6 +34,7 @@ from ...doubles.hub import serve
 
 SINGLE = ProblemType.SINGLE_LABEL
 MULTI = ProblemType.MULTI_LABEL
+RANKING = ProblemType.RANKING
 LABELS = ("no", "perhaps", "yes")
 # Families, with settings that change their heads.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -30,10 +30,11 @@ from fpabee.exporter.convert import Conversion, classifier, workflow
 from fpabee.exporter.convert.options import Chosen, Form
 from fpabee.exporter.exit_config import Pooling
 from fpabee.runtime import Budget, Confidence, TopK
-from fpabee.runtime.artifact.manifest import ProblemType
+from fpabee.runtime.artifact.manifest import ProblemType, Task
 from fpabee.runtime.artifact.operating_point import Certificate, Promise
+from fpabee.runtime.tasks import task_of
 
-from .conftest import SINGLE
+from .conftest import RANKING, SINGLE
 
 CERTIFICATE = Certificate(
     confidence=95.0,
@@ -229,6 +230,18 @@ def test_the_summary_of_a_ranking_counts_the_queries_that_changed(
     found = json.loads(run("model", "texts.jsonl", "--json").stdout)
     assert [point["held_out"]["changed"] for point in found["rankings"]] == [3, 2, 9]
     assert found["rankings"][0]["times"]["documents"] == 100
+
+
+def test_every_kind_of_model_is_converted_and_shown() -> None:
+    labels = {kind: ("a", "b")[: 1 + (kind is not RANKING)] for kind in ProblemType}
+    tasks = {kind: task_of(Task(problem_type=kind, labels=labels[kind])) for kind in ProblemType}
+    assert {kind: job.what for kind, job in workflow._TASKS.items()} == {
+        kind: task.unit for kind, task in tasks.items()
+    }
+    assert {task.method for task in tasks.values()} == {*KINDS}
+    for kind, task in tasks.items():
+        shown = KINDS[task.method]
+        assert (shown.unit, shown.results) == (task.unit, workflow._TASKS[kind].results)
 
 
 def test_a_long_name_of_a_ranking_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
