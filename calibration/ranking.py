@@ -216,10 +216,13 @@ def calibrate_ranking(
             goal=bound,
             top=top,
             rule=rule,
-            chosen_on=_outcome(rule, rows, top),
-            held_out=_outcome(rule, held, top),
-            without_scores=_outcome(rule, held.without_scores, top),
-            batches={size: _outcome(rule, held.without_scores, top, size) for size in _BATCHES},
+            chosen_on=_outcome(rule, rows, top, rows.exits),
+            held_out=_outcome(rule, held, top, rows.exits),
+            without_scores=_outcome(rule, held.without_scores, top, rows.exits),
+            batches={
+                size: _outcome(rule, held.without_scores, top, rows.exits, size)
+                for size in _BATCHES
+            },
             times=times,
             measured={"1": round(times.times_faster, 3)},
             layers=rows.exits.layers[-1],
@@ -244,12 +247,21 @@ def _traced(engine: Engine, queries: Queries, folder: Path, progress: Progress) 
 
 
 def _outcome(
-    rule: ExitRule, rows: QueryLogits, top: int, batch: int | None = None
+    rule: ExitRule, rows: QueryLogits, top: int, exits: Exits, batch: int | None = None
 ) -> RankingOutcome:
+    """What a rule gives.
+
+    Args:
+        rule: the rule.
+        rows: the queries.
+        top: how many documents are wanted.
+        exits: of the model, also those that queries without scores do not have.
+        batch: how many documents are compared with each other; None: all of a query.
+    """
     stops = stops_of(rule, rows, top)
     if batch is not None:
-        exits = stops_of(rule, rows.in_batches(batch), top).exits
-        stops = QueryStops(exits, changed_queries(rows, exits, top))
+        in_batches = stops_of(rule, rows.in_batches(batch), top).exits
+        stops = QueryStops(in_batches, changed_queries(rows, in_batches, top))
     full_depth = stops_of(Budget(exit=rows.exits.last), rows, top)
     queries = max(1, len(rows))
     changed = int(stops.changed.sum())
@@ -261,8 +273,8 @@ def _outcome(
         full_depth_score=full,
         drop=100 * (full - 1 + changed / queries),
         interval=(100 * (full - 1 + low), 100 * (full - 1 + high)),
-        mean_depth=float(rows.exits.depths(stops.exits).mean()) if len(stops.exits) else 0.0,
-        exits=counts(stops.exits, rows.exits),
+        mean_depth=float(exits.depths(stops.exits).mean()) if len(stops.exits) else 0.0,
+        exits=counts(stops.exits, exits),
         rows=len(rows),
         relabelled=changed,
     )
