@@ -276,7 +276,7 @@ def stopped(what: str, *_: int) -> None:
 
 
 @pytest.fixture
-def can_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+def can_int8(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this machine could quantize, and run all targets."""
     monkeypatch.setattr(places, "require", lambda _: None)
     monkeypatch.setattr(places, "check_buildable", lambda _: None)
