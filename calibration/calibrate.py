@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.artifact import manifest
+from ..runtime.artifact.exits import Exits, exits_of
 from ..runtime.artifact.folder import EnginesFolder
-from ..runtime.artifact.manifest import Task
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.artifact.trained_on import have_trained
 from ..runtime.encoding import EncodedRow
@@ -20,17 +23,18 @@ from ..runtime.errors import InputError
 from ..runtime.files import Row, read_rows
 from ..runtime.files.rows import data_sha256
 from ..runtime.machine import hardware
-from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import Budget, ExitRule
-from ..runtime.tasks import task_of
+from ..runtime.tasks import Task, task_of
 from .choose import PARTS, Search
 from .costs import StoppingCosts, measure_costs, measure_speedup
+from .evidence import TextEvidence, needs_in_words
 from .goals import Bound, CalibrationOptions
-from .guarantee import Certified, certify, needs_in_words
+from .guarantee import Certified, certify
 from .progress import Progress, silent
 from .result import Calibration, Outcome, Point, Report, outcome, with_points
 from .scoring import AGREEMENT, METRICS, LabelledLogits, Scorer
-from .settings import exits_of, settings_lists
+from .settings import exits_of as exits_of_rule
+from .settings import settings_lists
 from .trace import expected_labels, trace_rows
 
 logger = logging.getLogger(__name__)
@@ -104,43 +108,32 @@ def calibrate(
     path = Path(folder)
     options = options or CalibrationOptions()
     every = list(read_rows(data, options.reading) if isinstance(data, str | Path) else data)
-    if report is not None and options.test is not None:
-        raise InputError("there are two sets of rows to report on", "give `report` or `test`")
-    if options.test is not None:
-        held_rows = list(read_rows(options.test, options.reading))
-        report = Report(held_rows, Path(options.test).name)
+    report = _to_report_on(options, report)
     # Rows run to full depth, so the target needs no operating point, not even a valid one.
     engines = EnginesFolder.read(path)
-    manifest = engines.manifest
-    if task_of(manifest.task).compares:
+    if task_of(engines.manifest.task).compares:
         raise InputError(
             f"{path} is a reranker, whose promise is about queries with their documents",
             "convert the model again with other queries or another bound",
         )
     # Who has a reference knows what trained the exits.
     rows = _new_to_exits(engines, every) if reference is None else every
-    rule = ExitRule.from_dict(manifest.default_rule)
+    rule = ExitRule.from_dict(engines.manifest.default_rule)
     with Engine.load(path, options.target, threads=options.threads, rule=rule) as engine:
-        task = engine.manifest.task
-        without_drop = [bound for bound in options.bounds if bound.drop is None]
-        usual = METRICS[task.problem_type][0]
-        metric = options.metric or (AGREEMENT if len(without_drop) == len(options.goals) else usual)
+        metric = _metric(options, engine.core.task)
         least = LEAST_ROWS if reference is None else 1
-        warnings = _check(task, options, metric, rows, report, least)
+        warnings = _check(engine.manifest.task, options, metric, rows, report, least)
         if trained := len(every) - len(rows):
             warnings.append(
                 f"{trained:,} of {len(every):,} rows are left out: the exits learned from them"
             )
         thresholds = engine.core.task.decision_thresholds(options.thresholds)
         # With a reference, whoever has it says this before the classifier is converted.
-        for bound in options.bounds if len(options.goals) == 1 and reference is None else ():
-            for line in needs_in_words(bound):
-                logger.warning(line)
+        if len(options.goals) == 1 and reference is None:
+            _say_needs(options.bounds)
 
         def traced(some: Sequence[Row], other: NDArray[np.float32] | None) -> LabelledLogits:
-            place = path / "calibration"
-            labels = metric != AGREEMENT
-            logits = trace_rows(engine, some, place, labels, progress)
+            logits = trace_rows(engine, some, path / "calibration", metric != AGREEMENT, progress)
             return replace(logits, decision_thresholds=thresholds, reference=other)
 
         seen = traced(rows, reference)
@@ -152,26 +145,7 @@ def calibrate(
         search = Search(stopping_costs, settings_lists(seen, options.rules))
         maker = _PointMaker(engine, options, progress, search, held)
         points = tuple(maker.points(engine.core.encode([row.content for row in rows])))
-        chosen = next((p for p in points if p.name == options.default), points[0])
-        before = engine.manifest.targets[engine.target]
-        certified = {n for n, point in before.operating_points.items() if point.certificate}
-        lost_certificates = {point.name for point in points if not point.certificate} & certified
-        earlier = before.default_operating_point
-        default = chosen.name
-        if chosen.bounds_only_flags(seen) and reference is None and chosen.name != earlier:
-            # Whoever runs the folder without a word about the point wants answers.
-            default = earlier
-            warnings.append(
-                f"{chosen.name} is not the default operating point: it bounds which labels are "
-                "flagged, and other answers may change"
-            )
-        if earlier not in ("", default):
-            where = f"the default operating point of {engine.target}"
-            warnings.append(f"{where} was {earlier}, and is now {default}")
-        lost = stopping_costs.scorer.lost_label(exits_of(chosen.rule, seen), engine.labels)
-        if lost:
-            protected = "a promise about missed texts protects rare labels"
-            warnings.append(f"at {chosen.name}, {lost}; {protected}")
+        default, more = _default(engine, options, search, points)
         result = Calibration(
             folder=path,
             target=engine.target,
@@ -181,13 +155,85 @@ def calibrate(
             points=points,
             default=default,
             search=search,
-            layers=engine.manifest.exit_layers,
+            layers=maker.exits.layers,
             hardware=hardware(engine.manifest.targets[engine.target].on_gpu, options.threads),
-            warnings=tuple(warnings),
-            kept=() if options.force else tuple(sorted(lost_certificates)),
+            warnings=(*warnings, *more),
+            kept=() if options.force else _kept(engine, points),
         )
     with_points(EnginesFolder.read(path), result, data_sha256(rows)).write()
     return result
+
+
+def _to_report_on(options: CalibrationOptions, report: Report | None) -> Report | None:
+    """The rows to report on, if there are any.
+
+    Raises:
+        InputError: there are two sets of them.
+    """
+    if options.test is None:
+        return report
+    if report is not None:
+        raise InputError("there are two sets of rows to report on", "give `report` or `test`")
+    rows = list(read_rows(options.test, options.reading))
+    return Report(rows, Path(options.test).name)
+
+
+def _metric(options: CalibrationOptions, task: Task) -> str:
+    """The metric that may drop."""
+    decisions_only = all(isinstance(g, Bound) and g.drop is None for g in options.goals.values())
+    usual = AGREEMENT if decisions_only else METRICS[task.record.problem_type][0]
+    return options.metric or usual
+
+
+def _say_needs(bounds: Sequence[Bound]) -> None:
+    """Say how many texts bounds need."""
+    for bound in bounds:
+        for line in needs_in_words(bound):
+            logger.warning(line)
+
+
+def _kept(engine: Engine, points: Sequence[Point]) -> tuple[str, ...]:
+    """The points of the folder that have a certificate, while the new ones have none."""
+    earlier = engine.manifest.targets[engine.target].operating_points
+    certified = {name for name, point in earlier.items() if point.certificate}
+    return tuple(sorted(certified & {point.name for point in points if not point.certificate}))
+
+
+def _default(
+    engine: Engine, options: CalibrationOptions, search: Search, points: Sequence[Point]
+) -> tuple[str, list[str]]:
+    """The point that runs if none is named.
+
+    Args:
+        engine: the engine.
+        options: what is asked for.
+        search: with the rows that chose the points.
+        points: the points.
+
+    Returns:
+        Its name, and warnings about it and about the point that was chosen.
+    """
+    warnings = []
+    scorer = search.stopping_costs.scorer
+    rows = scorer.rows
+    chosen = next((point for point in points if point.name == options.default), points[0])
+    earlier = engine.manifest.targets[engine.target].default_operating_point
+    default = chosen.name
+    if chosen.bounds_only_flags(rows) and rows.reference is None and default != earlier:
+        # Whoever runs the folder without a word about the point wants answers.
+        default = earlier
+        warnings.append(
+            f"{chosen.name} is not the default operating point: it bounds which labels are "
+            "flagged, and other answers may change"
+        )
+    if earlier not in ("", default):
+        where = f"the default operating point of {engine.target}"
+        warnings.append(f"{where} was {earlier}, and is now {default}")
+    lost = scorer.lost_label(exits_of_rule(chosen.rule, rows), engine.labels)
+    if lost:
+        protected = "a promise about missed texts protects rare labels"
+        warnings.append(f"at {chosen.name}, {lost}; {protected}")
+    return default, warnings
 
 
 def _new_to_exits(engines: EnginesFolder, rows: Sequence[Row]) -> list[Row]:
@@ -209,7 +255,7 @@ def _new_to_exits(engines: EnginesFolder, rows: Sequence[Row]) -> list[Row]:
 
 
 def _check(
-    task: Task,
+    task: manifest.Task,
     options: CalibrationOptions,
     metric: str,
     rows: Sequence[Row],
@@ -246,7 +292,7 @@ def _check(
             f"{len(texts)} different texts are too few to choose on one part and judge on another",
             f"give at least {LEAST_ROWS}; about 600 are needed to confirm a drop of half a point",
         )
-    warnings = []
+    warnings: list[str] = []
     if options.bounds and len(texts) < len(rows):
         warnings.append(
             f"{len(rows) - len(texts):,} of {len(rows):,} rows repeat others, and a guarantee "
@@ -284,6 +330,11 @@ class _PointMaker:
     search: Search
     held: Scorer | None
 
+    @cached_property
+    def exits(self) -> Exits:
+        """Those of the model."""
+        return exits_of(self.engine.manifest)
+
     @property
     def full_depth(self) -> ExitRule:
         """Every row runs through all layers."""
@@ -306,17 +357,17 @@ class _PointMaker:
         """
         assert goal.speedup is not None
         asked = goal.speedup
-        for number in range(_MOST_TRIES):
-            try:
-                point = replace(self._point(name, Goal(speedup=asked), encoded), goal=goal)
-            except InputError:  # nothing is as fast
-                if number == 0:
-                    raise
-                break
-            slowest = min(point.measured.values())
-            if slowest >= 1:
-                return point
-            asked /= min(slowest, _LESS)
+        point = self._point(name, goal, encoded)
+        slowest = min(point.measured.values())
+        with suppress(InputError):  # nothing is as fast
+            for _ in range(_MOST_TRIES - 1):
+                if slowest >= 1:
+                    break
+                asked /= min(slowest, _LESS)
+                point = self._point(name, Goal(speedup=asked), encoded)
+                slowest = min(point.measured.values())
+        if slowest >= 1:
+            return replace(point, goal=goal)
         raise InputError(
             f"the points that are estimated to be {goal.speedup:g} times as fast, or more, measure "
             f"{slowest:.2f} times as fast as all layers",
@@ -329,8 +380,8 @@ class _PointMaker:
         certified = choose(self.search)
         rule = certified.rule or self.full_depth
         scorer = self.search.stopping_costs.scorer
-        exits = exits_of(rule, scorer.rows)
-        layers = np.asarray(self.engine.manifest.exit_layers)[scorer.rows.at(exits)[0]]
+        stops = exits_of_rule(rule, scorer.rows)
+        layers = self.exits.depths(stops)
         batches = sorted({1, self.options.batch_size})
         measured = {}
         for number, batch in enumerate(batches):
@@ -338,7 +389,7 @@ class _PointMaker:
             measured[str(batch)] = measure_speedup(self.engine, encoded, rule, layers, batch)
         return Point(
             rule=rule,
-            chosen_on=self._outcome(scorer, exits),
+            chosen_on=outcome(scorer, stops, self.exits),
             held_out=self._held_out(rule, choose),
             name=name,
             goal=goal,
@@ -352,7 +403,9 @@ class _PointMaker:
             return lambda search: Certified(search.choose(goal))
         labels = self.engine.manifest.task.labels
         rule = self.options.rules[0]
-        return lambda search: certify(search.stopping_costs.scorer, goal, labels, rule)
+        return lambda search: certify(
+            TextEvidence(search.stopping_costs.scorer, labels, rule), goal
+        )
 
     def _held_out(self, rule: ExitRule, choose: _Choice) -> Outcome:
         """How a choice does on rows that did not choose.
@@ -361,9 +414,6 @@ class _PointMaker:
         rows is judged with the setting that the other parts choose.
         """
         if self.held is not None:
-            return self._outcome(self.held, exits_of(rule, self.held.rows))
-        exits = self.search.held_out(lambda some: choose(some).rule)
-        return self._outcome(self.search.stopping_costs.scorer, exits)
-
-    def _outcome(self, scorer: Scorer, exits: Integers) -> Outcome:
-        return outcome(scorer, exits, self.engine.manifest.exit_layers)
+            return outcome(self.held, exits_of_rule(rule, self.held.rows), self.exits)
+        stops = self.search.held_out(lambda some: choose(some).rule)
+        return outcome(self.search.stopping_costs.scorer, stops, self.exits)

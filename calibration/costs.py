@@ -25,7 +25,7 @@ from ..runtime.engine import Engine
 from ..runtime.rules.measures import TINY, Array, Mask
 from ..runtime.rules.rules import Budget, ExitRule
 from .progress import Progress, silent
-from .scoring import AGREEMENT, LabelledLogits, Scorer, task_of_rows
+from .scoring import AGREEMENT, LabelledLogits, Scorer, exits_of_rows, task_of_rows
 
 _QUANTILES = (0.1, 0.5, 0.9)
 _REPEATS = 5
@@ -222,16 +222,22 @@ def expected_losses(scorer: Scorer) -> Array:
     probabilities that it gives to both answers are used as well.
     """
     rows = scorer.rows
-    differs = ~task_of_rows(rows).same(scorer.answers, scorer.answers[-1])
+    task = task_of_rows(rows)
+    differs = ~task.same(scorer.answers, scorer.answers[-1])
     last = rows.logits[-1] / np.float32(fit_temperature(rows))
-    likely = np.exp(task_of_rows(rows).log_likelihoods(last, scorer.answers))
+    likely = np.exp(task.log_likelihoods(last, scorer.answers))
     expected = likely[-1] - likely
     observed = observed_losses(scorer)
-    if rows.first_exit == 1:
-        return recalibrated([expected], observed, differs)
-    both = np.exp(task_of_rows(rows).log_likelihoods(rows.logits[0], scorer.answers[[-1, 0]]))
-    of_exit_0 = recalibrated([expected[:1], both[:1] - both[1:]], observed[:1], differs[:1])
-    return np.concatenate([of_exit_0, recalibrated([expected[1:]], observed[1:], differs[1:])])
+    exits = exits_of_rows(rows)
+    parts = []
+    for place in range(len(exits.before_layers)):
+        own = slice(place, place + 1)
+        both = np.exp(task.log_likelihoods(rows.logits[place], scorer.answers[[-1, place]]))
+        estimates = [expected[own], both[:1] - both[1:]]
+        parts.append(recalibrated(estimates, observed[own], differs[own]))
+    later = slice(len(exits.before_layers), None)
+    parts.append(recalibrated([expected[later]], observed[later], differs[later]))
+    return np.concatenate(parts)
 
 
 def recalibrated(estimates: Sequence[Array], observed: Array, differs: Mask) -> Array:

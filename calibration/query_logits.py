@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.artifact.exits import Exits
 from ..runtime.ranking import changed_sets
 from ..runtime.rules.measures import Array, Floats, Integers, Mask
 from ..runtime.rules.rules import ExitRule, TopK, before_top
@@ -58,26 +59,22 @@ class QueryLogits:
         logits: `[exits, rows]` float32; the documents of a query follow each other.
         starts: `[queries + 1]` where the documents of each query begin.
         reference: `[rows]` float32, the logits of the model that was converted.
-        first_exit: 0 if the first logits are what scores predict, see `first_stage`; else 1.
+        exits: those that give the logits; exit 0 gives what scores predict, see `first_stage`.
     """
 
     logits: NDArray[np.float32]
     starts: NDArray[np.intp]
     reference: NDArray[np.float32]
-    first_exit: int = 1
+    exits: Exits
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    @property
-    def exits(self) -> range:
-        """The numbers of the exits."""
-        return range(self.first_exit, self.first_exit + len(self.logits))
-
     @cached_property
     def without_scores(self) -> QueryLogits:
         """The same queries as they run without scores: nothing leaves at exit 0."""
-        return replace(self, logits=self.logits[1 - self.first_exit :], first_exit=1)
+        count = len(self.exits.before_layers)
+        return replace(self, logits=self.logits[count:], exits=self.exits.from_first_layer())
 
     def take(self, queries: NDArray[np.intp]) -> QueryLogits:
         """Some of the queries, by their numbers from 0."""
@@ -117,7 +114,7 @@ class QueryLogits:
         return blocks
 
 
-class Stops(NamedTuple):
+class QueryStops(NamedTuple):
     """Where a rule stops documents, and what that changes.
 
     Attributes:
@@ -130,7 +127,7 @@ class Stops(NamedTuple):
     changed: Mask
 
 
-def stops_of(rule: ExitRule, rows: QueryLogits, top: int) -> Stops:
+def stops_of(rule: ExitRule, rows: QueryLogits, top: int) -> QueryStops:
     """Where a rule stops documents: the exits of a live run that gives these logits.
 
     Args:
@@ -138,26 +135,26 @@ def stops_of(rule: ExitRule, rows: QueryLogits, top: int) -> Stops:
         rows: the logits.
         top: how many documents are wanted.
     """
-    exits = np.full(rows.logits.shape[1], rows.exits[-1], np.int64)
+    exits = np.full(rows.logits.shape[1], rows.exits.last, np.int64)
     for block in rows.blocks if isinstance(rule, TopK) else ():
         assert isinstance(rule, TopK)  # for mypy
         going = block.real.copy()
-        for number, logits in zip(rows.exits[:-1], block.logits, strict=False):
+        for number, logits in zip(rows.exits.numbers[:-1], block.logits, strict=False):
             before = before_top(np.where(going, logits, -np.inf), rule.top)
             leaves = going & (before < rule.threshold_at(number))
             exits[block.rows[leaves]] = number
             going &= ~leaves
     changed = changed_queries(rows, exits, top)
-    if rows.first_exit == 0:
+    for _ in rows.exits.before_layers:  # those of the scores, which a query may lack
         changed |= stops_of(rule, rows.without_scores, top).changed
-    return Stops(exits, changed)
+    return QueryStops(exits, changed)
 
 
 def changed_queries(rows: QueryLogits, exits: Integers, top: int) -> Mask:
     """Whether the best documents of queries changed: `[queries]`, given the exits of documents."""
     changed = np.zeros(len(rows), np.bool_)
     for block in rows.blocks:
-        left = block.real & (exits[block.rows] < rows.exits[-1])
+        left = block.real & (exits[block.rows] < rows.exits.last)
         changed[block.numbers] = changed_sets(block.logits[-1], left, block.reference, top)
     return changed
 
@@ -186,20 +183,22 @@ def errors_near_top(rows: QueryLogits, top: int) -> Array:
     return np.sqrt(squares / max(1, free)).clip(min=1e-6)
 
 
-def settings(errors: Floats, top: int, first_exit: int = 1) -> list[TopK]:
+def settings(errors: Floats, top: int, exits: Exits) -> list[TopK]:
     """All settings, from cautious to bold.
 
     Args:
         errors: see `errors_near_top`.
         top: how many documents are wanted.
-        first_exit: the exit of the first error.
+        exits: of the model.
     """
     rules = []
+    count = len(exits.before_layers)
     for factor in _FACTORS.tolist():
         # The last exit stops every document anyway.
         thresholds = [0.0 - rounded(factor * error) for error in np.append(errors, 0.0).tolist()]
-        of_exit_0 = thresholds.pop(0) if first_exit == 0 else None
-        rules.append(TopK(top=top, threshold=tuple(thresholds), exit_0_threshold=of_exit_0))
+        of_exit_0 = next(iter(thresholds[:count]), None)
+        of_layers = tuple(thresholds[count:])
+        rules.append(TopK(top=top, threshold=of_layers, exit_0_threshold=of_exit_0))
     return rules
 
 
@@ -215,8 +214,8 @@ def saved(rows: QueryLogits, errors: Floats, top: int, share: float, costs: Floa
     """
     changed = []
     cost = []
-    for setting in settings(errors, top, rows.first_exit):
+    for setting in settings(errors, top, rows.exits):
         stops = stops_of(setting, rows, top)
         changed.append(stops.changed.mean())
-        cost.append(np.asarray(costs)[stops.exits - rows.first_exit].mean())
+        cost.append(np.asarray(costs)[rows.exits.place(stops.exits)].mean())
     return mean_saving(1 - np.array(cost) / costs[-1], np.array(changed), share)

@@ -7,21 +7,17 @@ before any query is seen, and `guarantee` says how it is tested.
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import __version__
+from ..runtime.artifact.exits import Exits, exits_of
 from ..runtime.artifact.folder import EnginesFolder
-from ..runtime.artifact.manifest import Target, with_operating_points
-from ..runtime.artifact.operating_point import Certificate, OperatingPoint
+from ..runtime.artifact.manifest import with_operating_points
 from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
 from ..runtime.files import Row
@@ -32,17 +28,13 @@ from ..runtime.machine import hardware
 from ..runtime.rules.measures import Floats
 from ..runtime.rules.rules import Budget, ExitRule
 from .costs import time_in_turns
+from .evidence import QueryEvidence
+from .exact import share_interval
 from .goals import Bound
-from .guarantee import (
-    Certified,
-    most_changes,
-    most_losses,
-    rows_needed,
-    share_interval,
-    useful_rows,
-)
+from .guarantee import certify
 from .progress import Progress, silent
-from .query_logits import QueryLogits, Stops, changed_queries, settings, stops_of
+from .query_logits import QueryLogits, QueryStops, changed_queries, stops_of
+from .result import Outcome, Point, counts, recorded
 from .trace import trace_rows
 
 METRIC = "unchanged_top"
@@ -55,72 +47,24 @@ _TIMED_QUERIES = 5
 _TURNS = 5
 
 
-def certify(rows: QueryLogits, errors: Floats, top: int, bound: Bound) -> Certified:
-    """The smallest margin that keeps the promise of a bound, see `guarantee`.
-
-    Args:
-        rows: logits of queries that neither trained nor chose anything.
-        errors: see `errors_near_top`.
-        top: how many documents are wanted.
-        bound: with `changed_answers`, the largest share of queries whose best documents change.
-    """
-    assert bound.changed_answers is not None
-    share = bound.changed_answers
-    level = 1 - bound.confidence
-    order = _shuffled(rows)
-    tested = order[: useful_rows(len(order), share, level)]
-    most = int(most_losses(len(tested), share, level)[0])
-    passed: ExitRule | None = None
-    failed = f"{len(tested)} queries are too few"
-    rules = (Budget(exit=rows.exits[-1]), *settings(errors, top, rows.first_exit))
-    for setting in rules if most >= 0 else ():
-        lost = int(stops_of(setting, rows, top).changed[tested].sum())
-        if lost > most:
-            what = "the next setting" if passed else "full depth"
-            failed = f"{what} changes {lost} of {len(tested)} queries, and {most} may change"
-            break
-        passed = setting
-    if passed is None:
-        least, good = rows_needed(share, level)
-        needs = f"{least:,} queries are the least, and {good:,} give a good chance"
-        return Certified(None, None, f"{failed}; {needs}")
-    full_depth = stops_of(Budget(exit=rows.exits[-1]), rows, top)
-    certificate = Certificate(
-        confidence=100 * bound.confidence,
-        promises=tuple(msgspec.structs.replace(each, rows=len(tested)) for each in bound.promises),
-        full_depth_changes=most_changes(full_depth.changed, bound.confidence),
-    )
-    return Certified(passed, certificate)
-
-
-def _shuffled(rows: QueryLogits) -> NDArray[np.intp]:
-    """The numbers of the queries in random order, which depends only on which queries there are."""
-    hashes = [
-        hashlib.sha256(np.ascontiguousarray(rows.logits[:, start:end]).tobytes()).digest()
-        for start, end in itertools.pairwise(rows.starts)
-    ]
-    order = np.array(sorted(range(len(hashes)), key=hashes.__getitem__), np.intp)
-    every = hashlib.sha256(b"".join(sorted(hashes))).digest()
-    return order[np.random.default_rng(int.from_bytes(every, "big")).permutation(len(order))]
-
-
 @dataclass(frozen=True)
-class RankingOutcome:
-    """What a rule gave on some queries.
+class RankingOutcome(Outcome):
+    """What a rule gave on some queries; `rows` counts queries, and `exits` documents."""
 
-    Attributes:
-        queries: how many queries there were.
-        changed: how many of them got another set of best documents.
-        changed_at_full_depth: how many did with all layers, because of rounding.
-        mean_depth: mean number of layers that ran for a document.
-        exits: how many documents stopped at each exit.
-    """
+    @property
+    def queries(self) -> int:
+        """How many queries there were."""
+        return self.rows
 
-    queries: int
-    changed: int
-    changed_at_full_depth: int
-    mean_depth: float
-    exits: tuple[int, ...]
+    @property
+    def changed(self) -> int:
+        """How many of them got another set of best documents."""
+        return self.changed_answers
+
+    @property
+    def changed_at_full_depth(self) -> int:
+        """How many did with all layers, because of rounding."""
+        return round(self.rows * (1 - self.full_depth_score))
 
 
 @dataclass(frozen=True)
@@ -143,15 +87,13 @@ class QueryTimes:
         return self.full_depth_milliseconds / self.milliseconds
 
 
-@dataclass(frozen=True)
-class RankingPoint:
-    """The operating point of a ranking on one target.
+@dataclass(frozen=True, kw_only=True)
+class RankingPoint(Point):
+    """The operating point of a ranking on one target, which has no other.
 
     Attributes:
         target: the target.
-        name: of the operating point.
         top: how many documents are wanted.
-        rule: its rule; all layers if nothing is certified.
         chosen_on: what the rule gives on the queries that certified it.
         held_out: what it gives on queries that decided nothing.
         without_scores: what it gives on these queries if their scores are not given.
@@ -159,22 +101,26 @@ class RankingPoint:
             size, as in a packed file.
         times: of a query, measured in turns on this machine.
         layers: of the whole model.
-        certificate: the guarantee; None if the queries confirm none.
-        refusal: what was counted if they do not; else empty.
     """
 
     target: str
-    name: str
     top: int
-    rule: ExitRule
     chosen_on: RankingOutcome
     held_out: RankingOutcome
     without_scores: RankingOutcome
     batches: dict[int, RankingOutcome]
     times: QueryTimes
     layers: int
-    certificate: Certificate | None = None
-    refusal: str = ""
+
+    @property
+    def default(self) -> str:
+        """The point that runs if none is named."""
+        return self.name
+
+    @property
+    def points(self) -> tuple[RankingPoint]:
+        """All operating points, as `Calibration` has them."""
+        return (self,)
 
 
 @dataclass(frozen=True)
@@ -203,17 +149,21 @@ class Queries:
         """Where the documents of each query begin, see `QueryLogits`."""
         return np.cumsum([0, *(len(query.documents) for query in self.queries)])
 
-    def traced(self, logits: NDArray[np.float32], first_stage: FirstStage | None) -> QueryLogits:
+    def traced(
+        self, logits: NDArray[np.float32], exits: Exits, first_stage: FirstStage | None
+    ) -> QueryLogits:
         """The logits of all exits, also of exit 0, which a trace does not know.
 
         Args:
             logits: `[exits, rows]` of a trace.
-            first_stage: exit 0 of the model; None: the trace begins at exit 1.
+            exits: of the model.
+            first_stage: its exit 0, if it has one.
         """
-        if first_stage is not None:
-            logits = np.concatenate([self.predicted(first_stage)[None], logits[1:]])
-        first_exit = 1 if first_stage is None else 0
-        return QueryLogits(logits, self.starts, self.reference, first_exit)
+        logits = logits.copy()
+        for place in range(len(exits.before_layers)):
+            assert first_stage is not None
+            logits[place] = self.predicted(first_stage)
+        return QueryLogits(logits, self.starts, self.reference, exits)
 
     def predicted(self, first_stage: FirstStage) -> NDArray[np.float32]:
         """What the scores of the documents predict: `[rows]`; 0 for queries without scores."""
@@ -255,61 +205,78 @@ def calibrate_ranking(
     """
     full_depth = ExitRule.from_dict(EnginesFolder.read(folder).manifest.default_rule)
     with Engine.load(folder, target, threads=threads, rule=full_depth) as engine:
-        layers = engine.manifest.exit_layers
-        rows, held = (
-            part.traced(
-                trace_rows(engine, part.rows, folder / "calibration", False, progress).logits[
-                    ..., 0
-                ],
-                engine.core.first_stage,
-            )
-            for part in (certifying, report)
-        )
+        rows, held = (_traced(engine, part, folder, progress) for part in (certifying, report))
         progress(f"choose {bound.point}", 0, 1)
-        certified = certify(rows, errors, top, bound)
+        certified = certify(QueryEvidence(rows, errors, top), bound)
         rule = certified.rule or full_depth
+        times = _times(engine, report.queries or certifying.queries, rule, progress)
         point = RankingPoint(
             target=target,
             name=bound.point,
+            goal=bound,
             top=top,
             rule=rule,
-            chosen_on=_outcome(rule, rows, top, layers),
-            held_out=_outcome(rule, held, top, layers),
-            without_scores=_outcome(rule, held.without_scores, top, layers),
+            chosen_on=_outcome(rule, rows, top, rows.exits),
+            held_out=_outcome(rule, held, top, rows.exits),
+            without_scores=_outcome(rule, held.without_scores, top, rows.exits),
             batches={
-                size: _outcome(rule, held.without_scores, top, layers, size) for size in _BATCHES
+                size: _outcome(rule, held.without_scores, top, rows.exits, size)
+                for size in _BATCHES
             },
-            times=_times(engine, report.queries or certifying.queries, rule, progress),
-            layers=layers[-1],
+            times=times,
+            measured={"1": round(times.times_faster, 3)},
+            layers=rows.exits.layers[-1],
             certificate=certified.certificate,
             refusal=certified.failed,
         )
-        on_gpu = engine.manifest.targets[target].on_gpu
-        machine = hardware(on_gpu, threads)
+        machine = hardware(engine.manifest.targets[target].on_gpu, threads)
     if point.certificate is not None:
         data = data_sha256(certifying.rows, labels=False)
         engines = EnginesFolder.read(folder)
         old = engines.manifest.targets[target]
-        points = old.operating_points | {point.name: _record(point, old, data, machine)}
+        new = recorded(point, old, "queries that decided nothing", machine, data)
+        points = old.operating_points | {point.name: new}
         engines.with_target(target, with_operating_points(old, points, point.name)).write()
     return point
 
 
+def _traced(engine: Engine, queries: Queries, folder: Path, progress: Progress) -> QueryLogits:
+    trace = trace_rows(engine, queries.rows, folder / "calibration", False, progress)
+    exits = exits_of(engine.manifest)
+    return queries.traced(trace.logits[..., 0], exits, engine.core.first_stage)
+
+
 def _outcome(
-    rule: ExitRule, rows: QueryLogits, top: int, layers: Sequence[int], batch: int | None = None
+    rule: ExitRule, rows: QueryLogits, top: int, exits: Exits, batch: int | None = None
 ) -> RankingOutcome:
+    """What a rule gives.
+
+    Args:
+        rule: the rule.
+        rows: the queries.
+        top: how many documents are wanted.
+        exits: of the model, also those that queries without scores do not have.
+        batch: how many documents are compared with each other; None: all of a query.
+    """
     stops = stops_of(rule, rows, top)
     if batch is not None:
-        exits = stops_of(rule, rows.in_batches(batch), top).exits
-        stops = Stops(exits, changed_queries(rows, exits, top))
-    full_depth = stops_of(Budget(exit=rows.exits[-1]), rows, top)
-    places = stops.exits - rows.exits.stop + len(layers)
+        in_batches = stops_of(rule, rows.in_batches(batch), top).exits
+        stops = QueryStops(in_batches, changed_queries(rows, in_batches, top))
+    full_depth = stops_of(Budget(exit=rows.exits.last), rows, top)
+    queries = max(1, len(rows))
+    changed = int(stops.changed.sum())
+    full = 1 - int(full_depth.changed.sum()) / queries
+    low, high = share_interval(changed, len(rows))
     return RankingOutcome(
-        queries=len(rows),
-        changed=int(stops.changed.sum()),
-        changed_at_full_depth=int(full_depth.changed.sum()),
-        mean_depth=float(np.asarray(layers)[places].mean()) if len(places) else 0.0,
-        exits=tuple(np.bincount(places, minlength=len(layers)).tolist()),
+        metric=METRIC,
+        score=1 - changed / queries,
+        full_depth_score=full,
+        drop=100 * (full - 1 + changed / queries),
+        interval=(100 * (full - 1 + low), 100 * (full - 1 + high)),
+        mean_depth=float(exits.depths(stops.exits).mean()) if len(stops.exits) else 0.0,
+        exits=counts(stops.exits, exits),
+        rows=len(rows),
+        relabelled=changed,
     )
 
 
@@ -340,26 +307,3 @@ def _times(
     seconds = np.concatenate(turns[1:])  # the first one prepares the shapes
     with_rule, at_full_depth = 1000 * np.median(seconds, axis=(0, 1))
     return QueryTimes(len(units[0]), float(with_rule), float(at_full_depth))
-
-
-def _record(point: RankingPoint, target: Target, data: str, machine: str) -> OperatingPoint:
-    held = point.held_out
-    full = 1 - held.changed_at_full_depth / held.queries
-    low, high = share_interval(held.changed, held.queries)
-    return OperatingPoint(
-        rule=point.rule.to_dict(),
-        goal=None,
-        metric=METRIC,
-        score=1 - held.changed / held.queries,
-        full_depth_score=full,
-        drop_interval=(100 * (full - 1 + low), 100 * (full - 1 + high)),
-        held_out="queries that decided nothing",
-        rows=held.queries,
-        data_sha256=data,
-        mean_depth=point.chosen_on.mean_depth,
-        exits=point.chosen_on.exits,
-        measured_speedup={"1": round(point.times.times_faster, 3)},
-        versions={**target.versions, "fpabee": __version__},
-        hardware=machine,
-        certificate=point.certificate,
-    )

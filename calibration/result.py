@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
+from ..runtime.artifact.exits import Exits
 from ..runtime.artifact.folder import EnginesFolder
 from ..runtime.artifact.manifest import Target, with_operating_points
 from ..runtime.artifact.operating_point import Certificate, Goal, OperatingPoint
@@ -158,30 +159,39 @@ class Calibration:
         return self.search.stopping_costs.scorer.full_depth
 
 
-def outcome(scorer: Scorer, exits: Integers, layers: Sequence[int]) -> Outcome:
+def outcome(scorer: Scorer, stops: Integers, exits: Exits) -> Outcome:
     """What rows that stop at given exits give.
 
     Args:
         scorer: the metric of the rows.
-        exits: `[rows]` the exit of each row.
-        layers: the layer of each exit.
+        stops: `[rows]` the exit of each row.
+        exits: of the model.
     """
-    places = scorer.rows.at(exits)
-    ran = np.asarray(layers)[places[0]]
-    score = scorer.score(exits)
+    places = scorer.rows.at(stops)
+    score = scorer.score(stops)
     full = scorer.full_depth
     return Outcome(
         metric=scorer.metric,
         score=score,
         full_depth_score=full,
         drop=100 * (full - score),
-        interval=drop_interval(scorer, exits),
-        mean_depth=float(ran.mean()),
-        exits=tuple(int(n) for n in np.bincount(places[0], minlength=len(layers))),
-        rows=len(exits),
-        exit_0_changed=int(np.count_nonzero(scorer.changed[0] & (exits == 0))),
+        interval=drop_interval(scorer, stops),
+        mean_depth=float(exits.depths(stops).mean()),
+        exits=counts(stops, exits),
+        rows=len(stops),
+        exit_0_changed=int(np.count_nonzero(scorer.changed[0] & (stops == 0))),
         relabelled=int(np.count_nonzero(scorer.relabelled[places])),
     )
+
+
+def counts(stops: Integers, exits: Exits) -> tuple[int, ...]:
+    """How many rows stop at each exit, from the first exit on.
+
+    Args:
+        stops: `[rows]` the exit of each row.
+        exits: of the model.
+    """
+    return tuple(np.bincount(exits.place(stops), minlength=len(exits)).tolist())
 
 
 def drop_interval(
@@ -262,7 +272,7 @@ def with_points(engines: EnginesFolder, result: Calibration, data_sha256: str) -
     """
     target = engines.manifest.targets[result.target]
     points = {
-        point.name: _record(point, result, target, data_sha256)
+        point.name: recorded(point, target, result.held_out, result.hardware, data_sha256)
         for point in result.points
         if (point.certificate or result.rows.reference is None) and point.name not in result.kept
     }
@@ -274,7 +284,18 @@ def with_points(engines: EnginesFolder, result: Calibration, data_sha256: str) -
     return engines.with_target(result.target, changed)
 
 
-def _record(point: Point, result: Calibration, target: Target, data_sha256: str) -> OperatingPoint:
+def recorded(
+    point: Point, target: Target, held_out_rows: str, hardware: str, data_sha256: str
+) -> OperatingPoint:
+    """An operating point as the manifest has it.
+
+    Args:
+        point: the point.
+        target: its target.
+        held_out_rows: what the rows are called that it is reported on.
+        hardware: what it was measured on.
+        data_sha256: hash of the rows that chose it, see `runtime.files.rows.data_sha256`.
+    """
     held_out = point.held_out
     runs = point.chosen_on
     return OperatingPoint(
@@ -284,13 +305,13 @@ def _record(point: Point, result: Calibration, target: Target, data_sha256: str)
         score=held_out.score,
         full_depth_score=held_out.full_depth_score,
         drop_interval=held_out.interval,
-        held_out=result.held_out,
+        held_out=held_out_rows,
         rows=held_out.rows,
         data_sha256=data_sha256,
         mean_depth=runs.mean_depth,
         exits=runs.exits,
         measured_speedup=point.measured,
         versions={**target.versions, "fpabee": __version__},
-        hardware=result.hardware,
+        hardware=hardware,
         certificate=point.certificate,
     )

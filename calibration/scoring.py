@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.artifact.exits import Exits
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.quality import f1, matthews
 from ..runtime.rules.measures import Array, Integers, Mask
@@ -66,7 +67,7 @@ class LabelledLogits:
     @property
     def exits(self) -> range:
         """The numbers of the exits."""
-        return range(self.first_exit, self.first_exit + len(self.logits))
+        return exits_of_rows(self).numbers
 
     @property
     def decides_by_flags(self) -> bool:
@@ -79,7 +80,7 @@ class LabelledLogits:
         Args:
             exits: `[..., rows]` the exit of each row.
         """
-        return exits - self.first_exit, np.arange(len(self))
+        return exits_of_rows(self).place(exits), np.arange(len(self))
 
     def take(self, numbers: NDArray[np.intp]) -> LabelledLogits:
         """Some of the rows, by their numbers from 0."""
@@ -108,6 +109,11 @@ class LabelledLogits:
 def task_of_rows(rows: LabelledLogits) -> Task:
     """What the logits of rows mean; its labels have no names."""
     return unnamed_task(rows.problem_type, rows.logits.shape[2], rows.label_thresholds)
+
+
+def exits_of_rows(rows: LabelledLogits) -> Exits:
+    """The exits of the logits of rows, as if there were a layer between two of them."""
+    return Exits.numbered(rows.first_exit, len(rows.logits))
 
 
 # Settings are compared at these multiples of the share that may change.

@@ -25,7 +25,7 @@ from ..runtime.rules.measures import Array, Integers, Measure
 from ..runtime.rules.rules import RULES, Confidence, Entropy, ExitRule, ThresholdRule
 from ..runtime.rules.words import rounded
 from .goals import DEFAULT_RULE
-from .scoring import LabelledLogits, task_of_rows
+from .scoring import LabelledLogits, exits_of_rows, task_of_rows
 
 EXIT_0_POWERS = (0.5, 1.0, 2.0, 4.0)
 """For each, there are lists in which exit 0 answers, see `settings_lists`."""
@@ -73,7 +73,8 @@ def settings_lists(
         for rule in _every_combination(name, rows, measures):
             settings = _with_doubts(rule, rows)
             lists.append(settings)
-            for power in exit_0_powers if rows.first_exit == 0 else ():
+            before = exits_of_rows(rows).before_layers
+            for _, power in itertools.product(before, exit_0_powers):
                 limits = _largest_doubt(rows) * _DOUBTS**power
                 lists.append([*map(with_exit_0, settings, limits)])
     # Rules without a threshold are the same at every doubt.
@@ -169,6 +170,7 @@ class StopScores:
     def __init__(self, rows: LabelledLogits) -> None:
         self._rows = rows
         self._known: dict[ExitRule, Array] = {}
+        self._exits = exits_of_rows(rows)
         self._exit_0 = task_of_rows(rows).outputs(rows.logits[0])
 
     def scores_of(self, rule: ExitRule) -> Array:
@@ -182,26 +184,28 @@ class StopScores:
 
     def stop_scores(self, rule: ExitRule) -> Array:
         """The stop scores `[exits, rows]` of a rule, those of exit 0 included."""
-        first = self._rows.first_exit
-        scores = rule.stop_scores(lambda other: self.scores_of(other)[1 - first :])
-        if first == 1:
-            return scores
+        count = len(self._exits.before_layers)
+        scores = rule.stop_scores(lambda other: self.scores_of(other)[count:])
+        before = [self._exit_0_scores(rule)] * count
+        return np.stack([*before, *scores])
+
+    def _exit_0_scores(self, rule: ExitRule) -> Array:
+        """The stop scores `[rows]` of exit 0."""
         exit_0 = np.where(rule.ends_at_exit_0, -np.inf, rule.uncertainty(self._exit_0))
-        return np.stack([np.where(rule.min_exit > 0, np.inf, exit_0), *scores])
+        return np.where(rule.min_exit > 0, np.inf, exit_0)
 
     def exits(self, rules: Sequence[ExitRule]) -> NDArray[np.int16]:
         """The exits `[rules, rows]` of rules that differ in their thresholds only.
 
         They are the same as those of `simulate`.
         """
-        last = self._rows.exits[-1]
-        first = self._rows.first_exit
-        limits = np.array([np.broadcast_to(rule.stop_thresholds, last) for rule in rules])
-        if first == 0:
-            thresholds = [rule.exit_0_threshold for rule in rules]
-            exit_0 = [NEVER if each is None else 1 - each for each in thresholds]
-            limits = np.column_stack([exit_0, limits])
-        return exits_below(self.stop_scores(rules[0]), limits, first)
+        exits = self._exits
+        limits = np.array([np.broadcast_to(rule.stop_thresholds, exits.last) for rule in rules])
+        thresholds = [rule.exit_0_threshold for rule in rules]
+        exit_0 = [NEVER if each is None else 1 - each for each in thresholds]
+        before = [exit_0] * len(exits.before_layers)
+        limits = np.column_stack([*before, limits])
+        return exits_below(self.stop_scores(rules[0]), limits, exits.first)
 
 
 def with_exit_0(rule: ExitRule, limit: float) -> ExitRule:

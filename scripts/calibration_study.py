@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 from fpabee.calibration import Bound, Goal, LabelledLogits
 from fpabee.calibration.choose import Search
 from fpabee.calibration.costs import StoppingCosts
+from fpabee.calibration.evidence import TextEvidence
 from fpabee.calibration.guarantee import certify
 from fpabee.calibration.scoring import AGREEMENT, METRICS, Scorer
 from fpabee.calibration.settings import StopScores, settings_lists, with_exit_0
@@ -241,7 +242,7 @@ def calibrate(
     for name, goal in goals.items():
         metric = metric_of(goal, population)
         if isinstance(goal, Bound):
-            chosen = certify(Scorer(drawn, metric), goal, _LABELS).rule or full_depth
+            chosen = certify(TextEvidence(Scorer(drawn, metric), _LABELS), goal).rule or full_depth
             drop, share, saving = truth.of(chosen, metric, goal)
         else:
             if search is None:

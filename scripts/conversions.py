@@ -51,6 +51,7 @@ from systems import Text, read
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fpabee.calibration import Bound
+from fpabee.calibration.evidence import TextEvidence
 from fpabee.calibration.guarantee import certify
 from fpabee.calibration.scoring import AGREEMENT, Scorer
 from fpabee.calibration.settings import exits_of
@@ -241,7 +242,7 @@ def drawn(
         seen = traced.take(order[: len(dealt.calibrate)])
         new = traced.take(order[len(dealt.calibrate) :])
         bound = Bound(changed_answers=0.01)
-        rule = certify(Scorer(seen, AGREEMENT), bound, labels).rule
+        rule = certify(TextEvidence(Scorer(seen, AGREEMENT), labels), bound).rule
         at = new.at(exits_of(rule or Budget(exit=traced.exits[-1]), new))
         saved = 1 - layers[at[0]].mean() / layers[-1]
         results.append((saved, Scorer(new, AGREEMENT).changed[at].mean()))
@@ -266,7 +267,7 @@ def exit_0_alone(model: Path, texts: Path, engines: Path, data: Path) -> dict[st
     seen, test = measured
     test_costs = np.broadcast_to(costs, test.logits.shape[:2])
     bound = Bound(changed_answers=0.01)
-    rule = certify(Scorer(seen, AGREEMENT), bound, labels).rule
+    rule = certify(TextEvidence(Scorer(seen, AGREEMENT), labels), bound).rule
     at = test.at(exits_of(rule or Budget(exit=1), test))
     changed = int(Scorer(test, AGREEMENT).changed[at].sum())
     return {"saved": float(1 - test_costs[at].mean() / layers[-1]), "changed": changed}

@@ -49,12 +49,15 @@ from reproduce import MINILM, backbone_of
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from fpabee.calibration import Bound
+from fpabee.calibration.evidence import QueryEvidence
+from fpabee.calibration.guarantee import certify
 from fpabee.calibration.query_logits import QueryLogits, errors_near_top, stops_of
-from fpabee.calibration.ranking import Queries, certify
+from fpabee.calibration.ranking import Queries
 from fpabee.commands.command import exits_with_one_line
 from fpabee.exporter.convert import ConvertOptions, convert
 from fpabee.exporter.training.workflow import has_fast_bf16
 from fpabee.runtime import Engine, ExitRule, Query, read_queries
+from fpabee.runtime.artifact.exits import exits_of
 from fpabee.runtime.machine import cpu_name, usable_cores
 
 LAYERS = 6
@@ -283,7 +286,8 @@ def traced(
         pairs = [pair for query in queries for pair in query.pairs]
         logits = engine.trace(pairs).logits[..., 0]
         own = logits[-1] if reference is None else reference
-        return Queries(queries, own).traced(logits, engine.core.first_stage)
+        exits = exits_of(engine.manifest)
+        return Queries(queries, own).traced(logits, exits, engine.core.first_stage)
 
 
 def stricter_rules(engines: Path, data: Path) -> dict[str, dict[str, Any]]:
@@ -299,7 +303,7 @@ def stricter_rules(engines: Path, data: Path) -> dict[str, dict[str, Any]]:
         world = traced(engines, target, queries, exact.reference)
         errors = errors_near_top(world.take(np.arange(FOR_ERRORS)), TOP)
         rest = world.take(np.arange(FOR_ERRORS, len(world)))
-        certified = certify(rest, errors, TOP, bound)
+        certified = certify(QueryEvidence(rest, errors, TOP), bound)
         click.echo(f"{target}, at most {STRICTER} %: {certified}", err=True)
         if certified.rule is not None:
             rules[target] = certified.rule.to_dict()
@@ -326,9 +330,8 @@ def broken_promises(world: QueryLogits, changed: int) -> dict[str, Any]:
     broken = 0
     depths: list[float] = []
     for _ in range(PROMISES):
-        certified = certify(
-            world.take(draw.integers(0, len(world), CERTIFYING)), errors, TOP, bound
-        )
+        drawn = world.take(draw.integers(0, len(world), CERTIFYING))
+        certified = certify(QueryEvidence(drawn, errors, TOP), bound)
         assert certified.rule is not None
         stops = stops_of(certified.rule, world, TOP)
         broken += bool(stops.changed.mean() > changed / 100)

@@ -20,7 +20,7 @@ import sizes
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from fpabee.commands import points, rankings
+from fpabee.commands import points
 from fpabee.runtime import Engine, RuleError
 
 from .calibration.conftest import label_rows, write
@@ -100,14 +100,14 @@ def test_tables_of_operating_points_have_the_heads_that_are_printed(
     page: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     is_agreement = page != "docs/calibrate.md"
-    points.show_heads(("answers", "changed") if is_agreement else ("points", "lost"))
+    points.show_heads_of_texts(("answers", "changed") if is_agreement else ("points", "lost"))
     assert capsys.readouterr().out in (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_the_table_of_a_ranking_has_the_heads_that_are_printed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    rankings.show_heads(documents=50, top=3)
+    points.show_heads_of_queries(documents=50, top=3)
     assert capsys.readouterr().out in (ROOT / "docs" / "rerank.md").read_text(encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ import math
 
 from ...runtime.artifact.operating_point import Certificate, Goal
 from ...runtime.rules.rules import Budget
-from ..guarantee import share_interval
+from ..exact import share_interval
 from ..result import Calibration, Outcome, Point
 from ..scoring import AGREEMENT, ROW_MEANS
 
@@ -19,12 +19,14 @@ def exit_0_in_words(point: Point) -> str:
     """
     runs = point.chosen_on
     held = point.held_out
-    if not runs.exits[0]:
+    answered, *_ = runs.exits
+    judged, *_ = held.exits
+    if not answered:
         return "no row"
-    share = f"{100 * runs.exits[0] / runs.rows:.0f} % of rows"
-    if not held.exits[0]:
+    share = f"{100 * answered / runs.rows:.0f} % of rows"
+    if not judged:
         return share
-    return f"{share}; {held.exit_0_changed} of {held.exits[0]:,} such answers changed"
+    return f"{share}; {held.exit_0_changed} of {judged:,} such answers changed"
 
 
 def promise_in_words(point: Point, result: Calibration) -> str:

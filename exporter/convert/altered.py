@@ -94,17 +94,18 @@ def joined(
         return None
     beginning, end = random.uniform(*_JOINED, size=2)
     pieces: list[NDArray[np.int64]] = []
-    pair_start = row.pair_start
+    grown = []
     done = 0
-    for number, (mine, its) in enumerate(zip(texts, ends, strict=True)):
+    for mine, its in zip(texts, ends, strict=True):
         stop = mine.start + _count(mine, beginning)
         start = its.stop - _count(its, end)
         pieces += [_piece(row, done, stop), _piece(other, start, its.stop)]
-        if pair_start is not None and number == 0:
-            pair_start += (its.stop - start) - (mine.stop - stop)
+        grown.append((its.stop - start) - (mine.stop - stop))
         done = mine.stop
     pieces.append(_piece(row, done, len(row)))
     ids, types = np.concatenate(pieces).T
+    # The second text begins later by what the first has gained.
+    pair_start = None if row.pair_start is None else row.pair_start + grown[0]
     return EncodedRow(ids, types, row.truncated, pair_start)
 
 

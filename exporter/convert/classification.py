@@ -30,7 +30,7 @@ from ..training.examples import Examples
 from ..training.trainer import label_losses, probabilities
 from .heads import PASSES, Judged, Lesson
 from .options import Chosen, ConvertOptions
-from .task import ConversionTask, Logits, Result
+from .task import ConversionTask, Logits
 from .texts import Numbers, read_texts
 
 _SEED = 42
@@ -38,10 +38,11 @@ _SEED = 42
 _TOO_GOOD = 0.98
 
 
-class Classification(ConversionTask[Row]):
+class Classification(ConversionTask[Row, Calibration]):
     """Texts, and a classifier that decides about each of them."""
 
     what = "texts"
+    results = "targets"
     usual_share = 0.01
     fewest_tokens = 32
     learns_from_altered = True
@@ -131,12 +132,14 @@ class Classification(ConversionTask[Row]):
             report=Report(reported, "texts that decided nothing", logits[texts.report]),
         )
 
-    def traffic(self, result: Result) -> float:
+    def traffic(self, result: Calibration) -> float:
         """The share of changed decisions, where a text counts as often as it occurs."""
         scorer, at = _decided(result)
         return float(np.average(scorer.changed[at], weights=self.texts.weights[self.texts.report]))
 
-    def accuracy(self, task: Task, logits: Logits, result: Result) -> tuple[float, float] | None:
+    def accuracy(
+        self, task: Task, logits: Logits, result: Calibration
+    ) -> tuple[float, float] | None:
         """Before and after, on the texts of the report, if all texts have labels."""
         expected = self._labels(task)
         if expected is None:
@@ -192,9 +195,8 @@ def _saved(scorer: Scorer, costs: NDArray[np.float64], share: float) -> float:
     return mean_saving(1 - costs[places[0]].mean(axis=1), changed, share)
 
 
-def _decided(result: Result) -> tuple[Scorer, tuple[NDArray[np.intp], ...]]:
+def _decided(result: Calibration) -> tuple[Scorer, tuple[NDArray[np.intp], ...]]:
     """The texts of a report, and the places of their exits."""
-    assert isinstance(result, Calibration)
     assert result.test is not None
     scorer = Scorer(result.test, AGREEMENT)
     return scorer, result.test.at(exits_of(result.points[0].rule, result.test))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...runtime.files import read_rows
@@ -34,12 +35,23 @@ def check_inputs(classifier: str | Path, texts: str | Path, options: ConvertOpti
     files = [Path(each) for each in (texts, others) if each is not None]
     if not all(path.is_file() for path in files):
         return  # a pipe can be read only once
+    check = _check_queries if config.ranks else _check_texts
+    check(files, options)
+
+
+def _check_queries(files: Sequence[Path], options: ConvertOptions) -> None:
+    for path in files:
+        next(read_queries(path))
+
+
+def _check_texts(files: Sequence[Path], options: ConvertOptions) -> None:
     reading = options.reading
     group = options.group_column
     for path in files:
-        next(read_queries(path) if config.ranks else read_rows(path, reading))
-    if not config.ranks and (group is not None or options.int8):
-        train = None if others is None else read_texts(others, reading, group)
-        dealt = split(read_texts(texts, reading, group), group, train)
-        if options.int8:
-            check_enough_texts(len(dealt.taught), "texts that train")
+        next(read_rows(path, reading))
+    if group is None and not options.int8:
+        return
+    own, *train = (read_texts(path, reading, group) for path in files)
+    dealt = split(own, group, next(iter(train), None))
+    if options.int8:
+        check_enough_texts(len(dealt.taught), "texts that train")

@@ -113,7 +113,7 @@ class Chosen:
     errors: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Conversion:
     """What a conversion made.
 
@@ -138,8 +138,8 @@ class Conversion:
 
     folder: Path
     default_target: str
-    targets: tuple[Calibration, ...]
-    rankings: tuple[RankingPoint, ...]
+    targets: tuple[Calibration, ...] = ()
+    rankings: tuple[RankingPoint, ...] = ()
     exit_layers: tuple[int, ...]
     chosen: Chosen
     rows: int

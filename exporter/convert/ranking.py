@@ -17,8 +17,9 @@ from torch.nn import functional
 from ...calibration.progress import Progress
 from ...calibration.query_logits import NEAR_TOP, QueryLogits, errors_near_top, saved
 from ...calibration.ranking import Queries, RankingPoint, calibrate_ranking
+from ...runtime.artifact.exits import Exits, exits_of
 from ...runtime.artifact.folder import EnginesFolder
-from ...runtime.artifact.manifest import FirstStageSpec, Task
+from ...runtime.artifact.manifest import FirstStageSpec, Manifest, Task
 from ...runtime.check import BATCH_LIMIT
 from ...runtime.encoding import EncodedRow
 from ...runtime.errors import InputError
@@ -41,7 +42,7 @@ _MANY = 0.1
 _RISING = np.array([1.0, 1.0, -1.0])
 
 
-class Ranking(ConversionTask[Query]):
+class Ranking(ConversionTask[Query, RankingPoint]):
     """Queries with documents, and a reranker that scores each pair.
 
     Attributes:
@@ -50,6 +51,7 @@ class Ranking(ConversionTask[Query]):
     """
 
     what = "queries"
+    results = "rankings"
     usual_share = 0.05
     # Heads look for the tokens of a document that answer a query, so a sample would mislead them.
     fewest_tokens = 512
@@ -134,7 +136,7 @@ class Ranking(ConversionTask[Query]):
         """By how much is saved where the best of about as many queries change as may."""
         own = reference[numbers, 0]
         logits = np.concatenate([exits[..., 0], own[None]])
-        rows = QueryLogits(logits, self._starts_among(numbers), own)
+        rows = QueryLogits(logits, self._starts_among(numbers), own, Exits.numbered(1, len(logits)))
         errors = errors_near_top(rows, self.top)
         share = min(self.bound.shares.values())
         return Judged(
@@ -176,28 +178,30 @@ class Ranking(ConversionTask[Query]):
             target,
             self._queries(self.texts.calibrate, logits),
             self._queries(self.texts.report, logits),
-            self._errors(EnginesFolder.read(engines).manifest.first_stage, logits, chosen),
+            self._errors(EnginesFolder.read(engines).manifest, logits, chosen),
             self.top,
             self.bound,
             self.options.threads,
             progress,
         )
 
-    def _errors(self, first_stage: FirstStageSpec | None, logits: Logits, chosen: Chosen) -> Array:
+    def _errors(self, manifest: Manifest, logits: Logits, chosen: Chosen) -> Array:
         """The errors of all early exits, see `errors_near_top`; exit 0 has not seen these queries.
 
         Args:
-            first_stage: exit 0; None: there is none.
+            manifest: of the engines folder.
             logits: `[rows, labels]` of the reranker for all rows.
-            chosen: the heads of the other exits.
+            chosen: the heads of the exits after a layer.
         """
         errors = np.array(chosen.errors)
-        if first_stage is None:
-            return errors
-        queries = self._queries(self._that_ran(self.texts.choose, logits), logits)
-        both = np.stack([queries.predicted(FirstStage(first_stage)), queries.reference])
-        rows = QueryLogits(both, queries.starts, queries.reference, first_exit=0)
-        return np.append(errors_near_top(rows, self.top), errors)
+        for _ in exits_of(manifest).before_layers:
+            assert manifest.first_stage is not None
+            queries = self._queries(self._that_ran(self.texts.choose, logits), logits)
+            predicted = queries.predicted(FirstStage(manifest.first_stage))
+            both = np.stack([predicted, queries.reference])
+            rows = QueryLogits(both, queries.starts, queries.reference, Exits.numbered(0, 2))
+            errors = np.append(errors_near_top(rows, self.top), errors)
+        return errors
 
     def _that_ran(self, numbers: Numbers, logits: Logits) -> Numbers:
         """Those of some queries that have logits; others were left out for lack of space."""

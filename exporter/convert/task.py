@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Generic
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,11 +34,12 @@ from .texts import AnyUnit, Numbers, Texts, split
 # promise by chance. So all of them together have the confidence.
 _TARGETS = 1 + len(OPENVINO_TARGETS) + len(INT8_TARGETS)
 
-Result = Calibration | RankingPoint
+AnyResult = TypeVar("AnyResult", bound=Calibration | RankingPoint)
+"""The operating points of a target."""
 Logits = NDArray[np.float32]
 
 
-class ConversionTask(ABC, Generic[AnyUnit]):
+class ConversionTask(ABC, Generic[AnyUnit, AnyResult]):
     """A task, with the texts that are given for it.
 
     Args:
@@ -59,6 +60,8 @@ class ConversionTask(ABC, Generic[AnyUnit]):
 
     what: ClassVar[str]
     """What messages call the units."""
+    results: ClassVar[str]
+    """The field of `Conversion` for their results."""
     usual_share: ClassVar[float]
     """Of the units may change, if nothing else is asked for."""
     fewest_tokens: ClassVar[int]
@@ -165,7 +168,7 @@ class ConversionTask(ABC, Generic[AnyUnit]):
     @abstractmethod
     def certify(
         self, engines: Path, target: str, logits: Logits, chosen: Chosen, progress: Progress
-    ) -> Result:
+    ) -> AnyResult:
         """Certify and report on a target of an engines folder.
 
         Args:
@@ -176,11 +179,11 @@ class ConversionTask(ABC, Generic[AnyUnit]):
             progress: called with (what, done, total).
         """
 
-    def traffic(self, result: Result) -> float | None:
+    def traffic(self, result: AnyResult) -> float | None:
         """See `Conversion.traffic`, for the result of the default target."""
         return None
 
-    def accuracy(self, task: Task, logits: Logits, result: Result) -> tuple[float, float] | None:
+    def accuracy(self, task: Task, logits: Logits, result: AnyResult) -> tuple[float, float] | None:
         """See `Conversion.accuracy`, for the result of the default target."""
         return None
 

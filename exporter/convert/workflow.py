@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,10 +23,9 @@ import torch
 from numpy.typing import NDArray
 
 from ... import __version__
-from ...calibration.guarantee import needs_in_words, rows_needed
+from ...calibration.evidence import needs_in_words
+from ...calibration.exact import rows_needed
 from ...calibration.progress import Progress, silent
-from ...calibration.ranking import RankingPoint
-from ...calibration.result import Calibration, Point
 from ...runtime.artifact.folder import EnginesFolder, sha256_of
 from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.artifact.trained_on import write_trained_on
@@ -57,11 +57,11 @@ from .options import Chosen, Conversion, ConvertOptions
 from .places import STEPS, check_places
 from .ranking import Ranking
 from .states import States, Taught, most_tokens, run_classifier
-from .task import Result
+from .task import ConversionTask
 
 logger = logging.getLogger(__name__)
 
-_TASKS: dict[ProblemType, type[Classification] | type[Ranking]] = {
+_TASKS: dict[ProblemType, type[ConversionTask[Any, Any]]] = {
     ProblemType.SINGLE_LABEL: Classification,
     ProblemType.MULTI_LABEL: Classification,
     ProblemType.RANKING: Ranking,
@@ -159,7 +159,7 @@ def convert(
     )
 
 
-def _too_few(job: Classification | Ranking) -> list[str]:
+def _too_few(job: ConversionTask[Any, Any]) -> list[str]:
     """What to say of the number of texts, if few certify.
 
     Raises:
@@ -206,7 +206,7 @@ class _Work:
     """
 
     def __init__(
-        self, teacher: Classifier, job: Classification | Ranking, progress: Progress
+        self, teacher: Classifier, job: ConversionTask[Any, Any], progress: Progress
     ) -> None:
         self.teacher = teacher
         self.job = job
@@ -386,17 +386,17 @@ class _Work:
             for name in dict.fromkeys([FP32_TARGET, *others])
         }
         depths = {
-            name: _point_of(each).chosen_on.mean_depth
+            name: each.points[0].chosen_on.mean_depth
             for name, each in by_name.items()
-            if _point_of(each).certificate is not None
+            if each.points[0].certificate is not None
         }
         default = fastest_with_exits(manifest, depths) if depths else FP32_TARGET
         EnginesFolder.read(engines).with_manifest(default_target=default).write()
+        results: dict[str, Any] = {job.results: tuple(by_name.values())}
         return Conversion(
+            **results,
             folder=engines,
             default_target=default,
-            targets=tuple(each for each in by_name.values() if isinstance(each, Calibration)),
-            rankings=tuple(each for each in by_name.values() if isinstance(each, RankingPoint)),
             exit_layers=manifest.exit_layers,
             chosen=chosen,
             rows=int(texts.weights.sum()),
@@ -408,8 +408,3 @@ class _Work:
             warnings=tuple(job.warnings),
             seconds=0.0,
         )
-
-
-def _point_of(result: Result) -> Point | RankingPoint:
-    """The operating point of a target, which a conversion has one of."""
-    return result.points[0] if isinstance(result, Calibration) else result

@@ -26,7 +26,7 @@ from fpabee.calibration import (
     Report,
     calibrate,
 )
-from fpabee.calibration.guarantee import useful_rows
+from fpabee.calibration.exact import useful_rows
 from fpabee.calibration.report import plots
 from fpabee.calibration.report.words import promise_in_words
 from fpabee.calibration.result import make_default

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import comb
 from typing import Any
 from unittest.mock import Mock
 
@@ -11,21 +11,19 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from fpabee.calibration import Bound, Goal, LabelledLogits, guarantee
+from fpabee.calibration import Bound, Goal, LabelledLogits, evidence, guarantee
 from fpabee.calibration.costs import observed_losses
-from fpabee.calibration.guarantee import (
-    Certified,
+from fpabee.calibration.evidence import Evidence, QueryEvidence, TextEvidence
+from fpabee.calibration.exact import (
     binomial_tail,
-    certify,
     most_losses,
-    rows_needed,
-    share_interval,
-    shuffled,
-    useful_rows,
 )
+from fpabee.calibration.guarantee import Certified, certify, shuffled
+from fpabee.calibration.query_logits import QueryLogits
 from fpabee.calibration.scoring import Scorer
 from fpabee.calibration.settings import StopScores, exits_of, settings_lists
 from fpabee.runtime import Budget, Confidence, ExitRule, ProblemType, simulate
+from fpabee.runtime.artifact.exits import Exits
 from fpabee.runtime.artifact.manifest import Task
 from fpabee.runtime.tasks import task_of
 
@@ -35,8 +33,13 @@ BOUND = Bound(drop=0.04)
 LABELS = ("a", "b", "c")
 
 
-def certified(rows: LabelledLogits, bound: Bound = BOUND, metric: str = "accuracy") -> Certified:
-    return certify(Scorer(rows, metric), bound, LABELS)
+def certified(
+    rows: LabelledLogits,
+    bound: Bound = BOUND,
+    metric: str = "accuracy",
+    labels: Sequence[str] = LABELS,
+) -> Certified:
+    return certify(TextEvidence(Scorer(rows, metric), labels), bound)
 
 
 @pytest.mark.parametrize("samples", [40, pytest.param(400, marks=pytest.mark.slow)])
@@ -61,46 +64,7 @@ def test_a_guarantee_holds_in_95_percent_although_the_rows_are_sorted(samples: i
     assert broken <= 0.05 * samples + 2 * (0.05 * 0.95 * samples) ** 0.5
 
 
-@pytest.mark.parametrize(("rows", "share", "level"), [(60, 0.05, 0.05), (40, 0.2, 0.01)])
-def test_a_setting_at_the_bound_passes_with_the_level_at_most(
-    rows: int, share: float, level: float
-) -> None:
-    """All results are enumerated, for many probabilities of a gain."""
-    most = most_losses(rows, share, level, with_gains=True)
-    sizes = []
-    for won in np.linspace(0, (1 - share) / 2, 60):
-        results = [
-            (losses, gains) for gains in range(rows + 1) for losses in range(rows + 1 - gains)
-        ]
-        sizes.append(
-            sum(
-                comb(rows, losses)
-                * (share + won) ** losses
-                * comb(rows - losses, gains)
-                * won**gains
-                * (1 - share - 2 * won) ** (rows - losses - gains)
-                for losses, gains in results
-                if losses <= most[gains]
-            )
-        )
-    assert max(sizes) <= 1.001 * level
-    assert np.mean(sizes) > 0.7 * level, "no power is given away"
-    assert most[0] == most_losses(rows, share, level)[0], "no gain: the binomial test"
-
-
-@pytest.mark.parametrize("count", [0, 2, 40])
-def test_the_binomial_tail_is_exact(count: int) -> None:
-    tail = sum(comb(872, k) * 0.01**k * 0.99 ** (872 - k) for k in range(count + 1))
-    assert binomial_tail(count, 872, 0.01) == pytest.approx(tail)
-    if count < 40:  # without gains, as many losses pass as the tail allows
-        assert most_losses(872, 0.01, 0.999 * tail) == [count - 1]
-        assert most_losses(872, 0.01, 1.001 * tail) == [count]
-
-
 def test_rows_that_allow_no_further_loss_are_left_out() -> None:
-    assert [useful_rows(rows, 0.01, 0.05) for rows in (298, 299, 472, 473, 627)] == [
-        *(298, 299, 299, 473, 473),
-    ]
     rows = two_exits(np.zeros(600, bool))
     found = certified(rows, Bound(drop=0.01))
     assert found.certificate is not None
@@ -117,15 +81,6 @@ def test_rows_without_a_loss_pass_only_if_they_are_enough(metric: str) -> None:
         assert ("298 texts" in found.failed) is (count == 298)
 
 
-@pytest.mark.parametrize(
-    ("share", "level", "expected"),
-    # Without a loss, and for a chance of 80 % at half of the bound, as in the docs.
-    [(0.01, 0.05, (299, 1960)), (0.02, 0.05, (149, 980)), (0.005, 0.05, (598, 3900))],
-)
-def test_the_rows_that_are_needed(share: float, level: float, expected: tuple[int, int]) -> None:
-    assert rows_needed(share, level) == expected
-
-
 @pytest.mark.parametrize("metric", ["macro_f1", "matthews"])
 def test_the_drop_of_an_f1_passes_two_tests(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few right answers are lost, but those of a rare label are a large part of the metric."""
@@ -138,7 +93,7 @@ def test_the_drop_of_an_f1_passes_two_tests(metric: str, monkeypatch: pytest.Mon
     assert early == {"accuracy": True, metric: False}
     assert certified(rows, Bound(drop=0.4), metric).rule != Budget(exit=2)
     interval = Mock(return_value=(0.0, 0.0))
-    monkeypatch.setattr(guarantee, "drop_interval", interval)
+    monkeypatch.setattr(evidence, "drop_interval", interval)
     certified(rows, Bound(drop=0.4, confidence=0.9), metric)
     _, _, share, _ = interval.call_args.args
     assert share == pytest.approx(0.8), "10 % on the one side that counts"
@@ -187,7 +142,7 @@ def test_every_promise_must_pass_and_each_is_about_its_own_rows() -> None:
     rows = replace(rows, decision_thresholds=(1.0, 0.5))
 
     def early(**shares: float) -> tuple[bool, str]:
-        found = certify(Scorer(rows, "agreement"), Bound(thresholds=thresholds, **shares), "ab")
+        found = certified(rows, Bound(thresholds=thresholds, **shares), "agreement", "ab")
         return found.rule not in (None, Budget(exit=2)), found.failed.split("; ")[0]
 
     assert (
@@ -200,11 +155,8 @@ def test_every_promise_must_pass_and_each_is_about_its_own_rows() -> None:
         "the next setting has 15 changed answers in 1829 texts",
     )
     assert early(changed_answers=0.02, missed=0.015, false_alarms=0.02)[0] is False
-    found = certify(
-        Scorer(rows, "agreement"),
-        Bound(missed=0.05, changed_answers=0.02, thresholds=thresholds),
-        "ab",
-    )
+    bound = Bound(missed=0.05, changed_answers=0.02, thresholds=thresholds)
+    found = certified(rows, bound, "agreement", "ab")
     assert found.certificate is not None
     assert [(each.of, each.label, each.rows) for each in found.certificate.promises] == [
         ("changed_answers", None, 1972),
@@ -221,9 +173,8 @@ def test_texts_near_a_threshold_are_not_certain() -> None:
     logits = np.stack([np.zeros_like(logit), logit], axis=-1).astype(np.float32)
     rows = LabelledLogits(logits, np.full(4000, 9, np.intp), None, ProblemType.SINGLE_LABEL)
     rows = replace(rows, decision_thresholds=(1.0, 0.7))
-    found = certify(
-        Scorer(rows, "agreement"), Bound(changed_answers=0.02, thresholds={"b": 0.7}), "ab"
-    )
+    bound = Bound(changed_answers=0.02, thresholds={"b": 0.7})
+    found = certified(rows, bound, "agreement", "ab")
     assert isinstance(found.rule, Confidence)
     assert found.rule.label_thresholds == (1.0, 0.7)
     exits = exits_of(found.rule, rows)
@@ -283,16 +234,31 @@ def test_decisions_are_compared_with_the_reference_where_there_is_one() -> None:
     assert certified(rows.take(np.arange(6, 2000)), Bound(changed_answers=0.02), "agreement").rule
 
 
-def test_which_rows_are_left_out_depends_on_the_rows_only() -> None:
+def of_texts(rows: LabelledLogits) -> TextEvidence:
+    return TextEvidence(Scorer(rows, "accuracy"), LABELS)
+
+
+def of_queries(rows: LabelledLogits) -> QueryEvidence:
+    """Each row as a query with three documents."""
+    logits = rows.logits.reshape(len(rows.logits), -1)
+    starts = np.arange(0, 3 * len(rows) + 1, 3)
+    exits = Exits.numbered(1, len(logits))
+    return QueryEvidence(QueryLogits(logits, starts, logits[-1], exits), np.ones(5), 1)
+
+
+@pytest.mark.parametrize("evidence_of", [of_texts, of_queries])
+def test_which_units_are_left_out_depends_on_the_units_only(
+    evidence_of: Callable[[LabelledLogits], Evidence[Any]],
+) -> None:
     rows = make_rows(count=300)
-    order = np.random.default_rng(0).permutation(300)
-    first = rows.take(shuffled(rows))
-    again = rows.take(order).take(shuffled(rows.take(order)))
-    np.testing.assert_array_equal(first.logits, again.logits)
-    other = shuffled(rows.take(np.arange(1, 300)))
+    own = shuffled(evidence_of(rows))
+    mixed = rows.take(np.random.default_rng(0).permutation(300))
+    again = mixed.take(shuffled(evidence_of(mixed)))
+    np.testing.assert_array_equal(rows.take(own).logits, again.logits)
+    other = shuffled(evidence_of(rows.take(np.arange(1, 300))))
     assert sorted(other) == list(range(299))
     assert (np.diff(other) < 0).any()
-    assert ((other + 1)[:200] != shuffled(rows)[shuffled(rows) > 0][:200]).any()
+    assert ((other + 1)[:200] != own[own > 0][:200]).any()
 
 
 @pytest.mark.parametrize("useful", [False, True])
@@ -324,9 +290,3 @@ def test_a_setting_that_stops_no_row_is_tested_too() -> None:
     assert most_losses(100, 0.01, 0.05, with_gains=True)[gains] >= 0
     found = certified(rows, Bound(drop=0.01))
     assert found.failed.startswith("100 texts are too few; at most 1 points of drop")
-
-
-def test_the_interval_of_a_share_is_exact() -> None:
-    assert share_interval(0, 293) == pytest.approx((0, 0.01251), abs=1e-5)
-    assert share_interval(3, 293) == pytest.approx((0.00212, 0.02963), abs=1e-5)
-    assert share_interval(293, 293)[1] == 1

@@ -11,12 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fpabee.calibration import Bound
-from fpabee.calibration.guarantee import binomial_tail
+from fpabee.calibration.evidence import QueryEvidence
+from fpabee.calibration.exact import binomial_tail
+from fpabee.calibration.guarantee import Certified
+from fpabee.calibration.guarantee import certify as certify_units
 from fpabee.calibration.query_logits import QueryLogits, errors_near_top, saved, settings, stops_of
-from fpabee.calibration.ranking import certify
 from fpabee.runtime import Budget, TopK
+from fpabee.runtime.artifact.exits import Exits
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.ranking import changed_sets
+from fpabee.runtime.rules.measures import Floats
 from fpabee.runtime.tasks import unnamed_task
 
 NOISE = np.array([0.8, 0.5, 0.2])
@@ -33,7 +37,13 @@ def made_up(queries: int, seed: int, first_exit: int = 1) -> QueryLogits:
     reference = drawn.normal(scale=2.0, size=sizes.sum())
     early = reference + noise[:, None] * drawn.normal(size=(len(noise), len(reference)))
     logits = np.concatenate([early, reference[None]]).astype(np.float32)
-    return QueryLogits(logits, np.cumsum([0, *sizes]), reference.astype(np.float32), first_exit)
+    starts = np.cumsum([0, *sizes])
+    exits = Exits.numbered(first_exit, len(logits))
+    return QueryLogits(logits, starts, reference.astype(np.float32), exits)
+
+
+def certify(rows: QueryLogits, errors: Floats, bound: Bound) -> Certified:
+    return certify_units(QueryEvidence(rows, errors, TOP), bound)
 
 
 def rule_for(top: int, factor: float, first_exit: int) -> TopK:
@@ -46,11 +56,11 @@ def live(rows: QueryLogits, rule: TopK) -> tuple[list[int], list[bool]]:
     """The exits of documents in live runs that give these logits, and which queries changed."""
     exits: list[int] = []
     changed = []
-    runner = unnamed_task(ProblemType.RANKING, 1).runner(rule, rows.exits)
+    runner = unnamed_task(ProblemType.RANKING, 1).runner(rule, rows.exits.numbers)
     for start, end in pairwise(rows.starts):
         logits = rows.logits[:, start:end]
         own = runner.exits_of(logits[..., None])
-        left = own < rows.exits[-1]
+        left = own < rows.exits.last
         reference = rows.reference[start:end].astype(np.float64)
         changed.append(changed_sets(logits[-1:], left[None], reference[None], rule.top)[0])
         exits += own.tolist()
@@ -92,7 +102,7 @@ def test_full_depth_changes_nothing_but_rounding() -> None:
     stops = stops_of(Budget(exit=4), rows, TOP)
     assert (stops.exits == 4).all()
     assert not stops.changed.any()
-    rounded = QueryLogits(np.round(rows.logits), rows.starts, rows.reference)
+    rounded = replace(rows, logits=np.round(rows.logits))
     assert stops_of(Budget(exit=4), rounded, TOP).changed.any()
 
 
@@ -107,7 +117,9 @@ def test_errors_are_those_of_documents_near_the_top() -> None:
 def test_bolder_settings_stop_more_documents() -> None:
     rows = made_up(60, 2)
     errors = errors_near_top(rows, TOP)
-    depths = [stops_of(each, rows, TOP).exits.mean() for each in settings(errors, TOP)[::20]]
+    depths = [
+        stops_of(each, rows, TOP).exits.mean() for each in settings(errors, TOP, rows.exits)[::20]
+    ]
     assert depths[0] > 3.5
     assert depths[-1] < 2.5
     costs = np.arange(1.0, 5.0)
@@ -125,7 +137,7 @@ def test_promises_hold_on_new_queries(first_exit: int) -> None:
     broken = 0
     depths = []
     for _ in range(60):
-        certified = certify(world.take(drawn.integers(0, 3000, 120)), errors, TOP, bound)
+        certified = certify(world.take(drawn.integers(0, 3000, 120)), errors, bound)
         assert certified.rule is not None
         stops = stops_of(certified.rule, world, TOP)
         broken += stops.changed.mean() > 0.1
@@ -146,15 +158,15 @@ def test_fewer_documents_leave_where_a_batch_holds_a_part_of_the_query() -> None
 
 
 def test_too_few_queries_certify_nothing() -> None:
-    certified = certify(made_up(58, 6), NOISE, TOP, Bound(changed_answers=0.05))
+    certified = certify(made_up(58, 6), NOISE, Bound(changed_answers=0.05))
     assert (certified.rule, certified.certificate) == (None, None)
     assert "58 queries are too few; 59 queries are the least" in certified.failed
-    assert certify(made_up(59, 6), NOISE, TOP, Bound(changed_answers=0.05)).certificate
+    assert certify(made_up(59, 6), NOISE, Bound(changed_answers=0.05)).certificate
 
 
 def test_rounding_that_changes_too_much_certifies_nothing() -> None:
     rows = made_up(100, 7)
-    rounded = QueryLogits(np.round(rows.logits), rows.starts, rows.reference)
-    certified = certify(rounded, NOISE, TOP, Bound(changed_answers=0.05))
+    rounded = replace(rows, logits=np.round(rows.logits))
+    certified = certify(rounded, NOISE, Bound(changed_answers=0.05))
     assert certified.rule is None
     assert "full depth changes" in certified.failed

@@ -23,6 +23,7 @@ from fpabee.calibration.result import outcome
 from fpabee.calibration.scoring import Scorer
 from fpabee.calibration.settings import StopScores
 from fpabee.runtime import RULES
+from fpabee.runtime.artifact.exits import Exits
 
 from .conftest import make_rows
 
@@ -180,7 +181,7 @@ def test_pictures_are_the_same_bytes_and_nothing_global_is_touched(
 )
 def test_a_loss_that_rounds_to_nothing_is_no_gain(drop: float, said: str) -> None:
     scorer = Scorer(make_rows(), "accuracy")
-    found = outcome(scorer, np.full(600, 6), range(1, 7))
+    found = outcome(scorer, np.full(600, 6), Exits.numbered(1, 6))
     assert _lost_in_words(dataclasses.replace(found, drop=drop), None).startswith(said)
 
 
@@ -190,5 +191,5 @@ def test_a_loss_that_rounds_to_nothing_is_no_gain(drop: float, said: str) -> Non
 )
 def test_an_interval_of_losses_says_so_once(low: float, said: str) -> None:
     scorer = Scorer(make_rows(), "accuracy")
-    found = outcome(scorer, np.full(600, 6), range(1, 7))
+    found = outcome(scorer, np.full(600, 6), Exits.numbered(1, 6))
     assert _lost_in_words(dataclasses.replace(found, interval=(low, 1.1)), None).endswith(said)

@@ -9,6 +9,7 @@ from fpabee.calibration.result import drop_interval, outcome
 from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
 from fpabee.calibration.settings import exits_of
 from fpabee.runtime import Entropy, ProblemType
+from fpabee.runtime.artifact.exits import Exits
 from fpabee.runtime.quality import evaluate
 
 from ..conftest import CLASSIFICATION
@@ -91,7 +92,7 @@ def test_a_label_that_loses_most_of_its_rows_is_named(task: ProblemType) -> None
 def test_an_outcome_counts_layers() -> None:
     rows = make_rows(count=400)
     exits = np.random.default_rng(0).integers(1, 7, 400)
-    found = outcome(Scorer(rows, "accuracy"), exits, range(2, 13, 2))
+    found = outcome(Scorer(rows, "accuracy"), exits, Exits.of_layers(range(2, 13, 2)))
     assert found.mean_depth == pytest.approx(2 * exits.mean())
     assert sum(found.exits) == found.rows == 400
     assert found.interval[0] < found.drop < found.interval[1]

@@ -27,7 +27,7 @@ from ..runtime.targets import runnable_targets
 from . import options, promises
 from .command import READING, command
 from .console import echo, step_progress
-from .points import show, to_dict
+from .points import KINDS
 
 
 @command(
@@ -127,6 +127,7 @@ def main(
     test = None
     if wanted.test is not None:
         test = Report(list(read_rows(wanted.test, wanted.reading)), Path(wanted.test).name)
+    shown = KINDS["predict"]  # rerankers are refused
     results = []
     try:
         for name in names:
@@ -135,13 +136,13 @@ def main(
                 result = calibrate(engines, rows, asked, progress, report=test)
             results.append(result)
             if not as_json:
-                show([result])
+                shown.show([result])
                 promises.say_condition(point.certificate for point in result.points)
                 following = ["fpabee-run", str(engines), str(data), "--target", result.target]
                 echo(f"next: {shlex.join(following)}")
     finally:  # an error loses no target that is done
         if as_json and results:
-            contents = [to_dict(result) for result in results]
+            contents = [shown.to_dict(result) for result in results]
             click.echo(msgspec.json.encode(contents if all_targets else contents[0]).decode())
     if report is not None:
         write_report(result, report)

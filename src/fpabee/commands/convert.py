@@ -18,9 +18,10 @@ from ..exporter.exit_config import Pooling
 from ..exporter.paths import check_apart, check_new, resolved
 from ..exporter.unfinished import partial_of
 from ..runtime.machine import require
-from . import options, points, promises, rankings
+from . import options, promises
 from .command import READING, command
 from .console import echo, echo_wrapped, hide_bars_of_hub, step_progress
+from .points import KINDS, Shown
 
 _SEEN = {
     Pooling.MEAN: "the mean of the tokens",
@@ -156,7 +157,9 @@ def main(
 def _show(result: Conversion) -> None:
     """The result in plain words."""
     train, choose, calibrate, report = (f"{count:,}" for count in result.parts)
-    what = "queries" if result.rankings else "texts"
+    shown = _shown(result)
+    results = getattr(result, shown.results)
+    what = shown.unit
     others = f", and {result.train_texts:,} train {what}" if result.train_texts else ""
     distinct = f"{result.texts:,} of them distinct"
     echo(f"{result.folder}: made with {result.rows:,} {what}, {distinct}{others}")
@@ -164,12 +167,8 @@ def _show(result: Conversion) -> None:
         f"{train} trained exits, {choose} chose the best, {calibrate} certified them; the other "
         f"{report} decided nothing"
     )
-    if result.rankings:
-        rankings.show(result.rankings, result.default_target)
-        certificates = [point.certificate for point in result.rankings]
-    else:
-        points.show(result.targets, result.default_target)
-        certificates = [point.certificate for each in result.targets for point in each.points]
+    shown.show(results, result.default_target)
+    certificates = [point.certificate for each in results for point in each.points]
     promises.say_condition(certificates, what)
     if result.texts < result.rows and result.traffic is not None:
         echo_wrapped(f"counted as often as they occur, {result.traffic:.2%} of the answers change")
@@ -181,13 +180,16 @@ def _show(result: Conversion) -> None:
         echo_wrapped(f"warning: {warning}")
 
 
+def _shown(result: Conversion) -> Shown[Any]:
+    """How the results are shown: in the way of the kind of model that has any."""
+    return next(kind for kind in KINDS.values() if getattr(result, kind.results))
+
+
 def _heads(result: Conversion) -> str:
     """The heads of the exits, and how they agree with the classifier."""
     form = result.chosen.form
     agreement = ", ".join(f"{100 * share:.0f}" for share in result.chosen.agreement)
-    agrees = f"exits agree with the classifier on {agreement} %"
-    if result.rankings:
-        agrees = f"rank correlation of the exits with the reranker: {agreement} %"
+    agrees = _shown(result).agreement.format(agreement)
     layer = f"a hidden layer of {form.width}" if form.width else "linear"
     every = "" if form.every == 1 else f" after every {form.every} layers"
     seen = f"{form.queries} weighted means of the tokens" if form.queries else _SEEN[form.pooling]
@@ -197,8 +199,8 @@ def _heads(result: Conversion) -> str:
 def to_dict(result: Conversion) -> dict[str, Any]:
     """The result for JSON."""
     content = {field.name: getattr(result, field.name) for field in fields(result)}
-    return content | {
-        "folder": str(result.folder),
-        "targets": [points.to_dict(target) for target in result.targets],
-        "rankings": [rankings.to_dict(point) for point in result.rankings],
+    results = {
+        kind.results: [kind.to_dict(each) for each in getattr(result, kind.results)]
+        for kind in KINDS.values()
     }
+    return content | {"folder": str(result.folder)} | results

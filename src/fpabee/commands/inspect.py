@@ -24,7 +24,7 @@ from ..runtime.tasks import task_of
 from . import options
 from .command import command, in_terms_of_options
 from .console import echo, echo_wrapped, table_console
-from .rankings import certificate_in_words
+from .points import ranking_in_words
 
 
 @command(
@@ -174,7 +174,7 @@ def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
 
 def _promised(point: OperatingPoint) -> str:
     if point.certificate is not None and "top" in point.rule:
-        return certificate_in_words(point.certificate, point.rule["top"])
+        return ranking_in_words(point.certificate, point.rule["top"])
     if point.certificate is not None:
         return str(point.certificate)
     return "no guarantee" if point.goal is None else f"no guarantee; goal: {point.goal}"

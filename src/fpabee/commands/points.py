@@ -1,108 +1,286 @@
-"""What a calibration found: as a table with sentences, and as JSON."""
+"""What was found about operating points: as a table with sentences, and as JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
 
-from ..calibration.report.words import exit_0_in_words, promise_in_words
+from ..calibration.ranking import RankingOutcome, RankingPoint
+from ..calibration.report.words import (
+    exit_0_in_words,
+    promise_in_words,
+    share_interval_in_words,
+)
 from ..calibration.result import Calibration, Point
-from ..calibration.scoring import AGREEMENT
-from ..runtime.artifact.operating_point import Goal
+from ..calibration.scoring import AGREEMENT, exits_of_rows
+from ..runtime.artifact.operating_point import Certificate, Goal
 from ..runtime.rules.words import rule_in_words
 from .console import echo, echo_cells, echo_wrapped
 
-# Of the figures in the table.
-_WIDTHS = (8, 12, 6, 8)
-# Of the heads above them, one of which spans two columns.
-_HEAD_WIDTHS = (8, 19, 8)
+AnyResult = TypeVar("AnyResult", bound=Calibration | RankingPoint)
+"""The operating points of a target."""
 
 
-def show(results: Sequence[Calibration], default_target: str | None = None) -> None:
-    """Print a table of all operating points, and sentences about each, in lines of 80 columns.
+class Shown(ABC, Generic[AnyResult]):
+    """How the results of a kind of model are shown.
 
-    Args:
-        results: one for each target.
-        default_target: the target to name as the default; None: none of them.
+    Attributes:
+        results: the field of a `Conversion` that has them.
+        unit: what promises are about.
+        agreement: how the exits agree with the model that was converted, with a place for numbers.
+        widths: of the figures in the table.
     """
-    for result in results:
-        metric = result.points[0].held_out.metric
-        echo(
-            f"{result.target}: {len(result.rows):,} rows, {result.layers[-1]} layers, "
-            f"{metric} {result.full_depth_score:.4f} at full depth"
-        )
-    echo("")
-    first = results[0].points[0]
-    is_agreement = first.held_out.metric == AGREEMENT
-    what = "flags" if results[0].rows.decides_by_flags else "answers"
-    show_heads((what, "changed") if is_agreement else ("points", "lost"))
-    for result in results:
-        for point in result.points:
-            single, *_, file = [f"{ratio:.1f}" for ratio in (*point.measured.values(),) * 2]
-            layers = f"{point.chosen_on.mean_depth:.2f}"
-            loss = _lost(point, is_agreement) if result.is_judged(point) else "unknown"
-            name = _name(point, result, default_target)
-            echo_cells(name, (layers, single, file, loss), _WIDTHS)
-    for result in results:
+
+    results: ClassVar[str]
+    unit: ClassVar[str]
+    agreement: ClassVar[str]
+    widths: ClassVar[tuple[int, ...]]
+
+    def show(self, results: Sequence[AnyResult], default_target: str | None = None) -> None:
+        """Print a table of all operating points, and sentences about each; it fits 80 columns.
+
+        Args:
+            results: one for each target.
+            default_target: the target to name as the default; None: none of them.
+        """
+        for line in self._introduction(results):
+            echo(line)
         echo("")
-        for point in result.points:
-            parts = [promise_in_words(point, result)]
-            if isinstance(point.goal, Goal):
-                parts.append(f"goal: {point.goal}")
-            if not point.refusal:
-                parts.append(rule_in_words(point.rule))
-            echo_wrapped(f"{_name(point, result, default_target)}: {'; '.join(parts)}")
-        if result.rows.first_exit == 0:
-            default = [point for point in result.points if point.name == result.default]
-            shown = next(iter(default), result.points[0])
-            echo_wrapped(f"exit 0 answers at {shown.name}: {exit_0_in_words(shown)}")
-        for warning in result.warnings:
-            echo_wrapped(f"warning: {warning}")
+        self._show_heads(results)
+        for result in results:
+            for point in result.points:
+                cells = self._cells(result, point)
+                echo_cells(_name(result, point, default_target), cells, self.widths)
+        for paragraph in self._paragraphs(results, default_target):
+            echo("")
+            for line in paragraph:
+                echo_wrapped(line)
+
+    @abstractmethod
+    def to_dict(self, result: AnyResult) -> dict[str, Any]:
+        """A result for JSON."""
+
+    def _introduction(self, results: Sequence[AnyResult]) -> list[str]:
+        """What is said before the table."""
+        return []
+
+    @abstractmethod
+    def _show_heads(self, results: Sequence[AnyResult]) -> None:
+        """Print the heads of the table."""
+
+    @abstractmethod
+    def _cells(self, result: AnyResult, point: Any) -> tuple[str, ...]:
+        """The figures of a point."""
+
+    @abstractmethod
+    def _paragraphs(
+        self, results: Sequence[AnyResult], default_target: str | None
+    ) -> Iterator[list[str]]:
+        """The sentences after the table, with an empty line before each list of them."""
 
 
-def show_heads(lost: tuple[str, str]) -> None:
-    """Print the heads of the table.
+class _Texts(Shown[Calibration]):
+    """Texts that get labels."""
+
+    results = "targets"
+    unit = "texts"
+    agreement = "exits agree with the classifier on {} %"
+    widths = (8, 12, 6, 8)
+
+    def to_dict(self, result: Calibration) -> dict[str, Any]:
+        points = [
+            {
+                "name": point.name,
+                "goal": str(point.goal),
+                "rule": point.rule.to_dict(),
+                "chosen_on": point.chosen_on,
+                "held_out": point.held_out,
+                "measured_speedup": point.measured,
+                "certificate": point.certificate,
+                "promise": promise_in_words(point, result),
+            }
+            for point in result.points
+        ]
+        return {
+            "target": result.target,
+            "rows": len(result.rows),
+            "held_out": result.held_out,
+            "default": result.default,
+            "points": points,
+            "warnings": result.warnings,
+        }
+
+    def _introduction(self, results: Sequence[Calibration]) -> list[str]:
+        return [
+            f"{result.target}: {len(result.rows):,} rows, {result.layers[-1]} layers, "
+            f"{result.points[0].held_out.metric} {result.full_depth_score:.4f} at full depth"
+            for result in results
+        ]
+
+    def _show_heads(self, results: Sequence[Calibration]) -> None:
+        what = "flags" if results[0].rows.decides_by_flags else "answers"
+        is_agreement = _is_agreement(results[0].points[0])
+        show_heads_of_texts((what, "changed") if is_agreement else ("points", "lost"))
+
+    def _cells(self, result: Calibration, point: Point) -> tuple[str, ...]:
+        single, *_, file = [f"{ratio:.1f}" for ratio in (*point.measured.values(),) * 2]
+        lost = "unknown"
+        if result.is_judged(point):
+            held = point.held_out
+            changed = f"{100 * (1 - held.score):.2f} %"
+            lost = changed if _is_agreement(point) else f"{held.drop:+.2f}"
+        return f"{point.chosen_on.mean_depth:.2f}", single, file, lost
+
+    def _paragraphs(
+        self, results: Sequence[Calibration], default_target: str | None
+    ) -> Iterator[list[str]]:
+        for result in results:
+            lines = []
+            for point in result.points:
+                parts = [promise_in_words(point, result)]
+                if isinstance(point.goal, Goal):
+                    parts.append(f"goal: {point.goal}")
+                if not point.refusal:
+                    parts.append(rule_in_words(point.rule))
+                lines.append(f"{_name(result, point, default_target)}: {'; '.join(parts)}")
+            for number in exits_of_rows(result.rows).before_layers:
+                default = [point for point in result.points if point.name == result.default]
+                shown = next(iter(default), result.points[0])
+                lines.append(f"exit {number} answers at {shown.name}: {exit_0_in_words(shown)}")
+            yield [*lines, *(f"warning: {warning}" for warning in result.warnings)]
+
+
+class _Queries(Shown[RankingPoint]):
+    """Queries whose documents are put in order."""
+
+    results = "rankings"
+    unit = "queries"
+    agreement = "rank correlation of the exits with the reranker: {} %"
+    widths = (10, 9, 11, 13)
+
+    def to_dict(self, result: RankingPoint) -> dict[str, Any]:
+        return {
+            "target": result.target,
+            "name": result.name,
+            "top": result.top,
+            "rule": result.rule.to_dict(),
+            "layers": result.layers,
+            "chosen_on": _counts(result.chosen_on),
+            "held_out": _counts(result.held_out),
+            "without_scores": _counts(result.without_scores),
+            "batches": {str(size): _counts(each) for size, each in result.batches.items()},
+            "times": result.times,
+            "certificate": result.certificate,
+            "promise": _promise(result),
+        }
+
+    def _show_heads(self, results: Sequence[RankingPoint]) -> None:
+        show_heads_of_queries(results[0].times.documents, results[0].top)
+
+    def _cells(self, result: RankingPoint, point: RankingPoint) -> tuple[str, ...]:
+        held = point.held_out
+        return (
+            f"{point.chosen_on.mean_depth:.2f}",
+            f"{point.times.milliseconds:.1f}",
+            f"{point.times.times_faster:.1f}",
+            f"{held.changed} of {held.queries:,}",
+        )
+
+    def _paragraphs(
+        self, results: Sequence[RankingPoint], default_target: str | None
+    ) -> Iterator[list[str]]:
+        lines = [f"{_name(each, each, default_target)}: {_promise(each)}" for each in results]
+        default = next(each for each in results if each.target == default_target)
+        if default.rule.exit_0_threshold is not None:
+            left, *_ = default.held_out.exits
+            share = left / max(1, sum(default.held_out.exits))
+            lines.append(
+                f"by their scores, {share:.1%} of the documents of these queries leave before "
+                "layer 1; the promise also holds without scores"
+            )
+        in_batches = [
+            f"{each.mean_depth:.2f} in batches of {size}" for size, each in default.batches.items()
+        ]
+        lines.append(
+            "a packed file compares documents within a batch: layers per document of queries that "
+            f"decided nothing are {default.without_scores.mean_depth:.2f} in batches of whole "
+            f"queries, {' and '.join(in_batches)}"
+        )
+        yield lines
+
+
+KINDS: dict[str, Shown[Any]] = {"predict": _Texts(), "rank": _Queries()}
+"""How results are shown, by the method of `Engine` that asks the model."""
+
+
+def show_heads_of_texts(lost: tuple[str, str]) -> None:
+    """Print the heads of the table of a classifier.
 
     Args:
         lost: the two words over the last column, such as `answers` and `changed`.
     """
+    # One of these spans two columns.
     for heads in (("", "times faster than", ""), ("layers", "all layers", lost[0])):
-        echo_cells("", heads, _HEAD_WIDTHS)
-    echo_cells("target and operating point", ("per text", "single text", "file", lost[1]), _WIDTHS)
+        echo_cells("", heads, (8, 19, 8))
+    heads_of_figures = ("per text", "single text", "file", lost[1])
+    echo_cells("target and operating point", heads_of_figures, _Texts.widths)
 
 
-def to_dict(result: Calibration) -> dict[str, Any]:
-    """The result for JSON."""
-    points = [
-        {
-            "name": point.name,
-            "goal": str(point.goal),
-            "rule": point.rule.to_dict(),
-            "chosen_on": point.chosen_on,
-            "held_out": point.held_out,
-            "measured_speedup": point.measured,
-            "certificate": point.certificate,
-            "promise": promise_in_words(point, result),
-        }
-        for point in result.points
-    ]
-    return {
-        "target": result.target,
-        "rows": len(result.rows),
-        "held_out": result.held_out,
-        "default": result.default,
-        "points": points,
-        "warnings": result.warnings,
-    }
+def show_heads_of_queries(documents: int, top: int) -> None:
+    """Print the heads of the table of a reranker.
+
+    Args:
+        documents: how many documents the timed queries have.
+        top: how many of them are wanted.
+    """
+    for name, cells in (
+        ("", ("", "", "times", "")),
+        ("", ("layers per", f"ms for {documents}", "faster than", "queries with")),
+        (
+            "target and operating point",
+            ("document", "documents", "all layers", f"other top {top}"),
+        ),
+    ):
+        echo_cells(name, cells, _Queries.widths)
 
 
-def _name(point: Point, result: Calibration, default_target: str | None) -> str:
+def ranking_in_words(certificate: Certificate, top: object) -> str:
+    """What is guaranteed of rankings.
+
+    Args:
+        certificate: that of an operating point.
+        top: how many documents are wanted.
+    """
+    (promise,) = certificate.promises
+    most = f"at most {promise.at_most:g} % of new queries have another top {top}"
+    return f"{most}, with {certificate.confidence:.4g} % confidence"
+
+
+def _name(result: Calibration | RankingPoint, point: Point, default_target: str | None) -> str:
     """A target and an operating point; default is what runs if neither is named."""
     is_default = point.name == result.default and default_target in (None, result.target)
     return f"{result.target} {point.name}{' (default)' * is_default}"
 
 
-def _lost(point: Point, is_agreement: bool) -> str:
-    """The drop in points; for agreement, the share of changed answers."""
+def _is_agreement(point: Point) -> bool:
+    return point.held_out.metric == AGREEMENT
+
+
+def _counts(outcome: RankingOutcome) -> dict[str, Any]:
+    """What a rule gave on queries, for JSON."""
+    names = ("queries", "changed", "changed_at_full_depth", "mean_depth", "exits")
+    return {name: getattr(outcome, name) for name in names}
+
+
+def _promise(point: RankingPoint) -> str:
+    """What a point promises, or why it promises nothing, and how it did on other queries."""
+    if point.certificate is None:
+        return f"No guarantee: every document runs through all layers, since {point.refusal}"
     held = point.held_out
-    return f"{100 * (1 - held.score):.2f} %" if is_agreement else f"{held.drop:+.2f}"
+    interval = share_interval_in_words(held.changed, held.queries, point.certificate)
+    promised = ranking_in_words(point.certificate, point.top)
+    rows = point.certificate.promises[0].rows
+    tested = f"tested on {rows:,} of {point.chosen_on.queries:,} queries"
+    judged = f"of those that decided nothing, {held.changed} of {held.queries:,} have one"
+    return f"{promised}, {tested}; {judged} {interval}"

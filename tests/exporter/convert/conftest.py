@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from fpabee.calibration import Bound
+from fpabee.calibration.progress import Progress
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.convert import (
     Conversion,
@@ -34,6 +35,7 @@ from ...doubles.hub import serve
 
 SINGLE = ProblemType.SINGLE_LABEL
 MULTI = ProblemType.MULTI_LABEL
+RANKING = ProblemType.RANKING
 LABELS = ("no", "perhaps", "yes")
 # Families, with settings that change their heads.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -203,6 +205,23 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # With so many changes allowed, some hundred texts certify something.
 OPTIONS = ConvertOptions(bound=Bound(changed_answers=0.1))
+
+
+@pytest.fixture
+def convert_here(
+    telling: Mapping[str, Path], texts: Path, quick: None, tmp_path: Path
+) -> Callable[..., Conversion]:
+    """Converts the classifier with one label for each text, or another model, to `engines`."""
+
+    def run(
+        options: ConvertOptions = OPTIONS,
+        *progress: Progress,
+        file: Path = texts,
+        model: Path = telling[SINGLE.value],
+    ) -> Conversion:
+        return convert(model, file, tmp_path / "engines", options, *progress)
+
+    return run
 
 
 @dataclass

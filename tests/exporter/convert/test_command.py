@@ -23,17 +23,18 @@ from fpabee.calibration.costs import StoppingCosts
 from fpabee.calibration.ranking import QueryTimes, RankingOutcome, RankingPoint
 from fpabee.calibration.result import Calibration, Outcome, Point
 from fpabee.calibration.scoring import LabelledLogits
-from fpabee.commands import rankings
 from fpabee.commands.convert import main
+from fpabee.commands.points import KINDS
 from fpabee.exporter import single_file
 from fpabee.exporter.convert import Conversion, classifier, workflow
 from fpabee.exporter.convert.options import Chosen, Form
 from fpabee.exporter.exit_config import Pooling
 from fpabee.runtime import Budget, Confidence, TopK
-from fpabee.runtime.artifact.manifest import ProblemType
+from fpabee.runtime.artifact.manifest import ProblemType, Task
 from fpabee.runtime.artifact.operating_point import Certificate, Promise
+from fpabee.runtime.tasks import task_of
 
-from .conftest import SINGLE
+from .conftest import RANKING, SINGLE
 
 CERTIFICATE = Certificate(
     confidence=95.0,
@@ -109,7 +110,6 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
                 certified("openvino-bf16", CERTIFICATE, 4.8),
                 certified("openvino-int8", None, 6.0),
             ),
-            rankings=(),
             exit_layers=(0, 2, 4, 6),
             chosen=Chosen((0.81, 0.938), form, 0.021, 0.4),
             rows=4000,
@@ -164,19 +164,24 @@ def test_the_summary_says_what_is_guaranteed_and_what_is_not(
 def ranked(target: str, changed: int, certificate: Certificate | None) -> RankingPoint:
     """What a target with six layers promises of rankings, or why it does not."""
     outcome = RankingOutcome(
-        queries=60,
-        changed=changed,
-        changed_at_full_depth=1,
+        metric="unchanged_top",
+        score=1 - changed / 60,
+        full_depth_score=1 - 1 / 60,
+        drop=0.0,
+        interval=(0.0, 0.0),
         mean_depth=2.94,
         exits=(600, 300, 2100),
+        rows=60,
     )
     rule = TopK(top=10, threshold=(-0.5, 0.0), exit_0_threshold=-2.0)
     return RankingPoint(
         target=target,
         name="changed-5",
+        goal=Bound(changed_answers=0.05),
+        measured={"1": 2.0},
         top=10,
         rule=rule if certificate else Budget(exit=2),
-        chosen_on=replace(outcome, queries=540),
+        chosen_on=replace(outcome, rows=540),
         held_out=outcome,
         without_scores=replace(outcome, mean_depth=3.02),
         batches={8: replace(outcome, mean_depth=4.51), 32: replace(outcome, mean_depth=3.17)},
@@ -227,9 +232,21 @@ def test_the_summary_of_a_ranking_counts_the_queries_that_changed(
     assert found["rankings"][0]["times"]["documents"] == 100
 
 
+def test_every_kind_of_model_is_converted_and_shown() -> None:
+    labels = {kind: ("a", "b")[: 1 + (kind is not RANKING)] for kind in ProblemType}
+    tasks = {kind: task_of(Task(problem_type=kind, labels=labels[kind])) for kind in ProblemType}
+    assert {kind: job.what for kind, job in workflow._TASKS.items()} == {
+        kind: task.unit for kind, task in tasks.items()
+    }
+    assert {task.method for task in tasks.values()} == {*KINDS}
+    for kind, task in tasks.items():
+        shown = KINDS[task.method]
+        assert (shown.unit, shown.results) == (task.unit, workflow._TASKS[kind].results)
+
+
 def test_a_long_name_of_a_ranking_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
     name = "tensorrt-rtx-fp16-sm86-sm89-sm120"
-    rankings.show([ranked(name, 3, None)], name)
+    KINDS["rank"].show([ranked(name, 3, None)], name)
     assert f"\n{name} changed-5 (default)\n" in capsys.readouterr().out
 
 

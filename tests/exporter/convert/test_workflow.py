@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import util
@@ -20,9 +20,16 @@ import torch
 from transformers import AutoTokenizer
 
 from fpabee.calibration import Bound, calibrate
-from fpabee.calibration.guarantee import useful_rows
+from fpabee.calibration.exact import useful_rows
 from fpabee.calibration.scoring import Scorer
-from fpabee.exporter.convert import ConvertOptions, classification, convert, places, workflow
+from fpabee.exporter.convert import (
+    Conversion,
+    ConvertOptions,
+    classification,
+    convert,
+    places,
+    workflow,
+)
 from fpabee.exporter.convert.classification import Classification
 from fpabee.exporter.convert.classifier import Classifier
 from fpabee.exporter.convert.heads import PASSES
@@ -46,6 +53,8 @@ from fpabee.runtime.files import Row, read_rows
 
 from ...closeness import assert_exported
 from .conftest import MULTI, OPTIONS, SINGLE, TEXTS, Converted
+
+Convert = Callable[..., Conversion]
 
 
 def test_what_certifies_has_neither_trained_nor_chosen(
@@ -151,7 +160,7 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     converted: Converted,
     telling: Mapping[str, Path],
     texts: Path,
-    quick: None,
+    convert_here: Convert,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -160,7 +169,7 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     shutil.copytree(converted.folder, folder)
     unknown.write_text(texts.read_text().replace("yes", "maybe"))
     bound = Bound(changed_answers=0.2, missed=0.3, thresholds={"yes": 0.7})
-    given = (telling[MULTI.value], unknown, folder)
+    given = {"file": unknown, "model": telling[MULTI.value]}
     options = ConvertOptions(bound, force=True)
     seen: list[str] = []
 
@@ -178,7 +187,7 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     times = f"{FP32_TARGET}: choose"
     for stop, error in (("segment", KeyboardInterrupt()), ("segment", defect), (times, broken)):
         with pytest.raises(type(error)) as caught:
-            convert(*given, options, until(stop, error))
+            convert_here(options, until(stop, error), **given)
         (steps,) = (tmp_path / "engines.partial").iterdir()
         assert len([*steps.glob("logits-*.npy")]) == 1
         if isinstance(error, KeyboardInterrupt):
@@ -186,7 +195,7 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
     assert seen.count("segment_01") == 3
     del seen[:]
     monkeypatch.setattr(Scorer, "lost_label", lambda *_: "'yes' is lost")
-    result = convert(*given, replace(options, threads=1), until("nothing", broken))
+    result = convert_here(replace(options, threads=1), until("nothing", broken), **given)
     assert "run the classifier" not in seen
     assert sorted(path.name for path in tmp_path.iterdir()) == ["engines", "texts.jsonl"]
     (target,) = result.targets
@@ -212,7 +221,10 @@ def test_an_interrupted_conversion_continues_and_replaces_a_folder(
 
 
 def test_exits_learn_from_train_texts_and_the_others_certify(
-    telling: Mapping[str, Path], quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    telling: Mapping[str, Path],
+    convert_here: Convert,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     texts, others = TEXTS[:400], TEXTS[380:]
     files = []
@@ -227,8 +239,7 @@ def test_exits_learn_from_train_texts_and_the_others_certify(
         return bag_of_ngrams.learn(train, choose, *given)
 
     monkeypatch.setattr(classification, "learn", noting)
-    options = replace(OPTIONS, train_texts=files[1])
-    result = convert(telling[SINGLE.value], files[0], tmp_path / "engines", options)
+    result = convert_here(replace(OPTIONS, train_texts=files[1]), file=files[0])
     train, choose, calibrate, report = result.parts
     assert len(taught[1].rows) == choose
     assert train + choose == result.train_texts == len(TEXTS) - 400
@@ -244,23 +255,17 @@ def test_exits_learn_from_train_texts_and_the_others_certify(
 
 
 def test_few_texts_are_said_before_the_model_is_loaded(
-    telling: Mapping[str, Path],
-    texts: Path,
-    quick: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    convert_here: Convert, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workflow, "Classifier", lambda *_: 1 / 0)
     few = tmp_path / "few.txt"
     few.write_text("\n".join(TEXTS[:60]))
     for file in (texts, few):
-        with pytest.raises(
-            InputError, match=r"about (8|9)00 distinct texts are needed, and [0-9,]+"
-        ):
-            convert(telling[SINGLE.value], file, tmp_path / "engines")
+        with pytest.raises(InputError, match=r"about (8|9)00 distinct texts are needed, and \d+"):
+            convert_here(None, file=file)
     monkeypatch.setattr(workflow, "_FEW", 1000)
     monkeypatch.setattr(workflow, "Classifier", Classifier)
-    result = convert(telling[SINGLE.value], texts, tmp_path / "engines", OPTIONS)
+    result = convert_here()
     assert "few texts certify" in result.warnings[-1]
 
 
@@ -271,20 +276,16 @@ def stopped(what: str, *_: int) -> None:
 
 
 @pytest.fixture
-def can_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+def can_int8(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this machine could quantize, and run all targets."""
     monkeypatch.setattr(places, "require", lambda _: None)
     monkeypatch.setattr(places, "check_buildable", lambda _: None)
     monkeypatch.setattr(workflow, "buildable", list)
 
 
+@pytest.mark.usefixtures("can_int8")
 def test_int8_takes_its_ranges_from_texts_that_train(
-    telling: Mapping[str, Path],
-    texts: Path,
-    quick: None,
-    can_int8: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    convert_here: Convert, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a conversion without int8 does not continue one with it."""
     asked: list[tuple[list[str], list[Text]]] = []
@@ -296,9 +297,8 @@ def test_int8_takes_its_ranges_from_texts_that_train(
     monkeypatch.setattr(workflow, "build_targets", build_targets)
     steps = []
     for with_int8 in (False, True):
-        options = replace(OPTIONS, int8=with_int8)
         with pytest.raises(KeyboardInterrupt):
-            convert(telling[SINGLE.value], texts, tmp_path / "engines", options)
+            convert_here(replace(OPTIONS, int8=with_int8))
         steps += [path.name for path in (tmp_path / "engines.partial").iterdir()]
     parts = split(read_rows(texts))
     taught = [parts.units[number].content for number in parts.taught]
@@ -311,21 +311,16 @@ def test_int8_takes_its_ranges_from_texts_that_train(
     assert len(set(steps)) == 2
 
 
+@pytest.mark.usefixtures("can_int8")
 def test_what_is_refused_is_said_once(
-    telling: Mapping[str, Path],
-    texts: Path,
-    quick: None,
-    can_int8: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    convert_here: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build_targets(folder: Path, names: Sequence[str], *_: object, **__: object) -> BuildResult:
         error = CheckError("int8 changes answers", "give more texts")
         return BuildResult(read_manifest(folder), {}, dict.fromkeys(INT8_TARGETS, error))
 
     monkeypatch.setattr(workflow, "build_targets", build_targets)
-    options = replace(OPTIONS, int8=True)
-    result = convert(telling[SINGLE.value], texts, tmp_path / "engines", options)
+    result = convert_here(replace(OPTIONS, int8=True))
     names = ", ".join(INT8_TARGETS)
     assert (
         result.warnings.count(f"not built: {names}: int8 changes answers -> give more texts") == 1
@@ -340,12 +335,7 @@ INT8 = INT8_TARGETS[0]
 @pytest.mark.skipif(util.find_spec("nncf") is None, reason="it needs NNCF")
 @pytest.mark.parametrize("keeps", [True, False])
 def test_the_fastest_target_that_keeps_its_promise_is_the_default(
-    keeps: bool,
-    telling: Mapping[str, Path],
-    texts: Path,
-    quick: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    keeps: bool, convert_here: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if BUILDERS[INT8].why_not() is not None:
         pytest.skip("this CPU cannot run int8")
@@ -362,8 +352,7 @@ def test_the_fastest_target_that_keeps_its_promise_is_the_default(
     monkeypatch.setattr(workflow, "buildable", {INT8_TARGETS: [INT8], OPENVINO_TARGETS: []}.get)
     monkeypatch.setattr(default, "_seconds", lambda *_: seconds)
     monkeypatch.setattr(Classification, "certify", certify_others)
-    options = replace(OPTIONS, bound=Bound(changed_answers=0.1), int8=True)
-    result = convert(telling[SINGLE.value], texts, tmp_path / "engines", options)
+    result = convert_here(replace(OPTIONS, int8=True))
     exact, quantized = result.targets
     assert (exact.target, quantized.target) == (FP32_TARGET, INT8)
     (point,) = quantized.points
@@ -380,31 +369,25 @@ def test_the_fastest_target_that_keeps_its_promise_is_the_default(
         assert re.search(r"\d+ changed answers", point.refusal)
 
 
+@pytest.mark.usefixtures("can_int8")
 def test_int8_that_cannot_be_made_is_refused_before_the_model_is_loaded(
-    telling: Mapping[str, Path],
-    texts: Path,
-    can_int8: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    convert_here: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(names: Sequence[str]) -> None:
         assert names == INT8_TARGETS
         raise BackendError("a CPU with VNNI is needed")
 
-    given = telling[SINGLE.value], texts, tmp_path / "engines"
     options = replace(OPTIONS, int8=True)
     monkeypatch.setattr(workflow, "Classifier", lambda *_: 1 / 0)
     monkeypatch.setattr(builders, "_LEAST_TEXTS", 1000)
     with pytest.raises(InputError, match=r"at least 1000 texts that train, but there are 3\d\d"):
-        convert(*given, options)
+        convert_here(options)
     monkeypatch.setattr(places, "check_buildable", refuse)
     with pytest.raises(BackendError, match="VNNI"):
-        convert(*given, options)
+        convert_here(options)
 
 
-def test_a_conversion_with_other_groups_starts_anew(
-    telling: Mapping[str, Path], quick: None, tmp_path: Path
-) -> None:
+def test_a_conversion_with_other_groups_starts_anew(convert_here: Convert, tmp_path: Path) -> None:
     """A text that has trained would certify otherwise."""
     seen: list[str] = []
     runs: list[int] = []
@@ -419,7 +402,7 @@ def test_a_conversion_with_other_groups_starts_anew(
         rows = [{"text": text, "group": n % groups} for n, text in enumerate(TEXTS)]
         file.write_text("\n".join(map(json.dumps, rows)))
         with pytest.raises(KeyboardInterrupt):
-            convert(telling[SINGLE.value], file, tmp_path / "engines", options, progress)
+            convert_here(options, progress, file=file)
         runs.append(seen.count("run the classifier"))
     first, again, other = runs
     assert 0 < first == again < other
@@ -427,30 +410,24 @@ def test_a_conversion_with_other_groups_starts_anew(
 
 @pytest.mark.parametrize("other", [OPTIONS, ConvertOptions(Bound(changed_answers=0.2))])
 def test_a_second_conversion_into_one_folder_is_refused_and_touches_nothing(
-    other: ConvertOptions, telling: Mapping[str, Path], texts: Path, quick: None, tmp_path: Path
+    other: ConvertOptions, convert_here: Convert, tmp_path: Path
 ) -> None:
-    given = telling[SINGLE.value], texts, tmp_path / "engines"
-
     def progress(what: str, *_: int) -> None:
         if what == "segment_01":
             before = sorted(tmp_path.rglob("*"))
             with pytest.raises(ArtifactError, match=r"partial is being written by another conv"):
-                convert(*given, other)
+                convert_here(other)
             assert sorted(tmp_path.rglob("*")) == before
             refused.append(what)
 
     refused: list[str] = []
-    convert(*given, OPTIONS, progress)
+    convert_here(OPTIONS, progress)
     assert refused
     assert [path.name for path in tmp_path.iterdir()] == ["engines"]
 
 
 def test_a_conversion_that_ends_when_its_folder_has_moved_adds_the_targets_again(
-    telling: Mapping[str, Path],
-    texts: Path,
-    quick: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    convert_here: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextmanager
     def moves_and_ends(target: Path) -> Iterator[Path]:
@@ -458,13 +435,13 @@ def test_a_conversion_that_ends_when_its_folder_has_moved_adds_the_targets_again
             yield new
         raise KeyboardInterrupt
 
-    given = telling[SINGLE.value], texts, tmp_path / "engines", replace(OPTIONS, force=True)
+    options = replace(OPTIONS, force=True)
     with monkeypatch.context() as patch:
         patch.setattr(workflow, "staging", moves_and_ends)
         with pytest.raises(KeyboardInterrupt):
-            convert(*given)
+            convert_here(options)
     first = read_manifest(tmp_path / "engines")
-    convert(*given)
+    convert_here(options)
     again = read_manifest(tmp_path / "engines")
     assert again.default_rule == first.default_rule
     assert again.default_rule["name"] == "budget"
@@ -490,16 +467,20 @@ BAD: dict[str, tuple[Bound, str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_promises_that_cannot_be_kept_are_refused(
-    case: str, telling: Mapping[str, Path], texts: Path, tmp_path: Path
+    case: str, convert_here: Convert, tmp_path: Path
 ) -> None:
     bound, message = BAD[case]
     with pytest.raises(InputError, match=message):
-        convert(telling[SINGLE.value], texts, tmp_path / "engines", ConvertOptions(bound))
+        convert_here(ConvertOptions(bound))
     assert not [*tmp_path.iterdir()]
 
 
 def test_what_is_in_the_way_stays(
-    converted: Converted, telling: Mapping[str, Path], texts: Path, tmp_path: Path
+    converted: Converted,
+    convert_here: Convert,
+    telling: Mapping[str, Path],
+    texts: Path,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(InputError, match="the drop of a metric needs labels"):
         ConvertOptions(Bound(drop=0.1))
@@ -509,7 +490,7 @@ def test_what_is_in_the_way_stays(
     partial.mkdir()
     (partial / "conversion").write_bytes(b"\xff of somebody else")
     with pytest.raises(ArtifactError, match=r"engines\.partial is in the way: it holds conversion"):
-        convert(telling[SINGLE.value], texts, tmp_path / "engines", OPTIONS)
+        convert_here()
     assert [path.name for path in tmp_path.rglob("*")] == ["engines.partial", "conversion"]
 
 
