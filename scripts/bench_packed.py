@@ -176,7 +176,7 @@ def main(engines: Path, source: str, text: str, depth: float, rounds: int) -> No
 
     def packed(rule: Any, for_plan: bool = False) -> bytes:
         protos = load_graphs(folder, manifest.graphs)
-        model = single_graph(protos, manifest, rule, None, for_plan)
+        model = single_graph(protos, manifest, rule, (), for_plan)
         return bytes(ir.to_proto(model).SerializeToString())
 
     graphs = {FULL: packed(never), RULE: packed(rule)}

@@ -13,7 +13,7 @@ from ...runtime.artifact.manifest import Manifest
 from ...runtime.check import Logits, exits_near_ties, shifted
 from ...runtime.encoding import EncodedRow, Text
 from ...runtime.rules.measures import Array, Integers, Mask
-from ...runtime.rules.rules import ExitRule, TopK, before_top
+from ...runtime.rules.rules import ExitRule, ThresholdRule
 from ...runtime.tasks import Task, task_of
 from ...runtime.tasks.task import Tolerance
 from .query_nodes import GAP
@@ -83,7 +83,7 @@ class Cases:
         """The exit of each row: `[rows]`."""
         return self.task.simulate(self.expected, rule, self.manifest.exits[0]).exits
 
-    def scores(self, rule: ExitRule) -> Array:
+    def scores(self, rule: ThresholdRule) -> Array:
         """What the rule compares with its threshold, in any shape; may not be finite."""
         return self.task.simulate(self.expected, rule, self.manifest.exits[0]).scores
 
@@ -130,16 +130,15 @@ class QueryCases(Cases):
             exits[rows] = runner.exits_of(self.expected[:, rows])
         return exits
 
-    def scores(self, rule: ExitRule) -> Array:
+    def scores(self, rule: ThresholdRule) -> Array:
         """See `Cases`: how far documents are behind the last of the best, without the last exit.
 
         Other documents never leave, so a threshold among their scores would decide nothing.
         """
-        if not isinstance(rule, TopK):
-            return np.zeros(0)
         every = [
-            before_top(self.expected[:-1, rows, 0].astype(np.float64), rule.top).ravel()
+            rule.scores(None, self.task.outputs(logits[rows]))
             for rows in self._compared()
+            for logits in self.expected[:-1]
         ]
         scores: Array = np.concatenate(every)
         return scores[scores < 0]

@@ -49,7 +49,7 @@ _QUANTILES = ((0.2, 0.4), (0.6, 0.8))
 def logits_of_segments(
     manifest: Manifest,
     protos: Mapping[str, Any],
-    exit_0: ExitZero | None,
+    before: Sequence[ExitZero],
     rows: Sequence[EncodedRow],
     precision: str,
 ) -> Logits:
@@ -58,7 +58,7 @@ def logits_of_segments(
     Args:
         manifest: says how segments call the graphs.
         protos: the graphs by name, each an `onnx.ModelProto`.
-        exit_0: is the first exit; None: there is none.
+        before: the exits before layer 1, at most one.
         rows: at least one.
         precision: of the graphs.
     """
@@ -67,7 +67,7 @@ def logits_of_segments(
     logits = chain_logits(
         manifest, batches, lambda name: cpu_session(protos[name].SerializeToString(), options)
     )
-    return logits if exit_0 is None else np.concatenate([exit_0(rows)[None], logits])
+    return np.concatenate([*(exit_0(rows)[None] for exit_0 in before), logits])
 
 
 def check_single_graph(

@@ -8,9 +8,8 @@ because runtimes take twice as long to load a branch for each level that it is n
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -24,14 +23,13 @@ from ...runtime.artifact.manifest import (
     MASK_FILL,
     NEXT,
     Manifest,
+    Segment,
 )
 from ...runtime.rules.rules import ExitRule
 from ..for_tensorrt import fit_tensorrt, read_by_identity, share_weights
 from .exit_0_nodes import ExitZeroNodes
 from .nodes import Tensor, Writer
-from .pair_marks import PairMarks
-from .query_nodes import QueryNodes
-from .rules import RuleNodes, State, as_inputs, settings_of
+from .rules import RowNodes, RuleNodes, State, as_inputs, settings_of
 
 MASK = "attention_mask"
 TYPES = "token_type_ids"
@@ -47,9 +45,9 @@ def single_graph(
     protos: Mapping[str, Any],
     manifest: Manifest,
     rule: ExitRule,
-    exit_0: ExitZeroNodes | None,
+    before: Sequence[ExitZeroNodes] = (),
     for_plan: bool = False,
-    marks: PairMarks | None = None,
+    rows: Callable[..., RowNodes] = RowNodes,
 ) -> ir.Model:
     """One graph that answers each row at its own exit.
 
@@ -69,15 +67,14 @@ def single_graph(
             names.
         manifest: says how segments call them.
         rule: the rule.
-        exit_0: exit 0; None: leave it out.
+        before: the exits before layer 1, at most one.
         for_plan: whether it is for TensorRT.
-        marks: how documents are recognised, for rankings; else None.
+        rows: makes what says how rows depend on each other.
 
     Raises:
         RuleError: the rule has no form as a graph, or does not fit the exits.
     """
     writer = Writer("classifier", in_32_bits=for_plan)
-    top = writer.graph
     if for_plan:
         for proto in protos.values():  # of fp32, or made by fpabee 1.0
             fit_tensorrt(proto.graph)
@@ -86,94 +83,29 @@ def single_graph(
         {str(value.name) for call in segment.calls for value in parts[call].inputs}
         for segment in manifest.segments
     ]
-    inputs: State = {}  # of all rows
-    for name in (_IDS, MASK, TYPES):
-        if name == MASK or any(name in names for names in reads):
-            value = ir.val(name, ir.DataType.INT64, (_BATCH, _SEQUENCE))
-            top.inputs.append(value)
-            inputs[name] = Tensor(writer, value)
-    padding = 1 - inputs[MASK].astype(np.float32)
-    bias_types = [
-        value.dtype
-        for part in parts.values()
-        for value in part.inputs
-        if value.name == ATTENTION_BIAS and value.dtype is not None
-    ]
-    bias = (padding * MASK_FILL)[:, None][:, None]
-    inputs[ATTENTION_BIAS] = bias.astype(bias_types[0].numpy()) if bias_types else bias
-    calls = Counter(name for segment in manifest.segments for name in segment.calls)
-    for name, part in parts.items():
-        if calls[name] > 1:  # a block whose weights several branches share
-            move_weights(part, top, f"{name}/")
-            if for_plan:
-                share_weights(top, f"{name}/")
-    settings = settings_of(rule, manifest.task, manifest.exits)
-    if for_plan:
-        held = {name: _input(writer, name, each) for name, each in as_inputs(settings).items()}
-    else:
-        held = {name: writer.initializer(name, each) for name, each in settings.items()}
+    inputs = _inputs(writer, parts, set().union(*reads))
+    _share_weights(writer, parts, manifest, for_plan)
+    held = _settings(writer, settings_of(rule, manifest.task, manifest.exits), for_plan)
     readable = _readable(inputs, parts, manifest.tokenizer.max_length)
-    queries = None
     is_token = inputs[MASK].astype(np.bool_)
-    if marks is not None:
-        queries = QueryNodes(inputs[_IDS], is_token, inputs.get(TYPES), marks, readable)
-    nodes = RuleNodes(held, rule, manifest.task, manifest.exits, queries)
+    tokens = inputs[_IDS], is_token, inputs.get(TYPES)
+    compared = rows(*tokens, readable)
+    nodes = compared.rule(held, rule, manifest.task, manifest.exits)
     state: State = {}  # of the rule, for all rows
-    if exit_0 is not None:
-        logits = exit_0.logits(inputs[_IDS], is_token, inputs.get(TYPES))
-        state = nodes.step(0, logits, {})
-    sizes = {}
-    if for_plan:
-        shape = inputs[MASK].then("Shape")
-        sizes = {_BATCH: shape[:1], _SEQUENCE: shape[1:]}
+    for number, each in zip(manifest.exits, before, strict=False):
+        state = nodes.step_before_layer_1(number, each.logits(*tokens))
+    chain = _Chain(writer, inputs, parts, nodes, for_plan)
     handed_on: State = {}  # from segment to segment, for the rows that are left
     for number, segment in enumerate(manifest.segments, start=1):
-        is_first = not state
-        name = f"exit_{number:02d}"
-        with contextlib.nullcontext(top) if is_first else writer.branch(name) as branch:
-            rows_leave = not (for_plan or is_first)
-            tensors = inputs | handed_on
-            if rows_leave:
-                tensors = _of_rows_left(inputs, handed_on, state["stopped"])
-            for call in segment.calls:
-                part = parts[call].clone(allow_outer_scope_values=True)
-                if rows_leave:
-                    _rename_batch(part, f"{name}_rows")
-                values = {key: tensor.value for key, tensor in tensors.items()}
-                outputs = append(branch, part, values, f"{call}/")
-                tensors |= {key: Tensor(writer, value) for key, value in outputs.items()}
-            logits = tensors.pop(LOGITS)
-            if rows_leave:
-                logits = state[LOGITS].then("ScatterND", tensors[_ROWS][:, None], logits)
-            after = nodes.step(number, logits, state)
         later = {_ROWS}.union(*reads[number:]) if number < len(reads) else set()
-        new = {
-            key: tensor
-            for key, tensor in tensors.items()
-            if key in later and key not in inputs and tensor is not handed_on.get(key)
-        }
-        if not is_first:
-            before = state | handed_on if for_plan else state
-            results = _guarded(writer, branch, before, new | after, sizes)
-            new = {key: results[key] for key in new}
-            after = {key: results[key] for key in after}
-        handed_on |= new
-        state = after
+        handed_on, state = chain.step(number, segment, later, handed_on, state)
     # OpenVINO gives numbers of other tensors if several nodes read an output of `If`.
     logits = readable[:, None].then("Where", state[LOGITS], np.nan)
-    if queries is not None:
-        logits = queries.below_others(logits, state[EXIT] < manifest.exits[-1])
-    answers = {
-        LOGITS: logits,
-        EXIT: state[EXIT].then("Cast", to=ir.DataType.INT64),
-    }
-    shapes = {LOGITS: (_BATCH, len(manifest.task.labels)), EXIT: (_BATCH,)}
-    for name, tensor in answers.items():
-        output = tensor.value
-        output.name = name
-        output.shape = ir.Shape(shapes[name])
-        top.outputs.append(output)
-    model = ir.Model(top, ir_version=_IR_VERSION)
+    logits = compared.answers(logits, state[EXIT], manifest.exits[-1])
+    exits = state[EXIT].then("Cast", to=ir.DataType.INT64)
+    _output(writer, LOGITS, logits, (_BATCH, len(manifest.task.labels)))
+    _output(writer, EXIT, exits, (_BATCH,))
+    model = ir.Model(writer.graph, ir_version=_IR_VERSION)
     tidy = ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
         common.NameFixPass(),
@@ -181,6 +113,158 @@ def single_graph(
     )
     tidy(model)
     return model
+
+
+def _inputs(writer: Writer, parts: Mapping[str, ir.Graph], read: Set[str]) -> State:
+    """The inputs of the graph, and what segments read instead of the mask.
+
+    Args:
+        writer: of the graph, which gets the inputs.
+        parts: graphs of the segments.
+        read: what they read.
+    """
+    inputs: State = {}
+    for name in (_IDS, MASK, TYPES):
+        if name == MASK or name in read:
+            value = ir.val(name, ir.DataType.INT64, (_BATCH, _SEQUENCE))
+            writer.graph.inputs.append(value)
+            inputs[name] = Tensor(writer, value)
+    padding = 1 - inputs[MASK].astype(np.float32)
+    types = [
+        value.dtype
+        for part in parts.values()
+        for value in part.inputs
+        if value.name == ATTENTION_BIAS and value.dtype is not None
+    ]
+    bias = (padding * MASK_FILL)[:, None][:, None]
+    inputs[ATTENTION_BIAS] = bias.astype(types[0].numpy()) if types else bias
+    return inputs
+
+
+def _share_weights(
+    writer: Writer, parts: Mapping[str, ir.Graph], manifest: Manifest, for_plan: bool
+) -> None:
+    """Move the weights of blocks that several branches call out of them."""
+    calls = Counter(name for segment in manifest.segments for name in segment.calls)
+    for name, part in parts.items():
+        if calls[name] > 1:
+            move_weights(part, writer.graph, f"{name}/")
+            if for_plan:
+                share_weights(writer.graph, f"{name}/")
+
+
+def _settings(
+    writer: Writer, settings: Mapping[str, NDArray[Any]], for_plan: bool
+) -> dict[str, Tensor]:
+    """The settings of a rule as tensors: inputs of a plan, else initializers."""
+    if for_plan:
+        return {name: _input(writer, name, each) for name, each in as_inputs(settings).items()}
+    return {name: writer.initializer(name, each) for name, each in settings.items()}
+
+
+def _output(writer: Writer, name: str, tensor: Any, shape: tuple[Any, ...]) -> None:
+    """Let the graph give a tensor."""
+    output = tensor.value
+    output.name = name
+    output.shape = ir.Shape(shape)
+    writer.graph.outputs.append(output)
+
+
+class _Chain:
+    """Adds the segments of a model to its graph, one branch for each but the first.
+
+    Args:
+        writer: of the graph.
+        inputs: of all rows.
+        parts: graphs of the segments.
+        nodes: the rule.
+        for_plan: whether the graph is for TensorRT, where stopped rows do not leave.
+    """
+
+    def __init__(
+        self,
+        writer: Writer,
+        inputs: State,
+        parts: Mapping[str, ir.Graph],
+        nodes: RuleNodes,
+        for_plan: bool,
+    ) -> None:
+        self._writer = writer
+        self._inputs = inputs
+        self._parts = parts
+        self._nodes = nodes
+        self._for_plan = for_plan
+        self._sizes: State = {}
+        if for_plan:
+            shape = inputs[MASK].then("Shape")
+            self._sizes = {_BATCH: shape[:1], _SEQUENCE: shape[1:]}
+
+    def step(
+        self, number: int, segment: Segment, later: Set[str], handed_on: State, state: State
+    ) -> tuple[State, State]:
+        """Add a segment and the decision of the rule after it.
+
+        Args:
+            number: of its exit.
+            segment: the segment.
+            later: the names of what later segments read.
+            handed_on: what earlier segments handed on, for the rows that were left.
+            state: of the rule, for all rows; empty before the first decision.
+
+        Returns:
+            Both as they are after it.
+        """
+        if not state:  # the first decision: no row can have stopped
+            tensors = self._run(self._writer.graph, number, segment, self._inputs | handed_on)
+            after = self._nodes.step(number, tensors.pop(LOGITS), state)
+            return handed_on | self._new(tensors, handed_on, later), after
+        rows_leave = not self._for_plan
+        with self._writer.branch(_name_of(number)) as branch:
+            tensors = self._inputs | handed_on
+            if rows_leave:
+                tensors = _of_rows_left(self._inputs, handed_on, state["stopped"])
+            tensors = self._run(branch, number, segment, tensors, rows_leave)
+            logits = tensors.pop(LOGITS)
+            if rows_leave:
+                logits = state[LOGITS].then("ScatterND", tensors[_ROWS][:, None], logits)
+            after = self._nodes.step(number, logits, state)
+        new = self._new(tensors, handed_on, later)
+        kept = state | handed_on if self._for_plan else state
+        results = _guarded(self._writer, branch, kept, new | after, self._sizes)
+        handed_on = handed_on | {key: results[key] for key in new}
+        return handed_on, {key: results[key] for key in after}
+
+    def _run(
+        self,
+        graph: ir.Graph,
+        number: int,
+        segment: Segment,
+        tensors: State,
+        rows_leave: bool = False,
+    ) -> State:
+        """Add the graphs that a segment calls, and return all tensors by name."""
+        for call in segment.calls:
+            part = self._parts[call].clone(allow_outer_scope_values=True)
+            if rows_leave:
+                _rename_batch(part, f"{_name_of(number)}_rows")
+            values = {key: tensor.value for key, tensor in tensors.items()}
+            outputs = append(graph, part, values, f"{call}/")
+            made = {key: Tensor(self._writer, value) for key, value in outputs.items()}
+            tensors = tensors | made
+        return tensors
+
+    def _new(self, tensors: State, handed_on: State, later: Set[str]) -> State:
+        """The tensors that a segment hands on in addition to earlier ones, or instead of them."""
+        return {
+            key: tensor
+            for key, tensor in tensors.items()
+            if key in later and key not in self._inputs and tensor is not handed_on.get(key)
+        }
+
+
+def _name_of(number: int) -> str:
+    """The name of the branch of an exit."""
+    return f"exit_{number:02d}"
 
 
 def _readable(inputs: State, parts: Mapping[str, ir.Graph], longest: int) -> Any:

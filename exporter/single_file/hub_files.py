@@ -9,7 +9,7 @@ README.md              the model card
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -19,11 +19,9 @@ import msgspec
 from tokenizers import Tokenizer
 
 from ... import __version__
-from ...calibration.scoring import AGREEMENT
 from ...runtime.artifact.folder import BAD_JSON, EnginesFolder
 from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest
 from ...runtime.artifact.operating_point import OperatingPoint
-from ...runtime.encoding import read_tokenizer
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError
 from ...runtime.rules.rules import ExitRule
 from ...runtime.rules.words import rule_in_words
@@ -31,25 +29,18 @@ from ...runtime.targets import rule_of
 from ...runtime.tasks import Task, task_of
 from ...runtime.tasks.task import HALF
 from ..markdown import MarkdownFormatter
+from .kinds import Kind
 from .plan import Plan
 from .rules import SETTINGS, as_inputs, differ_in_settings_only, settings_of
+from .tokenizer import load_tokenizer
 
-# By the method of `Engine` that answers: what the names of templates begin with, and what the hub
-# calls the task.
-_TEMPLATES = {"predict": "", "rank": "ranking_"}
-_HUB_TASKS = {"predict": "text-classification", "rank": "text-ranking"}
 _NO_PROMISE = (
     "The plan has not run yet. What was measured holds for the target in `measured_on`. Nothing is "
     "promised on a GPU until the rule is calibrated there."
 )
-_WITH_SCORES = " with the scores of a search, which this file does not take"
 _ONE_LABEL = "answer = labels[str(logits.argmax())]"
 _SEVERAL_LABELS = """probabilities = 1 / (1 + np.exp(-logits[0]))
 answer = [labels[str(n)] for n in np.flatnonzero(probabilities > $thresholds)]"""
-_COSTS_OF_RANKING = (
-    "- Layers per document: {depth:.2f} of {layers}, if a query is one batch.\n"
-    "- Times as fast as full depth: {speed}.\n"
-)
 
 
 @dataclass(frozen=True)
@@ -93,143 +84,171 @@ class Packed:
         return content | {"exits": list(self.exits)}
 
 
-def load_tokenizer(engines: EnginesFolder) -> Tokenizer:
-    """The tokenizer of an engines folder, which cuts texts at the limit and does not pad them.
+@dataclass(frozen=True)
+class HubFiles:
+    """The files.
 
-    Its file may pad every text to one length, and cut it earlier.
-
-    Raises:
-        ArtifactError: it is missing or damaged.
-    """
-    spec = engines.manifest.tokenizer
-    tokenizer = read_tokenizer(engines.file(spec.file, spec.sha256))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(spec.max_length)
-    return tokenizer
-
-
-def write_files(
-    engines: EnginesFolder,
-    folder: Path,
-    file: Path,
-    packed: Packed,
-    model: Any,
-    is_large: bool,
-    plan: Plan | None,
-    kept: Mapping[str, Any],
-) -> None:
-    """Write the files.
-
-    Args:
-        engines: the engines folder, without exit 0 if it was left out.
-        folder: where to write them.
-        file: the graph or the plan, relative to this folder.
+    Attributes:
+        engines: the engines folder, without the exits that were left out.
+        kind: of the model.
         packed: what was packed.
-        model: the graph, an `onnx_ir.Model`.
+        file: the graph or the plan, relative to their folder.
+        inputs: the names of the inputs of the graph.
         is_large: whether its weights lie beside it.
         plan: the plan that was built from it; None: there is none.
+        exit_0: what the card says about exit 0.
         kept: texts to check the file with, see `texts_to_keep`.
-
-    Raises:
-        ArtifactError: the configuration of the classifier is damaged.
     """
-    manifest = engines.manifest
-    spec = manifest.tokenizer
-    points = {}
-    if packed.measured_on is not None:
-        points = manifest.targets[packed.measured_on].operating_points
-    point = points.get(packed.operating_point or "")
-    tokenizer = load_tokenizer(engines)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    path = engines.file(CLASSIFIER_NAME, manifest.files[CLASSIFIER_NAME])
-    try:
-        classifier = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except BAD_JSON as error:
-        problem = str(error) or type(error).__name__
-        raise ArtifactError(f"{path} is not a configuration: {problem}", EXPORT_AGAIN) from error
-    measured = {"measured": point} if plan is None else _of_plan(plan, packed, manifest, points)
-    # What transformers.js calls the file: q8 for model_quantized.onnx, fp32 for model.onnx.
-    dtype = "q8" if file.stem.endswith("_quantized") else "fp32"
-    for_js = {"dtype": dtype, "use_external_data_format": is_large}
-    if plan is None:
-        classifier["transformers.js_config"] = for_js
-    names = [str(value.name) for value in model.graph.inputs]
-    contents = {
-        "config.json": classifier,
-        "tokenizer_config.json": {
+
+    engines: EnginesFolder
+    kind: Kind
+    packed: Packed
+    file: Path
+    inputs: Sequence[str]
+    is_large: bool
+    plan: Plan | None
+    exit_0: str
+    kept: Mapping[str, Any]
+
+    def write(self, folder: Path) -> None:
+        """Write them to a folder.
+
+        Raises:
+            ArtifactError: the configuration of the classifier is damaged.
+        """
+        tokenizer = load_tokenizer(self.engines)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        contents = {
+            "config.json": self._classifier(),
+            "tokenizer_config.json": self._tokenizer_config(tokenizer),
+            "fpabee.json": self._record(),
+        }
+        for name, content in contents.items():
+            text = msgspec.json.format(msgspec.json.encode(content), indent=2)
+            (folder / name).write_bytes(text + b"\n")
+        (folder / "README.md").write_text(self._page(), encoding="utf-8")
+
+    @property
+    def _manifest(self) -> Manifest:
+        return self.engines.manifest
+
+    @property
+    def _task(self) -> Task:
+        return task_of(self._manifest.task)
+
+    @property
+    def _points(self) -> Mapping[str, OperatingPoint]:
+        """The operating points that were measured with what is inside, by name."""
+        if self.packed.measured_on is None:
+            return {}
+        return self._manifest.targets[self.packed.measured_on].operating_points
+
+    @property
+    def _point(self) -> OperatingPoint | None:
+        """That of the rule inside; None: there is none."""
+        return self._points.get(self.packed.operating_point or "")
+
+    def _classifier(self) -> dict[str, Any]:
+        """The configuration of the plain classifier."""
+        path = self.engines.file(CLASSIFIER_NAME, self._manifest.files[CLASSIFIER_NAME])
+        try:
+            classifier = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        except BAD_JSON as error:
+            problem = str(error) or type(error).__name__
+            raise ArtifactError(
+                f"{path} is not a configuration: {problem}", EXPORT_AGAIN
+            ) from error
+        if self.plan is not None:
+            return classifier
+        # What transformers.js calls the file: q8 for model_quantized.onnx, fp32 for model.onnx.
+        dtype = "q8" if self.file.stem.endswith("_quantized") else "fp32"
+        for_js = {"dtype": dtype, "use_external_data_format": self.is_large}
+        return classifier | {"transformers.js_config": for_js}
+
+    def _tokenizer_config(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        spec = self._manifest.tokenizer
+        return {
             # The class that takes tokenizer.json as it is.
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": spec.max_length,
-            "model_input_names": [name for name in names if not name.startswith(SETTINGS)],
+            "model_input_names": [name for name in self.inputs if not name.startswith(SETTINGS)],
             "pad_token": tokenizer.id_to_token(spec.pad_id),
             "padding_side": "right",
             "clean_up_tokenization_spaces": False,
-        },
-        "fpabee.json": {
-            **packed.to_dict(),
+        }
+
+    def _record(self) -> dict[str, Any]:
+        """What `fpabee.json` says."""
+        measured: dict[str, Any] = {"measured": self._point}
+        if self.plan is not None:
+            measured = _of_plan(self.plan, self.packed, self._manifest, self._points)
+        return {
+            **self.packed.to_dict(),
             "fpabee_version": __version__,
-            "layers": manifest.exit_layers,
+            "layers": self._manifest.exit_layers,
             **measured,
-            "reference": kept,
-        },
-    }
-    for name, content in contents.items():
-        text = msgspec.json.format(msgspec.json.encode(content), indent=2)
-        (folder / name).write_bytes(text + b"\n")
-    texts = MarkdownFormatter()
-    task = task_of(manifest.task)
-    kind = _TEMPLATES[task.method]
-    promises = "Nothing is promised: the rule was not calibrated for this file.\n"
-    if point is not None:
+            "reference": self.kept,
+        }
+
+    def _page(self) -> str:
+        """The model card with its metadata."""
+        subfolder = "/".join(self.file.parent.parts)
+        metadata = _metadata(
+            self._manifest.base_model, self.kind.hub_task, is_for_js=bool(subfolder)
+        )
+        warning = "" if self.plan is None else f"{_NO_PROMISE}\n"
+        parts = (self._card(), warning, self._promises(), self._use(subfolder))
+        return f"---\n{metadata}\n---\n\n{''.join(parts)}"
+
+    def _card(self) -> str:
+        """What the file is."""
+        layers = zip(self.packed.exits, self._manifest.exit_layers, strict=True)
+        return MarkdownFormatter().format(
+            _template(f"{self.kind.templates}card"),
+            manifest=self._manifest,
+            packed=self.packed,
+            labels=", ".join(self._manifest.task.labels),
+            exits=", ".join(f"{n} after layer {layer}" for n, layer in layers),
+            rule=rule_in_words(self.packed.rule),
+            settings="initializers" if self.plan is None else "inputs",
+            exit_0=self.exit_0,
+        )
+
+    def _promises(self) -> str:
+        """What is promised, and what was measured."""
+        point = self._point
+        if point is None:
+            return "Nothing is promised: the rule was not calibrated for this file.\n"
         speed = ", ".join(
             f"{times:.2f} for {'single texts' if batch == '1' else 'files'}"
             for batch, times in point.measured_speedup.items()
         )
-        # Scores save layers that the file has to run.
-        had_scores = task.compares and len(point.exits) > len(packed.exits)
-        costs = _COSTS_OF_RANKING.format(
-            depth=point.mean_depth, layers=manifest.model.layers, speed=speed
-        )
-        promises = texts.format(
-            _template(f"{kind}measured"),
-            manifest=manifest,
-            packed=packed,
+        layers = self._manifest.model.layers
+        own = self.kind.measured(point, self.packed.rule, self.packed.exits, layers, speed)
+        return MarkdownFormatter().format(
+            _template(f"{self.kind.templates}measured"),
+            manifest=self._manifest,
+            packed=self.packed,
             point=point,
-            guarantee=packed.guarantee or _no_guarantee(point),
-            top=getattr(packed.rule, "top", 0),
-            scores=_WITH_SCORES if had_scores else "",
-            costs="" if had_scores else costs,
-            changed_queries=round(point.rows * (1 - point.score)),
-            changed_at_full_depth=round(point.rows * (1 - point.full_depth_score)),
-            changed=f" ({1 - point.score:.2%} changed)" if point.metric == AGREEMENT else "",
+            guarantee=self.packed.guarantee or _no_guarantee(point),
             speed=speed,
             hardware=point.hardware or "unknown hardware",
             versions=", ".join(map(" ".join, point.versions.items())),
+            **own,
         )
-    layers = zip(packed.exits, manifest.exit_layers, strict=True)
-    card = texts.format(
-        _template(f"{kind}card"),
-        manifest=manifest,
-        packed=packed,
-        labels=", ".join(manifest.task.labels),
-        exits=", ".join(f"{n} after layer {layer}" for n, layer in layers),
-        rule=rule_in_words(packed.rule),
-        settings="initializers" if plan is None else "inputs",
-        exit_0=packed.no_exit_0 or ("inside" if packed.exits[0] == 0 else "the model has none"),
-    )
-    subfolder = "/".join(file.parent.parts)
-    fields = {"file": file.as_posix(), "subfolder": subfolder, "answer": _answer(task)}
-    name = f"{kind}use"
-    if plan is not None:
-        fields = _how_to_build(plan, packed.precision)
-        name = "use_plan"
-    use = Template(_template(name)).substitute(fields)
-    if plan is None:
-        use += Template(_template("use_check")).substitute(fields)
-    metadata = _metadata(manifest.base_model, _HUB_TASKS[task.method], is_for_js=bool(subfolder))
-    warning = "" if plan is None else f"{_NO_PROMISE}\n"
-    page = f"---\n{metadata}\n---\n\n{card}{warning}{promises}{use}"
-    (folder / "README.md").write_text(page, encoding="utf-8")
+
+    def _use(self, subfolder: str) -> str:
+        """How to run the file, or how to build the plan again."""
+        if self.plan is not None:
+            fields = _how_to_build(self.plan, self.packed.precision)
+            return Template(_template("use_plan")).substitute(fields)
+        fields = {
+            "file": self.file.as_posix(),
+            "subfolder": subfolder,
+            "answer": _answer(self._task),
+        }
+        names = (f"{self.kind.templates}use", "use_check")
+        return "".join(Template(_template(name)).substitute(fields) for name in names)
 
 
 def _of_plan(

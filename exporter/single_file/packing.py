@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import numpy as np
 import onnx
+import onnx_ir as ir
 
 from ...calibration.progress import Progress, silent
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import CLASSIFIER_NAME, Target
-from ...runtime.artifact.reference import Text, read_reference
+from ...runtime.artifact.reference import read_reference
 from ...runtime.backends.tensorrt import MODULES
-from ...runtime.encoding import TextEncoder
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError
-from ...runtime.exit_0 import ExitZero
-from ...runtime.rules.rules import ExitRule, TopK
 from ...runtime.targets import rule_of, target_of
 from ...runtime.tasks import task_of
 from ..onnx_file import graphs_of, load_graphs
@@ -31,22 +25,16 @@ from ..targets.check import FP32_TARGET
 from ..targets.fp16 import lowered_graphs
 from ..targets.plans import PlanOptions
 from ..targets.tensorrt import plans_record
-from .cases import Cases, QueryCases
-from .check import check_single_graph, logits_of_segments, texts_to_keep
-from .exit_0_nodes import ExitZeroNodes
-from .graph import TYPES, single_graph
-from .hub_files import Packed, guarantee_in_words, load_tokenizer, write_files
-from .pair_marks import PairMarks
-from .plan import build_plan
+from .check import check_single_graph, texts_to_keep
+from .graph import single_graph
+from .hub_files import HubFiles, Packed, guarantee_in_words
+from .kinds import KINDS, Kind, Parts
+from .plan import Plan, build_plan
 
 # Protobuf refuses 2 GiB; the nodes need little of it.
 _MOST_BYTES = 2**31 - 2**26
 # TensorRT chooses kernels for the typical shape, and a plan serves single texts above all.
 _SHAPES = PlanOptions(batch=(1, 1, 32))
-# Queries on which a ranking is checked, their documents besides twice the best, and their words.
-_QUERIES = 8
-_LEAST_DOCUMENTS = 10
-_MOST_WORDS = 20
 _PLANS = [name for name, builder in BUILDERS.items() if builder.backend in MODULES]
 
 
@@ -107,95 +95,50 @@ def pack(
     source = EnginesFolder.read(engines)
     if CLASSIFIER_NAME not in source.manifest.files:
         raise ArtifactError(f"{engines} has no {CLASSIFIER_NAME}", EXPORT_AGAIN)
-    ranks = source.manifest.task.ranks
-    if target in _PLANS:
-        if ranks:
-            raise BackendError("plans of rankings are not built yet", "choose a `target` for CPUs")
-        contents = _for_plan(source, BUILDERS[target], plans or _SHAPES, progress)
-    else:
-        contents = _for_cpu(source, target)
-    protos = contents.protos
+    kind = KINDS[task_of(source.manifest.task).method]
+    contents = _contents(source, kind, target, plans or _SHAPES, progress)
     point, rule = rule_of(source.manifest, contents.measured_on, operating_point)
-    exit_0 = ExitZero.load(source)
-    marks = None
-    no_exit_0 = ""
-    if exit_0 is not None or ranks:
-        inputs = {value.name for proto in protos.values() for value in proto.graph.input}
-        marks = PairMarks.of(load_tokenizer(source), TYPES in inputs)
-    if ranks and marks is None:
-        raise BackendError(
-            "no token types or separators say where a document begins, so documents of a query "
-            "cannot be recognised in a batch",
-            "run the engines folder instead of a file",
-        )
+    parts = kind.parts(source, contents.protos, rule, point)
     reference, _ = read_reference(source)
-    texts = [] if ranks else _texts(reference, marks)
-    if ranks:  # a file gets no scores, and the promise holds without them
-        source = source.with_manifest(first_stage=None)
-        rule = msgspec.structs.replace(rule, exit_0_threshold=None)
-    if exit_0 is not None and marks is None:
-        no_exit_0 = "no token types or separators say where the second text of a pair begins"
-        source = source.with_manifest(exit_0=None)
-        exit_0 = None
-        point = None
-        rule = msgspec.structs.replace(rule, exit_0_threshold=None)
-    inside = None if exit_0 is None or marks is None else ExitZeroNodes(exit_0, marks)
-    manifest = source.manifest
     progress("pack", 0, 2)
-    # First, because the weights of the graphs are moved.
-    cases: Cases
-    if ranks:
-        cases = _query_cases(protos, source, reference, rule, contents.precision)
-    else:
-        rows = TextEncoder(source.path, manifest.tokenizer).encode(texts)
-        expected = logits_of_segments(manifest, protos, exit_0, rows, contents.precision)
-        cases = Cases(manifest=manifest, texts=texts, rows=rows, expected=expected)
-    model = single_graph(
-        protos, manifest, rule, inside, contents.plan is not None, marks if ranks else None
-    )
-    weights = [value.const_value for part in model.graphs() for value in part.initializers.values()]
-    is_large = sum(weight.nbytes for weight in weights if weight is not None) > _MOST_BYTES
+    # Before the graph, which takes the weights of the segments.
+    cases = kind.cases(parts, reference, contents.protos, contents.precision)
+    model = _graph(contents, parts)
+    is_large = _bytes_of(model) > _MOST_BYTES
     with staging(place) as folder:
-        file = Path("model.onnx")
-        if for_transformers_js:
-            file = Path("onnx", "model_quantized.onnx" if contents.precision == "int8" else file)
-        (folder / file).parent.mkdir(exist_ok=True)
+        file = folder / _name_of(contents.precision, for_transformers_js)
+        file.parent.mkdir(exist_ok=True)
         progress("check", 1, 2)
         near_ties, difference = check_single_graph(
-            model, rule, cases, contents.precision, folder / file, is_large
+            model, parts.rule, cases, contents.precision, file, is_large
         )
-        onnx.checker.check_model(folder / file)
-        plan = None
-        if contents.plan is not None:
-            progress(f"build {contents.target}", 0, 1)
-            plan = build_plan(model, folder / file, contents.plan)
-            file = Path(plan.file)
-        record = manifest.targets[contents.measured_on].operating_points.get(point or "")
-        guarantee = ""
-        if record is not None:
-            guarantee = guarantee_in_words(record, task_of(source.manifest.task).unit)
-        packed = Packed(
-            file=place / file,
-            target=contents.target,
-            precision=contents.precision,
-            operating_point=point,
-            measured_on=contents.measured_on if point else None,
-            guarantee=guarantee,
-            rule=rule,
-            exits=manifest.exits,
-            no_exit_0=no_exit_0,
+        onnx.checker.check_model(file)
+        plan = _plan(contents, model, file, progress)
+        packed = _packed(
+            contents,
+            parts,
+            file=place / (file if plan is None else file.with_name(plan.file)).relative_to(folder),
             rows=len(cases.rows),
             near_ties=near_ties,
             max_logit_difference=difference,
         )
-        kept = texts_to_keep(model, rule, cases, contents.precision)
-        write_files(source, folder, file, packed, model, is_large, plan, kept)
+        HubFiles(
+            engines=parts.source,
+            kind=kind,
+            packed=packed,
+            file=packed.file.relative_to(place),
+            inputs=[str(value.name) for value in model.graph.inputs],
+            is_large=is_large,
+            plan=plan,
+            exit_0=parts.exit_0,
+            kept=texts_to_keep(model, parts.rule, cases, contents.precision),
+        ).write(folder)
     return packed
 
 
 @dataclass(frozen=True)
 class _Contents:
-    """What the graph is made of.
+    """The graphs that are packed.
 
     Attributes:
         target: the name of the target.
@@ -210,6 +153,24 @@ class _Contents:
     measured_on: str
     protos: dict[str, Any]
     plan: Target | None = None
+
+
+def _contents(
+    engines: EnginesFolder,
+    kind: Kind,
+    target: str | None,
+    plans: PlanOptions,
+    progress: Progress,
+) -> _Contents:
+    """The graphs of a target; those of a plan need not be in the folder.
+
+    Raises:
+        FpabeeError: see `_for_cpu` and `_for_plan`.
+    """
+    if target not in _PLANS:
+        return _for_cpu(engines, target)
+    kind.check_plan()
+    return _for_plan(engines, BUILDERS[target], plans, progress)
 
 
 def _for_cpu(engines: EnginesFolder, target: str | None) -> _Contents:
@@ -257,46 +218,64 @@ def _for_plan(
     return _Contents(record.name, builder.precision, measured_on, protos, record)
 
 
-def _texts(reference: Sequence[Text], marks: PairMarks | None) -> list[Text]:
-    """The reference texts, except those that exit 0 of a graph takes for pairs.
+def _graph(contents: _Contents, parts: Parts) -> ir.Model:
+    """The graph, whose settings are inputs if it becomes a plan."""
+    return single_graph(
+        contents.protos,
+        parts.source.manifest,
+        parts.rule,
+        parts.before,
+        contents.plan is not None,
+        parts.rows,
+    )
+
+
+def _bytes_of(model: ir.Model) -> int:
+    """The size of the weights of a graph."""
+    weights = [value.const_value for part in model.graphs() for value in part.initializers.values()]
+    return sum(weight.nbytes for weight in weights if weight is not None)
+
+
+def _name_of(precision: str, for_transformers_js: bool) -> Path:
+    """Where the graph lies in its folder."""
+    if not for_transformers_js:
+        return Path("model.onnx")
+    return Path("onnx", "model_quantized.onnx" if precision == "int8" else "model.onnx")
+
+
+def _plan(contents: _Contents, model: ir.Model, graph: Path, progress: Progress) -> Plan | None:
+    """The plan of a graph, built beside it; None: the target is none.
+
+    Raises:
+        BackendError: it could not be built.
+    """
+    if contents.plan is None:
+        return None
+    progress(f"build {contents.target}", 0, 1)
+    return build_plan(model, graph, contents.plan)
+
+
+def _packed(contents: _Contents, parts: Parts, **checked: Any) -> Packed:
+    """What was packed.
 
     Args:
-        reference: the texts.
-        marks: how exit 0 recognises pairs: texts with separators in their midst look like some.
+        contents: its graphs.
+        parts: what else is inside.
+        checked: the file, and what its check found, as in `Packed`.
     """
-    separators = () if marks is None else marks.texts
-    return [text for text in reference if not any(each in "".join(text) for each in separators)]
-
-
-def _query_cases(
-    protos: dict[str, Any],
-    engines: EnginesFolder,
-    reference: Sequence[Text],
-    rule: ExitRule,
-    precision: str,
-) -> QueryCases:
-    """Queries with documents, made of the words of the reference texts.
-
-    A batch holds all documents of a query and some of the next one, so that queries are mixed.
-    """
-    manifest = engines.manifest
-    top = rule.top if isinstance(rule, TopK) else 1
-    words = " ".join(" ".join(text) if isinstance(text, tuple) else text for text in reference)
-    documents = _LEAST_DOCUMENTS + 2 * top
-    draw = random.Random(0).choices
-    queries = np.repeat(np.arange(_QUERIES), documents)
-    names = [" ".join(draw(words.split(), k=3)) for _ in range(_QUERIES)]
-    texts = [
-        (names[query], " ".join(draw(words.split(), k=1 + place % _MOST_WORDS)))
-        for place, query in enumerate(queries)
-    ]
-    rows = TextEncoder(engines.path, manifest.tokenizer).encode(texts)
-    expected = logits_of_segments(manifest, protos, None, rows, precision)
-    return QueryCases(
-        manifest=manifest,
-        texts=texts,
-        rows=rows,
-        expected=expected,
-        batch=documents + top,
-        queries=queries,
+    manifest = parts.source.manifest
+    point = parts.operating_point
+    points = manifest.targets[contents.measured_on].operating_points
+    record = points.get(point or "")
+    unit = task_of(manifest.task).unit
+    return Packed(
+        target=contents.target,
+        precision=contents.precision,
+        operating_point=point,
+        measured_on=contents.measured_on if point else None,
+        guarantee="" if record is None else guarantee_in_words(record, unit),
+        rule=parts.rule,
+        exits=manifest.exits,
+        no_exit_0=parts.no_exit_0,
+        **checked,
     )

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ...runtime.artifact.manifest import ProblemType, Task
+from ...runtime.artifact.manifest import Task
 from ...runtime.errors import RuleError
 from ...runtime.rules.measures import Outputs
 from ...runtime.rules.rules import (
@@ -26,7 +26,7 @@ from ...runtime.rules.rules import (
     Uncertainty,
 )
 from ...runtime.tasks import task_of
-from .query_nodes import QueryNodes
+from ...runtime.tasks.task import HALF
 
 SETTINGS = "fpabee."
 """The names of the initializers that hold settings begin with this, see `settings_of`."""
@@ -85,8 +85,8 @@ def settings_of(rule: ExitRule, task: Task, exits: range) -> dict[str, NDArray[A
         settings["thresholds"] = np.broadcast_to(rule.stop_thresholds, last).astype(np.float64)
     if deciding := _deciding(rule):
         settings["decision_thresholds"] = list(deciding.values())
-    if rule.uses_labels and task.problem_type is ProblemType.MULTI_LABEL:
-        settings["label_thresholds"] = task.label_thresholds or [0.5] * len(task.labels)
+    if rule.uses_labels and task_of(task).flags:
+        settings["label_thresholds"] = task.label_thresholds or [HALF] * len(task.labels)
     return {SETTINGS + name: np.asarray(value) for name, value in settings.items()}
 
 
@@ -132,7 +132,7 @@ class RuleNodes:
         rule: the rule.
         task: the task.
         exits: the numbers of the exits.
-        queries: which documents are compared, for rankings; else None.
+        rows: how the rows depend on each other.
     """
 
     def __init__(
@@ -141,13 +141,13 @@ class RuleNodes:
         rule: ExitRule,
         task: Task,
         exits: range,
-        queries: QueryNodes | None = None,
+        rows: Any = None,
     ) -> None:
         settings = {name.removeprefix(SETTINGS): tensor for name, tensor in tensors.items()}
         self._problem_type = task.problem_type
         self._label_thresholds = settings.get("label_thresholds", ())
         self._settings = settings
-        self._queries = queries if rule.ranks else None
+        self._rows = rows
         self._last = exits[-1]
         # The rule's own formulas add the nodes, because its settings are tensors.
         self._rule: Any = copy(rule)
@@ -175,6 +175,13 @@ class RuleNodes:
         Returns:
             What is carried on.
         """
+        return self._step(number, logits, state, self._signals)
+
+    def step_before_layer_1(self, number: int, logits: Any) -> State:
+        """The same at an exit before layer 1, where rows stop that are certain."""
+        return self._step(number, logits, {}, self._certain)
+
+    def _step(self, number: int, logits: Any, state: State, signals_at: Any) -> State:
         settings = self._settings
         now = self._outputs(logits)
         earlier = None
@@ -190,19 +197,7 @@ class RuleNodes:
             return after
         if "patience" in settings:
             after["streak"] = state["streak"] if earlier else np.zeros_like(exits)
-        signals = []
-        if number == 0:
-            signals = [self._rule.uncertainty(now) < settings["exit_0_uncertainty"]]
-        elif self._queries is not None:
-            margin = -self._rule.threshold_at(number)
-            left = stopped if earlier else None
-            signals = [self._queries.leave(now.logits[:, 0], left, margin, settings["top"])]
-        elif earlier or not self._rule.compares_exits:
-            signal = self._rule.signal(number, earlier, now)
-            signals = [signal.agrees, *([] if signal.stop_now is None else [signal.stop_now])]
-            if "patience" in settings:
-                after["streak"] = (after["streak"] + 1) * signal.agrees.astype(np.int64)
-                signals[0] = after["streak"] >= settings["patience"]
+        signals = signals_at(number, earlier, now, state, after)
         stops = exits >= settings["max_exit"]
         for each in signals:
             stops = stops | ((settings["min_exit"] <= number) & each)
@@ -210,8 +205,57 @@ class RuleNodes:
         after["done"] = np.logical_and.reduce(after["stopped"], axis=0)
         return after
 
+    def _certain(self, number: int, earlier: Any, now: Any, state: State, after: State) -> Any:
+        return [self._rule.uncertainty(now) < self._settings["exit_0_uncertainty"]]
+
+    def _signals(self, number: int, earlier: Any, now: Any, state: State, after: State) -> Any:
+        """What stops rows at an exit, each `[batch]` bool.
+
+        Args:
+            number: the exit.
+            earlier: the outputs of the exit before; None: there is none.
+            now: those of this exit.
+            state: what is carried from the exit before.
+            after: what is carried on, whose streak this changes.
+        """
+        if not earlier and self._rule.compares_exits:
+            return []
+        signal = self._rule.signal(number, earlier, now)
+        agrees = signal.agrees
+        if "patience" in self._settings:
+            after["streak"] = (after["streak"] + 1) * agrees.astype(np.int64)
+            agrees = after["streak"] >= self._settings["patience"]
+        return [agrees] if signal.stop_now is None else [agrees, signal.stop_now]
+
     def _outputs(self, logits: Any) -> _Outputs:
         return _Outputs(logits, self._problem_type, self._label_thresholds)
+
+
+class RowNodes:
+    """How the rows of a batch depend on each other: these do not.
+
+    Args:
+        arguments: those of `QueryNodes`, which these rows do not need.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        del arguments
+
+    def rule(
+        self, tensors: Mapping[str, Any], rule: ExitRule, task: Task, exits: range
+    ) -> RuleNodes:
+        """What applies a rule to the rows, whose arguments these are."""
+        return RuleNodes(tensors, rule, task, exits)
+
+    def answers(self, logits: Any, exits: Any, last: int) -> Any:
+        """The logits that the graph gives: `[batch, labels]` float32.
+
+        Args:
+            logits: `[batch, labels]` float32, of each row at its exit.
+            exits: `[batch]`, that exit.
+            last: the last one of the model.
+        """
+        return logits
 
 
 class _Outputs(Outputs):

@@ -20,6 +20,8 @@ REPORT_NAME = "training.json"
 """Settings and scores, which every training writes beside its model."""
 STEPS = "training"
 """What the folder with the trained encoder of an unfinished training is named after."""
+FEWEST_LABELS = {ProblemType.SINGLE_LABEL: 2, ProblemType.MULTI_LABEL: 1}
+"""The tasks that can be trained, and how many labels the rows of each must have."""
 
 # A pair has three special tokens, and needs at least one token of text.
 _ABOVE = {"epochs": 0, "lr": 0, "batch_size": 0, "max_length": 3}
@@ -85,7 +87,7 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not bound < value < math.inf:
                 raise InputError(f"{name} is {value}", f"give `{name}` above {bound}")
-        if self.problem_type is ProblemType.RANKING:
+        if self.problem_type not in (None, *FEWEST_LABELS):
             raise InputError(
                 "rerankers cannot be trained here",
                 "train one with sentence-transformers, and convert it",

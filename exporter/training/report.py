@@ -62,7 +62,7 @@ class TrainReport:
     @property
     def numbers(self) -> range:
         """The number of each exit: from 0 with exit 0, else from 1."""
-        first = 0 if self.exits[0] == 0 else 1
+        first = min(self.exits[0], 1)
         return range(first, first + len(self.exits))
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,6 +21,44 @@ from ..model import MultiExitModel, by_row, model_inputs, predict
 from .examples import Examples
 from .options import TrainOptions
 
+
+class _OneLabel:
+    """How one label for each row is learned: what `label_losses` and others do."""
+
+    @staticmethod
+    def losses(logits: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(logits, targets, reduction="none")
+
+    @staticmethod
+    def probabilities(logits: Tensor) -> Tensor:
+        return logits.softmax(dim=-1)
+
+    @staticmethod
+    def answers(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        return logits.argmax(axis=-1)
+
+
+class _AnyLabels:
+    """The same for any number of labels."""
+
+    @staticmethod
+    def losses(logits: Tensor, targets: Tensor) -> Tensor:
+        losses = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        return losses.mean(dim=-1)
+
+    @staticmethod
+    def probabilities(logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+    @staticmethod
+    def answers(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        return (logits > 0).astype(np.int64)
+
+
+_LABELS: dict[ProblemType, type[_OneLabel] | type[_AnyLabels]] = {
+    ProblemType.SINGLE_LABEL: _OneLabel,
+    ProblemType.MULTI_LABEL: _AnyLabels,
+}
 _EXIT_LR = 5e-3
 _WEIGHT_DECAY = 0.01
 _LARGEST_GRADIENT = 1.0
@@ -153,10 +191,7 @@ def label_losses(logits: Tensor, targets: Tensor, problem_type: ProblemType) -> 
     Returns:
         `[rows]`.
     """
-    if problem_type is ProblemType.SINGLE_LABEL:
-        return functional.cross_entropy(logits, targets, reduction="none")
-    losses = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return losses.mean(dim=-1)
+    return _LABELS[problem_type].losses(logits, targets)
 
 
 def as_probabilities(targets: Tensor, labels: int) -> Tensor:
@@ -166,8 +201,7 @@ def as_probabilities(targets: Tensor, labels: int) -> Tensor:
 
 def probabilities(logits: Tensor, problem_type: ProblemType) -> Tensor:
     """The probabilities `[..., labels]` of logits `[..., labels]`."""
-    is_single = problem_type is ProblemType.SINGLE_LABEL
-    return logits.softmax(dim=-1) if is_single else logits.sigmoid()
+    return _LABELS[problem_type].probabilities(logits)
 
 
 @contextmanager
@@ -195,6 +229,5 @@ def exit_scores(
         problem_type: a row has the label with the largest logit, or for multi-label all
             labels with a logit above 0.
     """
-    is_single = problem_type is ProblemType.SINGLE_LABEL
-    answers = logits.argmax(axis=-1) if is_single else (logits > 0).astype(np.int64)
+    answers = _LABELS[problem_type].answers(logits)
     return [evaluate(row, labels, logits.shape[-1]) for row in answers.swapaxes(0, 1)]

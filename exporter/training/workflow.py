@@ -46,7 +46,7 @@ from ..unfinished import unfinished
 from ..weights import WEIGHTS, check_weight, read_weights
 from .bag_of_ngrams import train_exit_0
 from .examples import Examples, encoded_rows, label_names, labelled_rows
-from .options import REPORT_NAME, STEPS, TrainOptions, check_training
+from .options import FEWEST_LABELS, REPORT_NAME, STEPS, TrainOptions, check_training
 from .report import DataSource, TrainReport, model_card
 from .trainer import exit_scores, train_exits
 
@@ -235,7 +235,7 @@ def build_model(options: TrainOptions, rows: Sequence[Row]) -> tuple[MultiExitMo
     """
     labels = label_names(rows, options.train)
     problem_type = options.problem_type or ProblemType.SINGLE_LABEL
-    fewest = 2 if problem_type is ProblemType.SINGLE_LABEL else 1
+    fewest = FEWEST_LABELS[problem_type]
     if len(labels) < fewest:
         raise InputError(
             f"the labels of {options.train} are {', '.join(labels) or 'none'}; expected at least "

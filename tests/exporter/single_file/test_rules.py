@@ -74,7 +74,11 @@ class Case:
         writer.graph.inputs.append(value)
         state: State = {}
         for place, number in enumerate(exits):
-            state = nodes.step(number, Tensor(writer, value)[place], state)
+            logits = Tensor(writer, value)[place]
+            if number:
+                state = nodes.step(number, logits, state)
+            else:
+                state = nodes.step_before_layer_1(number, logits)
         writer.graph.outputs.extend(state[name].value for name in ("logits", "exit"))
         return writer.graph
 
