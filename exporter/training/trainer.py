@@ -35,7 +35,8 @@ class _OneLabel:
 
     @staticmethod
     def answers(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-        return logits.argmax(axis=-1)
+        classes: NDArray[np.int64] = logits.argmax(axis=-1)
+        return classes
 
 
 class _AnyLabels:
