@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.artifact.exits import Exits
-from ..runtime.ranking import changed_sets
 from ..runtime.rules.measures import Array, Floats, Integers, Mask
-from ..runtime.rules.rules import ExitRule, TopK, before_top
+from ..runtime.rules.rules import ExitRule, TopK
 from ..runtime.rules.words import rounded
+from ..runtime.tasks.ranked import changed_sets, leaving
 from .scoring import mean_saving
 
 NEAR_TOP = 2
@@ -136,12 +136,10 @@ def stops_of(rule: ExitRule, rows: QueryLogits, top: int) -> QueryStops:
         top: how many documents are wanted.
     """
     exits = np.full(rows.logits.shape[1], rows.exits.last, np.int64)
-    for block in rows.blocks if isinstance(rule, TopK) else ():
-        assert isinstance(rule, TopK)  # for mypy
+    for block in rows.blocks:
         going = block.real.copy()
         for number, logits in zip(rows.exits.numbers[:-1], block.logits, strict=False):
-            before = before_top(np.where(going, logits, -np.inf), rule.top)
-            leaves = going & (before < rule.threshold_at(number))
+            leaves = leaving(rule, number, logits, going)
             exits[block.rows[leaves]] = number
             going &= ~leaves
     changed = changed_queries(rows, exits, top)

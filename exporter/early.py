@@ -45,10 +45,11 @@ class Config:
         return tuple(map(str, names.values())) if isinstance(names, dict) else ()
 
     @property
-    def ranks(self) -> bool:
-        """Whether it is a reranker, as far as is known."""
+    def method(self) -> str:
+        """The method of `Engine` that asks it, as far as is known: `predict` or `rank`."""
         kind = self._content.get("problem_type")
-        return len(self.labels) == 1 and kind in (None, ProblemType.RANKING.value)
+        ranks = len(self.labels) == 1 and kind in (None, ProblemType.RANKING.value)
+        return "rank" if ranks else "predict"
 
     def check_labels(self, thresholds: Mapping[str, float]) -> None:
         """Refuse thresholds of labels that the model does not have.

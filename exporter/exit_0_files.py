@@ -7,6 +7,8 @@ in `config.json` and in the manifest. Needs no torch.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +45,35 @@ def save_exit_0(folder: Path, exit_0: ExitZero | FirstStage) -> None:
     Raises:
         OSError: a file cannot be written.
     """
-    from safetensors.numpy import save_file
-
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if isinstance(exit_0, FirstStage):
-        block = msgspec.to_builtins(exit_0.spec)
-    else:
-        block = {"unigrams": exit_0.unigrams, "buckets": exit_0.buckets}
-        with system_errors(folder / EXIT_0_FILE):
-            save_file(exit_0.arrays, folder / EXIT_0_FILE)
+    block = _saved(exit_0, folder)
     content[CONFIG_BLOCK] = (content.get(CONFIG_BLOCK) or {}) | {"exit_0": block}
     text = json.dumps(content, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
+@singledispatch
+def _saved(exit_0: object, folder: Path) -> Any:
+    """The block of the configuration of one exit 0, whose file is written if it needs one."""
+    raise TypeError(f"{exit_0!r} is not an exit 0")
+
+
+@_saved.register
+def _(exit_0: FirstStage, folder: Path) -> Any:
+    return msgspec.to_builtins(exit_0.spec)
+
+
+@_saved.register
+def _(exit_0: ExitZero, folder: Path) -> Any:
+    from safetensors.numpy import save_file
+
+    with system_errors(folder / EXIT_0_FILE):
+        save_file(exit_0.arrays, folder / EXIT_0_FILE)
+    return {"unigrams": exit_0.unigrams, "buckets": exit_0.buckets}
+
+
 def load_exit_0(
-    folder: Path, config: Any, labels: int, ranks: bool = False
+    folder: Path, config: Any, labels: int, method: str = "predict"
 ) -> ExitZero | FirstStage | None:
     """The exit 0 of a model_dir; None if it has none.
 
@@ -66,23 +81,27 @@ def load_exit_0(
         folder: the model_dir.
         config: its Hugging Face configuration.
         labels: how many labels the model has.
-        ranks: whether it ranks documents.
+        method: `Task.method` of the model.
 
     Raises:
         ModelError: its file is missing or damaged, or does not fit the model.
     """
+    block = (getattr(config, CONFIG_BLOCK, None) or {}).get("exit_0")
+    return None if block is None else LOADERS[method](folder, block, config, labels)
+
+
+def _load_scores(folder: Path, block: Any, config: Any, labels: int) -> FirstStage:
+    try:
+        return FirstStage(msgspec.convert(block, FirstStageSpec))
+    except msgspec.ValidationError as error:
+        problem = f"{folder / 'config.json'} has no exit 0 of a ranking: {error}"
+        raise ModelError(problem, "convert the model again") from error
+
+
+def _load_ngrams(folder: Path, block: Any, config: Any, labels: int) -> ExitZero:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    block = (getattr(config, CONFIG_BLOCK, None) or {}).get("exit_0")
-    if block is None:
-        return None
-    if ranks:
-        try:
-            return FirstStage(msgspec.convert(block, FirstStageSpec))
-        except msgspec.ValidationError as error:
-            problem = f"{folder / 'config.json'} has no exit 0 of a ranking: {error}"
-            raise ModelError(problem, "convert the model again") from error
     path = folder / EXIT_0_FILE
     if not path.is_file():
         raise ModelError(f"{path} is missing, but config.json names exit 0", _TRAIN_AGAIN)
@@ -104,10 +123,34 @@ def load_exit_0(
     return exit_0
 
 
-def export_exit_0(folder: Path, exit_0: ExitZero) -> ExitZeroSpec:
-    """Write exit 0 into an engines folder, and return its part of the manifest."""
+LOADERS: dict[str, Callable[[Path, Any, Any, int], ExitZero | FirstStage]] = {
+    "predict": _load_ngrams,
+    "rank": _load_scores,
+}
+"""What reads exit 0, by the method of `Engine` that asks the model."""
+
+
+@singledispatch
+def export_exit_0(exit_0: object, folder: Path) -> dict[str, Any]:
+    """Write exit 0 into an engines folder, and return its fields of the manifest.
+
+    Args:
+        exit_0: exit 0 of a classifier or of a ranking; None: the model has none.
+        folder: the engines folder.
+    """
+    return {}
+
+
+@export_exit_0.register
+def _(exit_0: FirstStage, folder: Path) -> dict[str, Any]:
+    return {"first_stage": exit_0.spec}
+
+
+@export_exit_0.register
+def _(exit_0: ExitZero, folder: Path) -> dict[str, Any]:
     np.savez(folder / EXIT_0_NAME, **exit_0.arrays)  # type: ignore[arg-type]
     digest = sha256_of(folder / EXIT_0_NAME)
-    return ExitZeroSpec(
+    spec = ExitZeroSpec(
         file=EXIT_0_NAME, sha256=digest, unigrams=exit_0.unigrams, buckets=exit_0.buckets
     )
+    return {"exit_0": spec}

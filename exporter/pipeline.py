@@ -36,7 +36,7 @@ from ..runtime.encoding import Text, TextEncoder, padding_values
 from ..runtime.exit_0 import ExitZero
 from ..runtime.first_stage import FirstStage
 from ..runtime.hub import repository_of
-from ..runtime.tasks import task_of
+from ..runtime.tasks import task_of, unnamed_task
 from . import segments
 from .checkpoint import load_checkpoint, resolve_model_dir
 from .early import check_exits
@@ -152,8 +152,9 @@ def export(
     version_of(ONNXRUNTIME)  # the check needs it, so refuse before any slow step begins
     source = resolve_model_dir(model_dir)
     model = load_checkpoint(source, options.problem_type)
-    ranks = model.exit_config.problem_type is ProblemType.RANKING
-    exit_0 = load_exit_0(source, model.backbone.config, len(model.exit_config.labels), ranks)
+    labels = len(model.exit_config.labels)
+    method = unnamed_task(model.exit_config.problem_type, labels).method
+    exit_0 = load_exit_0(source, model.backbone.config, labels, method)
     texts = [*BUILT_IN_TEXTS, *options.texts]
     base_model = repository_of(model_dir) or ""
     with staging(destination) as folder:
@@ -231,9 +232,8 @@ def _write(
         },
         default_target=FP32_TARGET,
         default_rule=task_of(task).default_rule(range(1, len(exits) + 1)).to_dict(),
-        exit_0=export_exit_0(folder, exit_0) if isinstance(exit_0, ExitZero) else None,
-        first_stage=exit_0.spec if isinstance(exit_0, FirstStage) else None,
         base_model=base_model,
+        **export_exit_0(exit_0, folder),
     )
     with engine_of(EnginesFolder(folder, manifest), FP32_TARGET) as engine:
         agreement = check_chain(engine, texts, logits)

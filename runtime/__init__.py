@@ -57,7 +57,6 @@ from .errors import (
 from .files import ReadOptions, Row, TextFormat, read_rows
 from .files.queries import Query, read_queries
 from .predictions import Prediction, Tally, Trace
-from .ranking import Ranked
 from .rules.measures import Measure, Outputs
 from .rules.rules import (
     RULES,
@@ -77,6 +76,7 @@ from .rules.rules import (
 )
 from .rules.runner import Simulation
 from .tasks import simulate
+from .tasks.ranked import Ranked
 from .watch import Watched
 
 __all__ = [

@@ -28,11 +28,11 @@ from .errors import InputError, RuleError, whole_number
 from .exit_0 import ExitZero
 from .first_stage import FirstStage, checked_scores
 from .predictions import Tally, Trace
-from .ranking import Ranked, ranked
 from .rules.measures import Integers, Mask
 from .rules.rules import Budget, ExitRule
 from .rules.settling import Runner, Settled
 from .tasks import task_of
+from .tasks.ranked import Ranked, ranked
 from .watch import Watch
 
 _WINDOW_BYTES = 256 * 2**20
@@ -333,16 +333,13 @@ class Core:
 
     def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Trace:
         """Run tokenized rows as one window, see `Engine.run_encoded`."""
-        if rule.ranks:
-            raise RuleError(
-                f"rule {rule.name} compares the documents of one query, and a trace has no queries",
-                "rank them, or trace them to full depth",
-            )
+        runner = self.runner(rule)
+        runner.check_alone()
         first = self.exits.first
         shape = (len(self.exits), len(rows), len(self.task.labels))
         logits = np.full(shape, np.nan, np.float32)
         exits = np.full(len(rows), first, np.int64)
-        for decision in self.decisions(rows, self.runner(rule)):
+        for decision in self.decisions(rows, runner):
             logits[decision.exit - first, decision.rows] = decision.logits
             if (settled := decision.settled) is not None:
                 exits[settled.rows] = settled.exits

@@ -21,9 +21,9 @@ from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of
 from .first_run import must_check, remember
 from .hub import engines_folder
 from .predictions import Prediction, Tally, Trace
-from .ranking import Ranked, pairs_of, top_of
 from .rules.rules import ExitRule, Uncertainty
 from .targets import open_backend, rule_here, target_of
+from .tasks.ranked import Ranked, pairs_of, top_of
 from .watch import Watch, Watched
 
 _LEAST_TOKENS = 8

@@ -35,8 +35,7 @@ def check_inputs(classifier: str | Path, texts: str | Path, options: ConvertOpti
     files = [Path(each) for each in (texts, others) if each is not None]
     if not all(path.is_file() for path in files):
         return  # a pipe can be read only once
-    check = _check_queries if config.ranks else _check_texts
-    check(files, options)
+    _CHECKS[config.method](files, options)
 
 
 def _check_queries(files: Sequence[Path], options: ConvertOptions) -> None:
@@ -55,3 +54,7 @@ def _check_texts(files: Sequence[Path], options: ConvertOptions) -> None:
     dealt = split(own, group, next(iter(train), None))
     if options.int8:
         check_enough_texts(len(dealt.taught), "texts that train")
+
+
+_CHECKS = {"predict": _check_texts, "rank": _check_queries}
+"""What is checked in files, by the method of `Engine` that asks the model."""

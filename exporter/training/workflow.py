@@ -125,10 +125,10 @@ def train(
         for name, value in model.state_dict().items():  # before exit 0, and not at the export
             check_weight(output, name, value, value.shape)
         started = time.perf_counter()
-        exit_0 = None
+        before: list[ExitZero] = []
         if options.exit_0:
             seed = options.seed
-            exit_0 = train_exit_0(model, data["train"], data["dev"], padding, seed, progress)
+            before = [train_exit_0(model, data["train"], data["dev"], padding, seed, progress)]
         seconds += time.perf_counter() - started
         report = TrainReport(
             options=options,
@@ -136,10 +136,10 @@ def train(
             model_type=model.backbone.model_type,
             data=used,
             labels=config.labels,
-            exits=(0, *config.exits) if exit_0 else config.exits,
-            exit_0_bytes=sum(part.nbytes for part in exit_0.arrays.values()) if exit_0 else 0,
+            exits=(*range(1 - len(before), 1), *config.exits),
+            exit_0_bytes=sum(part.nbytes for each in before for part in each.arrays.values()),
             scores={
-                name: _scores(model, exit_0, part, padding)
+                name: _scores(model, before, part, padding)
                 for name, part in data.items()
                 if name != "train"
             },
@@ -155,14 +155,14 @@ def train(
             with system_errors(new):
                 tokenizer.save_pretrained(new)
                 write_trained_on(new, (row.content for row in rows["train"]))
-            if exit_0:
-                save_exit_0(new, exit_0)
+            for each in before:
+                save_exit_0(new, each)
             model_card(report).save(new / "README.md")
             text = json.dumps(report.to_dict(), indent=2)
             (new / REPORT_NAME).write_text(text, encoding="utf-8")
             # Last, because all else may not fit on the disk, and this takes no space.
             shutil.move(steps / WEIGHTS[0], new / WEIGHTS[0])
-    if exit_0 is None:
+    if not before:
         (output / EXIT_0_FILE).unlink(missing_ok=True)  # that of a model which was replaced
     return report
 
@@ -271,12 +271,15 @@ def _labels(rows: Sequence[Row], config: MultiExitConfig) -> Labels:
 
 
 def _scores(
-    model: MultiExitModel, exit_0: ExitZero | None, data: Examples, padding: Mapping[str, float]
+    model: MultiExitModel,
+    before: Sequence[ExitZero],
+    data: Examples,
+    padding: Mapping[str, float],
 ) -> list[dict[str, float]]:
-    """The scores of every exit, exit 0 first if there is one."""
+    """The scores of every exit, first of those before layer 1."""
     rows = data.rows
     logits = predict(model, rows, padding, by_row)
-    if exit_0:
+    for exit_0 in before:
         parts = [exit_0(rows[n : n + _ROWS]) for n in range(0, len(rows), _ROWS)]
         logits = np.concatenate([np.concatenate(parts)[:, None], logits], axis=1)
     return exit_scores(logits, data.targets, model.exit_config.problem_type)

@@ -17,8 +17,8 @@ from ..engine import Engine
 from ..errors import InputError, RowError
 from ..predictions import Prediction
 from ..quality import Labels, evaluate
-from ..ranking import Ranked
 from ..rules.rules import ExitRule
+from ..tasks.ranked import Ranked
 from .destination import Convert
 from .formats import TextFormat
 from .queries import QUERY_COLUMN, Query

@@ -117,6 +117,13 @@ class Runner(ABC, Generic[StateT]):
             none. And which rows of the group go on, `[rows]`; None: all of them.
         """
 
+    def check_alone(self) -> None:
+        """Refuse rows of which it is not known to what they belong.
+
+        Raises:
+            RuleError: the rule compares rows.
+        """
+
     @abstractmethod
     def exits_of(self, logits: NDArray[np.float32]) -> Integers:
         """The exits `[rows]` of rows that run together: those of a live run with these logits.

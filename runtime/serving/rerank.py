@@ -10,7 +10,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from ..engine import Engine
-from ..ranking import Ranked
+from ..tasks.ranked import Ranked
 from .messages import Check, Direction, Formats, Options, Source, Usage
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
 from ..errors import BackendError, InputError, OverloadedError, seconds_of, whole_number
 from ..predictions import Prediction
-from ..ranking import Ranked, pairs_of, top_of
 from ..rules.settling import Settled, State
 from ..tasks.queries import Documents
+from ..tasks.ranked import Ranked, pairs_of, top_of
 from .turns import TURNS, Waiting
 
 if TYPE_CHECKING:

@@ -17,17 +17,20 @@ from .classification import MultiLabel, SingleLabel
 from .ranking import Ranking
 from .task import Task
 
-_KINDS: dict[ProblemType, type[Task]] = {
+KINDS: dict[ProblemType, type[Task]] = {
     ProblemType.SINGLE_LABEL: SingleLabel,
     ProblemType.MULTI_LABEL: MultiLabel,
     ProblemType.RANKING: Ranking,
 }
+"""What the logits of a model mean, by the type of its task."""
+CLASSIFICATION = [kind for kind, task in KINDS.items() if task.method == "predict"]
+"""The types that a model may not name; a model with one label ranks in any case."""
 
 
 @cache
 def task_of(record: manifest.Task) -> Task:
     """What the logits of a model mean, from what its manifest says."""
-    return _KINDS[record.problem_type](record)
+    return KINDS[record.problem_type](record)
 
 
 @cache

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import RuleError
 from ..rules.measures import Integers, Mask
 from ..rules.runner import RuleRunner
 from ..rules.settling import Runner, Settled, State
@@ -184,6 +185,15 @@ class QueryRunner(Runner[Documents]):
         """
         query = RankedQuery(self._documents, rows)
         return Documents(np.full(len(rows), query, np.object_), np.arange(len(rows)))
+
+    def check_alone(self) -> None:
+        """See `Runner.check_alone`; documents that all run all layers are not compared."""
+        if self.rule.ranks:
+            raise RuleError(
+                f"rule {self.rule.name} compares the documents of one query, and a trace has no "
+                "queries",
+                "rank them, or trace them to full depth",
+            )
 
     def settle(
         self, exit_number: int, state: Documents, rows: NDArray[Any], logits: NDArray[np.float32]

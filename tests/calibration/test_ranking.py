@@ -19,9 +19,9 @@ from fpabee.calibration.query_logits import QueryLogits, errors_near_top, saved,
 from fpabee.runtime import Budget, TopK
 from fpabee.runtime.artifact.exits import Exits
 from fpabee.runtime.artifact.manifest import ProblemType
-from fpabee.runtime.ranking import changed_sets
 from fpabee.runtime.rules.measures import Floats
 from fpabee.runtime.tasks import unnamed_task
+from fpabee.runtime.tasks.ranked import changed_sets
 
 NOISE = np.array([0.8, 0.5, 0.2])
 # By the first exit, which is 0 with scores.

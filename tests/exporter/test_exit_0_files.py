@@ -155,7 +155,7 @@ def test_a_ranking_keeps_its_exit_0_in_the_configuration(tmp_path: Path) -> None
     names = {path.name for path in source.iterdir()}
     save_exit_0(source, STAGE)
     assert {path.name for path in source.iterdir()} == names
-    assert load_exit_0(source, load_config(source), 1, ranks=True) == STAGE
+    assert load_exit_0(source, load_config(source), 1, method="rank") == STAGE
     manifest = export(source, tmp_path / "engines").manifest
     assert (manifest.first_stage, manifest.exit_0) == (STAGE.spec, None)
     assert manifest.exit_layers == (0, 1, 2, 3)
@@ -177,7 +177,7 @@ def test_a_ranking_keeps_its_exit_0_in_the_configuration(tmp_path: Path) -> None
 def test_a_damaged_exit_0_of_a_ranking_is_refused(block: Any, says: str, tmp_path: Path) -> None:
     config = SimpleNamespace(fpabee={"exit_0": block})
     with pytest.raises(ModelError, match=f"has no exit 0 of a ranking.*{says}") as caught:
-        load_exit_0(tmp_path, config, 1, ranks=True)
+        load_exit_0(tmp_path, config, 1, method="rank")
     assert caught.value.hint
 
 

@@ -32,12 +32,12 @@ from fpabee.runtime.backends.host import HostBackend
 from fpabee.runtime.chain.chain import Chain
 from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.encoding import EncodedRow
-from fpabee.runtime.ranking import changed_sets, ranked
 from fpabee.runtime.rules.rules import before_top
 from fpabee.runtime.rules.settling import Settled
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.tasks import unnamed_task
 from fpabee.runtime.tasks.queries import RankedQuery
+from fpabee.runtime.tasks.ranked import changed_sets, ranked
 
 from ..conftest import WORDS
 

@@ -18,6 +18,7 @@ from ..exporter.exit_config import Pooling
 from ..exporter.paths import check_apart, check_new, resolved
 from ..exporter.unfinished import partial_of
 from ..runtime.machine import require
+from ..runtime.tasks.kinds import CLASSIFICATION
 from . import options, promises
 from .command import READING, command
 from .console import echo, echo_wrapped, hide_bars_of_hub, step_progress
@@ -84,7 +85,7 @@ fpabee-convert my-reranker queries.jsonl --top 10 --changed 5
     "Number of tokens to which longer texts are truncated. Default: what the classifier supports.",
 )
 @options.choice(
-    "--problem-type", "TYPE", "Task of a classifier that does not name it.", options.CLASSIFICATION
+    "--problem-type", "TYPE", "Task of a classifier that does not name it.", CLASSIFICATION
 )
 @options.threads
 @options.columns

@@ -23,6 +23,7 @@ from ..exporter.targets.builders import (
 from ..runtime.artifact.manifest import ProblemType
 from ..runtime.files import read_rows
 from ..runtime.machine import require
+from ..runtime.tasks.kinds import CLASSIFICATION
 from . import options
 from .build import next_steps, refusal, show, to_dict
 from .command import READING, command, in_terms_of_options
@@ -63,7 +64,7 @@ fpabee-export model_dir -o engines/ --exits 4,8,12
     "--problem-type",
     "TYPE",
     "Task of a checkpoint that does not name it.",
-    options.CLASSIFICATION,
+    CLASSIFICATION,
 )
 @options.count(
     "--max-length",

@@ -15,7 +15,6 @@ import rich_click as click
 from click import get_current_context
 from click.core import ParameterSource
 
-from ..runtime.artifact.manifest import ProblemType
 from ..runtime.errors import FpabeeError, InputError, RuleError
 from ..runtime.files import ReadOptions
 from ..runtime.rules.rules import OF_SHARES, RULES, ExitRule
@@ -29,8 +28,6 @@ Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
 
 _FIELDS = ("text", "text_pair", "label")
-CLASSIFICATION = [task for task in ProblemType if task is not ProblemType.RANKING]
-"""The tasks that a model may not name; a model with one label ranks in any case."""
 PATH = click.Path(path_type=Path)
 
 

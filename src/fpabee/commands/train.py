@@ -16,6 +16,7 @@ from rich.table import Table
 from ..exporter.exit_config import Pooling
 from ..exporter.training.options import TrainOptions, check_training
 from ..runtime.machine import require
+from ..runtime.tasks.kinds import CLASSIFICATION
 from . import options
 from .command import READING, command
 from .console import echo, step_progress, table_console
@@ -42,7 +43,7 @@ fpabee-train --backbone ENCODER --train a.jsonl --dev b.jsonl -o model_dir
     "--problem-type",
     "TYPE",
     "Task. Default: single-label.",
-    options.CLASSIFICATION,
+    CLASSIFICATION,
 )
 @options.flag("--force", "Replace an existing model.")
 @options.quiet

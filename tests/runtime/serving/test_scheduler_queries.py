@@ -14,8 +14,8 @@ import pytest
 
 from fpabee.runtime import Engine, Ranked
 from fpabee.runtime.backends.host import HostBackend
-from fpabee.runtime.ranking import pairs_of
 from fpabee.runtime.serving import Scheduler
+from fpabee.runtime.tasks.ranked import pairs_of
 
 from ..test_ranking import QUERY, RULE, documents, exits_of
 from .test_scheduler import WAIT, Gate, gate

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .artifact.manifest import Activation
-from .errors import InputError, whole_number
-from .rules.measures import Floats, Mask
-from .rules.rules import ExitRule, TopK
-from .rules.settling import Settled
+from ..artifact.manifest import Activation
+from ..errors import InputError, whole_number
+from ..rules.measures import Array, Floats, Mask
+from ..rules.rules import ExitRule, TopK, before_top
+from ..rules.settling import Settled
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +129,21 @@ def ranked(
         )
         for number in order
     ]
+
+
+def leaving(rule: ExitRule, exit_number: int, logits: Array, going: Mask) -> Mask:
+    """Which documents of queries leave at an exit: `[queries, documents]`.
+
+    Args:
+        rule: the rule of the ranking.
+        exit_number: an exit before the last.
+        logits: `[queries, documents]` at this exit.
+        going: `[queries, documents]` whether a document has not left before.
+    """
+    if not isinstance(rule, TopK):
+        return np.zeros_like(going)
+    before = before_top(np.where(going, logits, -np.inf), rule.top)
+    return going & (before < rule.threshold_at(exit_number))
 
 
 def changed_sets(final: Floats, left: Mask, reference: Floats, top: int) -> Mask:
