@@ -7,7 +7,7 @@ has stopped does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any
 
@@ -15,9 +15,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from ...runtime.artifact.manifest import Task
+from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.errors import RuleError
-from ...runtime.rules.measures import Outputs
+from ...runtime.rules.measures import Outputs, Sigmoid, Softmax
 from ...runtime.rules.rules import (
     EVERY_RULE,
     Confidence,
@@ -227,8 +227,8 @@ class RuleNodes:
             agrees = after["streak"] >= self._settings["patience"]
         return [agrees] if signal.stop_now is None else [agrees, signal.stop_now]
 
-    def _outputs(self, logits: Any) -> _Outputs:
-        return _Outputs(logits, self._problem_type, self._label_thresholds)
+    def _outputs(self, logits: Any) -> Outputs:
+        return OUTPUTS[self._problem_type](logits, self._label_thresholds)
 
 
 class RowNodes:
@@ -258,8 +258,10 @@ class RowNodes:
         return logits
 
 
-class _Outputs(Outputs):
-    """The outputs of an exit as tensors of a graph."""
+class _InGraph:
+    """What outputs of an exit do otherwise as tensors of a graph."""
+
+    margin: Callable[[int, Any], Any]
 
     @staticmethod
     def _softmax(z: Any) -> Any:
@@ -269,3 +271,19 @@ class _Outputs(Outputs):
         """See `Outputs`; here, these are pairs of the number and threshold of a deciding label."""
         margins = [self.margin(label, threshold) for label, threshold in label_thresholds]
         return np.stack(margins, axis=-1)
+
+
+class _SoftmaxInGraph(_InGraph, Softmax):
+    pass
+
+
+class _SigmoidInGraph(_InGraph, Sigmoid):
+    pass
+
+
+OUTPUTS: dict[ProblemType, Callable[[Any, Any], Outputs]] = {
+    ProblemType.SINGLE_LABEL: _SoftmaxInGraph,
+    ProblemType.MULTI_LABEL: _SigmoidInGraph,
+    ProblemType.RANKING: _SigmoidInGraph,
+}
+"""The outputs of an exit as tensors of a graph, by the type of the task."""

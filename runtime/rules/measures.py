@@ -94,13 +94,6 @@ MEASURES: dict[Measure, Callable[[Array, Array], Array]] = {
 """The formula of each measure, for arrays `[..., outcomes]` of distributions p and q."""
 
 
-def _softmax(z: Array) -> Array:
-    """The softmax along the last axis, without overflow."""
-    powers: Array = np.exp(z - np.maximum.reduce(z, axis=-1, keepdims=True))
-    powers /= np.add.reduce(powers, axis=-1, keepdims=True)
-    return powers
-
-
 class Outputs:
     """The outputs of one exit for some rows; everything but the logits is computed when needed.
 
@@ -122,6 +115,13 @@ class Outputs:
     ) -> Outputs:
         """Outputs of the kind that goes with the type of the task."""
         return outputs_of(problem_type, label_thresholds)(logits)
+
+    @staticmethod
+    def _softmax(z: Array) -> Array:
+        """The softmax along the last axis, without overflow."""
+        powers: Array = np.exp(z - np.maximum.reduce(z, axis=-1, keepdims=True))
+        powers /= np.add.reduce(powers, axis=-1, keepdims=True)
+        return powers
 
     def __getnewargs__(self) -> tuple[Any, ...]:
         return self.logits, *self._settings
@@ -239,9 +239,10 @@ class Softmax(Outputs):
 
     Args:
         logits: `[rows, labels]` of any floating-point type.
+        label_thresholds: not used, because no label is predicted by itself.
     """
 
-    def __new__(cls, logits: Floats) -> Softmax:
+    def __new__(cls, logits: Floats, label_thresholds: Sequence[float] = ()) -> Softmax:
         """Keep the logits."""
         self = object.__new__(cls)
         self.logits = logits.astype(np.float64, copy=False)
@@ -250,7 +251,7 @@ class Softmax(Outputs):
     @cached_property
     def distributions(self) -> Array:
         """The softmax `[rows, labels]`."""
-        return _softmax(self.logits)
+        return self._softmax(self.logits)
 
     @property
     def probabilities(self) -> Array:
@@ -297,7 +298,7 @@ class Sigmoid(Outputs):
     @cached_property
     def distributions(self) -> Array:
         """Both outcomes of each label, `[rows, labels, 2]`: the softmax of the logit and 0."""
-        return _softmax(self.logits[..., None] * (1.0, 0.0))
+        return self._softmax(self.logits[..., None] * (1.0, 0.0))
 
     @property
     def probabilities(self) -> Array:
@@ -323,16 +324,12 @@ class Sigmoid(Outputs):
         return same
 
 
-def _with_thresholds(label_thresholds: Sequence[float]) -> Callable[[Floats], Outputs]:
-    return partial(Sigmoid, label_thresholds=label_thresholds)
-
-
-_KINDS: dict[ProblemType, Callable[[Sequence[float]], Callable[[Floats], Outputs]]] = {
-    ProblemType.SINGLE_LABEL: lambda label_thresholds: Softmax,
-    ProblemType.MULTI_LABEL: _with_thresholds,
-    ProblemType.RANKING: _with_thresholds,
+_KINDS: dict[ProblemType, type[Softmax] | type[Sigmoid]] = {
+    ProblemType.SINGLE_LABEL: Softmax,
+    ProblemType.MULTI_LABEL: Sigmoid,
+    ProblemType.RANKING: Sigmoid,
 }
-"""For each type of task, what gives the kind of its outputs from the thresholds of the labels."""
+"""The kind of outputs of each type of task."""
 
 
 def outputs_of(
@@ -344,7 +341,7 @@ def outputs_of(
         problem_type: the type of the task.
         label_thresholds: see `Outputs`.
     """
-    return _KINDS[problem_type](label_thresholds)
+    return partial(_KINDS[problem_type], label_thresholds=label_thresholds)
 
 
 def per_row(values: Array) -> Array:

@@ -10,6 +10,7 @@ import pytest
 
 import fpabee
 from fpabee.exporter.single_file.kinds import KINDS as IN_ONE_FILE
+from fpabee.exporter.single_file.rules import OUTPUTS
 from fpabee.exporter.training import trainer
 from fpabee.exporter.training.options import FEWEST_LABELS
 from fpabee.runtime.serving import server
@@ -27,6 +28,10 @@ def test_tables_by_method_have_every_kind(table: Mapping[str, object]) -> None:
 @pytest.mark.parametrize("table", [trainer._LABELS, FEWEST_LABELS], ids=["loss", "fewest labels"])
 def test_tables_of_training_have_every_kind_with_labels(table: Mapping[object, object]) -> None:
     assert table.keys() == WITH_LABELS
+
+
+def test_outputs_in_a_graph_have_every_kind() -> None:
+    assert OUTPUTS.keys() == KINDS.keys()
 
 
 # The rooms that know the kinds of models: what logits mean, the manifest, and what a checkpoint
