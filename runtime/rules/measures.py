@@ -314,9 +314,9 @@ class Sigmoid(Outputs):
 
     def margin(self, label: int, threshold: float) -> Array:
         """The logit of p is that of the label."""
+        logit: Array = self.logits[:, label]
         shift: Array = np.log(threshold / (1 - threshold))
-        margin: Array = self.logits[:, label] - shift
-        return margin
+        return logit - shift
 
     def unchanged(self, earlier: Outputs) -> Mask:
         """Whether the whole set of labels is the same: `[rows]`."""
