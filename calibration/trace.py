@@ -1,7 +1,7 @@
 """Run labelled rows to full depth once, and keep their logits.
 
 A trace is kept in `calibration/trace-TARGET-DATA.npz` in the engines folder. It is used again as
-long as the texts and everything that determines the logits are the same, see `artifact_sha256`.
+long as the texts and everything that determines the logits are the same, see `logits_sha256`.
 
 An engines folder may come from a stranger, who can write a trace with these hashes and any logits.
 So some rows, which nobody can foretell, run again and must give the same logits. This finds a trace
@@ -10,18 +10,15 @@ that is not of this target, or of which many rows were changed; it may miss a fe
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.artifact.folder import write_whole
-from ..runtime.artifact.manifest import Manifest
+from ..runtime.artifact.quick import logits_sha256
 from ..runtime.artifact.untrusted.arrays import read_arrays
 from ..runtime.check import logit_differences, requirements_of
 from ..runtime.engine import Engine
@@ -37,21 +34,6 @@ _CHUNK = 256
 _SAMPLE = 16  # rows of a kept trace that run again
 _Trace = tuple[NDArray[np.float32], NDArray[np.intp]]
 """Logits `[exits, rows, labels]`, and the number of tokens of each row."""
-
-
-def artifact_sha256(manifest: Manifest, target: str) -> str:
-    """Hash of everything that determines the logits of a target."""
-    chosen = manifest.targets[target]
-    graphs = manifest.graphs_of(chosen)
-    content: list[Any] = [
-        sorted((name, graph.sha256) for name, graph in graphs.items()),
-        sorted((name, file.sha256) for name, file in chosen.files.items()),
-        [list(segment.calls) for segment in manifest.segments],
-        [manifest.tokenizer.sha256, manifest.tokenizer.max_length],
-        sorted(chosen.versions.items()),
-        manifest.exit_0 and manifest.exit_0.sha256,
-    ]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def expected_labels(rows: Sequence[Row], task: Task) -> Labels:
@@ -96,7 +78,7 @@ def trace_rows(
     task = engine.manifest.task
     expected = expected_labels(rows, engine.core.task) if labels else None
     texts = data_sha256(rows, labels=False)
-    artifact = artifact_sha256(manifest, engine.target)
+    artifact = logits_sha256(manifest, engine.target)
     path = folder / f"trace-{engine.target}-{texts[:12]}.npz"
     shape = len(manifest.exits), len(rows), len(task.labels)
     kept = _read(path, artifact, texts, shape, manifest.tokenizer.max_length)

@@ -17,12 +17,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from .artifact.exits import exits_of
+from .artifact.exits import Exits, exits_of
 from .artifact.folder import EnginesFolder
 from .backends.base import Backend
 from .backends.buffers import row_bytes
 from .chain.chain import Chain, Decision, not_finite
 from .chain.groups import Group
+from .chain.legs import Leg, legs_of
 from .encoding import EncodedRow, Text, TextEncoder, blocks
 from .errors import InputError, RuleError, whole_number
 from .exit_0 import ExitZero
@@ -46,6 +47,7 @@ class Core:
     Args:
         engines: the engines folder.
         backend: runs the segments of the target.
+        quick: runs those of the quick pass of an operating point; None: there is none.
         rule: the rule of calls that give none.
         operating_point: its name, if it is an operating point.
         max_length: truncate texts to this many tokens, special tokens included; None: what the
@@ -55,14 +57,17 @@ class Core:
         engines: the engines folder.
         manifest: its manifest.
         task: what the logits of the model mean.
-        exits: those of the model.
-        backend: what runs the segments.
+        exits: those that rows may see by the rule in use, with those of the quick pass if it has
+            one. Rules that a call gives see `exits.exact`.
+        backend: what runs the segments of the target.
+        backends: those that run rows, in the order of their passes.
         limits: the shapes that the target runs.
         max_length: tokens to which texts are truncated, special tokens included.
         window_bytes: memory of the rows that run at the same time, in bytes, see `windows`.
         clock: the time in seconds, by which deadlines are given.
         first_stage: exit 0 of a ranking; None: the model has none.
-        full_depth: runs every layer for every row.
+        full_depth: runs every layer of the target for every row.
+        every_exit: shows every row all exits, those of the quick pass included.
         in_use: the name of the operating point in use, if it is one, and the rule of calls that
             give none. One attribute, so that a thread never sees the rule of one point with the
             name of another.
@@ -82,6 +87,7 @@ class Core:
         rule: ExitRule,
         operating_point: str | None = None,
         max_length: int | None = None,
+        quick: Backend | None = None,
     ) -> None:
         self.engines = engines.absolute()
         self.manifest = engines.manifest
@@ -91,19 +97,54 @@ class Core:
         self.window_bytes = _WINDOW_BYTES
         self.clock: Callable[[], float] = perf_counter
         self._row_bytes = lru_cache(None)(partial(row_bytes, self.manifest, self.limits))
-        self.exits = exits_of(self.manifest)
         self.first_stage = FirstStage.load(engines)
         self._exit_0 = self.first_stage or ExitZero.load(engines)
-        self.in_use = (operating_point, self._runner(rule))
-        self.full_depth = self._runner(Budget(exit=self.exits.last))
+        self.tally = Tally(())
+        self._tally_lock = threading.Lock()
+        self.add_quick_pass(quick)
+        self.full_depth = self._runner(Budget(exit=self.exits.exact.last))
+        self.use(operating_point, rule, has_quick_pass=quick is not None)
         tokenizer = self.manifest.tokenizer
         most = min(tokenizer.max_length, self.limits.max_sequence)
         spec = msgspec.structs.replace(tokenizer, max_length=most)
         self._encoder = TextEncoder(engines.path, spec, max_length)
         self.max_length = self._encoder.limit
-        self.tally = Tally((0,) * len(self.exits))
-        self._tally_lock = threading.Lock()
         self.watch: Watch | None = None
+
+    def add_quick_pass(self, quick: Backend | None) -> None:
+        """Have rows run first in another target, if their rule has thresholds for that pass.
+
+        Args:
+            quick: what runs the target; None: there is no quick pass.
+        """
+        name = "" if quick is None else quick.name
+        backends = {"": self.backend} if quick is None else {name: quick, "": self.backend}
+        exits = exits_of(self.manifest, name)
+        self.backends = tuple(backends.values())
+        self._legs = {each.last: legs_of(each, backends) for each in (exits.exact, exits)}
+        self.exits = exits
+        self.every_exit = self._runner(Budget(exit=exits.last), exits)
+        with self._tally_lock:
+            self.tally += Tally((0,) * len(exits))
+
+    def use(self, operating_point: str | None, rule: ExitRule, has_quick_pass: bool) -> None:
+        """Have calls that give no rule use this one.
+
+        Args:
+            operating_point: the name of the point; None: it is a rule of the caller's own.
+            rule: the rule.
+            has_quick_pass: whether it has thresholds for the exits of a quick pass.
+        """
+        exits = self.exits if has_quick_pass else self.exits.exact
+        self.in_use = (operating_point, self._runner(rule, exits))
+
+    def legs(self, runner: Runner[Any]) -> tuple[Leg, ...]:
+        """The passes of rows through segments by a rule.
+
+        Args:
+            runner: what applies the rule.
+        """
+        return self._legs[runner.exits[-1]]
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts.
@@ -164,7 +205,9 @@ class Core:
         runner = self.in_use[1] if rule is None else self._runner(rule)
         if full_depth:
             runner = self.full_depth
-        return runner if max_exit is None else self._runner(runner.rule.capped(max_exit))
+        if max_exit is None:
+            return runner
+        return self.task.runner(runner.rule.capped(max_exit), runner.exits)
 
     def check_method(self, method: str) -> None:
         """Refuse a call that belongs to another task.
@@ -193,7 +236,8 @@ class Core:
             BackendError: the engine is closed, or this process was forked after it was loaded.
         """
         self.check_open()
-        return Chain(self.backend, self.limits, self._exit_0, self.full_depth, self.clock)
+        (leg,) = self.legs(self.full_depth)
+        return Chain(self.backends, self._exit_0, (self.full_depth, leg), self.clock)
 
     def choose_watched(
         self, rows: int, runner: Runner[Any], deadline: float = math.inf
@@ -278,13 +322,26 @@ class Core:
         settled = self.run(rows, runner, deadline)
         missed = np.full(len(rows), self.clock() > deadline)
         self.count(settled, missed)
-        return self.in_order(settled, missed, top_k, with_left)
+        return self.in_order(settled, runner, missed, top_k, with_left)
 
     def in_order(
-        self, settled: Settled, missed: Mask, top_k: int | None, with_left: bool
+        self,
+        settled: Settled,
+        runner: Runner[Any],
+        missed: Mask,
+        top_k: int | None,
+        with_left: bool,
     ) -> list[Ranked]:
-        """The documents of a query in order; the arguments are those of `ranked`."""
-        left = (settled.exits < self.exits.last) & ~settled.limited
+        """The documents of a query in order; the other arguments are those of `ranked`.
+
+        Args:
+            settled: as in `ranked`.
+            runner: what has decided which of them left.
+            missed: as in `ranked`.
+            top_k: as in `ranked`.
+            with_left: as in `ranked`.
+        """
+        left = (settled.exits < runner.exits[-1]) & ~settled.limited
         return ranked(
             settled, missed, left, self.manifest.task.activation, top_k, with_left=with_left
         )
@@ -333,10 +390,21 @@ class Core:
 
     def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Trace:
         """Run tokenized rows as one window, see `Engine.run_encoded`."""
-        runner = self.runner(rule)
+        return self.trace(rows, self.runner(rule))
+
+    def trace(self, rows: Sequence[EncodedRow], runner: Runner[Any]) -> Trace:
+        """Run a window of rows, and keep the logits of all exits that they reach.
+
+        Args:
+            rows: as in `run`.
+            runner: as in `run`; `every_exit` runs rows through all passes.
+
+        Raises:
+            FpabeeError: as in `Engine.run_encoded`.
+        """
         runner.check_alone()
         first = self.exits.first
-        shape = (len(self.exits), len(rows), len(self.task.labels))
+        shape = (len(runner.exits), len(rows), len(self.task.labels))
         logits = np.full(shape, np.nan, np.float32)
         exits = np.full(len(rows), first, np.int64)
         for decision in self.decisions(rows, runner):
@@ -385,8 +453,8 @@ class Core:
             tokens: tokens in a row.
 
         Returns:
-            Seconds for each exit, in the order of `Manifest.exits`. For exits from 1 this is the
-            time of a segment, including the time to read the logits.
+            Seconds for each exit. For exits from 1 this is the time of a segment, including the
+            time to read the logits; for the exit at the end of an exact pass, of all segments.
 
         Raises:
             InputError: `rows` or `tokens` is not a whole number from 1.
@@ -396,17 +464,21 @@ class Core:
         tokens = whole_number("tokens", tokens, InputError)
         ids = np.zeros(tokens, np.int64)
         made_up = [EncodedRow(ids, ids, truncated=False)] * rows
-        group = Group.of(np.arange(rows), made_up, self.full_depth, math.inf, self.limits)
+        runner = self.every_exit
+        legs = self.legs(runner)
+        group = Group.of(np.arange(rows), made_up, runner, math.inf, legs)
         seconds = []
         with self.chain() as chain:
 
-            def run_segment(group: Group) -> None:
-                chain.enqueue(group)
-                chain.finish()
+            def run_to_exit(group: Group) -> None:
+                for _ in range(group.legs[0].segments_to_exit(group.segment)):
+                    chain.enqueue(group)
+                    chain.finish()
 
-            before: list[Callable[[Group], object]] = [chain.ask_exit_0]
-            before *= len(self.exits.before_layers)
-            for way in (*before, *[run_segment] * self.backend.segments):
+            exits = self.exits
+            after = len(exits) - len(exits.before_layers)
+            ways: list[Callable[[Group], object]] = [chain.ask_exit_0]
+            for way in (*ways * len(exits.before_layers), *[run_to_exit] * after):
                 started = self.clock()
                 way(group)
                 seconds.append(self.clock() - started)
@@ -418,8 +490,9 @@ class Core:
             self.time_exits(rows, tokens)
         self.backend.keep_compiled()
 
-    def _runner(self, rule: ExitRule) -> Runner[Any]:
-        return self.task.runner(rule, self.exits.numbers)
+    def _runner(self, rule: ExitRule, exits: Exits | None = None) -> Runner[Any]:
+        """What applies a rule; default: at the exits without a quick pass."""
+        return self.task.runner(rule, (exits or self.exits.exact).numbers)
 
     def decisions(
         self,
@@ -438,7 +511,7 @@ class Core:
             deadline: as in `run`.
             watched: as `choose_watched` gives it; default: no row is watched.
         """
-        window = Group.of(np.arange(len(rows)), rows, runner, deadline, self.limits)
+        window = Group.of(np.arange(len(rows)), rows, runner, deadline, self.legs(runner))
         if watched is not None:
             window.watched = watched
         with self.chain() as chain:

@@ -21,8 +21,8 @@ from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of
 from .first_run import must_check, remember
 from .hub import engines_folder
 from .predictions import Prediction, Tally, Trace
-from .rules.rules import ExitRule, Uncertainty
-from .targets import open_backend, rule_here, target_of
+from .rules.rules import Budget, ExitRule, Uncertainty
+from .targets import open_backend, quick_pass, rule_here, target_of
 from .tasks.ranked import Ranked, pairs_of, top_of
 from .watch import Watch, Watched
 
@@ -125,11 +125,13 @@ class Engine:
         name = target_of(engines, target)
         point = None
         if rule is None:
-            point, rule = rule_here(engines, name, operating_point)
+            is_named = target is not None or operating_point is not None
+            point, rule = rule_here(engines, name, operating_point, is_named=is_named)
         watching = None if watch is None else Watch(engines.manifest, name, watch, point)
         backend = open_backend(engines, name, threads, device)
         try:
-            engine = cls(engines, backend, rule, point, max_length)
+            quick = _open_quick_pass(engines, backend, point, check)
+            engine = cls(engines, backend, rule, point, max_length, quick)
             engine.core.watch = watching
             kind = backend.kind_of_machine
             if check or (check is None and must_check(engines, name, kind)):
@@ -148,9 +150,10 @@ class Engine:
         rule: ExitRule,
         operating_point: str | None = None,
         max_length: int | None = None,
+        quick: Backend | None = None,
     ) -> None:
-        """Called by `Engine.load`, which opens the backend."""
-        self.core = Core(engines, backend, rule, operating_point, max_length)
+        """Called by `Engine.load`, which opens the backends."""
+        self.core = Core(engines, backend, rule, operating_point, max_length, quick)
         self.target = backend.name
         self.manifest = engines.manifest
         self.revision = hashlib.sha256(msgspec.json.encode(self.manifest)).hexdigest()
@@ -326,9 +329,9 @@ class Engine:
         Raises:
             FpabeeError: as in `predict`.
         """
-        rule = self.core.runner(rule, full_depth=rule is None).rule
-        parts = [self.run_encoded(rows, rule) for rows in self.core.windows(texts)]
-        parts = parts or [self.run_encoded([], rule)]
+        runner = self.core.every_exit if rule is None else self.core.runner(rule)
+        parts = [self.core.trace(rows, runner) for rows in self.core.windows(texts)]
+        parts = parts or [self.core.trace([], runner)]
         return Trace(
             logits=np.concatenate([part.logits for part in parts], axis=1),
             exits=np.concatenate([part.exits for part in parts]),
@@ -365,8 +368,10 @@ class Engine:
             )
         full_depth = self.core.full_depth.rule
         logits = self.run_encoded([rows[n] for n in fits], full_depth).logits
-        # The reference has pairs, and no queries with their documents.
-        rule = full_depth if self.core.task.compares else self.rule
+        # The reference has pairs, and no queries with their documents; and no quick pass.
+        in_use = self.core.in_use[1]
+        fits_rule = not self.core.task.compares and in_use.exits == self.core.exits.exact.numbers
+        rule = in_use.rule if fits_rule else full_depth
         agreement = compare(
             logits, expected[:, fits], rule, self.core.task, required, manifest.exits[0]
         )
@@ -415,8 +420,13 @@ class Engine:
         Raises:
             RuleError: the target has no such point.
         """
-        point, rule = rule_here(self.core.engines, self.target, operating_point)
-        self.core.in_use = (point, self.core.runner(rule))
+        engines = self.core.engines
+        point, rule = rule_here(engines, self.target, operating_point, is_named=True)
+        has_quick_pass = quick_pass(engines.manifest, self.target, point) is not None
+        if has_quick_pass and not self.core.exits.quick:
+            quick = _open_quick_pass(engines, self.core.backend, point)
+            self.core.add_quick_pass(quick)
+        self.core.use(point, rule, has_quick_pass)
 
     @property
     def tally(self) -> Tally:
@@ -496,13 +506,34 @@ class Engine:
         call that needs another window of rows afterwards gets a `BackendError`. In a process that
         was forked after the engine was loaded, this does nothing.
         """
-        self.core.backend.close()
+        for backend in self.core.backends:
+            backend.close()
 
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _open_quick_pass(
+    engines: EnginesFolder, backend: Backend, point: str | None, check: bool | None = None
+) -> Backend | None:
+    """What runs the quick pass of an operating point; None: the point has none.
+
+    The arguments and the errors are those of `Engine.load`.
+    """
+    quick = quick_pass(engines.manifest, backend.name, point)
+    if quick is None:
+        return None
+    # Its answers are checked as those of any target, so an engine is loaded for it.
+    runs_all = Budget(exit=len(engines.manifest.segments))
+    threads = backend.threads
+    device = backend.device
+    engine = Engine.load(
+        engines.path, quick.target, threads=threads, rule=runs_all, device=device, check=check
+    )
+    return engine.core.backend
 
 
 def _powers_of_two(longest: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import add
+from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +89,7 @@ class Tally:
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
-            tuple(map(add, self.exits, other.exits)),
+            tuple(map(sum, zip_longest(self.exits, other.exits, fillvalue=0))),
             self.truncated + other.truncated,
             self.deadline_limited + other.deadline_limited,
             self.deadline_missed + other.deadline_missed,

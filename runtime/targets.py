@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 
 from .. import __version__
+from .artifact.exits import exits_of
 from .artifact.folder import EnginesFolder
 from .artifact.manifest import Manifest, Target
-from .artifact.operating_point import RuleSettings
+from .artifact.operating_point import QuickPass, RuleSettings
+from .artifact.quick import quick_of, quick_problem
 from .backends.base import Backend
 from .errors import BackendError, RuleError, warn_once, whole_number
 from .rules.rules import ExitRule
@@ -101,13 +103,43 @@ def _default_target(engines: EnginesFolder) -> str:
     return default  # which runs, or whose error is the one to report
 
 
-def rule_here(engines: EnginesFolder, name: str, point: str | None) -> tuple[str | None, ExitRule]:
-    """The operating point to run on this machine, and its rule; the arguments as in `rule_of`.
+def rule_here(
+    engines: EnginesFolder, name: str, point: str | None, *, is_named: bool
+) -> tuple[str | None, ExitRule]:
+    """The operating point to run on this machine, and its rule.
 
     A warning says if the target has no operating point, although others of the folder have some.
+
+    Args:
+        engines: the engines folder.
+        name: as in `rule_of`.
+        point: as in `rule_of`.
+        is_named: whether the user has named the target or the point. If not, and its quick pass
+            cannot run here, the point runs that does without it, and a warning says so.
+
+    Raises:
+        RuleError: as in `rule_of`, or the quick pass of the point cannot run here, or its target
+            was built again since the point was certified.
     """
     manifest = engines.manifest
     point, rule = rule_of(manifest, name, point)
+    quick = quick_pass(manifest, name, point)
+    if point is not None and quick is not None:
+        problem = quick_problem(manifest, quick)
+        if not problem and (error := why_not(manifest, quick.target)) is not None:
+            problem = f"its quick pass cannot run here: {error.message}"
+        if problem and (is_named or not quick.alone):
+            every = manifest.targets[name].operating_points
+            alone = [other for other in every if quick_pass(manifest, name, other) is None]
+            raise RuleError(
+                f"operating point {point!r} of target {name} has lost its promise: {problem}",
+                "choose an operating point without a quick pass "
+                f"({', '.join(alone) or 'none yet'}), or calibrate again",
+            )
+        if problem:
+            message = f"{quick.alone} runs instead of operating point {point}: {problem}"
+            warn_once(logger, message, engines.path)
+            point, rule = rule_of(manifest, name, quick.alone)
     others = [other for other, target in manifest.targets.items() if target.operating_points]
     if others and name not in others:
         warn_once(
@@ -117,6 +149,12 @@ def rule_here(engines: EnginesFolder, name: str, point: str | None) -> tuple[str
             engines.path,
         )
     return point, rule
+
+
+def quick_pass(manifest: Manifest, target: str, point: str | None) -> QuickPass | None:
+    """The quick pass of an operating point of a target; None: it has none, or there is no point."""
+    points = manifest.targets[target].operating_points
+    return quick_of(points[point]) if point in points else None
 
 
 def rule_of(manifest: Manifest, target: str, point: str | None) -> tuple[str | None, ExitRule]:
@@ -138,7 +176,9 @@ def rule_of(manifest: Manifest, target: str, point: str | None) -> tuple[str | N
         return None, _stored_rule(manifest, manifest.default_rule, "the default rule")
     if point in points:
         where = f"operating point {point!r} of target {target}"
-        return point, _stored_rule(manifest, points[point].rule, where)
+        quick = quick_of(points[point])
+        rule = _stored_rule(manifest, points[point].rule, where, quick.target if quick else "")
+        return point, rule
     elsewhere = [other for other, t in manifest.targets.items() if point in t.operating_points]
     measured = f", but {', '.join(elsewhere)} has" if elsewhere else ""
     raise RuleError(
@@ -148,7 +188,9 @@ def rule_of(manifest: Manifest, target: str, point: str | None) -> tuple[str | N
     )
 
 
-def _stored_rule(manifest: Manifest, settings: RuleSettings, where: str) -> ExitRule:
+def _stored_rule(
+    manifest: Manifest, settings: RuleSettings, where: str, quick: str = ""
+) -> ExitRule:
     """A rule of the manifest, which fits the model.
 
     Raises:
@@ -156,7 +198,7 @@ def _stored_rule(manifest: Manifest, settings: RuleSettings, where: str) -> Exit
     """
     try:
         rule = ExitRule.from_dict(settings)
-        task_of(manifest.task).runner(rule, manifest.exits)
+        task_of(manifest.task).runner(rule, exits_of(manifest, quick).numbers)
     except RuleError as error:
         raise RuleError(
             f"{where} in the manifest cannot be used: {error.message}",

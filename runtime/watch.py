@@ -22,8 +22,10 @@ from numbers import Real
 import numpy as np
 from numpy.typing import NDArray
 
+from .artifact.exits import Exits, exits_of
 from .artifact.manifest import Manifest
 from .artifact.operating_point import OperatingPoint
+from .artifact.quick import quick_of
 from .errors import InputError, RuleError
 from .rules.measures import Integers
 from .tasks import task_of
@@ -171,6 +173,7 @@ class _Promise:
         test: the test.
         permitted: the permitted rate.
         mean_depth: layers that ran for a row at calibration.
+        exits: those that its rows see.
         label_thresholds: what decides, see `decision_thresholds`.
         rows: those that were chosen and are not tested yet, in the order of their arrival. A row
             whose answer did not change may be known earlier than one before it, and would spoil the
@@ -181,6 +184,7 @@ class _Promise:
     test: RateTest
     permitted: float
     mean_depth: float
+    exits: Exits
     label_thresholds: tuple[float, ...]
     rows: deque[WatchedRow] = field(default_factory=deque)
 
@@ -244,7 +248,6 @@ class Watch:
                 f"this model {self._task.does}, and only answers of classification are watched",
                 "leave out `watch`",
             )
-        self._manifest = manifest
         points = manifest.targets[target].operating_points
         rates = {name: rate for name, point in points.items() if (rate := _permitted(point))}
         if operating_point not in rates:
@@ -264,8 +267,10 @@ class Watch:
         share = float(percent) / 100
         self._pays = share / max(1 - share, 1e-9)
         # This runs for every row, so it is plain Python: a call of numpy costs more than a coin.
-        self._layers_of = dict(zip(manifest.exits, manifest.exit_layers, strict=True))
         self._layers = manifest.exit_layers[-1]
+        self._layers_of = dict(zip(manifest.exits, manifest.exit_layers, strict=True))
+        # A row that was in doubt at the end of a quick pass.
+        self._layers_of[len(manifest.segments) + 1] = 2 * self._layers
         self._coin = random.Random()
         self._lock = threading.RLock()  # who is told of an alarm may ask what is known
         self._waiting = 0
@@ -310,7 +315,7 @@ class Watch:
                 self._layers_for_watching -= self._layers_of[exit_number]
                 row.answer = logits.copy()  # not a view, which would hold those of other rows
                 self._waiting += 1
-                if exit_number < self._manifest.exits[-1]:
+                if exit_number < row.promise.exits.last:
                     return True
             both = self._task.outputs(np.stack([row.answer, logits]))
             early, late = both.decisions(row.promise.label_thresholds)
@@ -402,11 +407,13 @@ def _promise(
     manifest: Manifest, name: str, point: OperatingPoint, rate: float, level: float
 ) -> _Promise:
     assert point.certificate is not None
+    quick = quick_of(point)
     return _Promise(
         operating_point=name,
         test=RateTest(rate, level),
         permitted=rate,
         mean_depth=min(point.mean_depth, float(manifest.exit_layers[-1])),
+        exits=exits_of(manifest, quick.target if quick else ""),
         label_thresholds=task_of(manifest.task).decision_thresholds(
             point.certificate.label_thresholds
         ),

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -34,7 +35,8 @@ from fpabee.commands.console import step_progress
 from fpabee.commands.options import chosen_rule
 from fpabee.exporter.targets.check import FP32_TARGET
 from fpabee.runtime import Budget, EncodedRow, Engine, ExitRule, Text
-from fpabee.runtime.chain.chain import Chain
+from fpabee.runtime.backends.base import Backend, Execution
+from fpabee.runtime.backends.buffers import Limits
 from fpabee.runtime.chain.groups import split
 from fpabee.runtime.files import read_rows
 from fpabee.runtime.machine import environment, usable_cores
@@ -114,9 +116,9 @@ def run_bench(
     with TemporaryDirectory() as one:
         targets = write_one_graph(folder, Path(one)).targets
         target = engine.target if engine.target in targets else FP32_TARGET
-        with Engine.load(one, target) as full, full.core.chain() as graph:
+        with Engine.load(one, target) as full, lent(full.core.backend) as execution:
             variants: dict[str, Run] = {
-                FULL_GRAPH: partial(run_graph, graph),
+                FULL_GRAPH: partial(run_graph, execution, full.core.limits),
                 FULL_DEPTH: partial(engine.run_encoded, rule=last),
                 WITH_RULE: partial(engine.run_encoded, rule=rule),
             }
@@ -130,15 +132,25 @@ def run_bench(
     return target, workloads
 
 
-def run_graph(graph: Chain, rows: Sequence[EncodedRow]) -> None:
+@contextmanager
+def lent(backend: Backend) -> Iterator[Execution]:
+    """An execution, which is given back at the end."""
+    execution = backend.check_out()
+    try:
+        yield execution
+    finally:
+        backend.give_back(execution)
+
+
+def run_graph(execution: Execution, limits: Limits, rows: Sequence[EncodedRow]) -> None:
     """Run the groups that a chain starts with, but nothing else of an engine."""
     lengths = np.array([len(row) for row in rows], np.intp)
-    for numbers in split(lengths, graph.limits):
+    for numbers in split(lengths, limits):
         group = [rows[number] for number in numbers]
-        bucket = graph.limits.bucket(len(group), int(lengths[numbers].max()), len(group) == 1)
-        hidden = graph.execution.begin(group, bucket)
-        graph.execution.enqueue(hidden)()
-        graph.execution.release(hidden)
+        bucket = limits.bucket(len(group), int(lengths[numbers].max()), len(group) == 1)
+        hidden = execution.begin(group, bucket)
+        execution.enqueue(hidden)()
+        execution.release(hidden)
 
 
 def measure(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,18 +19,22 @@ TOKENS = "tokens"
 
 @dataclass(frozen=True)
 class Pass:
-    """One way through the model, with an exit after each of its segments.
+    """One way through the model, with an exit after each of its segments, or after the last one.
 
     A pass without segments has one exit, exit 0, which answers before layer 1.
 
     Attributes:
         reads: `tokens`, which segments run; or without segments the `ngrams` of a row, see
             `fpabee.runtime.exit_0`, or the `scores` of a search, see `fpabee.runtime.first_stage`.
-        layers: `[exits]` how many encoder layers have run at each of its exits.
+        layers: `[exits]` after how many of its encoder layers each of its exits stands.
+        segments: how many segments run. Its exits are after the last ones.
+        target: the target whose segments run; empty: the engine's own.
     """
 
     reads: str
     layers: tuple[int, ...]
+    segments: int = 0
+    target: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Exits:
     def of_layers(cls, layers: Sequence[int]) -> Exits:
         """The exits after these layers, such as `Manifest.exit_layers`; 0 is exit 0."""
         before = tuple(Pass(NGRAMS, (0,)) for layer in layers if layer == 0)
-        return cls((*before, Pass(TOKENS, tuple(layer for layer in layers if layer))))
+        after = tuple(layer for layer in layers if layer)
+        return cls((*before, Pass(TOKENS, after, len(after))))
 
     @classmethod
     def numbered(cls, first: int, count: int) -> Exits:
@@ -56,7 +61,7 @@ class Exits:
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
-        """`[exits]` how many encoder layers have run at each exit, 0 for exit 0."""
+        """`[exits]` after how many encoder layers of its pass each exit stands, 0 for exit 0."""
         return tuple(layer for each in self.passes for layer in each.layers)
 
     @cached_property
@@ -88,7 +93,7 @@ class Exits:
         return exits - self.first
 
     def depths(self, exits: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
-        """How many layers run for rows that stop at these exits; of the same shape."""
+        """The layers after which rows stop that stop at these exits; of the same shape."""
         depths: NDArray[np.integer[Any]] = self._depths[exits - self.first]
         return depths
 
@@ -100,10 +105,34 @@ class Exits:
         """The exits of the passes with segments only: all but exit 0."""
         return Exits(tuple(each for each in self.passes if each.reads == TOKENS))
 
+    @property
+    def quick(self) -> str:
+        """The target of the quick pass; empty: there is none."""
+        return next((each.target for each in self.passes if each.target), "")
 
-def exits_of(manifest: Manifest) -> Exits:
-    """The exits of the model of an engines folder."""
+    @cached_property
+    def exact(self) -> Exits:
+        """The exits without a quick pass, where rows see every exit of the engine's own target."""
+        if not self.quick:
+            return self
+        before = tuple(each for each in self.passes if each.reads != TOKENS)
+        (quick,) = (each for each in self.passes if each.target)
+        return Exits((*before, replace(quick, target="")))
+
+
+def exits_of(manifest: Manifest, quick: str = "") -> Exits:
+    """The exits of the model of an engines folder.
+
+    Args:
+        manifest: that of the folder.
+        quick: the target of the quick pass; empty: there is none. Rows in doubt at its last exit
+            run all segments again, in the engine's own target, and have one exit at the end.
+    """
     before = {NGRAMS: manifest.exit_0, SCORES: manifest.first_stage}
     passes = [Pass(reads, (0,)) for reads, spec in before.items() if spec is not None]
     layers = tuple(segment.layer for segment in manifest.segments)
-    return Exits((*passes, Pass(TOKENS, layers)))
+    segments = len(layers)
+    if not quick:
+        return Exits((*passes, Pass(TOKENS, layers, segments)))
+    first = Pass(TOKENS, layers, segments, quick)
+    return Exits((*passes, first, Pass(TOKENS, layers[-1:], segments)))

@@ -22,7 +22,16 @@ from typing import Any
 import msgspec
 
 from ..errors import COPY_AGAIN, EXPORT_AGAIN, ArtifactError, InputError
-from .manifest import MANIFEST_NAME, SCHEMA_VERSION, BuiltFile, Graph, Manifest, Target
+from .manifest import (
+    MANIFEST_NAME,
+    QUICK_PASS_VERSION,
+    SCHEMA_VERSION,
+    BuiltFile,
+    Graph,
+    Manifest,
+    Target,
+)
+from .quick import quick_targets
 from .untrusted.consistency import problems
 from .untrusted.graph_content import check_graph
 
@@ -77,14 +86,18 @@ class EnginesFolder:
         return replace(self, path=self.path.absolute())
 
     def write(self) -> None:
-        """Write the manifest atomically.
+        """Write the manifest atomically, with the lowest version that can say what it says.
 
         A manifest that is a link is replaced; the file behind the link is not changed.
 
         Raises:
             ArtifactError: the folder cannot be written. The old manifest is then unchanged.
         """
-        text = msgspec.json.format(msgspec.json.encode(self.manifest), indent=2) + b"\n"
+        manifest = self.manifest
+        needs_new = any(quick_targets(manifest, target) for target in manifest.targets)
+        version = QUICK_PASS_VERSION if needs_new else SCHEMA_VERSION
+        written = msgspec.structs.replace(manifest, schema_version=version)
+        text = msgspec.json.format(msgspec.json.encode(written), indent=2) + b"\n"
         write_whole(self.path / MANIFEST_NAME, text)
 
     def with_manifest(self, **changes: Any) -> EnginesFolder:
@@ -125,7 +138,8 @@ class EnginesFolder:
         """The path and SHA-256 of each file that the manifest names.
 
         Args:
-            target: leave out the graphs and built files that this target does not run.
+            target: leave out the graphs and built files that neither this target runs nor the quick
+                passes of its operating points.
 
         Raises:
             ArtifactError: the folder does not have the graphs that the target runs.
@@ -136,8 +150,9 @@ class EnginesFolder:
             built = (each.files for each in manifest.targets.values())
             parts = [manifest.graphs, *manifest.precisions.values(), *built]
         else:
-            chosen = manifest.targets[target]
-            parts = [chosen.files or manifest.graphs_of(chosen)]
+            names = {target, *quick_targets(manifest, target)} & manifest.targets.keys()
+            runs = [each for name, each in manifest.targets.items() if name in names]
+            parts = [each.files or manifest.graphs_of(each) for each in runs]
         files = [(manifest.tokenizer.file, manifest.tokenizer.sha256), *manifest.files.items()]
         if manifest.exit_0 is not None:
             files.append((manifest.exit_0.file, manifest.exit_0.sha256))
@@ -345,10 +360,11 @@ class _Written(msgspec.Struct):
 def _parsed(path: Path, content: bytes) -> Manifest:
     try:
         written = msgspec.json.decode(content, type=_Written)
-        if written.schema_version != SCHEMA_VERSION:
+        if written.schema_version not in (SCHEMA_VERSION, QUICK_PASS_VERSION):
             raise ArtifactError(
                 f"{path} was written by fpabee {written.fpabee_version} and has schema "
-                f"{written.schema_version}; this fpabee reads schema {SCHEMA_VERSION}",
+                f"{written.schema_version}; this fpabee reads schema {SCHEMA_VERSION} and "
+                f"{QUICK_PASS_VERSION}",
                 f"{EXPORT_AGAIN}, or use the fpabee that wrote it",
             )
         manifest = msgspec.json.decode(content, type=Manifest)

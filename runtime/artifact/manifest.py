@@ -26,6 +26,9 @@ from ..errors import ArtifactError
 from .operating_point import Count, OperatingPoint, RuleSettings, Sha256
 
 SCHEMA_VERSION = "1.0"
+"""The version of a folder that needs nothing new."""
+QUICK_PASS_VERSION = "1.1"
+"""The version of a folder with an operating point that has a quick pass."""
 MANIFEST_NAME = "manifest.json"
 REFERENCE_NAME = "reference.npz"
 EXIT_0_NAME = "exit_0.npz"

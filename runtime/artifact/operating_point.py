@@ -81,6 +81,25 @@ class Goal(msgspec.Struct, frozen=True, kw_only=True):
         return f"drop at most {self.max_drop:g} points"
 
 
+class QuickPass(msgspec.Struct, frozen=True, kw_only=True):
+    """The first pass of an operating point, in a target that is faster than the point's own.
+
+    Texts run in this target, with exits. Those that are still in doubt at its last exit run again,
+    all layers, in the target of the point: the exact pass.
+
+    Attributes:
+        target: the target that runs first.
+        sha256: what decides the logits of that target, see `logits_sha256`. The point holds for
+            these logits only.
+        alone: the name of the point of the same target that does without the quick pass, for
+            machines that cannot run it; empty: there is none.
+    """
+
+    target: str
+    sha256: Sha256
+    alone: str = ""
+
+
 class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
     """A named rule with its settings, and how it performed on its target.
 
@@ -104,6 +123,11 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
         versions: versions of the libraries that measured it.
         hardware: the GPU that measured it, or the CPU and how many threads.
         certificate: the guarantee; None if none was asked for, or if the rows confirm none.
+        quick: the pass in a faster target that runs first; unset: there is none, as in all points
+            of fpabee 1.0. The exits of the point are then those of the quick pass, and one more,
+            where the exact pass ends. The rule has a threshold for each of them.
+        time_share: the time of a row on average, as a share of the time at full depth in the exact
+            target; unset without a quick pass, where layers tell it.
     """
 
     rule: RuleSettings
@@ -121,3 +145,6 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
     hardware: str = ""
     certificate: Certificate | None = None
+    # Left out of the JSON if they are unset, so that folders of 1.0 keep their revision.
+    quick: QuickPass | msgspec.UnsetType = msgspec.UNSET
+    time_share: Annotated[float, msgspec.Meta(ge=0)] | msgspec.UnsetType = msgspec.UNSET

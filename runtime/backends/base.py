@@ -251,6 +251,8 @@ class Backend(ABC):
             one. Devices need full groups; on a CPU this gains almost nothing.
         prepares_shapes: whether the first run of each padded shape takes much longer than others.
         name: the target's name.
+        threads: as given.
+        device: as given.
         origin: the process that made the backend, the only one that can use it.
         target: the target's record in the manifest.
         graphs: the ONNX graphs behind the target, by name.
@@ -286,8 +288,8 @@ class Backend(ABC):
         # Segments are loaded when needed, and until then the process may change its directory.
         self._engines = engines.absolute()
         self._shapes = manifest.shapes
-        self._threads = threads
-        self._device = device
+        self.threads = threads
+        self.device = device
         self._lock = threading.Lock()
         self._loaded: dict[str, Any] = {}
         self._freed = False
@@ -324,7 +326,7 @@ class Backend(ABC):
     @property
     def kind_of_machine(self) -> str:
         """What decides how it computes here, see the function of this name."""
-        return kind_of_machine(self.target.backend, self.target.on_gpu, self._device)
+        return kind_of_machine(self.target.backend, self.target.on_gpu, self.device)
 
     @property
     def failed(self) -> str:

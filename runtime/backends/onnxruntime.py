@@ -89,7 +89,7 @@ class OnnxRuntimeBackend(HostBackend):
                 f"the ONNX graphs in {self._engines.path} cannot run together: {error}",
                 EXPORT_AGAIN,
             ) from error
-        options = session_options(self._threads)
+        options = session_options(self.threads)
         where = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(where, str(joined.folder))
         session = cpu_session(joined.model, options)

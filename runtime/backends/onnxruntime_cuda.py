@@ -79,7 +79,7 @@ class OnnxRuntimeCudaBackend(HostBackend):
                 failure = _FAILURE.search(str(error))
                 if failure is None or (failure[1] and int(failure[1]) not in FINAL):
                     raise
-                reason = f"GPU {backend._device} has failed: ONNX Runtime reports {failure[0]}"
+                reason = f"GPU {backend.device} has failed: ONNX Runtime reports {failure[0]}"
                 backend._failed = reason
                 raise BackendError(reason, START_AGAIN) from error
             for name, value in zip(outputs, values, strict=True):
@@ -93,7 +93,7 @@ class OnnxRuntimeCudaBackend(HostBackend):
 
         problems = _preload()
         # As in plans, heads in fp32 are not rounded to TF32.
-        settings = {"device_id": str(self._device), "use_tf32": "0"}
+        settings = {"device_id": str(self.device), "use_tf32": "0"}
         session = new_session(
             self._engines.graph(self._file(name)),
             session_options(threads=1),

@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends.base import Backend, Execution
-from ..backends.buffers import Bucket, Limits
+from ..backends.buffers import Bucket
 from ..encoding import EncodedRow
 from ..errors import BackendError, FpabeeError
 from ..rules.measures import Mask
 from ..rules.settling import Runner, Settled
 from .groups import Group, RowNumbers, Running, fits, split
+from .legs import Leg
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +57,13 @@ class Chain:
     applies the rule to its exit. On a CPU that is one segment. On a device it is two, of different
     groups, so that the device runs one while the rule is applied to the other.
 
+    Rows that are still in doubt at the last exit of a leg start again, as rows of the next one.
+
     Args:
-        backend: its pool lends what runs segments, when the first row needs it.
-        limits: the shapes that it runs.
+        backends: their pools lend what runs segments, when the first row needs it.
         exit_0: gives the logits `[rows, labels]` before layer 1; None: there is no exit 0.
-        full_depth: the rule of watched rows after their answer; None: no rows are watched.
+        full_depth: the rule of watched rows after their answer, and their leg; None: no rows are
+            watched.
         clock: the time in seconds, of deadlines too.
 
     Attributes:
@@ -70,33 +73,36 @@ class Chain:
         current: the group that an error of a step belongs to.
     """
 
-    backend: Backend
-    limits: Limits
+    backends: Sequence[Backend]
     exit_0: Callable[[Sequence[EncodedRow]], NDArray[np.float32]] | None = None
-    full_depth: Runner[Any] | None = None
+    full_depth: tuple[Runner[Any], Leg] | None = None
     clock: Callable[[], float] = perf_counter
     running: deque[Group] = field(default_factory=deque, init=False)
     watched: list[Group] = field(default_factory=list, init=False)
     seconds: float = field(default=0.0, init=False)
     current: Group | None = field(default=None, init=False)
     _finished: float = field(default=0.0, init=False)
-    _lent: Execution | None = field(default=None, init=False)
+    _lent: dict[Backend, Execution] = field(default_factory=dict, init=False)
 
-    @property  # up to Python 3.11, one lock of a cached_property would make all chains wait
-    def execution(self) -> Execution:
-        """What runs segments."""
-        return self.borrow()
+    def execution(self, group: Group) -> Execution:
+        """What runs the segments of a group."""
+        backend = group.legs[0].backend
+        if backend not in self._lent:
+            self.borrow()
+        return self._lent[backend]
 
-    def borrow(self) -> Execution:
-        """What runs segments; the first call may wait for it, see `Backend.check_out`."""
-        if self._lent is None:
-            self._lent = self.backend.check_out()
-        return self._lent
+    def borrow(self) -> None:
+        """Borrow what runs segments; the first call may wait for it, see `Backend.check_out`."""
+        # All of them, and always in this order: two chains that each have what the other one
+        # waits for would wait for ever.
+        for backend in self.backends:
+            if backend not in self._lent:
+                self._lent[backend] = backend.check_out()
 
     @property
     def gives_way(self) -> bool:
         """Whether another call waits for what this one has borrowed."""
-        return self._lent is not None and self.backend.is_awaited
+        return any(backend.is_awaited for backend in self._lent)
 
     def __enter__(self) -> Chain:
         return self
@@ -107,16 +113,17 @@ class Chain:
             if error is None:
                 self.drop(group)
         lent = self._lent
-        self._lent = None
-        if lent is not None:
-            self.backend.give_back(lent, failed=error is not None)
+        self._lent = {}
+        for backend, execution in lent.items():
+            backend.give_back(execution, failed=error is not None)
 
     def run(self, window: Group) -> Iterator[Decision]:
         """Run rows until all of them have stopped; then those of them that are watched run on.
 
         Args:
             window: any number of rows. They are split into groups of similar length, and each
-                group takes a segment in turn.
+                group takes a segment in turn. Rows in doubt wait until all others have stopped,
+                because few rows take nearly as long as many.
 
         Yields:
             The decision about each group at each exit.
@@ -126,9 +133,13 @@ class Chain:
             ArtifactError: a segment is loaded now, and is missing or damaged.
         """
         yield from self.ask_exit_0(window)
-        parts = split(window.lengths, self.limits)
-        waiting = deque([window] if len(parts) == 1 else map(window.take, parts))
-        while waiting or self.running or self.watched:
+        waiting = deque(_parts(window))
+        in_doubt: list[Group] = []
+        while waiting or self.running or in_doubt or self.watched:
+            if in_doubt and not waiting and not self.running:
+                in_doubt[0].add(in_doubt[1:])
+                waiting.extend(_parts(in_doubt[0]))
+                in_doubt = []
             group = self._next(waiting)
             if group is None and not self.running:
                 group = self.next_watched()
@@ -150,19 +161,20 @@ class Chain:
             if decision is not None:
                 yield decision
                 if len(decision.group) and not decision.group.is_answered:
-                    waiting.append(decision.group)
+                    goes_on = waiting if decision.group.hidden is not None else in_doubt
+                    goes_on.append(decision.group)
 
     def _next(self, waiting: deque[Group]) -> Group | None:
         """The group that takes the next step; None if all run, or it waits for others to join."""
         if not waiting:
             return None
         first = waiting[0]
-        if self.backend.joins and first.hidden is not None:
-            same = [group for group in waiting if group.segment == first.segment]
+        if first.legs[0].backend.joins and first.hidden is not None:
+            same = [group for group in waiting if group.step == first.step]
             rows = sum(map(len, same))
             longest = max(int(group.lengths.max()) for group in same)
-            others_come = any(group.segment == first.segment for group in self.running)
-            if others_come and fits(rows + 1, longest, self.limits):
+            others_come = any(group.step == first.step for group in self.running)
+            if others_come and fits(rows + 1, longest, first.limits):
                 return None
             self.join(first, same[1:])
         return waiting.popleft()
@@ -178,7 +190,7 @@ class Chain:
             return None
         first = min(ready, key=lambda group: group.segment)
         if first.hidden is not None:
-            same = [group for group in ready if group.segment == first.segment]
+            same = [group for group in ready if group.step == first.step]
             self.join(first, [group for group in same if group is not first])
         return first
 
@@ -197,7 +209,7 @@ class Chain:
         """
         if group is not None:
             self.enqueue(group)
-            if len(self.running) < self.backend.in_flight:
+            if len(self.running) < group.legs[0].backend.in_flight:
                 return None
         return self.finish() if self.running else None
 
@@ -209,7 +221,7 @@ class Chain:
         """Apply the rule at exit 0 to new rows; no decision if the model has no exit 0."""
         if self.exit_0 is None or not len(group):
             return []
-        return [self._decide(group, self.exit_0(group.encoded.tolist()))]
+        return [self._decide(group, 0, self.exit_0(group.encoded.tolist()))]
 
     def let_go(self, group: Group) -> None:
         """Drop the rows of a group that go on no further, because others have decided so."""
@@ -230,7 +242,7 @@ class Chain:
         earliest = group.earliest
         if earliest == math.inf or not group.state.has_exit:
             return None
-        soon = self.soon()
+        soon = self.soon(group.legs[0].segments_to_exit(group.segment))
         if earliest >= soon:
             return None
         late = np.flatnonzero(group.deadlines < soon)
@@ -246,11 +258,11 @@ class Chain:
 
         Args:
             group: the group.
-            others: groups with the same rule before the same segment, none of which runs. Those
+            others: groups with the same rule and the same step, none of which runs. Those
                 whose rows are taken have none afterwards.
         """
         self.current = group
-        if not self.backend.joins:
+        if not group.legs[0].backend.joins:
             return
         taken = []
         rows = len(group)
@@ -258,7 +270,7 @@ class Chain:
         for other in others:
             rows_of_both = rows + len(other)
             longest_of_both = max(longest, int(other.lengths.max()))
-            if fits(rows_of_both, longest_of_both, self.limits):
+            if fits(rows_of_both, longest_of_both, group.limits):
                 taken.append(other)
                 rows = rows_of_both
                 longest = longest_of_both
@@ -280,9 +292,10 @@ class Chain:
         if group.is_answered:
             logger.error("watched rows failed after their answer", exc_info=error)
         self.drop(group)
-        if self._lent is not None:
-            going = [each.hidden for each in (*others, *self.running, *self.watched)]
-            self._lent.recover([hidden for hidden in going if hidden is not None])
+        going = [each.hidden for each in (*others, *self.running, *self.watched)]
+        hiddens = [hidden for hidden in going if hidden is not None]
+        for execution in self._lent.values():
+            execution.recover(hiddens)
 
     def keep(self, group: Group, rows: Mask) -> None:
         """Drop the other rows of a group, and free the group if none is left."""
@@ -298,13 +311,19 @@ class Chain:
             self.running.remove(group)
             group.running = None
         if group.hidden is not None:
-            self.execution.release(group.hidden)
+            self._free(group)
         if group in self.watched:
             self.watched.remove(group)
         group.rows = group.rows[:0].copy()  # not a view, which would hold the rows
         group.watched = group.watched[:0].copy()
         group.lengths = group.lengths[:0]
         group.deadlines = group.deadlines[:0]
+        group.encoded = group.encoded[:0]
+
+    def _free(self, group: Group) -> None:
+        """Free the hidden states of a group, which has some."""
+        assert group.hidden is not None
+        self.execution(group).release(group.hidden)
         group.hidden = None
 
     def enqueue(self, group: Group) -> None:
@@ -312,32 +331,43 @@ class Chain:
         self.current = group
         if group.hidden is None:
             bucket = self._bucket([group], alone=len(group) == 1)
-            group.hidden = self.execution.begin(group.encoded.tolist(), bucket)
+            group.hidden = self.execution(group).begin(group.encoded.tolist(), bucket)
             group.places = np.arange(len(group))
-            group.encoded = group.encoded[:0]
+            if len(group.legs) == 1:
+                group.encoded = group.encoded[:0]
         elif len(group) < group.hidden.rows:
             self._gather([group])
         started = self.clock()
-        group.running = Running(self.execution.enqueue(group.hidden), started)
+        group.running = Running(self.execution(group).enqueue(group.hidden), started)
         self.running.append(group)
 
     def finish(self) -> Decision:
-        """Wait for the oldest segment that runs, and apply the rule to its exit."""
+        """Wait for the oldest segment that runs, and apply the rule to its exit, if it has one."""
         group = self.running.popleft()
         self.current = group
         running = group.running
         assert running is not None
         group.running = None
         logits = running.outputs()[group.places]
-        self.backend.progressed()
+        for backend in self._lent:
+            backend.progressed()
         now = self.clock()
         # A device runs one segment after another.
         self.seconds = now - max(running.started, self._finished)
         self._finished = now
-        return self._decide(group, logits)
+        assert group.hidden is not None
+        leg = group.legs[0]
+        segments = group.hidden.segment
+        exit_number = leg.exit_after(segments)
+        if segments <= leg.silent:
+            return Decision(group, exit_number, group.rows[:0], logits[:0])
+        decision = self._decide(group, exit_number, logits)
+        if segments == leg.backend.segments and len(group):
+            self._free(group)  # in doubt at the end of the leg
+            group.legs = group.legs[1:]
+        return decision
 
-    def _decide(self, group: Group, logits: NDArray[np.float32]) -> Decision:
-        exit_number = group.exit
+    def _decide(self, group: Group, exit_number: int, logits: NDArray[np.float32]) -> Decision:
         failed: NDArray[Any] = _NONE
         finite = np.isfinite(logits)
         if not np.logical_and.reduce(finite, axis=None):
@@ -373,16 +403,18 @@ class Chain:
             return
         assert self.full_depth is not None
         places = np.array(run_on)
+        runner, leg = self.full_depth
         part = group.take(places)
-        part.runner = self.full_depth
+        part.runner = runner
+        part.legs = (leg,)
         part.is_answered = True
-        if group.hidden is None:
-            self.watched += map(part.take, split(part.lengths, self.limits))
+        if group.hidden is None or group.legs[0].backend is not leg.backend:
+            self.watched += _parts(part)
         else:
             places = group.places[places]
             bucket = self._bucket([part])
             try:
-                part.hidden = self.execution.regroup([group.hidden], [places], bucket)
+                part.hidden = self.execution(part).regroup([group.hidden], [places], bucket)
             except BackendError as error:  # such as too little memory; the answers are there
                 logger.error("watched rows cannot run on", exc_info=error)
                 part.lose_watched()
@@ -395,13 +427,20 @@ class Chain:
         first = groups[0]
         hiddens = [group.hidden for group in groups if group.hidden is not None]
         places = [group.places for group in groups]
-        first.hidden = self.execution.regroup(hiddens, places, self._bucket(groups))
+        execution = self.execution(first)
+        first.hidden = execution.regroup(hiddens, places, self._bucket(groups))
         first.places = np.arange(sum(map(len, places)))
-        self.execution.release(hiddens[0])
+        execution.release(hiddens[0])
 
     def _bucket(self, groups: Sequence[Group], alone: bool = False) -> Bucket:
         longest = max(int(group.lengths.max()) for group in groups)
-        return self.limits.bucket(sum(map(len, groups)), longest, alone)
+        return groups[0].legs[0].limits.bucket(sum(map(len, groups)), longest, alone)
+
+
+def _parts(group: Group) -> list[Group]:
+    """A group that has not begun a leg, divided into groups of similar length that may run."""
+    parts = split(group.lengths, group.limits)
+    return [group] if len(parts) == 1 else [group.take(part) for part in parts]
 
 
 def not_finite(target: str, exit_number: int) -> BackendError:

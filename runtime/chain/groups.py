@@ -15,6 +15,7 @@ from ..encoding import EncodedRow
 from ..errors import BackendError
 from ..rules.settling import Runner, State
 from ..watch import WatchedRow
+from .legs import Leg
 
 RowNumbers = NDArray[np.intp]
 
@@ -39,18 +40,20 @@ class Group:
     Attributes:
         runner: the rule.
         rows: `[rows]` what the rows are to the caller, such as their numbers in a window.
-        encoded: `[rows]` their tokens, until segment 1 has been started.
+        legs: the passes that they have not finished; the first is the one that they are in.
+        encoded: `[rows]` their tokens, until segment 1 of the last leg has been started.
         lengths: `[rows]` how many tokens they have.
         deadlines: `[rows]` when their answers should be there, in seconds of the chain's clock.
         state: what the rule remembers of them.
         watched: `[rows]` a `WatchedRow`, or None for rows that are not watched.
         is_answered: whether they are answered, and only run on because they are watched.
-        hidden: their hidden states; None before segment 1.
+        hidden: their hidden states; None before segment 1 of a leg.
         places: `[rows]` where they are in the hidden states, and in the logits of a segment.
         running: the segment that runs; None between two segments.
     """
 
     runner: Runner[Any]
+    legs: tuple[Leg, ...]
     rows: NDArray[Any]
     encoded: NDArray[np.object_]
     lengths: NDArray[np.intp]
@@ -69,7 +72,7 @@ class Group:
         encoded: Sequence[EncodedRow],
         runner: Runner[Any],
         deadline: float,
-        limits: Limits,
+        legs: tuple[Leg, ...],
     ) -> Group:
         """A group of new rows.
 
@@ -78,20 +81,23 @@ class Group:
             encoded: their tokens.
             runner: their rule.
             deadline: that of all of them.
-            limits: the shapes that the backend runs.
+            legs: the passes that they go through.
 
         Raises:
-            BackendError: a row is longer than the backend takes.
+            BackendError: a row is longer than a backend takes.
         """
         count = len(encoded)
         lengths = np.fromiter(map(len, encoded), np.intp, count)
-        if count and lengths.max() > limits.max_sequence:
-            raise BackendError(
-                f"a row has {lengths.max()} tokens; this target takes {limits.max_sequence}",
-                "give a smaller `max_length`, or build the target for longer rows",
-            )
+        longest = lengths.max() if count else 0
+        for leg in legs:
+            if longest > leg.limits.max_sequence:
+                raise BackendError(
+                    f"a row has {longest} tokens; this target takes {leg.limits.max_sequence}",
+                    "give a smaller `max_length`, or build the target for longer rows",
+                )
         return cls(
             runner=runner,
+            legs=legs,
             rows=rows,
             encoded=np.fromiter(encoded, np.object_, count),
             lengths=lengths,
@@ -109,21 +115,37 @@ class Group:
         return float(np.minimum.reduce(self.deadlines, initial=np.inf))
 
     @property
+    def limits(self) -> Limits:
+        """The shapes that the backend of its leg runs."""
+        return self.legs[0].limits
+
+    @property
     def segment(self) -> int:
-        """The segment that is started next, from 0."""
+        """The segment of its leg that is started next, from 0."""
         return 0 if self.hidden is None else self.hidden.segment
+
+    @property
+    def step(self) -> tuple[Leg, int]:
+        """Its leg and the segment that is started next; groups of the same step may be joined."""
+        return self.legs[0], self.segment
+
+    @property
+    def segments_left(self) -> int:
+        """How many segments are left at most, in all legs."""
+        return sum(leg.backend.segments for leg in self.legs) - self.segment
 
     @property
     def exit(self) -> int:
         """The exit that was read last, between two segments; 0 before exit 1."""
-        return self.segment
+        return self.legs[0].exit_after(self.segment)
 
     def take(self, rows: RowNumbers) -> Group:
         """A new group of some of the rows, given by their places, without hidden states."""
         return Group(
             runner=self.runner,
+            legs=self.legs,
             rows=self.rows[rows],
-            encoded=self.encoded[rows] if self.hidden is None else self.encoded,
+            encoded=self.encoded[rows] if self.encoded.size else self.encoded,
             lengths=self.lengths[rows],
             deadlines=self.deadlines[rows],
             state=self.state.take(rows),
@@ -138,9 +160,9 @@ class Group:
         self.deadlines = self.deadlines[rows]
         self.state = self.state.take(rows)
         self.watched = self.watched[rows]
-        if self.hidden is None:
+        if self.encoded.size:
             self.encoded = self.encoded[rows]
-        else:
+        if self.hidden is not None:
             self.places = self.places[rows]
 
     def add(self, others: Sequence[Group]) -> None:

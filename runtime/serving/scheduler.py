@@ -22,7 +22,7 @@ from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
 from ..errors import BackendError, InputError, OverloadedError, seconds_of, whole_number
 from ..predictions import Prediction
-from ..rules.settling import Settled, State
+from ..rules.settling import Runner, Settled, State
 from ..tasks.queries import Documents
 from ..tasks.ranked import Ranked, pairs_of, top_of
 from .turns import TURNS, Waiting
@@ -141,7 +141,9 @@ class Scheduler:
         self._core.check_method("predict")
         arrived = self._core.clock()
         with self._accepted(len(texts)) as futures:
-            self._queue(futures, self._core.encode(texts), deadline_ms, max_exit, arrived)
+            rows = self._core.encode(texts)
+            runner = self._core.runner(max_exit=max_exit)
+            self._queue(futures, rows, deadline_ms, runner, arrived)
         return futures
 
     def warm_up(self) -> None:
@@ -185,7 +187,8 @@ class Scheduler:
             rows = await self._encode(texts)
             if check is not None:
                 check(rows)
-            self._queue(futures, rows, deadline_ms, max_exit, arrived)
+            runner = self._core.runner(max_exit=max_exit)
+            self._queue(futures, rows, deadline_ms, runner, arrived)
             answers: list[Prediction] = await asyncio.gather(*map(asyncio.wrap_future, futures))
             return answers
 
@@ -220,21 +223,22 @@ class Scheduler:
         self._core.check_method("rank")
         arrived = self._core.clock()
         pairs = pairs_of(query, documents)
-        most = top_of(self._core.runner().rule, top_k, len(pairs))
+        runner = self._core.runner()
+        most = top_of(runner.rule, top_k, len(pairs))
         with self._accepted(len(pairs)) as futures:
             encoded = await self._encode(pairs)
             rows = self._core.with_scores(encoded, scores)
             self._core.check_query(rows)
             if check is not None:
                 check(rows)
-            state = self._queue(futures, rows, deadline_ms, None, arrived)
+            state = self._queue(futures, rows, deadline_ms, runner, arrived)
             await asyncio.gather(*map(asyncio.wrap_future, futures))
         if not pairs:
             return []
         assert isinstance(state, Documents)
         settled = state.settled()
         missed = np.array([row.is_late for row in settled.rows])
-        return self._core.in_order(_as_encoded(settled), missed, most, all)
+        return self._core.in_order(_as_encoded(settled), runner, missed, most, all)
 
     @property
     def is_closed(self) -> bool:
@@ -324,7 +328,7 @@ class Scheduler:
         futures: Sequence[Future[Any]],
         encoded: Sequence[EncodedRow],
         deadline_ms: float | None,
-        max_exit: int | None,
+        runner: Runner[Any],
         arrived: float,
     ) -> State:
         """Hand accepted rows to the worker; those of a query are its documents, in their order.
@@ -334,7 +338,6 @@ class Scheduler:
         """
         ends = math.inf if deadline_ms is None else arrived + seconds_of("deadline_ms", deadline_ms)
         self._core.check_open()
-        runner = self._core.runner(max_exit=max_exit)
         lengths = [len(row) for row in encoded]
         rows = [
             Waiting(row, future, arrived, ends, turn)
@@ -343,7 +346,7 @@ class Scheduler:
             )
         ]
         named = np.fromiter(rows, np.object_, len(rows))
-        group = Group.of(named, encoded, runner, ends, self._core.limits)
+        group = Group.of(named, encoded, runner, ends, self._core.legs(runner))
         state = group.state
         with self._lock:
             self._check_open()
@@ -418,12 +421,14 @@ class Scheduler:
             group = chain.next_watched()
         if group is not None and not group.is_answered and self._metrics is not None:
             self._metrics.ran(len(group))
-            if group.hidden is None:
+            if group.hidden is None and group.exit == 0:
                 now = self._core.clock()
                 self._metrics.started([now - row.arrived for row in group.rows])
         decision = chain.step(group)
         if decision is not None:
             self._answer(decision)
+            if len(decision.group) and decision.group.hidden is None:
+                self._turns.start_again(decision.group)
 
     def _admit(self, chain: Chain) -> None:
         """Let the rows that have arrived wait, and ask exit 0, which answers some of them."""

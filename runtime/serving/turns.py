@@ -91,6 +91,12 @@ class Turns(ABC):
     def passed_exit_0(self) -> None:
         """Put in order what waits, as far as exit 0 has left it."""
 
+    def start_again(self, in_doubt: Group) -> None:
+        """Let a group wait for the next leg, whose rows are in doubt at the end of one."""
+        self.forget(in_doubt)
+        self.waiting.append(in_doubt)
+        self.passed_exit_0()
+
     @abstractmethod
     def choose(self, chain: Chain) -> Group | None:
         """The group that runs next, which may be a new one; None: nothing can run now."""
@@ -131,7 +137,7 @@ class Turns(ABC):
                 other
                 for other in ready[number + 1 :]
                 if len(other)
-                and other.segment == group.segment
+                and other.step == group.step
                 and other.runner.rule == group.runner.rule
             ]
             if len(group):
@@ -159,8 +165,8 @@ class TurnsOfRows(Turns):
         now = self._core.clock()
 
         def gain(group: Group) -> tuple[float, int]:
-            left = chain.backend.segments - group.segment
-            return (_worth(group, left, now) if chain.backend.joins else 0.0), group.segment
+            worth = _worth(group, now) if _joins(group) else 0.0
+            return worth, -group.segments_left
 
         best = max(ready, key=gain, default=None)
         under_way = sum(group.hidden.nbytes for group in self.groups if group.hidden)
@@ -171,17 +177,17 @@ class TurnsOfRows(Turns):
         # Time for the segment of another group, and then for segment 1 of that row.
         is_urgent = waiting.deadlines[first] < chain.soon(2)
         if not is_urgent:
-            if best is not None and not chain.backend.joins:
+            if best is not None and not _joins(best):
                 return best
             waiting = min(self.waiting, key=_turn)
             first = 0
-        places = _similar(waiting.lengths, first, chain.limits)
+        places = _similar(waiting.lengths, first, waiting.limits)
         group = waiting.take(places)
         if best is not None and not is_urgent and gain(group) <= gain(best):
             return best
         self._begin(chain, group, waiting, places)
         if not is_urgent:
-            self.round = group.rows[0].turn
+            self.round = max(self.round, group.rows[0].turn)
         return group
 
 
@@ -246,7 +252,7 @@ class TurnsOfQueries(Turns):
         left = {query for queries in of_group.values() for query in queries}
         self._queries = {key: query for key, query in self._queries.items() if key in left}
         behind: dict[_Query, Group] = {}
-        for group in sorted((*self.waiting, *ready), key=lambda group: -group.segment):
+        for group in sorted((*self.waiting, *ready), key=lambda group: group.segments_left):
             behind.update(dict.fromkeys((self._queries[key] for key in of_group[group]), group))
         if not behind:
             return None
@@ -259,7 +265,7 @@ class TurnsOfQueries(Turns):
             if each.has_begun or (not chain.gives_way and (each is oldest or each.nbytes <= room))
         ]
         query = min(can_run, key=lambda each: (each.tokens_left, each.arrived), default=None)
-        if oldest in can_run and self._tokens_beside >= chain.limits.group_tokens:
+        if oldest in can_run and self._tokens_beside >= self._core.limits.group_tokens:
             query = oldest
         if query is None:
             return None
@@ -267,7 +273,7 @@ class TurnsOfQueries(Turns):
         if group.hidden is None:
             query.has_begun = True
             waiting = group
-            places = _similar(waiting.lengths, 0, chain.limits)
+            places = _similar(waiting.lengths, 0, waiting.limits)
             group = waiting.take(places)
             self._begin(chain, group, waiting, places)
         self._tokens_beside += int(group.lengths.sum())
@@ -287,8 +293,13 @@ def _queries_in(group: Group) -> list[RankedQuery]:
     return [*dict.fromkeys(state.queries.tolist())]
 
 
-def _worth(group: Group, left: int, now: float) -> float:
-    """The gain of running a group next that has so many segments left, where groups are joined.
+def _joins(group: Group) -> bool:
+    """Whether groups are joined where this one runs."""
+    return group.legs[0].backend.joins
+
+
+def _worth(group: Group, now: float) -> float:
+    """The gain of running a group next, where groups are joined.
 
     A small group takes about as long as a full one there, so it waits until other rows have
     joined it, but not for long. Tokens are counted instead of rows, because otherwise long texts
@@ -296,7 +307,7 @@ def _worth(group: Group, left: int, now: float) -> float:
     and the rows that are nearly finished come first.
     """
     age = max(0.0, now - float(min(row.arrived for row in group.rows)))
-    return age * int(group.lengths.sum()) / left
+    return age * int(group.lengths.sum()) / group.segments_left
 
 
 def _turn(group: Group) -> tuple[int, float]:
@@ -306,17 +317,20 @@ def _turn(group: Group) -> tuple[int, float]:
 
 
 def _one_for_each_rule(groups: Sequence[Group]) -> list[Group]:
-    """Groups that have seen the same exits, joined if they have the same rule."""
+    """Groups before segment 1, joined if they have the same rule and wait for the same leg."""
     joined: list[Group] = []
     rest = [group for group in groups if len(group)]
     while rest:
-        first = rest[0]
-        rule = rest[0].runner.rule
-        same = [group for group in rest[1:] if group.runner.rule == rule]
+        first, *rest = rest
+        same = [
+            group
+            for group in rest
+            if group.runner.rule == first.runner.rule and group.step == first.step
+        ]
         if same:
             first.add(same)
         joined.append(first)
-        rest = [group for group in rest if group.runner.rule != rule]
+        rest = [group for group in rest if len(group) and group not in same]
     return joined
 
 

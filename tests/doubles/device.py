@@ -199,5 +199,5 @@ def run_through(engine: Engine, chain: Chain, texts: Sequence[Text]) -> None:
     """Run texts to full depth as one window, on the execution of a chain."""
     rows = engine.core.encode(texts)
     runner = engine.core.runner(full_depth=True)
-    group = Group.of(np.arange(len(texts)), rows, runner, math.inf, engine.core.limits)
+    group = Group.of(np.arange(len(texts)), rows, runner, math.inf, engine.core.legs(runner))
     assert {decision.exit for decision in chain.run(group)} == {*engine.manifest.exits}

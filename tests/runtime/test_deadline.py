@@ -99,7 +99,9 @@ def test_joined_groups_keep_the_deadline(engine: Engine, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(HostBackend, "joins", True)
     monkeypatch.setattr(RuleRunner, "decide", decide)
-    monkeypatch.setattr(engine.core, "limits", dataclasses.replace(engine.core.limits, max_batch=2))
+    (leg,) = engine.core.legs(engine.core.runner())
+    leg = dataclasses.replace(leg, limits=dataclasses.replace(leg.limits, max_batch=2))
+    monkeypatch.setattr(engine.core, "legs", lambda _: (leg,))
     # Three groups of two rows take 10 ms each for segment 1. The rest of two is joined and runs
     # segment 2 until 40 ms, and then nothing else would be in time.
     answers = engine.predict(["rain"] * 6, deadline_ms=45)

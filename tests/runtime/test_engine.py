@@ -367,7 +367,8 @@ def test_memory_of_free_buffers_is_bounded(engines: Mapping[str, Path]) -> None:
         with Engine.load(engines["bert"]) as engine:
             found = [engine.trace([text]).logits for text in texts]
             with engine.core.chain() as chain:
-                execution: Any = chain.execution
+                chain.borrow()
+                execution: Any = chain._lent[engine.core.backend]
             unused = execution._unused
             free = [each for part in unused.values() for each in part]
             assert 0 < execution._unused_bytes <= 100_000

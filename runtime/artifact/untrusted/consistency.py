@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from ..manifest import ATTENTION_BIAS, LOGITS, NEXT, Manifest, TensorSpec
+from ..quick import quick_of
 
 # The inputs that the runtime makes from a text; graphs must produce all others themselves.
 _FIRST_INPUTS = frozenset({"input_ids", "token_type_ids", ATTENTION_BIAS})
@@ -82,9 +83,20 @@ def _target_problems(manifest: Manifest) -> Iterator[str]:
             yield f"target {name} runs graphs in {source!r}, which are not listed"
         if target.files and target.files.keys() != manifest.graphs.keys():
             yield f"target {name} does not have one file for each graph"
+        quick_targets = set()
         for title, point in target.operating_points.items():
-            if len(point.exits) != len(manifest.exits) or not any(point.exits):
+            quick = quick_of(point)
+            exits = len(manifest.exits)
+            if quick is not None:
+                exits += 1
+                quick_targets.add(quick.target)
+            if len(point.exits) != exits or not any(point.exits):
                 yield (
                     f"operating point {title!r} of target {name} counts rows at its exits as "
-                    f"{list(point.exits)}, expected {len(manifest.exits)} counts that are not all 0"
+                    f"{list(point.exits)}, expected {exits} counts that are not all 0"
                 )
+        if len(quick_targets) > 1 or name in quick_targets:
+            yield (
+                f"the quick passes of target {name} run in {', '.join(sorted(quick_targets))}, "
+                "expected one other target for all of them"
+            )

@@ -38,7 +38,7 @@ def test_exits_of_a_manifest_are_those_it_says(manifest: Manifest) -> None:
 @pytest.mark.parametrize(("layers", "first"), [((0, 2, 4, 6), 0), ((2, 4, 6), 1)])
 def test_exit_0_is_a_pass_without_segments(layers: tuple[int, ...], first: int) -> None:
     exits = Exits.of_layers(layers)
-    assert exits.passes[-1] == Pass("tokens", (2, 4, 6))
+    assert exits.passes[-1] == Pass("tokens", (2, 4, 6), segments=3)
     assert [*exits.numbers] == [*range(first, 4)]
     assert exits.first == first
     assert [*exits.before_layers] == [0] * (first == 0)

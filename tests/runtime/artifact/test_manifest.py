@@ -127,7 +127,7 @@ def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
             {"schema_version": "2.0", "fpabee_version": "3.4.5"},
             "3.4.5 and has schema 2.0",
         ),
-        ({"schema_version": "1.1", "fpabee_version": "1.1.0"}, "1.1.0 and has schema 1.1"),
+        ({"schema_version": "1.2", "fpabee_version": "1.2.0"}, "1.2.0 and has schema 1.2"),
         ({"schema_version": "2.0"}, "of another version and has schema 2.0"),
     ],
 )

@@ -31,7 +31,13 @@ def engine(engines: Mapping[str, Path]) -> Iterator[Engine]:
 
 def group_of(engine: Engine, rows: list[int]) -> Group:
     encoded = engine.core.encode([TEXTS[row] for row in rows])
-    return Group.of(np.array(rows), encoded, engine.core.runner(), math.inf, engine.core.limits)
+    return Group.of(
+        np.array(rows),
+        encoded,
+        engine.core.runner(),
+        math.inf,
+        engine.core.legs(engine.core.runner()),
+    )
 
 
 def state_of(group: Group) -> PatienceState:
@@ -94,7 +100,8 @@ def test_groups_that_would_be_too_large_together_are_not_joined(
         short = group_of(engine, [0, 4])
         long = group_of(engine, [1])
         assert (short.lengths.tolist(), long.lengths.tolist()) == ([3, 3], [6])
-        chain.limits = replace(chain.limits, group_tokens=3 * 5)
+        limits = replace(short.limits, group_tokens=3 * 5)
+        short.legs = (replace(short.legs[0], limits=limits),)
         chain.join(short, [long])
     assert (len(short), len(long)) == (2, 1)
 
@@ -130,4 +137,6 @@ def test_joined_rows_keep_what_belongs_to_them(
         np.testing.assert_array_equal(earlier.logits, logits[going])
         chain.enqueue(joined)
         assert_close(chain.finish().logits, depth[1, going])
-        assert len(chain.execution._taken) == 1, "the hidden states of both groups were released"
+        assert len(chain.execution(joined)._taken) == 1, (
+            "the hidden states of both groups were released"
+        )

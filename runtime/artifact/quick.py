@@ -1,0 +1,48 @@
+"""Quick passes of operating points: whether one may still run here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from .manifest import Manifest
+from .operating_point import OperatingPoint, QuickPass
+
+
+def quick_of(point: OperatingPoint) -> QuickPass | None:
+    """The quick pass of a point; None: it has none."""
+    return point.quick if isinstance(point.quick, QuickPass) else None
+
+
+def quick_targets(manifest: Manifest, target: str) -> set[str]:
+    """The targets of the quick passes of a target's operating points: none, or one."""
+    passes = map(quick_of, manifest.targets[target].operating_points.values())
+    return {each.target for each in passes if each is not None}
+
+
+def logits_sha256(manifest: Manifest, target: str) -> str:
+    """Hash of everything that determines the logits of a target."""
+    chosen = manifest.targets[target]
+    graphs = manifest.graphs_of(chosen)
+    content: list[Any] = [
+        sorted((name, graph.sha256) for name, graph in graphs.items()),
+        sorted((name, file.sha256) for name, file in chosen.files.items()),
+        [list(segment.calls) for segment in manifest.segments],
+        [manifest.tokenizer.sha256, manifest.tokenizer.max_length],
+        sorted(chosen.versions.items()),
+        manifest.exit_0 and manifest.exit_0.sha256,
+    ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def quick_problem(manifest: Manifest, quick: QuickPass) -> str:
+    """Why a quick pass has lost its promise; empty: it has not."""
+    if quick.target not in manifest.targets:
+        return f"its quick pass runs in target {quick.target}, which the folder does not have"
+    if logits_sha256(manifest, quick.target) != quick.sha256:
+        return (
+            f"its quick pass runs in target {quick.target}, which was built again since the point "
+            "was certified"
+        )
+    return ""
