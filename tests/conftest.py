@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import msgspec
 import numpy as np
 import pytest
 from filelock import FileLock, Timeout
@@ -26,7 +27,8 @@ from fpabee.runtime.artifact.manifest import (
     ProblemType,
     with_operating_points,
 )
-from fpabee.runtime.artifact.operating_point import Goal, OperatingPoint
+from fpabee.runtime.artifact.operating_point import Goal, OperatingPoint, QuickPass
+from fpabee.runtime.artifact.quick import logits_sha256
 from fpabee.runtime.artifact.reference import read_reference, write_reference
 from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.engine import Engine
@@ -47,6 +49,8 @@ CLASSIFICATION = (ProblemType.SINGLE_LABEL, ProblemType.MULTI_LABEL)
 """The tasks whose rows do not depend on each other."""
 
 _SEED = 20240607
+QUICK = "onnxruntime-int8"
+"""The target of quick passes in tests, see `add_quick_pass`."""
 _POSITIONS = 64
 
 # By default the same examples are tried every time, so that a failure is due to a change.
@@ -353,6 +357,56 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     """An empty hub, and an empty cache."""
     with serve(tmp_path / "cache") as hub:
         yield hub
+
+
+def add_quick_pass(
+    folder: Path, rule: ExitRule, name: str = "quick", alone: ExitRule | None = None
+) -> None:
+    """Give a folder a target `onnxruntime-int8`, and a point whose quick pass runs in it.
+
+    Its graphs are those in fp32 with other weights, so that its answers differ a little. All its
+    texts run in fp32.
+
+    Args:
+        folder: the engines folder.
+        rule: that of the point, with thresholds for the exits of the quick pass and one more.
+        name: that of the point.
+        alone: the rule of a point `alone` without a quick pass; None: there is none.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    engines = EnginesFolder.read(folder)
+    manifest = engines.manifest
+    random_numbers = np.random.default_rng(7)
+    (folder / "onnx" / "int8").mkdir()
+    graphs = {}
+    for graph_name, graph in manifest.graphs.items():
+        model = onnx.load(folder / graph.file)
+        for tensor in model.graph.initializer:
+            values = numpy_helper.to_array(tensor)
+            if values.dtype == np.float32 and values.ndim:
+                noise = random_numbers.normal(scale=0.03 * values.std(), size=values.shape)
+                other = numpy_helper.from_array(values + noise.astype(np.float32), tensor.name)
+                tensor.CopyFrom(other)
+        file = f"onnx/int8/{graph_name}.onnx"
+        onnx.save(model, folder / file)
+        graphs[graph_name] = msgspec.structs.replace(
+            graph, file=file, sha256=sha256_of(folder / file)
+        )
+    exact = manifest.targets[manifest.default_target]
+    quick = with_operating_points(msgspec.structs.replace(exact, precision="int8"), {}, "")
+    engines = engines.with_manifest(precisions={"int8": graphs}).with_target(QUICK, quick)
+    exits = len(manifest.exits)
+    points = {} if alone is None else {"alone": _point(alone, exits)}
+    first = QuickPass(
+        target=QUICK,
+        sha256=logits_sha256(engines.manifest, QUICK),
+        alone="" if alone is None else "alone",
+    )
+    points[name] = msgspec.structs.replace(_point(rule, exits + 1), quick=first)
+    changed = with_operating_points(exact, points, name)
+    engines.with_target(manifest.default_target, changed).write()
 
 
 @pytest.fixture

@@ -1,0 +1,346 @@
+"""A quick pass in one target, and an exact pass in another one for the rows that are in doubt."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from fpabee.runtime import (
+    Budget,
+    Certificate,
+    Confidence,
+    Engine,
+    Entropy,
+    ExitRule,
+    FPabee,
+    Pabee,
+    Promise,
+    RuleError,
+    TopK,
+    read_manifest,
+    simulate,
+)
+from fpabee.runtime.artifact.folder import EnginesFolder
+from fpabee.runtime.backends.host import HostBackend
+from fpabee.runtime.serving import Scheduler
+
+from ..closeness import assert_close
+from ..conftest import QUICK, WORDS, add_quick_pass
+
+TEXTS = [" ".join(WORDS[start : start + 1 + start % 7]) for start in range(40)]
+EXACT = "onnxruntime-fp32"
+# The exits of the quick pass are 1 to 3, or from 0; exit 4 is the end of the exact pass.
+RULES: list[ExitRule] = [
+    Confidence(threshold=(0.9, 0.8, 0.75, 0.0)),
+    Entropy(threshold=0.3),
+    FPabee(threshold=0.05, patience=2),
+    Pabee(patience=2),
+]
+
+
+@pytest.fixture
+def two_passes(engine_copy: Callable[..., Path]) -> Callable[..., Path]:
+    """Copies an engines folder, and gives it a point with a quick pass."""
+
+    def make(rule: ExitRule = RULES[0], family: str = "bert", **options: Any) -> Path:
+        exit_0 = options.pop("exit_0", False)
+        folder = engine_copy(family, exit_0=exit_0)
+        add_quick_pass(folder, rule, **options)
+        return folder
+
+    return make
+
+
+def full_depth_logits(folder: Path, target: str) -> Any:
+    with Engine.load(folder, target, rule=Budget(exit=3)) as engine:
+        return engine.trace(TEXTS).logits
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_answers_are_those_of_the_pass_that_ends(
+    rule: ExitRule, family: str, two_passes: Callable[..., Path]
+) -> None:
+    """Live runs, windows, streams and the scheduler have the exits of `simulate`."""
+    folder = two_passes(rule, family)
+    quick = full_depth_logits(folder, QUICK)
+    exact = full_depth_logits(folder, EXACT)
+    assert not np.allclose(quick, exact, atol=1e-3)
+    with Engine.load(folder) as engine:
+        trace = engine.trace(TEXTS)
+        task = engine.manifest.task
+        answers = engine.predict(TEXTS)
+        streamed = [*engine.stream(TEXTS)]
+        tally = engine.tally
+        with Scheduler(engine) as scheduler:
+            scheduled = [future.result() for future in scheduler.submit_all(TEXTS)]
+    assert_close(trace.logits[:3], quick)
+    assert_close(trace.logits[3], exact[-1])
+    expected = simulate(
+        trace.logits, rule, task.problem_type, label_thresholds=task.label_thresholds
+    ).exits
+    assert {3, 4} & {*expected.tolist()}
+    assert (expected == 4).any()
+    for each in (answers, streamed, scheduled):
+        assert [answer.exit for answer in each] == expected.tolist()
+        logits = np.array([answer.logits for answer in each])
+        assert_close(logits, trace.logits[expected - 1, np.arange(len(TEXTS))])
+    assert [answer.layer for answer in answers] == np.minimum(expected, 3).tolist()
+    assert tally.exits == tuple(2 * np.bincount(expected, minlength=5)[1:])
+
+
+def test_exit_0_comes_first(two_passes: Callable[..., Path]) -> None:
+    rule = Confidence(threshold=(0.9, 0.8, 0.75, 0.0), exit_0_threshold=0.7)
+    folder = two_passes(rule, exit_0=True)
+    with Engine.load(folder) as engine:
+        trace = engine.trace(TEXTS)
+        task = engine.manifest.task
+        expected = simulate(trace.logits, rule, task.problem_type, first_exit=0).exits
+        assert trace.logits.shape[0] == 5
+        assert {0, 4} <= {*expected.tolist()}
+        assert [answer.exit for answer in engine.predict(TEXTS)] == expected.tolist()
+        with Scheduler(engine) as scheduler:
+            scheduled = [future.result().exit for future in scheduler.submit_all(TEXTS)]
+        assert scheduled == expected.tolist()
+
+
+def test_rows_in_doubt_of_a_window_run_together(
+    two_passes: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = []
+    begin = HostBackend.open
+
+    def counted(backend: Any) -> Any:
+        execution = begin(backend)
+        original = execution.begin
+
+        def count(encoded: Any, bucket: Any) -> Any:
+            groups.append((backend.name, len(encoded)))
+            return original(encoded, bucket)
+
+        monkeypatch.setattr(execution, "begin", count)
+        return execution
+
+    monkeypatch.setattr(HostBackend, "open", counted)
+    folder = two_passes(Budget(exit=4))
+    with Engine.load(folder) as engine:
+        limits = engine.core.limits
+        (quick, exact) = engine.core.legs(engine.core.runner())
+        small = dataclasses.replace(limits, group_tokens=40)
+        legs = (dataclasses.replace(quick, limits=small), exact)
+        monkeypatch.setattr(engine.core, "_legs", engine.core._legs | {4: legs})
+        assert {answer.exit for answer in engine.predict(TEXTS)} == {4}
+    sizes = [rows for name, rows in groups if name == QUICK]
+    assert len(sizes) > 2
+    assert [rows for name, rows in groups if name == EXACT] == [len(TEXTS)]
+
+
+def test_full_depth_and_own_rules_run_in_the_exact_target_only(
+    two_passes: Callable[..., Path],
+) -> None:
+    folder = two_passes()
+    exact = full_depth_logits(folder, EXACT)
+    with Engine.load(folder) as engine:
+        answers = engine.predict(TEXTS, full_depth=True)
+        early = engine.predict(TEXTS, rule=Budget(exit=2))
+        with pytest.raises(RuleError, match="4 thresholds, but the model has 3"):
+            engine.predict(TEXTS, rule=RULES[0])
+    assert {answer.exit for answer in answers} == {3}
+    assert_close(np.array([answer.logits for answer in answers]), exact[2])
+    assert_close(np.array([answer.logits for answer in early]), exact[1])
+
+
+def test_max_exit_ends_the_quick_pass(two_passes: Callable[..., Path]) -> None:
+    folder = two_passes(Budget(exit=4))
+    quick = full_depth_logits(folder, QUICK)
+    with Engine.load(folder) as engine:
+        for most in (1, 3):
+            answers = engine.predict(TEXTS, max_exit=most)
+            assert {answer.exit for answer in answers} == {most}
+            assert_close(np.array([answer.logits for answer in answers]), quick[most - 1])
+
+
+def test_without_time_for_the_exact_pass_the_quick_answer_is_given(
+    two_passes: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = two_passes(Budget(exit=4))
+    quick = full_depth_logits(folder, QUICK)
+    now = [0.0]
+    with Engine.load(folder) as engine:
+        engine.predict(TEXTS)  # loads
+        monkeypatch.setattr(engine.core, "clock", lambda: now[0])
+        for backend in engine.core.backends:
+
+            def tick() -> None:
+                now[0] += 0.005  # of both backends, so 10 ms for a segment
+
+            monkeypatch.setattr(backend, "progressed", tick)
+        # Three segments of the quick pass, and three of the exact pass take 60 ms.
+        for deadline, exits, limited in ((55.0, 3, True), (65.0, 4, False)):
+            answers = engine.predict(TEXTS[:4], deadline_ms=deadline)
+            assert {answer.exit for answer in answers} == {exits}
+            assert {answer.deadline_limited for answer in answers} == {limited}
+            assert {answer.deadline_missed for answer in answers} == {False}
+            if limited:
+                # The call ends with one more tick.
+                assert now[0] == pytest.approx(0.04), "no segment of the exact pass has run"
+                assert_close(np.array([answer.logits for answer in answers]), quick[2, :4])
+            now[0] = 0.0
+
+
+@pytest.mark.parametrize("with_scores", [False, True])
+def test_documents_that_are_returned_have_exact_scores(
+    with_scores: bool,
+    ranking_engines: Mapping[str, Path],
+    first_stage_engines: Mapping[str, Path],
+    tmp_path: Path,
+) -> None:
+    source = first_stage_engines if with_scores else ranking_engines
+    folder = Path(shutil.copytree(source["bert"], tmp_path / "engines"))
+    exit_0_threshold = -1.5 if with_scores else None
+    rule = TopK(top=3, threshold=(-0.3, -0.2, -0.1, 0.0), exit_0_threshold=exit_0_threshold)
+    add_quick_pass(folder, rule)
+    documents = TEXTS[:20]
+    scores = np.linspace(3, -3, len(documents)).tolist() if with_scores else None
+    with Engine.load(folder) as engine:
+        core = engine.core
+        rows = core.with_scores(core.encode([("rain", text) for text in documents]), scores)
+        every = core.trace(rows, core.every_exit)
+        exits = core.runner().exits_of(every.logits)
+        best = engine.rank("rain", documents, scores=scores, all=True)
+        at_full_depth = engine.rank("rain", documents, full_depth=True)
+
+        async def scheduled() -> Any:
+            with Scheduler(engine) as scheduler:
+                return await asyncio.gather(
+                    *(scheduler.rank("rain", documents, scores=scores, all=True) for _ in range(3))
+                )
+
+        results = [best, *asyncio.run(scheduled())]
+    last = 4
+    assert 3 <= (exits == last).sum() < len(documents)
+    exact = {each.index: each.score for each in at_full_depth}
+    for ranked in results:
+        assert {each.index: each.exit for each in ranked} == dict(enumerate(exits.tolist()))
+        for each in ranked:
+            if each.exit == last:
+                assert each.score == pytest.approx(exact[each.index], rel=1e-4)
+    assert [each.exit for each in best[:3]] == [last] * 3
+
+
+def test_watched_rows_of_the_quick_pass_run_the_exact_pass(
+    two_passes: Callable[..., Path],
+) -> None:
+    folder = two_passes(Confidence(threshold=(0.9, 0.7, 0.4, 0.0)))
+    engines = EnginesFolder.read(folder)
+    target = engines.manifest.targets[EXACT]
+    promise = Promise(of="changed_answers", at_most=90.0, rows=300)
+    certificate = Certificate(confidence=95.0, promises=(promise,))
+    point = msgspec.structs.replace(target.operating_points["quick"], certificate=certificate)
+    changed = msgspec.structs.replace(target, operating_points={"quick": point})
+    engines.with_target(EXACT, changed).write()
+    exact = full_depth_logits(folder, EXACT)[2]
+    with Engine.load(folder, watch=100.0) as engine:
+        watch = engine.core.watch
+        assert watch is not None
+        answers = engine.predict(TEXTS)
+        watched = engine.watched
+    assert watched is not None
+    assert watched.rows > 0
+    early = np.array([answer.logits for answer in answers]).argmax(axis=1)
+    assert watched.changed_answers <= int((early != exact.argmax(axis=1)).sum())
+    assert any(answer.exit < 4 for answer in answers)
+    assert any(answer.exit == 4 for answer in answers)
+
+
+def test_times_are_those_of_both_passes(two_passes: Callable[..., Path]) -> None:
+    with Engine.load(two_passes(exit_0=True)) as engine:
+        assert len(engine.core.time_exits(2, 5)) == 5
+        engine.warm_up()
+
+
+def test_points_are_changed_while_the_engine_runs(two_passes: Callable[..., Path]) -> None:
+    folder = two_passes(alone=Budget(exit=2))
+    with Engine.load(folder, operating_point="alone") as engine:
+        assert {answer.exit for answer in engine.predict(TEXTS)} == {2}
+        assert len(engine.tally.exits) == 3
+        engine.use("quick")
+        exits = [answer.exit for answer in engine.predict(TEXTS)]
+        assert 4 in exits
+        assert len(engine.tally.exits) == 4
+        assert engine.tally.rows == 2 * len(TEXTS)
+        engine.use("alone")
+        assert {answer.exit for answer in engine.predict(TEXTS)} == {2}
+
+
+def test_the_folder_says_that_it_needs_the_new_version(two_passes: Callable[..., Path]) -> None:
+    folder = two_passes(alone=Budget(exit=3))
+    path = folder / "manifest.json"
+    assert json.loads(path.read_text())["schema_version"] == "1.1"
+    engines = EnginesFolder.read(folder)
+    target = engines.manifest.targets[EXACT]
+    alone = {"alone": target.operating_points["alone"]}
+    without = msgspec.structs.replace(
+        target, operating_points=alone, default_operating_point="alone"
+    )
+    engines.with_target(EXACT, without).write()
+    written = json.loads(path.read_text())
+    assert written["schema_version"] == "1.0"
+    assert "quick" not in path.read_text()
+
+
+def rebuilt(folder: Path) -> str:
+    engines = EnginesFolder.read(folder)
+    target = engines.manifest.targets[QUICK]
+    versions = {**target.versions, "onnxruntime": "0.1"}
+    engines.with_target(QUICK, msgspec.structs.replace(target, versions=versions)).write()
+    return f"its quick pass runs in target {QUICK}, which was built again since the point"
+
+
+def missing(folder: Path) -> str:
+    engines = EnginesFolder.read(folder)
+    engines.keep_targets(lambda name, _: name != QUICK).write()
+    return f"its quick pass runs in target {QUICK}, which the folder does not have"
+
+
+@pytest.mark.parametrize("spoil", [rebuilt, missing])
+def test_a_quick_pass_without_its_promise_never_runs(
+    spoil: Callable[[Path], str],
+    two_passes: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = two_passes(alone=Budget(exit=2))
+    problem = spoil(folder)
+    for target, point in ((EXACT, None), (None, "quick")):
+        with pytest.raises(RuleError, match="has lost its promise") as error:
+            Engine.load(folder, target, point)
+        assert problem in str(error.value)
+        assert "without a quick pass (alone)" in str(error.value)
+    with Engine.load(folder) as engine:
+        assert engine.operating_point == "alone"
+        assert {answer.exit for answer in engine.predict(TEXTS)} == {2}
+        with pytest.raises(RuleError, match="lost its promise"):
+            engine.use("quick")
+    assert f"alone runs instead of operating point quick: {problem}" in caplog.text
+
+
+def test_a_damaged_exact_target_fails_only_rows_in_doubt(
+    two_passes: Callable[..., Path],
+) -> None:
+    folder = two_passes()
+    with Engine.load(folder) as engine:
+        expected = [answer.exit for answer in engine.predict(TEXTS)]
+    (folder / read_manifest(folder).graphs["segment_02"].file).write_bytes(b"damaged")
+    with Engine.load(folder, check=False) as engine, Scheduler(engine) as scheduler:
+        futures = scheduler.submit_all(TEXTS)
+        errors = [future.exception() for future in futures]
+    assert [error is not None for error in errors] == [exit == 4 for exit in expected]
