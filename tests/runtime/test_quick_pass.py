@@ -185,7 +185,7 @@ def test_without_time_for_the_exact_pass_the_quick_answer_is_given(
 
             monkeypatch.setattr(backend, "progressed", tick)
         # Three segments of the quick pass, and three of the exact pass take 60 ms.
-        for deadline, exits, limited in ((55.0, 3, True), (65.0, 4, False)):
+        for deadline, exits, limited in ((55.0, 3, True), (75.0, 4, False)):
             answers = engine.predict(TEXTS[:4], deadline_ms=deadline)
             assert {answer.exit for answer in answers} == {exits}
             assert {answer.deadline_limited for answer in answers} == {limited}
