@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.artifact import manifest
-from ..runtime.artifact.exits import Exits, exits_of
+from ..runtime.artifact.exits import Exits
 from ..runtime.artifact.folder import EnginesFolder
 from ..runtime.artifact.operating_point import Goal
 from ..runtime.artifact.trained_on import have_trained
@@ -35,7 +35,7 @@ from .result import Calibration, Outcome, Point, Report, outcome, with_points
 from .scoring import AGREEMENT, METRICS, LabelledLogits, Scorer
 from .settings import exits_of as exits_of_rule
 from .settings import settings_lists
-from .trace import expected_labels, trace_rows
+from .trace import CALIBRATION, engines_of, expected_labels, trace_rows
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,6 @@ def calibrate(
     options = options or CalibrationOptions()
     every = list(read_rows(data, options.reading) if isinstance(data, str | Path) else data)
     report = _to_report_on(options, report)
-    # Rows run to full depth, so the target needs no operating point, not even a valid one.
     engines = EnginesFolder.read(path)
     if task_of(engines.manifest.task).compares:
         raise InputError(
@@ -118,8 +117,8 @@ def calibrate(
         )
     # Who has a reference knows what trained the exits.
     rows = _new_to_exits(engines, every) if reference is None else every
-    rule = ExitRule.from_dict(engines.manifest.default_rule)
-    with Engine.load(path, options.target, threads=options.threads, rule=rule) as engine:
+    quick_target = options.quick_target or ""
+    with engines_of(path, options.target, quick_target, options.threads) as (engine, quick):
         metric = _metric(options, engine.core.task)
         least = LEAST_ROWS if reference is None else 1
         warnings = _check(engine.manifest.task, options, metric, rows, report, least)
@@ -133,7 +132,8 @@ def calibrate(
             _say_needs(options.bounds)
 
         def traced(some: Sequence[Row], other: NDArray[np.float32] | None) -> LabelledLogits:
-            logits = trace_rows(engine, some, path / "calibration", metric != AGREEMENT, progress)
+            traces = path / CALIBRATION
+            logits = trace_rows(engine, some, traces, metric != AGREEMENT, progress, quick)
             return replace(logits, decision_thresholds=thresholds, reference=other)
 
         seen = traced(rows, reference)
@@ -332,8 +332,8 @@ class _PointMaker:
 
     @cached_property
     def exits(self) -> Exits:
-        """Those of the model."""
-        return exits_of(self.engine.manifest)
+        """Those that rows see."""
+        return self.engine.core.exits
 
     @property
     def full_depth(self) -> ExitRule:
@@ -381,7 +381,7 @@ class _PointMaker:
         rule = certified.rule or self.full_depth
         scorer = self.search.stopping_costs.scorer
         stops = exits_of_rule(rule, scorer.rows)
-        layers = self.exits.depths(stops)
+        layers = self.exits.ran(stops)
         batches = sorted({1, self.options.batch_size})
         measured = {}
         for number, batch in enumerate(batches):
@@ -396,6 +396,7 @@ class _PointMaker:
             measured=measured,
             certificate=certified.certificate,
             refusal=certified.failed,
+            quick_target=self.exits.quick if rule != self.full_depth else "",
         )
 
     def _choice(self, goal: Goal | Bound) -> _Choice:

@@ -11,6 +11,7 @@ chance, the labels count, see `estimated`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ _REPEATS = 5
 _SINGLE = (1, 64, 5)
 _WINDOWS = (128, 256, 3)
 _MOST_SECONDS = 10.0
+_BATCH = 32
 # How often turns are repeated while a speed-up is above what the layers explain.
 _MOST_PASSES = 4
 _TEMPERATURES = np.geomspace(0.25, 8.0, 101)
@@ -88,6 +90,19 @@ def measure_costs(
     return CostModel(tuple(sizes), tuple(zip(*columns, strict=True)))
 
 
+def relative_costs(engine: Engine, lengths: NDArray[np.intp], progress: Progress = silent) -> Array:
+    """What a row costs that stops at each exit, `[exits]`; 1 is full depth in the exact target.
+
+    The arguments are those of `measure_costs`.
+    """
+    costs = measure_costs(engine, lengths, _BATCH, progress).row_costs(lengths).mean(axis=1)
+    exits = engine.core.exits
+    # The exits before the last pass are not on the way of a row that runs all layers at once.
+    before = len(exits) - len(exits.passes[-1].layers)
+    full_depth = costs[-1] - (costs[before - 1] if before else 0.0)
+    return np.asarray(costs / full_depth)
+
+
 def measure_speedup(
     engine: Engine,
     rows: Sequence[EncodedRow],
@@ -107,15 +122,17 @@ def measure_speedup(
         layers: `[rows]` how many layers the rule runs for each row.
         batch: 1: rows run one by one; any larger number: windows of 128 rows, as in files.
     """
-    full_depth = Budget(exit=engine.manifest.exits[-1])
-    if rule == full_depth:
+    core = engine.core
+    has_quick_pass = bool(core.exits.quick)
+    if rule == Budget(exit=core.exits.last):
         return 1.0
     size, most, turns = _SINGLE if batch == 1 else _WINDOWS
     by_depth = np.lexsort(np.array([[len(row) for row in rows], layers]))
     places = np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)
     numbers = np.sort(by_depth[places])
     windows = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-    runs = [partial(engine.run_encoded, rule=each) for each in (full_depth, rule)]
+    runners = (core.full_depth, core.runner(rule, has_quick_pass=has_quick_pass))
+    runs = [partial(core.trace, runner=each) for each in runners]
     units: list[list[EncodedRow]] = []
     begun = time.perf_counter()
     for window in windows:
@@ -126,6 +143,8 @@ def measure_speedup(
             break
     timed = layers[np.concatenate(windows[: len(units)])]
     most_by_layers = engine.manifest.exit_layers[-1] / max(TINY, timed.mean())
+    if has_quick_pass:  # layers explain little where they run in two targets
+        most_by_layers = math.inf
     seconds = np.empty((0, len(units), len(runs)))
     for _ in range(_MOST_PASSES):
         seconds = np.concatenate([seconds, time_in_turns(units, runs, turns)])

@@ -129,6 +129,8 @@ class CalibrationOptions:
         rules: names of the exit rules to choose from, of `runtime.RULES`; for what is guaranteed,
             one of confidence and entropy.
         target: a built target; None means the default of the manifest.
+        quick_target: a faster target of the folder, in which texts run first; those that are still
+            in doubt at its last exit run again, all layers, in `target`. Guarantees only.
         test: a file with more rows to report the points on, instead of cross-validation.
         reading: how the files of rows are read.
         batch_size: the batch size, in rows, whose measured times settings are chosen by.
@@ -155,6 +157,7 @@ class CalibrationOptions:
     metric: str | None = None
     rules: tuple[str, ...] = (DEFAULT_RULE,)
     target: str | None = None
+    quick_target: str | None = None
     test: str | Path | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
     batch_size: int = 32
@@ -197,6 +200,12 @@ class CalibrationOptions:
             raise InputError(
                 "entropy knows nothing of the thresholds of labels",
                 "leave out `rules`, or give confidence",
+            )
+        if self.quick_target is not None and len(self.bounds) < len(self.goals):
+            name = next(name for name, goal in self.goals.items() if isinstance(goal, Goal))
+            raise InputError(
+                f"{name!r} is a goal on average, and a quick pass needs a guarantee",
+                "leave out `quick_target`, or give bounds",
             )
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}", "give a number from 1")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.artifact.exits import Exits, exits_of
+from ..runtime.artifact.exits import Exits
 from ..runtime.artifact.folder import EnginesFolder
 from ..runtime.artifact.manifest import with_operating_points
 from ..runtime.encoding import EncodedRow
@@ -35,7 +35,7 @@ from .guarantee import certify
 from .progress import Progress, silent
 from .query_logits import QueryLogits, QueryStops, changed_queries, stops_of
 from .result import Outcome, Point, counts, recorded
-from .trace import trace_rows
+from .trace import CALIBRATION, engines_of, trace_rows
 
 METRIC = "unchanged_top"
 """The share of queries whose best documents are those of the model that was converted."""
@@ -184,6 +184,8 @@ def calibrate_ranking(
     bound: Bound,
     threads: int | None = None,
     progress: Progress = silent,
+    name: str = "",
+    quick_target: str = "",
 ) -> RankingPoint:
     """Certify a target for rankings, and write its operating point into the manifest.
 
@@ -199,20 +201,24 @@ def calibrate_ranking(
         bound: with `changed_answers`, the largest share of queries whose best documents change.
         threads: CPU threads; None: all.
         progress: called with (what, done, total).
+        name: of the operating point; empty: the usual one of the bound.
+        quick_target: see `CalibrationOptions.quick_target`; empty: there is no quick pass.
 
     Raises:
         FpabeeError: as in `calibrate`.
     """
-    full_depth = ExitRule.from_dict(EnginesFolder.read(folder).manifest.default_rule)
-    with Engine.load(folder, target, threads=threads, rule=full_depth) as engine:
-        rows, held = (_traced(engine, part, folder, progress) for part in (certifying, report))
+    with engines_of(folder, target, quick_target, threads) as (engine, quick):
+        rows, held = (
+            traced_queries(engine, part, folder, progress, quick) for part in (certifying, report)
+        )
         progress(f"choose {bound.point}", 0, 1)
         certified = certify(QueryEvidence(rows, errors, top), bound)
+        full_depth = Budget(exit=rows.exits.last)
         rule = certified.rule or full_depth
         times = _times(engine, report.queries or certifying.queries, rule, progress)
         point = RankingPoint(
             target=target,
-            name=bound.point,
+            name=name or bound.point,
             goal=bound,
             top=top,
             rule=rule,
@@ -228,22 +234,27 @@ def calibrate_ranking(
             layers=rows.exits.layers[-1],
             certificate=certified.certificate,
             refusal=certified.failed,
+            quick_target="" if rule == full_depth else quick_target,
         )
         machine = hardware(engine.manifest.targets[target].on_gpu, threads)
-    if point.certificate is not None:
+    if point.certificate is not None and point.quick_target == quick_target:
         data = data_sha256(certifying.rows, labels=False)
         engines = EnginesFolder.read(folder)
         old = engines.manifest.targets[target]
-        new = recorded(point, old, "queries that decided nothing", machine, data)
+        new = recorded(
+            point, engines.manifest, target, "queries that decided nothing", machine, data
+        )
         points = old.operating_points | {point.name: new}
         engines.with_target(target, with_operating_points(old, points, point.name)).write()
     return point
 
 
-def _traced(engine: Engine, queries: Queries, folder: Path, progress: Progress) -> QueryLogits:
-    trace = trace_rows(engine, queries.rows, folder / "calibration", False, progress)
-    exits = exits_of(engine.manifest)
-    return queries.traced(trace.logits[..., 0], exits, engine.core.first_stage)
+def traced_queries(
+    engine: Engine, queries: Queries, folder: Path, progress: Progress, quick: Engine | None = None
+) -> QueryLogits:
+    """The logits of the documents of queries; the other arguments are those of `trace_rows`."""
+    trace = trace_rows(engine, queries.rows, folder / CALIBRATION, False, progress, quick)
+    return queries.traced(trace.logits[..., 0], engine.core.exits, engine.core.first_stage)
 
 
 def _outcome(
@@ -273,7 +284,7 @@ def _outcome(
         full_depth_score=full,
         drop=100 * (full - 1 + changed / queries),
         interval=(100 * (full - 1 + low), 100 * (full - 1 + high)),
-        mean_depth=float(exits.depths(stops.exits).mean()) if len(stops.exits) else 0.0,
+        mean_depth=float(exits.ran(stops.exits).mean()) if len(stops.exits) else 0.0,
         exits=counts(stops.exits, exits),
         rows=len(rows),
         relabelled=changed,
@@ -298,7 +309,7 @@ def _times(
             break
     if not units:
         core.check_query(rows)
-    runners = (core.runner(rule), core.full_depth)
+    runners = (core.runner(rule, has_quick_pass=bool(core.exits.quick)), core.full_depth)
     runs = [partial(core.rank, runner=runner) for runner in runners]
     turns = []
     for turn in range(1 + _TURNS):

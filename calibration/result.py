@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 from .. import __version__
 from ..runtime.artifact.exits import Exits
 from ..runtime.artifact.folder import EnginesFolder
-from ..runtime.artifact.manifest import Target, with_operating_points
-from ..runtime.artifact.operating_point import Certificate, Goal, OperatingPoint
+from ..runtime.artifact.manifest import Manifest, with_operating_points
+from ..runtime.artifact.operating_point import Certificate, Goal, OperatingPoint, QuickPass
+from ..runtime.artifact.quick import logits_sha256
 from ..runtime.files import Row
 from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import ExitRule
@@ -90,6 +92,7 @@ class Point:
             one, a larger number for windows of 128 rows.
         certificate: the guarantee, if one was asked for and the rows allow it.
         refusal: what was found if they do not; then every layer runs. Else empty.
+        quick_target: the target of its quick pass; empty: it has none.
     """
 
     rule: ExitRule
@@ -100,6 +103,12 @@ class Point:
     measured: dict[str, float]
     certificate: Certificate | None = None
     refusal: str = ""
+    quick_target: str = ""
+
+    @property
+    def doubt_share(self) -> float:
+        """The share of rows that were in doubt at the end of the quick pass, from 0 to 1."""
+        return self.chosen_on.exits[-1] / sum(self.chosen_on.exits) if self.quick_target else 0.0
 
     def bounds_only_flags(self, rows: LabelledLogits) -> bool:
         """Whether it bounds which labels are flagged, while other answers of the model may change.
@@ -176,7 +185,7 @@ def outcome(scorer: Scorer, stops: Integers, exits: Exits) -> Outcome:
         full_depth_score=full,
         drop=100 * (full - score),
         interval=drop_interval(scorer, stops),
-        mean_depth=float(exits.depths(stops).mean()),
+        mean_depth=float(exits.ran(stops).mean()),
         exits=counts(stops, exits),
         rows=len(stops),
         exit_0_changed=int(np.count_nonzero(scorer.changed[0] & (stops == 0))),
@@ -272,9 +281,14 @@ def with_points(engines: EnginesFolder, result: Calibration, data_sha256: str) -
     """
     target = engines.manifest.targets[result.target]
     points = {
-        point.name: recorded(point, target, result.held_out, result.hardware, data_sha256)
+        point.name: recorded(
+            point, engines.manifest, result.target, result.held_out, result.hardware, data_sha256
+        )
         for point in result.points
-        if (point.certificate or result.rows.reference is None) and point.name not in result.kept
+        if (point.certificate or result.rows.reference is None)
+        and point.name not in result.kept
+        # What runs all layers gains nothing by a quick pass.
+        and (point.quick_target or not result.rows.has_quick_pass)
     }
     if not points:
         return engines
@@ -285,19 +299,26 @@ def with_points(engines: EnginesFolder, result: Calibration, data_sha256: str) -
 
 
 def recorded(
-    point: Point, target: Target, held_out_rows: str, hardware: str, data_sha256: str
+    point: Point,
+    manifest: Manifest,
+    target: str,
+    held_out_rows: str,
+    hardware: str,
+    data_sha256: str,
 ) -> OperatingPoint:
     """An operating point as the manifest has it.
 
     Args:
         point: the point.
-        target: its target.
+        manifest: of the folder.
+        target: the name of its target.
         held_out_rows: what the rows are called that it is reported on.
         hardware: what it was measured on.
         data_sha256: hash of the rows that chose it, see `runtime.files.rows.data_sha256`.
     """
     held_out = point.held_out
     runs = point.chosen_on
+    quick = quick_fields(point, manifest, target) if point.quick_target else {}
     return OperatingPoint(
         rule=point.rule.to_dict(),
         goal=point.goal if isinstance(point.goal, Goal) else None,
@@ -311,7 +332,24 @@ def recorded(
         mean_depth=runs.mean_depth,
         exits=runs.exits,
         measured_speedup=point.measured,
-        versions={**target.versions, "fpabee": __version__},
+        versions={**manifest.targets[target].versions, "fpabee": __version__},
         hardware=hardware,
         certificate=point.certificate,
+        **quick,
     )
+
+
+def quick_fields(point: Point, manifest: Manifest, target: str) -> dict[str, Any]:
+    """What the manifest says of the quick pass of a point, which has one."""
+    alone = one_pass(point.name)
+    quick = QuickPass(
+        target=point.quick_target,
+        sha256=logits_sha256(manifest, point.quick_target),
+        alone=alone if alone in manifest.targets[target].operating_points else "",
+    )
+    return {"quick": quick, "time_share": round(1 / max(point.measured.values()), 4)}
+
+
+def one_pass(name: str) -> str:
+    """The name of the point that makes the promise of another one without its quick pass."""
+    return f"{name}-one-pass"

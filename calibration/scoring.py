@@ -50,6 +50,8 @@ class LabelledLogits:
             probabilities (1 for labels that decide nothing); empty: the answer is the decision.
         reference: `[rows, labels]` float32 logits of a classifier that decisions are compared with;
             None: the last exit.
+        has_quick_pass: whether the last exit is the end of an exact pass, and those before it are
+            those of a quick pass.
     """
 
     logits: NDArray[np.float32]
@@ -60,6 +62,7 @@ class LabelledLogits:
     first_exit: int = 1
     decision_thresholds: tuple[float, ...] = ()
     reference: NDArray[np.float32] | None = None
+    has_quick_pass: bool = False
 
     def __len__(self) -> int:
         return int(self.logits.shape[1])

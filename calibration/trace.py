@@ -11,13 +11,16 @@ that is not of this target, or of which many rows were changed; it may miss a fe
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.artifact.folder import write_whole
+from ..runtime.artifact.folder import read_manifest, write_whole
 from ..runtime.artifact.quick import logits_sha256
 from ..runtime.artifact.untrusted.arrays import read_arrays
 from ..runtime.check import logit_differences, requirements_of
@@ -26,10 +29,13 @@ from ..runtime.errors import InputError
 from ..runtime.files import Row
 from ..runtime.files.rows import data_sha256
 from ..runtime.quality import Labels
+from ..runtime.rules.rules import ExitRule
 from ..runtime.tasks import Task
 from .progress import Progress, silent
 from .scoring import LabelledLogits
 
+CALIBRATION = "calibration"
+"""The folder of traces in an engines folder."""
 _CHUNK = 256
 _SAMPLE = 16  # rows of a kept trace that run again
 _Trace = tuple[NDArray[np.float32], NDArray[np.intp]]
@@ -53,12 +59,42 @@ def expected_labels(rows: Sequence[Row], task: Task) -> Labels:
     return task.encode(labels, [row.where for row in rows])
 
 
+@contextmanager
+def engines_of(
+    folder: Path, target: str | None, quick_target: str = "", threads: int | None = None
+) -> Iterator[tuple[Engine, Engine | None]]:
+    """An engine of a target, to trace and time rows, and one of its quick pass.
+
+    Rows run to full depth, so the targets need no operating point, not even a valid one.
+
+    Args:
+        folder: the engines folder.
+        target: the target; None: the default one.
+        quick_target: the target of the quick pass; empty: there is none.
+        threads: CPU threads; None: all.
+
+    Yields:
+        The engine, which can run the quick pass before its own; and that of the quick pass, or
+        None.
+    """
+    rule = ExitRule.from_dict(read_manifest(folder).default_rule)
+    load = partial(Engine.load, folder, threads=threads, rule=rule)
+    with load(target) as engine:
+        if not quick_target:
+            yield engine, None
+            return
+        with load(quick_target) as quick:
+            engine.core.add_quick_pass(quick.core.backend)
+            yield engine, quick
+
+
 def trace_rows(
     engine: Engine,
     rows: Sequence[Row],
     folder: Path,
     labels: bool = True,
     progress: Progress = silent,
+    quick: Engine | None = None,
 ) -> LabelledLogits:
     """Run rows to full depth, or use the logits that an earlier run kept, see above.
 
@@ -68,6 +104,8 @@ def trace_rows(
         folder: where traces are kept; it is made if it does not exist.
         labels: whether the labels are used.
         progress: reports how many rows have run.
+        quick: an engine of the target of a quick pass. Then the logits are those of its exits, and
+            of the last exit of `engine`.
 
     Raises:
         InputError: a row has no label, or a label that the model does not know.
@@ -96,6 +134,10 @@ def trace_rows(
     thresholds = task.label_thresholds
     first = manifest.exits[0]
     logits, lengths = kept
+    if quick is not None:
+        before = trace_rows(quick, rows, folder, labels, progress)
+        both = np.concatenate([before.logits, logits[-1:]])
+        return replace(before, logits=both, has_quick_pass=True)
     return LabelledLogits(logits, lengths, expected, task.problem_type, thresholds, first)
 
 

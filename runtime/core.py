@@ -135,8 +135,7 @@ class Core:
             rule: the rule.
             has_quick_pass: whether it has thresholds for the exits of a quick pass.
         """
-        exits = self.exits if has_quick_pass else self.exits.exact
-        self.in_use = (operating_point, self._runner(rule, exits))
+        self.in_use = (operating_point, self.runner(rule, has_quick_pass=has_quick_pass))
 
     def legs(self, runner: Runner[Any]) -> tuple[Leg, ...]:
         """The passes of rows through segments by a rule.
@@ -185,6 +184,7 @@ class Core:
         *,
         full_depth: bool = False,
         max_exit: int | None = None,
+        has_quick_pass: bool = False,
     ) -> Runner[Any]:
         """What applies a rule to rows of this model, for code that chains segments itself.
 
@@ -192,6 +192,7 @@ class Core:
             rule: the rule; default: the engine's.
             full_depth: as in `predict`.
             max_exit: as in `predict`.
+            has_quick_pass: whether `rule` has thresholds for the exits of the quick pass.
 
         Raises:
             RuleError: the rule or `max_exit` does not fit the model, or it contradicts
@@ -202,7 +203,8 @@ class Core:
                 f"full_depth runs every layer, and max_exit {max_exit!r} stops rows before",
                 "give one of `full_depth` and `max_exit`",
             )
-        runner = self.in_use[1] if rule is None else self._runner(rule)
+        exits = self.exits if has_quick_pass else self.exits.exact
+        runner = self.in_use[1] if rule is None else self._runner(rule, exits)
         if full_depth:
             runner = self.full_depth
         if max_exit is None:

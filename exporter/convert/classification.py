@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 from ...calibration.calibrate import calibrate
+from ...calibration.costs import relative_costs
 from ...calibration.goals import CalibrationOptions
 from ...calibration.guarantee import check_possible
 from ...calibration.progress import Progress
 from ...calibration.result import Calibration, Report
 from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, mean_saving
 from ...calibration.settings import StopScores, exits_of, settings_lists
+from ...calibration.trace import CALIBRATION, engines_of, trace_rows
 from ...runtime.artifact.manifest import Task
 from ...runtime.encoding import EncodedRow
 from ...runtime.errors import InputError, RowError
@@ -30,7 +33,7 @@ from ..training.examples import Examples
 from ..training.trainer import label_losses, probabilities
 from .heads import PASSES, Judged, Lesson
 from .options import Chosen, ConvertOptions
-from .task import ConversionTask, Logits
+from .task import ConversionTask, Logits, Passes
 from .texts import Numbers, read_texts
 
 _SEED = 42
@@ -110,17 +113,37 @@ class Classification(ConversionTask[Row, Calibration]):
         )
         return learn(train, choose, model, _SEED, progress)
 
+    def saved(
+        self, engines: Path, passes: Passes, logits: Logits, chosen: Chosen, progress: Progress
+    ) -> float:
+        """See `ConversionTask.saved`."""
+        choose = self.texts.choose
+        units = [self.texts.units[number] for number in choose]
+        with engines_of(engines, *passes, self.options.threads) as (engine, quick):
+            traced = trace_rows(engine, units, engines / CALIBRATION, False, progress, quick)
+            thresholds = engine.core.task.decision_thresholds(self.bound.thresholds)
+            rows = replace(traced, decision_thresholds=thresholds, reference=logits[choose])
+            costs = relative_costs(engine, rows.lengths, progress)
+        return _saved(Scorer(rows, AGREEMENT), costs, min(self.bound.shares.values()))
+
     def certify(
-        self, engines: Path, target: str, logits: Logits, chosen: Chosen, progress: Progress
+        self,
+        engines: Path,
+        passes: Passes,
+        name: str,
+        logits: Logits,
+        chosen: Chosen,
+        progress: Progress,
     ) -> Calibration:
         """A calibration for the bound, with the decisions of the classifier as reference."""
         texts = self.texts
         certifying = [texts.units[number] for number in texts.calibrate]
         reported = [texts.units[number] for number in texts.report]
         options = CalibrationOptions(
-            goals={self.bound.point: self.bound},
+            goals={name: self.bound},
             metric=AGREEMENT,
-            target=target,
+            target=passes.exact,
+            quick_target=passes.quick or None,
             threads=self.options.threads,
         )
         return calibrate(
@@ -190,7 +213,8 @@ class Classification(ConversionTask[Row, Calibration]):
 def _saved(scorer: Scorer, costs: NDArray[np.float64], share: float) -> float:
     """How much less than full depth rows cost, where about that share of decisions changes."""
     rows = scorer.rows
-    places = rows.at(StopScores(rows).exits(settings_lists(rows)[0]))
+    # The list that certifies: with exit 0, if there is one.
+    places = rows.at(StopScores(rows).exits(settings_lists(rows, exit_0_powers=(2.0,))[-1]))
     changed = scorer.changed[places].mean(axis=1)
     return mean_saving(1 - costs[places[0]].mean(axis=1), changed, share)
 

@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from ...calibration.costs import relative_costs
 from ...calibration.progress import Progress
 from ...calibration.query_logits import NEAR_TOP, QueryLogits, errors_near_top, saved
-from ...calibration.ranking import Queries, RankingPoint, calibrate_ranking
+from ...calibration.ranking import Queries, RankingPoint, calibrate_ranking, traced_queries
+from ...calibration.trace import engines_of
 from ...runtime.artifact.exits import Exits, exits_of
-from ...runtime.artifact.folder import EnginesFolder
-from ...runtime.artifact.manifest import FirstStageSpec, Manifest, Task
+from ...runtime.artifact.folder import read_manifest
+from ...runtime.artifact.manifest import FirstStageSpec, Task
 from ...runtime.check import BATCH_LIMIT
 from ...runtime.encoding import EncodedRow
 from ...runtime.errors import InputError
@@ -30,7 +32,7 @@ from ...runtime.rules.measures import Array, Floats
 from ..model import MultiExitModel
 from .heads import Judged, Lesson
 from .options import Chosen, ConvertOptions
-from .task import ConversionTask, Logits
+from .task import ConversionTask, Logits, Passes
 from .texts import Numbers
 
 _TOP = 10
@@ -169,38 +171,68 @@ class Ranking(ConversionTask[Query, RankingPoint]):
         spec = {"weights": of_features, "bias": bias}
         return FirstStage(msgspec.convert(spec, FirstStageSpec))
 
+    def saved(
+        self, engines: Path, passes: Passes, logits: Logits, chosen: Chosen, progress: Progress
+    ) -> float:
+        """See `ConversionTask.saved`."""
+        queries = self._choosing(logits)
+        pairs = [pair for query in queries.queries for pair in query.pairs]
+        with engines_of(engines, *passes, self.options.threads) as (engine, quick):
+            rows = traced_queries(engine, queries, engines, progress, quick)
+            lengths = np.array([len(row) for row in engine.core.encode(pairs)])
+            costs = relative_costs(engine, lengths, progress)
+        errors = self._errors(engines, passes, logits, chosen, progress)
+        return saved(rows, errors, self.top, min(self.bound.shares.values()), costs)
+
     def certify(
-        self, engines: Path, target: str, logits: Logits, chosen: Chosen, progress: Progress
+        self,
+        engines: Path,
+        passes: Passes,
+        name: str,
+        logits: Logits,
+        chosen: Chosen,
+        progress: Progress,
     ) -> RankingPoint:
         """A calibration for the bound, with the ranking of the reranker as reference."""
         return calibrate_ranking(
             engines,
-            target,
+            passes.exact,
             self._queries(self.texts.calibrate, logits),
             self._queries(self.texts.report, logits),
-            self._errors(EnginesFolder.read(engines).manifest, logits, chosen),
+            self._errors(engines, passes, logits, chosen, progress),
             self.top,
             self.bound,
             self.options.threads,
             progress,
+            name,
+            passes.quick,
         )
 
-    def _errors(self, manifest: Manifest, logits: Logits, chosen: Chosen) -> Array:
-        """The errors of all early exits, see `errors_near_top`; exit 0 has not seen these queries.
+    def _choosing(self, logits: Logits) -> Queries:
+        """The queries that chose the heads."""
+        return self._queries(self._that_ran(self.texts.choose, logits), logits)
 
-        Args:
-            manifest: of the engines folder.
-            logits: `[rows, labels]` of the reranker for all rows.
-            chosen: the heads of the exits after a layer.
+    def _errors(
+        self, engines: Path, passes: Passes, logits: Logits, chosen: Chosen, progress: Progress
+    ) -> Array:
+        """The errors of all exits but the last, see `errors_near_top`.
+
+        Exit 0 has not seen these queries, and nobody has seen what a quick pass makes of them. The
+        arguments are those of `certify`.
         """
+        if passes.quick:
+            with engines_of(engines, *passes, self.options.threads) as (engine, quick):
+                rows = traced_queries(engine, self._choosing(logits), engines, progress, quick)
+            return errors_near_top(rows, self.top)
+        manifest = read_manifest(engines)
         errors = np.array(chosen.errors)
         for _ in exits_of(manifest).before_layers:
             assert manifest.first_stage is not None
-            queries = self._queries(self._that_ran(self.texts.choose, logits), logits)
+            queries = self._choosing(logits)
             predicted = queries.predicted(FirstStage(manifest.first_stage))
             both = np.stack([predicted, queries.reference])
-            rows = QueryLogits(both, queries.starts, queries.reference, Exits.numbered(0, 2))
-            errors = np.append(errors_near_top(rows, self.top), errors)
+            near = QueryLogits(both, queries.starts, queries.reference, Exits.numbered(0, 2))
+            errors = np.append(errors_near_top(near, self.top), errors)
         return errors
 
     def _that_ran(self, numbers: Numbers, logits: Logits) -> Numbers:

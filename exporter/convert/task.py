@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,18 +24,25 @@ from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
 from ...runtime.first_stage import FirstStage
 from ..model import MultiExitModel
-from ..targets.builders import INT8_TARGETS, OPENVINO_TARGETS
 from .heads import Judged, Lesson
 from .options import Chosen, ConvertOptions
 from .texts import AnyUnit, Numbers, Texts, split
 
-# With int8, the texts that certify also choose among several targets, of which one may keep the
-# promise by chance. So all of them together have the confidence.
-_TARGETS = 1 + len(OPENVINO_TARGETS) + len(INT8_TARGETS)
-
 AnyResult = TypeVar("AnyResult", bound=Calibration | RankingPoint)
 """The operating points of a target."""
 Logits = NDArray[np.float32]
+
+
+class Passes(NamedTuple):
+    """The passes that rows take.
+
+    Attributes:
+        exact: the target that a promise is about.
+        quick: the target in which rows run first; empty: there is no quick pass.
+    """
+
+    exact: str
+    quick: str = ""
 
 
 class ConversionTask(ABC, Generic[AnyUnit, AnyResult]):
@@ -74,9 +80,6 @@ class ConversionTask(ABC, Generic[AnyUnit, AnyResult]):
         self.bound = options.bound or Bound(
             confidence=options.confidence, changed_answers=self.usual_share
         )
-        if options.int8:
-            level = (1 - self.bound.confidence) / _TARGETS
-            self.bound = replace(self.bound, confidence=1 - level)
         self.warnings: list[str] = []
         self._check_options()
         others = options.train_texts
@@ -167,16 +170,33 @@ class ConversionTask(ABC, Generic[AnyUnit, AnyResult]):
 
     @abstractmethod
     def certify(
-        self, engines: Path, target: str, logits: Logits, chosen: Chosen, progress: Progress
+        self,
+        engines: Path,
+        passes: Passes,
+        name: str,
+        logits: Logits,
+        chosen: Chosen,
+        progress: Progress,
     ) -> AnyResult:
         """Certify and report on a target of an engines folder.
 
         Args:
             engines: the folder, whose manifest gets the operating point.
-            target: the target.
+            passes: the target, and that of its quick pass.
+            name: of the operating point.
             logits: `[rows, labels]` of the classifier.
             chosen: the heads of the early exits.
             progress: called with (what, done, total).
+        """
+
+    @abstractmethod
+    def saved(
+        self, engines: Path, passes: Passes, logits: Logits, chosen: Chosen, progress: Progress
+    ) -> float:
+        """The share of the time of full depth that is saved where about as much changes as may.
+
+        It is judged by units that chose the heads, so that no unit that certifies chooses anything.
+        The arguments are those of `certify`.
         """
 
     def traffic(self, result: AnyResult) -> float | None:

@@ -26,6 +26,7 @@ from ... import __version__
 from ...calibration.evidence import needs_in_words
 from ...calibration.exact import rows_needed
 from ...calibration.progress import Progress, silent
+from ...calibration.result import one_pass
 from ...runtime.artifact.folder import EnginesFolder, sha256_of
 from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.artifact.trained_on import write_trained_on
@@ -45,7 +46,7 @@ from ..staging import staging, system_errors
 from ..targets.build import build_targets
 from ..targets.builders import INT8_TARGETS, OPENVINO_TARGETS, buildable, check_enough_texts
 from ..targets.check import FP32_TARGET
-from ..targets.default import fastest_with_exits
+from ..targets.default import fastest_exact, fastest_with_exits
 from ..tokenizer import load_tokenizer, pad_id, row_limit
 from ..training.examples import encoded_rows, special_tokens
 from ..unfinished import unfinished
@@ -57,7 +58,7 @@ from .options import Chosen, Conversion, ConvertOptions
 from .places import STEPS, check_places
 from .ranking import Ranking
 from .states import States, Taught, most_tokens, run_classifier
-from .task import ConversionTask
+from .task import ConversionTask, Passes
 
 logger = logging.getLogger(__name__)
 
@@ -374,22 +375,58 @@ class _Work:
         """The progress of steps that are done for each target."""
         return lambda what, done, total: self.progress(f"{target}: {what}", done, total)
 
+    def _certified(
+        self, engines: Path, name: str, logits: NDArray[np.float32], chosen: Chosen
+    ) -> Any:
+        """Certify a target, with a quick pass where that takes less time.
+
+        A point without a quick pass stays beside one that has it, for machines that cannot run it.
+        """
+        job = self.job
+        progress = self._progress_of(name)
+        usual = job.bound.point
+        alone = Passes(name)
+        with_quick_pass = self._with_quick_passes(engines, name)
+        if not with_quick_pass:
+            return job.certify(engines, alone, usual, logits, chosen, progress)
+        saved = {
+            passes: job.saved(engines, passes, logits, chosen, progress)
+            for passes in (alone, *with_quick_pass)
+        }
+        best = max(saved, key=lambda passes: saved[passes])
+        if best == alone:
+            return job.certify(engines, alone, usual, logits, chosen, progress)
+        one = job.certify(engines, alone, one_pass(usual), logits, chosen, progress)
+        both = job.certify(engines, best, usual, logits, chosen, progress)
+        # Else, not even the most cautious setting of both passes keeps the promise.
+        return both if both.points[0].quick_target else one
+
+    def _with_quick_passes(self, engines: Path, name: str) -> list[Passes]:
+        """A target after each quick pass that the same library can run here."""
+        folder = EnginesFolder.read(engines)
+        targets = folder.manifest.targets
+        return [
+            Passes(name, other)
+            for other in runnable_targets(folder)
+            if other in INT8_TARGETS and targets[other].backend == targets[name].backend
+        ]
+
     def _certify(self, engines: Path, logits: NDArray[np.float32], chosen: Chosen) -> Conversion:
         """Certify the targets; the default is the fastest one that keeps its promise."""
         job = self.job
         texts = job.texts
-        folder = EnginesFolder.read(engines)
-        manifest = folder.manifest
-        others = runnable_targets(folder) if self.options.int8 else [manifest.default_target]
+        manifest = EnginesFolder.read(engines).manifest
         by_name = {
-            name: job.certify(engines, name, logits, chosen, self._progress_of(name))
-            for name in dict.fromkeys([FP32_TARGET, *others])
+            name: self._certified(engines, name, logits, chosen)
+            for name in dict.fromkeys([FP32_TARGET, fastest_exact(manifest)])
         }
-        depths = {
-            name: each.points[0].chosen_on.mean_depth
-            for name, each in by_name.items()
-            if each.points[0].certificate is not None
-        }
+        layers = manifest.exit_layers[-1]
+        depths = {}
+        for name, each in by_name.items():
+            point = each.points[0]
+            if point.certificate is not None:
+                faster = max(point.measured.values())
+                depths[name] = layers / faster if point.quick_target else point.chosen_on.mean_depth
         default = fastest_with_exits(manifest, depths) if depths else FP32_TARGET
         EnginesFolder.read(engines).with_manifest(default_target=default).write()
         results: dict[str, Any] = {job.results: tuple(by_name.values())}

@@ -19,6 +19,7 @@ from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import Manifest
 from ...runtime.check import EXPORT_LIMIT
 from ...runtime.targets import why_not
+from .builders import INT8_TARGETS
 from .check import engine_of
 
 Times = NDArray[np.float64]
@@ -113,6 +114,14 @@ def fastest_with_exits(manifest: Manifest, depths: Mapping[str, float]) -> str:
         for place, name in enumerate(order)
         if not any(_LEAST_GAIN * seconds[each] < seconds[name] for each in order[place + 1 :])
     )
+
+
+def fastest_exact(manifest: Manifest) -> str:
+    """The default target, or if that is in int8 the fastest other one at full depth."""
+    if manifest.default_target not in INT8_TARGETS:
+        return manifest.default_target
+    exact = [name for name in manifest.targets if name not in INT8_TARGETS]
+    return max(exact, key=lambda name: manifest.targets[name].relative_speed or 0.0)
 
 
 def _by_exactness(manifest: Manifest, names: Iterable[str]) -> list[str]:

@@ -101,6 +101,20 @@ class Exits:
     def _depths(self) -> NDArray[np.intp]:
         return np.array(self.layers, np.intp)
 
+    def ran(self, exits: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
+        """How many layers run for rows that stop at these exits, in all passes; same shape."""
+        ran: NDArray[np.integer[Any]] = self._ran[exits - self.first]
+        return ran
+
+    @cached_property
+    def _ran(self) -> NDArray[np.intp]:
+        before = 0
+        ran: list[int] = []
+        for each in self.passes:
+            ran += [before + layer for layer in each.layers]
+            before += each.layers[-1]
+        return np.array(ran, np.intp)
+
     def from_first_layer(self) -> Exits:
         """The exits of the passes with segments only: all but exit 0."""
         return Exits(tuple(each for each in self.passes if each.reads == TOKENS))
