@@ -23,3 +23,9 @@ def double(
         return install(monkeypatch, engine_copy(family), **settings)
 
     return make
+
+
+@pytest.fixture
+def made(double: Callable[..., Double]) -> Double:
+    """A folder with a target of TensorRT."""
+    return double()

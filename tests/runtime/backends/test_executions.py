@@ -26,10 +26,9 @@ from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.targets import open_backend
 
 from ...child_process import Ended, Report, forked
-from ...doubles.device import Double, set_gpu
+from ...doubles.device import TEXTS, Double, set_gpu
 from ...doubles.tensorrt import FakeContext
 
-TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 FAILURES = ["malloc", "pinned", "event", "stream", "run"]
 
 
@@ -41,13 +40,7 @@ def until(happens: Callable[[], bool]) -> bool:
     return happens()
 
 
-def nothing_is_left(double: Double) -> bool:
-    cuda = double.cuda
-    return not any((cuda.memory_of, cuda.streams, cuda.events, cuda.freed_elsewhere))
-
-
-def test_threads_at_the_same_time(double: Callable[..., Double]) -> None:
-    made = double()
+def test_threads_at_the_same_time(made: Double) -> None:
     start = threading.Barrier(3)
     with made.load() as engine, Engine.load(made.folder) as usual:
 
@@ -63,14 +56,11 @@ def test_threads_at_the_same_time(double: Callable[..., Double]) -> None:
             for logits in times:
                 np.testing.assert_allclose(logits, expected, atol=1e-5)
         assert len(made.cuda.streams) == 1
-    assert nothing_is_left(made)
+    assert made.nothing_is_left()
 
 
-def test_closing_during_a_call(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closing_during_a_call(made: Double, monkeypatch: pytest.MonkeyPatch) -> None:
     """The call is answered and then frees everything; later calls are refused."""
-    made = double()
     begun = threading.Event()
     closed = threading.Event()
     engine = made.load()
@@ -86,17 +76,16 @@ def test_closing_during_a_call(
         answer = pool.submit(engine.predict, TEXTS)
         assert begun.wait(60)
         engine.close()
-        assert not nothing_is_left(made)
+        assert not made.nothing_is_left()
         with pytest.raises(BackendError, match="closed"):
             engine.predict(TEXTS)
         closed.set()
         assert len(answer.result()) == len(TEXTS)
-    assert nothing_is_left(made)
+    assert made.nothing_is_left()
 
 
-def test_a_call_waits_for_the_only_execution(double: Callable[..., Double]) -> None:
+def test_a_call_waits_for_the_only_execution(made: Double) -> None:
     """Even if the engine is closed meanwhile; more executions would need more device memory."""
-    made = double()
     engine = made.load()
     backend = engine.core.backend
     lent = backend.check_out()
@@ -106,12 +95,12 @@ def test_a_call_waits_for_the_only_execution(double: Callable[..., Double]) -> N
         engine.close()
         backend.give_back(lent, failed=True)
         assert [len(answer.result(60)) for answer in answers] == [len(TEXTS)] * 2
-    assert nothing_is_left(made)
+    assert made.nothing_is_left()
 
 
-def test_the_call_that_has_waited_longest_is_next(double: Callable[..., Double]) -> None:
+def test_the_call_that_has_waited_longest_is_next(made: Double) -> None:
     """A thread that calls in a loop would otherwise keep the others waiting."""
-    with double().load() as engine, ThreadPoolExecutor(1) as pool:
+    with made.load() as engine, ThreadPoolExecutor(1) as pool:
         backend = engine.core.backend
         order = []
 
@@ -131,12 +120,10 @@ def test_the_call_that_has_waited_longest_is_next(double: Callable[..., Double])
     assert order == ["other", "the loop"]
 
 
-def test_no_call_waits_for_ever(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_call_waits_for_ever(made: Double, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call hangs on the device; each of the others gets an error in time."""
     monkeypatch.setattr(base, "_PATIENCE_SECONDS", 0.1)
-    with double().load() as engine, ThreadPoolExecutor(3) as pool:
+    with made.load() as engine, ThreadPoolExecutor(3) as pool:
         backend = engine.core.backend
         lent = backend.check_out()
         for answer in [pool.submit(engine.predict, TEXTS) for _ in range(3)]:
@@ -147,10 +134,10 @@ def test_no_call_waits_for_ever(
 
 
 def test_a_call_is_patient_while_others_run_segments(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+    made: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "_PATIENCE_SECONDS", 0.3)
-    with double().load() as engine, ThreadPoolExecutor(1) as pool:
+    with made.load() as engine, ThreadPoolExecutor(1) as pool:
         backend = engine.core.backend
         lent = backend.check_out()
         answer = pool.submit(engine.predict, TEXTS)
@@ -164,9 +151,9 @@ def test_a_call_is_patient_while_others_run_segments(
 
 
 def test_an_execution_that_cannot_recover_makes_room_for_another(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+    made: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with double().load() as engine:
+    with made.load() as engine:
         backend = engine.core.backend
         for _ in range(3):
             execution = backend.check_out()
@@ -177,11 +164,8 @@ def test_an_execution_that_cannot_recover_makes_room_for_another(
 
 
 @pytest.mark.parametrize("death", [SystemExit, MemoryError, BackendError])
-def test_a_call_that_dies(
-    death: Any, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_call_that_dies(death: Any, made: Double, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its buffers are freed at once, and its execution serves the next call."""
-    made = double()
     with made.load() as engine:
         engine.trace(TEXTS)
         used = made.used()
@@ -193,7 +177,7 @@ def test_a_call_that_dies(
                 assert made.used() < used
         assert len(engine.predict(TEXTS)) == len(TEXTS)
         assert len(made.cuda.streams) == 1
-    assert nothing_is_left(made)
+    assert made.nothing_is_left()
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

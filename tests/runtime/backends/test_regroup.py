@@ -19,9 +19,8 @@ from fpabee.runtime.backends.cuda import GATHER, PTX
 
 from ...closeness import assert_exits
 from ...doubles.cuda import FakeCuda
-from ...doubles.device import Double
+from ...doubles.device import TEXTS, Double
 
-TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 THREADS = 3
 # Lets a C compiler compile the kernel.
 PRELUDE = "struct { int x, y; } threadIdx, blockIdx, blockDim, gridDim;\n"

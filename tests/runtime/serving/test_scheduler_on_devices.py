@@ -11,17 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fpabee.runtime import BackendError, Engine, Entropy, ExitRule, FPabee
+from fpabee.runtime import BackendError, Engine, ExitRule, FPabee
 from fpabee.runtime.backends.device import DeviceExecution
 from fpabee.runtime.serving import Scheduler
 
 from ...doubles.clock import Clock
-from ...doubles.device import Double, install, run_through
+from ...doubles.device import SOME_STOP_FIRST, TEXTS, Double, install, run_through
 from .test_scheduler import WAIT, results
 
-TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
-SOME_STOP_FIRST = Entropy(threshold=0.3)
-"""Some of the texts, but not all, stop at exit 1."""
 NEVER = FPabee(threshold=-1.0)
 
 
@@ -44,7 +41,7 @@ def test_answers_are_those_of_the_cpu(rule: ExitRule, double: Double) -> None:
                 for answer, same in zip(found, expected, strict=True):
                     np.testing.assert_allclose(answer.probabilities, same.probabilities, atol=1e-5)
         assert engine.tally.rows == 2 * len(texts)
-    assert double.cuda.memory_of == double.cuda.streams == {}
+    assert double.nothing_is_left()
 
 
 def test_the_device_runs_one_group_while_the_rule_judges_another(double: Double) -> None:
@@ -73,7 +70,7 @@ def test_a_group_that_fails_while_another_runs(
             long.result(WAIT)
         for answer in results(short):
             np.testing.assert_allclose(answer.probabilities, expected[0].probabilities, atol=1e-5)
-    assert double.cuda.memory_of == double.cuda.streams == {}
+    assert double.nothing_is_left()
 
 
 def test_other_calls_of_the_engine_have_their_turn(double: Double) -> None:
@@ -158,4 +155,4 @@ def test_closing_while_segments_run(double: Double) -> None:
         scheduler.close(cancel=True)
         assert all(future.done() for future in futures)
         assert scheduler._unanswered == 0
-    assert double.cuda.memory_of == double.cuda.streams == {}
+    assert double.nothing_is_left()
