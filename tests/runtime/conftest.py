@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -14,12 +15,14 @@ import pytest
 
 from fpabee.commands import run as run_command
 from fpabee.commands import serve as serve_command
-from fpabee.runtime import TopK
+from fpabee.runtime import Confidence, Engine, TopK
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
 from fpabee.runtime.backends.buffers import Limits
 from fpabee.runtime.backends.host import HostBackend
 
+from ..doubles.device import install
 from .running import Result, Run, execute
+from .watching import promising
 
 
 @pytest.fixture
@@ -93,3 +96,23 @@ def without_special_tokens(engine_copy: Callable[..., Path]) -> Path:
     spec = msgspec.structs.replace(manifest.tokenizer, sha256=sha256_of(path))
     EnginesFolder(folder, manifest).with_manifest(tokenizer=spec).write()
     return folder
+
+
+@pytest.fixture(
+    params=itertools.product((False, True), (False, True)),
+    ids=lambda place: f"device {place[0]}, exit 0 {place[1]}",
+)
+def watching(
+    request: pytest.FixtureRequest,
+    engine_copy: Callable[..., Path],
+    set_points: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Engine]:
+    """An engine that watches all rows, on the CPU or on a double of a device."""
+    on_device, exit_0 = request.param
+    folder = engine_copy(exit_0=exit_0)
+    rule = Confidence(threshold=0.5, exit_0_threshold=0.6 if exit_0 else None)
+    target = install(monkeypatch, folder).target if on_device else ""
+    promising(folder, set_points, target=target, early=rule)
+    with Engine.load(folder, target or None, watch=100.0) as engine:
+        yield engine

@@ -23,12 +23,12 @@ from fpabee.runtime import (
     RuleError,
 )
 from fpabee.runtime.artifact.manifest import ProblemType
-from fpabee.runtime.backends.base import Execution
 from fpabee.runtime.backends.host import HostBackend, HostExecution
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.rules.measures import Outputs
 from fpabee.runtime.rules.runner import RuleRunner
 
+from ..doubles.calls import before
 from ..doubles.clock import Clock
 
 TEXTS: list[Text] = ["the film is not bad", "rain", ("turn the lights", "off"), "", "play music"]
@@ -39,13 +39,7 @@ NEVER = FPabee(threshold=-1.0)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Every segment takes 10 ms for any group, and everything else takes no time."""
     clock = Clock()
-    enqueue = HostExecution.enqueue
-
-    def slow(execution: Any, hidden: Any) -> Any:
-        clock.now += 0.01
-        return enqueue(execution, hidden)
-
-    monkeypatch.setattr(HostExecution, "enqueue", slow)
+    before(monkeypatch, HostExecution, "enqueue", lambda *_: clock.wait(0.01))
     return clock
 
 
@@ -121,13 +115,7 @@ def test_the_deadline_is_for_the_whole_call(
 def test_tokenization_counts_towards_the_deadline(
     engine: Engine, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    windows = engine.core.windows
-
-    def slow(texts: Any) -> Any:
-        clock.now += 0.015
-        return windows(texts)
-
-    monkeypatch.setattr(engine.core, "windows", slow)
+    before(monkeypatch, engine.core, "windows", lambda *_: clock.wait(0.015))
     assert engine.predict(["rain"], rule=NEVER, deadline_ms=34)[0].exit == 1
     assert engine.predict(["rain"], rule=NEVER, deadline_ms=36)[0].exit == 2
 
@@ -136,13 +124,7 @@ def test_waiting_for_an_execution_counts_towards_the_deadline(
     exit_0_engines: Mapping[str, Path], clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then exit 0 answers, and no segment runs."""
-    check_out = HostBackend.check_out
-
-    def slow(backend: HostBackend) -> Execution:
-        clock.now += 0.5
-        return check_out(backend)
-
-    monkeypatch.setattr(HostBackend, "check_out", slow)
+    before(monkeypatch, HostBackend, "check_out", lambda *_: clock.wait(0.5))
     with Engine.load(exit_0_engines["bert"], threads=1) as engine:
         engine.core.clock = clock
         started = clock.now  # making the folder has run segments, too

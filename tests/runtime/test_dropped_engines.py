@@ -18,6 +18,7 @@ from fpabee.runtime.backends.host import HostExecution
 from fpabee.runtime.core import Core
 from fpabee.runtime.serving import Scheduler
 
+from ..doubles.calls import before
 from ..doubles.device import SOME_STOP_FIRST, install, install_cuda_provider
 from ..doubles.openvino import add_openvino
 
@@ -98,15 +99,12 @@ def schedule_and_drop_at_once(engine: Engine) -> None:
 
 
 def schedule_and_fail_without_a_chain(engine: Engine) -> None:
-    chain = Core.chain
-
-    def fails_in_the_worker(core: Core) -> Any:
+    def fail_in_the_worker(_: Core) -> None:
         if threading.current_thread() is not threading.main_thread():
             fails()
-        return chain(core)
 
     with pytest.MonkeyPatch.context() as patch, Scheduler(engine) as scheduler:
-        patch.setattr(Core, "chain", fails_in_the_worker)
+        before(patch, Core, "chain", fail_in_the_worker)
         assert scheduler.submit("rain").exception(WAIT)
 
 

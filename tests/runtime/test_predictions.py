@@ -11,6 +11,8 @@ import pytest
 
 from fpabee.runtime import Budget, Engine, FPabee, Tally
 
+from ..doubles.calls import before
+
 TEXTS = ["the film", "rain", "", "the " * 100]
 
 
@@ -55,13 +57,8 @@ def test_drift_from_an_operating_point(
 
 
 def test_threads_lose_no_row(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    add = Tally.__add__
-
-    def slow(one: Tally, other: Tally) -> Tally:
-        time.sleep(1e-4)  # lets other threads run
-        return add(one, other)
-
-    monkeypatch.setattr(Tally, "__add__", slow)
+    # Other threads may run before each sum.
+    before(monkeypatch, Tally, "__add__", lambda *_: time.sleep(1e-4))
     with ThreadPoolExecutor(8) as pool:
         for _ in range(200):
             pool.submit(engine.predict, ["rain", "the " * 100], rule=Budget(exit=1))

@@ -26,6 +26,7 @@ from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.targets import open_backend
 
 from ...child_process import Ended, Report, forked
+from ...doubles.calls import before
 from ...doubles.device import TEXTS, Double, set_gpu
 from ...doubles.tensorrt import FakeContext
 
@@ -64,14 +65,12 @@ def test_closing_during_a_call(made: Double, monkeypatch: pytest.MonkeyPatch) ->
     begun = threading.Event()
     closed = threading.Event()
     engine = made.load()
-    graph = Backend.graph
 
-    def waits(backend: Any, name: str) -> Any:
+    def wait(*_: object) -> None:
         begun.set()
         assert closed.wait(60)
-        return graph(backend, name)
 
-    monkeypatch.setattr(Backend, "graph", waits)
+    before(monkeypatch, Backend, "graph", wait)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(engine.predict, TEXTS)
         assert begun.wait(60)

@@ -29,6 +29,7 @@ from fpabee.runtime.rules.runner import RuleRunner
 from fpabee.runtime.serving import Scheduler
 
 from ...bad_input.cases import changed_heads
+from ...doubles.calls import before
 from ...doubles.device import SOME_STOP_FIRST, TEXTS, Double, install, run_through, set_gpu
 from ...doubles.tensorrt import FakeContext, FakeRuntimeCache
 
@@ -39,14 +40,8 @@ RULE = FPabee(threshold=0.45)
 def test_a_group_shrinks_before_its_next_segment(
     stay: int, regroups: int, made: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
-    regroup = DeviceExecution.regroup
-
-    def counted(*arguments: Any) -> Any:
-        calls.append(arguments)
-        return regroup(*arguments)
-
-    monkeypatch.setattr(DeviceExecution, "regroup", counted)
+    calls = list[object]()
+    before(monkeypatch, DeviceExecution, "regroup", lambda *arguments: calls.append(arguments))
 
     def decide(runner: Any, exit_number: int, state: Any, logits: Any) -> Any:
         stops = np.arange(len(logits)) >= (stay if exit_number < 3 else 0)

@@ -6,19 +6,19 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from fpabee.runtime import Budget, Engine
 from fpabee.runtime.artifact.manifest import ProblemType
-from fpabee.runtime.backends.host import HostBackend, HostExecution
+from fpabee.runtime.backends.host import HostBackend
 from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.rules.measures import Outputs
 from fpabee.runtime.rules.runner import PatienceState
 
 from ...closeness import assert_close
+from ...doubles.calls import spoil_logits
 
 TEXTS = ["rain", "the film is good", "not the plot", "sun and rain", "bad"]
 
@@ -68,14 +68,7 @@ def test_rows_may_leave_while_their_segment_runs(engine: Engine) -> None:
 def test_rows_without_numbers_leave_and_are_not_answered(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    enqueue = HostExecution.enqueue
-
-    def spoiled(execution: Any, hidden: Any) -> Any:
-        logits = enqueue(execution, hidden)().copy()
-        logits[1, 2] = np.nan
-        return lambda: logits
-
-    monkeypatch.setattr(HostExecution, "enqueue", spoiled)
+    spoil_logits(monkeypatch, rows=1)
     for rule, stopped, left in ((Budget(exit=1), [0, 2], []), (Budget(exit=2), [], [0, 2])):
         engine.core.in_use = (None, engine.core.runner(rule))
         with engine.core.chain() as chain:

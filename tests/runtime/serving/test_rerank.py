@@ -16,7 +16,7 @@ from fpabee.runtime import Activation, read_manifest
 from fpabee.runtime.chain.chain import Chain
 from fpabee.runtime.serving.server import ServerLimits
 
-from ..test_ranking import QUERY, documents
+from ..test_ranking import QUERY, documents, late_after_a_segment
 from .test_server import Server, Strict, serving
 
 DOCUMENTS = documents(30)
@@ -191,11 +191,7 @@ def test_raw_scores_are_logits(ranker: Path, path: str, score: str) -> None:
 
 
 def test_a_deadline_is_told(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    def soon(chain: Chain, segments: int = 1) -> float:
-        """Too late as soon as a segment has run."""
-        return chain.clock() + 60.0 * (chain.seconds > 0)
-
-    monkeypatch.setattr(Chain, "soon", soon)
+    monkeypatch.setattr(Chain, "soon", late_after_a_segment)
     response = server.post("/v1/rerank", COMMON | {"deadline_ms": 30_000.0})
     found = server.check("/v1/rerank", response)["results"]
     assert len(found) == len(DOCUMENTS)
@@ -240,7 +236,9 @@ def test_too_many_tokens_are_refused(server: Server, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("fpabee.runtime.core._QUERY_BYTES", 2**12)
     response = server.post("/v1/rerank", COMMON)
     assert response.status_code == 400
-    assert "tokens" in server.check("/v1/rerank", response)["error"]
+    error = server.check("/v1/rerank", response)["error"]
+    assert "30 documents with their query have" in error
+    assert "tokens" in error
 
 
 @pytest.mark.parametrize(
@@ -250,6 +248,7 @@ def test_defined_answers(server: Server, content: dict[str, list[str]]) -> None:
     found = server.check("/v1/rerank", server.post("/v1/rerank", {"query": "", **content}))
     count = len(content["documents"])
     assert [each["index"] for each in found["results"]] == list(range(count))
+    assert all(each["exit"] == 3 for each in found["results"][:3]), "those that are promised"
 
 
 def test_a_query_is_admitted_whole_or_refused(ranker: Path) -> None:

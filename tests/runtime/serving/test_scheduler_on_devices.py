@@ -15,6 +15,7 @@ from fpabee.runtime import BackendError, Engine, ExitRule, FPabee
 from fpabee.runtime.backends.device import DeviceExecution
 from fpabee.runtime.serving import Scheduler
 
+from ...doubles.calls import before
 from ...doubles.clock import Clock
 from ...doubles.device import SOME_STOP_FIRST, TEXTS, Double, install, run_through
 from .test_scheduler import WAIT, results
@@ -55,16 +56,13 @@ def test_the_device_runs_one_group_while_the_rule_judges_another(double: Double)
 def test_a_group_that_fails_while_another_runs(
     double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    enqueue = DeviceExecution.enqueue
-
-    def fails(execution: Any, hidden: Any) -> Any:
+    def fail(_: object, hidden: Any) -> None:
         if hidden.segment == 1 and hidden.bucket.sequence == 64:
             raise BackendError("made up")
-        return enqueue(execution, hidden)
 
     with double.load(rule=NEVER) as engine, Scheduler(engine) as scheduler:
         expected = engine.predict(["rain"])
-        monkeypatch.setattr(DeviceExecution, "enqueue", fails)
+        before(monkeypatch, DeviceExecution, "enqueue", fail)
         long, *short = scheduler.submit_all(["rain " * 40, *["rain"] * 6])
         with pytest.raises(BackendError, match="made up"):
             long.result(WAIT)
@@ -108,7 +106,7 @@ def timed(double: Double, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Eng
         return lambda: takes_time(outputs)
 
     def takes_time(outputs: Any) -> Any:
-        clock.now += 1e-3
+        clock.wait(1e-3)
         return outputs()
 
     monkeypatch.setattr(DeviceExecution, "enqueue", counts)

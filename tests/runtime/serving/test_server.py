@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec.structs import replace
 from openapi_spec_validator import validate
 from starlette.testclient import TestClient
 
 from fpabee.runtime import BackendError, Budget, Confidence, Engine, read_manifest
-from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
-from fpabee.runtime.artifact.manifest import MANIFEST_NAME, with_operating_points
+from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.artifact.manifest import MANIFEST_NAME
 from fpabee.runtime.artifact.operating_point import Certificate
 from fpabee.runtime.backends.host import HostExecution
 from fpabee.runtime.encoding import Text
@@ -32,7 +31,7 @@ from fpabee.runtime.serving.server import ServerLimits, Service
 from ...closeness import assert_close, assert_probabilities
 from ...conftest import WORDS
 from ...doubles.device import install
-from ..watching import promising
+from ..watching import certify, promising, watched_by
 
 LIMITS = ServerLimits(max_body=5000, max_texts=3, body_seconds=5.0)
 HEADERS = {"Content-Type": "application/json"}
@@ -180,14 +179,8 @@ def test_full_depth_is_certified_for_its_thresholds(
 ) -> None:
     folder = engine_copy()
     set_points(folder, default="a", a=Budget(exit=3))
-    manifest = read_manifest(folder)
-    name = manifest.default_target
-    label = manifest.task.labels[0]
-    built = manifest.targets[name]
-    certificate = Certificate(confidence=95, promises=(), label_thresholds={label: 0.7})
-    points = {"a": replace(built.operating_points["a"], certificate=certificate)}
-    changed = with_operating_points(built, points, "a")
-    EnginesFolder(folder, manifest).with_target(name, changed).write()
+    label = read_manifest(folder).task.labels[0]
+    certify(folder, a=Certificate(confidence=95, promises=(), label_thresholds={label: 0.7}))
     with Engine.load(folder) as engine:
         assert engine.label_thresholds == {label: 0.7}
     with Engine.load(folder, rule=Budget(exit=3)) as engine:
@@ -362,8 +355,7 @@ def test_a_watched_promise_is_in_metrics_and_info(
             server.client.get("/metrics").text
         )
         server.engine.predict(texts * 20)
-        watched = server.engine.watched
-        assert watched is not None
+        watched = watched_by(server.engine)
         assert 0 < watched.changed_answers < watched.rows
         text = server.client.get("/metrics").text
         low, high = watched.interval
