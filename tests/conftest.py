@@ -357,13 +357,21 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def engine_copy(
-    engines: Mapping[str, Path], exit_0_engines: Mapping[str, Path], tmp_path: Path
+    engines: Mapping[str, Path],
+    exit_0_engines: Mapping[str, Path],
+    set_points: Callable[..., None],
+    tmp_path: Path,
 ) -> Callable[..., Path]:
-    """Copies an engines folder, so that a test may damage it."""
+    """Copies an engines folder, so that a test may damage it; with operating points, if any."""
 
-    def copy(family: str = "bert", name: str = "engines", exit_0: bool = False) -> Path:
+    def copy(
+        family: str = "bert", name: str = "engines", exit_0: bool = False, **points: Any
+    ) -> Path:
         source = exit_0_engines if exit_0 else engines
-        return Path(shutil.copytree(source[family], tmp_path / name))
+        folder = Path(shutil.copytree(source[family], tmp_path / name))
+        if points:
+            set_points(folder, **points)
+        return folder
 
     return copy
 

@@ -9,20 +9,21 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from fpabee.commands import run as run_command
 from fpabee.commands import serve as serve_command
-from fpabee.runtime import Confidence, Engine, TopK
+from fpabee.runtime import Confidence, Engine, ExitRule, TopK
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
 from fpabee.runtime.backends.buffers import Limits
 from fpabee.runtime.backends.host import HostBackend
 
-from ..doubles.device import install
+from ..doubles.device import Double, install, install_cuda_provider
 from .running import Result, Run, execute
-from .watching import promising
+from .watching import EARLY, promising
 
 
 @pytest.fixture
@@ -116,3 +117,37 @@ def watching(
     promising(folder, set_points, target=target, early=rule)
     with Engine.load(folder, target or None, watch=100.0) as engine:
         yield engine
+
+
+@pytest.fixture
+def promised(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+) -> Callable[..., Path]:
+    """A folder whose points promise at most some changed answers."""
+
+    def make(**settings: Any) -> Path:
+        if not any(isinstance(value, ExitRule) for value in settings.values()):
+            settings["early"] = EARLY
+        return promising(engine_copy(), set_points, **settings)
+
+    return make
+
+
+@pytest.fixture
+def double(
+    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Double]:
+    """Makes a folder with a target of TensorRT, or of ONNX Runtime's CUDA provider."""
+
+    def make(family: str = "bert", **settings: Any) -> Double:
+        if settings.get("backend") == "onnxruntime":
+            return install_cuda_provider(monkeypatch, engine_copy(family))
+        return install(monkeypatch, engine_copy(family), **settings)
+
+    return make
+
+
+@pytest.fixture
+def made(double: Callable[..., Double]) -> Double:
+    """A folder with a target of TensorRT."""
+    return double()

@@ -19,7 +19,7 @@ from fpabee.runtime.core import Core
 from fpabee.runtime.serving import Scheduler
 
 from ..doubles.calls import before
-from ..doubles.device import SOME_STOP_FIRST, install, install_cuda_provider
+from ..doubles.device import SOME_STOP_FIRST, Double
 from ..doubles.openvino import add_openvino
 
 TEXTS = ["the plot is not good but the music is", "turn the lights on"]
@@ -134,25 +134,22 @@ USES = [
 def engine(
     request: pytest.FixtureRequest,
     engine_copy: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
+    double: Callable[..., Double],
 ) -> Iterator[list[Engine]]:
     """The only reference to an engine; all memory on a GPU must be free after the test.
 
     Only the driver knows that memory.
     """
-    folder = engine_copy()
     target = request.param
-    if target == "openvino-fp32":
-        add_openvino(folder, "fp32")
-    if target in ("onnxruntime-fp32", "openvino-fp32"):
+    if target.endswith("-fp32"):
+        folder = engine_copy()
+        if target == "openvino-fp32":
+            add_openvino(folder, "fp32")
         yield [Engine.load(folder, target, rule=Budget(exit=3))]
         return
-    if target == "onnxruntime-cuda":
-        double = install_cuda_provider(monkeypatch, folder)
-    else:
-        double = install(monkeypatch, folder, backend=target)
-    yield [double.load(rule=Budget(exit=3))]
-    assert double.nothing_is_left()
+    made = double(backend=target.removesuffix("-cuda"))
+    yield [made.load(rule=Budget(exit=3))]
+    assert made.nothing_is_left()
 
 
 @pytest.mark.parametrize("use", USES)

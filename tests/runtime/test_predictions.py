@@ -40,12 +40,8 @@ def test_rows_that_a_deadline_stops_are_counted(engine: Engine) -> None:
     assert engine.tally == Tally((4, 0, 0), truncated=1, deadline_limited=4, deadline_missed=4)
 
 
-def test_drift_from_an_operating_point(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
-) -> None:
-    folder = engine_copy()
-    set_points(folder, default="fast", fast=Budget(exit=1))
-    with Engine.load(folder, threads=1) as engine:
+def test_drift_from_an_operating_point(engine_copy: Callable[..., Path]) -> None:
+    with Engine.load(engine_copy(default="fast", fast=Budget(exit=1)), threads=1) as engine:
         point = engine.manifest.targets[engine.target].operating_points["fast"]
         engine.predict(TEXTS)
         assert engine.tally.drift(point.exits) == 0

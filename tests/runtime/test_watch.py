@@ -16,9 +16,7 @@ from fpabee.runtime import (
     BackendError,
     Budget,
     Certificate,
-    Confidence,
     Engine,
-    ExitRule,
     InputError,
     Promise,
     RuleError,
@@ -30,24 +28,9 @@ from fpabee.runtime.watch import MOST_WAITING, RateTest, Watch
 
 from ..conftest import WORDS
 from ..doubles.calls import before, spoil_logits
-from .watching import certify, count_changes, promising, watched_by
+from .watching import EARLY, certify, count_changes, watched_by
 
-EARLY = Confidence(threshold=0.3)  # many rows stop at exit 1, and some of them change
 TEXTS = [" ".join(WORDS[n % 30 : n % 30 + 1 + n % 7]) for n in range(210)]
-
-
-@pytest.fixture
-def promised(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
-) -> Callable[..., Path]:
-    """A folder whose points promise at most some changed answers."""
-
-    def make(**settings: Any) -> Path:
-        if not any(isinstance(value, ExitRule) for value in settings.values()):
-            settings["early"] = EARLY
-        return promising(engine_copy(), set_points, **settings)
-
-    return make
 
 
 @pytest.fixture
@@ -245,9 +228,7 @@ def test_a_point_at_full_depth_is_watched_for_nothing(promised: Callable[..., Pa
         assert watched.row_share == 1
 
 
-def test_each_point_has_a_test_of_its_own(
-    promised: Callable[..., Path], set_points: Callable[..., None]
-) -> None:
+def test_each_point_has_a_test_of_its_own(promised: Callable[..., Path]) -> None:
     folder = promised(early=EARLY, deep=Budget(exit=2))
     with Engine.load(folder, watch=100.0) as engine:
         engine.predict(TEXTS)
@@ -268,9 +249,7 @@ def test_each_point_has_a_test_of_its_own(
         assert watched_by(again).rows == 0, "a new process begins anew"
 
 
-def test_a_point_without_a_promise_is_used_and_not_watched(
-    promised: Callable[..., Path], set_points: Callable[..., None]
-) -> None:
+def test_a_point_without_a_promise_is_used_and_not_watched(promised: Callable[..., Path]) -> None:
     folder = promised(early=EARLY, plain=EARLY)
     certify(folder, plain=None)
     with Engine.load(folder, watch=100.0) as engine:

@@ -7,10 +7,20 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from fpabee.runtime import Certificate, Engine, ExitRule, Prediction, Promise, read_manifest
+from fpabee.runtime import (
+    Certificate,
+    Confidence,
+    Engine,
+    ExitRule,
+    Prediction,
+    Promise,
+    read_manifest,
+)
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import with_operating_points
 from fpabee.runtime.watch import Watched
+
+EARLY = Confidence(threshold=0.3)  # many rows stop at exit 1, and some of them change
 
 
 def promising(

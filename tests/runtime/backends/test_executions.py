@@ -29,16 +29,9 @@ from ...child_process import Ended, Report, forked
 from ...doubles.calls import before
 from ...doubles.device import TEXTS, Double, set_gpu
 from ...doubles.tensorrt import FakeContext
+from ..running import until
 
 FAILURES = ["malloc", "pinned", "event", "stream", "run"]
-
-
-def until(happens: Callable[[], bool]) -> bool:
-    """Wait until something happens, which is soon unless the test fails."""
-    ends = time.monotonic() + 30
-    while not happens() and time.monotonic() < ends:
-        time.sleep(0.01)
-    return happens()
 
 
 def test_threads_at_the_same_time(made: Double) -> None:
@@ -90,7 +83,7 @@ def test_a_call_waits_for_the_only_execution(made: Double) -> None:
     lent = backend.check_out()
     with ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(engine.predict, TEXTS) for _ in range(2)]
-        assert until(lambda: len(backend._waiting) == 2)
+        until(lambda: len(backend._waiting) == 2)
         engine.close()
         backend.give_back(lent, failed=True)
         assert [len(answer.result(60)) for answer in answers] == [len(TEXTS)] * 2
@@ -110,7 +103,7 @@ def test_the_call_that_has_waited_longest_is_next(made: Double) -> None:
 
         lent = backend.check_out()
         waits = pool.submit(other)
-        assert until(lambda: len(backend._waiting) == 1)
+        until(lambda: len(backend._waiting) == 1)
         backend.give_back(lent)
         lent = backend.check_out()
         order.append("the loop")

@@ -69,7 +69,8 @@ class Gate:
         self.steps = threading.Semaphore(0)
         self.arrived = threading.Semaphore(0)
         self.is_open = False
-        self.fails: Callable[[int, Any], None] = lambda segment, hidden: None
+        self.fails: Callable[[int, Any], None]
+        self.fails_no_more()
 
         def wait(_: object, hidden: Any) -> None:
             segment = hidden.segment
@@ -92,6 +93,18 @@ class Gate:
     def step(self) -> None:
         """Let the worker run the segment that it is before."""
         self.steps.release()
+
+    def fail_at(self, failing: int) -> None:
+        """Let a segment fail for all rows."""
+
+        def fail(segment: int, _: object) -> None:
+            if segment == failing:
+                raise BackendError("made up")
+
+        self.fails = fail
+
+    def fails_no_more(self) -> None:
+        self.fails = lambda segment, hidden: None
 
     def open(self) -> None:
         self.is_open = True
@@ -216,12 +229,9 @@ def test_new_rows_join_on_a_device_and_nearly_finished_rows_come_first_on_a_cpu(
 
 
 def test_rows_of_different_rules_share_no_group(
-    engine_copy: Callable[..., Path],
-    set_points: Callable[..., None],
-    gate: Gate,
+    engine_copy: Callable[..., Path], gate: Gate
 ) -> None:
-    folder = engine_copy()
-    set_points(folder, deep=NEVER, two=Entropy(threshold=10.0, min_exit=2))
+    folder = engine_copy(deep=NEVER, two=Entropy(threshold=10.0, min_exit=2))
     with Engine.load(folder, operating_point="deep") as engine, Scheduler(engine) as scheduler:
         engine.core.clock = Clock()
         deep = [scheduler.submit("rain")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from fpabee.runtime.backends.host import HostBackend
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.tasks.ranked import pairs_of
 
+from ..running import until
 from ..test_ranking import QUERY, RULE, WITH_SCORES, documents, exits_of
 from .test_scheduler import WAIT, Gate, gate
 
@@ -55,13 +55,6 @@ def ask() -> Iterator[Callable[[Scheduler, Sequence[str]], Asked]]:
 
 
 Ask = Callable[[Scheduler, Sequence[str]], Asked]
-
-
-def until(condition: Callable[[], object]) -> None:
-    ends = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.001)
 
 
 def steps(gate: Gate, count: int) -> list[tuple[int, int]]:

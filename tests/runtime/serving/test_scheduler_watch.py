@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fpabee.runtime import BackendError, Budget, Engine, ExitRule
+from fpabee.runtime import BackendError, Budget, Engine
 from fpabee.runtime.backends.host import HostBackend
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.metrics import Metrics
 from fpabee.runtime.watch import MOST_WAITING
 
 from ...doubles.calls import spoil_logits
+from ..running import until
 from ..test_engine import TEXTS
-from ..watching import count_changes, promising, watched_by
+from ..watching import count_changes, watched_by
 from .test_scheduler import WAIT, Gate, counted, gate, results
 
 __all__ = ["gate"]
@@ -25,21 +24,9 @@ SHALLOW = Budget(exit=1)
 
 
 @pytest.fixture
-def load(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
-) -> Callable[..., Engine]:
-    """Loads an engine that watches all rows."""
-
-    def make(rule: ExitRule = SHALLOW, **copying: Any) -> Engine:
-        folder = promising(engine_copy(**copying), set_points, early=rule)
-        return Engine.load(folder, watch=100.0)
-
-    return make
-
-
-@pytest.fixture
-def engine(load: Callable[..., Engine]) -> Iterator[Engine]:
-    with load() as engine:
+def engine(promised: Callable[..., Path]) -> Iterator[Engine]:
+    """It watches all rows."""
+    with Engine.load(promised(early=SHALLOW), watch=100.0) as engine:
         yield engine
 
 
@@ -176,23 +163,15 @@ def test_a_failure_loses_its_rows_only(
 ) -> None:
     gate.is_open = True
     with Scheduler(engine) as scheduler:
-
-        def fails(number: int, hidden: Any) -> None:
-            if number == segment:
-                raise BackendError("made up")
-
-        gate.fails = fails
+        gate.fail_at(segment)
         lost = scheduler.submit("the plot")
         if segment == 0:
             with pytest.raises(BackendError, match="made up"):
                 lost.result(WAIT)
         else:
             assert lost.result(WAIT).exit == 1
-            until = time.monotonic() + WAIT
-            while "watched rows failed" not in caplog.text:
-                assert time.monotonic() < until
-                time.sleep(0.001)
-        gate.fails = lambda number, hidden: None
+            until(lambda: "watched rows failed" in caplog.text)
+        gate.fails_no_more()
         assert scheduler.submit("rain").result(WAIT).exit == 1
         idle(scheduler)
         assert watched_by(engine).rows == 1
@@ -205,17 +184,12 @@ def test_a_failure_of_other_rows_loses_no_watched_rows(engine: Engine, gate: Gat
         gate.step()
         assert gate.at() == (1, 1)
         assert answer.result(WAIT).exit == 1
-
-        def fails(number: int, hidden: Any) -> None:
-            if number == 0:
-                raise BackendError("made up")
-
-        gate.fails = fails
+        gate.fail_at(0)
         lost = scheduler.submit("rain")
         gate.open()
         with pytest.raises(BackendError, match="made up"):
             lost.result(WAIT)
-        gate.fails = lambda number, hidden: None
+        gate.fails_no_more()
         idle(scheduler)
         assert watched_by(engine).rows == 1
 
@@ -234,9 +208,9 @@ def test_rows_without_numbers_at_full_depth_hold_up_no_others(
 
 
 def test_a_row_counts_for_the_point_by_which_it_ran(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None], gate: Gate
+    promised: Callable[..., Path], gate: Gate
 ) -> None:
-    folder = promising(engine_copy(), set_points, early=SHALLOW, later=Budget(exit=2))
+    folder = promised(early=SHALLOW, later=Budget(exit=2))
     with Engine.load(folder, watch=100.0) as engine, Scheduler(engine) as scheduler:
         answer = scheduler.submit("rain")
         assert gate.at() == (0, 1)
@@ -249,7 +223,8 @@ def test_a_row_counts_for_the_point_by_which_it_ran(
         assert watched_by(engine).rows == 1
 
 
-def test_full_depth_costs_nothing(load: Callable[..., Engine]) -> None:
-    with load(Budget(exit=3)) as engine, Scheduler(engine) as scheduler:
+def test_full_depth_costs_nothing(promised: Callable[..., Path]) -> None:
+    folder = promised(early=Budget(exit=3))
+    with Engine.load(folder, watch=100.0) as engine, Scheduler(engine) as scheduler:
         assert {answer.exit for answer in results(scheduler.submit_all(TEXTS))} == {3}
         assert (watched_by(engine).rows, watched_by(engine).changed_answers) == (len(TEXTS), 0)

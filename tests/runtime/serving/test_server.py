@@ -30,8 +30,8 @@ from fpabee.runtime.serving.server import ServerLimits, Service
 
 from ...closeness import assert_close, assert_probabilities
 from ...conftest import WORDS
-from ...doubles.device import install
-from ..watching import certify, promising, watched_by
+from ...doubles.device import Double
+from ..watching import certify, watched_by
 
 LIMITS = ServerLimits(max_body=5000, max_texts=3, body_seconds=5.0)
 HEADERS = {"Content-Type": "application/json"}
@@ -174,11 +174,8 @@ def test_answers_say_what_decides(
         assert found["revision"] == server.engine.revision != before
 
 
-def test_full_depth_is_certified_for_its_thresholds(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
-) -> None:
-    folder = engine_copy()
-    set_points(folder, default="a", a=Budget(exit=3))
+def test_full_depth_is_certified_for_its_thresholds(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy(default="a", a=Budget(exit=3))
     label = read_manifest(folder).task.labels[0]
     certify(folder, a=Certificate(confidence=95, promises=(), label_thresholds={label: 0.7}))
     with Engine.load(folder) as engine:
@@ -318,18 +315,13 @@ def test_a_failing_model(
         assert server.post("/classify", {"input": "a"}).status_code == 200
 
 
-def test_a_gpu_that_has_failed(
-    engine_copy: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_gpu_that_has_failed(made: Double, caplog: pytest.LogCaptureFixture) -> None:
     """A balancer sends requests elsewhere, and a supervisor starts the process again."""
-    double = install(monkeypatch, engine_copy())
-    with serving(double.folder, target=double.target) as server:
+    with serving(made.folder, target=made.target) as server:
         assert server.post("/classify", {"input": "a"}).status_code == 200
         assert server.client.get("/health").status_code == 200
-        double.cuda.error = 700
-        double.cuda.fails_at["run"] = 1
+        made.cuda.error = 700
+        made.cuda.fails_at["run"] = 1
         # TensorRT does not say why, so the answer may come before the driver is asked.
         assert server.post("/classify", {"input": "a"}).status_code in (500, 503)
         assert "segment" in caplog.text, "what failed first is in the log"
@@ -342,10 +334,8 @@ def test_a_gpu_that_has_failed(
             assert "700" in health.json()["error"]
 
 
-def test_a_watched_promise_is_in_metrics_and_info(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
-) -> None:
-    folder = promising(engine_copy(), set_points, early=Budget(exit=1))
+def test_a_watched_promise_is_in_metrics_and_info(promised: Callable[..., Path]) -> None:
+    folder = promised(early=Budget(exit=1))
     texts = [f"rain {word}" for word in WORDS]
     with serving(folder) as server:
         assert server.client.get("/info").json()["watched"] is None
@@ -376,11 +366,8 @@ def test_a_watched_promise_is_in_metrics_and_info(
         assert info["is_broken"] is True
 
 
-def test_metrics_info_health_and_page(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
-) -> None:
-    folder = engine_copy()
-    set_points(folder, default="two", two=Budget(exit=2))  # its rows stopped at exit 1, it says
+def test_metrics_info_health_and_page(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy(default="two", two=Budget(exit=2))  # its rows stopped at exit 1, it says
     with serving(folder) as server:
         assert "\nfpabee_drift NaN\n" in server.client.get("/metrics").text
         server.post("/classify", {"input": ["a", "b", "c"]})
