@@ -151,3 +151,17 @@ def double(
 def made(double: Callable[..., Double]) -> Double:
     """A folder with a target of TensorRT."""
     return double()
+
+
+@pytest.fixture
+def joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Join groups on the CPU, as devices do."""
+    monkeypatch.setattr(HostBackend, "joins", True)
+
+
+@pytest.fixture(params=[False, True], ids=["", "joins"])
+def as_on_devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run as on a CPU, and as on a device: groups join, and two are in flight."""
+    if request.param:
+        monkeypatch.setattr(HostBackend, "joins", True)
+        monkeypatch.setattr(HostBackend, "in_flight", 2)

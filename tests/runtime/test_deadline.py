@@ -83,6 +83,7 @@ def test_only_rows_that_their_rule_would_continue_are_limited(engine: Engine) ->
     assert len({o.exit for o in engine.predict(TEXTS, rule=FPabee(threshold=0.3))}) > 1
 
 
+@pytest.mark.usefixtures("joins")
 def test_joined_groups_keep_the_deadline(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups whose rows another one has taken are not asked again."""
     stops = np.array([True, False])
@@ -91,7 +92,6 @@ def test_joined_groups_keep_the_deadline(engine: Engine, monkeypatch: pytest.Mon
         state.earlier = Outputs(logits, ProblemType.SINGLE_LABEL)
         return (np.resize(stops, len(logits)) if exit_number == 1 else None), None
 
-    monkeypatch.setattr(HostBackend, "joins", True)
     monkeypatch.setattr(RuleRunner, "decide", decide)
     monkeypatch.setattr(engine.core, "limits", dataclasses.replace(engine.core.limits, max_batch=2))
     # Three groups of two rows take 10 ms each for segment 1. The rest of two is joined and runs

@@ -27,7 +27,6 @@ from fpabee.runtime import (
     TopK,
 )
 from fpabee.runtime.artifact.manifest import ProblemType
-from fpabee.runtime.backends.host import HostBackend
 from fpabee.runtime.chain.chain import Chain
 from fpabee.runtime.encoding import EncodedRow
 from fpabee.runtime.rules.rules import before_top
@@ -50,14 +49,6 @@ def documents(count: int, seed: int = 0) -> list[str]:
     """Documents of different lengths."""
     drawn = random.Random(seed)
     return [" ".join(drawn.choices(WORDS, k=1 + n % 40)) for n in range(count)]
-
-
-@pytest.fixture(params=[False, True], ids=["", "joins"])
-def joins(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run as on a CPU, and as on a device: groups join, and two are in flight."""
-    if request.param:
-        monkeypatch.setattr(HostBackend, "joins", True)
-        monkeypatch.setattr(HostBackend, "in_flight", 2)
 
 
 @pytest.fixture(params=[False, True], ids=["", "exit 0 without scores"])
@@ -100,7 +91,7 @@ def exits_of(found: Sequence[Ranked]) -> list[int]:
     return [each.exit for each in sorted(found, key=lambda each: each.index)]
 
 
-@pytest.mark.usefixtures("joins")
+@pytest.mark.usefixtures("as_on_devices")
 @pytest.mark.parametrize("count", [1, TOP, TOP + 1, 30, 130])
 def test_the_best_are_those_of_the_logits_in_any_groups(
     engine: Engine, count: int, monkeypatch: pytest.MonkeyPatch
@@ -137,7 +128,7 @@ def test_documents_leave_before_the_next_segment(engine: Engine, known: bool, co
     assert engine.tally.exits[0] == 3 * exits.count(engine.manifest.exits[0])
 
 
-@pytest.mark.usefixtures("joins")
+@pytest.mark.usefixtures("as_on_devices")
 def test_queries_with_and_without_scores_run_together(scored_engine: Engine) -> None:
     sets = [documents(count, seed) for seed, count in enumerate((40, 1, 90, 12, 0))]
     known = [None if seed % 2 else scores_for(len(some), seed) for seed, some in enumerate(sets)]

@@ -24,7 +24,7 @@ from fpabee.runtime import (
     watch,
 )
 from fpabee.runtime.backends.host import HostExecution
-from fpabee.runtime.watch import MOST_WAITING, RateTest, Watch
+from fpabee.runtime.watch import MOST_WAITING, RateTest, Watch, Watched
 
 from ..conftest import WORDS
 from ..doubles.calls import before, spoil_logits
@@ -38,6 +38,12 @@ def chooser(promised: Callable[..., Path]) -> Watch:
     folder = promised()
     manifest = read_manifest(folder)
     return Watch(manifest, manifest.default_target, 1.0, "early")
+
+
+def seen_by(chooser: Watch) -> Watched:
+    watched = chooser.watched("early")
+    assert watched is not None
+    return watched
 
 
 def test_no_bet_is_expected_to_gain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,8 +118,7 @@ def test_no_more_is_spent_than_may_be(
         answered += exits.sum()
         chooser.ran(exits)
         assert spent <= 0.01 * (answered + spent) + spare
-    watched = chooser.watched("early")
-    assert watched is not None
+    watched = seen_by(chooser)
     assert chosen == watched.rows
     if layers == [3]:
         assert chosen > 4000, "rows that use all layers cost nothing"
@@ -129,17 +134,13 @@ def test_results_count_in_the_order_of_arrival(chooser: Watch) -> None:
     assert second.stopped(1, other[0])
     assert not second.stopped(3, other[1])
     assert first.stopped(1, other[0])
-    watched = chooser.watched("early")
-    assert watched is not None
-    assert watched.rows == 0
+    assert seen_by(chooser).rows == 0
     first.lost()
-    watched = chooser.watched("early")
-    assert watched is not None
+    watched = seen_by(chooser)
     assert (watched.rows, watched.changed_answers) == (1, 1)
     assert not third.stopped(3, other[0])
     assert not third.stopped(3, other[1]), "it is done"
-    watched = chooser.watched("early")
-    assert watched is not None
+    watched = seen_by(chooser)
     assert (watched.rows, watched.changed_answers) == (2, 1)
 
 
@@ -147,9 +148,9 @@ def test_no_coin_is_tossed_while_many_rows_wait(chooser: Watch) -> None:
     chooser._pays = 1e9  # all rows are chosen
     rows = chooser.choose("early", MOST_WAITING)
     for row in rows:
-        assert chooser.watched("early").is_paused is False  # type: ignore[union-attr]
+        assert not seen_by(chooser).is_paused
         row.stopped(1, np.zeros(4, np.float32))
-    assert chooser.watched("early").is_paused  # type: ignore[union-attr]
+    assert seen_by(chooser).is_paused
     assert not any(chooser.choose("early", 100))
     rows[5].lost()
     assert all(chooser.choose("early", 1))

@@ -12,7 +12,6 @@ import pytest
 
 from fpabee.runtime import Budget, Engine
 from fpabee.runtime.artifact.manifest import ProblemType
-from fpabee.runtime.backends.host import HostBackend
 from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.rules.measures import Outputs
 from fpabee.runtime.rules.runner import PatienceState
@@ -79,10 +78,8 @@ def test_rows_without_numbers_leave_and_are_not_answered(
         assert decision.group.rows.tolist() == left
 
 
-def test_groups_that_would_be_too_large_together_are_not_joined(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(HostBackend, "joins", True)
+@pytest.mark.usefixtures("joins")
+def test_groups_that_would_be_too_large_together_are_not_joined(engine: Engine) -> None:
     with engine.core.chain() as chain:
         short = group_of(engine, [0, 4])
         long = group_of(engine, [1])
@@ -92,10 +89,8 @@ def test_groups_that_would_be_too_large_together_are_not_joined(
     assert (len(short), len(long)) == (2, 1)
 
 
-def test_joined_rows_keep_what_belongs_to_them(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(HostBackend, "joins", True)
+@pytest.mark.usefixtures("joins")
+def test_joined_rows_keep_what_belongs_to_them(engine: Engine) -> None:
     with engine.core.chain() as chain:
         encoded = engine.core.encode(TEXTS)
         depth = engine.trace(TEXTS).logits

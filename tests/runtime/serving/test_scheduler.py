@@ -117,12 +117,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
 
 
 @pytest.fixture
-def joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Join groups on the CPU, as devices do."""
-    monkeypatch.setattr(HostBackend, "joins", True)
-
-
-@pytest.fixture
 def engine(engines: Mapping[str, Path]) -> Iterator[Engine]:
     with Engine.load(engines["bert"], rule=NEVER) as engine:
         yield engine

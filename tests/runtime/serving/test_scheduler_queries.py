@@ -125,9 +125,8 @@ def test_what_runs_beside_the_oldest_query_needs_little_memory(
 
 
 @pytest.mark.parametrize("has_exit_0", [False, True])
-@pytest.mark.parametrize("joins", [False, True])
+@pytest.mark.usefixtures("as_on_devices")
 def test_answers_are_those_of_the_engine(
-    joins: bool,
     has_exit_0: bool,
     ranking_engines: Mapping[str, Path],
     first_stage_engines: Mapping[str, Path],
@@ -136,8 +135,6 @@ def test_answers_are_those_of_the_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a device, documents of several queries share groups, and two are in flight."""
-    monkeypatch.setattr(HostBackend, "joins", joins)
-    monkeypatch.setattr(HostBackend, "in_flight", 1 + joins)
     sets = [documents(count, seed) for seed, count in enumerate((130, 40, 3, 90, 12, 1, 0))]
     folders = first_stage_engines if has_exit_0 else ranking_engines
     with Engine.load(folders["bert"], rule=WITH_SCORES if has_exit_0 else RULE) as engine:
