@@ -356,6 +356,13 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture
+def rtx() -> None:
+    """Plans of TensorRT for RTX are really built."""
+    for package in ("tensorrt_rtx", "polygraphy"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+
+
+@pytest.fixture
 def engine_copy(
     engines: Mapping[str, Path], exit_0_engines: Mapping[str, Path], tmp_path: Path
 ) -> Callable[..., Path]:
