@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -221,11 +222,9 @@ def test_a_finished_run_of_other_rows_is_not_read(
 def test_a_disk_without_space_for_the_states_is_an_error_and_they_are_deleted(
     reserves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if reserves:
-        monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+        monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=full), raising=False)
     else:
         monkeypatch.delattr(os, "posix_fallocate", raising=False)
         monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 50}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,8 @@ from fpabee.exporter.convert.texts import split
 from fpabee.exporter.convert.workflow import _too_few
 from fpabee.runtime.errors import InputError
 from fpabee.runtime.files import Row
+
+from ...programs import write_lines
 
 ROWS = [Row(f"text {number}", fields={"dialogue": number // 5}) for number in range(4000)]
 
@@ -48,9 +49,8 @@ def test_groups_stay_together_and_one_text_of_each_calibrates() -> None:
 
 
 def test_pairs_are_grouped_by_a_text_that_they_share(tmp_path: Path) -> None:
-    path = tmp_path / "pairs.jsonl"
     rows = [{"text": f"premise {n // 4}", "text_pair": f"claim {n}"} for n in range(4000)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_lines(tmp_path / "pairs.jsonl", rows)
     pairs = Classification(path, ConvertOptions(group_column="text"))
     premises = [pairs.texts.units[number].text for number in pairs.texts.calibrate]
     assert len(premises) == len(set(premises)) > 300
