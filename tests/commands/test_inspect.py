@@ -24,6 +24,7 @@ from fpabee.runtime.artifact.reference import read_reference, write_reference
 from fpabee.runtime.machine import CudaDevice
 
 from ..bad_input.cases import corrected
+from ..conftest import change_point
 from ..doubles.device import install
 from ..programs import invoke, printed
 
@@ -68,14 +69,8 @@ def test_what_is_promised_of_rankings_is_said(
 ) -> None:
     folder = Path(shutil.copytree(ranking_engines["bert"], tmp_path / "engines"))
     set_points(folder, default="sure", sure=TopK(top=3, threshold=0.0))
-    engines = EnginesFolder.read(folder)
-    target = engines.manifest.targets["onnxruntime-fp32"]
     promises = (Promise(of="changed_answers", at_most=5.0, rows=60),)
-    point = msgspec.structs.replace(
-        target.operating_points["sure"], certificate=Certificate(confidence=95.0, promises=promises)
-    )
-    target = msgspec.structs.replace(target, operating_points={"sure": point})
-    engines.with_target("onnxruntime-fp32", target).write()
+    change_point(folder, "sure", certificate=Certificate(confidence=95.0, promises=promises))
     words = " ".join(run(folder).stdout.split())
     promised = "at most 5 % of new queries have another top 3, with 95 % confidence"
     assert re.search(f"{promised}; .* layers per document", words)

@@ -28,6 +28,7 @@ from fpabee.exporter.convert import (
     ranking,
     workflow,
 )
+from fpabee.exporter.convert.classifier import Classifier
 from fpabee.exporter.targets.builders import BUILDERS, INT8_TARGETS, OPENVINO_TARGETS
 from fpabee.exporter.training import bag_of_ngrams
 from fpabee.runtime.artifact.manifest import ProblemType
@@ -94,6 +95,12 @@ def make(tiny_models: Mapping[str, Path], tmp_path: Path) -> Callable[..., Path]
         return save(model, source, tmp_path / "classifier")
 
     return make
+
+
+@pytest.fixture
+def classifier(make: Callable[..., Path]) -> Classifier:
+    """A BERT classifier with random weights."""
+    return Classifier(make("bert"))
 
 
 TEXTS = tuple(

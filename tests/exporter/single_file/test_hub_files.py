@@ -18,8 +18,8 @@ from huggingface_hub import ModelCard
 from fpabee.exporter.single_file import pack
 from fpabee.runtime import Certificate, Confidence, ProblemType, Promise, read_manifest
 from fpabee.runtime.artifact.folder import EnginesFolder
-from fpabee.runtime.artifact.manifest import with_operating_points
 
+from ...conftest import change_point
 from ...doubles.hub import Hub
 from ...programs import python
 from ...runtime.running import line_with
@@ -50,11 +50,11 @@ def examples_of(packed: Path) -> list[str]:
 def folder(engine_copy: Callable[..., Path], set_points: Callable[..., None]) -> Path:
     """An engines folder as a conversion leaves it, with figures that are made up."""
     folder = engine_copy(exit_0=True)
-    set_points(folder, FP32, changed_answers=Confidence(threshold=0.6, exit_0_threshold=0.9))
-    manifest = read_manifest(folder)
-    target = manifest.targets[FP32]
-    point = msgspec.structs.replace(
-        target.operating_points["changed_answers"],
+    rule = Confidence(threshold=0.6, exit_0_threshold=0.9)
+    set_points(folder, FP32, "changed_answers", changed_answers=rule)
+    change_point(
+        folder,
+        "changed_answers",
         metric="agreement",
         score=0.9966,
         mean_depth=1.25,
@@ -63,8 +63,6 @@ def folder(engine_copy: Callable[..., Path], set_points: Callable[..., None]) ->
         hardware="some processor, 2 threads",
         certificate=CERTIFICATE,
     )
-    target = with_operating_points(target, {"changed_answers": point}, "changed_answers")
-    EnginesFolder(folder, manifest).with_target(FP32, target).write()
     return folder
 
 
@@ -147,13 +145,7 @@ def test_triton_can_batch_the_graph_and_complete_its_configuration(
 
 
 def test_a_point_that_was_refused_promises_nothing(folder: Path, tmp_path: Path) -> None:
-    manifest = read_manifest(folder)
-    target = manifest.targets[FP32]
-    point = msgspec.structs.replace(
-        target.operating_points["changed_answers"], certificate=None, goal=None
-    )
-    target = with_operating_points(target, {"changed_answers": point}, "changed_answers")
-    EnginesFolder(folder, manifest).with_target(FP32, target).write()
+    change_point(folder, "changed_answers", certificate=None, goal=None)
     assert pack(folder, tmp_path / "one", FP32).guarantee == ""
     assert "- Guarantee: none. " in (tmp_path / "one" / "README.md").read_text()
 
