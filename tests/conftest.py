@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import msgspec
 import numpy as np
 import pytest
 from filelock import FileLock, Timeout
@@ -356,6 +357,13 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture
+def rtx() -> None:
+    """Plans of TensorRT for RTX are really built."""
+    for package in ("tensorrt_rtx", "polygraphy"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+
+
+@pytest.fixture
 def engine_copy(
     engines: Mapping[str, Path],
     exit_0_engines: Mapping[str, Path],
@@ -409,6 +417,16 @@ def set_points() -> Callable[..., None]:
         EnginesFolder(folder, manifest).with_target(name, changed).write()
 
     return write
+
+
+def change_point(folder: Path, name: str, **changes: Any) -> None:
+    """Change an operating point of a folder's default target."""
+    manifest = read_manifest(folder)
+    target = manifest.targets[manifest.default_target]
+    point = msgspec.structs.replace(target.operating_points[name], **changes)
+    points = {**target.operating_points, name: point}
+    changed = with_operating_points(target, points, target.default_operating_point)
+    EnginesFolder(folder, manifest).with_target(manifest.default_target, changed).write()
 
 
 def make_model(
