@@ -410,14 +410,29 @@ def add_quick_pass(
 
 
 @pytest.fixture
-def engine_copy(
-    engines: Mapping[str, Path], exit_0_engines: Mapping[str, Path], tmp_path: Path
-) -> Callable[..., Path]:
-    """Copies an engines folder, so that a test may damage it."""
+def rtx() -> None:
+    """Plans of TensorRT for RTX are really built."""
+    for package in ("tensorrt_rtx", "polygraphy"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
 
-    def copy(family: str = "bert", name: str = "engines", exit_0: bool = False) -> Path:
+
+@pytest.fixture
+def engine_copy(
+    engines: Mapping[str, Path],
+    exit_0_engines: Mapping[str, Path],
+    set_points: Callable[..., None],
+    tmp_path: Path,
+) -> Callable[..., Path]:
+    """Copies an engines folder, so that a test may damage it; with operating points, if any."""
+
+    def copy(
+        family: str = "bert", name: str = "engines", exit_0: bool = False, **points: Any
+    ) -> Path:
         source = exit_0_engines if exit_0 else engines
-        return Path(shutil.copytree(source[family], tmp_path / name))
+        folder = Path(shutil.copytree(source[family], tmp_path / name))
+        if points:
+            set_points(folder, **points)
+        return folder
 
     return copy
 
@@ -455,6 +470,16 @@ def set_points() -> Callable[..., None]:
         EnginesFolder(folder, manifest).with_target(name, changed).write()
 
     return write
+
+
+def change_point(folder: Path, name: str, **changes: Any) -> None:
+    """Change an operating point of a folder's default target."""
+    manifest = read_manifest(folder)
+    target = manifest.targets[manifest.default_target]
+    point = msgspec.structs.replace(target.operating_points[name], **changes)
+    points = {**target.operating_points, name: point}
+    changed = with_operating_points(target, points, target.default_operating_point)
+    EnginesFolder(folder, manifest).with_target(manifest.default_target, changed).write()
 
 
 def make_model(

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
 
 from fpabee.commands import main
 from fpabee.runtime.machine import package
 
 from .commands.test_command import COMMANDS
-
-
-def started(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fpabee", *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+from .programs import invoke, program, python
 
 
 def test_the_module_lists_the_commands() -> None:
-    result = started("--help")
-    assert result.returncode == 0, result.stderr
+    result = program(sys.executable, "-m", "fpabee", "--help")
     for part in (*COMMANDS, "_FPABEE_COMPLETE=bash_source fpabee", "python -m fpabee"):
         assert part in result.stdout
 
@@ -45,7 +32,7 @@ def test_nothing_is_loaded_that_a_command_does_not_need(arguments: list[str]) ->
         "assert not heavy, heavy\n"
         f"assert {len(arguments) > 1} or 'numpy' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    python(code)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -54,8 +41,8 @@ def test_help_pages(name: str) -> None:
     command = import_module(COMMANDS[name]).main
     width = 80
     environment = {"COLUMNS": str(width)}
-    own = CliRunner().invoke(command, ["--help"], prog_name=f"fpabee {name}", env=environment)
-    result = CliRunner().invoke(main, [name, "--help"], prog_name="fpabee", env=environment)
+    own = invoke(command, "--help", prog_name=f"fpabee {name}", env=environment)
+    result = invoke(main, name, "--help", prog_name="fpabee", env=environment)
     assert result.exit_code == 0
     assert result.stdout == own.stdout
     lines = result.stdout.splitlines()
@@ -72,7 +59,7 @@ def test_help_pages(name: str) -> None:
 
 
 def test_wrong_usage_is_one_escaped_line() -> None:
-    result = CliRunner().invoke(main, ["run", "engines", "--\x1b[2J"], prog_name="fpabee")
+    result = invoke(main, "run", "engines", "--\x1b[2J", prog_name="fpabee")
     assert (result.exit_code, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
@@ -90,7 +77,7 @@ def test_commands_and_their_options_are_completed(words: str, expected: set[str]
         "COMP_WORDS": words,
         "COMP_CWORD": str(len(words.split(" ")) - 1),
     }
-    result = CliRunner().invoke(main, prog_name="fpabee", env=environment)
+    result = invoke(main, prog_name="fpabee", env=environment)
     found = {line.split(",")[1] for line in result.stdout.splitlines()}
     assert found == expected
 
@@ -106,10 +93,9 @@ def test_commands_say_what_they_need(tmp_path: Path) -> None:
         "sys.modules['rich_click'] = sys.modules['click'] = sys.modules['rich'] = None\n"
         "runpy.run_path(sys.argv[0])"
     )
-    without = [sys.executable, "-c", f"import sys; sys.argv[0] = {str(tmp_path / 'fpabee-run')!r}"]
-    without[-1] += f"\n{code}"
-    done = subprocess.run(without, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
+    without = f"import sys; sys.argv[0] = {str(tmp_path / 'fpabee-run')!r}\n{code}"
+    done = python(without, code=1)
+    assert done.stdout == ""
     assert f"pip install {package('cpu')}" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
@@ -117,7 +103,4 @@ def test_commands_say_what_they_need(tmp_path: Path) -> None:
 def test_a_command_starts_under_its_own_name(tmp_path: Path) -> None:
     script = tmp_path / "fpabee-inspect"
     script.write_text("from fpabee.__main__ import main; main()")
-    done = subprocess.run(
-        [sys.executable, script, "--help"], capture_output=True, text=True, check=True
-    )
-    assert "--check" in done.stdout
+    assert "--check" in program(sys.executable, script, "--help").stdout

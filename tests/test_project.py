@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import types
@@ -23,6 +22,7 @@ import sizes
 from fpabee.runtime import machine
 
 from .commands.test_command import COMMANDS
+from .programs import program, python
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("exporter", "runtime", "calibration")
@@ -172,7 +172,7 @@ def test_importing_loads_no_heavy_library() -> None:
         "assert not heavy, heavy"
     )
 
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python(code)
 
 
 def test_the_log_of_a_failed_test_has_no_tracing(caplog: pytest.LogCaptureFixture) -> None:
@@ -220,7 +220,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "tests" / "__pycache__").mkdir()
     (place / "tests" / "__pycache__" / "conftest.pyc").touch()
     code = "from setuptools import build_meta; build_meta.build_sdist('dist')"
-    subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, check=True)
+    python(code, cwd=place)
     (made,) = (place / "dist").iterdir()
     return made
 
@@ -245,13 +245,10 @@ def test_the_sdist_holds_what_the_readme_names(sdist: Path) -> None:
 
 def test_the_sdist_can_be_installed(sdist: Path, tmp_path: Path) -> None:
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target"]
-    install = [sys.executable, "-m", "pip", "install", *options, str(tmp_path), str(sdist)]
-    subprocess.run(install, capture_output=True, check=True)
+    program(sys.executable, "-m", "pip", "install", *options, tmp_path, sdist)
     code = "import fpabee.runtime, fpabee.calibration, fpabee.exporter; print(fpabee.__file__)"
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    done = python(code, env=environment)
     assert Path(done.stdout.strip()).is_relative_to(tmp_path)
     ptx = "runtime/backends/gather.ptx"
     assert (tmp_path / "fpabee" / ptx).read_bytes() == (ROOT / ptx).read_bytes()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import click
 import numpy as np
@@ -163,10 +164,8 @@ def contents(root: Path) -> dict[str, str | None]:
 def no_space(place: Place, what: str) -> None:
     """Let a function, named by its path, fail as on a full disk."""
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    place.patch.setattr(what, full)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    place.patch.setattr(what, Mock(side_effect=full))
 
 
 def change_json(path: Path, change: Callable[[Any], object]) -> None:

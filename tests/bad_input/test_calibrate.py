@@ -139,7 +139,14 @@ CASES = [
          "manifest.json", "No space left"),
 ]  # fmt: skip
 
-USAGE = [
+
+def together(*options: object) -> Make:
+    """Options that do not go together."""
+    return lambda _: ["calibrate", "engines", "--data", "x", *options]
+
+
+# Options, and what the message names.
+WRONG: list[tuple[tuple[object, ...], str]] = [
     (("--max-drop", 1, "--speedup", 2), "--speedup"),
     (("--speedup", 0.5), "0.5"),
     (("--confidence", 90, "--max-drop", 1), "--risk"),
@@ -154,20 +161,12 @@ USAGE = [
     (("--set-default", "fast"), "--set-default"),
     (("--threshold", "music=0.7", "--set-default", "fast"), "--set-default"),
 ]
+USAGE = [
+    *(Case(str(options), together(*options), fact, code=2) for options, fact in WRONG),
+    Case("neither rows nor a default", lambda _: ["calibrate", "engines"], "--data", code=2),
+]
 
 
-@each(CASES)
+@each(CASES, USAGE)
 def test_a_bad_calibration(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     check(case, place, capfd)
-
-
-@pytest.mark.parametrize(("options", "fact"), USAGE, ids=str)
-def test_options_that_do_not_go_together(
-    options: Sequence[object], fact: str, place: Place, capfd: pytest.CaptureFixture[str]
-) -> None:
-    make = lambda _: ["calibrate", "engines", "--data", "x", *options]  # noqa: E731
-    check(Case("usage", make, fact, code=2), place, capfd)
-
-
-def test_rows_or_a_default_are_needed(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
-    check(Case("neither", lambda _: ["calibrate", "engines"], "--data", code=2), place, capfd)

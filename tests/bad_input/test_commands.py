@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import types
-from importlib import metadata, util
+from importlib import metadata
 
 import pytest
 
+from ..programs import hide, program
 from .cases import QUIET, Arguments, Case, Make, Place, check, check_message, each
 
 PROGRAM = "from fpabee.commands import main; main(prog_name='fpabee')"
@@ -52,18 +52,21 @@ def export_int8(place: Place) -> Arguments:
     return command("export", "--int8", "--texts", texts)(place)
 
 
+def adapted(place: Place) -> Arguments:
+    texts = place.file("texts.txt", "rain\n")
+    return ["convert", place.models["bert"], texts, "--adapter", "lora", "--quiet"]
+
+
 def serve(*options: object) -> Make:
     return lambda place: ["serve", place.shared["bert"], "--port", 0, *options]
 
 
 def without(module: str, make: Make) -> Make:
     """As if a package were not installed."""
-    find = util.find_spec
 
     def case(place: Place) -> Arguments:
         arguments = make(place)
-        place.patch.setitem(sys.modules, module, None)
-        place.patch.setattr(util, "find_spec", lambda n, *p: None if n == module else find(n, *p))
+        hide(place.patch, module)
         return arguments
 
     return case
@@ -172,6 +175,7 @@ PACKAGES = [
     Case("no TensorRT", without("tensorrt", command("build", "tensorrt-fp16")),
          "tensorrt", "[tensorrt-cu13]'"),
     Case("no NNCF", without("nncf", export_int8), "nncf", "[export,cpu,quantize]'"),
+    Case("no peft", without("peft", adapted), "pip install peft"),
 ]  # fmt: skip
 
 SERVING = [
@@ -211,7 +215,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 # What is given, and what the message names.
-USAGE: list[tuple[Make, str]] = [
+WRONG: list[tuple[Make, str]] = [
     *((serve("--watch", share), "--watch") for share in (0, -1, 100.5, "nan", "inf", "some")),
     (run("--rule", "fpabee threshold"), "'threshold' is not a setting"),
     (run("--rule", " "), "--rule is empty"),
@@ -240,18 +244,12 @@ USAGE: list[tuple[Make, str]] = [
     (lambda p: p.run_texts("--column", "label=text"), "text, text"),
     (lambda p: ["fpabee", "none"], "'none'"),
 ]
+USAGE = [Case(fact, make, fact, code=2) for make, fact in WRONG]
 
 
-@each(MODELS, OUTPUTS, PACKAGES, SERVING, SETTINGS)
+@each(MODELS, OUTPUTS, PACKAGES, SERVING, SETTINGS, USAGE)
 def test_a_bad_environment(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     check(case, place, capfd)
-
-
-@pytest.mark.parametrize(("make", "fact"), USAGE)
-def test_a_wrong_use(
-    make: Make, fact: str, place: Place, capfd: pytest.CaptureFixture[str]
-) -> None:
-    check(Case(fact, make, fact, code=2), place, capfd)
 
 
 @pytest.mark.parametrize(
@@ -268,8 +266,6 @@ def test_standard_streams_that_are_closed_or_full(
     engines = place.shared["bert"]
     texts = place.file("texts.txt", "rain\n")
     shell = f'"$0" -c "$1" {redirection.format(engines=engines, texts=texts)}'
-    done = subprocess.run(
-        ["sh", "-c", shell, sys.executable, PROGRAM], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout) == (1, "")
+    done = program("sh", "-c", shell, sys.executable, PROGRAM, code=1)
+    assert done.stdout == ""
     check_message(done.stderr, Case(redirection, lambda _: [], *facts), place)

@@ -196,11 +196,6 @@ FILES = [
 ]  # fmt: skip
 
 
-@each(MANIFESTS, FILES)
-def test_a_bad_engines_folder(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
-    check(case, place, capfd)
-
-
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -225,12 +220,21 @@ def pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, endless, pipe, flip_a_bit, link])
-@pytest.mark.parametrize("file", [MANIFEST_NAME, TOKENIZER_NAME, THIRD, REFERENCE])
-def test_a_damaged_file(
-    file: str, damage: Change, place: Place, capfd: pytest.CaptureFixture[str]
-) -> None:
-    case = Case(file, served(lambda f: damage(f / file)), Path(file).name)
+def damaged(file: str, damage: Change) -> Case:
+    name = f"{Path(file).name}: {damage.__name__}"
+    return Case(name, served(lambda f: damage(f / file)), Path(file).name)
+
+
+DAMAGES: list[Change] = [Path.unlink, endless, pipe, flip_a_bit, link]
+DAMAGED = [
+    damaged(file, damage)
+    for file in (MANIFEST_NAME, TOKENIZER_NAME, THIRD, REFERENCE)
+    for damage in DAMAGES
+]
+
+
+@each(MANIFESTS, FILES, DAMAGED)
+def test_a_bad_engines_folder(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     check(case, place, capfd)
 
 

@@ -178,35 +178,39 @@ USAGE = [
 ]
 
 
-@each(ENCODINGS, JSON, TABLES, LABELLED, EMPTY, FILES, QUERIES, USAGE)
+# A command, and what follows its engines folder, at last the option for the file.
+READERS = [
+    "calibrate --data",
+    "calibrate --data dev.jsonl --test",
+    "build onnxruntime-int8 --texts",
+]
+
+
+def read_by(reader: str, bad: str) -> Make:
+    """A file without texts, or none, for another command."""
+
+    def make(place: Place) -> Arguments:
+        place.file("in.csv", "body\na\n")
+        place.file("dev.jsonl", '{"text": "a", "label": "b"}\n')
+        place.patch.chdir(place.root)
+        command, *options = reader.split()
+        return [command, place.shared["bert"], *options, bad, "--quiet"]
+
+    return make
+
+
+OTHER_COMMANDS = [
+    Case(f"{reader} {bad}", read_by(reader, bad), bad)
+    for reader in READERS
+    for bad in ("in.csv", "none.txt")
+]
+
+
+@each(OTHER_COMMANDS, ENCODINGS, JSON, TABLES, LABELLED, EMPTY, FILES, QUERIES, USAGE)
 def test_a_bad_input(case: Case, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     # Otherwise the rows before the bad one would be printed first.
     place.patch.setattr("fpabee.runtime.files.run.BLOCK_ROWS", 2**20)
     check(case, place, capfd)
-
-
-# A command, and what follows its engines folder, at last the option for the file.
-READERS: list[tuple[str, tuple[str, ...]]] = [
-    ("calibrate", ("--data",)),
-    ("calibrate", ("--data", "dev.jsonl", "--test")),
-    ("build", ("onnxruntime-int8", "--texts")),
-]
-
-
-@pytest.mark.parametrize("bad", ["in.csv", "none.txt"])
-@pytest.mark.parametrize(("command", "options"), READERS)
-def test_every_command_refuses_it(
-    command: str,
-    options: tuple[str, ...],
-    bad: str,
-    place: Place,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    place.file("in.csv", "body\na\n")
-    place.file("dev.jsonl", '{"text": "a", "label": "b"}\n')
-    place.patch.chdir(place.root)
-    arguments = [command, place.shared["bert"], *options, bad, "--quiet"]
-    check(Case(bad, lambda _: arguments, bad), place, capfd)
 
 
 def test_a_gzip_bomb_takes_little_memory(place: Place, capfd: pytest.CaptureFixture[str]) -> None:

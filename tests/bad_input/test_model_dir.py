@@ -166,6 +166,15 @@ def slow_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "EsmTokenizer"}')
 
 
+def slow_classifier(folder: Path) -> None:
+    """A plain classifier with such a tokenizer."""
+    content = load_file(folder / WEIGHTS)
+    for kind in ("weight", "bias"):
+        content[f"classifier.{kind}"] = content.pop(f"classifiers.2.{kind}")
+    save_file(content, folder / WEIGHTS)
+    slow_tokenizer(folder)
+
+
 def token_limit(limit: object) -> Make:
     change: Callable[[Any], object] = lambda c: c.update(model_max_length=limit)  # noqa: E731
     return model(lambda folder: change_json(folder / "tokenizer_config.json", change))
@@ -256,6 +265,7 @@ PARTS = [
     Case("no tokenizer", removed(TOKENIZER, "tokenizer_config.json"), TOKENIZER, "vocab.txt"),
     Case("an empty tokenizer", file(TOKENIZER, "{}"), TOKENIZER),
     Case("a tokenizer without a fast version", model(slow_tokenizer), "EsmTokenizer"),
+    Case("a classifier without a fast tokenizer", converted(slow_classifier), "EsmTokenizer"),
     Case("a tokenizer with a damaged table", tokenizer(lambda t: t.update(
          normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})), "charsmap"),
     Case("tokenizer.json cut short", cut_short(TOKENIZER), "model"),

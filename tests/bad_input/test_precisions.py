@@ -78,8 +78,8 @@ def test_two_builds_at_the_same_time(place: Place, capfd: pytest.CaptureFixture[
         check(Case("two builds", lambda _: arguments, "another process"), place, capfd)
 
 
+@pytest.mark.usefixtures("rtx")
 def test_a_file_where_plans_are_to_be(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     options = ("tensorrt-rtx-fp16", "--sm", "86")
     make = folder(lambda f: (f / "targets").write_text("mine"), *options)
     check(Case("a file", make, "targets"), place, capfd)

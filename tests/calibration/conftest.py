@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from fpabee.runtime import Engine, ProblemType
 from fpabee.runtime.files import Row
 
 from ..conftest import WORDS
+from ..programs import write_lines
 
 
 def make_rows(
@@ -82,9 +82,7 @@ def label_rows(folder: Path, count: int = 120, seed: int = 0) -> list[Row]:
 
 def write(rows: Sequence[Row], path: Path) -> Path:
     """Rows as JSON lines."""
-    lines = [json.dumps({"text": row.text, "labels": row.labels}) for row in rows]
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return write_lines(path, [{"text": row.text, "labels": row.labels} for row in rows])
 
 
 def fix_times(patch: pytest.MonkeyPatch) -> None:

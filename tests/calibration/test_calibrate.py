@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from numpy.typing import NDArray
 from rich.cells import cell_len
 
@@ -38,18 +38,19 @@ from fpabee.runtime.artifact.manifest import TRAINED_ON_NAME
 from fpabee.runtime.artifact.trained_on import have_trained, write_trained_on
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ArtifactError, InputError
+from fpabee.runtime.files import Row
 from fpabee.runtime.rules.rules import ExitRule
 
 from ..bad_input.cases import contents, corrected
 from ..doubles.openvino import add_openvino
-from .conftest import fix_times, label_rows, write
+from ..programs import invoke
+from .conftest import label_rows, write
 
 TARGET = "onnxruntime-fp32"
 
 
 def run(folder: Path, *options: Any) -> Result:
-    arguments = [folder, "--quiet", "--threads", 1, *options]
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return invoke(main, folder, "--quiet", "--threads", 1, *options)
 
 
 def said(folder: Path, *options: Any) -> str:
@@ -60,24 +61,51 @@ def said(folder: Path, *options: Any) -> str:
 
 
 @pytest.fixture
-def folder(engine_copy: Callable[..., Path]) -> Path:
-    """An engines folder of one's own."""
+def folder(engine_copy: Callable[..., Path], measured: None) -> Path:
+    """An engines folder of one's own, whose times are fixed."""
     return engine_copy("bert")
 
 
 @pytest.fixture
-def data(folder: Path, tmp_path: Path) -> Path:
+def rows(folder: Path) -> list[Row]:
     """Labelled rows."""
-    return write(label_rows(folder), tmp_path / "dev.jsonl")
+    return label_rows(folder)
+
+
+@pytest.fixture
+def data(rows: list[Row], tmp_path: Path) -> Path:
+    """A file with these rows."""
+    return write(rows, tmp_path / "dev.jsonl")
+
+
+# With so many changes allowed, few rows certify something.
+SURE = CalibrationOptions({"sure": Bound(changed_answers=0.4)}, "sure", threads=1)
+
+
+def assert_runs(folder: Path, point: str, rule: ExitRule, rows: Sequence[Row]) -> None:
+    """The runtime runs the rule of an operating point as it was simulated."""
+    texts = [row.content for row in rows]
+    with Engine.load(folder, operating_point=point, threads=1) as engine:
+        assert engine.rule == rule
+        trace = engine.trace(texts)
+        exits = simulate(trace.logits, rule, engine.manifest.task.problem_type).exits
+        assert [p.exit for p in engine.predict(texts)] == exits.tolist()
+
+
+def logits_at_full_depth(folder: Path, rows: Sequence[Row]) -> NDArray[np.float32]:
+    """The logits `[rows, labels]` of the last exit."""
+    with Engine.load(folder, threads=1, rule=Budget(exit=3)) as engine:
+        trace = engine.trace([row.content for row in rows])
+    return np.asarray(trace.logits[-1])
 
 
 def test_the_steps_of_a_calibration_that_take_long_have_a_count(
-    folder: Path, measured: None
+    folder: Path, rows: list[Row]
 ) -> None:
     seen: dict[str, list[tuple[int, int]]] = {}
     calibrate(
         folder,
-        label_rows(folder),
+        rows,
         CalibrationOptions(goals={"fast": Goal(max_drop=2.0)}),
         lambda what, done, total: seen.setdefault(what, []).append((done, total)),
     )
@@ -86,10 +114,9 @@ def test_the_steps_of_a_calibration_that_take_long_have_a_count(
 
 
 def test_a_point_of_a_speedup_is_never_slower_than_all_layers(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Estimates of costs may be wrong: bolder settings are tried."""
-    fix_times(monkeypatch)
     seen: list[ExitRule] = []
     needed = 1.6
 
@@ -99,7 +126,6 @@ def test_a_point_of_a_speedup_is_never_slower_than_all_layers(
         return float(estimate / needed) if batch == 1 else 1.25
 
     monkeypatch.setattr(import_module("fpabee.calibration.calibrate"), "measure_speedup", measured)
-    rows = label_rows(folder)
     goal = Goal(speedup=1.1)
     (point,) = calibrate(folder, rows, CalibrationOptions(goals={"fast": goal})).points
     assert point.goal == goal
@@ -112,8 +138,13 @@ def test_a_point_of_a_speedup_is_never_slower_than_all_layers(
     assert contents(folder) == before
 
 
-def test_three_points_by_default_and_the_runtime_runs_them(folder: Path, data: Path) -> None:
+def test_three_points_by_default_and_the_runtime_runs_them(
+    engine_copy: Callable[..., Path], tmp_path: Path
+) -> None:
     """The only test here that measures times."""
+    folder = engine_copy("bert")
+    rows = label_rows(folder)
+    data = write(rows, tmp_path / "dev.jsonl")
     output = said(folder, "--data", data)
     points = read_manifest(folder).targets[TARGET].operating_points
     assert list(points) == ["safe", "balanced", "fast"]
@@ -124,22 +155,15 @@ def test_three_points_by_default_and_the_runtime_runs_them(folder: Path, data: P
     assert re.search(
         "No guarantee: .* all layers, .* 120 texts are too few.* 0.5 points .* 598 .* 3,900", output
     )
-    texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
     for name, point in points.items():
         assert output.count(f" {name} ") == 1 + (name == "balanced"), "once in the table"
         assert (point.metric, set(point.measured_speedup)) == ("accuracy", {"1", "32"})
         assert (point.rows, sum(point.exits)) == (120, 120)
         assert point.held_out == "5-fold cross-validation"
         assert point.drop_interval[0] <= 100 * (point.full_depth_score - point.score)
-        with Engine.load(folder, operating_point=name, threads=1) as engine:
-            rule = ExitRule.from_dict(point.rule)
-            assert engine.rule == rule
-            trace = engine.trace(texts)
-            exits = simulate(trace.logits, rule, engine.manifest.task.problem_type).exits
-            assert [p.exit for p in engine.predict(texts)] == exits.tolist()
+        assert_runs(folder, name, ExitRule.from_dict(point.rule), rows)
 
 
-@pytest.mark.usefixtures("measured")
 def test_the_table_fits_80_columns_also_in_a_file(
     folder: Path, data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -181,9 +205,8 @@ def test_the_table_fits_80_columns_also_in_a_file(
         ),
     ],
 )
-@pytest.mark.usefixtures("measured")
 def test_a_goal_makes_one_point(
-    folder: Path, data: Path, goal: tuple[Any, ...], name: str, words: str
+    folder: Path, rows: list[Row], data: Path, goal: tuple[Any, ...], name: str, words: str
 ) -> None:
     content = json.loads(said(folder, "--data", data, *goal, "--json"))
     assert [(point["name"], point["goal"]) for point in content["points"]] == [(name, words)]
@@ -207,25 +230,18 @@ def test_a_goal_makes_one_point(
         assert point.certificate.label_thresholds == {"music": 0.6}
         assert sorted(rule.label_thresholds) == [0.6, 1.0, 1.0, 1.0]
         assert read_manifest(folder).task.labels[rule.label_thresholds.index(0.6)] == "music"
-        with Engine.load(folder, operating_point=name, threads=1) as engine:
-            texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
-            trace = engine.trace(texts)
-            exits = simulate(trace.logits, rule, engine.manifest.task.problem_type).exits
-            assert [p.exit for p in engine.predict(texts)] == exits.tolist()
+        assert_runs(folder, name, rule, rows)
 
 
-@pytest.mark.usefixtures("measured")
 def test_what_too_few_rows_cannot_guarantee_runs_at_full_depth(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder: Path, rows: list[Row], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Decisions need no labels, and what is needed is said before anything runs."""
     bare = tmp_path / "my texts.txt"
-    bare.write_text("\n".join(row.text for row in label_rows(folder)) + "\n")
-    result = run(folder, "--data", bare, "--changed", 1)
-    assert result.exit_code == 0
+    bare.write_text("\n".join(row.text for row in rows) + "\n")
+    summary = said(folder, "--data", bare, "--changed", 1)
     (needs,) = (record.message for record in caplog.records)
     assert re.search("1 % changed answers: 299 texts .* 1,960 ", needs)
-    summary = " ".join(result.stdout.split())
     assert "No guarantee: " in summary
     assert f"120 texts are too few; {needs}" in summary
     target = read_manifest(folder).targets[TARGET]
@@ -283,7 +299,6 @@ def test_what_exit_0_answers_is_said(
     assert words in page
 
 
-@pytest.mark.usefixtures("measured")
 def test_another_point_becomes_the_default(folder: Path, data: Path) -> None:
     said(folder, "--data", data)
     before = read_manifest(folder)
@@ -310,11 +325,11 @@ def test_a_target_that_is_made_the_default_stays_it(
     assert read_manifest(folder) == manifest
 
 
-@pytest.mark.usefixtures("measured")
-def test_points_are_reported_on_the_test_file(folder: Path, data: Path, tmp_path: Path) -> None:
-    known = label_rows(folder)
-    new = [row for row in label_rows(folder, seed=1) if row.text not in {r.text for r in known}]
-    test = write([*new[:70], *known[:3]], tmp_path / "test.jsonl")
+def test_points_are_reported_on_the_test_file(
+    folder: Path, rows: list[Row], data: Path, tmp_path: Path
+) -> None:
+    new = [row for row in label_rows(folder, seed=1) if row.text not in {r.text for r in rows}]
+    test = write([*new[:70], *rows[:3]], tmp_path / "test.jsonl")
     result = calibrate(folder, data, CalibrationOptions(test=test, threads=1))
     (warning,) = result.warnings
     assert warning.startswith("3 of 73 test texts are also among the rows that choose")
@@ -327,7 +342,6 @@ def test_points_are_reported_on_the_test_file(folder: Path, data: Path, tmp_path
     assert (stored.held_out, stored.rows) == ("test.jsonl", 73)
 
 
-@pytest.mark.usefixtures("measured")
 def test_a_label_that_is_lost_is_named(
     folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,7 +364,6 @@ def test_only_the_rules_that_are_named_are_chosen(calibrated: Callable[..., Cali
     assert result.points[0].rule.name in (*rules, "budget")
 
 
-@pytest.mark.usefixtures("measured")
 def test_a_report_that_fails_leaves_the_calibration(
     folder: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -362,7 +375,6 @@ def test_a_report_that_fails_leaves_the_calibration(
     assert read_manifest(folder).targets[TARGET].operating_points
 
 
-@pytest.mark.usefixtures("measured")
 def test_all_targets_are_calibrated_in_one_run(folder: Path, data: Path) -> None:
     add_openvino(folder, "fp32")
     # A target of another machine is left out.
@@ -378,14 +390,13 @@ def test_all_targets_are_calibrated_in_one_run(folder: Path, data: Path) -> None
     assert run(folder, "--data", data, "--all-targets", "--target", TARGET).exit_code == 2
 
 
-@pytest.mark.usefixtures("measured")
 def test_all_targets_share_standard_input_and_an_error_loses_none_that_is_done(
     folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_openvino(folder, "fp32")
     wanted = ("--data", "-", "--all-targets", "--json")
     rows = data.read_text()
-    done = CliRunner().invoke(main, [str(folder), *wanted], input=rows)
+    done = invoke(main, folder, *wanted, input=rows)
     assert [result["target"] for result in json.loads(done.stdout)] == [TARGET, "openvino-fp32"]
 
     def failing(
@@ -396,24 +407,21 @@ def test_all_targets_share_standard_input_and_an_error_loses_none_that_is_done(
         return calibrate(engines, rows, options, *others, **more)
 
     monkeypatch.setattr("fpabee.commands.calibrate.calibrate", failing)
-    failed = CliRunner().invoke(main, [str(folder), *wanted], input=rows)
+    failed = invoke(main, folder, *wanted, input=rows)
     assert failed.exit_code == 1
     assert [result["target"] for result in json.loads(failed.stdout)] == [TARGET]
 
 
-@pytest.mark.usefixtures("measured")
-def test_rows_that_repeat_others_are_counted_with_a_warning(folder: Path) -> None:
-    rows = label_rows(folder)[:60]
-    options = CalibrationOptions({"sure": Bound(changed_answers=0.4)}, "sure", threads=1)
-    assert not calibrate(folder, rows, options).warnings
-    (warning,) = calibrate(folder, [*rows, *rows[:9]], options).warnings
+def test_rows_that_repeat_others_are_counted_with_a_warning(folder: Path, rows: list[Row]) -> None:
+    assert not calibrate(folder, rows[:60], SURE).warnings
+    (warning,) = calibrate(folder, [*rows[:60], *rows[:9]], SURE).warnings
     assert warning.startswith("9 of 69 rows repeat others")
 
 
-@pytest.mark.usefixtures("measured")
-def test_a_bound_on_flags_says_how_many_answers_change_and_is_no_default(folder: Path) -> None:
+def test_a_bound_on_flags_says_how_many_answers_change_and_is_no_default(
+    folder: Path, rows: list[Row]
+) -> None:
     bound = Bound(missed=0.45, thresholds={"music": 0.6})
-    rows = label_rows(folder)
     report = Report(rows, "these rows")
     options = CalibrationOptions({"flags": bound}, threads=1)
     before = read_manifest(folder).targets[TARGET].default_operating_point
@@ -430,9 +438,9 @@ def test_a_bound_on_flags_says_how_many_answers_change_and_is_no_default(folder:
     assert f", and {changed} answers, which nothing bounds" in promise_in_words(point, result)
 
 
-@pytest.mark.usefixtures("measured")
-def test_bounds_of_answers_beside_one_of_flags_become_the_default(folder: Path) -> None:
-    rows = label_rows(folder)
+def test_bounds_of_answers_beside_one_of_flags_become_the_default(
+    folder: Path, rows: list[Row]
+) -> None:
     flags = Bound(missed=0.45, thresholds={"music": 0.6})
     both: dict[str, Goal | Bound] = {"average": Goal(max_drop=50), "flags": flags}
     result = calibrate(folder, rows, CalibrationOptions(both, "average", threads=1))
@@ -456,15 +464,11 @@ def add_trained_on(folder: Path, texts: Sequence[Text]) -> None:
     engines.with_manifest(files={**engines.manifest.files, TRAINED_ON_NAME: digest}).write()
 
 
-@pytest.mark.usefixtures("measured")
-def test_texts_that_trained_the_exits_certify_nothing(folder: Path) -> None:
-    rows = label_rows(folder)
+def test_texts_that_trained_the_exits_certify_nothing(folder: Path, rows: list[Row]) -> None:
     distinct = list({row.content: row for row in rows}.values())
-    fresh = distinct[-60:]
-    options = CalibrationOptions({"sure": Bound(changed_answers=0.4)}, "sure", threads=1)
-    alone = calibrate(folder, fresh, options)
+    alone = calibrate(folder, distinct[-60:], SURE)
     add_trained_on(folder, [row.content for row in distinct[:-60]])
-    result = calibrate(folder, distinct, options)
+    result = calibrate(folder, distinct, SURE)
     assert f"{len(distinct) - 60} of {len(distinct)} rows are left out" in result.warnings[0]
     (expected,) = alone.points
     (point,) = result.points
@@ -472,7 +476,7 @@ def test_texts_that_trained_the_exits_certify_nothing(folder: Path) -> None:
     assert point.chosen_on.rows == 60
     add_trained_on(folder, [row.content for row in distinct[:-49]])
     with pytest.raises(InputError, match="49 other texts are left"):
-        calibrate(folder, distinct, options)
+        calibrate(folder, distinct, SURE)
 
 
 def test_a_damaged_list_of_trained_texts_is_refused(folder: Path) -> None:
@@ -485,13 +489,12 @@ def test_a_damaged_list_of_trained_texts_is_refused(folder: Path) -> None:
         have_trained(EnginesFolder.read(folder), texts)
 
 
-@pytest.mark.usefixtures("measured")
-def test_a_point_with_a_guarantee_is_not_lost_in_silence(folder: Path, tmp_path: Path) -> None:
-    rows = label_rows(folder)
-    many = write(rows, tmp_path / "many.jsonl")
+def test_a_point_with_a_guarantee_is_not_lost_in_silence(
+    folder: Path, rows: list[Row], data: Path, tmp_path: Path
+) -> None:
     few = write(rows[:55], tmp_path / "few.jsonl")
     asked = ("--changed", 5)
-    said(folder, "--data", many, *asked)
+    said(folder, "--data", data, *asked)
     before = read_manifest(folder).targets[TARGET]
     assert before.operating_points["changed-5"].certificate is not None
     result = run(folder, "--data", few, *asked)
@@ -505,30 +508,26 @@ def test_a_point_with_a_guarantee_is_not_lost_in_silence(folder: Path, tmp_path:
     assert point.certificate is None
 
 
-@pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize("flagged", [0, 1])
-def test_a_promise_about_hardly_any_text_is_refused(folder: Path, flagged: int) -> None:
+def test_a_promise_about_hardly_any_text_is_refused(
+    folder: Path, rows: list[Row], flagged: int
+) -> None:
     """Nothing, or nothing in a part of the rows, is flagged."""
-    rows = label_rows(folder)[:60]
-    with Engine.load(folder, threads=1, rule=Budget(exit=3)) as engine:
-        label = engine.labels[0]
-        logits = engine.trace([row.content for row in rows]).logits[-1].astype(np.float64)
+    label = read_manifest(folder).task.labels[0]
+    logits = logits_at_full_depth(folder, rows[:60]).astype(np.float64)
     odds = np.exp(logits - logits.max(axis=1, keepdims=True))
     first = np.sort((odds / odds.sum(axis=1, keepdims=True))[:, 0])
     threshold = float(first[-1 - flagged] + np.append(first, 1.0)[len(first) - flagged]) / 2
     bound = Bound(missed=0.05, thresholds={label: threshold})
-    (point,) = calibrate(folder, rows, CalibrationOptions({"sure": bound}, "sure")).points
+    (point,) = calibrate(folder, rows[:60], CalibrationOptions({"sure": bound}, "sure")).points
     assert point.certificate is None
     assert f"{flagged} texts are too few" in point.refusal
 
 
-@pytest.mark.usefixtures("measured")
 def test_a_point_that_promises_nothing_about_another_classifier_is_no_default(
-    folder: Path,
+    folder: Path, rows: list[Row]
 ) -> None:
-    rows = label_rows(folder)
-    with Engine.load(folder, threads=1, rule=Budget(exit=3)) as engine:
-        logits = engine.trace([row.content for row in rows]).logits[-1]
+    logits = logits_at_full_depth(folder, rows)
     goals: dict[str, Goal | Bound] = {
         "average": Goal(max_drop=1.0),
         "sure": Bound(changed_answers=0.4),
@@ -541,9 +540,9 @@ def test_a_point_that_promises_nothing_about_another_classifier_is_no_default(
 
 
 def test_rows_that_cannot_be_calibrated_or_reported_on_are_refused(
-    folder: Path, data: Path
+    folder: Path, rows: list[Row], data: Path
 ) -> None:
-    report = Report(label_rows(folder), "others")
+    report = Report(rows, "others")
     with pytest.raises(InputError, match="no rows"):
         calibrate(folder, [], report=report)
     with pytest.raises(InputError, match="two sets of rows"):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
 from fpabee.commands.build import main
 from fpabee.exporter.targets import BuildResult
@@ -15,6 +15,7 @@ from fpabee.runtime import BackendError, FPabee, FpabeeError
 from fpabee.runtime.artifact.folder import read_manifest
 
 from ..doubles.device import Double
+from ..programs import invoke
 from ..runtime.running import line_with
 
 FP32 = "onnxruntime-fp32"
@@ -22,8 +23,7 @@ CUDA = "onnxruntime-fp16-cuda"
 PLAN = "tensorrt-fp32-sm86"
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+run = partial(invoke, main)
 
 
 def test_a_new_target_is_calibrated_next_unless_its_points_are_kept(

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
-from click.testing import CliRunner
 
 from fpabee.commands.command import exits_with_one_line
 from fpabee.runtime import errors
 from fpabee.runtime.errors import FpabeeError, InputError
 from fpabee.runtime.files import ReadOptions
 from fpabee.runtime.rules.rules import RULES
+
+from ..programs import invoke
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = {
@@ -54,7 +55,7 @@ def fails(**_: Any) -> None:
 
 
 def test_a_hint_names_the_options_of_the_running_command() -> None:
-    result = CliRunner().invoke(group, ["fails", "DIR"])
+    result = invoke(group, "fails", "DIR")
     assert result.exit_code == 1
     expected = "set --output, --from, MODEL_DIR or cache; set --column text_pair=NAME"
     assert result.stderr == f"error: no `room` -> {expected}, or use fpabee-export\n"

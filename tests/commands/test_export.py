@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from click.testing import CliRunner, Result
 
 from fpabee.calibration.progress import Progress
 from fpabee.commands import export as command
@@ -23,12 +22,12 @@ from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text
 
 from ..bad_input.cases import change_config, change_json
+from ..programs import hide, invoke, printed
 
 FP32 = "onnxruntime-fp32"
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+run = partial(invoke, main)
 
 
 @pytest.fixture
@@ -82,9 +81,8 @@ def test_openvino_that_cannot_be_used_is_named_and_the_rest_is_exported(
 ) -> None:
     error = BackendError("the installed OpenVINO has no CPU plugin")
     monkeypatch.setattr(backends, "openvino_version", Mock(side_effect=error))
-    result = run(bert, "-o", tmp_path / "engines")
-    assert result.exit_code == 0, result.output
-    assert "not added: openvino-fp32: the installed OpenVINO has no CPU plugin" in result.stdout
+    said = printed(main, bert, "-o", tmp_path / "engines")
+    assert "not added: openvino-fp32: the installed OpenVINO has no CPU plugin" in said
     assert list(read_manifest(tmp_path / "engines").targets) == [FP32]
 
 
@@ -92,18 +90,13 @@ def test_fp16_is_built_as_one_types_it(
     bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a machine that can build no plans, too."""
-    find = importlib.util.find_spec
-    hidden = ("tensorrt", "tensorrt_rtx")
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name: None if name in hidden else find(name)
-    )
+    hide(monkeypatch, "tensorrt", "tensorrt_rtx")
     monkeypatch.chdir(tmp_path)
-    result = run(bert, "--fp16")
-    assert result.exit_code == 0, result.output
-    assert "added onnxruntime-fp16-cuda: not run here" in result.stdout
-    assert "tensorrt" not in result.stdout
+    said = printed(main, bert, "--fp16")
+    assert "added onnxruntime-fp16-cuda: not run here" in said
+    assert "tensorrt" not in said
     # That target cannot run here, so the default target is calibrated.
-    assert result.stdout.splitlines()[-1] == "next: fpabee-calibrate engines --data DATA"
+    assert said.splitlines()[-1] == "next: fpabee-calibrate engines --data DATA"
     manifest = read_manifest(tmp_path / "engines")
     assert manifest.precisions.keys() == {"fp16"}
     assert not manifest.targets[manifest.default_target].on_gpu

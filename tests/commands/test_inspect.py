@@ -8,11 +8,11 @@ import shutil
 import sys
 import types
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
-from click.testing import CliRunner, Result
 
 from fpabee import __version__
 from fpabee.commands.inspect import main
@@ -24,11 +24,11 @@ from fpabee.runtime.artifact.reference import read_reference, write_reference
 from fpabee.runtime.machine import CudaDevice
 
 from ..bad_input.cases import corrected
+from ..conftest import change_point
 from ..doubles.device import install
+from ..programs import invoke, printed
 
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+run = partial(invoke, main)
 
 
 def test_a_folder_is_described(
@@ -38,8 +38,7 @@ def test_a_folder_is_described(
 ) -> None:
     folder = engine_copy("mpnet")
     set_points(folder, default="safe", fast=Budget(exit=1), safe=Budget(exit=3))
-    result = run(folder)
-    assert result.exit_code == 0, result.output
+    shown = printed(main, folder)
     for part in (
         "mpnet, 3 layers of 32",
         "exit layers: 1, 2, 3",
@@ -47,10 +46,10 @@ def test_a_folder_is_described(
         " yes",
         "rule without an operating point: fpabee jskd 0.1\n",
     ):
-        assert part in result.stdout
-    assert max(map(len, result.stdout.splitlines())) <= 80
+        assert part in shown
+    assert max(map(len, shown.splitlines())) <= 80
     facts = "no guarantee; goal: drop at most 0.5 points; 1.00 layers per text"
-    words = " ".join(result.stdout.split())
+    words = " ".join(shown.split())
     assert f"onnxruntime-fp32 safe (default of the target): {facts}" in words
     content = json.loads(run(folder, "--env", "--json").stdout)
     assert content["exit_layers"] == [1, 2, 3]
@@ -62,8 +61,7 @@ def test_a_folder_is_described(
     assert target["logits_differ_by"] > 0
     assert target["size"] > 10_000
     assert content["environment"]["fpabee"] == __version__
-    shown = " ".join(run(exit_0_engines["bert"]).stdout.split())
-    assert "exit layers: 0, 1, 2, 3" in shown
+    assert "exit layers: 0, 1, 2, 3" in " ".join(printed(main, exit_0_engines["bert"]).split())
 
 
 def test_what_is_promised_of_rankings_is_said(
@@ -71,14 +69,8 @@ def test_what_is_promised_of_rankings_is_said(
 ) -> None:
     folder = Path(shutil.copytree(ranking_engines["bert"], tmp_path / "engines"))
     set_points(folder, default="sure", sure=TopK(top=3, threshold=0.0))
-    engines = EnginesFolder.read(folder)
-    target = engines.manifest.targets["onnxruntime-fp32"]
     promises = (Promise(of="changed_answers", at_most=5.0, rows=60),)
-    point = msgspec.structs.replace(
-        target.operating_points["sure"], certificate=Certificate(confidence=95.0, promises=promises)
-    )
-    target = msgspec.structs.replace(target, operating_points={"sure": point})
-    engines.with_target("onnxruntime-fp32", target).write()
+    change_point(folder, "sure", certificate=Certificate(confidence=95.0, promises=promises))
     words = " ".join(run(folder).stdout.split())
     promised = "at most 5 % of new queries have another top 3, with 95 % confidence"
     assert re.search(f"{promised}; .* layers per document", words)
@@ -86,9 +78,8 @@ def test_what_is_promised_of_rankings_is_said(
 
 
 def test_a_whole_folder_passes_the_check(engines: Mapping[str, Path]) -> None:
-    result = run(engines["albert"], "--check")
-    assert result.exit_code == 0, result.output
-    assert "onnxruntime-fp32 reproduces the exported model: logits differ by" in result.stdout
+    said = printed(main, engines["albert"], "--check")
+    assert "onnxruntime-fp32 reproduces the exported model: logits differ by" in said
     content = json.loads(run(engines["albert"], "--check", "--json").stdout)["check"]
     assert content["passed"]
     assert content["damaged"] == []

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
 
 from fpabee.calibration.progress import Progress
 from fpabee.commands.train import main
@@ -15,11 +15,12 @@ from fpabee.exporter.training import TrainOptions, workflow
 from fpabee.exporter.training.report import DataSource, TrainReport
 from fpabee.runtime import ProblemType
 
+from ..programs import invoke
+
 FILES = ["--train", "train.jsonl", "--dev", "dev.jsonl", "--output", "model dir"]
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, [*FILES, *arguments])
+run = partial(invoke, main, *FILES)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import pytest
 from fpabee.exporter.targets import builders, check
 from fpabee.exporter.targets import tensorrt as targets
 from fpabee.exporter.targets.plan_worker import PlanRequest
-from fpabee.runtime import Engine, machine
+from fpabee.runtime import Engine, Entropy, machine
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
 from fpabee.runtime.artifact.manifest import BuiltFile, Manifest, Range, Shapes, Target
 from fpabee.runtime.backends import cuda, onnxruntime_cuda, tensorrt
@@ -32,6 +32,9 @@ from .cuda import FakeCuda
 from .onnxruntime_cuda import FakeCudaSession
 from .tensorrt import FakeTensorRt, plans_of
 
+TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
+SOME_STOP_FIRST = Entropy(threshold=0.3)
+"""Some of the texts, but not all, stop at exit 1 of BERT."""
 GPU = CudaDevice("a double", "8.6", (13, 0))
 # Looking through all installed packages takes longer than a test.
 _packages = functools.cache(metadata.packages_distributions)
@@ -74,6 +77,11 @@ class Double:
     def used(self) -> int:
         """Device memory that is allocated, in bytes."""
         return sum(memory.nbytes for memory in self.cuda.memory_of.values())
+
+    def nothing_is_left(self) -> bool:
+        """Whether everything on the device was given back, in the context of the device."""
+        cuda = self.cuda
+        return not any((cuda.memory_of, cuda.streams, cuda.events, cuda.freed_elsewhere))
 
     def change_plan(self, graph: str, **changes: Any) -> None:
         """Change the record of a plan in the manifest."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from fpabee.exporter import ExportOptions, export, segments
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.manifest import Graph
+from fpabee.runtime.check import REQUIREMENTS
 
 from ..conftest import MadeOnce
 from ..doubles.device import Double, serve
@@ -41,6 +43,13 @@ def ready_graphs(engines: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -
         return graphs[path.stem]
 
     monkeypatch.setattr(segments, "export_graph", copy)
+
+
+def require(patch: pytest.MonkeyPatch, share: float, *precisions: str) -> None:
+    """Let targets in int8, or in other precisions, keep this share of labels and exits."""
+    for precision in precisions or ("int8", "int8-bf16"):
+        required = replace(REQUIREMENTS[precision], labels=share, exits=share)
+        patch.setitem(REQUIREMENTS, precision, required)
 
 
 @pytest.fixture

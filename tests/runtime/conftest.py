@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from fpabee.commands import run as run_command
 from fpabee.commands import serve as serve_command
-from fpabee.runtime import TopK
+from fpabee.runtime import Confidence, Engine, ExitRule, TopK
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest, sha256_of
 from fpabee.runtime.backends.buffers import Limits
 from fpabee.runtime.backends.host import HostBackend
 
+from ..doubles.device import Double, install, install_cuda_provider
 from .running import Result, Run, execute
+from .watching import EARLY, promising
 
 
 @pytest.fixture
@@ -93,3 +97,71 @@ def without_special_tokens(engine_copy: Callable[..., Path]) -> Path:
     spec = msgspec.structs.replace(manifest.tokenizer, sha256=sha256_of(path))
     EnginesFolder(folder, manifest).with_manifest(tokenizer=spec).write()
     return folder
+
+
+@pytest.fixture(
+    params=itertools.product((False, True), (False, True)),
+    ids=lambda place: f"device {place[0]}, exit 0 {place[1]}",
+)
+def watching(
+    request: pytest.FixtureRequest,
+    engine_copy: Callable[..., Path],
+    set_points: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Engine]:
+    """An engine that watches all rows, on the CPU or on a double of a device."""
+    on_device, exit_0 = request.param
+    folder = engine_copy(exit_0=exit_0)
+    rule = Confidence(threshold=0.5, exit_0_threshold=0.6 if exit_0 else None)
+    target = install(monkeypatch, folder).target if on_device else ""
+    promising(folder, set_points, target=target, early=rule)
+    with Engine.load(folder, target or None, watch=100.0) as engine:
+        yield engine
+
+
+@pytest.fixture
+def promised(
+    engine_copy: Callable[..., Path], set_points: Callable[..., None]
+) -> Callable[..., Path]:
+    """A folder whose points promise at most some changed answers."""
+
+    def make(**settings: Any) -> Path:
+        if not any(isinstance(value, ExitRule) for value in settings.values()):
+            settings["early"] = EARLY
+        return promising(engine_copy(), set_points, **settings)
+
+    return make
+
+
+@pytest.fixture
+def double(
+    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Double]:
+    """Makes a folder with a target of TensorRT, or of ONNX Runtime's CUDA provider."""
+
+    def make(family: str = "bert", **settings: Any) -> Double:
+        if settings.get("backend") == "onnxruntime":
+            return install_cuda_provider(monkeypatch, engine_copy(family))
+        return install(monkeypatch, engine_copy(family), **settings)
+
+    return make
+
+
+@pytest.fixture
+def made(double: Callable[..., Double]) -> Double:
+    """A folder with a target of TensorRT."""
+    return double()
+
+
+@pytest.fixture
+def joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Join groups on the CPU, as devices do."""
+    monkeypatch.setattr(HostBackend, "joins", True)
+
+
+@pytest.fixture(params=[False, True], ids=["", "joins"])
+def as_on_devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run as on a CPU, and as on a device: groups join, and two are in flight."""
+    if request.param:
+        monkeypatch.setattr(HostBackend, "joins", True)
+        monkeypatch.setattr(HostBackend, "in_flight", 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,14 @@ def check_refused(result: Result, *says: str) -> None:
     assert hint.strip()
     for part in says:
         assert part in message or part in hint
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait until something is so, which is soon unless the test fails."""
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.001)
 
 
 def line_with(text: str, *facts: str) -> str:

@@ -23,12 +23,12 @@ from fpabee.runtime import (
     RuleError,
 )
 from fpabee.runtime.artifact.manifest import ProblemType
-from fpabee.runtime.backends.base import Execution
 from fpabee.runtime.backends.host import HostBackend, HostExecution
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.rules.measures import Outputs
 from fpabee.runtime.rules.runner import RuleRunner
 
+from ..doubles.calls import before
 from ..doubles.clock import Clock
 
 TEXTS: list[Text] = ["the film is not bad", "rain", ("turn the lights", "off"), "", "play music"]
@@ -39,13 +39,7 @@ NEVER = FPabee(threshold=-1.0)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Every segment takes 10 ms for any group, and everything else takes no time."""
     clock = Clock()
-    enqueue = HostExecution.enqueue
-
-    def slow(execution: Any, hidden: Any) -> Any:
-        clock.now += 0.01
-        return enqueue(execution, hidden)
-
-    monkeypatch.setattr(HostExecution, "enqueue", slow)
+    before(monkeypatch, HostExecution, "enqueue", lambda *_: clock.wait(0.01))
     return clock
 
 
@@ -89,6 +83,7 @@ def test_only_rows_that_their_rule_would_continue_are_limited(engine: Engine) ->
     assert len({o.exit for o in engine.predict(TEXTS, rule=FPabee(threshold=0.3))}) > 1
 
 
+@pytest.mark.usefixtures("joins")
 def test_joined_groups_keep_the_deadline(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups whose rows another one has taken are not asked again."""
     stops = np.array([True, False])
@@ -97,7 +92,6 @@ def test_joined_groups_keep_the_deadline(engine: Engine, monkeypatch: pytest.Mon
         state.earlier = Outputs(logits, ProblemType.SINGLE_LABEL)
         return (np.resize(stops, len(logits)) if exit_number == 1 else None), None
 
-    monkeypatch.setattr(HostBackend, "joins", True)
     monkeypatch.setattr(RuleRunner, "decide", decide)
     (leg,) = engine.core.legs(engine.core.runner())
     leg = dataclasses.replace(leg, limits=dataclasses.replace(leg.limits, max_batch=2))
@@ -123,13 +117,7 @@ def test_the_deadline_is_for_the_whole_call(
 def test_tokenization_counts_towards_the_deadline(
     engine: Engine, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    windows = engine.core.windows
-
-    def slow(texts: Any) -> Any:
-        clock.now += 0.015
-        return windows(texts)
-
-    monkeypatch.setattr(engine.core, "windows", slow)
+    before(monkeypatch, engine.core, "windows", lambda *_: clock.wait(0.015))
     assert engine.predict(["rain"], rule=NEVER, deadline_ms=34)[0].exit == 1
     assert engine.predict(["rain"], rule=NEVER, deadline_ms=36)[0].exit == 2
 
@@ -138,13 +126,7 @@ def test_waiting_for_an_execution_counts_towards_the_deadline(
     exit_0_engines: Mapping[str, Path], clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then exit 0 answers, and no segment runs."""
-    check_out = HostBackend.check_out
-
-    def slow(backend: HostBackend) -> Execution:
-        clock.now += 0.5
-        return check_out(backend)
-
-    monkeypatch.setattr(HostBackend, "check_out", slow)
+    before(monkeypatch, HostBackend, "check_out", lambda *_: clock.wait(0.5))
     with Engine.load(exit_0_engines["bert"], threads=1) as engine:
         engine.core.clock = clock
         started = clock.now  # making the folder has run segments, too

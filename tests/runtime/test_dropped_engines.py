@@ -18,7 +18,8 @@ from fpabee.runtime.backends.host import HostExecution
 from fpabee.runtime.core import Core
 from fpabee.runtime.serving import Scheduler
 
-from ..doubles.device import install, install_cuda_provider
+from ..doubles.calls import before
+from ..doubles.device import SOME_STOP_FIRST, Double
 from ..doubles.openvino import add_openvino
 
 TEXTS = ["the plot is not good but the music is", "turn the lights on"]
@@ -30,7 +31,7 @@ def fails(*_: object) -> Any:
 
 
 def predict(engine: Engine) -> None:
-    engine.predict(TEXTS)
+    engine.predict(TEXTS, rule=SOME_STOP_FIRST)
 
 
 def predict_and_fail(engine: Engine) -> None:
@@ -98,15 +99,12 @@ def schedule_and_drop_at_once(engine: Engine) -> None:
 
 
 def schedule_and_fail_without_a_chain(engine: Engine) -> None:
-    chain = Core.chain
-
-    def fails_in_the_worker(core: Core) -> Any:
+    def fail_in_the_worker(_: Core) -> None:
         if threading.current_thread() is not threading.main_thread():
             fails()
-        return chain(core)
 
     with pytest.MonkeyPatch.context() as patch, Scheduler(engine) as scheduler:
-        patch.setattr(Core, "chain", fails_in_the_worker)
+        before(patch, Core, "chain", fail_in_the_worker)
         assert scheduler.submit("rain").exception(WAIT)
 
 
@@ -130,52 +128,47 @@ USES = [
 ]
 
 
+@pytest.fixture(
+    params=["onnxruntime-fp32", "openvino-fp32", "tensorrt", "tensorrt-rtx", "onnxruntime-cuda"]
+)
+def engine(
+    request: pytest.FixtureRequest,
+    engine_copy: Callable[..., Path],
+    double: Callable[..., Double],
+) -> Iterator[list[Engine]]:
+    """The only reference to an engine; all memory on a GPU must be free after the test.
+
+    Only the driver knows that memory.
+    """
+    target = request.param
+    if target.endswith("-fp32"):
+        folder = engine_copy()
+        if target == "openvino-fp32":
+            add_openvino(folder, "fp32")
+        yield [Engine.load(folder, target, rule=Budget(exit=3))]
+        return
+    made = double(backend=target.removesuffix("-cuda"))
+    yield [made.load(rule=Budget(exit=3))]
+    assert made.nothing_is_left()
+
+
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("target", ["onnxruntime-fp32", "openvino-fp32"])
 def test_nothing_holds_a_dropped_engine(
-    target: str, use: Callable[[Engine], None], engine_copy: Callable[..., Path]
+    use: Callable[[Engine], None], engine: list[Engine]
 ) -> None:
-    folder = engine_copy()
-    if "openvino" in target:
-        pytest.importorskip("openvino")
-        add_openvino(folder, "fp32")
-    engine = Engine.load(folder, target, rule=Budget(exit=3))
-    engine.predict(TEXTS)
-    use(engine)
-    backend: Any = engine.core.backend
+    dropped = engine.pop()
+    dropped.predict(TEXTS)
+    use(dropped)
+    backend: Any = dropped.core.backend
     held = [
-        engine,
-        engine.core,
+        dropped,
+        dropped.core,
         backend,
-        engine.core._encoder,
+        dropped.core._encoder,
         backend.graph("segment_01"),
         *backend._idle,
     ]
     assert backend._idle
     left = [weakref.ref(each) for each in held]
-    del engine, backend, held
+    del dropped, backend, held
     assert [each() for each in left] == [None] * len(left)
-
-
-@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx", "onnxruntime-cuda"])
-@pytest.mark.parametrize("use", USES)
-def test_nothing_holds_a_dropped_engine_on_a_gpu(
-    target: str,
-    use: Callable[[Engine], None],
-    engine_copy: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Its memory on the GPU, which only the driver knows, is freed, too."""
-    if target == "onnxruntime-cuda":
-        double = install_cuda_provider(monkeypatch, engine_copy())
-    else:
-        double = install(monkeypatch, engine_copy(), backend=target)
-    engine = double.load(rule=Budget(exit=3))
-    engine.predict(TEXTS)
-    use(engine)
-    backend: Any = engine.core.backend
-    left = [weakref.ref(each) for each in (engine, engine.core, backend, *backend._idle)]
-    assert backend._idle
-    del engine, backend
-    assert [each() for each in left] == [None] * len(left)
-    assert double.cuda.memory_of == double.cuda.streams == {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,10 +11,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from fpabee.runtime import FpabeeError
-from fpabee.runtime.artifact.folder import read_manifest, sha256_of
+from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.manifest import ATTENTION_BIAS, MASK_FILL
-from fpabee.runtime.encoding import EncodedRow, Text, TextEncoder, padded_batches, padding_values
+from fpabee.runtime.encoding import EncodedRow, TextEncoder, padded_batches, padding_values
 from fpabee.runtime.errors import InputError
+
+from ..doubles.calls import before
 
 
 def encoder_of(folder: Path, max_length: int | None = None) -> TextEncoder:
@@ -88,13 +90,7 @@ def test_a_long_query_is_not_tokenized_for_each_of_its_documents(
     bert: TextEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    rows = bert._tokenizer.rows
-
-    def counted(texts: Sequence[Text], first: int) -> list[EncodedRow]:
-        sizes.append(len(texts))
-        return rows(texts, first)
-
-    monkeypatch.setattr(bert._tokenizer, "rows", counted)
+    before(monkeypatch, bert._tokenizer, "rows", lambda texts, _: sizes.append(len(texts)))
     pairs = [("x" * 500_000, f"document {number}") for number in range(100)]
     assert len(bert.encode(pairs)) == 100
     assert sorted(sizes) == [1, 99]
@@ -120,14 +116,8 @@ def test_invalid_unicode_is_refused(bert: TextEncoder, text: Any) -> None:
         bert.encode([text])
 
 
-def test_a_text_without_any_token_is_refused(engine_copy: Callable[..., Path]) -> None:
-    folder = engine_copy("bert")
-    spec = read_manifest(folder).tokenizer
-    path = folder / spec.file
-    content = msgspec.json.decode(path.read_bytes())
-    content["post_processor"] = None  # which adds the special tokens
-    path.write_bytes(msgspec.json.encode(content))
-    encoder = TextEncoder(folder, msgspec.structs.replace(spec, sha256=sha256_of(path)))
+def test_a_text_without_any_token_is_refused(without_special_tokens: Path) -> None:
+    encoder = encoder_of(without_special_tokens)
     assert ids(encoder.encode(["the the"])[0]) == [4, 4]
     with pytest.raises(InputError, match=r"text 1 has no tokens: .*tokenizer\.json adds no"):
         encoder.encode(["the", ""])

@@ -456,22 +456,16 @@ def test_operating_points(
         assert (engine.operating_point, engine.rule) == (None, Budget(exit=2))
 
 
-def test_a_stored_rule_that_cannot_be_used_is_named(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
-) -> None:
-    folder = engine_copy("bert")
-    set_points(folder, fast=Budget(exit=99))
+def test_a_stored_rule_that_cannot_be_used_is_named(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy(fast=Budget(exit=99))
     with pytest.raises(RuleError, match=r"point 'fast' of target onnxruntime-fp32 .* exit is 99"):
         Engine.load(folder, operating_point="fast")
 
 
-def test_a_point_of_another_target_is_refused(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
-) -> None:
-    folder = engine_copy("bert")
+def test_a_point_of_another_target_is_refused(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy(target="other", default="fast", fast=Budget(exit=1))
     manifest = read_manifest(folder)
     here = manifest.default_target
-    set_points(folder, target="other", default="fast", fast=Budget(exit=1))
     with pytest.raises(
         RuleError, match=f"target {here} has no .* 'fast', but other has; it has: n"
     ):

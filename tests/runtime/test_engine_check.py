@@ -15,12 +15,13 @@ from fpabee.runtime import ArtifactError, CheckError, Engine
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import REFERENCE_NAME
 from fpabee.runtime.artifact.reference import read_reference, write_reference
-from fpabee.runtime.backends.base import Execution, Hidden
+from fpabee.runtime.backends.base import Execution
 from fpabee.runtime.backends.buffers import Bucket
 from fpabee.runtime.check import requirements_of
 from fpabee.runtime.encoding import EncodedRow
 
 from ..bad_input.cases import corrected, manifest
+from ..doubles.calls import before
 
 
 def test_the_engines_max_length_does_not_matter(engines: Mapping[str, Path]) -> None:
@@ -33,13 +34,11 @@ def test_the_reference_has_batches_with_padding(
 ) -> None:
     """Otherwise a head that attends to padding would pass."""
     padding = []
-    begin = Execution.begin
 
-    def counted(self: Execution, encoded: Sequence[EncodedRow], bucket: Bucket) -> Hidden:
+    def count(_: Execution, encoded: Sequence[EncodedRow], bucket: Bucket) -> None:
         padding.append(sum(bucket.sequence - len(row) for row in encoded))
-        return begin(self, encoded, bucket)
 
-    monkeypatch.setattr(Execution, "begin", counted)
+    before(monkeypatch, Execution, "begin", count)
     Engine.load(engines["bert"], threads=1, check=True).close()
     assert sum(padding) > 10
 

@@ -12,6 +12,7 @@ from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import REFERENCE_NAME
 from fpabee.runtime.artifact.reference import read_reference
 
+from ..doubles.calls import before
 from .test_engine_check import swap_logits
 
 GOLDEN = Path(__file__).parents[1] / "golden/1.0/engines"
@@ -21,13 +22,7 @@ GOLDEN = Path(__file__).parents[1] / "golden/1.0/engines"
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The targets that were checked, in order."""
     targets: list[str] = []
-    check = Engine.check
-
-    def counted(engine: Engine) -> object:
-        targets.append(engine.target)
-        return check(engine)
-
-    monkeypatch.setattr(Engine, "check", counted)
+    before(monkeypatch, Engine, "check", lambda engine: targets.append(engine.target))
     return targets
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from fpabee.runtime import BackendError, Budget, Engine
 from fpabee.runtime.encoding import RowTokenizer
 
 from ..child_process import Ended, Report, forked
+from ..doubles.calls import before
 from ..doubles.openvino import add_openvino
 
 # Python 3.12 and later warn of forks, since what these tests are about can happen.
@@ -39,7 +40,6 @@ def load(request: pytest.FixtureRequest, engine_copy: Callable[..., Path]) -> Ca
     """Loads an engine, which has then predicted."""
     folder = engine_copy()
     if "openvino" in request.param:
-        pytest.importorskip("openvino")
         add_openvino(folder, "fp32")
 
     def load() -> Engine:
@@ -105,19 +105,17 @@ def test_a_stream_that_began_before_the_fork(
     """The child does not wait for the thread that tokenizes the next texts."""
     first_thread = threading.get_ident()
     forks = threading.Event()
-    rows = RowTokenizer.rows
 
-    def waits(tokenizer: Any, texts: Sequence[Any], first: int = 1) -> Any:
+    def wait(*_: object) -> None:
         if threading.get_ident() != first_thread:
             assert forks.wait(SECONDS)
-        return rows(tokenizer, texts, first)
 
     def child(report: Report) -> None:
         with pytest.raises(BackendError, match="forked"):
             list(stream)
         report("refused")
 
-    monkeypatch.setattr(RowTokenizer, "rows", waits)
+    before(monkeypatch, RowTokenizer, "rows", wait)
     engine.core.window_bytes = 1
     texts = ["rain"] * 1000
     stream = engine.stream(texts, rule=Budget(exit=1))

@@ -11,6 +11,8 @@ import pytest
 
 from fpabee.runtime import Budget, Engine, FPabee, Tally
 
+from ..doubles.calls import before
+
 TEXTS = ["the film", "rain", "", "the " * 100]
 
 
@@ -38,12 +40,8 @@ def test_rows_that_a_deadline_stops_are_counted(engine: Engine) -> None:
     assert engine.tally == Tally((4, 0, 0), truncated=1, deadline_limited=4, deadline_missed=4)
 
 
-def test_drift_from_an_operating_point(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
-) -> None:
-    folder = engine_copy()
-    set_points(folder, default="fast", fast=Budget(exit=1))
-    with Engine.load(folder, threads=1) as engine:
+def test_drift_from_an_operating_point(engine_copy: Callable[..., Path]) -> None:
+    with Engine.load(engine_copy(default="fast", fast=Budget(exit=1)), threads=1) as engine:
         point = engine.manifest.targets[engine.target].operating_points["fast"]
         engine.predict(TEXTS)
         assert engine.tally.drift(point.exits) == 0
@@ -55,13 +53,8 @@ def test_drift_from_an_operating_point(
 
 
 def test_threads_lose_no_row(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    add = Tally.__add__
-
-    def slow(one: Tally, other: Tally) -> Tally:
-        time.sleep(1e-4)  # lets other threads run
-        return add(one, other)
-
-    monkeypatch.setattr(Tally, "__add__", slow)
+    # Other threads may run before each sum.
+    before(monkeypatch, Tally, "__add__", lambda *_: time.sleep(1e-4))
     with ThreadPoolExecutor(8) as pool:
         for _ in range(200):
             pool.submit(engine.predict, ["rain", "the " * 100], rule=Budget(exit=1))

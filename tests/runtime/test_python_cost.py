@@ -34,22 +34,6 @@ MOST_CALLS = {
 DOUBLES = str(Path(install.__code__.co_filename).parent)
 
 
-@pytest.fixture
-def load(
-    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str], Engine]:
-    """Loads BERT on the CPU, or on a double of a GPU."""
-
-    def make(where: str) -> Engine:
-        folder = engine_copy()
-        target = None
-        if where != "cpu":
-            target = install(monkeypatch, folder).target
-        return Engine.load(folder, target, threads=1)
-
-    return make
-
-
 def calls_of(function: Callable[[], object]) -> Counter[str]:
     """Counts the calls that a function makes in this thread, by what is called.
 
@@ -90,14 +74,18 @@ def test_calls_of_a_text_that_stops_at_exit_0(exit_0_engines: Mapping[str, Path]
 
 @pytest.mark.parametrize(("where", "rows"), MOST_CALLS)
 def test_calls_of_a_request_and_of_a_segment(
-    where: str, rows: int, load: Callable[[str], Engine]
+    where: str, rows: int, engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On the CPU, and on a double of a GPU."""
+
     def calls(rule: ExitRule) -> Counter[str]:
         for _ in range(3):  # loads the segments and fills caches
             engine.predict(TEXTS[:rows], rule=rule)
         return calls_of(lambda: engine.predict(TEXTS[:rows], rule=rule))
 
-    with load(where) as engine:
+    folder = engine_copy()
+    target = None if where == "cpu" else install(monkeypatch, folder).target
+    with Engine.load(folder, target, threads=1) as engine:
         request = calls(Budget(exit=1))
         further = calls(NEVER)
     further.subtract(request)

@@ -5,50 +5,32 @@ from __future__ import annotations
 import itertools
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from msgspec.structs import replace
 
 from fpabee.runtime import (
     BackendError,
     Budget,
-    Confidence,
+    Certificate,
     Engine,
-    ExitRule,
     InputError,
+    Promise,
     RuleError,
     read_manifest,
     watch,
 )
-from fpabee.runtime.artifact.folder import EnginesFolder
-from fpabee.runtime.artifact.manifest import with_operating_points
 from fpabee.runtime.backends.host import HostExecution
-from fpabee.runtime.watch import MOST_WAITING, RateTest, Watch
+from fpabee.runtime.watch import MOST_WAITING, RateTest, Watch, Watched
 
 from ..conftest import WORDS
-from ..doubles.device import install
-from .watching import count_changes, promising
+from ..doubles.calls import before, spoil_logits
+from .watching import EARLY, certify, count_changes, watched_by
 
-EARLY = Confidence(threshold=0.3)  # many rows stop at exit 1, and some of them change
 TEXTS = [" ".join(WORDS[n % 30 : n % 30 + 1 + n % 7]) for n in range(210)]
-
-
-@pytest.fixture
-def promised(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
-) -> Callable[..., Path]:
-    """A folder whose points promise at most some changed answers."""
-
-    def make(**settings: Any) -> Path:
-        if not any(isinstance(value, ExitRule) for value in settings.values()):
-            settings["early"] = EARLY
-        return promising(engine_copy(), set_points, **settings)
-
-    return make
 
 
 @pytest.fixture
@@ -56,6 +38,12 @@ def chooser(promised: Callable[..., Path]) -> Watch:
     folder = promised()
     manifest = read_manifest(folder)
     return Watch(manifest, manifest.default_target, 1.0, "early")
+
+
+def seen_by(chooser: Watch) -> Watched:
+    watched = chooser.watched("early")
+    assert watched is not None
+    return watched
 
 
 def test_no_bet_is_expected_to_gain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,8 +118,7 @@ def test_no_more_is_spent_than_may_be(
         answered += exits.sum()
         chooser.ran(exits)
         assert spent <= 0.01 * (answered + spent) + spare
-    watched = chooser.watched("early")
-    assert watched is not None
+    watched = seen_by(chooser)
     assert chosen == watched.rows
     if layers == [3]:
         assert chosen > 4000, "rows that use all layers cost nothing"
@@ -147,17 +134,13 @@ def test_results_count_in_the_order_of_arrival(chooser: Watch) -> None:
     assert second.stopped(1, other[0])
     assert not second.stopped(3, other[1])
     assert first.stopped(1, other[0])
-    watched = chooser.watched("early")
-    assert watched is not None
-    assert watched.rows == 0
+    assert seen_by(chooser).rows == 0
     first.lost()
-    watched = chooser.watched("early")
-    assert watched is not None
+    watched = seen_by(chooser)
     assert (watched.rows, watched.changed_answers) == (1, 1)
     assert not third.stopped(3, other[0])
     assert not third.stopped(3, other[1]), "it is done"
-    watched = chooser.watched("early")
-    assert watched is not None
+    watched = seen_by(chooser)
     assert (watched.rows, watched.changed_answers) == (2, 1)
 
 
@@ -165,32 +148,12 @@ def test_no_coin_is_tossed_while_many_rows_wait(chooser: Watch) -> None:
     chooser._pays = 1e9  # all rows are chosen
     rows = chooser.choose("early", MOST_WAITING)
     for row in rows:
-        assert chooser.watched("early").is_paused is False  # type: ignore[union-attr]
+        assert not seen_by(chooser).is_paused
         row.stopped(1, np.zeros(4, np.float32))
-    assert chooser.watched("early").is_paused  # type: ignore[union-attr]
+    assert seen_by(chooser).is_paused
     assert not any(chooser.choose("early", 100))
     rows[5].lost()
     assert all(chooser.choose("early", 1))
-
-
-PLACES = [(device, exit_0) for device in (False, True) for exit_0 in (False, True)]
-
-
-@pytest.fixture(params=PLACES, ids=lambda place: f"device {place[0]}, exit 0 {place[1]}")
-def watching(
-    request: pytest.FixtureRequest,
-    engine_copy: Callable[..., Path],
-    set_points: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Engine]:
-    """An engine that watches all rows, on the CPU or on a double of a device."""
-    on_device, exit_0 = request.param
-    folder = engine_copy(exit_0=exit_0)
-    rule = Confidence(threshold=0.5, exit_0_threshold=0.6 if exit_0 else None)
-    target = install(monkeypatch, folder).target if on_device else ""
-    promising(folder, set_points, target=target, early=rule)
-    with Engine.load(folder, target or None, watch=100.0) as engine:
-        yield engine
 
 
 def test_answers_stay_and_are_compared_with_full_depth(watching: Engine) -> None:
@@ -205,16 +168,14 @@ def test_answers_stay_and_are_compared_with_full_depth(watching: Engine) -> None
     assert [answer.labels for answer in found] == [answer.labels for answer in expected]
     assert watching.tally.rows == before.rows + len(TEXTS)
     assert len({answer.exit for answer in found}) > 2
-    watched = watching.watched
-    assert watched is not None
+    watched = watched_by(watching)
     changed = count_changes(found, full_depth)
     assert changed > 0
     assert (watched.rows, watched.changed_answers) == (len(TEXTS), changed)
     assert watched.estimate == changed / len(TEXTS)
     again = [*watching.stream(TEXTS)]
     assert [answer.exit for answer in again] == [answer.exit for answer in expected]
-    assert watching.watched is not None
-    assert watching.watched.rows == 2 * len(TEXTS)
+    assert watched_by(watching).rows == 2 * len(TEXTS)
     assert watch_of_engine is not None
     assert watch_of_engine._waiting == 0
 
@@ -231,10 +192,9 @@ def test_rows_with_wishes_of_their_own_are_not_watched(
         engine.predict(TEXTS, **asked)
         engine.trace(TEXTS)
         engine.warm_up()
-        assert engine.watched is not None
-        assert engine.watched.rows == 0
+        assert watched_by(engine).rows == 0
         engine.predict(TEXTS)
-        assert engine.watched.rows == len(TEXTS)
+        assert watched_by(engine).rows == len(TEXTS)
 
 
 def test_decisions_by_threshold_count(
@@ -246,14 +206,9 @@ def test_decisions_by_threshold_count(
         label = engine.labels[0]
         early = engine.predict(TEXTS)
         late = engine.predict(TEXTS, full_depth=True)
-    manifest = read_manifest(folder)
-    target = manifest.targets[manifest.default_target]
-    point = target.operating_points["early"]
-    assert point.certificate is not None
-    certificate = replace(point.certificate, label_thresholds={label: 0.3})
-    points = {"early": replace(point, certificate=certificate)}
-    changed = with_operating_points(target, points, "early")
-    EnginesFolder(folder, manifest).with_target(manifest.default_target, changed).write()
+    promises = (Promise(of="changed_answers", at_most=1.0, rows=300),)
+    flags = Certificate(confidence=95.0, promises=promises, label_thresholds={label: 0.3})
+    certify(folder, early=flags)
     flagged = [
         (answer.probabilities[0] > 0.3, full.probabilities[0] > 0.3)
         for answer, full in zip(early, late, strict=True)
@@ -262,52 +217,42 @@ def test_decisions_by_threshold_count(
     assert expected != count_changes(early, late)
     with Engine.load(folder, watch=100.0) as engine:
         engine.predict(TEXTS)
-        assert engine.watched is not None
-        assert engine.watched.changed_answers == expected
+        assert watched_by(engine).changed_answers == expected
 
 
 def test_a_point_at_full_depth_is_watched_for_nothing(promised: Callable[..., Path]) -> None:
     with Engine.load(promised(deep=Budget(exit=3)), watch=1.0) as engine:
         engine.core.watch._promises["deep"].mean_depth = 3.0  # type: ignore[union-attr]
         engine.predict(TEXTS)
-        watched = engine.watched
-        assert watched is not None
+        watched = watched_by(engine)
         assert (watched.rows, watched.changed_answers) == (len(TEXTS), 0)
         assert watched.row_share == 1
 
 
-def test_each_point_has_a_test_of_its_own(
-    promised: Callable[..., Path], set_points: Callable[..., None]
-) -> None:
+def test_each_point_has_a_test_of_its_own(promised: Callable[..., Path]) -> None:
     folder = promised(early=EARLY, deep=Budget(exit=2))
     with Engine.load(folder, watch=100.0) as engine:
         engine.predict(TEXTS)
-        assert engine.watched is not None
-        changed = engine.watched.changed_answers
+        changed = watched_by(engine).changed_answers
         engine.use("deep")
-        assert engine.watched.rows == 0
+        assert watched_by(engine).rows == 0
         engine.predict(TEXTS[:7])
-        assert (engine.watched.operating_point, engine.watched.rows) == ("deep", 7)
+        assert (watched_by(engine).operating_point, watched_by(engine).rows) == ("deep", 7)
         engine.use("early")
-        assert (engine.watched.rows, engine.watched.changed_answers) == (len(TEXTS), changed)
+        assert (watched_by(engine).rows, watched_by(engine).changed_answers) == (
+            len(TEXTS),
+            changed,
+        )
         assert engine.core.watch is not None
         tests = [promise.test for promise in engine.core.watch._promises.values()]
         assert [test._enough for test in tests] == [2 / watch.FALSE_ALARM] * 2
     with Engine.load(folder, watch=100.0) as again:
-        assert again.watched is not None
-        assert again.watched.rows == 0, "a new process begins anew"
+        assert watched_by(again).rows == 0, "a new process begins anew"
 
 
-def test_a_point_without_a_promise_is_used_and_not_watched(
-    promised: Callable[..., Path], set_points: Callable[..., None]
-) -> None:
-    folder = promised(early=EARLY)
-    manifest = read_manifest(folder)
-    target = manifest.targets[manifest.default_target]
-    early = target.operating_points["early"]
-    points = {"early": early, "plain": replace(early, certificate=None)}
-    changed = with_operating_points(target, points, "early")
-    EnginesFolder(folder, manifest).with_target(manifest.default_target, changed).write()
+def test_a_point_without_a_promise_is_used_and_not_watched(promised: Callable[..., Path]) -> None:
+    folder = promised(early=EARLY, plain=EARLY)
+    certify(folder, plain=None)
     with Engine.load(folder, watch=100.0) as engine:
         engine.use("plain")
         assert len(engine.predict(TEXTS)) == len(TEXTS)
@@ -324,8 +269,7 @@ def test_several_threads(promised: Callable[..., Path]) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        watched = engine.watched
-        assert watched is not None
+        watched = watched_by(engine)
         # While the rows of one thread wait, those of another are not chosen.
         parts = watched.rows / len(TEXTS)
         assert parts in (2, 3, 4, 5)
@@ -344,26 +288,23 @@ def test_lost_rows_do_not_hold_up_others(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """And answers that exist are given."""
-    enqueue = HostExecution.enqueue
 
-    def fails(execution: Any, hidden: Any, *_: Any) -> Any:
+    def fail(_: object, hidden: Any, *__: object) -> None:
         if part == "regroup" or hidden.segment == 2:
             raise BackendError("made up")
-        return enqueue(execution, hidden)
 
     with Engine.load(promised(early=rule), watch=100.0) as engine:
         with monkeypatch.context() as patch:
-            patch.setattr(HostExecution, part, fails)
+            before(patch, HostExecution, part, fail)
             if rule.exit == 2:
                 assert {answer.exit for answer in engine.predict(TEXTS)} == {2}
                 assert "watched rows" in caplog.text
             elif part == "enqueue":
                 with pytest.raises(BackendError, match="made up"):
                     engine.predict(TEXTS)
-        assert engine.watched is not None
-        assert engine.watched.rows == 0
+        assert watched_by(engine).rows == 0
         engine.predict(TEXTS[:9])
-        assert engine.watched.rows == 9
+        assert watched_by(engine).rows == 9
         assert engine.core.watch is not None
         assert engine.core.watch._waiting == 0
 
@@ -371,17 +312,10 @@ def test_lost_rows_do_not_hold_up_others(
 def test_rows_without_numbers_at_full_depth_are_answered_and_do_not_count(
     promised: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    enqueue = HostExecution.enqueue
-
-    def spoils(execution: Any, hidden: Any) -> Any:
-        logits = enqueue(execution, hidden)()
-        return lambda: logits * np.nan if hidden.segment == 3 else logits
-
     with Engine.load(promised(early=Budget(exit=2)), watch=100.0) as engine:
-        monkeypatch.setattr(HostExecution, "enqueue", spoils)
+        spoil_logits(monkeypatch, slice(None), at_exit=3)
         assert {answer.exit for answer in engine.predict(TEXTS)} == {2}
-        assert engine.watched is not None
-        assert engine.watched.rows == 0
+        assert watched_by(engine).rows == 0
         assert engine.core.watch is not None
         assert engine.core.watch._waiting == 0
 
@@ -390,12 +324,11 @@ def test_a_broken_promise_is_reported_once(
     promised: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     with Engine.load(promised(at_most=0.5, full_depth_changes=0.5), watch=100.0) as engine:
-        assert engine.watched is not None
-        assert engine.watched.permitted == pytest.approx(0.01)
+        assert watched_by(engine).permitted == pytest.approx(0.01)
         for _ in range(20):
             engine.predict(TEXTS)
-        assert engine.watched.is_broken
-        assert engine.watched.interval[0] > 0.01
+        assert watched_by(engine).is_broken
+        assert watched_by(engine).interval[0] > 0.01
         (line,) = caplog.messages
         assert "promise" in line
 

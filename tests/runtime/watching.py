@@ -7,9 +7,20 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from fpabee.runtime import Certificate, ExitRule, Prediction, Promise, read_manifest
+from fpabee.runtime import (
+    Certificate,
+    Confidence,
+    Engine,
+    ExitRule,
+    Prediction,
+    Promise,
+    read_manifest,
+)
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import with_operating_points
+from fpabee.runtime.watch import Watched
+
+EARLY = Confidence(threshold=0.3)  # many rows stop at exit 1, and some of them change
 
 
 def promising(
@@ -23,21 +34,32 @@ def promising(
 ) -> Path:
     """Gives a folder operating points with this promise; the first one is the default."""
     set_points(folder, target=target, default=next(iter(rules)), **rules)
+    promise = Promise(of=of, at_most=at_most, rows=300)
+    certificate = Certificate(
+        confidence=95.0, promises=(promise,), full_depth_changes=full_depth_changes
+    )
+    certify(folder, target, **dict.fromkeys(rules, certificate))
+    return folder
+
+
+def certify(folder: Path, target: str = "", **certificates: Certificate | None) -> None:
+    """Replaces the certificates of a target's operating points, which are given by name."""
     manifest = read_manifest(folder)
     name = target or manifest.default_target
     before = manifest.targets[name]
-    certificate = Certificate(
-        confidence=95.0,
-        promises=(Promise(of=of, at_most=at_most, rows=300),),
-        full_depth_changes=full_depth_changes,
-    )
     points = {
-        point: replace(each, certificate=certificate)
+        point: replace(each, certificate=certificates.get(point, each.certificate))
         for point, each in before.operating_points.items()
     }
     changed = with_operating_points(before, points, before.default_operating_point)
     EnginesFolder(folder, manifest).with_target(name, changed).write()
-    return folder
+
+
+def watched_by(engine: Engine) -> Watched:
+    """What an engine has seen of the promise of its operating point."""
+    watched = engine.watched
+    assert watched is not None
+    return watched
 
 
 def count_changes(answers: Sequence[Prediction], full_depth: Sequence[Prediction]) -> int:

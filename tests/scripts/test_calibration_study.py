@@ -6,7 +6,8 @@ from pathlib import Path
 
 import calibration_study
 import pytest
-from click.testing import CliRunner
+
+from ..programs import printed
 
 
 def test_a_study_resumes_and_writes_its_tables(
@@ -19,9 +20,7 @@ def test_a_study_resumes_and_writes_its_tables(
     for name in names:
         command += ["--population", name]
     for repeats in (1, 2):
-        words = [*map(str, command), "--repeats", str(repeats)]
-        result = CliRunner().invoke(calibration_study.main, words)
-        assert result.exit_code == 0, result.output
+        printed(calibration_study.main, *command, "--repeats", repeats)
         lines = [
             line.split("|")[1:-1] for line in (tmp_path / "tables.md").read_text().splitlines()
         ]

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
-import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import descriptions
 import pytest
-from click.testing import CliRunner
 
 from fpabee.runtime.files import read_rows
+
+from ..programs import printed
 
 LONG = "word " * 58 + "end"
 
 
 def test_each_source_package_is_one_row_of_one_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve_archive: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packages = [
         f"Package: p{n}\nSource: s{n // 2} (1.{n})\nSection: python\nDescription-md5: m{n // 2}"
@@ -27,15 +27,9 @@ def test_each_source_package_is_one_row_of_one_part(
     packages += ["Package: short\nSection: python\nDescription-md5: short", ""]
     texts = [f"Description-md5: m{n}\nDescription-en: of {n}\n {LONG}\n .\n" for n in range(100)]
     texts += ["Package: short\nDescription-md5: short\nDescription-en: three words only\n"]
-    index = {"Packages.xz": "\n\n".join(packages), "Translation-en.xz": "\n".join(texts)}
-
-    def answer(url: str, timeout: float) -> io.BytesIO:
-        return io.BytesIO(lzma.compress(index[url.rsplit("/", 1)[1]].encode()))
-
-    monkeypatch.setattr(descriptions, "urlopen", answer)
+    serve_archive(packages, texts)
     monkeypatch.setattr(descriptions, "SECTIONS", 1)
-    result = CliRunner().invoke(descriptions.main, [str(tmp_path)])
-    assert result.exit_code == 0, result.output
+    printed(descriptions.main, tmp_path)
     parts = {
         part: [row.content for row in read_rows(tmp_path / "descriptions" / f"{part}.jsonl.gz")]
         for part in ("train", "dev", "test")

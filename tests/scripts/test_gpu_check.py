@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,7 +18,6 @@ import gpu_check
 import msgspec
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from one_graph import write_one_graph
 
 from fpabee.exporter.single_file import pack, plan
@@ -35,6 +33,7 @@ from fpabee.runtime.machine import CudaDevice
 from ..conftest import WORDS
 from ..doubles.device import GPU, Double, serve
 from ..doubles.tensorrt import Plan
+from ..programs import invoke, printed, python
 
 ROOT = Path(__file__).parents[2]
 Check = Callable[..., tuple[int, str]]
@@ -67,7 +66,7 @@ def check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Check]:
     def check(**seconds: float) -> tuple[int, str]:
         monkeypatch.setattr(gpu_check, "PARTS", seconds)
         options = ["--output", str(tmp_path), "--seconds", str(sum(seconds.values()))]
-        done = CliRunner().invoke(gpu_check.main, options)
+        done = invoke(gpu_check.main, *options)
         return done.exit_code, done.output
 
     handler = signal.getsignal(signal.SIGTERM)
@@ -210,9 +209,8 @@ def packed_in(models: Path, content: bytes) -> Plan | None:
 
 def found(output: Path, part: str) -> list[list[str]]:
     """What a part finds in this process."""
-    options = ["--output", str(output), "--part", part]
-    done = CliRunner().invoke(gpu_check.main, options, catch_exceptions=False)
-    return [json.loads(line) for line in done.output.splitlines()]
+    lines = printed(gpu_check.main, "--output", output, "--part", part).splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def build_and_measure(output: Path, library: str) -> None:
@@ -253,16 +251,13 @@ def test_a_library_is_measured_and_judged(output: Path) -> None:
     build_and_measure(output, "tensorrt")
 
 
+@pytest.mark.usefixtures("rtx")
 def test_only_the_part_that_makes_the_model_needs_pytorch(output: Path) -> None:
-    for package in ("tensorrt_rtx", "polygraphy"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
     for package in ("torch", "transformers"):
         (output / f"{package}.py").write_text(f"raise ImportError('there is no {package}')")
     script = f"import {__name__} as t; t.build_and_measure(t.Path({str(output)!r}), 'tensorrt-rtx')"
     path = os.pathsep.join([str(output), *sys.path])
-    subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, check=True
-    )
+    python(script, cwd=ROOT, env=os.environ | {"PYTHONPATH": path})
 
 
 def test_a_plan_runs_with_any_settings_and_is_freed_in_order(

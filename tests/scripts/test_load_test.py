@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import load_test
 import pytest
-from click.testing import CliRunner
+
+from ..programs import printed, write_lines
 
 
 @pytest.fixture
@@ -22,9 +22,7 @@ def texts(tmp_path: Path) -> str:
 
 def _rows(server: str, texts: str, *options: str) -> list[list[str]]:
     command = [server, "--input", texts, "--rate", "30", "--seconds", "0.4", *options]
-    result = CliRunner().invoke(load_test.main, command)
-    assert result.exit_code == 0, result.output
-    lines = result.stdout.splitlines()[2:]
+    lines = printed(load_test.main, *command).splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -44,8 +42,8 @@ def test_queries_are_counted_beside_others(
     ranking_engines: Mapping[str, Path], tmp_path: Path
 ) -> None:
     for name, count in (("small", 2), ("large", 40)):
-        line = json.dumps({"query": "rain", "documents": ["the sun " * 20] * count})
-        (tmp_path / f"{name}.jsonl").write_text(f"{line}\n{line}\n")
+        query = {"query": "rain", "documents": ["the sun " * 20] * count}
+        write_lines(tmp_path / f"{name}.jsonl", [query] * 2)
     options = ["--queries", "--beside", str(tmp_path / "large.jsonl")]
     folder = str(ranking_engines["bert"])
     ((_, _, sent, errors, *_, exits),) = _rows(folder, str(tmp_path / "small.jsonl"), *options)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
-import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import descriptions
 import package_queries
-import pytest
-from click.testing import CliRunner
+
+from ..programs import printed
 
 
 def test_queries_find_their_own_descriptions_among_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    serve_archive: Callable[..., None], tmp_path: Path
 ) -> None:
     filling = " ".join(f"filling{n}" for n in range(20))
     packages = [
@@ -35,15 +33,8 @@ def test_queries_find_their_own_descriptions_among_all(
         f"Description-md5: copy\nDescription-en: of the same text\n {filling} synopsis98\n",
         "Description-md5: short\nDescription-en: short\n synopsis0\n",
     ]
-    index = {"Packages.xz": "\n\n".join(packages), "Translation-en.xz": "\n".join(texts)}
-
-    def answer(url: str, timeout: float) -> io.BytesIO:
-        return io.BytesIO(lzma.compress(index[url.rsplit("/", 1)[1]].encode()))
-
-    monkeypatch.setattr(descriptions, "urlopen", answer)
-    result = CliRunner().invoke(package_queries.main, [str(tmp_path)])
-    assert result.exit_code == 0, result.output
-    assert "100 descriptions" in result.output
+    serve_archive(packages, texts)
+    assert "100 descriptions" in printed(package_queries.main, tmp_path)
     rows: list[dict[str, Any]] = []
     for part in package_queries.PARTS:
         with gzip.open(tmp_path / "packages" / f"{part}.jsonl.gz", "rt") as file:

@@ -14,10 +14,11 @@ import picture
 import pytest
 import reproduce
 import systems
-from click.testing import CliRunner
 from systems import System
 
 from fpabee.runtime import Budget, Engine, Pabee
+
+from ..programs import invoke, printed
 
 TEXTS = ["turn on the light", "is it not a good film", "book a table", "play music"]
 MEASURED: dict[str, Any] = {
@@ -105,12 +106,11 @@ def test_rounds_are_kept_and_what_failed_is_listed_and_tried_again(
     command += ["--results", str(results), "--rounds"]
 
     def table(rounds: int, *options: str) -> str:
-        result = CliRunner().invoke(peers.main, [*command, str(rounds), *options])
-        assert result.exit_code == 0, result.output
+        printed(peers.main, *command, rounds, *options)
         return results.with_suffix(".md").read_text()
 
     def refusal(rounds: int) -> str:
-        result = CliRunner().invoke(peers.main, [*command, str(rounds)])
+        result = invoke(peers.main, *command, rounds)
         assert result.exit_code == 1
         return result.stderr
 
@@ -141,8 +141,7 @@ def test_rounds_are_kept_and_what_failed_is_listed_and_tried_again(
 
 def test_the_picture_names_every_point(tmp_path: Path) -> None:
     results = reproduce.RESULTS / "peers.json"
-    drawn = CliRunner().invoke(picture.main, [str(results), str(tmp_path / "assets")])
-    assert drawn.exit_code == 0, drawn.output
+    printed(picture.main, results, tmp_path / "assets")
     names = {label for label, _ in (picture.OWN | picture.CONVERTED | picture.OTHERS).values()}
     for theme in picture.THEMES:
         text = (tmp_path / "assets" / f"score-{theme}.svg").read_text(encoding="utf-8")

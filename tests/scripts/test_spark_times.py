@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import spark_times
-from click.testing import CliRunner
 from pyarrow import dataset
+
+from ..programs import invoke, printed
 
 # Like the example, but all texts stop at exit 2 with exits, and at exit 1 of the plain graph.
 DOUBLE = f"""#!{sys.executable}
@@ -35,15 +36,14 @@ def test_the_table_has_both_numbers_of_processes(
     submit.chmod(0o755)
     texts = tmp_path / "texts.txt"
     texts.write_text("turn on the light\nplay music\n")
-    options = ["--input", str(texts), "--spark", str(tmp_path), "--rows", "21", "--rounds", "2"]
-    result = CliRunner().invoke(spark_times.main, [str(engines["bert"]), *options])
-    assert result.exit_code == 0, result.output
-    lines = [line.split("|")[1:-1] for line in result.stdout.splitlines() if line.startswith("|")]
+    options = ["--input", texts, "--spark", tmp_path, "--rows", 21, "--rounds", 2]
+    output = printed(spark_times.main, engines["bert"], *options)
+    lines = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("|")]
     assert [line[0].strip() for line in lines] == ["processes", "---", "1", "2"]
-    assert "21 texts, whose mean depth is 2.00 of 3 layers; onnxruntime-fp32" in result.stdout
+    assert "21 texts, whose mean depth is 2.00 of 3 layers; onnxruntime-fp32" in output
 
     submit.write_text(f"#!{sys.executable}\nraise SystemExit('no Java here')\n")
-    result = CliRunner().invoke(spark_times.main, [str(engines["bert"]), *options])
+    result = invoke(spark_times.main, engines["bert"], *options)
     assert result.exit_code == 1
     assert "no Java here" in result.output
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import watch_study
 import watch_traffic
-from click.testing import CliRunner
 
 from fpabee.runtime import Budget
 
+from ..programs import printed
 from ..runtime.serving.test_serve import served
 from ..runtime.watching import promising
 
@@ -38,8 +38,6 @@ def test_traffic(
     arguments: list[Any] = ["--usual", usual, "--new", usual, "--texts", 300]
     with served(folder, "--watch", "50", "--threads", "1") as (_, port):
         server = f"http://127.0.0.1:{port}"
-        done = CliRunner().invoke(watch_traffic.main, [server, *map(str, arguments)])
-    assert done.exit_code == 0, done.output
-    *_, first, second = done.output.splitlines()
+        *_, first, second = printed(watch_traffic.main, server, *arguments).splitlines()
     assert first.startswith("| usual | 304 |")
     assert second.startswith("| new | ")

@@ -25,13 +25,18 @@ from fpabee.exporter.convert import (
     classification,
     convert,
     heads,
+    ranking,
     workflow,
 )
+from fpabee.exporter.convert.classifier import Classifier
+from fpabee.exporter.targets.builders import BUILDERS, INT8_TARGETS, OPENVINO_TARGETS
 from fpabee.exporter.training import bag_of_ngrams
 from fpabee.runtime.artifact.manifest import ProblemType
 
 from ...conftest import WORDS, MadeOnce
 from ...doubles.hub import serve
+from ...programs import spy, write_lines
+from ..conftest import require
 
 SINGLE = ProblemType.SINGLE_LABEL
 MULTI = ProblemType.MULTI_LABEL
@@ -90,6 +95,12 @@ def make(tiny_models: Mapping[str, Path], tmp_path: Path) -> Callable[..., Path]
         return save(model, source, tmp_path / "classifier")
 
     return make
+
+
+@pytest.fixture
+def classifier(make: Callable[..., Path]) -> Classifier:
+    """A BERT classifier with random weights."""
+    return Classifier(make("bert"))
 
 
 TEXTS = tuple(
@@ -173,18 +184,14 @@ def reranker(tiny_models: Mapping[str, Path], shared_root: Path) -> Path:
 @pytest.fixture(scope="session")
 def queries(shared_root: Path) -> Path:
     """A file of some hundred distinct queries, of which every tenth is there twice."""
-    path = shared_root / "queries.jsonl"
-    path.write_text("\n".join(map(json.dumps, [*QUERIES, *QUERIES[::10]])))
-    return path
+    return write_lines(shared_root / "queries.jsonl", [*QUERIES, *QUERIES[::10]])
 
 
 @pytest.fixture(scope="session")
 def texts(shared_root: Path) -> Path:
     """A file of some hundred distinct texts, of which every fifth is there twice; all say yes."""
-    path = shared_root / "texts.jsonl"
-    rows = [json.dumps({"text": text, "label": "yes"}) for text in (*TEXTS, *TEXTS[::5])]
-    path.write_text("\n".join(rows))
-    return path
+    rows = [{"text": text, "label": "yes"} for text in (*TEXTS, *TEXTS[::5])]
+    return write_lines(shared_root / "texts.jsonl", rows)
 
 
 def quickly(patch: pytest.MonkeyPatch) -> None:
@@ -201,6 +208,19 @@ def quickly(patch: pytest.MonkeyPatch) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """See `quickly`."""
     quickly(monkeypatch)
+
+
+INT8 = INT8_TARGETS[0]
+
+
+@pytest.fixture
+def with_int8(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversions quantize for ONNX Runtime; a tiny random model has no robust answers."""
+    pytest.importorskip("nncf")
+    if BUILDERS[INT8].why_not() is not None:
+        pytest.skip("this CPU cannot run int8")
+    require(monkeypatch, 0.0)
+    monkeypatch.setattr(workflow, "buildable", {INT8_TARGETS: [INT8], OPENVINO_TARGETS: []}.get)
 
 
 # With so many changes allowed, some hundred texts certify something.
@@ -226,11 +246,28 @@ def convert_here(
 
 @dataclass
 class Converted:
-    """A conversion, and the arguments of what it called."""
+    """A conversion, and how it called some functions, by their names."""
 
     folder: Path
     result: Conversion
     calls: dict[str, Any]
+
+
+def convert_and_note(model: object, file: Path, folder: Path, options: ConvertOptions) -> Converted:
+    """Convert a model quickly, and note how functions that both kinds need were called."""
+    with pytest.MonkeyPatch.context() as patch:
+        quickly(patch)
+        noted = {
+            name: spy(patch, module, name)
+            for module, names in (
+                (workflow, "choose_exits train_heads _too_few"),
+                (classification, "learn calibrate"),
+                (ranking, "calibrate_ranking"),
+            )
+            for name in names.split()
+        }
+        result = convert(str(model), file, folder, options)
+    return Converted(folder, result, {name: each.call_args for name, each in noted.items()})
 
 
 @pytest.fixture(scope="session")
@@ -238,26 +275,9 @@ def converted(
     telling: Mapping[str, Path], texts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Converted:
     """A conversion of the classifier with one label for each text, from a hub. Read-only."""
-    calls: dict[str, Any] = {}
-
-    def noting(name: str, function: Any) -> Any:
-        def call(*given: Any, **named: Any) -> Any:
-            calls[name] = (*given, named) if named else given
-            return function(*given, **named)
-
-        return call
-
     folder = tmp_path_factory.mktemp("converted") / "engines"
-    with pytest.MonkeyPatch.context() as patch:
-        quickly(patch)
-        for module, names in (
-            (workflow, "choose_exits train_heads"),
-            (classification, "learn calibrate"),
-        ):
-            for name in names.split():
-                patch.setattr(module, name, noting(name, getattr(module, name)))
-        with serve(folder.parent / "cache") as hub:
-            hub.add("owner/name", telling[SINGLE.value])
-            result = convert("owner/name", texts, folder, OPTIONS)
-        shutil.rmtree(folder.parent / "cache")
-    return Converted(folder, result, calls)
+    with serve(folder.parent / "cache") as hub:
+        hub.add("owner/name", telling[SINGLE.value])
+        made = convert_and_note("owner/name", texts, folder, OPTIONS)
+    shutil.rmtree(folder.parent / "cache")
+    return made

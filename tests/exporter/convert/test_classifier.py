@@ -57,9 +57,8 @@ def test_the_last_exit_gives_the_logits_of_the_classifier(
 
 @pytest.mark.parametrize(("share", "refused"), [(1e-5, False), (1e-3, True)])
 def test_a_head_may_round_in_proportion_to_its_logits(
-    share: float, refused: bool, make: Make
+    share: float, refused: bool, classifier: Classifier
 ) -> None:
-    classifier = Classifier(make("bert"))
     last = classifier.model.classifier
     (ids, mask) = batch()
     with torch.no_grad():

@@ -5,16 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from importlib import util
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from safetensors import SafetensorError
 
 from fpabee.calibration import Bound
@@ -34,6 +33,7 @@ from fpabee.runtime.artifact.manifest import ProblemType, Task
 from fpabee.runtime.artifact.operating_point import Certificate, Promise
 from fpabee.runtime.tasks import task_of
 
+from ...programs import invoke
 from .conftest import RANKING, SINGLE
 
 CERTIFICATE = Certificate(
@@ -46,8 +46,7 @@ CERTIFICATE = Certificate(
 )
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(part) for part in arguments])
+run = partial(invoke, main)
 
 
 def certified(target: str, certificate: Certificate | None, depth: float) -> Calibration:
@@ -295,42 +294,7 @@ def test_wrong_promises_are_wrong_usage(arguments: str, message: str) -> None:
     assert result.stderr.count("\n") == 1
 
 
-def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
-    telling: Mapping[str, Path], texts: Path, tmp_path: Path
-) -> None:
-    """A classifier without a fast tokenizer."""
-    folder = Path(shutil.copytree(telling[SINGLE.value], tmp_path / "model"))
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
-    result = run(folder, texts, "-o", tmp_path / "out", "--changed", "10", "--quiet")
-    assert result.exit_code == 1, result.output
-    assert "tokenizer" in result.stderr
-    assert " -> " in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_an_adapter_needs_a_package(
-    telling: Mapping[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)  # here may be an engines folder
-    find = util.find_spec
-    monkeypatch.setattr(util, "find_spec", lambda name: None if name == "peft" else find(name))
-    result = run(telling[SINGLE.value], texts, "--adapter", "lora", "--quiet")
-    assert result.exit_code == 1
-    assert "pip install peft" in result.stderr
-
-
 NO_SPACE = "No space left on device (os error 28)"
-
-
-def full(error: Exception) -> Callable[..., None]:
-    """A function that fails as on a full disk."""
-
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    return fail
 
 
 @pytest.mark.parametrize(
@@ -355,7 +319,7 @@ def test_a_full_disk_keeps_the_finished_steps(
     error.__cause__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     given = telling[SINGLE.value], texts, "-o", tmp_path / "out", "--changed", "10"
     with monkeypatch.context() as patch:
-        patch.setattr(write, full(error))
+        patch.setattr(write, Mock(side_effect=error))
         result = run(*given, "--quiet")
     assert result.exit_code == 1, result.output
     assert "No space left on device" in result.stderr

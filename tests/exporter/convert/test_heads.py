@@ -66,8 +66,7 @@ def judge(lesson: Lesson) -> Callable[[NDArray[np.float32], NDArray[np.float64]]
     return judged
 
 
-def test_heads_that_attend_learn_which_token_counts(make: Make, quick: None) -> None:
-    classifier = Classifier(make("bert"))
+def test_heads_that_attend_learn_which_token_counts(classifier: Classifier, quick: None) -> None:
     states, lesson = made_up(900)
     chosen = choose_exits(classifier, states, lesson, 600, judge(lesson), silent)
     assert chosen.form.queries > 0
@@ -76,8 +75,9 @@ def test_heads_that_attend_learn_which_token_counts(make: Make, quick: None) -> 
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_the_exits_that_save_more_are_chosen(every: int, make: Make, quick: None) -> None:
-    classifier = Classifier(make("bert"))
+def test_the_exits_that_save_more_are_chosen(
+    every: int, classifier: Classifier, quick: None
+) -> None:
     states, lesson = made_up(60)
     counts = {1: 2, 2: 1}  # of three layers
 
@@ -88,9 +88,8 @@ def test_the_exits_that_save_more_are_chosen(every: int, make: Make, quick: None
 
 
 def test_heads_have_as_many_queries_as_they_may_cost(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    classifier: Classifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    classifier = Classifier(make("bert"))
     width = attending_width(32)
     forms = [Form(Pooling.ATTENTION, width, 4), Form(Pooling.ATTENTION, width, 1)]
     costs = [cost_of_heads(form, classifier) for form in forms]
@@ -116,8 +115,7 @@ FORMS = [Form(Pooling.BOTH), Form(Pooling.MEAN, 8), Form(Pooling.ATTENTION, 8, 3
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_stored_heads_give_the_same_logits(form: Form, make: Make, quick: None) -> None:
-    classifier = Classifier(make("bert"))
+def test_stored_heads_give_the_same_logits(form: Form, classifier: Classifier, quick: None) -> None:
     states, lesson = made_up(200)
     seen: list[tuple[int, int]] = []
     heads = train_heads(
@@ -144,9 +142,10 @@ def test_stored_heads_give_the_same_logits(form: Form, make: Make, quick: None) 
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_state_that_hardly_varies_costs_no_precision(form: Form, make: Make, quick: None) -> None:
+def test_a_state_that_hardly_varies_costs_no_precision(
+    form: Form, classifier: Classifier, quick: None
+) -> None:
     """The first token after an early layer of MPNet: a mean 11,000 times its deviation."""
-    classifier = Classifier(make("bert"))
     states, lesson = made_up(200)
     states.tokens[:, :, 5:9] = 1 + 1e-4 * states.tokens[:, :, 5:9]
     heads = train_heads(form, classifier, states, lesson, 200)
@@ -162,9 +161,8 @@ def test_a_state_that_hardly_varies_costs_no_precision(form: Form, make: Make, q
 
 @pytest.mark.parametrize("form", FORMS)
 def test_heads_give_logits_though_they_learn_standardised_ones(
-    form: Form, make: Make, quick: None
+    form: Form, classifier: Classifier, quick: None
 ) -> None:
-    classifier = Classifier(make("bert"))
     states, lesson = made_up(200)
     shifted = replace(lesson, mean=-7.0, deviation=3.0)
     numbers = np.arange(200)
@@ -175,8 +173,7 @@ def test_heads_give_logits_though_they_learn_standardised_ones(
     assert_exported(found, 3 * plain - 7)
 
 
-def test_rows_that_weigh_nothing_teach_nothing(make: Make, quick: None) -> None:
-    classifier = Classifier(make("bert"))
+def test_rows_that_weigh_nothing_teach_nothing(classifier: Classifier, quick: None) -> None:
     states, lesson = made_up(200)
     first = torch.arange(200) < 100
     other = replace(

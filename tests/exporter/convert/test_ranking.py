@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from importlib import util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,70 +19,47 @@ from sklearn.linear_model import LinearRegression
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fpabee.calibration import Bound, calibrate
-from fpabee.calibration.ranking import Queries, _times, calibrate_ranking
+from fpabee.calibration.ranking import Queries, _times
 from fpabee.exporter import export
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.convert import Conversion, ConvertOptions, convert, ranking, states, workflow
 from fpabee.exporter.convert.classification import Classification
-from fpabee.exporter.convert.heads import Lesson, train_heads
 from fpabee.exporter.convert.ranking import Ranking
 from fpabee.exporter.single_file import pack
-from fpabee.exporter.targets import build_targets
-from fpabee.exporter.targets.builders import BUILDERS, INT8_TARGETS, OPENVINO_TARGETS
 from fpabee.exporter.training.options import TrainOptions
 from fpabee.runtime import Activation, Budget, Engine, ExitRule, ReadOptions, TopK
 from fpabee.runtime.artifact.folder import read_manifest
 from fpabee.runtime.artifact.manifest import ProblemType, Task
-from fpabee.runtime.check import REQUIREMENTS
 from fpabee.runtime.errors import InputError, RowError
+from fpabee.runtime.files import Row
 from fpabee.runtime.first_stage import features
 
 from ...closeness import assert_exported
-from .conftest import QUERIES, make_reranker, quickly
+from ...programs import spy, write_lines
+from .conftest import INT8, QUERIES, Converted, convert_and_note, make_reranker, quickly
 
 TOP = 2
-INT8 = INT8_TARGETS[0]
 OPTIONS = ConvertOptions(bound=Bound(changed_answers=0.1), top=TOP)
 TASK = Task(problem_type=ProblemType.RANKING, labels=("score",))
-
-
-@dataclass
-class Converted:
-    """A conversion, the queries that certified and were reported on, and what heads learnt."""
-
-    folder: Path
-    result: Conversion
-    certifying: Queries
-    report: Queries
-    lesson: Lesson
-    taught: NDArray[np.intp]
-    job: Ranking
 
 
 @pytest.fixture(scope="module")
 def converted(reranker: Path, queries: Path, tmp_path_factory: pytest.TempPathFactory) -> Converted:
     """A conversion of the reranker. Read-only."""
-    calls: dict[str, Any] = {}
-
-    def noting(name: str, function: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            calls[name] = arguments
-            return function(*arguments)
-
-        return call
-
     folder = tmp_path_factory.mktemp("converted") / "engines"
-    with pytest.MonkeyPatch.context() as patch:
-        quickly(patch)
-        patch.setattr(workflow, "train_heads", noting("heads", train_heads))
-        patch.setattr(workflow, "_too_few", noting("job", workflow._too_few))
-        certify = noting("certify", calibrate_ranking)
-        patch.setattr(ranking, "calibrate_ranking", certify)
-        result = convert(reranker, queries, folder, OPTIONS)
-    states, lesson = calls["heads"][2:4]
-    certifying, report = calls["certify"][2:4]
-    (job,) = calls["job"]
-    return Converted(folder, result, certifying, report, lesson, states.rows, job)
+    return convert_and_note(reranker, queries, folder, OPTIONS)
+
+
+def queries_of(converted: Converted) -> tuple[Queries, Queries]:
+    """The queries that certified, and those that were reported on."""
+    certifying, report = converted.calls["calibrate_ranking"].args[2:4]
+    return certifying, report
+
+
+def taught_of(converted: Converted) -> list[Row]:
+    """The query and the document of each row that taught the heads."""
+    (job,) = converted.calls["_too_few"].args
+    return [job.rows[number] for number in converted.calls["train_heads"].args[2].rows]
 
 
 def scores_of(reranker: Path, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float32]:
@@ -100,11 +75,10 @@ def scores_of(reranker: Path, pairs: Sequence[tuple[str, str]]) -> NDArray[np.fl
 def test_a_reranker_whose_scores_hardly_differ_is_named(queries: Path) -> None:
     """Rounding alone changes the best documents of more queries than may change."""
     spread = np.random.default_rng(0).normal(size=(9 * 320, 1)).astype(np.float32)
-    task = Task(problem_type=ProblemType.RANKING, labels=("score",))
     warnings = []
     for scale in (1e-5, 1.0):
         job = Ranking(queries, OPTIONS)
-        job.check_possible(task, 3 + scale * spread[: len(job.rows)])
+        job.check_possible(TASK, 3 + scale * spread[: len(job.rows)])
         warnings.append(" ".join(job.warnings))
     assert "the ranking is not stable to begin with: in " in warnings[0]
     assert "not stable" not in warnings[1]
@@ -114,26 +88,26 @@ def test_queries_are_dealt_with_all_their_documents(converted: Converted) -> Non
     parts = converted.result.parts
     assert sum(parts) == converted.result.texts == len(QUERIES)
     assert converted.result.rows == len(QUERIES) + len(QUERIES[::10])
-    certified = {query.text for query in converted.certifying.queries}
-    reported = {query.text for query in converted.report.queries}
-    rows = converted.job.rows
-    taught = {rows[number].text for number in converted.taught}
+    certifying, report = queries_of(converted)
+    certified = {query.text for query in certifying.queries}
+    reported = {query.text for query in report.queries}
+    rows = taught_of(converted)
+    taught = {row.text for row in rows}
     assert certified.isdisjoint(taught)
     assert reported.isdisjoint(taught | certified)
     assert [len(certified), len(reported)] == [*parts[2:]]
     assert len(taught) == parts[0] + parts[1]
     documents = {query["query"]: query["documents"] for query in QUERIES}
-    for query in converted.certifying.queries:
+    for query in certifying.queries:
         assert list(query.documents) == documents[query.text]
-    pairs = [(rows[number].text, rows[number].text_pair) for number in converted.taught]
-    assert len(pairs) == sum(len(documents[text]) for text in taught)
+    assert len(rows) == sum(len(documents[text]) for text in taught)
 
 
 def test_heads_learn_the_logits_and_the_best_documents_count_more(
     converted: Converted, reranker: Path
 ) -> None:
-    lesson = converted.lesson
-    rows = [converted.job.rows[number] for number in converted.taught[:40]]
+    lesson = converted.calls["train_heads"].args[3]
+    rows = taught_of(converted)[:40]
     expected = scores_of(reranker, [(row.text, row.text_pair or "") for row in rows])
     assert_exported(lesson.targets[:40] * lesson.deviation + lesson.mean, expected[:, None])
     first = [number for number, row in enumerate(rows) if row.text == rows[0].text]
@@ -157,9 +131,10 @@ def test_the_result_is_what_the_engine_does(converted: Converted, reranker: Path
     assert manifest.task == TASK
     assert ExitRule.from_dict(manifest.default_rule) == Budget(exit=manifest.exits[-1])
     changed = 0
+    _, report = queries_of(converted)
     with Engine.load(converted.folder) as engine:
         assert engine.operating_point == point.name == "changed-10"
-        for query in converted.report.queries:
+        for query in report.queries:
             found = engine.rank(query.text, query.documents)
             logits = scores_of(reranker, query.pairs)
             assert len(found) == min(TOP, len(query.documents))
@@ -168,39 +143,25 @@ def test_the_result_is_what_the_engine_does(converted: Converted, reranker: Path
             expected = 1 / (1 + np.exp(-logits[[each.index for each in found]]))
             assert_exported([each.score for each in found], expected)
     assert changed == point.held_out.changed
-    assert point.held_out.queries == len(converted.report.queries)
+    assert point.held_out.queries == len(report.queries)
 
 
-@pytest.mark.skipif(util.find_spec("nncf") is None, reason="it needs NNCF")
+@pytest.mark.usefixtures("with_int8")
 def test_int8_is_certified_as_well(
     converted: Converted,
     reranker: Path,
     queries: Path,
-    tmp_path: Path,
+    convert_here: Callable[..., Conversion],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its ranges come from the pairs of queries that train."""
-    if BUILDERS[INT8].why_not() is not None:
-        pytest.skip("this CPU cannot run int8")
-    asked: list[Any] = []
-
-    def noting(folder: Path, names: list[str], texts: list[Any], **others: Any) -> Any:
-        asked.extend(texts)
-        return build_targets(folder, names, texts, **others)
-
-    quickly(monkeypatch)
-    # A tiny random model has no robust answers.
-    required = replace(REQUIREMENTS["int8"], labels=0.0)
-    monkeypatch.setitem(REQUIREMENTS, "int8", required)
-    monkeypatch.setattr(workflow, "buildable", {INT8_TARGETS: [INT8], OPENVINO_TARGETS: []}.get)
-    monkeypatch.setattr(workflow, "build_targets", noting)
-    options = replace(OPTIONS, int8=True)
-    result = convert(reranker, queries, tmp_path / "engines", options)
+    build = spy(monkeypatch, workflow, "build_targets")
+    result = convert_here(replace(OPTIONS, int8=True), file=queries, model=reranker)
     assert [point.target for point in result.rankings] == ["onnxruntime-fp32", INT8]
     quantized = result.rankings[1]
     assert (quantized.certificate is None) == bool(quantized.refusal)
-    taught = {converted.job.rows[number].text for number in converted.taught}
-    assert {query for query, _ in asked} == taught
+    pairs = [pair for call in build.call_args_list for pair in call.args[2]]
+    assert {query for query, _ in pairs} == {row.text for row in taught_of(converted)}
 
 
 def test_the_order_at_full_depth_is_that_of_sentence_transformers(
@@ -220,8 +181,7 @@ def test_the_order_at_full_depth_is_that_of_sentence_transformers(
 
 def test_a_model_dir_keeps_the_activation(tiny_models: Any, tmp_path: Path, quick: None) -> None:
     source = make_reranker(tiny_models["bert"], tmp_path / "reranker", identity=True)
-    file = tmp_path / "queries.jsonl"
-    file.write_text("\n".join(map(json.dumps, QUERIES)))
+    file = write(tmp_path, QUERIES)
     kept: list[Path] = []
 
     def progress(what: str, *_: int) -> None:
@@ -247,11 +207,8 @@ def test_train_queries_train_and_those_that_certify_are_left_out(
     reranker: Path, tmp_path: Path
 ) -> None:
     texts, others = QUERIES[:150], QUERIES[140:]
-    files = []
-    for name, some in (("queries.jsonl", texts), ("others.jsonl", others)):
-        files.append(tmp_path / name)
-        files[-1].write_text("\n".join(map(json.dumps, some)))
-    job = Ranking(files[0], replace(OPTIONS, train_texts=files[1]))
+    train_texts = write_lines(tmp_path / "others.jsonl", others)
+    job = Ranking(write(tmp_path, texts), replace(OPTIONS, train_texts=train_texts))
     train, choose, certify, report = job.texts.sizes
     assert train + choose == len(QUERIES) - 150
     assert certify + report == 150
@@ -259,9 +216,7 @@ def test_train_queries_train_and_those_that_certify_are_left_out(
 
 
 def write(tmp_path: Path, rows: Sequence[object]) -> Path:
-    path = tmp_path / "queries.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
+    return write_lines(tmp_path / "queries.jsonl", rows)
 
 
 def test_queries_without_documents_are_counted_and_left_out(tmp_path: Path) -> None:
@@ -397,31 +352,28 @@ def test_a_file_has_the_promise_but_not_the_scores(scored: Conversion, tmp_path:
 
 
 def test_queries_that_do_not_fit_are_left_out(
-    reranker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reranker: Path,
+    convert_here: Callable[..., Conversion],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """If the disk holds the states of some queries only, the others have no logits."""
-    quickly(monkeypatch)
     monkeypatch.setattr(states, "_MOST_BYTES", 400_000)
-    seen: list[NDArray[np.intp]] = []
-
-    def noting(*arguments: Any) -> Any:
-        seen.append(arguments[2].rows)
-        return train_heads(*arguments)
-
-    monkeypatch.setattr(workflow, "train_heads", noting)
+    heads = spy(monkeypatch, workflow, "train_heads")
     drawn = np.random.default_rng(0)
     rows = [
         {**query, "scores": drawn.normal(size=len(query["documents"])).tolist()}
         for query in QUERIES
     ]
-    result = convert(reranker, write(tmp_path, rows), tmp_path / "engines", OPTIONS)
+    result = convert_here(OPTIONS, file=write(tmp_path, rows), model=reranker)
     (point,) = result.rankings
     assert isinstance(point.rule, TopK)
     assert point.certificate is not None
     first_stage = read_manifest(tmp_path / "engines").first_stage
     assert first_stage is not None
     assert np.isfinite([*first_stage.weights, first_stage.bias]).all()
-    assert 0 < sum(map(len, seen)) < sum(len(query["documents"]) for query in QUERIES) / 2
+    seen = sum(len(call.args[2].rows) for call in heads.call_args_list)
+    assert 0 < seen < sum(len(query["documents"]) for query in QUERIES) / 2
     fitting = re.search(r"exits learned from (\d+) of the (\d+) queries", result.warnings[0])
     assert fitting is not None
     train, choose, *_ = result.parts
@@ -464,7 +416,8 @@ def test_what_is_not_for_rerankers_refuses_them(converted: Converted) -> None:
 def test_queries_that_are_too_large_to_rank_are_not_timed(
     converted: Converted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queries = converted.report.queries
+    _, report = queries_of(converted)
+    queries = report.queries
     sizes = sorted(len(query.documents) for query in queries)
     with Engine.load(converted.folder) as engine:
         fits = engine.core.is_query_possible

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -118,11 +119,10 @@ def test_states_are_bounded(
     most_tokens: int,
     kept: list[int],
     lengths: list[int],
-    make: Callable[..., Path],
+    classifier: Classifier,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    classifier = Classifier(make("bert"))
     all_lengths = np.array([40, 5, 3, 33, 36])
     rows = [encoded(np.arange(4, 4 + length)) for length in all_lengths]
     taught = np.array([0, 2, 3, 4])
@@ -139,9 +139,8 @@ def test_states_are_bounded(
 
 
 def test_a_unit_takes_part_with_all_its_rows_and_others_are_not_run(
-    make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    classifier = Classifier(make("bert"))
     rows = [encoded(np.arange(4, 4 + length)) for length in (9, 8, 7, 6, 5, 4, 3, 2)]
     monkeypatch.setattr(states_module, "_MOST_BYTES", 25 * 2 * 2 * 32)
     taught = Taught(
@@ -179,8 +178,7 @@ def test_states_of_one_query_that_do_not_fit() -> None:
         states_module._fitting(lengths, units, 10, 500, 512)
 
 
-def test_a_state_beyond_fp16_is_cut_off(make: Callable[..., Path], tmp_path: Path) -> None:
-    classifier = Classifier(make("bert"))
+def test_a_state_beyond_fp16_is_cut_off(classifier: Classifier, tmp_path: Path) -> None:
     with torch.no_grad():
         classifier.model.bert.encoder.layer[0].output.LayerNorm.bias[0] = -1e6
     rows = [encoded(np.array([4, 5, 6]))]
@@ -189,9 +187,8 @@ def test_a_state_beyond_fp16_is_cut_off(make: Callable[..., Path], tmp_path: Pat
 
 
 def test_a_finished_run_is_read(
-    make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    classifier = Classifier(make("bert"))
     tokenizer = AutoTokenizer.from_pretrained(classifier.folder)
     rows = encoded_rows([Row(text) for text in TEXTS[:10]], tokenizer, 32)
     given = classifier, rows, PADDING, Taught(np.arange(5), 3), tmp_path, silent
@@ -203,10 +200,7 @@ def test_a_finished_run_is_read(
         np.testing.assert_array_equal(getattr(states_again, field), getattr(states, field))
 
 
-def test_a_finished_run_of_other_rows_is_not_read(
-    make: Callable[..., Path], tmp_path: Path
-) -> None:
-    classifier = Classifier(make("bert"))
+def test_a_finished_run_of_other_rows_is_not_read(classifier: Classifier, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(classifier.folder)
     rows = encoded_rows([Row(text) for text in TEXTS[:11]], tokenizer, 32)
     for some in (rows[:10], rows[1:]):
@@ -221,11 +215,9 @@ def test_a_finished_run_of_other_rows_is_not_read(
 def test_a_disk_without_space_for_the_states_is_an_error_and_they_are_deleted(
     reserves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if reserves:
-        monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+        monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=full), raising=False)
     else:
         monkeypatch.delattr(os, "posix_fallocate", raising=False)
         monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 50}))

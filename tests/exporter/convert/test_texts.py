@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,8 @@ from fpabee.exporter.convert.texts import split
 from fpabee.exporter.convert.workflow import _too_few
 from fpabee.runtime.errors import InputError
 from fpabee.runtime.files import Row
+
+from ...programs import write_lines
 
 ROWS = [Row(f"text {number}", fields={"dialogue": number // 5}) for number in range(4000)]
 
@@ -48,9 +49,8 @@ def test_groups_stay_together_and_one_text_of_each_calibrates() -> None:
 
 
 def test_pairs_are_grouped_by_a_text_that_they_share(tmp_path: Path) -> None:
-    path = tmp_path / "pairs.jsonl"
     rows = [{"text": f"premise {n // 4}", "text_pair": f"claim {n}"} for n in range(4000)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_lines(tmp_path / "pairs.jsonl", rows)
     pairs = Classification(path, ConvertOptions(group_column="text"))
     premises = [pairs.texts.units[number].text for number in pairs.texts.calibrate]
     assert len(premises) == len(set(premises)) > 300
@@ -83,21 +83,6 @@ def test_train_texts_of_a_group_that_certifies_are_left_out() -> None:
     assert {texts.units[number].fields["dialogue"] for number in texts.taught} == {*range(800, 900)}
 
 
-@pytest.mark.parametrize(
-    ("train_rows", "message"),
-    [
-        ([], "there are no train texts"),
-        ([Row("same")] * 30, "all 30 train texts are equal"),
-        ([*ROWS[:50], *[Row("")] * 50], "50 of 100 train texts are empty"),
-        (ROWS[7:100], "93 of 93 distinct train texts are among .* `train_texts`"),
-        ([*ROWS, Row("new")], "4,000 of 4,001 .* 1 are left; expected at least 100"),
-    ],
-)
-def test_train_texts_that_teach_nothing_are_refused(train_rows: list[Row], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        split(ROWS, None, train_rows)
-
-
 @pytest.mark.parametrize("nothing", [None, ""])  # as JSON and as CSV say it
 def test_a_row_without_a_group_is_one_of_its_own(nothing: str | None) -> None:
     rows = [Row(row.text, fields={"dialogue": nothing}) for row in ROWS[1:]]
@@ -106,20 +91,30 @@ def test_a_row_without_a_group_is_one_of_its_own(nothing: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "group", "message"),
+    ("rows", "group", "train_rows", "message"),
     [
-        ([Row("same")] * 30, None, "all 30 texts are equal"),
-        ([*ROWS[:50], *[Row(" ")] * 50], None, "50 of 100 texts are empty .* `text_column`"),
-        (ROWS[:4], None, "4 distinct texts are too few"),
-        (ROWS, "speaker", 'no row of the texts has a field "speaker" -> correct `group_column`'),
-        ([], None, "there are no texts"),
+        ([Row("same")] * 30, None, None, "all 30 texts are equal"),
+        ([*ROWS[:50], *[Row(" ")] * 50], None, None, "50 of 100 texts are empty .* `text_column`"),
+        (ROWS[:4], None, None, "4 distinct texts are too few"),
+        (
+            ROWS,
+            "speaker",
+            None,
+            'no row of the texts has a field "speaker" -> correct `group_column`',
+        ),
+        ([], None, None, "there are no texts"),
+        (ROWS, None, [], "there are no train texts"),
+        (ROWS, None, [Row("same")] * 30, "all 30 train texts are equal"),
+        (ROWS, None, [*ROWS[:50], *[Row("")] * 50], "50 of 100 train texts are empty"),
+        (ROWS, None, ROWS[7:100], "93 of 93 distinct train texts are among .* `train_texts`"),
+        (ROWS, None, [*ROWS, Row("new")], "4,000 of 4,001 .* 1 are left; expected at least 100"),
     ],
 )
-def test_texts_that_cannot_be_split_are_refused(
-    rows: list[Row], group: str | None, message: str
+def test_texts_that_cannot_be_split_or_teach_nothing_are_refused(
+    rows: list[Row], group: str | None, train_rows: list[Row] | None, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        split(rows, group)
+        split(rows, group, train_rows)
 
 
 def test_a_group_is_the_same_as_a_number_and_as_text() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,22 +35,21 @@ from fpabee.exporter.convert.texts import split
 from fpabee.exporter.model import predict
 from fpabee.exporter.staging import staging
 from fpabee.exporter.targets import BuildResult, builders, default
-from fpabee.exporter.targets.builders import BUILDERS, INT8_TARGETS, OPENVINO_TARGETS
+from fpabee.exporter.targets.builders import INT8_TARGETS, OPENVINO_TARGETS
 from fpabee.exporter.targets.check import FP32_TARGET
 from fpabee.exporter.tokenizer import load_tokenizer
-from fpabee.exporter.training import bag_of_ngrams
 from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.exporter.training.trainer import probabilities
 from fpabee.runtime import Budget, Engine, ExitRule
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
 from fpabee.runtime.artifact.trained_on import have_trained
-from fpabee.runtime.check import REQUIREMENTS
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ArtifactError, BackendError, CheckError, InputError
 from fpabee.runtime.files import Row, read_rows
 
 from ...closeness import assert_exported
-from .conftest import MULTI, OPTIONS, SINGLE, TEXTS, Converted
+from ...programs import spy, write_lines
+from .conftest import INT8, MULTI, OPTIONS, SINGLE, TEXTS, Converted
 
 Convert = Callable[..., Conversion]
 
@@ -63,18 +60,18 @@ def test_what_certifies_has_neither_trained_nor_chosen(
     calls = converted.calls
     (train, choose, calibrate, report) = converted.result.parts
     assert train + choose + calibrate + report == converted.result.texts == len(TEXTS)
-    _, certified, *_, named = calls["calibrate"]
-    others = [*certified, *named["report"].rows]
+    certified = calls["calibrate"].args[1]
+    others = [*certified, *calls["calibrate"].kwargs["report"].rows]
     contents = [row.content for row in others]
     assert len(set(contents)) == len(contents) == calibrate + report
-    model = calls["learn"][2]
+    model = calls["learn"].args[2]
     tokenizer = load_tokenizer(telling[SINGLE.value], model)
     untaught = encoded_rows(others, tokenizer, 64)
     # The folder knows it, so that no later calibration certifies on texts that trained.
     engines = EnginesFolder.read(converted.result.folder)
     assert not have_trained(engines, contents).any()
     assert have_trained(engines, TEXTS).sum() == train + choose
-    both: tuple[Examples, ...] = calls["learn"][:2]
+    both: tuple[Examples, ...] = calls["learn"].args[:2]
     # The texts that train, and altered copies of them, of which none is among the others.
     learnt = len(both[0].rows)
     assert len(both[1].rows) == choose
@@ -85,19 +82,19 @@ def test_what_certifies_has_neither_trained_nor_chosen(
     logits = predict(model, rows, {"input_ids": 0}, lambda output: output[-1])
     expected = probabilities(torch.from_numpy(logits), SINGLE)
     for name, first in (("choose_exits", 1), ("train_heads", 2)):
-        states, lesson = calls[name][first : first + 2]
+        states, lesson = calls[name].args[first : first + 2]
         assert_exported(lesson.targets, expected)
         assert len(states) == learnt + choose
         assert lesson.passes == pytest.approx(PASSES * (train + choose) / (learnt + choose))
-    assert calls["choose_exits"][3] == learnt
-    assert calls["train_heads"][4] == learnt + choose
+    assert calls["choose_exits"].args[3] == learnt
+    assert calls["train_heads"].args[4] == learnt + choose
 
 
 def test_the_result_is_what_the_engine_does(converted: Converted) -> None:
     result = converted.result
     (*_, calibrate, report) = converted.result.parts
     (target,) = result.targets
-    reported = converted.calls["calibrate"][-1]["report"]
+    reported = converted.calls["calibrate"].kwargs["report"]
     (point,) = target.points
     assert [path.name for path in converted.folder.parent.iterdir()] == ["engines"]
     assert result.rows == len(TEXTS) + len(TEXTS[::5])
@@ -142,7 +139,8 @@ def test_a_target_that_changes_decisions_by_rounding_gets_no_point(
         manifest.targets[FP32_TARGET], operating_points={}, default_operating_point=""
     )
     EnginesFolder(folder, manifest).with_target(FP32_TARGET, bare).write()
-    _, rows, options, progress, named = converted.calls["calibrate"]
+    _, rows, options, progress = converted.calls["calibrate"].args
+    named = converted.calls["calibrate"].kwargs
     other = named["reference"].copy()
     other[::3] = np.roll(other[::3], 1, axis=-1)
     result = calibrate(folder, rows, options, progress, **named | {"reference": other})
@@ -227,19 +225,13 @@ def test_exits_learn_from_train_texts_and_the_others_certify(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     texts, others = TEXTS[:400], TEXTS[380:]
-    files = []
-    for name, some in (("texts.jsonl", texts), ("others.jsonl", others)):
-        rows = [json.dumps({"text": text, "label": "yes"}) for text in some]
-        files.append(tmp_path / name)
-        files[-1].write_text("\n".join(rows))
-    taught: list[Examples] = []
-
-    def noting(train: Examples, choose: Examples, *given: Any) -> Any:
-        taught.extend((train, choose))
-        return bag_of_ngrams.learn(train, choose, *given)
-
-    monkeypatch.setattr(classification, "learn", noting)
+    files = [
+        write_lines(tmp_path / name, [{"text": text, "label": "yes"} for text in some])
+        for name, some in (("texts.jsonl", texts), ("others.jsonl", others))
+    ]
+    learn = spy(monkeypatch, classification, "learn")
     result = convert_here(replace(OPTIONS, train_texts=files[1]), file=files[0])
+    taught: tuple[Examples, ...] = learn.call_args.args[:2]
     train, choose, calibrate, report = result.parts
     assert len(taught[1].rows) == choose
     assert train + choose == result.train_texts == len(TEXTS) - 400
@@ -329,16 +321,11 @@ def test_what_is_refused_is_said_once(
     assert result.default_target == FP32_TARGET
 
 
-INT8 = INT8_TARGETS[0]
-
-
-@pytest.mark.skipif(util.find_spec("nncf") is None, reason="it needs NNCF")
+@pytest.mark.usefixtures("with_int8")
 @pytest.mark.parametrize("keeps", [True, False])
 def test_the_fastest_target_that_keeps_its_promise_is_the_default(
     keeps: bool, convert_here: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if BUILDERS[INT8].why_not() is not None:
-        pytest.skip("this CPU cannot run int8")
     seconds = {FP32_TARGET: np.full((6, 2), 4.0), INT8: np.full((6, 2), 1.0)}
     certify = Classification.certify
 
@@ -346,10 +333,6 @@ def test_the_fastest_target_that_keeps_its_promise_is_the_default(
         changes = target == INT8 and not keeps
         return certify(self, engines, target, -logits if changes else logits, *others)
 
-    # A tiny random model has no robust answers.
-    required = replace(REQUIREMENTS["int8"], labels=0.0)
-    monkeypatch.setitem(REQUIREMENTS, "int8", required)
-    monkeypatch.setattr(workflow, "buildable", {INT8_TARGETS: [INT8], OPENVINO_TARGETS: []}.get)
     monkeypatch.setattr(default, "_seconds", lambda *_: seconds)
     monkeypatch.setattr(Classification, "certify", certify_others)
     result = convert_here(replace(OPTIONS, int8=True))
@@ -400,7 +383,7 @@ def test_a_conversion_with_other_groups_starts_anew(convert_here: Convert, tmp_p
     options = replace(OPTIONS, group_column="group")
     for groups in (300, 300, 299):
         rows = [{"text": text, "group": n % groups} for n, text in enumerate(TEXTS)]
-        file.write_text("\n".join(map(json.dumps, rows)))
+        write_lines(file, rows)
         with pytest.raises(KeyboardInterrupt):
             convert_here(options, progress, file=file)
         runs.append(seen.count("run the classifier"))

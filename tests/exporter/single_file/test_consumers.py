@@ -26,8 +26,9 @@ from fpabee.runtime import Confidence, Engine
 from fpabee.runtime.encoding import Text
 
 from ...closeness import assert_exported
+from ...programs import program
+from .conftest import FP32, PAIRS, SINGLE
 from .consumer import Consumer
-from .test_packing import FP32, PAIRS, SINGLE
 
 EXAMPLES = Path(__file__).parents[3] / "docs" / "examples"
 PACKAGES = [
@@ -163,25 +164,14 @@ def test_python(
     python = environment(*packages)
     given = case.parent / "texts.json"
     given.write_text(json.dumps(SHORT))
-    run = subprocess.run(
-        [python, Path(__file__).with_name(script), case.parent / "web", given],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    run = program(python, Path(__file__).with_name(script), case.parent / "web", given)
     case.assert_answers([*SHORT], json.loads(run.stdout))
 
 
 def test_node_example(case: Case, node: Path) -> None:
     shutil.copy(EXAMPLES / "classify.mjs", node)
-    run = subprocess.run(
-        ["node", "classify.mjs", case.parent / "web"],
-        cwd=node,
-        input="".join(f"{text}\n" for text in LINES),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    lines = "".join(f"{text}\n" for text in LINES)
+    run = program("node", "classify.mjs", case.parent / "web", cwd=node, input=lines)
     assert run.stdout.splitlines() == case.lines([*LINES], [*case.labels])
 
 
@@ -196,7 +186,7 @@ def test_card_in_node(case: Case, node: Path, layout: str) -> None:
     here = "import { env } from '@huggingface/transformers'; env.allowRemoteModels = false;"
     here += f"env.localModelPath = {json.dumps(str(case.parent))};\n"
     (node / "card.mjs").write_text(here + code)
-    run = subprocess.run(["node", "card.mjs"], cwd=node, capture_output=True, text=True, check=True)
+    run = program("node", "card.mjs", cwd=node)
     logits, _ = case.answers(["turn on the light"])
     assert f"label: '{case.labels[logits.argmax()]}'" in run.stdout
 
@@ -214,15 +204,15 @@ def test_browser(case: Case, node: Path) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/"
         options = ["--headless", "--no-sandbox", "--virtual-time-budget=60000", "--dump-dom"]
-        run = subprocess.run([browser, *options, url], capture_output=True, text=True, check=True)
+        run = program(browser, *options, url)
         server.shutdown()
     found = run.stdout.split("<pre>")[1].split("</pre>")[0]
     assert found.splitlines() == case.lines([*LINES], [*case.labels])
 
 
 def test_cpp(case: Case) -> None:
-    program = case.parent / "classify"
-    build = ["g++", "-std=c++17", str(EXAMPLES / "classify.cpp"), "-o", str(program)]
+    example = case.parent / "classify"
+    build = ["g++", "-std=c++17", str(EXAMPLES / "classify.cpp"), "-o", str(example)]
     build += ["-I/usr/include/onnxruntime", "-lonnxruntime"]
     if (
         shutil.which("g++") is None
@@ -232,12 +222,8 @@ def test_cpp(case: Case) -> None:
     consumer = Consumer(case.parent / "web")
     ids = [consumer.tokenizer(text)["input_ids"] for text in SHORT]
     given = "".join(f"{' '.join(map(str, each))}\n" for each in ids)
-    run = subprocess.run(
-        [program, consumer.model], input=given, capture_output=True, text=True, check=True
-    )
+    run = program(example, consumer.model, input=given)
     numbers = [str(label) for label in range(len(case.labels))]
     assert run.stdout.splitlines() == case.lines([*SHORT], numbers)
 
-    missing = subprocess.run([program, "missing.onnx"], capture_output=True, text=True, check=False)
-    assert missing.returncode == 1
-    assert "missing.onnx" in missing.stderr
+    assert "missing.onnx" in program(example, "missing.onnx", code=1).stderr

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,12 @@ from huggingface_hub import ModelCard
 from fpabee.exporter.single_file import pack
 from fpabee.runtime import Certificate, Confidence, ProblemType, Promise, read_manifest
 from fpabee.runtime.artifact.folder import EnginesFolder
-from fpabee.runtime.artifact.manifest import with_operating_points
 
+from ...conftest import change_point
 from ...doubles.hub import Hub
+from ...programs import python
 from ...runtime.running import line_with
-from .test_packing import FP32
+from .conftest import FP32
 
 CERTIFICATE = Certificate(
     confidence=95.0,
@@ -41,15 +40,21 @@ METADATA = {
 }
 
 
+def examples_of(packed: Path) -> list[str]:
+    """The Python in the card of a packed folder: an example, and the check."""
+    card = (packed / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
 @pytest.fixture
 def folder(engine_copy: Callable[..., Path], set_points: Callable[..., None]) -> Path:
     """An engines folder as a conversion leaves it, with figures that are made up."""
     folder = engine_copy(exit_0=True)
-    set_points(folder, FP32, changed_answers=Confidence(threshold=0.6, exit_0_threshold=0.9))
-    manifest = read_manifest(folder)
-    target = manifest.targets[FP32]
-    point = msgspec.structs.replace(
-        target.operating_points["changed_answers"],
+    rule = Confidence(threshold=0.6, exit_0_threshold=0.9)
+    set_points(folder, FP32, "changed_answers", changed_answers=rule)
+    change_point(
+        folder,
+        "changed_answers",
         metric="agreement",
         score=0.9966,
         mean_depth=1.25,
@@ -58,8 +63,6 @@ def folder(engine_copy: Callable[..., Path], set_points: Callable[..., None]) ->
         hardware="some processor, 2 threads",
         certificate=CERTIFICATE,
     )
-    target = with_operating_points(target, {"changed_answers": point}, "changed_answers")
-    EnginesFolder(folder, manifest).with_target(FP32, target).write()
     return folder
 
 
@@ -95,18 +98,12 @@ def test_the_python_of_the_card_runs_what_is_on_the_hub(
 ) -> None:
     packed = pack(folder, tmp_path / "packed", for_transformers_js=for_transformers_js)
     hub.add("OWNER/NAME", tmp_path / "packed")
-    card = (tmp_path / "packed" / "README.md").read_text()
-    code, check = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code, check = examples_of(tmp_path / "packed")
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-
-    def printed(code: str) -> str:
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        return done.stdout
-
     labels = "|".join(read_manifest(folder).task.labels)
-    assert re.fullmatch(rf"({labels}) from exit [0-3]\n", printed(code))
-    assert printed(check).startswith("right here")
+    answer = python(code, env=environment).stdout
+    assert re.fullmatch(rf"({labels}) from exit [0-3]\n", answer)
+    assert python(check, env=environment).stdout.startswith("right here")
     assert packed.file.relative_to(tmp_path / "packed").as_posix() in code
 
 
@@ -127,15 +124,13 @@ def test_texts_that_check_a_file_need_padding_and_notice_another_answer(
     logits, exits = session.run(None, kept["inputs"])
     assert np.abs(logits - kept["logits"]).max() < 1e-5
     assert exits.tolist() == kept["exits"]
-    card = (tmp_path / "packed" / "README.md").read_text()
-    _, check = re.findall("(?s)```python\n(.*?)```", card)
+    _, check = examples_of(tmp_path / "packed")
     check = check.replace('snapshot_download("OWNER/NAME")', repr(str(tmp_path / "packed")))
     content["reference"]["inputs"] = {k: v.tolist() for k, v in kept["inputs"].items()}
     for change, says in ((0.0, "right here"), (0.1, "WRONG HERE")):
         kept["logits"][0][0] += change
         record.write_bytes(msgspec.json.encode(content))
-        done = subprocess.run([sys.executable, "-c", check], capture_output=True, check=True)
-        assert done.stdout.decode().startswith(says)
+        assert python(check).stdout.startswith(says)
 
 
 def test_triton_can_batch_the_graph_and_complete_its_configuration(
@@ -150,13 +145,7 @@ def test_triton_can_batch_the_graph_and_complete_its_configuration(
 
 
 def test_a_point_that_was_refused_promises_nothing(folder: Path, tmp_path: Path) -> None:
-    manifest = read_manifest(folder)
-    target = manifest.targets[FP32]
-    point = msgspec.structs.replace(
-        target.operating_points["changed_answers"], certificate=None, goal=None
-    )
-    target = with_operating_points(target, {"changed_answers": point}, "changed_answers")
-    EnginesFolder(folder, manifest).with_target(FP32, target).write()
+    change_point(folder, "changed_answers", certificate=None, goal=None)
     assert pack(folder, tmp_path / "one", FP32).guarantee == ""
     assert "- Guarantee: none. " in (tmp_path / "one" / "README.md").read_text()
 
@@ -172,13 +161,9 @@ def test_the_example_gives_all_labels_above_their_thresholds(
     )
     EnginesFolder.read(folder).with_manifest(task=task).write()
     pack(folder, tmp_path / "one", FP32)
-    card = (tmp_path / "one" / "README.md").read_text()
-    assert "np.flatnonzero(probabilities > [0.0, 0.0, 1.0, 1.0])" in card
-    example, _ = re.findall("(?s)```python\n(.*?)```", card)
+    example, _ = examples_of(tmp_path / "one")
+    assert "np.flatnonzero(probabilities > [0.0, 0.0, 1.0, 1.0])" in example
     place = f"Path({str(tmp_path / 'one')!r})"
     example = example.replace('Path(snapshot_download("OWNER/NAME"))', place)
-    done = subprocess.run(
-        [sys.executable, "-c", example], capture_output=True, text=True, check=True
-    )
     labels = read_manifest(folder).task.labels
-    assert done.stdout.startswith(str(list(labels[:2])))
+    assert python(example).stdout.startswith(str(list(labels[:2])))

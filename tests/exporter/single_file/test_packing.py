@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import random
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from itertools import product
 from pathlib import Path
@@ -21,7 +17,6 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from click.testing import CliRunner
 from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_state
 from tokenizers import Tokenizer
 from transformers import AutoConfig
@@ -29,18 +24,15 @@ from transformers import AutoConfig
 from fpabee.commands.pack import main
 from fpabee.exporter import export
 from fpabee.exporter.backbones import _FAMILIES
-from fpabee.exporter.single_file import Packed, graph, pack, packing
-from fpabee.exporter.targets import build_targets
+from fpabee.exporter.single_file import graph, pack, packing
 from fpabee.runtime import (
     ArtifactError,
     BackendError,
     Budget,
     CheckError,
     Confidence,
-    Energy,
     Engine,
     Entropy,
-    Epee,
     ExitRule,
     FPabee,
     InputError,
@@ -56,23 +48,11 @@ from fpabee.runtime.check import BATCH_LIMIT, EXPORT_LIMIT, REQUIREMENTS, logit_
 from fpabee.runtime.encoding import Text
 
 from ...closeness import assert_close, assert_exported, exits_may_differ
-from ...conftest import WORDS, correct_reference, make_model
+from ...conftest import correct_reference, make_model
+from ...programs import invoke, printed, python
+from .conftest import FP32, INT8, PAIRS, RULES, SINGLE, PackCopy
 from .consumer import Answers, Consumer
 
-FP32 = "onnxruntime-fp32"
-INT8 = "onnxruntime-int8"
-RULES: dict[str, ExitRule] = {
-    "bert": Confidence(threshold=(0.7, 0.6, 0.5), exit_0_threshold=0.9),
-    "albert": FPabee(threshold=0.9, exit_0_threshold=0.9),
-    "mpnet": Pabee(patience=1, exit_0_threshold=0.8),
-    "camembert": FPabee(threshold=0.7, patience=2, exit_0_threshold=0.9),
-    "deberta-v2": Pcee(threshold=0.6, patience=2, exit_0_threshold=0.9),
-    "distilbert": Confidence(threshold=0.9, label_thresholds=(0.4, 1), exit_0_threshold=0.9),
-    "electra": Epee(threshold=0.5, patience=1, exit_0_threshold=0.9),
-    "modernbert": Energy(threshold=0.2, exit_0_threshold=0.5),
-    "roberta": Entropy(threshold=0.3, min_exit=1),
-    "xlm-roberta": Pabee(patience=2, exit_0_threshold=0.9),
-}
 FEW = ["bert", "albert", "mpnet"]
 TARGETS = [
     pytest.param(
@@ -80,53 +60,6 @@ TARGETS = [
     )
     for family, target in product(_FAMILIES, (FP32, INT8))
 ]
-
-
-def texts(count: int, pairs: bool) -> list[Text]:
-    """Texts of no words up to more than any model takes, or pairs of them."""
-    words = random.Random(3)
-    found = [" ".join(words.choices(WORDS, k=n % 23)) for n in range(count)]
-    found[5] = "rain " * 100
-    if not pairs:
-        return [*found]
-    return [("", "the sun"), ("the sun", ""), ("", ""), *zip(found[3:], found[:2:-1], strict=True)]
-
-
-SINGLE = texts(120, pairs=False)
-PAIRS = texts(80, pairs=True)
-
-
-@pytest.fixture
-def packed(
-    engine_copy: Callable[..., Path],
-    tmp_path: Path,
-    set_points: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., tuple[Path, Packed]]:
-    """Packs a copy of the engines folder of a family, which it gives too."""
-
-    def make(
-        family: str, rule: ExitRule | None = None, target: str = FP32, **options: Any
-    ) -> tuple[Path, Packed]:
-        folder = tmp_path / "engines"
-        if not folder.exists():
-            engine_copy(family, exit_0=True)
-            if target == INT8:
-                add_int8(folder, monkeypatch)
-        set_points(folder, target, fast=rule or RULES[family])
-        return folder, pack(folder, tmp_path / "packed", target, "fast", **options)
-
-    return make
-
-
-def add_int8(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Add the int8 graphs for ONNX Runtime, and remove those in fp32, which nothing reads then."""
-    pytest.importorskip("nncf")
-    # A tiny random model has no robust answers.
-    required = dataclasses.replace(REQUIREMENTS["int8"], labels=0.0)
-    monkeypatch.setitem(REQUIREMENTS, "int8", required)
-    assert build_targets(folder, ["onnxruntime-int8"], SINGLE[7:107]).refused == {}
-    shutil.rmtree(folder / "onnx")
 
 
 def renew_hash_of_tokenizer(folder: Path) -> None:
@@ -157,13 +90,13 @@ def assert_equal(engine: Engine, given: list[Text], found: Answers, least_exits:
 
 @pytest.mark.parametrize(("family", "target"), TARGETS)
 def test_answers_are_those_of_the_engine_in_every_batch(
-    family: str, target: str, packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
+    family: str, target: str, pack_copy: PackCopy
 ) -> None:
     is_int8 = target == INT8
-    folder, made = packed(family, RULES[family], target, for_transformers_js=is_int8)
-    assert made.file.name == ("model_quantized.onnx" if is_int8 else "model.onnx")
-    consumer = Consumer(tmp_path / "packed")
-    with Engine.load(folder, target, "fast") as engine:
+    made = pack_copy(family, target=target, for_transformers_js=is_int8)
+    assert made.packed.file.name == ("model_quantized.onnx" if is_int8 else "model.onnx")
+    consumer = made.consumer
+    with Engine.load(made.engines, target, "fast") as engine:
         for texts in (SINGLE, PAIRS):
             alone = consumer.in_batches(consumer.onnxruntime, texts, 1)
             assert_equal(engine, texts, alone)
@@ -184,26 +117,20 @@ def test_answers_are_those_of_the_engine_in_every_batch(
     "family", ["albert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("bert", "mpnet"))]
 )
 def test_heads_that_attend_give_the_answers_of_the_engine(
-    family: str,
-    attending_engines: Mapping[str, Path],
-    set_points: Callable[..., None],
-    tmp_path: Path,
+    family: str, attending_engines: Mapping[str, Path], pack_copy: PackCopy, tmp_path: Path
 ) -> None:
     pytest.importorskip("openvino")
     folder = Path(shutil.copytree(attending_engines[family], tmp_path / "engines"))
-    set_points(folder, FP32, fast=Pabee(patience=1))
-    pack(folder, tmp_path / "packed", FP32, "fast")
-    consumer = Consumer(tmp_path / "packed")
+    consumer = pack_copy(rule=Pabee(patience=1)).consumer
     with Engine.load(folder, FP32, "fast") as engine:
         for run in (consumer.onnxruntime, consumer.openvino()):
             for size in (1, 7):
                 assert_equal(engine, SINGLE, consumer.in_batches(run, SINGLE, size))
 
 
-def test_rows_that_have_stopped_leave(packed: Callable[..., tuple[Path, Packed]]) -> None:
-    _, made = packed("bert", RULES["bert"])
-    consumer = Consumer(made.file.parent)
-    model = onnx.load(made.file)
+def test_rows_that_have_stopped_leave(pack_copy: PackCopy) -> None:
+    consumer = pack_copy().consumer
+    model = onnx.load(consumer.model)
     of_exits = {number: f"after_exit_{number:02d}/hidden_states" for number in (1, 2)}
     for name in of_exits.values():
         model.graph.output.append(onnx.ValueInfoProto(name=name))
@@ -214,14 +141,12 @@ def test_rows_that_have_stopped_leave(packed: Callable[..., tuple[Path, Packed]]
 
 
 @pytest.mark.parametrize("family", FEW)
-def test_openvino_finds_the_buckets_of_exit_0(
-    family: str, packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
-) -> None:
+def test_openvino_finds_the_buckets_of_exit_0(family: str, pack_copy: PackCopy) -> None:
     """Its int64 is not exact: labels may hide a wrong bucket, logits of exit 0 do not."""
     pytest.importorskip("openvino")
-    folder, _ = packed(family, Budget(exit=0))
-    consumer = Consumer(tmp_path / "packed")
-    with Engine.load(folder, FP32, "fast") as engine:
+    made = pack_copy(family, Budget(exit=0))
+    consumer = made.consumer
+    with Engine.load(made.engines, FP32, "fast") as engine:
         for given in (SINGLE, PAIRS):
             expected = engine.trace(given).logits[0]
             for run in (consumer.onnxruntime, consumer.openvino()):
@@ -240,7 +165,7 @@ UNREADABLE: list[tuple[str, Any, int]] = [
 @pytest.mark.parametrize("exit_number", [0, 2])
 @pytest.mark.parametrize("family", FEW)
 def test_what_the_model_cannot_read_has_no_answer(
-    family: str, exit_number: int, packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
+    family: str, exit_number: int, pack_copy: PackCopy
 ) -> None:
     """It is an error of the runtime, or NaN, and does not change the rows beside it."""
     pytest.importorskip("openvino")
@@ -248,8 +173,7 @@ def test_what_the_model_cannot_read_has_no_answer(
         *(onnxruntime_state.Fail, onnxruntime_state.InvalidArgument),
         *(onnxruntime_state.RuntimeException, RuntimeError),
     )
-    packed(family, Budget(exit=exit_number))
-    consumer = Consumer(tmp_path / "packed")
+    consumer = pack_copy(family, Budget(exit=exit_number)).consumer
     right = consumer.inputs(["turn on", "rain " * 9, "the sun"])
     others = [0, 2]
     for run in (consumer.onnxruntime, consumer.openvino()):
@@ -277,20 +201,17 @@ def test_what_the_model_cannot_read_has_no_answer(
         assert exits.shape == (0,)
 
 
-def test_the_folder_is_that_of_a_plain_classifier(
-    packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
-) -> None:
-    folder, made = packed("bert")
-    config = AutoConfig.from_pretrained(tmp_path / "packed")
+def test_the_folder_is_that_of_a_plain_classifier(pack_copy: PackCopy) -> None:
+    made = pack_copy()
+    config = AutoConfig.from_pretrained(made.folder)
     assert config.architectures == ["BertForSequenceClassification"]
-    assert [*config.id2label.values()] == [*read_manifest(folder).task.labels]
+    assert [*config.id2label.values()] == [*read_manifest(made.engines).task.labels]
     assert not hasattr(config, "fpabee")
-    settings = json.loads((tmp_path / "packed" / "fpabee.json").read_text())
+    settings = json.loads((made.folder / "fpabee.json").read_text())
     assert ExitRule.from_dict(settings["rule"]) == RULES["bert"]
     assert settings["layers"] == settings["exits"] == [0, 1, 2, 3]
-    card = (tmp_path / "packed" / "README.md").read_text()
-    assert "Layers per text: 1.00 of 3" in card
-    model = onnx.load(made.file)
+    assert "Layers per text: 1.00 of 3" in made.card
+    model = onnx.load(made.packed.file)
     assert (model.ir_version, [each.version for each in model.opset_import]) == (10, [20])
     assert [each.name for each in model.graph.output] == ["logits", "exit"]
     assert {each.name for each in model.graph.initializer if each.name.startswith("fpabee.")} == {
@@ -313,30 +234,28 @@ def test_texts_of_a_folder_are_no_markup_in_the_card(
     assert "model.onnx stops each text" in card
 
 
-def test_a_shared_block_is_stored_once(
-    packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
-) -> None:
-    folder, made = packed("albert")
-    graphs = read_manifest(folder).graphs
-    sizes = {name: (folder / each.file).stat().st_size for name, each in graphs.items()}
-    exit_0 = (folder / "exit_0.npz").stat().st_size
+def test_a_shared_block_is_stored_once(pack_copy: PackCopy) -> None:
+    made = pack_copy("albert")
+    graphs = read_manifest(made.engines).graphs
+    sizes = {name: (made.engines / each.file).stat().st_size for name, each in graphs.items()}
+    exit_0 = (made.engines / "exit_0.npz").stat().st_size
     # Stored in each branch, it would be there twice more.
     most = sum(sizes.values()) + exit_0 + sizes["block_01"]
-    assert made.file.stat().st_size < most + 60_000, "the nodes have less"
+    assert made.packed.file.stat().st_size < most + 60_000, "the nodes have less"
 
 
 def test_weights_that_do_not_fit_lie_beside_the_graph(
-    packed: Callable[..., tuple[Path, Packed]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pack_copy: PackCopy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packing, "_MOST_BYTES", 1)
-    folder, made = packed("bert", for_transformers_js=True)
-    files = sorted((tmp_path / "packed" / "onnx").iterdir())
+    made = pack_copy(for_transformers_js=True)
+    files = sorted((made.folder / "onnx").iterdir())
     assert [path.name for path in files] == ["model.onnx", "model.onnx_data"]
-    assert made.file == files[0]
-    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert made.packed.file == files[0]
+    config = json.loads((made.folder / "config.json").read_text())
     assert config["transformers.js_config"] == {"dtype": "fp32", "use_external_data_format": True}
-    consumer = Consumer(tmp_path / "packed")
-    with Engine.load(folder, FP32, "fast") as engine:
+    consumer = made.consumer
+    with Engine.load(made.engines, FP32, "fast") as engine:
         assert_equal(engine, SINGLE[:40], consumer.in_batches(consumer.onnxruntime, SINGLE[:40], 8))
 
 
@@ -349,15 +268,13 @@ def test_one_segment_has_nothing_to_decide(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_many_layers_load(tmp_path: Path, set_points: Callable[..., None]) -> None:
+def test_many_layers_load(tmp_path: Path, pack_copy: PackCopy) -> None:
     """Nested branches would take twice as long for each layer."""
     pytest.importorskip("openvino")
-    folder = tmp_path / "engines"
-    export(make_model("bert", tmp_path / "model", layers=24), folder)
-    set_points(folder, FP32, fast=FPabee(threshold=0.9))
-    pack(folder, tmp_path / "packed", FP32, "fast")
-    consumer = Consumer(tmp_path / "packed")
-    with Engine.load(folder, FP32, "fast") as engine:
+    export(make_model("bert", tmp_path / "model", layers=24), tmp_path / "engines")
+    made = pack_copy(rule=FPabee(threshold=0.9))
+    consumer = made.consumer
+    with Engine.load(made.engines, FP32, "fast") as engine:
         for run in (consumer.onnxruntime, consumer.openvino()):
             assert_equal(engine, SINGLE, consumer.in_batches(run, SINGLE, 16))
 
@@ -401,7 +318,7 @@ def test_what_cannot_be_packed_is_refused(
 
 
 def test_a_graph_that_differs_is_not_written(
-    packed: Callable[..., tuple[Path, Packed]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pack_copy: PackCopy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = graph.single_graph
 
@@ -426,18 +343,19 @@ def test_a_graph_that_differs_is_not_written(
 
     change_logits(1.01)
     with pytest.raises(CheckError, match=r"logits differ by 1\.0e-02 of their size"):
-        packed("bert", Budget(exit=2))
+        pack_copy(rule=Budget(exit=2))
     change_logits(np.nan)
     with pytest.raises(CheckError, match="logits differ by nan"):
-        packed("bert", Budget(exit=2))
+        pack_copy(rule=Budget(exit=2))
     other = Pcee(threshold=0.5)  # whose entropy is normalised
     monkeypatch.setattr(packing, "single_graph", lambda p, m, _, *rest: right(p, m, other, *rest))
     with pytest.raises(CheckError, match=r"[1-9]\d* exits differ"):
-        packed("bert", Entropy(threshold=0.5))
+        pack_copy(rule=Entropy(threshold=0.5))
     assert not (tmp_path / "packed").exists()
     # Logits of up to 5 change by more than the limit, but not by more than this share of them.
     change_logits(1 + EXPORT_LIMIT / 2)
-    assert packed("bert", Budget(exit=2))[1].max_logit_difference < EXPORT_LIMIT
+    made = pack_copy(rule=Budget(exit=2))
+    assert made.packed.max_logit_difference < EXPORT_LIMIT
 
 
 def test_exit_0_is_left_out_where_pairs_cannot_be_told_apart(
@@ -451,11 +369,10 @@ def test_exit_0_is_left_out_where_pairs_cannot_be_told_apart(
         content["post_processor"]["pair"].remove(piece)
     path.write_text(json.dumps(content))
     renew_hash_of_tokenizer(folder)
-    result = CliRunner().invoke(main, [str(folder), "-o", str(tmp_path / "packed"), "--quiet"])
-    assert result.exit_code == 0, result.output
-    assert "without exit 0" in result.stdout
-    assert "nothing is promised" in result.stdout
-    assert "fpabee-calibrate" not in result.stdout, "that would not help"
+    said = printed(main, folder, "-o", tmp_path / "packed", "--quiet")
+    assert "without exit 0" in said
+    assert "nothing is promised" in said
+    assert "fpabee-calibrate" not in said, "that would not help"
     card = (tmp_path / "packed" / "README.md").read_text()
     assert "Nothing is promised" in card, "the point was measured with exit 0"
     consumer = Consumer(tmp_path / "packed")
@@ -464,48 +381,44 @@ def test_exit_0_is_left_out_where_pairs_cannot_be_told_apart(
 
 
 def test_a_text_with_separators_in_its_midst_is_not_compared(
-    engine_copy: Callable[..., Path], tmp_path: Path, set_points: Callable[..., None]
+    engine_copy: Callable[..., Path], pack_copy: PackCopy
 ) -> None:
     """Exit 0 of the graph takes it for a pair."""
     folder = engine_copy("mpnet", exit_0=True)
-    set_points(folder, FP32, "fast", fast=Budget(exit=0))
     known = ["rain</s></s>the sun", "the film"]
     with Engine.load(folder) as engine:
         write_reference(folder, known, engine.trace(known).logits)
     correct_reference(folder)
-    assert pack(folder, tmp_path / "packed", FP32).rows == 1
+    assert pack_copy(rule=Budget(exit=0)).packed.rows == 1
 
 
 def test_what_was_not_calibrated_is_said_with_the_command_that_does_it(
     engines: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    result = CliRunner().invoke(main, [str(engines["bert"]), "-o", str(tmp_path / "packed")])
-    assert result.exit_code == 0, result.output
-    assert f"fpabee-calibrate {engines['bert']} --target {FP32} --data DATA" in result.stdout
-    assert f"hf upload OWNER/NAME {tmp_path / 'packed'}\n" in result.stdout
+    said = printed(main, engines["bert"], "-o", tmp_path / "packed")
+    assert f"fpabee-calibrate {engines['bert']} --target {FP32} --data DATA" in said
+    assert f"hf upload OWNER/NAME {tmp_path / 'packed'}\n" in said
 
 
 def test_the_tokenizer_cuts_texts_at_the_limit_and_does_not_pad(
-    engine_copy: Callable[..., Path], tmp_path: Path, set_points: Callable[..., None]
+    engine_copy: Callable[..., Path], pack_copy: PackCopy
 ) -> None:
     folder = engine_copy("mpnet", exit_0=True)
-    set_points(folder, FP32, "fast", fast=RULES["mpnet"])
     path = str(folder / "tokenizer" / "tokenizer.json")
     tokenizer = Tokenizer.from_file(path)
     tokenizer.enable_truncation(6)
     tokenizer.enable_padding(length=9)
     tokenizer.save(path)
     renew_hash_of_tokenizer(folder)
-    pack(folder, tmp_path / "packed", FP32)
-    tokenizer = Tokenizer.from_file(str(tmp_path / "packed" / "tokenizer.json"))
+    made = pack_copy("mpnet")
+    tokenizer = Tokenizer.from_file(str(made.folder / "tokenizer.json"))
     most = read_manifest(folder).tokenizer.max_length
     assert [len(tokenizer.encode(text)) for text in ("rain", "rain " * most)] == [3, most]
 
 
-def test_the_command_says_what_it_packed(
-    packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
-) -> None:
-    folder, made = packed("bert")
+def test_the_command_says_what_it_packed(pack_copy: PackCopy, tmp_path: Path) -> None:
+    made = pack_copy()
+    folder = made.engines
     manifest = read_manifest(folder)
     bf16 = msgspec.structs.replace(manifest.targets[FP32], precision="bf16", graph_precision="fp32")
     changed = EnginesFolder(folder, manifest).with_target("openvino-bf16", bf16)
@@ -513,30 +426,25 @@ def test_the_command_says_what_it_packed(
     output = tmp_path / "again"
     arguments = [folder, "-o", output, "--operating-point", "fast"]
     arguments += ["--layout", "transformers.js"]
-    result = CliRunner().invoke(main, [*map(str, arguments), "--json"])
-    assert result.exit_code == 0, result.output
-    content = json.loads(result.stdout)
+    content = json.loads(printed(main, *arguments, "--json"))
     assert content["file"] == str(output / "onnx" / "model.onnx")
-    assert content["rows"] == made.rows
+    assert content["rows"] == made.packed.rows
     assert content["target"] == FP32, "the default target computes in bf16"
-    assert Path(content["file"]).read_bytes() == made.file.read_bytes(), "always the same bytes"
-    result = CliRunner().invoke(main, [*map(str, arguments), "--quiet"])
+    again = Path(content["file"]).read_bytes()
+    assert again == made.packed.file.read_bytes(), "always the same bytes"
+    result = invoke(main, *arguments, "--quiet")
     assert result.exit_code == 1
     assert str(output) in result.stderr
     assert "--output" in result.stderr
 
 
-def test_the_examples_of_the_page_run(
-    packed: Callable[..., tuple[Path, Packed]], tmp_path: Path
-) -> None:
+def test_the_examples_of_the_page_run(pack_copy: PackCopy, tmp_path: Path) -> None:
     """In a process of their own, since they know nothing of fpabee."""
-    packed("bert", Confidence(threshold=0.1))
+    pack_copy(rule=Confidence(threshold=0.1))
     (tmp_path / "classifier").symlink_to(tmp_path / "packed")
     page = Path(__file__).parents[3] / "docs" / "embed-without-python.md"
     for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
-        result = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True
-        )
+        result = python(code, cwd=tmp_path)
         assert not result.stderr, "runtimes do not warn"
         assert "fpabee.thresholds" in code or re.fullmatch(r"(\d from exit 1\n){2}", result.stdout)
     model = onnx.load(tmp_path / "packed" / "model.onnx")

@@ -19,7 +19,7 @@ import pytest
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.single_file import pack, plan
 
-from .test_packing import FP32
+from .conftest import FP32
 from .test_plan import RTX_FP16, RULES
 
 TABLES: dict[str, dict[str, str]] = json.loads(
@@ -40,14 +40,13 @@ MATCHES = [*zip(_FAMILIES, itertools.cycle(RULES), strict=False)]
 
 @pytest.fixture
 def graph_of_plan(
+    rtx: None,
     engine_copy: Callable[..., Path],
     tmp_path: Path,
     set_points: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[str, str], Path]:
     """Makes the graph of a plan of a family with a rule; nothing is built from it."""
-    for package in ("tensorrt_rtx", "polygraphy"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
 
     def build_nothing(request: Any, *_: object) -> None:
         Path(request.plan).touch()

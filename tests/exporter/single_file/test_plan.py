@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,10 @@ from fpabee.runtime.artifact.folder import sha256_of
 from fpabee.runtime.backends.onnxruntime import session_options
 
 from ...doubles.device import GPU, offer_fp32_plans, serve
+from ...programs import program, python
+from .conftest import FP32, PAIRS, SINGLE
 from .consumer import Consumer
-from .test_packing import FP32, PAIRS, SINGLE, assert_equal
+from .test_packing import assert_equal
 
 ROOT = Path(__file__).parents[3]
 RTX = "tensorrt-rtx-fp32"
@@ -72,18 +73,20 @@ RULES: dict[str, list[ExitRule]] = {
 }
 
 
+PackedPlan = Callable[..., tuple[Path, dict[str, Any]]]
+
+
 @pytest.fixture
 def packed_plan(
+    rtx: None,
     engine_copy: Callable[..., Path],
     tmp_path: Path,
     set_points: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., tuple[Path, dict[str, Any]]]:
+) -> PackedPlan:
     """Builds a plan for a copy of the engines folder of a family, with operating points."""
     offer_fp32_plans(monkeypatch)
     monkeypatch.setattr(packing, "_PLANS", [RTX, RTX_FP16])
-    for package in ("tensorrt_rtx", "polygraphy"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
 
     def make(
         family: str, rules: list[ExitRule], target: str = RTX, exit_0: bool = True
@@ -112,10 +115,7 @@ def settings_of(description: dict[str, Any], point: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("name", "exit_0"), [*((name, True) for name in RULES), ("fpabee", False)])
 def test_a_plan_serves_every_operating_point_of_its_rule(
-    name: str,
-    exit_0: bool,
-    packed_plan: Callable[..., tuple[Path, dict[str, Any]]],
-    tmp_path: Path,
+    name: str, exit_0: bool, packed_plan: PackedPlan, tmp_path: Path
 ) -> None:
     family = "distilbert" if name == "decisions" else "bert"
     folder, description = packed_plan(family, RULES[name], exit_0=exit_0)
@@ -149,9 +149,7 @@ def test_a_plan_of_tensorrt_names_the_gpu_that_built_it(
         for family in _FAMILIES
     ],
 )
-def test_fp16_plans_of_every_family(
-    family: str, packed_plan: Callable[..., tuple[Path, dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_fp16_plans_of_every_family(family: str, packed_plan: PackedPlan, tmp_path: Path) -> None:
     """Their graphs are checked against the segments as they are packed."""
     _, description = packed_plan(family, F_PABEE, RTX_FP16)
     folder = tmp_path / "plan"
@@ -176,12 +174,11 @@ def test_fp16_plans_of_every_family(
 
 @pytest.mark.parametrize("target", [FP32, RTX_FP16])
 def test_packing_needs_only_the_extra_for_graphs(
-    target: str, engine_copy: Callable[..., Path], tmp_path: Path
+    target: str, engine_copy: Callable[..., Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """A Jetson packs a plan without PyTorch."""
     if target == RTX_FP16:
-        for package in ("tensorrt_rtx", "polygraphy"):
-            pytest.importorskip(package, reason=f"{package} is not installed")
+        request.getfixturevalue("rtx")
     lacking = ("torch", "transformers", "safetensors", "nncf", "openvino", "jinja2", "sklearn")
     command = (
         "import sys\n"
@@ -189,17 +186,11 @@ def test_packing_needs_only_the_extra_for_graphs(
         "from fpabee.commands.pack import main\n"
         "main()"
     )
-    arguments = [str(engine_copy(exit_0=True)), "-o", str(tmp_path / "packed"), "--target", target]
-    done = subprocess.run(
-        [sys.executable, "-c", command, *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"MiB of {target}\n" in done.stdout
+    arguments = [engine_copy(exit_0=True), "-o", tmp_path / "packed", "--target", target]
+    assert f"MiB of {target}\n" in python(command, *arguments).stdout
 
 
-def test_a_skipped_branch_gives_the_same_shapes(
-    packed_plan: Callable[..., tuple[Path, dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_a_skipped_branch_gives_the_same_shapes(packed_plan: PackedPlan, tmp_path: Path) -> None:
     _, description = packed_plan("bert", [FPabee(threshold=10.0, exit_0_threshold=0.0)])
     consumer = Consumer(tmp_path / "plan", settings_of(description, "point-0"))
     model = onnx.load(consumer.model)
@@ -213,20 +204,17 @@ def test_a_skipped_branch_gives_the_same_shapes(
     assert {each.shape[:2] for each in states} == {inputs["input_ids"].shape}
 
 
+@pytest.mark.usefixtures("rtx")
 def test_fp16_that_overflows_is_not_packed(
     engine_copy: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    pytest.importorskip("polygraphy")
     monkeypatch.setattr(fp16, "_LARGEST", 1e-3)
     with pytest.raises(ModelError, match="more than fp16 can represent"):
         pack(engine_copy("bert"), tmp_path / "plan", RTX_FP16)
     assert not (tmp_path / "plan").exists()
 
 
-def test_a_plan_jumps_at_each_exit(
-    packed_plan: Callable[..., tuple[Path, dict[str, Any]]], tmp_path: Path
-) -> None:
+def test_a_plan_jumps_at_each_exit(packed_plan: PackedPlan, tmp_path: Path) -> None:
     """Its program, which a detailed plan holds as text, has a conditional jump for each `If`."""
     packed_plan("bert", F_PABEE)
     trt: Any = importlib.import_module("tensorrt_rtx")
@@ -272,8 +260,11 @@ LINES = ["1 2", "2 2 1", " ".join(["1"] * 20), "7"]
 ANSWERS = ["0 from exit 4", "2 from exit 5", "2 from exit 22", "1 from exit 3"]
 
 
+Classify = Callable[..., subprocess.CompletedProcess[str]]
+
+
 @pytest.fixture
-def classify(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def classify(tmp_path: Path) -> Classify:
     """Runs the example with doubles of TensorRT and CUDA, on a plan for two rows of 24 tokens."""
     tokens = [
         {"name": name, "dtype": "int64", "shape": ["batch", "sequence"]}
@@ -289,31 +280,25 @@ def classify(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     (tmp_path / "model.plan").write_bytes(b"plan")
 
     def run(
-        lines: list[str], *flags: str, size: int = 64, **changes: str
+        lines: list[str], *flags: str, size: int = 64, code: int = 0, **changes: str
     ) -> subprocess.CompletedProcess[str]:
         description = {"plan": {**plan, **changes}, "settings": {"fpabee.patience": 2}}
         (tmp_path / "fpabee.json").write_text(json.dumps(description))
-        program = tmp_path / "-".join(["classify_trt", *flags])
-        if not program.exists():
-            compile_example(program, f"-I{ROOT / 'tests' / 'doubles' / 'cpp'}", *flags)
-        return subprocess.run(
-            [str(program), str(tmp_path)],
-            input="".join(f"{line}\n" for line in lines),
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "SIZE": str(size)},
-        )
+        example = tmp_path / "-".join(["classify_trt", *flags])
+        if not example.exists():
+            compile_example(example, f"-I{ROOT / 'tests' / 'doubles' / 'cpp'}", *flags)
+        given = "".join(f"{line}\n" for line in lines)
+        environment = {**os.environ, "SIZE": str(size)}
+        return program(example, tmp_path, code=code, input=given, env=environment)
 
     return run
 
 
 @needs_headers
 def test_the_example_in_cpp_runs_any_number_of_lines_in_batches(
-    classify: Callable[..., subprocess.CompletedProcess[str]],
+    classify: Classify,
 ) -> None:
     done = classify(LINES * 3 + LINES[:1], built_on="Double, 8 multiprocessors")
-    assert done.returncode == 0
     assert done.stdout.splitlines() == ANSWERS * 3 + ANSWERS[:1]
     steps = done.stderr.splitlines()
     # Two inputs, a setting, two outputs and the context; the longer rows need larger inputs.
@@ -325,12 +310,10 @@ def test_the_example_in_cpp_runs_any_number_of_lines_in_batches(
 
 
 @needs_headers
-def test_the_example_in_cpp_keeps_what_rtx_compiled(
-    classify: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_the_example_in_cpp_keeps_what_rtx_compiled(classify: Classify, tmp_path: Path) -> None:
     cache = tmp_path / "model.plan.cache"
     for lines, shapes in ((LINES[:2], "2x16 "), (LINES[2:], "2x16 2x24 ")):
-        assert classify(lines, "-DTRT_MAJOR_RTX=1").returncode == 0
+        classify(lines, "-DTRT_MAJOR_RTX=1")
         assert cache.read_text() == shapes
     before = cache.stat().st_mtime_ns
     assert classify(LINES, "-DTRT_MAJOR_RTX=1").stdout.splitlines() == ANSWERS
@@ -339,21 +322,16 @@ def test_the_example_in_cpp_keeps_what_rtx_compiled(
 
 @needs_headers
 def test_the_example_in_cpp_says_what_is_wrong(
-    classify: Callable[..., subprocess.CompletedProcess[str]],
+    classify: Classify,
 ) -> None:
-    done = classify(LINES[:2], built_on="NVIDIA H100 MIG 1g.10gb")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert classify(LINES[:2], code=1, built_on="NVIDIA H100 MIG 1g.10gb").stdout == ""
     done = classify(LINES[:2], built_on="Orin Nano")
-    assert (done.returncode, len(done.stdout.splitlines())) == (0, 2)
+    assert len(done.stdout.splitlines()) == 2
     assert "was built on Orin Nano, not on Double, 8 multiprocessors" in done.stderr
     for line, problem in (
         (" ".join(["1"] * 25), "line 3 holds 25 token ids, and the plan takes at most 24"),
         ("", "line 3 holds no token ids"),
         ("1 x", "line 3 holds something else than token ids: 1 x"),
     ):
-        done = classify([*LINES[:2], line])
-        assert done.returncode == 1
-        assert problem in done.stderr
-    done = classify(LINES, size=0)
-    assert done.returncode == 1
-    assert "returned 0" in done.stderr
+        assert problem in classify([*LINES[:2], line], code=1).stderr
+    assert "returned 0" in classify(LINES, code=1, size=0).stderr

@@ -16,14 +16,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import dataset, parquet
 
-from fpabee.exporter.single_file import pack
 from fpabee.runtime import Confidence, Engine
 from fpabee.runtime.encoding import Text
 
 from ...child_process import MIB
 from ...closeness import exits_may_differ, labels_may_differ
 from ...conftest import WORDS
-from .test_packing import FP32
+from ...programs import program
+from .conftest import FP32, PackCopy
 
 EXAMPLES = Path(__file__).parents[3] / "docs" / "examples"
 # PySpark 4.3 warns of newer releases of pandas.
@@ -61,22 +61,15 @@ def submit(shared_root: Path) -> Callable[..., None]:
 
     def run(script: Path, *arguments: object) -> None:
         submit = str(folder / "bin" / "spark-submit")
-        command = [submit, *options, str(script), *map(str, arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        program(submit, *options, script, *arguments, env=environment)
 
     return run
 
 
 def test_answers_are_those_of_the_engine_from_one_session_in_each_process(
-    engine_copy: Callable[..., Path],
-    set_points: Callable[..., None],
-    submit: Callable[..., None],
-    tmp_path: Path,
+    pack_copy: PackCopy, submit: Callable[..., None], tmp_path: Path
 ) -> None:
-    engines = engine_copy(exit_0=True)
-    set_points(engines, FP32, fast=Confidence(threshold=0.6, exit_0_threshold=0.9))
-    pack(engines, tmp_path / "packed", FP32, "fast")
+    engines = pack_copy(rule=Confidence(threshold=0.6, exit_0_threshold=0.9)).engines
     words = random.Random(3)
     texts: list[Text] = [" ".join(words.choices(WORDS, k=words.randrange(60))) for _ in range(ROWS)]
     table = pa.table({"number": range(ROWS), "text": texts})

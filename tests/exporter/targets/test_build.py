@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -46,11 +44,13 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.backends import openvino
-from fpabee.runtime.check import EXPORT_LIMIT, REQUIREMENTS, logit_differences
+from fpabee.runtime.check import EXPORT_LIMIT, logit_differences
 from fpabee.runtime.machine import package
 
 from ...bad_input.cases import changed_heads, contents
 from ...doubles.device import Double
+from ...programs import python
+from ..conftest import require
 
 SMALL = PlanOptions((1, 2, 4), (8, 16, 32), ("8.6",))
 PLAN = "tensorrt-fp32-sm86"
@@ -76,11 +76,6 @@ def patch_builds(double: Double, monkeypatch: pytest.MonkeyPatch, **errors: str)
         return ""
 
     monkeypatch.setattr(tensorrt, "run_worker", other)
-
-
-def no_labels_suffice(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
-    required = dataclasses.replace(REQUIREMENTS[precision], labels=1.1)
-    monkeypatch.setitem(REQUIREMENTS, precision, required)
 
 
 def test_an_unknown_name_is_refused_with_what_this_machine_can_build(
@@ -139,7 +134,7 @@ def test_a_target_that_changes_answers_is_not_kept(
 ) -> None:
     folder = engine_copy()
     before = contents(folder)
-    no_labels_suffice(monkeypatch, "fp32")
+    require(monkeypatch, 1.1, "fp32")
     refused = add(folder, FP32).refused[FP32]
     assert isinstance(refused, CheckError)
     assert "not the model that was exported" in str(refused)
@@ -191,7 +186,7 @@ def test_an_earlier_target_stays_until_the_new_one_has_passed(
         if how == "killed":  # nothing is tidied up then
             patch.setattr(builders.Workbench, "drop_unused_files", lambda _: None)
         if how == "refused":
-            no_labels_suffice(patch, "fp32")
+            require(patch, 1.1, "fp32")
         if how in ("refused", "failed"):
             result = add(double.folder, "tensorrt-fp32")
             assert list(result.refused) == ["tensorrt-fp32"]
@@ -266,7 +261,7 @@ def test_graphs_that_several_targets_run_are_made_once(
     result = add(double.folder, *names)
     assert (list(result.refused), list(result.added)) == ([names[0]], [names[1]])
     assert not any(EnginesFolder.read(double.folder).damage())
-    no_labels_suffice(monkeypatch, "fp16")
+    require(monkeypatch, 1.1, "fp16")
     lowered_graphs.reset_mock()
     result = add(double.folder, *names, texts=["rain"])
     assert list(result.refused) == [*names]
@@ -302,10 +297,10 @@ def test_a_second_build_at_the_same_time_is_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("rtx")
 def test_building_needs_neither_torch_nor_transformers_nor_onnx(
     engine_copy: Callable[..., Path],
 ) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     folder = engine_copy()
     add(folder, "onnxruntime-fp16-cuda")  # on another machine
     command = (
@@ -314,9 +309,5 @@ def test_building_needs_neither_torch_nor_transformers_nor_onnx(
         "from fpabee.commands.build import main\n"
         "main()"
     )
-    arguments = [str(folder), "tensorrt-rtx-fp16", "--sm", "86", "--quiet"]
-    done = subprocess.run(
-        [sys.executable, "-c", command, *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = python(command, folder, "tensorrt-rtx-fp16", "--sm", "86", "--quiet")
     assert "added tensorrt-rtx-fp16: not run here" in done.stdout

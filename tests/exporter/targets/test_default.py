@@ -12,7 +12,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from fpabee.calibration.progress import silent
@@ -25,6 +24,8 @@ from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.backends import openvino
 from fpabee.runtime.check import REQUIREMENTS
 from fpabee.runtime.core import Core
+
+from ...programs import printed
 
 pytest.importorskip("openvino")
 
@@ -84,9 +85,9 @@ def test_the_fastest_target_is_the_default_and_speeds_are_shown(folder: Path) ->
         assert target.tolerance is not None
         assert target.tolerance < REQUIREMENTS[target.precision].tie
         assert target.relative_speed == pytest.approx(2 / SECONDS[name], abs=1e-3)
-    shown = CliRunner().invoke(inspect, [str(folder)])
-    assert "openvino-fp32 (default)" in shown.stdout
-    assert "2.00x" in shown.stdout
+    shown = printed(inspect, folder)
+    assert "openvino-fp32 (default)" in shown
+    assert "2.00x" in shown
 
 
 @pytest.mark.parametrize(
@@ -195,8 +196,7 @@ def test_another_target_runs_where_the_default_cannot(
                     assert engine.target == ONNX
         assert len(caplog.messages) == 1
         assert f"{ONNX} runs instead of the default target {FP32}" in caplog.messages[0]
-        shown = CliRunner().invoke(inspect, [str(folder)])
-        assert f"{FP32} cannot run here; {ONNX} runs instead" in shown.stdout
+        assert f"{FP32} cannot run here; {ONNX} runs instead" in printed(inspect, folder)
         with pytest.raises(BackendError, match="not installed"):
             Engine.load(folder, FP32)
     with Engine.load(folder) as engine:

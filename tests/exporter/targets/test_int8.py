@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
 import platform
 import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +43,9 @@ from fpabee.runtime.encoding import Text, TextEncoder
 
 from ...bad_input.cases import contents
 from ...closeness import assert_close
+from ...programs import hide
 from ...runtime.test_engine_check import swap_logits
+from ..conftest import require
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
@@ -58,12 +57,6 @@ HERE = (*NAMES, *["openvino-int8-bf16"] * openvino.has_bf16())
 SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in _FAMILIES if family != "bert"]
 
 OTHERS = TEXTS[::-1]  # as if they gave other ranges
-
-
-def require(monkeypatch: pytest.MonkeyPatch, share: float, *precisions: str) -> None:
-    for precision in precisions or ("int8", "int8-bf16"):
-        required = replace(REQUIREMENTS[precision], labels=share, exits=share)
-        monkeypatch.setitem(REQUIREMENTS, precision, required)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,14 +98,6 @@ def template(engines: Mapping[str, Path], tmp_path_factory: pytest.TempPathFacto
 def added(template: Path, tmp_path: Path) -> Path:
     """A copy of that folder."""
     return Path(shutil.copytree(template, tmp_path / "engines"))
-
-
-def without(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    """Let a package be missing."""
-    find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == package else find(n))
-    monkeypatch.setitem(sys.modules, package, None)
-    openvino._core.cache_clear()
 
 
 def check_content(proto: Any) -> int:
@@ -218,9 +203,7 @@ def test_the_texts_that_are_given_judge_int8_and_odd_texts_do_not(
     EnginesFolder.read(added).keep_targets(lambda name, _: name != NAMES[1]).write()
     _, logits = read_reference(EnginesFolder.read(added))
     swap_logits(added, -logits)
-    for precision in ("int8", "int8-bf16"):
-        required = replace(REQUIREMENTS[precision], labels=0.5)
-        monkeypatch.setitem(REQUIREMENTS, precision, required)
+    require(monkeypatch, 0.5)
     refused = build_targets(added, NAMES[1:]).refused
     assert re.search("answers agree for .* give more texts", str(refused[NAMES[1]]))
     result = build_targets(added, NAMES, TEXTS)
@@ -332,7 +315,7 @@ def test_int8_needs_a_cpu_with_vnni(
 def test_int8_without_its_packages_is_refused_and_the_rest_is_built(
     engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without(monkeypatch, "nncf")
+    hide(monkeypatch, "nncf")
     result = build_targets(engine_copy(), [*NAMES, "openvino-fp32"], TEXTS)
     assert list(result.refused) == [*NAMES]
     assert list(result.added) == ["openvino-fp32"]

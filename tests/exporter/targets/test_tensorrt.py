@@ -35,6 +35,7 @@ from fpabee.runtime.machine import CudaDevice
 
 from ...bad_input.cases import corrected, with_loop
 from ...doubles.device import GPU, Double, offer_fp32_plans
+from ...programs import python, spy
 
 SMALL = PlanOptions(batch=(1, 2, 4), sequence=(8, 16, 32), compute_capabilities=("8.6", "12.0"))
 SEGMENTS = ["segment_01", "segment_02", "segment_03"]
@@ -53,26 +54,9 @@ def build(
     return result.manifest.targets[added]
 
 
-def noted_builds(double: Double, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the plans that are built from now on."""
-    built: list[str] = []
-
-    def noted(module: str, request: PlanRequest, **environment: str) -> str:
-        built.append(Path(request.plan).name)
-        return double.build(module, request, **environment)
-
-    monkeypatch.setattr(tensorrt, "run_worker", noted)
-    return built
-
-
 @pytest.fixture(autouse=True)
 def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     offer_fp32_plans(monkeypatch)
-
-
-def needs_rtx() -> None:
-    for package in ("tensorrt_rtx", "polygraphy"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
 
 
 SLOW = [
@@ -81,6 +65,7 @@ SLOW = [
 ]
 
 
+@pytest.mark.usefixtures("rtx")
 @pytest.mark.parametrize(
     ("family", "precision", "capabilities"),
     [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW],
@@ -88,7 +73,6 @@ SLOW = [
 def test_every_graph_becomes_one_rtx_plan(
     family: str, precision: str, capabilities: tuple[str, ...], engine_copy: Callable[..., Path]
 ) -> None:
-    needs_rtx()
     folder = engine_copy(family)
     seen: list[tuple[int, int]] = []
 
@@ -117,12 +101,12 @@ def test_a_graph_with_control_flow_reaches_no_builder(
     double: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corrected("onnx/fp32/segment_01.onnx", with_loop)(double.folder)
-    built = noted_builds(double, monkeypatch)
+    build_plan = spy(monkeypatch, tensorrt, "run_worker")
     result = build_targets(double.folder, ["tensorrt-fp32"], plans=SMALL)
     refused = result.refused["tensorrt-fp32"]
     assert isinstance(refused, ArtifactError)
     assert re.search(r"segment_01\.onnx uses op_type 'Loop'", str(refused))
-    assert built == []
+    build_plan.assert_not_called()
 
 
 def test_shapes_end_where_the_model_ends(engines: Mapping[str, Path]) -> None:
@@ -219,12 +203,12 @@ plan_worker.build_plan(request(folder, onnx, options))
 """
 
 
+@pytest.mark.usefixtures("rtx")
 @pytest.mark.parametrize(
     ("backend", "found"), [(RTX, "2 False True 0 NONE 2"), (TENSORRT, "2 False False 0 NONE")]
 )
 def test_the_settings_reach_the_builder(backend: str, found: str, tmp_path: Path) -> None:
     """Among them: plans of RTX can be captured, fp32 is fp32, and other timings are replaced."""
-    needs_rtx()
     x, y = (helper.make_tensor_value_info(name, 1, ["batch", 4]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
@@ -236,14 +220,9 @@ def test_the_settings_reach_the_builder(backend: str, found: str, tmp_path: Path
     mine.write_bytes(b"timings of another version")
     for link in (cache, plan):
         link.symlink_to(mine)
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, str(tmp_path / "x.onnx"), str(tmp_path)],
-        cwd=Path(__file__).parents[3],
-        env=os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(backend == RTX))},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    environment = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(backend == RTX))}
+    root = Path(__file__).parents[3]
+    done = python(_PROGRAM, tmp_path / "x.onnx", tmp_path, cwd=root, env=environment)
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("FOUND "))
     assert line.removeprefix("FOUND ").startswith(found)
     assert plan.stat().st_size > 1000

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -189,25 +190,18 @@ def test_a_model_is_replaced_only_on_request_with_its_exit_0(
     assert "Exit 0" not in (folder / "README.md").read_text()
 
 
-def failing(_: Any, *__: Any, **___: Any) -> Any:
-    """Write nothing, as on a full disk."""
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def failing_in_rust(*_: Any, **__: Any) -> Any:
-    """The same as a library in Rust says it."""
-    raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+# The same as a library in Rust says it.
+NO_SPACE_IN_RUST = SafetensorError("I/O error: No space left on device (os error 28)")
 # What fails on a full disk, and whether the trained encoder is kept.
-FULL: dict[str, tuple[str, Any, bool]] = {
-    "space for the weights": ("fpabee.exporter.staging.reserve", failing, False),
-    "weights": ("safetensors.torch.save_file", failing_in_rust, False),
-    "configuration": ("transformers.PreTrainedConfig.save_pretrained", failing, True),
-    "tokenizer": ("transformers.PreTrainedTokenizerBase.save_pretrained", failing, True),
-    "exit 0": ("safetensors.numpy.save_file", failing_in_rust, True),
-    "card": ("huggingface_hub.ModelCard.save", failing, True),
-    "the end": ("shutil.move", failing, True),
+FULL: dict[str, tuple[str, Exception, bool]] = {
+    "space for the weights": ("fpabee.exporter.staging.reserve", NO_SPACE, False),
+    "weights": ("safetensors.torch.save_file", NO_SPACE_IN_RUST, False),
+    "configuration": ("transformers.PreTrainedConfig.save_pretrained", NO_SPACE, True),
+    "tokenizer": ("transformers.PreTrainedTokenizerBase.save_pretrained", NO_SPACE, True),
+    "exit 0": ("safetensors.numpy.save_file", NO_SPACE_IN_RUST, True),
+    "card": ("huggingface_hub.ModelCard.save", NO_SPACE, True),
+    "the end": ("shutil.move", NO_SPACE, True),
 }
 
 
@@ -222,9 +216,9 @@ def test_a_full_disk_keeps_the_trained_encoder_and_never_leaves_half_a_model(
         train(folder, options(epochs=0.3, seed=7))
         (folder / "notes.txt").touch()
     before = contents(folder)
-    name, fail, is_kept = FULL[case]
+    name, error, is_kept = FULL[case]
     with monkeypatch.context() as patch:
-        patch.setattr(name, fail)
+        patch.setattr(name, Mock(side_effect=error))
         with pytest.raises(ArtifactError, match="No space left on device") as caught:
             train(folder, settings)
     assert contents(folder) == before

@@ -1,25 +1,29 @@
-"""Engines folders with targets that run on a double of a GPU."""
+"""Compiling C, as a driver or a kernel is."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ...doubles.device import Double, install, install_cuda_provider
-
 
 @pytest.fixture
-def double(
-    engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Double]:
-    """Makes a folder with a target of TensorRT, or of ONNX Runtime's CUDA provider."""
+def compile_c(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a library of C code; the test is skipped without a C compiler."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or sys.platform == "win32":
+        pytest.skip("there is no C compiler")
 
-    def make(family: str = "bert", **settings: Any) -> Double:
-        if settings.get("backend") == "onnxruntime":
-            return install_cuda_provider(monkeypatch, engine_copy(family))
-        return install(monkeypatch, engine_copy(family), **settings)
+    def make(code: str, name: str, *flags: str) -> Path:
+        source = tmp_path / "source.c"
+        source.write_text(code, "utf-8")
+        library = tmp_path / name
+        command = [compiler, *flags, "-shared", "-fPIC", str(source), "-o", str(library)]
+        subprocess.run(command, check=True)
+        return library
 
     return make

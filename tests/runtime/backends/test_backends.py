@@ -133,30 +133,22 @@ def chain(
     family, kind = request.param.split()
     if kind == "openvino-bf16" and not has_bf16():
         pytest.skip("this CPU has no bf16")
+    folder = tmp_path_factory.mktemp(kind) / "engines"
+    shutil.copytree(engines[family], folder)
     with pytest.MonkeyPatch.context() as patch:
-        if kind == "onnxruntime":
-            chain = Chain(engines[family])
+        if kind.startswith("openvino"):
+            add_openvino(folder, kind.removeprefix("openvino-"))
+            chain = Chain(folder, target=kind)
+        elif kind == "onnxruntime-cuda":
+            chain = Chain(folder, target=install_cuda_provider(patch, folder).target)
+        elif kind == "onnxruntime":
+            chain = Chain(folder)
         else:
-            folder = tmp_path_factory.mktemp(kind) / "engines"
-            shutil.copytree(engines[family], folder)
-            if kind.startswith("openvino"):
-                add_openvino(folder, kind.removeprefix("openvino-"))
-                chain = Chain(folder, target=kind)
-                yield chain
-                chain.backend.close()
-                return
-            if kind == "onnxruntime-cuda":
-                chain = Chain(folder, target=install_cuda_provider(patch, folder).target)
-            else:
-                chain = Chain(folder, install(patch, folder, backend=kind))
+            chain = Chain(folder, install(patch, folder, backend=kind))
         yield chain
         chain.backend.give_back(chain.execution)
         chain.backend.close()
-        if chain.double is not None:
-            cuda = chain.double.cuda
-            assert cuda.memory_of == {}, "device memory was not given back"
-            for handles in (cuda.streams, cuda.events):
-                assert len(handles) == 0
+        assert chain.double is None or chain.double.nothing_is_left()
 
 
 def numbers_of(least: int = 1) -> st.SearchStrategy[list[int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -184,16 +183,14 @@ GPU 1 has failed: made up .CUDA error 719. -> start .* again
 """Event 3 has no timing and does not keep a core busy, and stream 1 is not blocking."""
 
 
-def test_the_real_bindings_make_the_calls_in_the_context_of_the_device(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="loads a library by its name on Linux")
+def test_the_real_bindings_make_the_calls_in_the_context_of_the_device(
+    compile_c: Callable[..., Path],
+) -> None:
     """With a made-up driver for CUDA 12.4. The kernel is loaded first, and once."""
     pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
-    compiler = shutil.which("cc")
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("there is no C compiler")
-    (tmp_path / "driver.c").write_text(_LIBRARY)
-    library = ["-shared", "-fPIC", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"]
-    subprocess.run([compiler, *map(str, library)], check=True)
-    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+    library = compile_c(_LIBRARY, "libcuda.so.1")
+    environment = os.environ | {"LD_LIBRARY_PATH": str(library.parent)}
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM], env=environment, capture_output=True, text=True
     )

@@ -8,18 +8,15 @@ from typing import Any
 
 import pytest
 
-from fpabee.runtime import BackendError, Budget, Engine, Entropy
+from fpabee.runtime import BackendError, Budget, Engine
 from fpabee.runtime.backends import cuda as cuda_module
 from fpabee.runtime.backends import tensorrt
 from fpabee.runtime.machine import CudaDevice
 
 from ...doubles.cuda import contexts
-from ...doubles.device import GPU, Double
+from ...doubles.device import GPU, SOME_STOP_FIRST, TEXTS, Double
 
-TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 ALL = Budget(exit=3)
-SOME_STOP_FIRST = Entropy(threshold=0.3)
-"""Some of the texts, but not all, stop at exit 1 of BERT."""
 APPLICATION = "the context of the application"
 BACKENDS = ["tensorrt", "tensorrt-rtx"]
 
@@ -60,8 +57,8 @@ def test_the_application_keeps_its_context(
     assert not other.calls
 
 
-def test_each_thread_keeps_its_context(double: Callable[..., Double]) -> None:
-    engine = double().load()
+def test_each_thread_keeps_its_context(made: Double) -> None:
+    engine = made.load()
 
     def answer(name: str) -> list[object]:
         contexts().append(name)
@@ -74,10 +71,7 @@ def test_each_thread_keeps_its_context(double: Callable[..., Double]) -> None:
     engine.close()
 
 
-def test_plans_must_fit_the_chosen_device(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = double()
+def test_plans_must_fit_the_chosen_device(made: Double, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = [GPU, CudaDevice("Thor", "11.0", (13, 0))]
     for module in (cuda_module, tensorrt):
         monkeypatch.setattr(module, "cuda_device", lambda number=0: gpus[number])
@@ -91,11 +85,9 @@ def test_plans_must_fit_the_chosen_device(
     [(1, r"onnxruntime-fp32 runs on the CPU.* no device 1 -> .*`target`.*`device`"),
      (-1, "device is -1"), ("0", "device is '0'"), (True, "device is True")],
 )  # fmt: skip
-def test_a_device_that_a_cpu_does_not_have(
-    device: Any, message: str, double: Callable[..., Double]
-) -> None:
+def test_a_device_that_a_cpu_does_not_have(device: Any, message: str, made: Double) -> None:
     with pytest.raises(BackendError, match=message):
-        Engine.load(double().folder, target="onnxruntime-fp32", device=device)
+        Engine.load(made.folder, target="onnxruntime-fp32", device=device)
 
 
 @pytest.mark.parametrize("call", ["malloc", "event", "run"])
@@ -125,8 +117,7 @@ def test_a_device_that_has_failed_is_not_called_again(
     assert contexts() == []
 
 
-def test_other_errors_end_one_call_only(double: Callable[..., Double]) -> None:
-    made = double()
+def test_other_errors_end_one_call_only(made: Double) -> None:
     with made.load() as engine:
         made.cuda.fails_at["event"] = 2
         with pytest.raises(BackendError, match="nvidia-smi"):

@@ -26,28 +26,15 @@ from fpabee.runtime.encoding import TextEncoder
 from fpabee.runtime.targets import open_backend
 
 from ...child_process import Ended, Report, forked
-from ...doubles.device import Double, set_gpu
+from ...doubles.calls import before
+from ...doubles.device import TEXTS, Double, set_gpu
 from ...doubles.tensorrt import FakeContext
+from ..running import until
 
-TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 FAILURES = ["malloc", "pinned", "event", "stream", "run"]
 
 
-def until(happens: Callable[[], bool]) -> bool:
-    """Wait until something happens, which is soon unless the test fails."""
-    ends = time.monotonic() + 30
-    while not happens() and time.monotonic() < ends:
-        time.sleep(0.01)
-    return happens()
-
-
-def nothing_is_left(double: Double) -> bool:
-    cuda = double.cuda
-    return not any((cuda.memory_of, cuda.streams, cuda.events, cuda.freed_elsewhere))
-
-
-def test_threads_at_the_same_time(double: Callable[..., Double]) -> None:
-    made = double()
+def test_threads_at_the_same_time(made: Double) -> None:
     start = threading.Barrier(3)
     with made.load() as engine, Engine.load(made.folder) as usual:
 
@@ -63,55 +50,49 @@ def test_threads_at_the_same_time(double: Callable[..., Double]) -> None:
             for logits in times:
                 np.testing.assert_allclose(logits, expected, atol=1e-5)
         assert len(made.cuda.streams) == 1
-    assert nothing_is_left(made)
+    assert made.nothing_is_left()
 
 
-def test_closing_during_a_call(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closing_during_a_call(made: Double, monkeypatch: pytest.MonkeyPatch) -> None:
     """The call is answered and then frees everything; later calls are refused."""
-    made = double()
     begun = threading.Event()
     closed = threading.Event()
     engine = made.load()
-    graph = Backend.graph
 
-    def waits(backend: Any, name: str) -> Any:
+    def wait(*_: object) -> None:
         begun.set()
         assert closed.wait(60)
-        return graph(backend, name)
 
-    monkeypatch.setattr(Backend, "graph", waits)
+    before(monkeypatch, Backend, "graph", wait)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(engine.predict, TEXTS)
         assert begun.wait(60)
         engine.close()
-        assert not nothing_is_left(made)
+        assert not made.nothing_is_left()
         with pytest.raises(BackendError, match="closed"):
             engine.predict(TEXTS)
         closed.set()
         assert len(answer.result()) == len(TEXTS)
-    assert nothing_is_left(made)
+    assert made.nothing_is_left()
 
 
-def test_a_call_waits_for_the_only_execution(double: Callable[..., Double]) -> None:
+def test_a_call_waits_for_the_only_execution(made: Double) -> None:
     """Even if the engine is closed meanwhile; more executions would need more device memory."""
-    made = double()
     engine = made.load()
     backend = engine.core.backend
     lent = backend.check_out()
     with ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(engine.predict, TEXTS) for _ in range(2)]
-        assert until(lambda: len(backend._waiting) == 2)
+        until(lambda: len(backend._waiting) == 2)
         engine.close()
         backend.give_back(lent, failed=True)
         assert [len(answer.result(60)) for answer in answers] == [len(TEXTS)] * 2
-    assert nothing_is_left(made)
+    assert made.nothing_is_left()
 
 
-def test_the_call_that_has_waited_longest_is_next(double: Callable[..., Double]) -> None:
+def test_the_call_that_has_waited_longest_is_next(made: Double) -> None:
     """A thread that calls in a loop would otherwise keep the others waiting."""
-    with double().load() as engine, ThreadPoolExecutor(1) as pool:
+    with made.load() as engine, ThreadPoolExecutor(1) as pool:
         backend = engine.core.backend
         order = []
 
@@ -122,7 +103,7 @@ def test_the_call_that_has_waited_longest_is_next(double: Callable[..., Double])
 
         lent = backend.check_out()
         waits = pool.submit(other)
-        assert until(lambda: len(backend._waiting) == 1)
+        until(lambda: len(backend._waiting) == 1)
         backend.give_back(lent)
         lent = backend.check_out()
         order.append("the loop")
@@ -131,12 +112,10 @@ def test_the_call_that_has_waited_longest_is_next(double: Callable[..., Double])
     assert order == ["other", "the loop"]
 
 
-def test_no_call_waits_for_ever(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_call_waits_for_ever(made: Double, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call hangs on the device; each of the others gets an error in time."""
     monkeypatch.setattr(base, "_PATIENCE_SECONDS", 0.1)
-    with double().load() as engine, ThreadPoolExecutor(3) as pool:
+    with made.load() as engine, ThreadPoolExecutor(3) as pool:
         backend = engine.core.backend
         lent = backend.check_out()
         for answer in [pool.submit(engine.predict, TEXTS) for _ in range(3)]:
@@ -147,10 +126,10 @@ def test_no_call_waits_for_ever(
 
 
 def test_a_call_is_patient_while_others_run_segments(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+    made: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "_PATIENCE_SECONDS", 0.3)
-    with double().load() as engine, ThreadPoolExecutor(1) as pool:
+    with made.load() as engine, ThreadPoolExecutor(1) as pool:
         backend = engine.core.backend
         lent = backend.check_out()
         answer = pool.submit(engine.predict, TEXTS)
@@ -164,9 +143,9 @@ def test_a_call_is_patient_while_others_run_segments(
 
 
 def test_an_execution_that_cannot_recover_makes_room_for_another(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+    made: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with double().load() as engine:
+    with made.load() as engine:
         backend = engine.core.backend
         for _ in range(3):
             execution = backend.check_out()
@@ -177,11 +156,8 @@ def test_an_execution_that_cannot_recover_makes_room_for_another(
 
 
 @pytest.mark.parametrize("death", [SystemExit, MemoryError, BackendError])
-def test_a_call_that_dies(
-    death: Any, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_call_that_dies(death: Any, made: Double, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its buffers are freed at once, and its execution serves the next call."""
-    made = double()
     with made.load() as engine:
         engine.trace(TEXTS)
         used = made.used()
@@ -193,7 +169,7 @@ def test_a_call_that_dies(
                 assert made.used() < used
         assert len(engine.predict(TEXTS)) == len(TEXTS)
         assert len(made.cuda.streams) == 1
-    assert nothing_is_left(made)
+    assert made.nothing_is_left()
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -22,9 +22,8 @@ from fpabee.runtime.backends.tensorrt import MODULES
 from fpabee.runtime.machine import cuda_device
 from fpabee.runtime.targets import why_not
 
-from ...doubles.device import GPU, serve, serve_cuda_provider
+from ...doubles.device import GPU, TEXTS, serve, serve_cuda_provider
 
-TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 THRESHOLD = 3.0
 """With this threshold some of the texts stop early."""

@@ -78,13 +78,6 @@ def test_an_openvino_that_cannot_be_used_is_refused(
         Engine.load(folder, TARGET)
 
 
-def test_a_cpu_without_bf16_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add_openvino(folder, "bf16")
-    monkeypatch.setattr(openvino, "cpu_info", lambda: {"flags": "avx2 avx512f"})
-    with pytest.raises(BackendError, match=r"bf16 instructions.*openvino-fp32"):
-        Engine.load(folder, "openvino-bf16")
-
-
 @pytest.mark.parametrize("is_read_only", [False, True])
 def test_the_next_process_loads_from_the_cache(
     is_read_only: bool, folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch

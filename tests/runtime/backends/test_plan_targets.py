@@ -28,10 +28,7 @@ from ...doubles.device import GPU, Double, set_gpu
 MIB = 2**20
 
 
-def test_a_plan_needs_its_library(
-    double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = double()
+def test_a_plan_needs_its_library(made: Double, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "tensorrt")
     with pytest.raises(MissingExtraError, match=r"pip install .*\[tensorrt-cu1[23]\]'"):
         made.load()
@@ -76,10 +73,9 @@ def test_a_plan_is_for_the_gpu_that_built_it(
 
 
 def test_warnings_of_the_library_are_logged_once(
-    double: Callable[..., Double], caplog: pytest.LogCaptureFixture
+    made: Double, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Such as that a plan was built on another model of GPU, which each of its files says."""
-    made = double()
     plans = made.trt.plans
 
     def warns(content: bytes) -> Any:
@@ -95,8 +91,7 @@ def test_warnings_of_the_library_are_logged_once(
     assert "loaded" not in caplog.text
 
 
-def test_a_plan_that_does_not_fit_into_device_memory(double: Callable[..., Double]) -> None:
-    made = double()
+def test_a_plan_that_does_not_fit_into_device_memory(made: Double) -> None:
     plan = made.folder / "targets" / made.target / "segment_01.plan"
     plan.write_bytes(plan.read_bytes().ljust(5 * MIB, b"."))
     made.change_plan("segment_01", sha256=sha256_of(plan))

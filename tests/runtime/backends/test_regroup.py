@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +15,8 @@ from fpabee.runtime.backends.cuda import GATHER, PTX
 
 from ...closeness import assert_exits
 from ...doubles.cuda import FakeCuda
-from ...doubles.device import Double
+from ...doubles.device import TEXTS, Double
 
-TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 THREADS = 3
 # Lets a C compiler compile the kernel.
 PRELUDE = "struct { int x, y; } threadIdx, blockIdx, blockDim, gridDim;\n"
@@ -33,24 +28,15 @@ void run(const Gather *set, int row, int thread, int threads) {
 """
 
 
-def compiled(folder: Path) -> Any:
-    """The kernel as a library, with `run`; the test is skipped without a C compiler."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or sys.platform == "win32":
-        pytest.skip("there is no C compiler")
-    source = folder / "gather.c"
-    library = folder / "gather.so"
-    kernel = PTX.with_suffix(".cu").read_text("utf-8").replace('extern "C" __global__', "")
-    source.write_text(PRELUDE + kernel.replace("__grid_constant__", "") + CALL, "utf-8")
-    flags = ("-std=gnu99", "-Wall", "-Wextra", "-Werror", "-O2", "-shared", "-fPIC")
-    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
-
-
 @pytest.mark.parametrize("aligned", [True, False])
-def test_the_kernel_copies_what_its_double_copies(aligned: bool, tmp_path: Path) -> None:
+def test_the_kernel_copies_what_its_double_copies(
+    aligned: bool, compile_c: Callable[..., Path]
+) -> None:
     """Compiled as C, with threads that share a row; in words of 8 bytes, or byte by byte."""
-    library = compiled(tmp_path)
+    kernel = PTX.with_suffix(".cu").read_text("utf-8").replace('extern "C" __global__', "")
+    code = PRELUDE + kernel.replace("__grid_constant__", "") + CALL
+    flags = ("-std=gnu99", "-Wall", "-Wextra", "-Werror", "-O2")
+    library = ctypes.CDLL(str(compile_c(code, "gather.so", *flags)))
     random = np.random.default_rng(5)
     cuda = FakeCuda()
     unit = 8 if aligned else 1

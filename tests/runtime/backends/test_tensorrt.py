@@ -20,7 +20,6 @@ from fpabee.runtime import (
     BackendError,
     Budget,
     Engine,
-    Entropy,
     FPabee,
 )
 from fpabee.runtime.backends import compiled_cache, device
@@ -30,28 +29,19 @@ from fpabee.runtime.rules.runner import RuleRunner
 from fpabee.runtime.serving import Scheduler
 
 from ...bad_input.cases import changed_heads
-from ...doubles.device import Double, install, run_through, set_gpu
+from ...doubles.calls import before
+from ...doubles.device import SOME_STOP_FIRST, TEXTS, Double, install, run_through, set_gpu
 from ...doubles.tensorrt import FakeContext, FakeRuntimeCache
 
-TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
 RULE = FPabee(threshold=0.45)
-SOME_STOP_FIRST = Entropy(threshold=0.3)
-"""Some of the texts, but not all, stop at exit 1 of BERT."""
 
 
 @pytest.mark.parametrize(("stay", "regroups"), [(5, 0), (4, 1), (2, 1)])
 def test_a_group_shrinks_before_its_next_segment(
-    stay: int, regroups: int, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+    stay: int, regroups: int, made: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = double()
-    calls = []
-    regroup = DeviceExecution.regroup
-
-    def counted(*arguments: Any) -> Any:
-        calls.append(arguments)
-        return regroup(*arguments)
-
-    monkeypatch.setattr(DeviceExecution, "regroup", counted)
+    calls = list[object]()
+    before(monkeypatch, DeviceExecution, "regroup", lambda *arguments: calls.append(arguments))
 
     def decide(runner: Any, exit_number: int, state: Any, logits: Any) -> Any:
         stops = np.arange(len(logits)) >= (stay if exit_number < 3 else 0)
@@ -82,16 +72,14 @@ def test_logits_that_are_not_finite_are_refused(
     assert made.cuda.memory_of == {}, "an engine that fails its check is closed"
 
 
-def test_hidden_states_stay_on_the_device(double: Callable[..., Double]) -> None:
-    made = double()
+def test_hidden_states_stay_on_the_device(made: Double) -> None:
     with made.load() as engine:
         longest = int(engine.trace(TEXTS).lengths.max())
         sizes = {memory.nbytes for memory in made.cuda.pinned_of.values()}
         assert max(sizes) < len(TEXTS) * longest * 32 * 4, "hidden states of 32 floats for a token"
 
 
-def test_unused_buffers_are_freed_when_memory_is_short(double: Callable[..., Double]) -> None:
-    made = double()
+def test_unused_buffers_are_freed_when_memory_is_short(made: Double) -> None:
     with made.load() as engine:
         engine.predict(["rain"])
         total = made.cuda.room
@@ -107,12 +95,11 @@ def test_unused_buffers_are_freed_when_memory_is_short(double: Callable[..., Dou
         assert len(engine.predict(["rain rain rain"])) == 1
 
 
-def test_outputs_are_read_before_their_memory_is_freed(double: Callable[..., Double]) -> None:
+def test_outputs_are_read_before_their_memory_is_freed(made: Double) -> None:
     """A group shrinks while outputs of its next segment are unread, and then memory is short.
 
     Unused buffers are freed at each allocation in turn. The double notices every use of them.
     """
-    made = double()
     with made.load() as engine:
         expected = engine.trace(TEXTS, rule=SOME_STOP_FIRST)
     for number in range(1, 40):
@@ -128,10 +115,7 @@ def test_outputs_are_read_before_their_memory_is_freed(double: Callable[..., Dou
     raise AssertionError("a call makes fewer allocations")
 
 
-def test_a_context_that_a_traceback_holds_is_freed_on_its_device(
-    double: Callable[..., Double],
-) -> None:
-    made = double()
+def test_a_context_that_a_traceback_holds_is_freed_on_its_device(made: Double) -> None:
     with made.load() as engine:
         made.cuda.fails_at["run"] = 1
         with pytest.raises(BackendError) as caught:
@@ -143,9 +127,8 @@ def test_a_context_that_a_traceback_holds_is_freed_on_its_device(
     assert made.cuda.freed_elsewhere == []
 
 
-def test_contexts_are_freed_at_once(double: Callable[..., Double]) -> None:
+def test_contexts_are_freed_at_once(made: Double) -> None:
     """Not when the garbage collector runs next: what lacks memory needs theirs now."""
-    made = double()
     with made.load() as engine:
         with engine.core.chain() as chain:
             run_through(engine, chain, ["rain"])
@@ -159,26 +142,7 @@ def test_contexts_are_freed_at_once(double: Callable[..., Double]) -> None:
             gc.enable()
 
 
-@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
-def test_an_engine_that_nobody_closes_is_freed_at_once(
-    backend: str, double: Callable[..., Double]
-) -> None:
-    """Not when the garbage collector runs next, which knows nothing of memory on the GPU."""
-    made = double(backend=backend)
-    engine = made.load()
-    engine.predict(TEXTS, rule=SOME_STOP_FIRST)
-    gc.disable()
-    try:
-        del engine
-        left = (made.cuda.memory_of, made.cuda.streams, made.cuda.events)
-        assert not any(left)
-    finally:
-        gc.enable()
-    assert not made.cuda.freed_elsewhere
-
-
-def test_an_engine_that_cannot_be_made_has_nothing_to_free(double: Callable[..., Double]) -> None:
-    made = double()
+def test_an_engine_that_cannot_be_made_has_nothing_to_free(made: Double) -> None:
     with pytest.raises(IndexError):
         made.load(device=2)
     made.change_plan("segment_01", onnx_sha256="0" * 64)
@@ -187,8 +151,7 @@ def test_an_engine_that_cannot_be_made_has_nothing_to_free(double: Callable[...,
     gc.collect()
 
 
-def test_an_engine_of_another_process_is_not_freed(double: Callable[..., Double]) -> None:
-    made = double()
+def test_an_engine_of_another_process_is_not_freed(made: Double) -> None:
     engine = made.load()
     engine.predict(["rain"])
     engine.core.backend.origin.is_elsewhere = True
@@ -243,10 +206,9 @@ def test_a_plan_that_does_not_load_says_why(backend: str, double: Callable[..., 
     ],
 )
 def test_a_call_that_fails_says_why(
-    call: str, fails: Any, double: Callable[..., Double], monkeypatch: pytest.MonkeyPatch
+    call: str, fails: Any, made: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first error is the cause; errors of earlier calls have nothing to do with it."""
-    made = double()
 
     def refuses(*_: Any) -> Any:
         made.trt.report(*reasons)

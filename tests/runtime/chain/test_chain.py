@@ -6,19 +6,18 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from fpabee.runtime import Budget, Engine
 from fpabee.runtime.artifact.manifest import ProblemType
-from fpabee.runtime.backends.host import HostBackend, HostExecution
 from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.rules.measures import Outputs
 from fpabee.runtime.rules.runner import PatienceState
 
 from ...closeness import assert_close
+from ...doubles.calls import spoil_logits
 
 TEXTS = ["rain", "the film is good", "not the plot", "sun and rain", "bad"]
 
@@ -74,14 +73,7 @@ def test_rows_may_leave_while_their_segment_runs(engine: Engine) -> None:
 def test_rows_without_numbers_leave_and_are_not_answered(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    enqueue = HostExecution.enqueue
-
-    def spoiled(execution: Any, hidden: Any) -> Any:
-        logits = enqueue(execution, hidden)().copy()
-        logits[1, 2] = np.nan
-        return lambda: logits
-
-    monkeypatch.setattr(HostExecution, "enqueue", spoiled)
+    spoil_logits(monkeypatch, rows=1)
     for rule, stopped, left in ((Budget(exit=1), [0, 2], []), (Budget(exit=2), [], [0, 2])):
         engine.core.in_use = (None, engine.core.runner(rule))
         with engine.core.chain() as chain:
@@ -92,10 +84,8 @@ def test_rows_without_numbers_leave_and_are_not_answered(
         assert decision.group.rows.tolist() == left
 
 
-def test_groups_that_would_be_too_large_together_are_not_joined(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(HostBackend, "joins", True)
+@pytest.mark.usefixtures("joins")
+def test_groups_that_would_be_too_large_together_are_not_joined(engine: Engine) -> None:
     with engine.core.chain() as chain:
         short = group_of(engine, [0, 4])
         long = group_of(engine, [1])
@@ -106,10 +96,8 @@ def test_groups_that_would_be_too_large_together_are_not_joined(
     assert (len(short), len(long)) == (2, 1)
 
 
-def test_joined_rows_keep_what_belongs_to_them(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(HostBackend, "joins", True)
+@pytest.mark.usefixtures("joins")
+def test_joined_rows_keep_what_belongs_to_them(engine: Engine) -> None:
     with engine.core.chain() as chain:
         encoded = engine.core.encode(TEXTS)
         depth = engine.trace(TEXTS).logits

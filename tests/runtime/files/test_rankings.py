@@ -10,11 +10,11 @@ import jsonschema
 import pytest
 
 from fpabee.runtime import Engine, Ranked
-from fpabee.runtime.files.destination import Partial
 
 from ..running import Run, check_refused, write_lines
 from ..test_ranking import QUERY, documents
 from .test_output_schema import VALIDATOR
+from .test_resume import fail_at
 
 SETS = [documents(40), documents(1, 1), [], documents(12, 2), ["", "the sun", "the sun"]]
 
@@ -113,15 +113,8 @@ def test_a_resumed_run_gives_the_same_rankings_and_the_same_summary(
     whole = json.loads(run(ranker, source, "--output", output, "--json").err)
     expected = output.read_bytes()
     output.unlink()
-    write = Partial.write
-
-    def stop(partial: Partial, record: dict[str, Any]) -> None:
-        if partial.rows == 3:
-            raise KeyboardInterrupt
-        write(partial, record)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Partial, "write", stop)
+        fail_at(patch, 3, KeyboardInterrupt())
         assert "3 finished rows" in run(ranker, source, "--output", output).err
     changed = run(ranker, source, "--output", output, "--resume", "--full-depth")
     check_refused(changed, "full depth")

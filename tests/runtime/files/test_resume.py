@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -24,6 +23,7 @@ from pyarrow import parquet
 from fpabee.runtime import Engine, InputError
 from fpabee.runtime.files.destination import Partial
 
+from ...doubles.calls import before
 from ..running import Result, Run, check_refused, write_lines
 
 ROWS = 400
@@ -59,6 +59,16 @@ STOPS = {
     # The system's own limit: a write that ends within a line, as on a full disk.
     "no space": "resource.setrlimit(resource.RLIMIT_FSIZE, (25_000, 25_000))",
 }
+
+
+def fail_at(patch: pytest.MonkeyPatch, rows: int, error: BaseException) -> None:
+    """Let the writing of results fail at a row."""
+
+    def stop(partial: Partial, _: object) -> None:
+        if partial.rows == rows:
+            raise error
+
+    before(patch, Partial, "write", stop)
 
 
 @dataclass
@@ -103,15 +113,8 @@ class Classify:
 
     def fail_at(self, rows: int, error: BaseException) -> Result:
         """A run in which writing fails at a row."""
-        write = Partial.write
-
-        def stop(partial: Partial, record: dict[str, Any]) -> None:
-            if partial.rows == rows:
-                raise error
-            write(partial, record)
-
         with self.patch.context() as patch:
-            patch.setattr(Partial, "write", stop)
+            fail_at(patch, rows, error)
             return self()
 
     def interrupt(self, rows: int = 100) -> None:

@@ -12,14 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fpabee.runtime.errors import InputError, RowError
-from fpabee.runtime.files import Inputs, ReadOptions, Row, read_rows
+from fpabee.runtime.files import Inputs, ReadOptions, Row
 from fpabee.runtime.files import lines as lines_module
 from fpabee.runtime.files.lines import Lines, table_rows
 
-
-def read(path: Path, content: bytes, options: ReadOptions | None = None) -> list[Row]:
-    path.write_bytes(content)
-    return list(read_rows(path, options))
+from .test_sources import read
 
 
 def read_all(path: Path, content: bytes) -> list[Row | RowError]:

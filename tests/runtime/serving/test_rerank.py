@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from openapi_spec_validator import validate
 
-from fpabee.runtime import Activation, read_manifest
+from fpabee.runtime import Activation
 from fpabee.runtime.chain.chain import Chain
 from fpabee.runtime.serving.server import ServerLimits
 
-from ..test_ranking import QUERY, documents
+from ..test_ranking import QUERY, documents, late_after_a_segment
 from .test_server import Server, Strict, serving
 
 DOCUMENTS = documents(30)
@@ -140,14 +140,20 @@ def test_the_fields_decide_the_format(server: Server, path: str) -> None:
         assert isinstance(server.check(path, response), dict) == ("documents" in content)
 
 
+def results_of(server: Server, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The documents of an answer in either format, which is what the schema says."""
+    found = server.check(path, server.post(path, body))
+    results: list[dict[str, Any]] = found if isinstance(found, list) else found["results"]
+    return results
+
+
 @pytest.mark.parametrize("name", ["documents", "texts"])
 def test_scores_of_the_search_are_used(scored_ranker: Path, name: str) -> None:
     body = {"query": QUERY, name: DOCUMENTS}
     scores = [n % 7 for n in range(len(DOCUMENTS))]
     with serving(scored_ranker, max_rows=60, limits=LIMITS) as server:
         for known in (scores, None):
-            found = server.check("/rerank", server.post("/rerank", body | {"scores": known}))
-            found = found if isinstance(found, list) else found["results"]
+            found = results_of(server, "/rerank", body | {"scores": known})
             ranking = server.engine.rank(QUERY, DOCUMENTS, scores=known, all=True)
             assert [each["exit"] for each in found] == [each.exit for each in ranking]
             assert [each["index"] for each in found] == [each.index for each in ranking]
@@ -174,28 +180,19 @@ def test_what_fpabee_adds(server: Server) -> None:
 @pytest.mark.parametrize(
     ("path", "score"), [("/v1/rerank", "relevance_score"), ("/rerank", "score")]
 )
-def test_raw_scores_are_logits(ranker: Path, path: str, score: str) -> None:
-    assert read_manifest(ranker).task.activation is Activation.SIGMOID
-    name = "documents" if path == "/v1/rerank" else "texts"
-    body = {"query": QUERY, name: DOCUMENTS}
-    with serving(ranker, max_rows=60, limits=LIMITS) as server:
+def test_raw_scores_are_logits(server: Server, path: str, score: str) -> None:
+    assert server.engine.manifest.task.activation is Activation.SIGMOID
+    body = {"query": QUERY, "documents" if path == "/v1/rerank" else "texts": DOCUMENTS}
 
-        def scores(**more: Any) -> list[float]:
-            found = server.check(path, server.post(path, body | more))
-            return [
-                each[score] for each in (found if isinstance(found, list) else found["results"])
-            ]
+    def scores(**more: Any) -> list[float]:
+        return [each[score] for each in results_of(server, path, body | more)]
 
-        logits = scores(raw_scores=True)
-        assert scores() == pytest.approx([1 / (1 + math.exp(-logit)) for logit in logits])
+    logits = scores(raw_scores=True)
+    assert scores() == pytest.approx([1 / (1 + math.exp(-logit)) for logit in logits])
 
 
 def test_a_deadline_is_told(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    def soon(chain: Chain, segments: int = 1) -> float:
-        """Too late as soon as a segment has run."""
-        return chain.clock() + 60.0 * (chain.seconds > 0)
-
-    monkeypatch.setattr(Chain, "soon", soon)
+    monkeypatch.setattr(Chain, "soon", late_after_a_segment)
     response = server.post("/v1/rerank", COMMON | {"deadline_ms": 30_000.0})
     found = server.check("/v1/rerank", response)["results"]
     assert len(found) == len(DOCUMENTS)
@@ -240,7 +237,9 @@ def test_too_many_tokens_are_refused(server: Server, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("fpabee.runtime.core._QUERY_BYTES", 2**12)
     response = server.post("/v1/rerank", COMMON)
     assert response.status_code == 400
-    assert "tokens" in server.check("/v1/rerank", response)["error"]
+    error = server.check("/v1/rerank", response)["error"]
+    assert "30 documents with their query have" in error
+    assert "tokens" in error
 
 
 @pytest.mark.parametrize(
@@ -250,6 +249,7 @@ def test_defined_answers(server: Server, content: dict[str, list[str]]) -> None:
     found = server.check("/v1/rerank", server.post("/v1/rerank", {"query": "", **content}))
     count = len(content["documents"])
     assert [each["index"] for each in found["results"]] == list(range(count))
+    assert all(each["exit"] == 3 for each in found["results"][:3]), "those that are promised"
 
 
 def test_a_query_is_admitted_whole_or_refused(ranker: Path) -> None:

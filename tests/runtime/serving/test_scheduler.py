@@ -40,6 +40,7 @@ from fpabee.runtime.serving.metrics import Metrics
 
 from ...child_process import Ended, Report, forked
 from ...closeness import assert_probabilities, exits_may_differ
+from ...doubles.calls import before, spoil_logits
 from ...doubles.clock import Clock
 from ..test_engine import TEXTS
 
@@ -68,10 +69,10 @@ class Gate:
         self.steps = threading.Semaphore(0)
         self.arrived = threading.Semaphore(0)
         self.is_open = False
-        self.fails: Callable[[int, Any], None] = lambda segment, hidden: None
-        enqueue = HostExecution.enqueue
+        self.fails: Callable[[int, Any], None]
+        self.fails_no_more()
 
-        def gated(execution: Any, hidden: Any) -> Any:
+        def wait(_: object, hidden: Any) -> None:
             segment = hidden.segment
             is_scheduler = threading.current_thread().name == "fpabee scheduler"
             if is_scheduler:
@@ -80,9 +81,8 @@ class Gate:
                 self.arrived.release()
                 self.is_open = not self.steps.acquire(timeout=2 * WAIT)  # a test has failed
             self.fails(segment, hidden)
-            return enqueue(execution, hidden)
 
-        monkeypatch.setattr(HostExecution, "enqueue", gated)
+        before(monkeypatch, HostExecution, "enqueue", wait)
         monkeypatch.setattr(Chain, "soon", in_milliseconds)
 
     def at(self) -> tuple[int, int]:
@@ -94,6 +94,18 @@ class Gate:
         """Let the worker run the segment that it is before."""
         self.steps.release()
 
+    def fail_at(self, failing: int) -> None:
+        """Let a segment fail for all rows."""
+
+        def fail(segment: int, _: object) -> None:
+            if segment == failing:
+                raise BackendError("made up")
+
+        self.fails = fail
+
+    def fails_no_more(self) -> None:
+        self.fails = lambda segment, hidden: None
+
     def open(self) -> None:
         self.is_open = True
         self.steps.release(1000)
@@ -102,12 +114,6 @@ class Gate:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     return Gate(monkeypatch)
-
-
-@pytest.fixture
-def joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Join groups on the CPU, as devices do."""
-    monkeypatch.setattr(HostBackend, "joins", True)
 
 
 @pytest.fixture
@@ -217,12 +223,9 @@ def test_new_rows_join_on_a_device_and_nearly_finished_rows_come_first_on_a_cpu(
 
 
 def test_rows_of_different_rules_share_no_group(
-    engine_copy: Callable[..., Path],
-    set_points: Callable[..., None],
-    gate: Gate,
+    engine_copy: Callable[..., Path], gate: Gate
 ) -> None:
-    folder = engine_copy()
-    set_points(folder, deep=NEVER, two=Entropy(threshold=10.0, min_exit=2))
+    folder = engine_copy(deep=NEVER, two=Entropy(threshold=10.0, min_exit=2))
     with Engine.load(folder, operating_point="deep") as engine, Scheduler(engine) as scheduler:
         engine.core.clock = Clock()
         deep = [scheduler.submit("rain")]
@@ -369,15 +372,13 @@ def test_texts_count_while_they_are_tokenized(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The long texts of several requests are tokenized one after another."""
-    encode = engine.core.encode
     goes_on = threading.Event()
     calls = list[str]()
 
-    def slowly(texts: Sequence[Text]) -> Any:
+    def wait(_: object) -> None:
         calls.append("begins")
         goes_on.wait(WAIT)
         calls.append("ends")
-        return encode(texts)
 
     async def several(scheduler: Scheduler) -> None:
         long = "the film " * 10_000
@@ -397,7 +398,7 @@ def test_texts_count_while_they_are_tokenized(
             await bad
         assert scheduler._unanswered == 0
 
-    monkeypatch.setattr(engine.core, "encode", slowly)
+    before(monkeypatch, engine.core, "encode", wait)
     with Scheduler(engine, max_rows=5) as scheduler:
         asyncio.run(several(scheduler))
     assert calls == ["begins", "ends"] * 2
@@ -406,14 +407,8 @@ def test_texts_count_while_they_are_tokenized(
 def test_a_scheduler_that_closes_while_texts_are_tokenized(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = engine.core.encode
-
-    def closes(texts: Sequence[Text]) -> Any:
-        scheduler.close()
-        return encode(texts)
-
     scheduler = Scheduler(engine)
-    monkeypatch.setattr(engine.core, "encode", closes)
+    before(monkeypatch, engine.core, "encode", lambda _: scheduler.close())
     with pytest.raises(BackendError, match="closed"):
         scheduler.submit("a")
     assert scheduler._unanswered == 0
@@ -513,13 +508,7 @@ def test_deadlines(engine: Engine, gate: Gate, clock: Clock) -> None:
 def test_tokenization_is_part_of_the_deadline(
     engine: Engine, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = engine.core.encode
-
-    def slowly(texts: Sequence[Text]) -> Any:
-        clock.now += 1.0
-        return encode(texts)
-
-    monkeypatch.setattr(engine.core, "encode", slowly)
+    before(monkeypatch, engine.core, "encode", lambda _: clock.wait(1.0))
     with Scheduler(engine) as scheduler:
         missed = [scheduler.submit("a", deadline_ms=500.0).result(WAIT)]
         missed += asyncio.run(scheduler.classify(["a"], deadline_ms=500.0))
@@ -575,16 +564,9 @@ def test_the_rows_of_a_failing_group_get_its_error_and_others_their_answers(
 
 
 def test_logits_that_are_not_finite(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    enqueue = HostExecution.enqueue
-
-    def spoiled(*arguments: Any) -> Any:
-        logits = enqueue(*arguments)().copy()
-        logits[0, 1] = np.nan
-        return lambda: logits
-
     with Scheduler(engine) as scheduler:
         scheduler.submit("warm up").result(WAIT)
-        monkeypatch.setattr(HostExecution, "enqueue", spoiled)
+        spoil_logits(monkeypatch, rows=0)
         futures = scheduler.submit_all(["a", "b", "c"])
         failed = [future for future in futures if future.exception(WAIT) is not None]
         assert len(failed) == 3  # one at each of the three exits

@@ -5,37 +5,34 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fpabee.runtime import BackendError, Engine, Entropy, ExitRule, FPabee
+from fpabee.runtime import BackendError, Engine, ExitRule, FPabee
 from fpabee.runtime.backends.device import DeviceExecution
 from fpabee.runtime.serving import Scheduler
 
+from ...doubles.calls import before
 from ...doubles.clock import Clock
-from ...doubles.device import Double, install, run_through
+from ...doubles.device import SOME_STOP_FIRST, TEXTS, Double, run_through
 from .test_scheduler import WAIT, results
 
-TEXTS = ["the film is not good", "rain", "", "turn the lights on and play music", "book a table"]
-SOME_STOP_FIRST = Entropy(threshold=0.3)
-"""Some of the texts, but not all, stop at exit 1."""
 NEVER = FPabee(threshold=-1.0)
 
 
 @pytest.fixture
-def double(engine_copy: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Double:
+def made(double: Callable[..., Double]) -> Double:
     """At most four rows run together."""
     shapes: dict[str, Any] = {"batch_sizes": (1, 2, 4), "sequence_lengths": (8, 16, 64)}
-    return install(monkeypatch, engine_copy(), batch=(1, 2, 4), **shapes)
+    return double(batch=(1, 2, 4), **shapes)
 
 
 @pytest.mark.parametrize("rule", [SOME_STOP_FIRST, FPabee(threshold=0.6, patience=2), NEVER])
-def test_answers_are_those_of_the_cpu(rule: ExitRule, double: Double) -> None:
+def test_answers_are_those_of_the_cpu(rule: ExitRule, made: Double) -> None:
     texts = TEXTS * 4
-    with double.load(rule=rule) as engine, Engine.load(double.folder) as usual:
+    with made.load(rule=rule) as engine, Engine.load(made.folder) as usual:
         expected = usual.predict(texts, rule=rule)
         with Scheduler(engine) as scheduler:
             for _ in range(2):
@@ -44,39 +41,36 @@ def test_answers_are_those_of_the_cpu(rule: ExitRule, double: Double) -> None:
                 for answer, same in zip(found, expected, strict=True):
                     np.testing.assert_allclose(answer.probabilities, same.probabilities, atol=1e-5)
         assert engine.tally.rows == 2 * len(texts)
-    assert double.cuda.memory_of == double.cuda.streams == {}
+    assert made.nothing_is_left()
 
 
-def test_the_device_runs_one_group_while_the_rule_judges_another(double: Double) -> None:
-    with double.load(rule=NEVER) as engine, Scheduler(engine) as scheduler:
+def test_the_device_runs_one_group_while_the_rule_judges_another(made: Double) -> None:
+    with made.load(rule=NEVER) as engine, Scheduler(engine) as scheduler:
         for _ in range(3):
-            double.cuda.idle = 0
+            made.cuda.idle = 0
             results(scheduler.submit_all(["rain"] * 8))
-            assert double.cuda.idle == 1, "it is idle only when all rows are done"
+            assert made.cuda.idle == 1, "it is idle only when all rows are done"
 
 
 def test_a_group_that_fails_while_another_runs(
-    double: Double, monkeypatch: pytest.MonkeyPatch
+    made: Double, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    enqueue = DeviceExecution.enqueue
-
-    def fails(execution: Any, hidden: Any) -> Any:
+    def fail(_: object, hidden: Any) -> None:
         if hidden.segment == 1 and hidden.bucket.sequence == 64:
             raise BackendError("made up")
-        return enqueue(execution, hidden)
 
-    with double.load(rule=NEVER) as engine, Scheduler(engine) as scheduler:
+    with made.load(rule=NEVER) as engine, Scheduler(engine) as scheduler:
         expected = engine.predict(["rain"])
-        monkeypatch.setattr(DeviceExecution, "enqueue", fails)
+        before(monkeypatch, DeviceExecution, "enqueue", fail)
         long, *short = scheduler.submit_all(["rain " * 40, *["rain"] * 6])
         with pytest.raises(BackendError, match="made up"):
             long.result(WAIT)
         for answer in results(short):
             np.testing.assert_allclose(answer.probabilities, expected[0].probabilities, atol=1e-5)
-    assert double.cuda.memory_of == double.cuda.streams == {}
+    assert made.nothing_is_left()
 
 
-def test_other_calls_of_the_engine_have_their_turn(double: Double) -> None:
+def test_other_calls_of_the_engine_have_their_turn(made: Double) -> None:
     """Although the scheduler always has texts, and one call runs at a time."""
     is_busy = threading.Event()
     is_busy.set()
@@ -85,7 +79,7 @@ def test_other_calls_of_the_engine_have_their_turn(double: Double) -> None:
         if is_busy.is_set():
             scheduler.submit("rain").add_done_callback(again)
 
-    with double.load(rule=NEVER) as engine, Scheduler(engine) as scheduler:
+    with made.load(rule=NEVER) as engine, Scheduler(engine) as scheduler:
         expected = engine.predict(TEXTS)
         for _ in range(12):
             again(None)
@@ -99,7 +93,7 @@ def test_other_calls_of_the_engine_have_their_turn(double: Double) -> None:
 
 
 @pytest.fixture
-def timed(double: Double, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, list[int]]]:
+def timed(made: Double, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, list[int]]]:
     """An engine on a device where a segment takes 1 ms, and the segments that were started."""
     clock = Clock()
     started: list[int] = []
@@ -111,11 +105,11 @@ def timed(double: Double, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Eng
         return lambda: takes_time(outputs)
 
     def takes_time(outputs: Any) -> Any:
-        clock.now += 1e-3
+        clock.wait(1e-3)
         return outputs()
 
     monkeypatch.setattr(DeviceExecution, "enqueue", counts)
-    with double.load(rule=NEVER) as engine:
+    with made.load(rule=NEVER) as engine:
         engine.core.clock = clock
         yield engine, started
 
@@ -150,12 +144,12 @@ def test_a_segment_takes_the_time_since_the_one_before(timed: tuple[Engine, list
     assert started == [1, 1, 2, 2, 3, 3]
 
 
-def test_closing_while_segments_run(double: Double) -> None:
-    with double.load(rule=NEVER) as engine:
+def test_closing_while_segments_run(made: Double) -> None:
+    with made.load(rule=NEVER) as engine:
         scheduler = Scheduler(engine)
         futures = [scheduler.submit(text) for text in TEXTS * 10]
         futures[0].result(WAIT)
         scheduler.close(cancel=True)
         assert all(future.done() for future in futures)
         assert scheduler._unanswered == 0
-    assert double.cuda.memory_of == double.cuda.streams == {}
+    assert made.nothing_is_left()

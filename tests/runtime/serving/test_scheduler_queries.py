@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,8 @@ from fpabee.runtime.backends.host import HostBackend
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.tasks.ranked import pairs_of
 
-from ..test_ranking import QUERY, RULE, documents, exits_of
+from ..running import until
+from ..test_ranking import QUERY, RULE, WITH_SCORES, documents, exits_of
 from .test_scheduler import WAIT, Gate, gate
 
 __all__ = ["gate"]
@@ -55,13 +55,6 @@ def ask() -> Iterator[Callable[[Scheduler, Sequence[str]], Asked]]:
 
 
 Ask = Callable[[Scheduler, Sequence[str]], Asked]
-
-
-def until(condition: Callable[[], object]) -> None:
-    ends = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.001)
 
 
 def steps(gate: Gate, count: int) -> list[tuple[int, int]]:
@@ -131,19 +124,20 @@ def test_what_runs_beside_the_oldest_query_needs_little_memory(
         assert [len(each.result(WAIT)) for each in asked] == [60, 16, 2]
 
 
-@pytest.mark.parametrize("joins", [False, True])
+@pytest.mark.parametrize("has_exit_0", [False, True])
+@pytest.mark.usefixtures("as_on_devices")
 def test_answers_are_those_of_the_engine(
-    joins: bool,
+    has_exit_0: bool,
     ranking_engines: Mapping[str, Path],
+    first_stage_engines: Mapping[str, Path],
     ask: Ask,
     gate: Gate,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a device, documents of several queries share groups, and two are in flight."""
-    monkeypatch.setattr(HostBackend, "joins", joins)
-    monkeypatch.setattr(HostBackend, "in_flight", 1 + joins)
-    sets = [documents(count, seed) for seed, count in enumerate((130, 40, 3, 90, 12, 1))]
-    with Engine.load(ranking_engines["bert"], rule=RULE) as engine:
+    sets = [documents(count, seed) for seed, count in enumerate((130, 40, 3, 90, 12, 1, 0))]
+    folders = first_stage_engines if has_exit_0 else ranking_engines
+    with Engine.load(folders["bert"], rule=WITH_SCORES if has_exit_0 else RULE) as engine:
         limits = dataclasses.replace(engine.core.limits, group_tokens=256)
         monkeypatch.setattr(engine.core, "limits", limits)
         alone = [engine.rank(QUERY, some, all=True) for some in sets]
@@ -151,6 +145,7 @@ def test_answers_are_those_of_the_engine(
             asked = [ask(scheduler, some) for some in sets]
             gate.open()
             served = [each.result(WAIT) for each in asked]
+        assert engine.tally.rows == 2 * sum(map(len, sets))
     for some, other in zip(alone, served, strict=True):
         assert exits_of(some) == exits_of(other)
         assert [each.index for each in some] == [each.index for each in other]

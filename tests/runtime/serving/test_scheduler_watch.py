@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from fpabee.runtime import BackendError, Budget, Confidence, Engine, ExitRule
-from fpabee.runtime.backends.host import HostBackend, HostExecution
+from fpabee.runtime import BackendError, Budget, Engine
+from fpabee.runtime.backends.host import HostBackend
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.metrics import Metrics
 from fpabee.runtime.watch import MOST_WAITING
 
-from ...doubles.device import install
+from ...doubles.calls import spoil_logits
+from ..running import until
 from ..test_engine import TEXTS
-from ..watching import count_changes, promising
-from .test_scheduler import WAIT, Gate, gate, results
+from ..watching import count_changes, watched_by
+from .test_scheduler import WAIT, Gate, counted, gate, results
 
 __all__ = ["gate"]
 SHALLOW = Budget(exit=1)
 
 
 @pytest.fixture
-def load(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
-) -> Callable[..., Engine]:
-    """Loads an engine that watches all rows."""
-
-    def make(rule: ExitRule = SHALLOW, **copying: Any) -> Engine:
-        folder = promising(engine_copy(**copying), set_points, early=rule)
-        return Engine.load(folder, watch=100.0)
-
-    return make
-
-
-@pytest.fixture
-def engine(load: Callable[..., Engine]) -> Iterator[Engine]:
-    with load() as engine:
+def engine(promised: Callable[..., Path]) -> Iterator[Engine]:
+    """It watches all rows."""
+    with Engine.load(promised(early=SHALLOW), watch=100.0) as engine:
         yield engine
 
 
@@ -55,40 +41,24 @@ def idle(scheduler: Scheduler) -> None:
     pytest.fail("watched rows are never done")
 
 
-PLACES = [(device, exit_0) for device in (False, True) for exit_0 in (False, True)]
-
-
-@pytest.mark.parametrize(("on_device", "exit_0"), PLACES)
-def test_answers_are_those_of_predict_and_are_compared(
-    on_device: bool,
-    exit_0: bool,
-    engine_copy: Callable[..., Path],
-    set_points: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    folder = engine_copy(exit_0=exit_0)
-    rule = Confidence(threshold=0.5, exit_0_threshold=0.6 if exit_0 else None)
-    target = install(monkeypatch, folder).target if on_device else ""
-    promising(folder, set_points, target=target, early=rule)
-    with Engine.load(folder, target or None, watch=100.0) as engine:
-        metrics = Metrics(engine)
-        full_depth = engine.predict(TEXTS, full_depth=True)
-        expected = [engine.predict([text])[0] for text in TEXTS]
-        assert engine.watched is not None
-        before = engine.watched
-        tally = engine.tally
-        with Scheduler(engine, metrics=metrics) as scheduler:
-            found = results([scheduler.submit(text) for text in TEXTS])
-            idle(scheduler)
-        assert [answer.exit for answer in found] == [answer.exit for answer in expected]
-        assert [answer.labels for answer in found] == [answer.labels for answer in expected]
-        watched = engine.watched
-        assert watched.rows == before.rows + len(TEXTS)
-        changed = count_changes(found, full_depth)
-        assert watched.changed_answers == before.changed_answers + changed
-        others = engine.tally.rows - tally.rows - len(TEXTS)  # those that `idle` sent
-        assert f"fpabee_answer_seconds_count {len(TEXTS) + others}.0" in metrics.text().decode()
-        assert f"fpabee_queue_seconds_count {len(TEXTS) + others}.0" in metrics.text().decode()
+def test_answers_are_those_of_predict_and_are_compared(watching: Engine) -> None:
+    metrics = Metrics(watching)
+    full_depth = watching.predict(TEXTS, full_depth=True)
+    expected = [watching.predict([text])[0] for text in TEXTS]
+    before = watched_by(watching)
+    tally = watching.tally
+    with Scheduler(watching, metrics=metrics) as scheduler:
+        found = results([scheduler.submit(text) for text in TEXTS])
+        idle(scheduler)
+    assert [answer.exit for answer in found] == [answer.exit for answer in expected]
+    assert [answer.labels for answer in found] == [answer.labels for answer in expected]
+    watched = watched_by(watching)
+    assert watched.rows == before.rows + len(TEXTS)
+    changed = count_changes(found, full_depth)
+    assert watched.changed_answers == before.changed_answers + changed
+    others = watching.tally.rows - tally.rows - len(TEXTS)  # those that `idle` sent
+    assert counted(metrics, "answer_seconds_count") == len(TEXTS) + others
+    assert counted(metrics, "queue_seconds_count") == len(TEXTS) + others
 
 
 @pytest.mark.parametrize("joins", [False, True])
@@ -118,8 +88,7 @@ def test_watched_rows_run_after_all_others(
             if segment == 2 and sum(count for number, count in rows if number == 2) == 2:
                 break
         assert results(others)[0].exit == 1
-    assert engine.watched is not None
-    assert engine.watched.rows == 2
+    assert watched_by(engine).rows == 2
     # On a device, a row waits for others before the same segment.
     assert ((2, 2) in rows) == joins
 
@@ -131,14 +100,13 @@ def test_no_coin_is_tossed_while_many_rows_wait(engine: Engine, gate: Gate) -> N
         gate.step()
         assert gate.at() == (1, MOST_WAITING)
         assert {answer.exit for answer in results(first)} == {1}
-        assert engine.watched is not None
-        assert engine.watched.is_paused
+        assert watched_by(engine).is_paused
         others = scheduler.submit_all(["rain"] * 3)
         gate.open()
         assert {answer.exit for answer in results(others)} == {1}
         idle(scheduler)
-        assert engine.watched.rows == MOST_WAITING
-        assert not engine.watched.is_paused
+        assert watched_by(engine).rows == MOST_WAITING
+        assert not watched_by(engine).is_paused
 
 
 def test_a_row_whose_client_left_is_watched_all_the_same(engine: Engine, gate: Gate) -> None:
@@ -150,8 +118,7 @@ def test_a_row_whose_client_left_is_watched_all_the_same(engine: Engine, gate: G
         gate.open()
         assert first.result(WAIT).exit == 1
         idle(scheduler)
-        assert engine.watched is not None
-        assert engine.watched.rows == 2
+        assert watched_by(engine).rows == 2
         assert engine.tally.exits[0] >= 1
         assert scheduler._unanswered == 0
 
@@ -168,11 +135,10 @@ def test_closing_does_not_wait_for_watched_rows(cancel: bool, engine: Engine, ga
     gate.step()
     scheduler.close(cancel)
     assert gate.begun == [(0, 1), (1, 1)]
-    assert engine.watched is not None
-    assert engine.watched.rows == 0
+    assert watched_by(engine).rows == 0
     gate.open()
     engine.predict(["rain"])
-    assert engine.watched.rows == 1, "rows that are lost hold up no others"
+    assert watched_by(engine).rows == 1, "rows that are lost hold up no others"
     assert not engine.core.backend._idle[0]._taken
 
 
@@ -188,8 +154,7 @@ def test_cancelling_all_rows_loses_those_that_are_watched(engine: Engine, gate: 
     assert second.cancelled()
     assert first.done()
     engine.predict(["rain"])
-    assert engine.watched is not None
-    assert engine.watched.rows == 1
+    assert watched_by(engine).rows == 1
 
 
 @pytest.mark.parametrize("segment", [0, 2])
@@ -198,27 +163,18 @@ def test_a_failure_loses_its_rows_only(
 ) -> None:
     gate.is_open = True
     with Scheduler(engine) as scheduler:
-
-        def fails(number: int, hidden: Any) -> None:
-            if number == segment:
-                raise BackendError("made up")
-
-        gate.fails = fails
+        gate.fail_at(segment)
         lost = scheduler.submit("the plot")
         if segment == 0:
             with pytest.raises(BackendError, match="made up"):
                 lost.result(WAIT)
         else:
             assert lost.result(WAIT).exit == 1
-            until = time.monotonic() + WAIT
-            while "watched rows failed" not in caplog.text:
-                assert time.monotonic() < until
-                time.sleep(0.001)
-        gate.fails = lambda number, hidden: None
+            until(lambda: "watched rows failed" in caplog.text)
+        gate.fails_no_more()
         assert scheduler.submit("rain").result(WAIT).exit == 1
         idle(scheduler)
-        assert engine.watched is not None
-        assert engine.watched.rows == 1
+        assert watched_by(engine).rows == 1
 
 
 def test_a_failure_of_other_rows_loses_no_watched_rows(engine: Engine, gate: Gate) -> None:
@@ -228,46 +184,33 @@ def test_a_failure_of_other_rows_loses_no_watched_rows(engine: Engine, gate: Gat
         gate.step()
         assert gate.at() == (1, 1)
         assert answer.result(WAIT).exit == 1
-
-        def fails(number: int, hidden: Any) -> None:
-            if number == 0:
-                raise BackendError("made up")
-
-        gate.fails = fails
+        gate.fail_at(0)
         lost = scheduler.submit("rain")
         gate.open()
         with pytest.raises(BackendError, match="made up"):
             lost.result(WAIT)
-        gate.fails = lambda number, hidden: None
+        gate.fails_no_more()
         idle(scheduler)
-        assert engine.watched is not None
-        assert engine.watched.rows == 1
+        assert watched_by(engine).rows == 1
 
 
 def test_rows_without_numbers_at_full_depth_hold_up_no_others(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    enqueue = HostExecution.enqueue
-
-    def spoils(execution: Any, hidden: Any) -> Any:
-        logits = enqueue(execution, hidden)()
-        return lambda: logits * np.nan if hidden.segment == 3 else logits
-
     with Scheduler(engine) as scheduler:
         with monkeypatch.context() as patch:
-            patch.setattr(HostExecution, "enqueue", spoils)
+            spoil_logits(patch, slice(None), at_exit=3)
             assert scheduler.submit("the plot").result(WAIT).exit == 1
             idle(scheduler)
         scheduler.submit("rain").result(WAIT)
         idle(scheduler)
-        assert engine.watched is not None
-        assert engine.watched.rows == 1
+        assert watched_by(engine).rows == 1
 
 
 def test_a_row_counts_for_the_point_by_which_it_ran(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None], gate: Gate
+    promised: Callable[..., Path], gate: Gate
 ) -> None:
-    folder = promising(engine_copy(), set_points, early=SHALLOW, later=Budget(exit=2))
+    folder = promised(early=SHALLOW, later=Budget(exit=2))
     with Engine.load(folder, watch=100.0) as engine, Scheduler(engine) as scheduler:
         answer = scheduler.submit("rain")
         assert gate.at() == (0, 1)
@@ -275,14 +218,13 @@ def test_a_row_counts_for_the_point_by_which_it_ran(
         gate.open()
         assert answer.result(WAIT).exit == 1
         idle(scheduler)
-        assert engine.watched is not None
-        assert engine.watched.rows == 0
+        assert watched_by(engine).rows == 0
         engine.use("early")
-        assert engine.watched.rows == 1
+        assert watched_by(engine).rows == 1
 
 
-def test_full_depth_costs_nothing(load: Callable[..., Engine]) -> None:
-    with load(Budget(exit=3)) as engine, Scheduler(engine) as scheduler:
+def test_full_depth_costs_nothing(promised: Callable[..., Path]) -> None:
+    folder = promised(early=Budget(exit=3))
+    with Engine.load(folder, watch=100.0) as engine, Scheduler(engine) as scheduler:
         assert {answer.exit for answer in results(scheduler.submit_all(TEXTS))} == {3}
-        assert engine.watched is not None
-        assert (engine.watched.rows, engine.watched.changed_answers) == (len(TEXTS), 0)
+        assert (watched_by(engine).rows, watched_by(engine).changed_answers) == (len(TEXTS), 0)

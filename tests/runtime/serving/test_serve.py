@@ -26,7 +26,7 @@ from fpabee.runtime import Entropy
 from fpabee.runtime.artifact.folder import EnginesFolder
 
 from ...conftest import WORDS
-from ...doubles.device import install
+from ...doubles.device import Double
 from ..running import Run, check_refused
 
 WAIT = 60
@@ -205,13 +205,12 @@ def test_metrics_begin_at_zero(without_special_tokens: Path, asked: Callable[...
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
 def test_a_server_on_a_gpu_has_prepared_all_shapes(
     backend: str,
-    engine_copy: Callable[..., Path],
+    double: Callable[..., Double],
     asked: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A burst of texts of mixed lengths, which stop at different exits, waits for no context."""
     shapes: dict[str, Any] = {"batch_sizes": (1, 4, 16), "sequence_lengths": (8, 16, 32, 64)}
-    made = install(monkeypatch, engine_copy(), backend=backend, batch=(1, 4, 16), **shapes)
+    made = double(backend=backend, batch=(1, 4, 16), **shapes)
     rule = Entropy(threshold=0.3).to_dict()
     EnginesFolder.read(made.folder).with_manifest(default_rule=rule).write()
     draw = random.Random(0)

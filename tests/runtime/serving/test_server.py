@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec.structs import replace
 from openapi_spec_validator import validate
 from starlette.testclient import TestClient
 
 from fpabee.runtime import BackendError, Budget, Confidence, Engine, read_manifest
-from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
-from fpabee.runtime.artifact.manifest import MANIFEST_NAME, with_operating_points
+from fpabee.runtime.artifact.folder import sha256_of
+from fpabee.runtime.artifact.manifest import MANIFEST_NAME
 from fpabee.runtime.artifact.operating_point import Certificate
 from fpabee.runtime.backends.host import HostExecution
 from fpabee.runtime.encoding import Text
@@ -31,8 +30,8 @@ from fpabee.runtime.serving.server import ServerLimits, Service
 
 from ...closeness import assert_close, assert_probabilities
 from ...conftest import WORDS
-from ...doubles.device import install
-from ..watching import promising
+from ...doubles.device import Double
+from ..watching import certify, watched_by
 
 LIMITS = ServerLimits(max_body=5000, max_texts=3, body_seconds=5.0)
 HEADERS = {"Content-Type": "application/json"}
@@ -175,19 +174,10 @@ def test_answers_say_what_decides(
         assert found["revision"] == server.engine.revision != before
 
 
-def test_full_depth_is_certified_for_its_thresholds(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
-) -> None:
-    folder = engine_copy()
-    set_points(folder, default="a", a=Budget(exit=3))
-    manifest = read_manifest(folder)
-    name = manifest.default_target
-    label = manifest.task.labels[0]
-    built = manifest.targets[name]
-    certificate = Certificate(confidence=95, promises=(), label_thresholds={label: 0.7})
-    points = {"a": replace(built.operating_points["a"], certificate=certificate)}
-    changed = with_operating_points(built, points, "a")
-    EnginesFolder(folder, manifest).with_target(name, changed).write()
+def test_full_depth_is_certified_for_its_thresholds(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy(default="a", a=Budget(exit=3))
+    label = read_manifest(folder).task.labels[0]
+    certify(folder, a=Certificate(confidence=95, promises=(), label_thresholds={label: 0.7}))
     with Engine.load(folder) as engine:
         assert engine.label_thresholds == {label: 0.7}
     with Engine.load(folder, rule=Budget(exit=3)) as engine:
@@ -325,18 +315,13 @@ def test_a_failing_model(
         assert server.post("/classify", {"input": "a"}).status_code == 200
 
 
-def test_a_gpu_that_has_failed(
-    engine_copy: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_gpu_that_has_failed(made: Double, caplog: pytest.LogCaptureFixture) -> None:
     """A balancer sends requests elsewhere, and a supervisor starts the process again."""
-    double = install(monkeypatch, engine_copy())
-    with serving(double.folder, target=double.target) as server:
+    with serving(made.folder, target=made.target) as server:
         assert server.post("/classify", {"input": "a"}).status_code == 200
         assert server.client.get("/health").status_code == 200
-        double.cuda.error = 700
-        double.cuda.fails_at["run"] = 1
+        made.cuda.error = 700
+        made.cuda.fails_at["run"] = 1
         # TensorRT does not say why, so the answer may come before the driver is asked.
         assert server.post("/classify", {"input": "a"}).status_code in (500, 503)
         assert "segment" in caplog.text, "what failed first is in the log"
@@ -349,10 +334,8 @@ def test_a_gpu_that_has_failed(
             assert "700" in health.json()["error"]
 
 
-def test_a_watched_promise_is_in_metrics_and_info(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
-) -> None:
-    folder = promising(engine_copy(), set_points, early=Budget(exit=1))
+def test_a_watched_promise_is_in_metrics_and_info(promised: Callable[..., Path]) -> None:
+    folder = promised(early=Budget(exit=1))
     texts = [f"rain {word}" for word in WORDS]
     with serving(folder) as server:
         assert server.client.get("/info").json()["watched"] is None
@@ -362,8 +345,7 @@ def test_a_watched_promise_is_in_metrics_and_info(
             server.client.get("/metrics").text
         )
         server.engine.predict(texts * 20)
-        watched = server.engine.watched
-        assert watched is not None
+        watched = watched_by(server.engine)
         assert 0 < watched.changed_answers < watched.rows
         text = server.client.get("/metrics").text
         low, high = watched.interval
@@ -384,11 +366,8 @@ def test_a_watched_promise_is_in_metrics_and_info(
         assert info["is_broken"] is True
 
 
-def test_metrics_info_health_and_page(
-    engine_copy: Callable[..., Path], set_points: Callable[..., None]
-) -> None:
-    folder = engine_copy()
-    set_points(folder, default="two", two=Budget(exit=2))  # its rows stopped at exit 1, it says
+def test_metrics_info_health_and_page(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy(default="two", two=Budget(exit=2))  # its rows stopped at exit 1, it says
     with serving(folder) as server:
         assert "\nfpabee_drift NaN\n" in server.client.get("/metrics").text
         server.post("/classify", {"input": ["a", "b", "c"]})

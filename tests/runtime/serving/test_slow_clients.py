@@ -9,7 +9,6 @@ import re
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -27,6 +26,8 @@ from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.metrics import Metrics
 from fpabee.runtime.serving.server import ServerLimits, Service, listen, serve
 
+from ...doubles.calls import before
+from ..running import until
 from .test_serve import ask
 
 SECONDS = 0.5
@@ -52,13 +53,7 @@ def serving(
 ) -> Iterator[Serving]:
     """Runs a server, which answers before and after a test, logs no traceback, and stops."""
     made: list[uvicorn.Server] = []
-    begin = uvicorn.Server.__init__
-
-    def keep(server: uvicorn.Server, config: uvicorn.Config) -> None:
-        begin(server, config)
-        made.append(server)
-
-    monkeypatch.setattr(uvicorn.Server, "__init__", keep)
+    before(monkeypatch, uvicorn.Server, "__init__", lambda server, _: made.append(server))
 
     @contextmanager
     def serving(limits: ServerLimits = LIMITS) -> Iterator[Running]:
@@ -106,13 +101,6 @@ def refusal(client: socket.socket) -> str:
     return error
 
 
-def until(condition: Callable[[], object]) -> None:
-    ends = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("kind", SLOW)
 def test_a_client_that_sends_slowly(serving: Serving, kind: str) -> None:
     with serving() as (port, _, _), connected(port, SLOW[kind]) as client:
@@ -146,7 +134,8 @@ def test_a_client_that_sends_slowly(serving: Serving, kind: str) -> None:
 def test_a_large_body_is_read_to_its_end(serving: Serving) -> None:
     """Clients that send everything before they read also get to know why it is refused."""
     with serving(replace(LIMITS, max_body=2**22, body_seconds=WAIT)) as (port, _, _):
-        assert posted(port, b" " * 2**23)[0] == 413
+        status, _, content = posted(port, b" " * 2**23)
+        assert (status, content["error_type"]) == (413, "InvalidRequest")
 
 
 def test_a_client_that_does_not_read(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,19 +199,17 @@ def test_a_client_that_leaves_is_noticed(
         assert is_cancelled.wait(WAIT)
 
 
-@pytest.fixture
-def late_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers take longer than a client needs to end what it sends."""
+def answer_after(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let all answers take that long."""
     classify = Scheduler.classify
 
     async def slow(*arguments: object) -> object:
-        await asyncio.sleep(SECONDS)
+        await asyncio.sleep(seconds)
         return await classify(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Scheduler, "classify", slow)
 
 
-@pytest.mark.usefixtures("late_answers")
 @pytest.mark.parametrize(
     ("version", "count", "extra", "answers"),
     [
@@ -233,9 +220,15 @@ def late_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_client_that_ends_what_it_sends_gets_its_answers(
-    serving: Serving, version: bytes, count: int, extra: bytes, answers: list[bytes]
+    serving: Serving,
+    version: bytes,
+    count: int,
+    extra: bytes,
+    answers: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As `nc -N` does; status 100 tells whether it has left."""
+    """As `nc -N` does, before it has an answer; status 100 tells whether it has left."""
+    answer_after(monkeypatch, SECONDS)
     sent = request({"input": "rain"}).replace(b"HTTP/1.1", b"HTTP/" + version) * count + extra
     with serving() as (port, _, _), connected(port, sent) as client:
         client.shutdown(socket.SHUT_WR)
@@ -268,7 +261,7 @@ def test_bodies_that_arrive_at_the_same_time_share_memory(serving: Serving) -> N
         with ExitStack() as clients:
             for _ in range(3):
                 half = clients.enter_context(connected(port, head + body[:100_000]))
-            until(lambda: posted_status(port, body) == 429)
+            until(lambda: posted(port, body)[0] == 429)
             assert ask(port, "/classify", {"input": "rain " * 200})[0] == 200
             half.sendall(body[100_000:])  # 350,000 are too many for it, too
             answer = http.client.HTTPResponse(half)
@@ -278,9 +271,9 @@ def test_bodies_that_arrive_at_the_same_time_share_memory(serving: Serving) -> N
             for size in (60_000, 20_000, 5_000, 1_000, 200, 40, 10):  # until nothing is left
                 for _ in range(8):
                     clients.enter_context(connected(port, head + body[:size]))
-            until(lambda: posted_status(port, body[:70_000]) == 429)
+            until(lambda: posted(port, body[:70_000])[0] == 429)
             assert ask(port, "/classify", {"input": "rain"})[0] == 200, "small ones get through"
-        until(lambda: posted_status(port, body) == 200)
+        until(lambda: posted(port, body)[0] == 200)
 
 
 def test_uvloop_is_not_used(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,13 +344,7 @@ def test_nonsense_after_the_answer(serving: Serving, rest: bytes) -> None:
 
 def test_a_slow_answer_is_no_slow_client(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request may run for longer than a client may take to send it."""
-    classify = Scheduler.classify
-
-    async def slow(*arguments: object) -> object:
-        await asyncio.sleep(3 * SECONDS)
-        return await classify(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Scheduler, "classify", slow)
+    answer_after(monkeypatch, 3 * SECONDS)
     with serving():
         pass  # it is asked at the end
 
@@ -376,25 +363,16 @@ def test_a_request_that_outlasts_a_stop_gets_an_error(
         asked = pool.submit(posted, port, b'{"input": "rain"}')
         assert runs.wait(WAIT)
         server.should_exit = True
-        status, connection, error = asked.result(WAIT)
-        assert (status, connection, error) == (503, "close", "the server is stopping")
+        error = {"error": "the server is stopping", "error_type": "InvalidRequest"}
+        assert asked.result(WAIT) == (503, "close", error)
         thread.join(WAIT)
 
 
-def posted_status(port: int, body: bytes) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
-    connection.request("POST", "/classify", body, {"Content-Type": "application/json"})
-    status = connection.getresponse().status
-    connection.close()
-    return status
-
-
-def posted(port: int, body: bytes) -> tuple[int, str | None, str]:
-    """Status, `Connection` and error of a response to a request that is refused."""
+def posted(port: int, body: bytes) -> tuple[int, str | None, dict[str, object]]:
+    """Status, `Connection` and content of a response."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT)
     connection.request("POST", "/classify", body, {"Content-Type": "application/json"})
     response = connection.getresponse()
     content = json.loads(response.read())
     connection.close()
-    assert content["error_type"] == "InvalidRequest"
-    return response.status, response.headers["Connection"], content["error"]
+    return response.status, response.headers["Connection"], content
