@@ -120,12 +120,14 @@ def trace_rows(
     path = folder / f"trace-{engine.target}-{texts[:12]}.npz"
     shape = len(manifest.exits), len(rows), len(task.labels)
     kept = _read(path, artifact, texts, shape, manifest.tokenizer.max_length)
+    full_depth = engine.core.full_depth.rule
     if kept is None or not _is_true(kept, engine, rows):
         parts = []
         file = io.BytesIO()
         for start in range(0, len(rows), _CHUNK):
             progress("trace", start, len(rows))
-            parts.append(engine.trace([row.content for row in rows[start : start + _CHUNK]]))
+            texts_of_chunk = [row.content for row in rows[start : start + _CHUNK]]
+            parts.append(engine.trace(texts_of_chunk, rule=full_depth))
         progress("trace", len(rows), len(rows))
         logits = np.concatenate([part.logits for part in parts], axis=1)
         kept = logits, np.concatenate([part.lengths for part in parts])
@@ -150,7 +152,8 @@ def _is_true(kept: _Trace, engine: Engine, rows: Sequence[Row]) -> bool:
     logits, lengths = kept
     # Without a seed, or a forger could draw them, too.
     drawn = np.random.default_rng().choice(len(rows), min(len(rows), _SAMPLE), replace=False)
-    fresh = engine.trace([rows[number].content for number in drawn])
+    texts = [rows[number].content for number in drawn]
+    fresh = engine.trace(texts, rule=engine.core.full_depth.rule)
     rounding = requirements_of(engine.target, engine.manifest).tie
     differences = logit_differences(fresh.logits, logits[:, drawn])
     same_lengths = np.array_equal(fresh.lengths, lengths[drawn])
