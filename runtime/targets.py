@@ -188,6 +188,20 @@ def rule_of(manifest: Manifest, target: str, point: str | None) -> tuple[str | N
     )
 
 
+def rule_alone(manifest: Manifest, target: str, point: str | None) -> tuple[str | None, ExitRule]:
+    """As `rule_of`, for what cannot run a quick pass: the point that does without it instead.
+
+    If there is none, the returned name is None, and the rule is the folder's default rule.
+    """
+    name, rule = rule_of(manifest, target, point)
+    quick = quick_pass(manifest, target, name)
+    if quick is None:
+        return name, rule
+    if quick.alone:
+        return rule_of(manifest, target, quick.alone)
+    return None, _stored_rule(manifest, manifest.default_rule, "the default rule")
+
+
 def _stored_rule(
     manifest: Manifest, settings: RuleSettings, where: str, quick: str = ""
 ) -> ExitRule:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from .artifact.exits import Exits, exits_of
 from .artifact.manifest import Manifest
 from .artifact.operating_point import OperatingPoint
-from .artifact.quick import quick_of
+from .artifact.quick import quick_of, quick_targets
 from .errors import InputError, RuleError
 from .rules.measures import Integers
 from .tasks import task_of
@@ -268,9 +268,8 @@ class Watch:
         self._pays = share / max(1 - share, 1e-9)
         # This runs for every row, so it is plain Python: a call of numpy costs more than a coin.
         self._layers = manifest.exit_layers[-1]
-        self._layers_of = dict(zip(manifest.exits, manifest.exit_layers, strict=True))
-        # A row that was in doubt at the end of a quick pass.
-        self._layers_of[len(manifest.segments) + 1] = 2 * self._layers
+        exits = exits_of(manifest, next(iter(quick_targets(manifest, target)), ""))
+        self._layers_of = dict(zip(exits.numbers, exits.layers_ran, strict=True))
         self._coin = random.Random()
         self._lock = threading.RLock()  # who is told of an alarm may ask what is known
         self._waiting = 0

@@ -22,6 +22,7 @@ from ... import __version__
 from ...runtime.artifact.folder import BAD_JSON, EnginesFolder
 from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest
 from ...runtime.artifact.operating_point import OperatingPoint
+from ...runtime.artifact.quick import quick_of
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError
 from ...runtime.rules.rules import ExitRule
 from ...runtime.rules.words import rule_in_words
@@ -269,7 +270,7 @@ def _of_plan(
 
     served = {}
     for name, point in points.items():
-        if point.rule["name"] != packed.rule.name:
+        if point.rule["name"] != packed.rule.name or quick_of(point) is not None:
             continue
         _, rule = rule_of(manifest, packed.measured_on or "", name)
         if differ_in_settings_only(rule, packed.rule, manifest.task, manifest.exits):

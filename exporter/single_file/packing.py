@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import onnx_ir as ir
 
 from ...calibration.progress import Progress, silent
 from ...runtime.artifact.folder import EnginesFolder
-from ...runtime.artifact.manifest import CLASSIFIER_NAME, Target
+from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest, Target
 from ...runtime.artifact.reference import read_reference
 from ...runtime.backends.tensorrt import MODULES
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError
-from ...runtime.targets import rule_of, target_of
+from ...runtime.rules.rules import ExitRule
+from ...runtime.targets import rule_alone, rule_of, target_of
 from ...runtime.tasks import task_of
 from ..onnx_file import graphs_of, load_graphs
 from ..paths import check_new, resolved
@@ -30,6 +32,8 @@ from .graph import single_graph
 from .hub_files import HubFiles, Packed, guarantee_in_words
 from .kinds import KINDS, Kind, Parts
 from .plan import Plan, build_plan
+
+logger = logging.getLogger(__name__)
 
 # Protobuf refuses 2 GiB; the nodes need little of it.
 _MOST_BYTES = 2**31 - 2**26
@@ -97,7 +101,7 @@ def pack(
         raise ArtifactError(f"{engines} has no {CLASSIFIER_NAME}", EXPORT_AGAIN)
     kind = KINDS[task_of(source.manifest.task).method]
     contents = _contents(source, kind, target, plans or _SHAPES, progress)
-    point, rule = rule_of(source.manifest, contents.measured_on, operating_point)
+    point, rule = _rule_of(source.manifest, contents.measured_on, operating_point)
     parts = kind.parts(source, contents.protos, rule, point)
     reference, _ = read_reference(source)
     progress("pack", 0, 2)
@@ -253,6 +257,18 @@ def _plan(contents: _Contents, model: ir.Model, graph: Path, progress: Progress)
         return None
     progress(f"build {contents.target}", 0, 1)
     return build_plan(model, graph, contents.plan)
+
+
+def _rule_of(manifest: Manifest, target: str, point: str | None) -> tuple[str | None, ExitRule]:
+    """The point that is packed: one graph runs one target, so none with a quick pass."""
+    asked, _ = rule_of(manifest, target, point)
+    name, rule = rule_alone(manifest, target, point)
+    if name != asked:
+        logger.warning(
+            f"operating point {asked} runs in two targets, which one file cannot; "
+            f"{name or 'the default rule of the folder'} is packed instead"
+        )
+    return name, rule
 
 
 def _packed(contents: _Contents, parts: Parts, **checked: Any) -> Packed:

@@ -29,7 +29,7 @@ from ...runtime.encoding import Text
 from ...runtime.engine import Engine
 from ...runtime.errors import CheckError
 from ...runtime.rules.rules import ExitRule
-from ...runtime.targets import open_backend, rule_of, target_of
+from ...runtime.targets import open_backend, rule_alone, target_of
 from ...runtime.tasks import task_of
 
 FP32_TARGET = "onnxruntime-fp32"
@@ -167,7 +167,7 @@ def checked_target(
 def engine_of(engines: EnginesFolder, name: str, rule: ExitRule | None = None) -> Engine:
     """An engine of a folder whose manifest may not be written yet, without any warning."""
     if rule is None:
-        _, rule = rule_of(engines.manifest, name, None)
+        _, rule = rule_alone(engines.manifest, name, None)
     backend = open_backend(engines, name, None)
     try:
         return Engine(engines, backend, rule)

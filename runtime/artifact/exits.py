@@ -103,17 +103,18 @@ class Exits:
 
     def ran(self, exits: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
         """How many layers run for rows that stop at these exits, in all passes; same shape."""
-        ran: NDArray[np.integer[Any]] = self._ran[exits - self.first]
+        ran: NDArray[np.integer[Any]] = np.array(self.layers_ran)[exits - self.first]
         return ran
 
     @cached_property
-    def _ran(self) -> NDArray[np.intp]:
+    def layers_ran(self) -> tuple[int, ...]:
+        """`[exits]` how many layers have run at each exit, in all passes."""
         before = 0
         ran: list[int] = []
         for each in self.passes:
             ran += [before + layer for layer in each.layers]
             before += each.layers[-1]
-        return np.array(ran, np.intp)
+        return tuple(ran)
 
     def from_first_layer(self) -> Exits:
         """The exits of the passes with segments only: all but exit 0."""

@@ -11,6 +11,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from operator import mul
 from typing import Any
 
 from ..encoding import blocks
@@ -45,7 +46,7 @@ class Run:
         self.rows = self.rows_before = self.errors = self.truncated = self.empty = 0
         self.first_error: RowError | None = None
         # Without new keys, another thread can count them.
-        self.exits = Counter(dict.fromkeys(job.engine.manifest.exits, 0))
+        self.exits = Counter(dict.fromkeys(job.engine.core.exits.numbers, 0))
         self._answered_before = 0
         self._started = time.perf_counter()
 
@@ -127,11 +128,12 @@ class Run:
         manifest = job.engine.manifest
         layers = manifest.model.layers
         answered = self.exits.total()
+        seen = job.engine.core.exits
         exits = [
             {"exit": number, "layer": layer, job.part: self.exits[number]}
-            for number, layer in zip(manifest.exits, manifest.exit_layers, strict=True)
+            for number, layer in zip(seen.numbers, seen.layers, strict=True)
         ]
-        ran = sum(part["layer"] * part[job.part] for part in exits)
+        ran = sum(map(mul, seen.layers_ran, (self.exits[number] for number in seen.numbers)))
         depth = ran / answered if answered else None
         scores = job.scores()
         parts = {} if job.part == job.unit else {job.part: answered}

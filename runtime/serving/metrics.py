@@ -34,7 +34,7 @@ class Metrics:
             return kind(f"fpabee_{name}", help, registry=self._registry, **settings)
 
         self._rows = made(Counter, "rows", "Answered rows by exit.", labelnames=["exit"])
-        for number in engine.manifest.exits:
+        for number in engine.core.exits.numbers:
             self._rows.labels(number)
         self._limited = made(Counter, "deadline_limited_rows", "Rows stopped by a deadline.")
         self._missed = made(Counter, "deadline_missed_rows", "Rows answered after their deadline.")
@@ -88,7 +88,11 @@ class Metrics:
         target = self._engine.manifest.targets[self._engine.target]
         point = target.operating_points.get(self._engine.operating_point or "")
         tally = self._engine.tally
-        drift = tally.drift(point.exits) if point and tally.rows else float("nan")
+        drift = float("nan")
+        if point and tally.rows:
+            # A point without a quick pass has one exit less than an engine that can run one.
+            never = (0,) * (len(tally.exits) - len(point.exits))
+            drift = tally.drift((*point.exits, *never))
         self._drift.set(drift)
         return generate_latest(self._registry)
 

@@ -14,12 +14,13 @@ from rich.table import Table
 from ..runtime.artifact.folder import EnginesFolder, resolve
 from ..runtime.artifact.manifest import Manifest
 from ..runtime.artifact.operating_point import OperatingPoint
+from ..runtime.artifact.quick import quick_of
 from ..runtime.engine import Engine
 from ..runtime.errors import COPY_AGAIN, CheckError, FpabeeError
 from ..runtime.hub import engines_folder
 from ..runtime.machine import environment, providers
 from ..runtime.rules.words import settings_in_words
-from ..runtime.targets import backend_class, rule_of, target_of
+from ..runtime.targets import backend_class, rule_alone, target_of
 from ..runtime.tasks import task_of
 from . import options
 from .command import command, in_terms_of_options
@@ -82,7 +83,7 @@ def _state_of(engines: EnginesFolder, name: str) -> dict[str, Any]:
         "unavailable_reason": "",
         "default_operating_point": target.default_operating_point,
         "operating_points": {
-            point: {"promise": _promised(record), "mean_depth": record.mean_depth}
+            point: {"promise": _promised(record), "mean_depth": record.mean_depth} | _passes(record)
             for point, record in target.operating_points.items()
         },
     }
@@ -102,7 +103,7 @@ def _check(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> dict[str
     refused = dict[str, str]()
     for name in (state["name"] for state in states if not state["unavailable_reason"]):
         try:
-            _, rule = rule_of(engines.manifest, name, None)
+            _, rule = rule_alone(engines.manifest, name, None)
             with Engine.load(engines.path, name, rule=rule) as engine:
                 agreement[name] = str(engine.check())
         except FpabeeError as error:
@@ -159,8 +160,14 @@ def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
         for point, record in state["operating_points"].items():
             is_default = point == state["default_operating_point"]
             mark = " (default of the target)" if is_default else ""
-            layers = f"{record['mean_depth']:.2f} layers per {task.item}"
-            below.append(f"{name} {point}{mark}: {record['promise']}; {layers}")
+            cost = f"{record['mean_depth']:.2f} layers per {task.item}"
+            if "quick_target" in record:
+                cost = (
+                    f"first in {record['quick_target']}, {record['doubt_share']:.1%} of the "
+                    f"{task.item}s again in {name}; {record['time_share']:.2f} of the time of all "
+                    "its layers"
+                )
+            below.append(f"{name} {point}{mark}: {record['promise']}; {cost}")
         if state["unavailable_reason"]:
             below.append(f"{name} cannot run here: {state['unavailable_reason']}")
     table_console().print(table)
@@ -170,6 +177,18 @@ def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
     if runs and default not in runs:
         instead = target_of(engines, None)
         echo(f"the default target {default} cannot run here; {instead} runs instead")
+
+
+def _passes(point: OperatingPoint) -> dict[str, Any]:
+    """What a quick pass makes of the costs of a point, if it has one."""
+    quick = quick_of(point)
+    if quick is None:
+        return {}
+    return {
+        "quick_target": quick.target,
+        "doubt_share": point.exits[-1] / sum(point.exits),
+        "time_share": point.time_share,
+    }
 
 
 def _promised(point: OperatingPoint) -> str:

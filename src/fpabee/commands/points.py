@@ -100,6 +100,7 @@ class _Texts(Shown[Calibration]):
                 "certificate": point.certificate,
                 "promise": promise_in_words(point, result),
             }
+            | _quick_pass(point)
             for point in result.points
         ]
         return {
@@ -143,6 +144,7 @@ class _Texts(Shown[Calibration]):
                     parts.append(f"goal: {point.goal}")
                 if not point.refusal:
                     parts.append(rule_in_words(point.rule))
+                parts += passes_in_words(point, result.target, "texts")
                 lines.append(f"{_name(result, point, default_target)}: {'; '.join(parts)}")
             for number in exits_of_rows(result.rows).before_layers:
                 default = [point for point in result.points if point.name == result.default]
@@ -173,7 +175,7 @@ class _Queries(Shown[RankingPoint]):
             "times": result.times,
             "certificate": result.certificate,
             "promise": _promise(result),
-        }
+        } | _quick_pass(result)
 
     def _show_heads(self, results: Sequence[RankingPoint]) -> None:
         show_heads_of_queries(results[0].times.documents, results[0].top)
@@ -190,7 +192,15 @@ class _Queries(Shown[RankingPoint]):
     def _paragraphs(
         self, results: Sequence[RankingPoint], default_target: str | None
     ) -> Iterator[list[str]]:
-        lines = [f"{_name(each, each, default_target)}: {_promise(each)}" for each in results]
+        lines = [
+            "; ".join(
+                [
+                    f"{_name(each, each, default_target)}: {_promise(each)}",
+                    *passes_in_words(each, each.target, "documents"),
+                ]
+            )
+            for each in results
+        ]
         default = next(each for each in results if each.target == default_target)
         if default.rule.exit_0_threshold is not None:
             left, *_ = default.held_out.exits
@@ -243,6 +253,29 @@ def show_heads_of_queries(documents: int, top: int) -> None:
         ),
     ):
         echo_cells(name, cells, _Queries.widths)
+
+
+def _quick_pass(point: Point) -> dict[str, Any]:
+    """What JSON says of a quick pass, if the point has one."""
+    if not point.quick_target:
+        return {}
+    return {"quick_target": point.quick_target, "doubt_share": point.doubt_share}
+
+
+def passes_in_words(point: Point, target: str, items: str) -> list[str]:
+    """What a quick pass does, if the point has one.
+
+    Args:
+        point: the point.
+        target: its target.
+        items: what runs: texts, or documents.
+    """
+    if not point.quick_target:
+        return []
+    return [
+        f"{items} run in {point.quick_target} first, and {point.doubt_share:.1%} of them, which "
+        f"are in doubt at its last exit, again in {target}"
+    ]
 
 
 def ranking_in_words(certificate: Certificate, top: object) -> str:

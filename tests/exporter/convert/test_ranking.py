@@ -25,6 +25,7 @@ from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.convert import Conversion, ConvertOptions, convert, ranking, states, workflow
 from fpabee.exporter.convert.classification import Classification
 from fpabee.exporter.convert.ranking import Ranking
+from fpabee.exporter.convert.task import Passes
 from fpabee.exporter.single_file import pack
 from fpabee.exporter.training.options import TrainOptions
 from fpabee.runtime import Activation, Budget, Engine, ExitRule, ReadOptions, TopK
@@ -147,21 +148,45 @@ def test_the_result_is_what_the_engine_does(converted: Converted, reranker: Path
 
 
 @pytest.mark.usefixtures("with_int8")
-def test_int8_is_certified_as_well(
+def test_documents_run_in_int8_first_where_that_takes_less_time(
     converted: Converted,
     reranker: Path,
     queries: Path,
     convert_here: Callable[..., Conversion],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its ranges come from the pairs of queries that train."""
+    """The ranges of int8 come from the pairs of queries that train."""
     build = spy(monkeypatch, workflow, "build_targets")
+    measured: dict[Passes, float] = {}
+    measure = Ranking.saved
+
+    def saved(self: Any, engines: Path, passes: Passes, *others: Any) -> float:
+        measured[passes] = measure(self, engines, passes, *others)
+        return float(bool(passes.quick))
+
+    monkeypatch.setattr(Ranking, "saved", saved)
     result = convert_here(replace(OPTIONS, int8=True), file=queries, model=reranker)
-    assert [point.target for point in result.rankings] == ["onnxruntime-fp32", INT8]
-    quantized = result.rankings[1]
-    assert (quantized.certificate is None) == bool(quantized.refusal)
+    assert [*measured] == [Passes("onnxruntime-fp32"), Passes("onnxruntime-fp32", INT8)]
+    assert all(share < 1 for share in measured.values())
+    (point,) = result.rankings
+    assert point.target == "onnxruntime-fp32"
     pairs = [pair for call in build.call_args_list for pair in call.args[2]]
     assert {query for query, _ in pairs} == {row.text for row in taught_of(converted)}
+    assert point.certificate is not None
+    assert point.quick_target == INT8
+    written = read_manifest(result.folder).targets[point.target].operating_points
+    alone = f"{point.name}-one-pass"
+    assert [*written] == [alone, point.name]
+    with Engine.load(result.folder) as engine:
+        assert len(engine.core.legs(engine.core.runner())) == 2
+        for query in QUERIES[:5]:
+            text, documents = query["query"], query["documents"]
+            exact = {
+                each.index: each.score
+                for each in engine.rank(str(text), documents, full_depth=True)
+            }
+            for each in engine.rank(str(text), documents):
+                assert_exported([each.score], [exact[each.index]])
 
 
 def test_the_order_at_full_depth_is_that_of_sentence_transformers(
