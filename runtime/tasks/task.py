@@ -162,8 +162,21 @@ class Task(ABC):
         return len(self.labels) * math.log(2)
 
     def same(self, some: Integers, others: Integers) -> Mask:
-        """Where answers are the same: `[..., rows]`."""
-        return np.asarray(some == others)
+        """Where answers are the same, with several labels the whole sets: `[..., rows]`."""
+        return np.asarray((some == others).all(axis=-1))
+
+    def same_decisions(
+        self, some: Integers, others: Integers, label_thresholds: Sequence[float] = ()
+    ) -> Mask:
+        """Where decisions are the same: `[..., rows]`.
+
+        Args:
+            some: decisions, see `Outputs.decisions`.
+            others: decisions to compare them with.
+            label_thresholds: what both were decided by; empty: they are answers.
+        """
+        # Thresholds flag any number of labels, whatever the answers of the task are.
+        return Task.same(self, some, others) if label_thresholds else self.same(some, others)
 
     @abstractmethod
     def results(self, settled: Settled, missed: Mask, exits: Exits) -> Sequence[Prediction | None]:
