@@ -25,6 +25,7 @@ class Classification(Task):
     unit = "texts"
     item = "text"
     does = "classifies texts"
+    models = "classifiers"
     method = "predict"
     rules = RULES
 

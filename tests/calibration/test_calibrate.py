@@ -30,11 +30,11 @@ from fpabee.calibration.exact import useful_rows
 from fpabee.calibration.report import plots
 from fpabee.calibration.report.words import promise_in_words
 from fpabee.calibration.result import make_default
-from fpabee.calibration.scoring import Scorer
+from fpabee.calibration.scoring import METRICS, Scorer
 from fpabee.commands.calibrate import main
 from fpabee.runtime import Budget, Confidence, Engine, Entropy, read_manifest, simulate
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
-from fpabee.runtime.artifact.manifest import TRAINED_ON_NAME
+from fpabee.runtime.artifact.manifest import TRAINED_ON_NAME, ProblemType
 from fpabee.runtime.artifact.trained_on import have_trained, write_trained_on
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ArtifactError, InputError
@@ -69,6 +69,12 @@ def folder(engine_copy: Callable[..., Path]) -> Path:
 def data(folder: Path, tmp_path: Path) -> Path:
     """Labelled rows."""
     return write(label_rows(folder), tmp_path / "dev.jsonl")
+
+
+def test_a_kind_without_metrics_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(METRICS, ProblemType.SINGLE_LABEL)
+    with pytest.raises(InputError, match="classifiers cannot be calibrated -> give a model for m"):
+        calibrate(folder, [])
 
 
 def test_the_steps_of_a_calibration_that_take_long_have_a_count(

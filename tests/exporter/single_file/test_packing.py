@@ -30,6 +30,7 @@ from fpabee.commands.pack import main
 from fpabee.exporter import export
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.single_file import Packed, graph, pack, packing
+from fpabee.exporter.single_file.rules import OUTPUTS
 from fpabee.exporter.targets import build_targets
 from fpabee.runtime import (
     ArtifactError,
@@ -46,6 +47,7 @@ from fpabee.runtime import (
     InputError,
     Pabee,
     Pcee,
+    ProblemType,
     RuleError,
     read_manifest,
 )
@@ -360,6 +362,16 @@ def test_many_layers_load(tmp_path: Path, set_points: Callable[..., None]) -> No
     with Engine.load(folder, FP32, "fast") as engine:
         for run in (consumer.onnxruntime, consumer.openvino()):
             assert_equal(engine, SINGLE, consumer.in_batches(run, SINGLE, 16))
+
+
+def test_a_kind_without_outputs_in_a_graph_is_refused_before_any_work(
+    engines: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(OUTPUTS, ProblemType.SINGLE_LABEL)
+    monkeypatch.setattr(packing, "_contents", lambda *_: 1 / 0)
+    with pytest.raises(InputError, match="classifiers cannot be packed"):
+        pack(engines["bert"], tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
 
 
 def test_what_cannot_be_packed_is_refused(
