@@ -44,7 +44,7 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 
 
 def test_a_kind_with_one_logit_has_one_label(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = BertConfig(num_labels=2, problem_type="multi_label_classification")
+    config = BertConfig(id2label={"0": "a", "1": "b"}, problem_type="multi_label_classification")
     assert problem_type_of(Path("model"), config, None) is ProblemType.MULTI_LABEL
     monkeypatch.setattr(MultiLabel, "has_one_logit", True)
     with pytest.raises(ModelError, match="model is a regression model with 2 labels"):
