@@ -24,7 +24,7 @@ from ..runtime.files import Row, read_rows
 from ..runtime.files.rows import data_sha256
 from ..runtime.machine import hardware
 from ..runtime.rules.rules import Budget, ExitRule
-from ..runtime.tasks import Task, task_of
+from ..runtime.tasks import row_of, task_of
 from .choose import PARTS, Search
 from .costs import StoppingCosts, measure_costs, measure_speedup
 from .evidence import TextEvidence, needs_in_words
@@ -85,9 +85,9 @@ def calibrate(
         `Calibration.kept`.
 
     Raises:
-        InputError: the folder is a reranker, the rows cannot be used, too few of them did not train
-            the exits, or no setting is fast enough, as estimated and as measured; the manifest
-            stays unchanged.
+        InputError: the folder is a reranker, or of another kind that cannot be calibrated; the rows
+            cannot be used, too few of them did not train the exits, or no setting is fast enough,
+            as estimated and as measured. The manifest stays unchanged.
         ArtifactError: the folder is damaged, or cannot be written.
         BackendError: the target cannot run here.
 
@@ -110,16 +110,18 @@ def calibrate(
     every = list(read_rows(data, options.reading) if isinstance(data, str | Path) else data)
     report = _to_report_on(options, report)
     engines = EnginesFolder.read(path)
-    if task_of(engines.manifest.task).compares:
+    task = engines.manifest.task
+    if task_of(task).compares:
         raise InputError(
             f"{path} is a reranker, whose promise is about queries with their documents",
             "convert the model again with other queries or another bound",
         )
+    metrics = row_of(METRICS, task.problem_type, "calibrated")
     # Who has a reference knows what trained the exits.
     rows = _new_to_exits(engines, every) if reference is None else every
     quick_target = options.quick_target or ""
     with engines_of(path, options.target, quick_target, options.threads) as (engine, quick):
-        metric = _metric(options, engine.core.task)
+        metric = _metric(options, metrics)
         least = LEAST_ROWS if reference is None else 1
         warnings = _check(engine.manifest.task, options, metric, rows, report, least)
         if trained := len(every) - len(rows):
@@ -178,10 +180,10 @@ def _to_report_on(options: CalibrationOptions, report: Report | None) -> Report 
     return Report(rows, Path(options.test).name)
 
 
-def _metric(options: CalibrationOptions, task: Task) -> str:
-    """The metric that may drop."""
+def _metric(options: CalibrationOptions, metrics: Sequence[str]) -> str:
+    """The metric that may drop, of those of the task."""
     decisions_only = all(isinstance(g, Bound) and g.drop is None for g in options.goals.values())
-    usual = AGREEMENT if decisions_only else METRICS[task.record.problem_type][0]
+    usual = AGREEMENT if decisions_only else metrics[0]
     return options.metric or usual
 
 

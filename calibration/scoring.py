@@ -160,7 +160,8 @@ class Scorer:
     @cached_property
     def changed(self) -> Mask:
         """Whether the decision differs from that of the reference: `[exits, rows]`."""
-        return _different(*self.decisions)
+        task = task_of_rows(self.rows)
+        return ~task.same_decisions(*self.decisions, self.rows.decision_thresholds)
 
     @cached_property
     def relabelled(self) -> Mask:
@@ -168,7 +169,8 @@ class Scorer:
 
         Where thresholds decide which labels are flagged, it may differ although `changed` is false.
         """
-        return _different(*replace(self.rows, decision_thresholds=()).decisions())
+        answers = replace(self.rows, decision_thresholds=()).decisions()
+        return ~task_of_rows(self.rows).same(*answers)
 
     def right(self) -> Mask:
         """Whether the answer is exactly the expected one: `[exits, rows]`."""
@@ -249,12 +251,6 @@ class Scorer:
         if task_of_rows(self.rows).flags:
             return answers.astype(np.float64)
         return np.eye(self.rows.logits.shape[2])[answers]
-
-
-def _different(every: Integers, reference: Integers) -> Mask:
-    """Where decisions `[exits, rows, ...]` are not those of a reference: `[exits, rows]`."""
-    different = every != reference
-    return np.asarray(different if different.ndim == 2 else different.any(axis=-1))
 
 
 def mean_saving(saved: Array, changed: Array, share: float) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..runtime.artifact.manifest import TRAINED_ON_NAME, Activation, ProblemType
 from ..runtime.errors import ModelError, first_line
 from ..runtime.hub import answers, hub_errors, repository_of
+from ..runtime.tasks.kinds import KINDS
 from .backbones import build_encoder, family_of
 from .exit_0_files import CONFIG_BLOCK, EXIT_0_FILE
 from .exit_config import COPY_CONFIG, MultiExitConfig, Pooling
@@ -384,7 +385,7 @@ def problem_type_of(folder: Path, config: Any, asked: ProblemType | None) -> Pro
     labels = len(config.id2label)
     usual = ProblemType.RANKING if labels == 1 else ProblemType.SINGLE_LABEL
     task = named or asked or usual
-    if task is ProblemType.RANKING and labels != 1:
+    if KINDS[task].has_one_logit and labels != 1:
         raise ModelError(
             f"{folder} is a regression model with {labels} labels",
             "give a classifier, or a reranker, which has one label",

@@ -265,9 +265,8 @@ def compare(
     rows = np.arange(logits.shape[1])
     places = (at - first_exit, rows)
     expected_places = (expected_at - first_exit, rows)
-    same_labels = task.answers(logits)[places] == task.answers(expected)[expected_places]
-    same_labels = same_labels if same_labels.ndim == 2 else same_labels.all(axis=-1)
-    same_labels &= finite[places]
+    answers = task.answers(logits)[places]
+    same_labels = task.same(answers, task.answers(expected)[expected_places]) & finite[places]
     label_ties = task.near_ties(expected, tie)[expected_places] & finite[places]
     ties = _few_enough(label_ties)
 

@@ -317,8 +317,9 @@ class Watch:
                 if exit_number < row.promise.exits.last:
                     return True
             both = self._task.outputs(np.stack([row.answer, logits]))
-            early, late = both.decisions(row.promise.label_thresholds)
-            self._done(row, bool((early != late).any()))
+            thresholds = row.promise.label_thresholds
+            early, late = both.decisions(thresholds)
+            self._done(row, not self._task.same_decisions(early, late, thresholds))
         return False
 
     def lost(self, row: WatchedRow) -> None:

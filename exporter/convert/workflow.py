@@ -36,7 +36,7 @@ from ...runtime.errors import InputError
 from ...runtime.files.rows import data_sha256
 from ...runtime.rules.rules import Budget
 from ...runtime.targets import runnable_targets
-from ...runtime.tasks import task_of
+from ...runtime.tasks import row_of, task_of
 from ..checkpoint import save_checkpoint
 from ..exit_0_files import save_exit_0
 from ..model import MultiExitModel
@@ -104,8 +104,8 @@ def convert(
 
     Raises:
         ModelError: the classifier or the adapter cannot be used.
-        InputError: the texts or train texts are too few or too similar, a promise cannot be kept,
-            or an option is for the other task.
+        InputError: models of this kind cannot be converted, the texts or train texts are too few or
+            too similar, a promise cannot be kept, or an option is for the other task.
         RowError: a row cannot be read.
         ArtifactError: the output folder exists, or cannot be written.
         MissingExtraError: a package that is needed is not installed.
@@ -130,7 +130,8 @@ def convert(
     check_installed()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    job = _TASKS[named_task(classifier, options.problem_type)](texts, options)
+    kind = named_task(classifier, options.problem_type)
+    job = row_of(_TASKS, kind, "converted")(texts, options)
     too_few = _too_few(job)
     what = job.what
     if options.int8:

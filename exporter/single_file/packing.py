@@ -18,7 +18,7 @@ from ...runtime.backends.tensorrt import MODULES
 from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError
 from ...runtime.rules.rules import ExitRule
 from ...runtime.targets import rule_alone, rule_of, target_of
-from ...runtime.tasks import task_of
+from ...runtime.tasks import row_of, task_of
 from ..onnx_file import graphs_of, load_graphs
 from ..paths import check_new, resolved
 from ..staging import staging
@@ -32,6 +32,7 @@ from .graph import single_graph
 from .hub_files import HubFiles, Packed, guarantee_in_words
 from .kinds import KINDS, Kind, Parts
 from .plan import Plan, build_plan
+from .rules import OUTPUTS
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def pack(
         ArtifactError: the engines folder is damaged, or the output folder exists.
         BackendError: the folder has no such target, or it does not run ONNX graphs in fp32 or int8;
             or the plan cannot be built.
-        InputError: the model does not take the shapes of `plans`.
+        InputError: the model does not take the shapes of `plans`, or its kind cannot be packed.
         RuleError: the target has no such point, or its rule cannot be a graph.
         CheckError: the graph does not agree with the segments, or fp16 changes answers; nothing is
             written.
@@ -99,7 +100,9 @@ def pack(
     source = EnginesFolder.read(engines)
     if CLASSIFIER_NAME not in source.manifest.files:
         raise ArtifactError(f"{engines} has no {CLASSIFIER_NAME}", EXPORT_AGAIN)
-    kind = KINDS[task_of(source.manifest.task).method]
+    task = source.manifest.task
+    row_of(OUTPUTS, task.problem_type, "packed")  # which the graph looks up much later
+    kind = KINDS[task_of(task).method]
     contents = _contents(source, kind, target, plans or _SHAPES, progress)
     point, rule = _rule_of(source.manifest, contents.measured_on, operating_point)
     parts = kind.parts(source, contents.protos, rule, point)

@@ -10,6 +10,7 @@ from ...runtime.artifact.folder import check_outside
 from ...runtime.artifact.manifest import ProblemType
 from ...runtime.errors import InputError
 from ...runtime.files import Inputs, ReadOptions
+from ...runtime.tasks import row_of
 from ..early import Config
 from ..exit_config import Pooling
 from ..paths import check_apart, check_model_dir, resolved
@@ -87,11 +88,9 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not bound < value < math.inf:
                 raise InputError(f"{name} is {value}", f"give `{name}` above {bound}")
-        if self.problem_type not in (None, *FEWEST_LABELS):
-            raise InputError(
-                "rerankers cannot be trained here",
-                "train one with sentence-transformers, and convert it",
-            )
+        if self.problem_type is not None:
+            hint = "train one with sentence-transformers, and convert it"
+            row_of(FEWEST_LABELS, self.problem_type, "trained here", hint)
         if not 0 <= self.distill <= 1:
             raise InputError(f"distill is {self.distill}", "give `distill` from 0 to 1")
 

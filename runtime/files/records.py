@@ -42,7 +42,7 @@ class RecordSchema(ABC):
         errors: whether a record may be an error.
     """
 
-    answer: ClassVar[tuple[str, str]]
+    answer: ClassVar[tuple[str, ...]]
 
     labels: tuple[str, ...]
     with_text: bool = False
@@ -90,7 +90,7 @@ class RecordSchema(ABC):
         return record
 
     @abstractmethod
-    def _values(self, labels: list[str], scores: list[float]) -> tuple[Any, Any]:
+    def _values(self, labels: list[str], scores: list[float]) -> tuple[Any, ...]:
         """The values of the fields of the answer."""
 
     @abstractmethod

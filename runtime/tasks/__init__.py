@@ -1,8 +1,17 @@
 """What the logits of a model mean: the room that knows the kinds of models."""
 
 from .classification import MultiLabel, SingleLabel
-from .kinds import simulate, task_of, unnamed_task
+from .kinds import row_of, simulate, task_of, unnamed_task
 from .ranking import Ranking
 from .task import Task
 
-__all__ = ["MultiLabel", "Ranking", "SingleLabel", "Task", "simulate", "task_of", "unnamed_task"]
+__all__ = [
+    "MultiLabel",
+    "Ranking",
+    "SingleLabel",
+    "Task",
+    "row_of",
+    "simulate",
+    "task_of",
+    "unnamed_task",
+]

@@ -25,6 +25,7 @@ class Classification(Task):
     unit = "texts"
     item = "text"
     does = "classifies texts"
+    models = "classifiers"
     method = "predict"
     rules = RULES
 
@@ -109,6 +110,10 @@ class SingleLabel(Classification):
         """That of equal probabilities."""
         return math.log(len(self.labels))
 
+    def same(self, some: Integers, others: Integers) -> Mask:
+        """Where the class is the same."""
+        return np.asarray(some == others)
+
     def _predicted(self, outputs: Outputs) -> list[list[int]]:
         """The label with the largest logit."""
         return [[number] for number in outputs.answers.tolist()]
@@ -138,10 +143,6 @@ class MultiLabel(Classification):
         with np.errstate(divide="ignore"):  # no logit is near a threshold of 0 or 1
             limits = np.log(thresholds) - np.log1p(-thresholds)
         return np.asarray(np.abs(logits - limits).min(axis=-1) <= tolerance)
-
-    def same(self, some: Integers, others: Integers) -> Mask:
-        """Where the whole sets of labels are the same."""
-        return np.asarray(super().same(some, others).all(axis=-1))
 
     def _predicted(self, outputs: Outputs) -> list[list[int]]:
         """The labels whose probabilities are above their thresholds."""

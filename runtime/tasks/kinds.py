@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 
 from ..artifact import manifest
 from ..artifact.manifest import ProblemType
-from ..errors import RuleError
+from ..errors import InputError, RuleError
 from ..rules.measures import Floats
 from ..rules.rules import ExitRule
 from ..rules.runner import Simulation
-from .classification import MultiLabel, SingleLabel
+from .classification import Classification, MultiLabel, SingleLabel
 from .ranking import Ranking
 from .task import Task
+
+RowT = TypeVar("RowT")
 
 KINDS: dict[ProblemType, type[Task]] = {
     ProblemType.SINGLE_LABEL: SingleLabel,
@@ -23,7 +26,7 @@ KINDS: dict[ProblemType, type[Task]] = {
     ProblemType.RANKING: Ranking,
 }
 """What the logits of a model mean, by the type of its task."""
-CLASSIFICATION = [kind for kind, task in KINDS.items() if task.method == "predict"]
+CLASSIFICATION = [kind for kind, task in KINDS.items() if issubclass(task, Classification)]
 """The types that a model may not name; a model with one label ranks in any case."""
 
 
@@ -31,6 +34,30 @@ CLASSIFICATION = [kind for kind, task in KINDS.items() if task.method == "predic
 def task_of(record: manifest.Task) -> Task:
     """What the logits of a model mean, from what its manifest says."""
     return KINDS[record.problem_type](record)
+
+
+def row_of(
+    table: Mapping[ProblemType, RowT], kind: ProblemType | str, use: str, hint: str = ""
+) -> RowT:
+    """The row of a kind of model, in the table of a use that is not for every kind.
+
+    Args:
+        table: what the use needs, by the type of the task.
+        kind: the type of the task of the model.
+        use: what the table is for, such as `calibrated`.
+        hint: what to do with other models; empty: which models to give instead.
+
+    Raises:
+        InputError: the table has no row for this kind.
+        ValueError: the type does not exist.
+    """
+    kind = ProblemType(kind)
+    if kind not in table:
+        names = " or ".join(each.value for each in table)
+        raise InputError(
+            f"{KINDS[kind].models} cannot be {use}", hint or f"give a model for {names}"
+        )
+    return table[kind]
 
 
 @cache

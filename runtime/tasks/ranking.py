@@ -22,8 +22,10 @@ class Ranking(Task):
     unit = "queries"
     item = "document"
     does = "ranks documents"
+    models = "rerankers"
     method = "rank"
     compares = True
+    has_one_logit = True
     rules: ClassVar[Mapping[str, type[ExitRule]]] = {"budget": Budget, "top-k": TopK}
 
     @property

@@ -40,10 +40,12 @@ class Task(ABC):
         unit: what units are called, such as `texts`.
         item: what items are called, in the singular.
         does: what the model does, such as `classifies texts`.
+        models: what such models are called, such as `classifiers`.
         method: the method of `Engine` that asks it.
         flags: whether any number of labels is given, so that each of them is a yes or no.
         compares: whether the exit of an item, and what it answers, depend on the others of its
             unit.
+        has_one_logit: whether an item has a single logit, and so the model a single label.
         rules: the rules that fit, by name.
         record: the task, as the manifest describes it.
         labels: the names of the labels, in the order of the logits.
@@ -53,9 +55,11 @@ class Task(ABC):
     unit: ClassVar[str]
     item: ClassVar[str]
     does: ClassVar[str]
+    models: ClassVar[str]
     method: ClassVar[str]
     flags: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    has_one_logit: ClassVar[bool] = False
     rules: ClassVar[Mapping[str, type[ExitRule]]]
 
     def __init__(self, record: manifest.Task) -> None:
@@ -162,8 +166,21 @@ class Task(ABC):
         return len(self.labels) * math.log(2)
 
     def same(self, some: Integers, others: Integers) -> Mask:
-        """Where answers are the same: `[..., rows]`."""
-        return np.asarray(some == others)
+        """Where answers are the same, with several labels the whole sets: `[..., rows]`."""
+        return np.asarray((some == others).all(axis=-1))
+
+    def same_decisions(
+        self, some: Integers, others: Integers, label_thresholds: Sequence[float] = ()
+    ) -> Mask:
+        """Where decisions are the same: `[..., rows]`.
+
+        Args:
+            some: decisions, see `Outputs.decisions`.
+            others: decisions to compare them with.
+            label_thresholds: what both were decided by; empty: they are answers.
+        """
+        # Thresholds flag any number of labels, whatever the answers of the task are.
+        return Task.same(self, some, others) if label_thresholds else self.same(some, others)
 
     @abstractmethod
     def results(self, settled: Settled, missed: Mask, exits: Exits) -> Sequence[Prediction | None]:

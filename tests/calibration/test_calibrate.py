@@ -30,11 +30,11 @@ from fpabee.calibration.exact import useful_rows
 from fpabee.calibration.report import plots
 from fpabee.calibration.report.words import promise_in_words
 from fpabee.calibration.result import make_default
-from fpabee.calibration.scoring import Scorer
+from fpabee.calibration.scoring import METRICS, Scorer
 from fpabee.commands.calibrate import main
 from fpabee.runtime import Budget, Confidence, Engine, Entropy, read_manifest, simulate
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of
-from fpabee.runtime.artifact.manifest import TRAINED_ON_NAME
+from fpabee.runtime.artifact.manifest import TRAINED_ON_NAME, ProblemType
 from fpabee.runtime.artifact.trained_on import have_trained, write_trained_on
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.errors import ArtifactError, InputError
@@ -97,6 +97,12 @@ def logits_at_full_depth(folder: Path, rows: Sequence[Row]) -> NDArray[np.float3
     with Engine.load(folder, threads=1, rule=Budget(exit=3)) as engine:
         trace = engine.trace([row.content for row in rows])
     return np.asarray(trace.logits[-1])
+
+
+def test_a_kind_without_metrics_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(METRICS, ProblemType.SINGLE_LABEL)
+    with pytest.raises(InputError, match="classifiers cannot be calibrated -> give a model for m"):
+        calibrate(folder, [])
 
 
 def test_the_steps_of_a_calibration_that_take_long_have_a_count(

@@ -16,6 +16,7 @@ from transformers import BertConfig
 from fpabee.exporter.checkpoint import (
     label_names,
     load_checkpoint,
+    problem_type_of,
     resolve_model_dir,
     save_checkpoint,
 )
@@ -23,6 +24,7 @@ from fpabee.exporter.exit_config import MultiExitConfig, Pooling
 from fpabee.exporter.model import MultiExitModel
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.errors import ModelError
+from fpabee.runtime.tasks import MultiLabel
 
 from ..bad_input.cases import change_config
 from ..doubles.hub import Hub
@@ -39,6 +41,14 @@ def bert(tmp_path: Path) -> Path:
 def weights_of(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = torch.load(folder / "pytorch_model.bin", weights_only=True)
     return weights
+
+
+def test_a_kind_with_one_logit_has_one_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = BertConfig(id2label={"0": "a", "1": "b"}, problem_type="multi_label_classification")
+    assert problem_type_of(Path("model"), config, None) is ProblemType.MULTI_LABEL
+    monkeypatch.setattr(MultiLabel, "has_one_logit", True)
+    with pytest.raises(ModelError, match="model is a regression model with 2 labels"):
+        problem_type_of(Path("model"), config, None)
 
 
 def test_checkpoint_without_our_block_has_an_exit_per_layer_at_the_first_token() -> None:

@@ -29,12 +29,12 @@ from fpabee.exporter.convert import Conversion, classifier, workflow
 from fpabee.exporter.convert.options import Chosen, Form
 from fpabee.exporter.exit_config import Pooling
 from fpabee.runtime import Budget, Confidence, TopK
-from fpabee.runtime.artifact.manifest import ProblemType, Task
+from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.artifact.operating_point import Certificate, Promise
-from fpabee.runtime.tasks import task_of
+from fpabee.runtime.tasks import unnamed_task
 
 from ...programs import invoke
-from .conftest import RANKING, SINGLE
+from .conftest import SINGLE
 
 CERTIFICATE = Certificate(
     confidence=95.0,
@@ -231,16 +231,13 @@ def test_the_summary_of_a_ranking_counts_the_queries_that_changed(
     assert found["rankings"][0]["times"]["documents"] == 100
 
 
-def test_every_kind_of_model_is_converted_and_shown() -> None:
-    labels = {kind: ("a", "b")[: 1 + (kind is not RANKING)] for kind in ProblemType}
-    tasks = {kind: task_of(Task(problem_type=kind, labels=labels[kind])) for kind in ProblemType}
-    assert {kind: job.what for kind, job in workflow._TASKS.items()} == {
-        kind: task.unit for kind, task in tasks.items()
-    }
-    assert {task.method for task in tasks.values()} == {*KINDS}
-    for kind, task in tasks.items():
-        shown = KINDS[task.method]
-        assert (shown.unit, shown.results) == (task.unit, workflow._TASKS[kind].results)
+@pytest.mark.parametrize("kind", workflow._TASKS)
+def test_what_is_converted_is_counted_and_shown_in_units_of_the_task(kind: ProblemType) -> None:
+    job = workflow._TASKS[kind]
+    task = unnamed_task(kind, 1)
+    shown = KINDS[task.method]
+    assert job.what == shown.unit == task.unit
+    assert job.results == shown.results
 
 
 def test_a_long_name_of_a_ranking_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:

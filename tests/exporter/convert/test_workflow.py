@@ -42,6 +42,7 @@ from fpabee.exporter.training.examples import Examples, encoded_rows
 from fpabee.exporter.training.trainer import probabilities
 from fpabee.runtime import Budget, Engine, ExitRule
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
+from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.artifact.quick import quick_of
 from fpabee.runtime.artifact.trained_on import have_trained
 from fpabee.runtime.encoding import Text
@@ -245,6 +246,15 @@ def test_exits_learn_from_train_texts_and_the_others_certify(
     own = [*taught[0].rows[:train], *taught[1].rows]
     assert {tuple(row.input_ids) for row in own} == expected
     assert result.accuracy is not None
+
+
+def test_a_kind_that_cannot_be_converted_is_refused_before_the_model_is_loaded(
+    convert_here: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workflow, "Classifier", lambda *_: 1 / 0)
+    monkeypatch.delitem(workflow._TASKS, ProblemType.SINGLE_LABEL)
+    with pytest.raises(InputError, match="classifiers cannot be converted"):
+        convert_here()
 
 
 def test_few_texts_are_said_before_the_model_is_loaded(

@@ -25,6 +25,7 @@ from fpabee.commands.pack import main
 from fpabee.exporter import export
 from fpabee.exporter.backbones import _FAMILIES
 from fpabee.exporter.single_file import graph, pack, packing
+from fpabee.exporter.single_file.rules import OUTPUTS
 from fpabee.runtime import (
     ArtifactError,
     BackendError,
@@ -38,6 +39,7 @@ from fpabee.runtime import (
     InputError,
     Pabee,
     Pcee,
+    ProblemType,
     RuleError,
     read_manifest,
 )
@@ -277,6 +279,16 @@ def test_many_layers_load(tmp_path: Path, pack_copy: PackCopy) -> None:
     with Engine.load(made.engines, FP32, "fast") as engine:
         for run in (consumer.onnxruntime, consumer.openvino()):
             assert_equal(engine, SINGLE, consumer.in_batches(run, SINGLE, 16))
+
+
+def test_a_kind_without_outputs_in_a_graph_is_refused_before_any_work(
+    engines: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(OUTPUTS, ProblemType.SINGLE_LABEL)
+    monkeypatch.setattr(packing, "_contents", lambda *_: 1 / 0)
+    with pytest.raises(InputError, match="classifiers cannot be packed"):
+        pack(engines["bert"], tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
 
 
 def test_what_cannot_be_packed_is_refused(
