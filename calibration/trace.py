@@ -76,6 +76,9 @@ def engines_of(
     Yields:
         The engine, which can run the quick pass before its own; and that of the quick pass, or
         None.
+
+    Raises:
+        FpabeeError: as in `Engine.load`, or both targets are the same.
     """
     rule = ExitRule.from_dict(read_manifest(folder).default_rule)
     load = partial(Engine.load, folder, threads=threads, rule=rule)
@@ -83,6 +86,11 @@ def engines_of(
         if not quick_target:
             yield engine, None
             return
+        if quick_target == engine.target:
+            raise InputError(
+                f"the quick pass would run in {quick_target}, as the exact pass does",
+                "give another `quick_target`, such as one in int8",
+            )
         with load(quick_target) as quick:
             engine.core.add_quick_pass(quick.core.backend)
             yield engine, quick

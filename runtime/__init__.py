@@ -37,7 +37,14 @@ from .artifact.manifest import (
     TensorSpec,
     TokenizerSpec,
 )
-from .artifact.operating_point import Certificate, Goal, OperatingPoint, Promise, RuleSettings
+from .artifact.operating_point import (
+    Certificate,
+    Goal,
+    OperatingPoint,
+    Promise,
+    QuickPass,
+    RuleSettings,
+)
 from .backends.buffers import Bucket, Limits
 from .check import Agreement, Requirements
 from .encoding import EncodedRow, Text
@@ -118,6 +125,7 @@ __all__ = [
     "Prediction",
     "ProblemType",
     "Promise",
+    "QuickPass",
     "Query",
     "Range",
     "Ranked",

@@ -92,6 +92,12 @@ def test_full_depth_needs_no_quick_pass(folder: Path) -> None:
     assert read_manifest(folder).targets[EXACT].operating_points == {}
 
 
+def test_a_quick_pass_needs_another_target(folder: Path) -> None:
+    same = CalibrationOptions(goals={"changed-20": BOUND}, target=QUICK, quick_target=QUICK)
+    with pytest.raises(InputError, match=f"would run in {QUICK}, as the exact pass does"):
+        calibrate(folder, ROWS, same)
+
+
 def test_a_quick_pass_needs_a_guarantee() -> None:
     with pytest.raises(InputError, match="'fast' is a goal on average"):
         CalibrationOptions(goals={"fast": Goal(max_drop=2.0)}, quick_target=QUICK)

@@ -87,6 +87,14 @@ CALLS: dict[str, tuple[str, list[Any]]] = {
             {"report": Report(ROWS, "dev.csv")},
         ],
     ),
+    "calibrate engines --data rows.csv --changed 1 --target slow --quick-target fast": (
+        CALIBRATES,
+        [
+            ENGINES,
+            ANY,
+            goal("changed-1", Bound(changed_answers=0.01), target="slow", quick_target="fast"),
+        ],
+    ),
     "calibrate engines --data rows.csv --speedup 2 --force": (
         CALIBRATES,
         [ENGINES, ANY, goal("speedup-2", Goal(speedup=2.0), force=True)],

@@ -41,7 +41,8 @@ fpabee-calibrate engines/ --set-default fast
 fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 """,
     panels={
-        "Guarantees": "--risk --changed --missed --false-alarms --threshold --confidence",
+        "Guarantees": "--risk --changed --missed --false-alarms --threshold --confidence "
+        "--quick-target",
         "Choice of the rule": "--rule --metric",
         "Result": "--set-default --report",
         **READING,
@@ -64,6 +65,12 @@ fpabee-calibrate engines/ --data dev.jsonl --test test.jsonl --report a.html
 @options.number("--false-alarms", "Of the texts that it does not flag, at most X % are flagged.")
 @promises.thresholds
 @options.target
+@options.option(
+    "--quick-target",
+    "NAME",
+    "For a guarantee: texts run in this faster target first, and those that are in doubt at its "
+    "last exit again, all layers, in --target.",
+)
 @options.flag("--force", "Replace a guaranteed point even if the new one guarantees nothing.")
 @options.flag("--all-targets", "Calibrate every target that this machine can run.")
 @options.option(
@@ -116,7 +123,7 @@ def main(
         echo(f"{set_default} is now the default operating point of {target}")
         return
     assert data is not None
-    options.not_with("report target", all_targets, "--all-targets")
+    options.not_with("report target quick_target", all_targets, "--all-targets")
     wanted = _options(**settings)
     if report is not None:
         require("plot")
