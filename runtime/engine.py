@@ -316,7 +316,7 @@ class Engine:
         return self.core.clock() + seconds_of("deadline_ms", deadline_ms)
 
     def trace(self, texts: Sequence[Text], *, rule: ExitRule | None = None) -> Trace:
-        """Compute the logits of every exit.
+        """Compute the logits of every exit: those of the quick pass first, if there is one.
 
         Args:
             texts: strings, or (text, text_pair) tuples.

@@ -28,8 +28,9 @@ class ConvertOptions:
             are reported on. The classifier may have been trained on them. Those that are among the
             texts, too, are left out. A reranker needs queries.
         adapter: the folder of a PEFT adapter, which is merged into the classifier.
-        int8: also build the targets in int8 that this machine can. Texts that train set their
-            ranges, and every target is certified.
+        int8: also build the targets in int8 that this machine can, whose ranges come from texts
+            that train. A target has one of them as its quick pass where that takes less time, as
+            texts show that do not certify.
         problem_type: the task, if the classifier does not name it.
         max_length: longest sequence in tokens, special tokens included; None: the longest that
             tokenizer and classifier take.
