@@ -31,7 +31,7 @@ from .evidence import TextEvidence, needs_in_words
 from .goals import Bound, CalibrationOptions
 from .guarantee import Certified, certify
 from .progress import Progress, silent
-from .result import Calibration, Outcome, Point, Report, outcome, with_points
+from .result import Calibration, Outcome, Point, Report, one_pass, outcome, with_points
 from .scoring import AGREEMENT, METRICS, LabelledLogits, Scorer
 from .settings import exits_of as exits_of_rule
 from .settings import settings_lists
@@ -228,7 +228,7 @@ def _default(
             f"{chosen.name} is not the default operating point: it bounds which labels are "
             "flagged, and other answers may change"
         )
-    if earlier not in ("", default):
+    if earlier not in ("", default, one_pass(default)):
         where = f"the default operating point of {engine.target}"
         warnings.append(f"{where} was {earlier}, and is now {default}")
     lost = scorer.lost_label(exits_of_rule(chosen.rule, rows), engine.labels)

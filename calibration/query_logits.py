@@ -208,7 +208,7 @@ def saved(rows: QueryLogits, errors: Floats, top: int, share: float, costs: Floa
         errors: see `errors_near_top`.
         top: how many documents are wanted.
         share: of the queries that may change.
-        costs: `[exits]` what a document costs that stops at an exit; ascending.
+        costs: `[exits]` what a document costs that stops at an exit, as a share of full depth.
     """
     changed = []
     cost = []
@@ -216,4 +216,4 @@ def saved(rows: QueryLogits, errors: Floats, top: int, share: float, costs: Floa
         stops = stops_of(setting, rows, top)
         changed.append(stops.changed.mean())
         cost.append(np.asarray(costs)[rows.exits.place(stops.exits)].mean())
-    return mean_saving(1 - np.array(cost) / costs[-1], np.array(changed), share)
+    return mean_saving(1 - np.array(cost), np.array(changed), share)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -293,7 +292,11 @@ def with_points(engines: EnginesFolder, result: Calibration, data_sha256: str) -
     if not points:
         return engines
     every = target.operating_points | points
-    default = result.default if result.default in {"", *every} else next(iter(points))
+    default = result.default
+    if default not in {"", *every}:
+        # A bolder point that nobody has named must not take the place of one that was refused.
+        is_quick = result.rows.has_quick_pass
+        default = target.default_operating_point if is_quick else next(iter(points))
     changed = with_operating_points(target, every, default)
     return engines.with_target(result.target, changed)
 
@@ -318,7 +321,6 @@ def recorded(
     """
     held_out = point.held_out
     runs = point.chosen_on
-    quick = quick_fields(point, manifest, target) if point.quick_target else {}
     return OperatingPoint(
         rule=point.rule.to_dict(),
         goal=point.goal if isinstance(point.goal, Goal) else None,
@@ -335,19 +337,20 @@ def recorded(
         versions={**manifest.targets[target].versions, "fpabee": __version__},
         hardware=hardware,
         certificate=point.certificate,
-        **quick,
+        quick=_quick_pass(point, manifest, target) if point.quick_target else msgspec.UNSET,
     )
 
 
-def quick_fields(point: Point, manifest: Manifest, target: str) -> dict[str, Any]:
-    """What the manifest says of the quick pass of a point, which has one."""
+def _quick_pass(point: Point, manifest: Manifest, target: str) -> QuickPass:
+    """The quick pass of a point as the manifest has it."""
     alone = one_pass(point.name)
-    quick = QuickPass(
+    *_, in_files = point.measured.values()
+    return QuickPass(
         target=point.quick_target,
         sha256=logits_sha256(manifest, point.quick_target),
+        time_share=round(1 / in_files, 4),
         alone=alone if alone in manifest.targets[target].operating_points else "",
     )
-    return {"quick": quick, "time_share": round(1 / max(point.measured.values()), 4)}
 
 
 def one_pass(name: str) -> str:

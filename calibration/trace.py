@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.artifact.folder import read_manifest, write_whole
-from ..runtime.artifact.quick import logits_sha256
+from ..runtime.artifact.quick import logits_sha256, quick_targets
 from ..runtime.artifact.untrusted.arrays import read_arrays
 from ..runtime.check import logit_differences, requirements_of
 from ..runtime.engine import Engine
@@ -91,6 +91,19 @@ def engines_of(
                 f"the quick pass would run in {quick_target}, as the exact pass does",
                 "give another `quick_target`, such as one in int8",
             )
+        targets = engine.manifest.targets
+        chosen = targets[engine.target]
+        if quick_target in targets and targets[quick_target].backend != chosen.backend:
+            raise InputError(
+                f"{quick_target} runs in another library than {engine.target}",
+                "give a `quick_target` of the same library",
+            )
+        if others := quick_targets(engine.manifest, engine.target) - {quick_target}:
+            raise InputError(
+                f"operating points of {engine.target} have a quick pass in {', '.join(others)}, "
+                f"not in {quick_target}, and all of a target have the same",
+                "give that as `quick_target`, or make the engines folder again",
+            )
         with load(quick_target) as quick:
             engine.core.add_quick_pass(quick.core.backend)
             yield engine, quick
@@ -128,14 +141,12 @@ def trace_rows(
     path = folder / f"trace-{engine.target}-{texts[:12]}.npz"
     shape = len(manifest.exits), len(rows), len(task.labels)
     kept = _read(path, artifact, texts, shape, manifest.tokenizer.max_length)
-    full_depth = engine.core.full_depth.rule
     if kept is None or not _is_true(kept, engine, rows):
         parts = []
         file = io.BytesIO()
         for start in range(0, len(rows), _CHUNK):
             progress("trace", start, len(rows))
-            texts_of_chunk = [row.content for row in rows[start : start + _CHUNK]]
-            parts.append(engine.trace(texts_of_chunk, rule=full_depth))
+            parts.append(engine.trace([row.content for row in rows[start : start + _CHUNK]]))
         progress("trace", len(rows), len(rows))
         logits = np.concatenate([part.logits for part in parts], axis=1)
         kept = logits, np.concatenate([part.lengths for part in parts])
@@ -160,8 +171,7 @@ def _is_true(kept: _Trace, engine: Engine, rows: Sequence[Row]) -> bool:
     logits, lengths = kept
     # Without a seed, or a forger could draw them, too.
     drawn = np.random.default_rng().choice(len(rows), min(len(rows), _SAMPLE), replace=False)
-    texts = [rows[number].content for number in drawn]
-    fresh = engine.trace(texts, rule=engine.core.full_depth.rule)
+    fresh = engine.trace([rows[number].content for number in drawn])
     rounding = requirements_of(engine.target, engine.manifest).tie
     differences = logit_differences(fresh.logits, logits[:, drawn])
     same_lengths = np.array_equal(fresh.lengths, lengths[drawn])

@@ -135,7 +135,14 @@ class Core:
             rule: the rule.
             has_quick_pass: whether it has thresholds for the exits of a quick pass.
         """
-        self.in_use = (operating_point, self.runner(rule, has_quick_pass=has_quick_pass))
+        exits = self.exits if has_quick_pass else self.exits.exact
+        self.in_use = (operating_point, self._runner(rule, exits))
+
+    @property
+    def in_use_has_quick_pass(self) -> bool:
+        """Whether the rule of calls that give none has thresholds for a quick pass."""
+        _, usual = self.in_use
+        return usual.exits != self.exits.exact.numbers
 
     def legs(self, runner: Runner[Any]) -> tuple[Leg, ...]:
         """The passes of rows through segments by a rule.
@@ -204,7 +211,9 @@ class Core:
                 "give one of `full_depth` and `max_exit`",
             )
         exits = self.exits if has_quick_pass else self.exits.exact
-        runner = self.in_use[1] if rule is None else self._runner(rule, exits)
+        _, usual = self.in_use
+        is_usual = rule is None or (self.in_use_has_quick_pass and rule == usual.rule)
+        runner = usual if is_usual or rule is None else self._runner(rule, exits)
         if full_depth:
             runner = self.full_depth
         if max_exit is None:
@@ -231,15 +240,21 @@ class Core:
         """
         self.backend.check_open()
 
-    def chain(self) -> Chain:
+    def chain(self, runner: Runner[Any] | None = None) -> Chain:
         """A chain of the segments, for code that chains segments itself, as `Scheduler` does.
+
+        Args:
+            runner: that of all rows; None: they may have any.
 
         Raises:
             BackendError: the engine is closed, or this process was forked after it was loaded.
         """
         self.check_open()
         (leg,) = self.legs(self.full_depth)
-        return Chain(self.backends, self._exit_0, (self.full_depth, leg), self.clock)
+        backends = self.backends
+        if runner is not None and self.watch is None:
+            backends = tuple(each.backend for each in self.legs(runner))
+        return Chain(backends, self._exit_0, (self.full_depth, leg), self.clock)
 
     def choose_watched(
         self, rows: int, runner: Runner[Any], deadline: float = math.inf
@@ -470,7 +485,7 @@ class Core:
         legs = self.legs(runner)
         group = Group.of(np.arange(rows), made_up, runner, math.inf, legs)
         seconds = []
-        with self.chain() as chain:
+        with self.chain(runner) as chain:
 
             def run_to_exit(group: Group) -> None:
                 for _ in range(group.legs[0].segments_to_exit(group.segment)):
@@ -516,8 +531,8 @@ class Core:
         window = Group.of(np.arange(len(rows)), rows, runner, deadline, self.legs(runner))
         if watched is not None:
             window.watched = watched
-        with self.chain() as chain:
+        with self.chain(runner) as chain:
             for decision in chain.run(window):
                 if len(decision.failed):
-                    raise not_finite(self.backend.name, decision.exit)
+                    raise not_finite(decision.target, decision.exit)
                 yield decision

@@ -6,23 +6,33 @@ import hashlib
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from .artifact.folder import EnginesFolder
+from .artifact.quick import quick_problem
 from .artifact.reference import read_reference
 from .backends.base import Backend
 from .check import Agreement, compare, must_pass, requirements_of
 from .core import Core
 from .encoding import EncodedRow, Text, TextEncoder
-from .errors import COPY_AGAIN, ArtifactError, InputError, RuleError, seconds_of, whole_number
+from .errors import (
+    COPY_AGAIN,
+    ArtifactError,
+    FpabeeError,
+    InputError,
+    RuleError,
+    seconds_of,
+    whole_number,
+)
 from .first_run import must_check, remember
 from .hub import engines_folder
 from .predictions import Prediction, Tally, Trace
 from .rules.rules import Budget, ExitRule, Uncertainty
-from .targets import open_backend, quick_pass, rule_here, target_of
+from .targets import open_backend, quick_pass, rule_here, rule_instead, target_of
 from .tasks.ranked import Ranked, pairs_of, top_of
 from .watch import Watch, Watched
 
@@ -125,22 +135,23 @@ class Engine:
         name = target_of(engines, target)
         point = None
         if rule is None:
-            is_named = target is not None or operating_point is not None
-            point, rule = rule_here(engines, name, operating_point, is_named=is_named)
-        watching = None if watch is None else Watch(engines.manifest, name, watch, point)
-        backend = open_backend(engines, name, threads, device)
-        try:
-            quick = _open_quick_pass(engines, backend, point, check)
+            point, rule = rule_here(engines, name, operating_point)
+        with ExitStack() as opened:
+            quick = None
+            try:
+                quick = _open_quick_pass(engines, name, point, threads, device, check)
+            except FpabeeError as error:
+                is_named = target is not None or operating_point is not None
+                point, rule = rule_instead(engines, name, point, error, is_named=is_named)
+            if quick is not None:
+                opened.callback(quick.close)
+            watching = None if watch is None else Watch(engines.manifest, name, watch, point)
+            backend = open_backend(engines, name, threads, device)
+            opened.callback(backend.close)
             engine = cls(engines, backend, rule, point, max_length, quick)
             engine.core.watch = watching
-            kind = backend.kind_of_machine
-            if check or (check is None and must_check(engines, name, kind)):
-                engine.check()
-                remember(engines, name, kind)
-                backend.keep_compiled()
-        except BaseException:
-            backend.close()
-            raise
+            engine._check_here(check)
+            opened.pop_all()
         return engine
 
     def __init__(
@@ -160,6 +171,15 @@ class Engine:
         self.labels = self.manifest.task.labels
         self.multi_label = self.core.task.flags
         self.max_length = self.core.max_length
+
+    def _check_here(self, check: bool | None) -> None:
+        """Check the target if that is asked for, or if it has not been checked here yet."""
+        core = self.core
+        kind = core.backend.kind_of_machine
+        if check or (check is None and must_check(core.engines, self.target, kind)):
+            self.check()
+            remember(core.engines, self.target, kind)
+            core.backend.keep_compiled()
 
     def __repr__(self) -> str:
         point = self.operating_point or "no operating point"
@@ -329,7 +349,10 @@ class Engine:
         Raises:
             FpabeeError: as in `predict`.
         """
-        runner = self.core.every_exit if rule is None else self.core.runner(rule)
+        has_quick_pass = self.core.in_use_has_quick_pass
+        runner = self.core.every_exit if has_quick_pass else self.core.full_depth
+        if rule is not None:
+            runner = self.core.runner(rule)
         parts = [self.core.trace(rows, runner) for rows in self.core.windows(texts)]
         parts = parts or [self.core.trace([], runner)]
         return Trace(
@@ -421,10 +444,17 @@ class Engine:
             RuleError: the target has no such point.
         """
         engines = self.core.engines
-        point, rule = rule_here(engines, self.target, operating_point, is_named=True)
+        point, rule = rule_here(engines, self.target, operating_point)
         has_quick_pass = quick_pass(engines.manifest, self.target, point) is not None
         if has_quick_pass and not self.core.exits.quick:
-            quick = _open_quick_pass(engines, self.core.backend, point)
+            backend = self.core.backend
+            try:
+                quick = _open_quick_pass(
+                    engines, self.target, point, backend.threads, backend.device
+                )
+            except FpabeeError as error:
+                rule_instead(engines, self.target, point, error, is_named=True)
+                raise  # it has raised already
             self.core.add_quick_pass(quick)
         self.core.use(point, rule, has_quick_pass)
 
@@ -517,23 +547,40 @@ class Engine:
 
 
 def _open_quick_pass(
-    engines: EnginesFolder, backend: Backend, point: str | None, check: bool | None = None
+    engines: EnginesFolder,
+    target: str,
+    point: str | None,
+    threads: int | None,
+    device: int,
+    check: bool | None = None,
 ) -> Backend | None:
     """What runs the quick pass of an operating point; None: the point has none.
 
-    The arguments and the errors are those of `Engine.load`.
+    Args:
+        engines: the engines folder.
+        target: the target of the point.
+        point: the point, if there is one.
+        threads: as in `Engine.load`.
+        device: as in `Engine.load`.
+        check: as in `Engine.load`; the answers of a quick pass are checked as those of any target.
+
+    Raises:
+        RuleError: the point has lost its promise.
+        FpabeeError: the target cannot run here.
     """
-    quick = quick_pass(engines.manifest, backend.name, point)
+    manifest = engines.manifest
+    quick = quick_pass(manifest, target, point)
     if quick is None:
         return None
-    # Its answers are checked as those of any target, so an engine is loaded for it.
-    runs_all = Budget(exit=len(engines.manifest.segments))
-    threads = backend.threads
-    device = backend.device
-    engine = Engine.load(
-        engines.path, quick.target, threads=threads, rule=runs_all, device=device, check=check
-    )
-    return engine.core.backend
+    if problem := quick_problem(manifest, quick):
+        raise RuleError(problem, "calibrate again")
+    backend = open_backend(engines, quick.target, threads, device)
+    try:
+        Engine(engines, backend, Budget(exit=len(manifest.segments)))._check_here(check)
+    except BaseException:
+        backend.close()
+        raise
+    return backend
 
 
 def _powers_of_two(longest: int) -> tuple[int, ...]:

@@ -9,9 +9,9 @@ from .artifact.exits import exits_of
 from .artifact.folder import EnginesFolder
 from .artifact.manifest import Manifest, Target
 from .artifact.operating_point import QuickPass, RuleSettings
-from .artifact.quick import quick_of, quick_problem
+from .artifact.quick import quick_of
 from .backends.base import Backend
-from .errors import BackendError, RuleError, warn_once, whole_number
+from .errors import BackendError, FpabeeError, RuleError, warn_once, whole_number
 from .rules.rules import ExitRule
 from .tasks import task_of
 
@@ -103,43 +103,13 @@ def _default_target(engines: EnginesFolder) -> str:
     return default  # which runs, or whose error is the one to report
 
 
-def rule_here(
-    engines: EnginesFolder, name: str, point: str | None, *, is_named: bool
-) -> tuple[str | None, ExitRule]:
-    """The operating point to run on this machine, and its rule.
+def rule_here(engines: EnginesFolder, name: str, point: str | None) -> tuple[str | None, ExitRule]:
+    """The operating point to run on this machine, and its rule; the arguments as in `rule_of`.
 
     A warning says if the target has no operating point, although others of the folder have some.
-
-    Args:
-        engines: the engines folder.
-        name: as in `rule_of`.
-        point: as in `rule_of`.
-        is_named: whether the user has named the target or the point. If not, and its quick pass
-            cannot run here, the point runs that does without it, and a warning says so.
-
-    Raises:
-        RuleError: as in `rule_of`, or the quick pass of the point cannot run here, or its target
-            was built again since the point was certified.
     """
     manifest = engines.manifest
     point, rule = rule_of(manifest, name, point)
-    quick = quick_pass(manifest, name, point)
-    if point is not None and quick is not None:
-        problem = quick_problem(manifest, quick)
-        if not problem and (error := why_not(manifest, quick.target)) is not None:
-            problem = f"its quick pass cannot run here: {error.message}"
-        if problem and (is_named or not quick.alone):
-            every = manifest.targets[name].operating_points
-            alone = [other for other in every if quick_pass(manifest, name, other) is None]
-            raise RuleError(
-                f"operating point {point!r} of target {name} has lost its promise: {problem}",
-                "choose an operating point without a quick pass "
-                f"({', '.join(alone) or 'none yet'}), or calibrate again",
-            )
-        if problem:
-            message = f"{quick.alone} runs instead of operating point {point}: {problem}"
-            warn_once(logger, message, engines.path)
-            point, rule = rule_of(manifest, name, quick.alone)
     others = [other for other, target in manifest.targets.items() if target.operating_points]
     if others and name not in others:
         warn_once(
@@ -149,6 +119,40 @@ def rule_here(
             engines.path,
         )
     return point, rule
+
+
+def rule_instead(
+    engines: EnginesFolder, name: str, point: str | None, error: FpabeeError, *, is_named: bool
+) -> tuple[str | None, ExitRule]:
+    """What runs instead of an operating point whose quick pass cannot run, or lost its promise.
+
+    Args:
+        engines: the engines folder.
+        name: the target's name.
+        point: the operating point.
+        error: what is wrong with the quick pass.
+        is_named: whether the user has named the target or the point.
+
+    Returns:
+        As `rule_alone`. A warning says so.
+
+    Raises:
+        RuleError: the user has named what cannot run.
+    """
+    manifest = engines.manifest
+    if is_named:
+        every = manifest.targets[name].operating_points
+        alone = [other for other in every if quick_pass(manifest, name, other) is None]
+        raise RuleError(
+            f"operating point {point!r} of target {name} has no promise here: {error.message}",
+            f"choose one without a quick pass ({', '.join(alone) or 'none yet'}), or calibrate "
+            "again",
+        ) from error
+    other, rule = rule_alone(manifest, name, point)
+    instead = other or "the default rule of the folder"
+    message = f"{instead} runs instead of operating point {point}: {error.message}"
+    warn_once(logger, message, engines.path)
+    return other, rule
 
 
 def quick_pass(manifest: Manifest, target: str, point: str | None) -> QuickPass | None:

@@ -311,7 +311,7 @@ class Watch:
             if row.is_done:
                 return False
             if row.answer is None:
-                self._layers_for_watching -= self._layers_of[exit_number]
+                self._layers_for_watching -= self._layers - self._rest(row.promise, exit_number)
                 row.answer = logits.copy()  # not a view, which would hold those of other rows
                 self._waiting += 1
                 if exit_number < row.promise.exits.last:
@@ -345,6 +345,18 @@ class Watch:
                 is_broken=promise.test.is_broken,
             )
 
+    def _rest(self, promise: _Promise, exit_number: int) -> int:
+        """The layers that a row runs to full depth after it has stopped at an exit.
+
+        After a quick pass, these are all layers of the exact target.
+        """
+        if exit_number == promise.exits.last:
+            return 0
+        return self._layers - (0 if promise.exits.quick else self._layers_of[exit_number])
+
+    def _mean_rest(self, promise: _Promise) -> float:
+        return self._layers - (0 if promise.exits.quick else self._mean_depth(promise))
+
     def _mean_depth(self, promise: _Promise) -> float:
         known = promise.mean_depth * _ROWS_OF_CALIBRATION
         return (known + self._layers_for_answers) / (_ROWS_OF_CALIBRATION + self._answered)
@@ -352,7 +364,7 @@ class Watch:
     def _row_share(self, promise: _Promise) -> float:
         """The share of rows that spends what may be spent, if each costs the mean of the rest."""
         depth = self._mean_depth(promise)
-        rest = self._layers - depth
+        rest = self._mean_rest(promise)
         return min(1.0, self._pays * depth / rest) if rest > 0 else 1.0
 
     def _probability(self, promise: _Promise, rows: int) -> float:
@@ -361,7 +373,7 @@ class Watch:
         It depends only on the depth of earlier rows, not on whether their answers changed.
         """
         depth = self._mean_depth(promise)
-        rest = self._layers - depth
+        rest = self._mean_rest(promise)
         if rest <= 0:
             return 1.0
         paid = self._pays * (self._layers_for_answers + rows * depth)

@@ -143,7 +143,7 @@ class Ranking(ConversionTask[Query, RankingPoint]):
         share = min(self.bound.shares.values())
         return Judged(
             agreement=tuple(_rank_correlation(each, own) for each in exits[..., 0]),
-            saved=saved(rows, errors, self.top, share, costs),
+            saved=saved(rows, errors, self.top, share, costs / costs[-1]),
             errors=tuple(map(float, errors)),
         )
 

@@ -15,7 +15,7 @@ from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import CLASSIFIER_NAME, Manifest, Target
 from ...runtime.artifact.reference import read_reference
 from ...runtime.backends.tensorrt import MODULES
-from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError
+from ...runtime.errors import EXPORT_AGAIN, ArtifactError, BackendError, RuleError
 from ...runtime.rules.rules import ExitRule
 from ...runtime.targets import rule_alone, rule_of, target_of
 from ...runtime.tasks import row_of, task_of
@@ -266,10 +266,16 @@ def _rule_of(manifest: Manifest, target: str, point: str | None) -> tuple[str | 
     """The point that is packed: one graph runs one target, so none with a quick pass."""
     asked, _ = rule_of(manifest, target, point)
     name, rule = rule_alone(manifest, target, point)
+    if name is None and asked is not None:
+        raise RuleError(
+            f"operating point {asked} runs in two targets, which one file cannot, and has no point "
+            "that does without the quick pass",
+            "name another `operating_point`, or calibrate one",
+        )
     if name != asked:
         logger.warning(
-            f"operating point {asked} runs in two targets, which one file cannot; "
-            f"{name or 'the default rule of the folder'} is packed instead"
+            f"operating point {asked} runs in two targets, which one file cannot; {name} is packed "
+            "instead"
         )
     return name, rule
 

@@ -167,7 +167,11 @@ def _with_old_points(before: EnginesFolder, after: EnginesFolder, name: str) -> 
     """A folder whose new target keeps its operating points if it runs the same files."""
     old = before.manifest.targets.get(name)
     new = after.manifest.targets[name]
-    if old is None or old.versions != new.versions or before.hashes(name) != after.hashes(name):
+    if old is None or old.versions != new.versions:
+        return after
+    # Of the target alone: its points may name the target of a quick pass.
+    bare = before.with_target(name, with_operating_points(old, {}, ""))
+    if bare.hashes(name) != after.hashes(name):
         return after
     points = old.operating_points
     return after.with_target(name, with_operating_points(new, points, old.default_operating_point))

@@ -91,12 +91,15 @@ class QuickPass(msgspec.Struct, frozen=True, kw_only=True):
         target: the target that runs first.
         sha256: what decides the logits of that target, see `logits_sha256`. The point holds for
             these logits only.
+        time_share: the time of a row on average in files, as a share of the time at full depth in
+            the exact target.
         alone: the name of the point of the same target that does without the quick pass, for
             machines that cannot run it; empty: there is none.
     """
 
     target: str
     sha256: Sha256
+    time_share: Annotated[float, msgspec.Meta(ge=0)]
     alone: str = ""
 
 
@@ -126,8 +129,6 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
         quick: the pass in a faster target that runs first; unset: there is none, as in all points
             of fpabee 1.0. The exits of the point are then those of the quick pass, and one more,
             where the exact pass ends. The rule has a threshold for each of them.
-        time_share: the time of a row on average, as a share of the time at full depth in the exact
-            target; unset without a quick pass, where layers tell it.
     """
 
     rule: RuleSettings
@@ -145,6 +146,5 @@ class OperatingPoint(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str] = {}
     hardware: str = ""
     certificate: Certificate | None = None
-    # Left out of the JSON if they are unset, so that folders of 1.0 keep their revision.
+    # Left out of the JSON if it is unset, so that folders of 1.0 keep their revision.
     quick: QuickPass | msgspec.UnsetType = msgspec.UNSET
-    time_share: Annotated[float, msgspec.Meta(ge=0)] | msgspec.UnsetType = msgspec.UNSET

@@ -38,6 +38,7 @@ class Decision(NamedTuple):
         settled: the rows that have their answers now, of this group or another one; None: there
             are none, or nobody waits for them.
         failed: `[rows]` further rows, whose logits are not finite numbers, and which have left.
+        target: the target that gave the logits.
     """
 
     group: Group
@@ -46,6 +47,7 @@ class Decision(NamedTuple):
     logits: NDArray[np.float32]
     settled: Settled | None = None
     failed: NDArray[Any] = _NONE
+    target: str = ""
 
 
 @dataclass(eq=False)
@@ -89,6 +91,8 @@ class Chain:
         backend = group.legs[0].backend
         if backend not in self._lent:
             self.borrow()
+        if backend not in self._lent:  # another operating point is in use since then
+            self._lent[backend] = backend.check_out()
         return self._lent[backend]
 
     def borrow(self) -> None:
@@ -138,8 +142,10 @@ class Chain:
         while waiting or self.running or in_doubt or self.watched:
             if in_doubt and not waiting and not self.running:
                 in_doubt[0].add(in_doubt[1:])
+                self.let_go(in_doubt[0])  # what others have decided since
                 waiting.extend(_parts(in_doubt[0]))
                 in_doubt = []
+                continue
             group = self._next(waiting)
             if group is None and not self.running:
                 group = self.next_watched()
@@ -387,7 +393,8 @@ class Chain:
         if group.is_answered:  # nobody waits for them
             settled = None
             failed = _NONE
-        return Decision(group, exit_number, rows, logits, settled, failed)
+        target = group.legs[0].backend.name
+        return Decision(group, exit_number, rows, logits, settled, failed, target)
 
     def _watch(
         self,

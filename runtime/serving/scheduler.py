@@ -470,7 +470,7 @@ class Scheduler:
     def _answer(self, decision: Decision) -> None:
         """Answer the rows that have settled."""
         if len(decision.failed):
-            self._fail(decision.failed, not_finite(self._core.backend.name, decision.exit))
+            self._fail(decision.failed, not_finite(decision.target, decision.exit))
         self._give(decision.settled)
 
     def _give(self, settled: Settled | None) -> None:

@@ -241,6 +241,16 @@ class TurnsOfQueries(Turns):
         for group in self.waiting:
             group.keep(np.argsort(-group.lengths, kind="stable"))
 
+    def start_again(self, in_doubt: Group) -> None:
+        """See `Turns.start_again`; documents of the same query run together again."""
+        for group in self.waiting:
+            if group.step == in_doubt.step and _queries_in(group) == _queries_in(in_doubt):
+                self.forget(in_doubt)
+                group.add([in_doubt])
+                self.passed_exit_0()
+                return
+        super().start_again(in_doubt)
+
     def choose(self, chain: Chain) -> Group | None:
         """See `Turns.choose`.
 

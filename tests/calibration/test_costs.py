@@ -22,6 +22,7 @@ from fpabee.calibration.costs import (
 )
 from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
 from fpabee.runtime import Budget, Engine, ProblemType
+from fpabee.runtime.artifact.exits import Exits
 
 from ..conftest import CLASSIFICATION
 from .conftest import make_rows, with_costs
@@ -67,8 +68,13 @@ def test_a_speedup_that_the_layers_do_not_explain_is_measured_again(
         return np.tile(next(passes), (count, len(units), 1))
 
     monkeypatch.setattr("fpabee.calibration.costs.time_in_turns", turns)
-    manifest = SimpleNamespace(exits=(1, 2), exit_layers=(1, 6))
-    engine: Any = SimpleNamespace(manifest=manifest, run_encoded=lambda rows, rule: None)
+    core = SimpleNamespace(
+        exits=Exits.of_layers((1, 6)),
+        full_depth=None,
+        runner=lambda rule, has_quick_pass: None,
+        trace=lambda rows, runner: None,
+    )
+    engine: Any = SimpleNamespace(manifest=SimpleNamespace(exit_layers=(1, 6)), core=core)
     rows: Any = [range(length) for length in range(1, 1001)]
     # A fifth of the rows needs all layers, and they are not spread evenly.
     layers = np.where(np.arange(1000) < 200, 6, 1)

@@ -66,7 +66,7 @@ def test_what_is_certified_is_what_a_live_run_does(folder: Path) -> None:
     assert point.doubt_share == (stops == 4).mean()
     layers = np.array([0, 1, 2, 3, 6])
     assert written.mean_depth == pytest.approx(layers[stops].mean())
-    assert written.time_share == pytest.approx(1 / max(point.measured.values()), rel=1e-3)
+    assert quick.time_share == pytest.approx(1 / point.measured["32"], abs=1e-3)
 
 
 def test_the_point_with_one_pass_is_named(folder: Path) -> None:
@@ -96,6 +96,26 @@ def test_a_quick_pass_needs_another_target(folder: Path) -> None:
     same = CalibrationOptions(goals={"changed-20": BOUND}, target=QUICK, quick_target=QUICK)
     with pytest.raises(InputError, match=f"would run in {QUICK}, as the exact pass does"):
         calibrate(folder, ROWS, same)
+
+
+def test_all_points_of_a_target_have_the_same_quick_pass(folder: Path) -> None:
+    calibrate(folder, ROWS, options())
+    engines = EnginesFolder.read(folder)
+    other = engines.manifest.targets[QUICK]
+    engines.with_target("onnxruntime-other", other).write()
+    asked = CalibrationOptions(goals={"more": BOUND}, quick_target="onnxruntime-other")
+    with pytest.raises(InputError, match=f"have a quick pass in {QUICK}, not in onnxruntime-other"):
+        calibrate(folder, ROWS, asked)
+    assert [*read_manifest(folder).targets[EXACT].operating_points] == ["changed-20"]
+
+
+def test_no_bolder_point_takes_the_place_of_one_that_was_refused(folder: Path) -> None:
+    goals = {"careful": Bound(changed_answers=0.0001), "changed-20": BOUND}
+    asked = CalibrationOptions(goals=goals, default="careful", quick_target=QUICK, threads=1)
+    calibrate(folder, ROWS, asked)
+    target = read_manifest(folder).targets[EXACT]
+    assert [*target.operating_points] == ["changed-20"]
+    assert target.default_operating_point == ""
 
 
 def test_a_quick_pass_needs_a_guarantee() -> None:
@@ -128,7 +148,7 @@ def test_a_trace_has_the_quick_pass_first(folder: Path, tmp_path: Path) -> None:
         assert quick is not None
         rows = trace_rows(engine, ROWS[:20], tmp_path, labels=False, quick=quick)
         texts = [row.content for row in ROWS[:20]]
-        live = engine.trace(texts)
+        live = engine.core.trace(engine.core.encode(texts), engine.core.every_exit)
         assert rows.has_quick_pass
         np.testing.assert_allclose(rows.logits, live.logits, rtol=1e-4, atol=1e-4)
         rule = Confidence(threshold=(0.9, 0.8, 0.7, 0.0))

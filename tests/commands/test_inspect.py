@@ -24,7 +24,7 @@ from fpabee.runtime.artifact.reference import read_reference, write_reference
 from fpabee.runtime.machine import CudaDevice
 
 from ..bad_input.cases import corrected
-from ..conftest import change_point
+from ..conftest import QUICK, add_quick_pass, change_point
 from ..doubles.device import install
 from ..programs import invoke, printed
 
@@ -158,3 +158,18 @@ def test_targets_that_cannot_run_say_why(
     assert any(line.startswith(f"{made.target} cannot run here: ") for line in lines)
     (folder / "targets" / made.target / "segment_01.plan").unlink()
     assert "segment_01.plan is missing" in reasons()[made.target]
+
+
+def test_a_quick_pass_is_shown(engine_copy: Callable[..., Path]) -> None:
+    folder = engine_copy("bert")
+    add_quick_pass(folder, Budget(exit=4), alone=Budget(exit=2))
+    text = " ".join(printed(main, folder).split())
+    assert "onnxruntime-fp32 alone: no guarantee" in text
+    assert f"first in {QUICK}, 0.0% of the texts again in onnxruntime-fp32" in text
+    assert "0.50 of the time of all its layers" in text
+    engines = EnginesFolder.read(folder)
+    target = engines.manifest.targets[QUICK]
+    versions = {**target.versions, "onnxruntime": "0.1"}
+    engines.with_target(QUICK, msgspec.structs.replace(target, versions=versions)).write()
+    text = " ".join(printed(main, folder).split())
+    assert "it has lost its promise: its quick pass runs in target" in text

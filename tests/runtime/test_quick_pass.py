@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from fpabee.runtime import (
+    ArtifactError,
+    BackendError,
     Budget,
     Certificate,
     Confidence,
@@ -30,7 +32,8 @@ from fpabee.runtime import (
     simulate,
 )
 from fpabee.runtime.artifact.folder import EnginesFolder
-from fpabee.runtime.backends.host import HostBackend
+from fpabee.runtime.backends.host import HostBackend, HostExecution
+from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.serving import Scheduler
 
 from ..closeness import assert_close
@@ -133,6 +136,7 @@ def test_rows_in_doubt_of_a_window_run_together(
     monkeypatch.setattr(HostBackend, "open", counted)
     folder = two_passes(Budget(exit=4))
     with Engine.load(folder) as engine:
+        groups.clear()  # those of the check on a new kind of machine
         limits = engine.core.limits
         (quick, exact) = engine.core.legs(engine.core.runner())
         small = dataclasses.replace(limits, group_tokens=40)
@@ -153,7 +157,9 @@ def test_full_depth_and_own_rules_run_in_the_exact_target_only(
         answers = engine.predict(TEXTS, full_depth=True)
         early = engine.predict(TEXTS, rule=Budget(exit=2))
         with pytest.raises(RuleError, match="4 thresholds, but the model has 3"):
-            engine.predict(TEXTS, rule=RULES[0])
+            engine.predict(TEXTS, rule=Confidence(threshold=(0.5, 0.5, 0.5, 0.0)))
+        usual = [answer.exit for answer in engine.predict(TEXTS)]
+        assert [answer.exit for answer in engine.predict(TEXTS, rule=engine.rule)] == usual
     assert {answer.exit for answer in answers} == {3}
     assert_close(np.array([answer.logits for answer in answers]), exact[2])
     assert_close(np.array([answer.logits for answer in early]), exact[1])
@@ -257,6 +263,10 @@ def test_watched_rows_of_the_quick_pass_run_the_exact_pass(
     assert watched is not None
     assert watched.rows > 0
     early = np.array([answer.logits for answer in answers]).argmax(axis=1)
+    # None of those in doubt runs on; all others run all layers of the exact target.
+    in_doubt = sum(answer.exit == 4 for answer in answers)
+    assert watch._layers_for_watching == 3 * (watched.rows - in_doubt)
+    assert watched.rows == len(TEXTS)
     assert watched.changed_answers <= int((early != exact.argmax(axis=1)).sum())
     assert any(answer.exit < 4 for answer in answers)
     assert any(answer.exit == 4 for answer in answers)
@@ -280,6 +290,100 @@ def test_points_are_changed_while_the_engine_runs(two_passes: Callable[..., Path
         assert engine.tally.rows == 2 * len(TEXTS)
         engine.use("alone")
         assert {answer.exit for answer in engine.predict(TEXTS)} == {2}
+        assert len(engine.trace(TEXTS).logits) == 3
+
+
+def test_what_was_built_again_after_the_load_does_not_run(two_passes: Callable[..., Path]) -> None:
+    folder = two_passes(alone=Budget(exit=2))
+    with Engine.load(folder, operating_point="alone") as engine:
+        graph = read_manifest(folder).precisions["int8"]["segment_01"]
+        shutil.copy(folder / read_manifest(folder).graphs["segment_01"].file, folder / graph.file)
+        rebuilt(folder)
+        engine.use("quick")
+        with pytest.raises(ArtifactError, match=r"segment_01.onnx is damaged"):
+            engine.predict(TEXTS)
+
+
+def test_without_a_point_of_one_pass_the_default_rule_runs(
+    two_passes: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = two_passes()
+    missing(folder)
+    with Engine.load(folder) as engine:
+        assert engine.operating_point is None
+        assert engine.predict(TEXTS)
+    assert "the default rule of the folder runs instead of operating point quick" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"backend": "tensorrt-rtx"}, "expected a target of the same library"),
+        ({}, "names no point without a quick pass, but 'alone'"),
+    ],
+)
+def test_folders_whose_passes_do_not_fit_are_refused(
+    change: dict[str, Any], says: str, two_passes: Callable[..., Path]
+) -> None:
+    folder = two_passes(alone=Budget(exit=2))
+    content = json.loads((folder / "manifest.json").read_text())
+    content["targets"][QUICK] |= change
+    if not change:
+        del content["targets"][EXACT]["operating_points"]["alone"]
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match=says):
+        read_manifest(folder)
+
+
+def test_a_target_that_is_not_finite_is_named(
+    two_passes: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enqueue = HostExecution.enqueue
+
+    def spoiled(execution: Any, hidden: Any) -> Any:
+        outputs = enqueue(execution, hidden)
+        return lambda: outputs() * np.nan
+
+    with Engine.load(two_passes()) as engine:
+        monkeypatch.setattr(HostExecution, "enqueue", spoiled)
+        with pytest.raises(BackendError, match=f"target {QUICK} gives logits"):
+            engine.predict(TEXTS)
+
+
+def test_documents_in_doubt_run_together(
+    ranking_engines: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although they reached the end of the quick pass in several groups, before it was decided."""
+    folder = Path(shutil.copytree(ranking_engines["bert"], tmp_path / "engines"))
+    add_quick_pass(folder, TopK(top=3, threshold=(-99.0, -99.0, 0.0, 0.0)))
+    begun = []
+    with Engine.load(folder) as engine:
+        quick, exact = engine.core.legs(engine.core.runner())
+        limits = dataclasses.replace(quick.limits, group_tokens=60)
+        small = dataclasses.replace(quick, limits=limits)
+        monkeypatch.setattr(engine.core, "_legs", engine.core._legs | {4: (small, exact)})
+        begin = HostExecution.begin
+
+        def noted(execution: Any, encoded: Any, bucket: Any) -> Any:
+            begun.append(len(encoded))
+            return begin(execution, encoded, bucket)
+
+        monkeypatch.setattr(HostExecution, "begin", noted)
+        engine.rank("rain", TEXTS)
+    assert len(begun) > 3
+    assert begun[-1] == 3, "those that are returned, in one group"
+
+
+def test_a_scheduler_goes_on_while_the_point_is_changed(two_passes: Callable[..., Path]) -> None:
+    folder = two_passes(alone=Budget(exit=2))
+    with Engine.load(folder, operating_point="alone") as engine, engine.core.chain() as chain:
+        chain.borrow()
+        engine.use("quick")
+        runner = engine.core.runner()
+        rows = engine.core.encode(TEXTS)
+        group = Group.of(np.arange(len(rows)), rows, runner, np.inf, engine.core.legs(runner))
+        exits = {decision.exit for decision in chain.run(group)}
+    assert exits == {1, 2, 3, 4}
 
 
 def test_the_folder_says_that_it_needs_the_new_version(two_passes: Callable[..., Path]) -> None:
@@ -312,7 +416,13 @@ def missing(folder: Path) -> str:
     return f"its quick pass runs in target {QUICK}, which the folder does not have"
 
 
-@pytest.mark.parametrize("spoil", [rebuilt, missing])
+def lost(folder: Path) -> str:
+    graphs = read_manifest(folder).precisions["int8"]
+    (folder / graphs["segment_01"].file).unlink()
+    return f"{folder}/onnx/int8/segment_01.onnx is missing"
+
+
+@pytest.mark.parametrize("spoil", [rebuilt, missing, lost])
 def test_a_quick_pass_without_its_promise_never_runs(
     spoil: Callable[[Path], str],
     two_passes: Callable[..., Path],
@@ -321,14 +431,14 @@ def test_a_quick_pass_without_its_promise_never_runs(
     folder = two_passes(alone=Budget(exit=2))
     problem = spoil(folder)
     for target, point in ((EXACT, None), (None, "quick")):
-        with pytest.raises(RuleError, match="has lost its promise") as error:
+        with pytest.raises(RuleError, match="has no promise here") as error:
             Engine.load(folder, target, point)
         assert problem in str(error.value)
         assert "without a quick pass (alone)" in str(error.value)
     with Engine.load(folder) as engine:
         assert engine.operating_point == "alone"
         assert {answer.exit for answer in engine.predict(TEXTS)} == {2}
-        with pytest.raises(RuleError, match="lost its promise"):
+        with pytest.raises(RuleError, match="has no promise here"):
             engine.use("quick")
     assert f"alone runs instead of operating point quick: {problem}" in caplog.text
 

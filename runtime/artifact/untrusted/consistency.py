@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from ..manifest import ATTENTION_BIAS, LOGITS, NEXT, Manifest, TensorSpec
+from ..manifest import ATTENTION_BIAS, LOGITS, NEXT, Manifest, Target, TensorSpec
 from ..quick import quick_of
 
 # The inputs that the runtime makes from a text; graphs must produce all others themselves.
@@ -66,6 +66,12 @@ def _chain_problems(manifest: Manifest) -> Iterator[str]:
             yield f"it names {labels} labels, but the heads give {list(outputs[LOGITS].shape)}"
 
 
+def _is_alone(target: Target, point: str) -> bool:
+    """Whether a target has a point of this name, without a quick pass."""
+    points = target.operating_points
+    return point in points and quick_of(points[point]) is None
+
+
 def _target_problems(manifest: Manifest) -> Iterator[str]:
     if manifest.default_target not in manifest.targets:
         yield f"the default target {manifest.default_target!r} is not listed"
@@ -90,6 +96,17 @@ def _target_problems(manifest: Manifest) -> Iterator[str]:
             if quick is not None:
                 exits += 1
                 quick_targets.add(quick.target)
+                other = manifest.targets.get(quick.target, target)
+                if (other.backend, other.device) != (target.backend, target.device):
+                    yield (
+                        f"operating point {title!r} of target {name} has its quick pass in "
+                        f"{quick.target}, expected a target of the same library and device"
+                    )
+                if quick.alone and not _is_alone(target, quick.alone):
+                    yield (
+                        f"operating point {title!r} of target {name} names no point without a "
+                        f"quick pass, but {quick.alone!r}"
+                    )
             if len(point.exits) != exits or not any(point.exits):
                 yield (
                     f"operating point {title!r} of target {name} counts rows at its exits as "

@@ -68,7 +68,9 @@ fpabee-convert my-reranker queries.jsonl --top 10 --changed 5
     "tenths of TEXTS certify.",
 )
 @options.path("--adapter", "PEFT adapter to merge into the classifier.", "DIR")
-@options.flag("--int8", "Let texts run in int8 first where that takes less time, and those in doubt in full.")
+@options.flag(
+    "--int8", "Let texts run in int8 first where that takes less time, and those in doubt in full."
+)
 @options.path("--single-file", "Also write one ONNX file with the exits and the rule.", "DIR")
 @options.flag("--force", "Replace an existing engines folder.")
 @options.quiet

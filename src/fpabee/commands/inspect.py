@@ -14,7 +14,7 @@ from rich.table import Table
 from ..runtime.artifact.folder import EnginesFolder, resolve
 from ..runtime.artifact.manifest import Manifest
 from ..runtime.artifact.operating_point import OperatingPoint
-from ..runtime.artifact.quick import quick_of
+from ..runtime.artifact.quick import quick_of, quick_problem
 from ..runtime.engine import Engine
 from ..runtime.errors import COPY_AGAIN, CheckError, FpabeeError
 from ..runtime.hub import engines_folder
@@ -83,7 +83,8 @@ def _state_of(engines: EnginesFolder, name: str) -> dict[str, Any]:
         "unavailable_reason": "",
         "default_operating_point": target.default_operating_point,
         "operating_points": {
-            point: {"promise": _promised(record), "mean_depth": record.mean_depth} | _passes(record)
+            point: {"promise": _promised(record), "mean_depth": record.mean_depth}
+            | _passes(engines.manifest, record)
             for point, record in target.operating_points.items()
         },
     }
@@ -167,6 +168,8 @@ def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
                     f"{task.item}s again in {name}; {record['time_share']:.2f} of the time of all "
                     "its layers"
                 )
+                if record["quick_problem"]:
+                    cost = f"it has lost its promise: {record['quick_problem']}"
             below.append(f"{name} {point}{mark}: {record['promise']}; {cost}")
         if state["unavailable_reason"]:
             below.append(f"{name} cannot run here: {state['unavailable_reason']}")
@@ -179,15 +182,16 @@ def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
         echo(f"the default target {default} cannot run here; {instead} runs instead")
 
 
-def _passes(point: OperatingPoint) -> dict[str, Any]:
-    """What a quick pass makes of the costs of a point, if it has one."""
+def _passes(manifest: Manifest, point: OperatingPoint) -> dict[str, Any]:
+    """What a quick pass makes of the costs of a point, if it has one, and what is wrong with it."""
     quick = quick_of(point)
     if quick is None:
         return {}
     return {
         "quick_target": quick.target,
         "doubt_share": point.exits[-1] / sum(point.exits),
-        "time_share": point.time_share,
+        "quick_problem": quick_problem(manifest, quick),
+        "time_share": quick.time_share,
     }
 
 

@@ -50,7 +50,7 @@ from fpabee.runtime.check import BATCH_LIMIT, EXPORT_LIMIT, REQUIREMENTS, logit_
 from fpabee.runtime.encoding import Text
 
 from ...closeness import assert_close, assert_exported, exits_may_differ
-from ...conftest import correct_reference, make_model
+from ...conftest import add_quick_pass, correct_reference, make_model
 from ...programs import invoke, printed, python
 from .conftest import FP32, INT8, PAIRS, RULES, SINGLE, PackCopy
 from .consumer import Answers, Consumer
@@ -462,3 +462,18 @@ def test_the_examples_of_the_page_run(pack_copy: PackCopy, tmp_path: Path) -> No
     model = onnx.load(tmp_path / "packed" / "model.onnx")
     (changed,) = (each for each in model.graph.initializer if each.name == "fpabee.thresholds")
     np.testing.assert_allclose(onnx.numpy_helper.to_array(changed), [0.81] * 3)
+
+
+def test_a_point_with_a_quick_pass_is_packed_without_it(
+    engine_copy: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = engine_copy("bert")
+    add_quick_pass(folder, Confidence(threshold=(0.9, 0.8, 0.7, 0.0)), alone=Budget(exit=2))
+    packed = pack(folder, tmp_path / "packed")
+    assert (packed.operating_point, packed.rule) == ("alone", Budget(exit=2))
+    assert "quick runs in two targets, which one file cannot; alone is packed" in caplog.text
+    other = engine_copy("bert", "other")
+    add_quick_pass(other, Confidence(threshold=(0.9, 0.8, 0.7, 0.0)))
+    with pytest.raises(RuleError, match="has no point that does without the quick pass"):
+        pack(other, tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
