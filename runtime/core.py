@@ -103,6 +103,8 @@ class Core:
         self._tally_lock = threading.Lock()
         self.add_quick_pass(quick)
         self.full_depth = self._runner(Budget(exit=self.exits.exact.last))
+        (leg,) = self.legs(self.full_depth)
+        self._runs_on = (self.full_depth, leg)
         self.use(operating_point, rule, has_quick_pass=quick is not None)
         tokenizer = self.manifest.tokenizer
         most = min(tokenizer.max_length, self.limits.max_sequence)
@@ -142,7 +144,7 @@ class Core:
     def in_use_has_quick_pass(self) -> bool:
         """Whether the rule of calls that give none has thresholds for a quick pass."""
         _, usual = self.in_use
-        return usual.exits != self.exits.exact.numbers
+        return bool(self.exits.quick) and usual.exits == self.exits.numbers
 
     def legs(self, runner: Runner[Any]) -> tuple[Leg, ...]:
         """The passes of rows through segments by a rule.
@@ -212,8 +214,9 @@ class Core:
             )
         exits = self.exits if has_quick_pass else self.exits.exact
         _, usual = self.in_use
-        is_usual = rule is None or (self.in_use_has_quick_pass and rule == usual.rule)
-        runner = usual if is_usual or rule is None else self._runner(rule, exits)
+        runner = usual
+        if rule is not None and not (self.in_use_has_quick_pass and rule == usual.rule):
+            runner = self._runner(rule, exits)
         if full_depth:
             runner = self.full_depth
         if max_exit is None:
@@ -250,11 +253,10 @@ class Core:
             BackendError: the engine is closed, or this process was forked after it was loaded.
         """
         self.check_open()
-        (leg,) = self.legs(self.full_depth)
         backends = self.backends
-        if runner is not None and self.watch is None:
+        if self.exits.quick and runner is not None and self.watch is None:
             backends = tuple(each.backend for each in self.legs(runner))
-        return Chain(backends, self._exit_0, (self.full_depth, leg), self.clock)
+        return Chain(backends, self._exit_0, self._runs_on, self.clock)
 
     def choose_watched(
         self, rows: int, runner: Runner[Any], deadline: float = math.inf

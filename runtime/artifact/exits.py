@@ -120,7 +120,7 @@ class Exits:
         """The exits of the passes with segments only: all but exit 0."""
         return Exits(tuple(each for each in self.passes if each.reads == TOKENS))
 
-    @property
+    @cached_property
     def quick(self) -> str:
         """The target of the quick pass; empty: there is none."""
         return next((each.target for each in self.passes if each.target), "")

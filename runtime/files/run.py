@@ -135,6 +135,12 @@ class Run:
         ]
         ran = sum(map(mul, seen.layers_ran, (self.exits[number] for number in seen.numbers)))
         depth = ran / answered if answered else None
+        # Layers say what is saved only where all of them run in one target.
+        saving = None if depth is None or seen.quick else 1 - depth / layers
+        passes: dict[str, Any] = {}
+        if seen.quick:
+            in_doubt = self.exits[seen.last] / answered if answered else None
+            passes = {"quick_target": seen.quick, "doubt_share": in_doubt}
         scores = job.scores()
         parts = {} if job.part == job.unit else {job.part: answered}
         return {
@@ -149,7 +155,8 @@ class Run:
             "rule": None if job.rule is None else job.rule.to_dict(),
             "layers": layers,
             "mean_depth": depth,
-            "saving": None if depth is None else 1 - depth / layers,
+            "saving": saving,
+            **passes,
             "exits": exits,
             **({"metrics": scores} if scores else {}),
         }

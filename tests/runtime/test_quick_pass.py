@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from fpabee.commands.run import main
 from fpabee.runtime import (
     ArtifactError,
     BackendError,
@@ -35,9 +36,11 @@ from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.backends.host import HostBackend, HostExecution
 from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.serving import Scheduler
+from fpabee.runtime.serving.metrics import Metrics
 
 from ..closeness import assert_close
 from ..conftest import QUICK, WORDS, add_quick_pass
+from ..programs import invoke, write_lines
 
 TEXTS = [" ".join(WORDS[start : start + 1 + start % 7]) for start in range(40)]
 EXACT = "onnxruntime-fp32"
@@ -454,3 +457,33 @@ def test_a_damaged_exact_target_fails_only_rows_in_doubt(
         futures = scheduler.submit_all(TEXTS)
         errors = [future.exception() for future in futures]
     assert [error is not None for error in errors] == [exit == 4 for exit in expected]
+
+
+def test_runs_and_metrics_count_both_passes(
+    two_passes: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = two_passes(alone=Budget(exit=2))
+    lines = [{"text": text} for text in TEXTS]
+    texts = write_lines(tmp_path / "texts.jsonl", lines)
+    with Engine.load(folder) as engine:
+        expected = [answer.exit for answer in engine.predict(TEXTS)]
+        metrics = Metrics(engine)
+        assert b"fpabee_drift" in metrics.text()
+        engine.use("alone")
+        assert b"fpabee_drift" in metrics.text(), "a point with fewer exits than the engine"
+        assert b'fpabee_rows_total{exit="4"} 0.0' in metrics.text()
+    result = invoke(main, folder, texts, "-o", tmp_path / "out.jsonl", "--json")
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["exit"] for record in records] == expected
+    assert {record["layer"] for record in records if record["exit"] == 4} == {3}
+    summary = json.loads(result.stderr)
+    counts = np.bincount(expected, minlength=5)[1:]
+    assert [each["rows"] for each in summary["exits"]] == counts.tolist()
+    layers = counts @ np.array([1, 2, 3, 6]) / len(TEXTS)
+    assert summary["mean_depth"] == pytest.approx(layers)
+    assert summary["saving"] is None
+    assert summary["quick_target"] == QUICK
+    assert summary["doubt_share"] == counts[-1] / len(TEXTS)
+    shown = invoke(main, folder, texts, "-o", tmp_path / "again.jsonl").stderr
+    assert f"first in {QUICK}; {counts[-1] / len(TEXTS):.1%} were in doubt and ran" in shown

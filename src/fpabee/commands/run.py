@@ -335,10 +335,15 @@ def _print_summary(run: Run, operating_point: str | None) -> None:
         f"on {tally['target']}, {rule}"
     ]
     if tally["mean_depth"] is not None:
-        lines.append(
-            f"mean depth {tally['mean_depth']:.2f} of {tally['layers']} layers, saving "
-            f"{tally['saving']:.1%}; {run.truncated} truncated, {run.empty} empty"
-        )
+        cost = f"mean depth {tally['mean_depth']:.2f} of {tally['layers']} layers"
+        if tally["saving"] is not None:
+            cost += f", saving {tally['saving']:.1%}"
+        else:
+            cost = (
+                f"first in {tally['quick_target']}; {tally['doubt_share']:.1%} were in doubt and "
+                f"ran all layers of {tally['target']} as well"
+            )
+        lines.append(f"{cost}; {run.truncated} truncated, {run.empty} empty")
     if run.rows_before:
         lines.append(f"{run.rows_before} {job.unit} were done by an earlier run")
     if run.errors:
