@@ -122,7 +122,7 @@ def test_bolder_settings_stop_more_documents() -> None:
     ]
     assert depths[0] > 3.5
     assert depths[-1] < 2.5
-    costs = np.arange(1.0, 5.0)
+    costs = np.arange(1.0, 5.0) / 4
     assert saved(rows, errors, TOP, 0.05, costs) > 0.1
     assert saved(rows, errors, TOP, 0.0, costs) < saved(rows, errors, TOP, 0.2, costs)
 

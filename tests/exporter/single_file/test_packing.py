@@ -469,7 +469,8 @@ def test_a_point_with_a_quick_pass_is_packed_without_it(
 ) -> None:
     folder = engine_copy("bert")
     add_quick_pass(folder, Confidence(threshold=(0.9, 0.8, 0.7, 0.0)), alone=Budget(exit=2))
-    packed = pack(folder, tmp_path / "packed")
+    with caplog.at_level("WARNING", "fpabee.exporter"):
+        packed = pack(folder, tmp_path / "packed")
     assert (packed.operating_point, packed.rule) == ("alone", Budget(exit=2))
     assert "quick runs in two targets, which one file cannot; alone is packed" in caplog.text
     other = engine_copy("bert", "other")
