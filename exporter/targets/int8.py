@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,7 @@ def quantized(source: Path, batches: list[Arrays]) -> Any:
         ),
     )
     _make_unsigned(proto)
+    _look_up_first(proto)
     return proto
 
 
@@ -152,6 +154,71 @@ def _make_unsigned(proto: Any) -> None:
             shifted = (numpy_helper.to_array(tensor).astype(np.int16) + 128).astype(np.uint8)
             tensor.CopyFrom(numpy_helper.from_array(shifted, tensor.name))
     proto.graph.ClearField("value_info")  # it says int8
+
+
+def _look_up_first(proto: Any) -> None:
+    """Let tables be looked up in int8, and what was found be dequantized, which changes no value.
+
+    Otherwise ONNX Runtime dequantizes the whole table of word embeddings in every run, which takes
+    longer for a single text than all layers.
+    """
+    graph = proto.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    users = Counter(name for node in graph.node for name in node.input)
+    dequantized = {
+        node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"
+    }
+    replaced: set[str] = set()
+    nodes: list[Any] = []
+    for node in graph.node:
+        source = dequantized.get(node.input[0]) if node.op_type == "Gather" else None
+        if source is None or not _is_symmetric_table(source, node, constants, users):
+            nodes.append(node)
+            continue
+        replaced.add(source.output[0])
+        table, scales = source.input[:2]
+        (output,) = node.output
+        ids = node.input[1]
+        names = {part: f"{output}_{part}" for part in ("rows", "floats", "scales", "scale", "last")}
+        last = numpy_helper.from_array(np.array([-1], np.int64), names["last"])
+        graph.initializer.append(last)
+        make = onnx.helper.make_node
+        new = [
+            make("Gather", [table, ids], [names["rows"]]),
+            make("Cast", [names["rows"]], [names["floats"]], to=onnx.TensorProto.FLOAT),
+            make("Gather", [scales, ids], [names["scales"]]),
+            make("Unsqueeze", [names["scales"], names["last"]], [names["scale"]]),
+            make("Mul", [names["floats"], names["scale"]], [output]),
+        ]
+        for each in new:
+            each.name = f"{node.name}.{each.output[0]}"
+        nodes += new
+    kept = [node for node in nodes if node.output[0] not in replaced]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _is_symmetric_table(
+    source: Any, lookup: Any, constants: Mapping[str, Any], users: Mapping[str, int]
+) -> bool:
+    """Whether a lookup alone reads a dequantized table with a scale for each row, around 0.
+
+    Args:
+        source: the node that dequantizes the table.
+        lookup: the `Gather` node that reads it.
+        constants: the initializers by name.
+        users: how many nodes read each tensor.
+    """
+    table, scales, *zero_points = source.input
+    axes = [attribute.i for node in (source, lookup) for attribute in node.attribute]
+    return (
+        users[source.output[0]] == 1
+        and table in constants
+        and scales in constants
+        and list(constants[scales].dims) == list(constants[table].dims[:1])
+        and axes == [0, 0]
+        and not any(numpy_helper.to_array(constants[name]).any() for name in zero_points)
+    )
 
 
 def _heads(proto: Any) -> list[str]:

@@ -151,6 +151,58 @@ def test_both_libraries_run_the_same_graphs(
         assert np.abs(logits[0] - other).mean() < 0.05
 
 
+def test_tables_are_looked_up_in_int8(added: Path, tmp_path: Path) -> None:
+    """A whole table of words is not dequantized for a few of them, and no value changes."""
+    manifest = read_manifest(added)
+    file = manifest.targets["onnxruntime-int8"].files["segment_01"].file
+    proto = onnx.load(added / file)
+    made = {output: node for node in proto.graph.node for output in node.output}
+    tables = {tensor.name: tensor for tensor in proto.graph.initializer}
+    lookups = [node for node in proto.graph.node if node.op_type == "Gather"]
+    of_bytes = [
+        node
+        for node in lookups
+        if node.input[0] in tables and tables[node.input[0]].data_type == onnx.TensorProto.INT8
+    ]
+    assert len(of_bytes) >= 2
+    assert not [
+        node
+        for node in lookups
+        if node.input[0] in made and made[node.input[0]].op_type == "DequantizeLinear"
+    ]
+
+
+@pytest.mark.parametrize("zero_point", [0, 3])
+def test_a_lookup_before_dequantizing_changes_no_value(zero_point: int) -> None:
+    random_numbers = np.random.default_rng(0)
+    arrays: dict[str, Any] = {
+        "table": random_numbers.integers(-127, 128, (50, 8)).astype(np.int8),
+        "scales": random_numbers.uniform(0.01, 2.0, 50).astype(np.float32),
+        "zero": np.full(50, zero_point, np.int8),
+    }
+    tensor = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("DequantizeLinear", [*arrays], ["floats"], axis=0),
+            onnx.helper.make_node("Gather", ["floats", "ids"], ["found"], axis=0),
+        ],
+        "lookup",
+        [tensor("ids", onnx.TensorProto.INT64, ["batch", "sequence"])],
+        [tensor("found", onnx.TensorProto.FLOAT, ["batch", "sequence", 8])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    opsets = [onnx.helper.make_opsetid("", 20)]
+    proto = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    ids = {"ids": random_numbers.integers(0, 50, (3, 5))}
+    (before,) = cpu_session(proto.SerializeToString()).run(None, ids)
+    int8._look_up_first(proto)
+    onnx.checker.check_model(proto, full_check=True)
+    (after,) = cpu_session(proto.SerializeToString()).run(None, ids)
+    np.testing.assert_array_equal(before, after)
+    operators = [node.op_type for node in proto.graph.node]
+    assert ("DequantizeLinear" in operators) == bool(zero_point), "only tables around 0 are changed"
+
+
 @pytest.mark.parametrize(
     "family", ["bert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("albert", "mpnet"))]
 )
