@@ -36,6 +36,11 @@ def _id(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+def _options_of(command: str) -> set[str]:
+    params = _command(command).params
+    return {option for param in params for option in (*param.opts, *param.secondary_opts)}
+
+
 def _options(words: list[str]) -> set[str]:
     return {word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)}
 
@@ -48,12 +53,12 @@ def test_options_in_commands_exist(page: Path) -> None:
     for command in [*(line for line in lines if line.startswith("fpabee-")), *spans]:
         words = shlex.split(command, comments=True)
         if words[0] in COMMANDS:
-            known = {o for p in _command(words[0]).params for o in p.opts} | {"--help"}
+            known = {"--help", *_options_of(words[0])}
             assert _options(words[1:]) <= known, command
 
 
 def test_options_in_prose_exist() -> None:
-    known = {o for name in COMMANDS for p in _command(name).params for o in p.opts}
+    known = {option for name in COMMANDS for option in _options_of(name)}
     scripts = {"--help", "--all", "--depth", "--json", "--strict"}
     ours = known | scripts | {"--system-site-packages", "--no-deps"}
     for page in PAGES:

@@ -9,7 +9,6 @@ from ...runtime.files import read_rows
 from ...runtime.files.queries import read_queries
 from ..early import Config
 from ..paths import check_model_dir
-from ..targets.builders import check_enough_texts
 from .options import ConvertOptions
 from .texts import read_texts, split
 
@@ -48,12 +47,9 @@ def _check_texts(files: Sequence[Path], options: ConvertOptions) -> None:
     group = options.group_column
     for path in files:
         next(read_rows(path, reading))
-    if group is None and not options.int8:
-        return
-    own, *train = (read_texts(path, reading, group) for path in files)
-    dealt = split(own, group, next(iter(train), None))
-    if options.int8:
-        check_enough_texts(len(dealt.taught), "texts that train")
+    if group is not None:
+        own, *train = (read_texts(path, reading, group) for path in files)
+        split(own, group, next(iter(train), None))
 
 
 _CHECKS = {"predict": _check_texts, "rank": _check_queries}

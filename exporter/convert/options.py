@@ -30,7 +30,7 @@ class ConvertOptions:
         adapter: the folder of a PEFT adapter, which is merged into the classifier.
         int8: also build the targets in int8 that this machine can, whose ranges come from texts
             that train. A target has one of them as its quick pass where that takes less time, as
-            texts show that do not certify.
+            texts show that do not certify. Where int8 cannot be built, a warning says why.
         problem_type: the task, if the classifier does not name it.
         max_length: longest sequence in tokens, special tokens included; None: the longest that
             tokenizer and classifier take.
@@ -51,7 +51,7 @@ class ConvertOptions:
     top: int | None = None
     train_texts: Path | None = None
     adapter: Path | None = None
-    int8: bool = False
+    int8: bool = True
     problem_type: ProblemType | None = None
     max_length: int | None = None
     group_column: str | None = None

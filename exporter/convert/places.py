@@ -12,7 +12,6 @@ from ...runtime.errors import ModelError
 from ...runtime.files import Inputs
 from ...runtime.machine import require
 from ..paths import CLASSIFIER, check_apart, check_kind, check_model_dir, check_output, resolved
-from ..targets.builders import INT8_TARGETS, check_buildable
 from ..unfinished import check_free, partial_of
 from .options import ConvertOptions
 
@@ -38,8 +37,7 @@ def check_places(
         ArtifactError: the output must not be written, or another process is converting into it.
         InputError: there are no such texts, or an input is inside of a folder that is replaced.
         ModelError: there is no such classifier or adapter, or the model is something else.
-        MissingExtraError: an adapter needs `peft`, the texts pyarrow, or int8 the quantizer.
-        BackendError: this machine has no target in int8.
+        MissingExtraError: an adapter needs `peft`, or the texts pyarrow.
     """
     target = resolved(output)
     inputs = (classifier, texts, options.train_texts, options.adapter)
@@ -50,9 +48,6 @@ def check_places(
     Inputs([each for each in (texts, options.train_texts) if each], options.reading)
     if options.adapter is not None:
         check_adapter(options.adapter)
-    if options.int8:
-        require("quantize")
-        check_buildable(INT8_TARGETS)
     folder = check_model_dir(classifier)
     if options.adapter is None:  # which may bring the head
         check_kind(folder, CLASSIFIER)

@@ -32,8 +32,9 @@ from ...runtime.artifact.manifest import ProblemType, Task
 from ...runtime.artifact.trained_on import write_trained_on
 from ...runtime.backends.onnxruntime import check_installed
 from ...runtime.encoding import EncodedRow, Text
-from ...runtime.errors import InputError
+from ...runtime.errors import FpabeeError, InputError
 from ...runtime.files.rows import data_sha256
+from ...runtime.machine import require
 from ...runtime.rules.rules import Budget
 from ...runtime.targets import runnable_targets
 from ...runtime.tasks import row_of, task_of
@@ -44,7 +45,13 @@ from ..paths import check_output
 from ..pipeline import ExportOptions, export
 from ..staging import staging, system_errors
 from ..targets.build import build_targets
-from ..targets.builders import INT8_TARGETS, OPENVINO_TARGETS, buildable, check_enough_texts
+from ..targets.builders import (
+    INT8_TARGETS,
+    OPENVINO_TARGETS,
+    buildable,
+    check_buildable,
+    check_enough_texts,
+)
 from ..targets.check import FP32_TARGET
 from ..targets.default import fastest_exact, fastest_with_exits
 from ..tokenizer import load_tokenizer, pad_id, row_limit
@@ -109,7 +116,6 @@ def convert(
         RowError: a row cannot be read.
         ArtifactError: the output folder exists, or cannot be written.
         MissingExtraError: a package that is needed is not installed.
-        BackendError: int8 is asked for, and this machine has no target in int8.
         CheckError: the export differs too much from the model.
 
     Example:
@@ -134,14 +140,13 @@ def convert(
     job = row_of(_TASKS, kind, "converted")(texts, options)
     too_few = _too_few(job)
     what = job.what
-    if options.int8:
-        check_enough_texts(len(job.numbers(job.texts.taught)), "texts that train")
+    no_int8 = _why_no_int8(job) if options.int8 else []
     of = f"{len(job.texts.own):,} distinct {what}"
     certify = f"{len(job.texts.calibrate):,} of {of} certify"
-    for line in (certify, *needs_in_words(job.bound, f"{what} that certify")):
+    for line in (certify, *needs_in_words(job.bound, f"{what} that certify"), *no_int8):
         logger.warning(line)
     teacher = Classifier(classifier, options.problem_type, options.adapter)
-    work = _Work(teacher, job, progress)
+    work = _Work(teacher, job, progress, int8=options.int8 and not no_int8)
     with unfinished(target, STEPS, work.fingerprint) as folder:
         conversion = work.run(folder)
         for left in folder.glob("engines/.manifest-*"):  # by a process that was killed
@@ -194,6 +199,17 @@ def _too_few(job: ConversionTask[Any, Any]) -> list[str]:
     return []
 
 
+def _why_no_int8(job: ConversionTask[Any, Any]) -> list[str]:
+    """What to say where int8 cannot be built; empty: it can."""
+    try:
+        require("quantize", "int8")
+        check_buildable(INT8_TARGETS)
+        check_enough_texts(len(job.numbers(job.texts.taught)), "texts that train")
+    except FpabeeError as error:
+        return [f"without int8, which usually makes a conversion faster: {error}"]
+    return []
+
+
 class _Work:
     """The steps of a conversion.
 
@@ -201,6 +217,7 @@ class _Work:
         teacher: the classifier.
         job: the task with its texts.
         progress: called with (what, done, total).
+        int8: whether targets in int8 are built.
 
     Raises:
         ModelError: the head of the classifier is not the usual one of its family, or its tokenizer
@@ -208,10 +225,16 @@ class _Work:
     """
 
     def __init__(
-        self, teacher: Classifier, job: ConversionTask[Any, Any], progress: Progress
+        self,
+        teacher: Classifier,
+        job: ConversionTask[Any, Any],
+        progress: Progress,
+        *,
+        int8: bool,
     ) -> None:
         self.teacher = teacher
         self.job = job
+        self.int8 = int8
         self.options = job.options
         self.progress = progress
         self.task = Task(problem_type=teacher.problem_type, labels=teacher.labels)
@@ -360,7 +383,7 @@ class _Work:
         changed.write()
         names = buildable(OPENVINO_TARGETS)
         texts: list[Text] = []
-        if self.options.int8:
+        if self.int8:
             names += buildable(INT8_TARGETS)
             # Ranges come from texts that do not certify; shuffled, because the first ones set them.
             taught = self.job.numbers(self.job.texts.taught)

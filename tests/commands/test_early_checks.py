@@ -12,10 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from fpabee.exporter.convert.early import check_inputs
-from fpabee.exporter.convert.options import ConvertOptions
-from fpabee.runtime.errors import InputError
-
 PROGRAM = """
 import sys
 from importlib import import_module
@@ -130,12 +126,3 @@ def test_a_mistake_is_found_without_pytorch(line: str, place: Path) -> None:
     assert MISTAKES[line] in done.stderr
     assert done.stdout.strip() == "", "these were imported"
     assert sorted(place.rglob("*")) == before
-
-
-def test_too_few_texts_for_int8_are_found_without_the_model(place: Path) -> None:
-    options = ConvertOptions(int8=True)
-    few = place / "few.txt"
-    few.write_text("\n".join(f"rain {number}" for number in range(50)))
-    with pytest.raises(InputError, match="at least 32 texts that train, but there are 2"):
-        check_inputs(place / "trained", few, options)
-    check_inputs(place / "trained", place / "texts.csv", options)

@@ -61,7 +61,10 @@ def test_only_what_the_demo_needs_is_installed_and_the_answers_come_last(
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert "python -m pip install --quiet --editable .[train,cpu,openvino,serve,demo]" in lines
+    assert (
+        "python -m pip install --quiet --editable .[train,cpu,openvino,quantize,serve,demo]"
+        in lines
+    )
     engines = "demo/trained" if arguments else "demo/engines"
     run = f"fpabee-run {engines} scripts/demo_data"
     last = [

@@ -33,7 +33,7 @@ _SEEN = {
 
 @command(
     examples="""
-fpabee-convert my-classifier texts.jsonl -o engines/ --int8
+fpabee-convert my-classifier texts.jsonl -o engines/
 fpabee-convert my-classifier texts.csv --changed 0.5 --force
 fpabee-convert my-guard texts.txt --missed 2 --threshold attack=0.7
 fpabee-convert my-reranker queries.jsonl --top 10 --changed 5
@@ -69,7 +69,9 @@ fpabee-convert my-reranker queries.jsonl --top 10 --changed 5
 )
 @options.path("--adapter", "PEFT adapter to merge into the classifier.", "DIR")
 @options.flag(
-    "--int8", "Let texts run in int8 first where that takes less time, and those in doubt in full."
+    "--int8/--no-int8",
+    "Whether texts run in int8 first where that takes less time, and those in doubt again in full.",
+    default=True,
 )
 @options.path("--single-file", "Also write one ONNX file with the exits and the rule.", "DIR")
 @options.flag("--force", "Replace an existing engines folder.")

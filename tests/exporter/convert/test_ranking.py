@@ -165,7 +165,7 @@ def test_documents_run_in_int8_first_where_that_takes_less_time(
         return float(bool(passes.quick))
 
     monkeypatch.setattr(Ranking, "saved", saved)
-    result = convert_here(replace(OPTIONS, int8=True), file=queries, model=reranker)
+    result = convert_here(OPTIONS, file=queries, model=reranker)
     assert [*measured] == [Passes("onnxruntime-fp32"), Passes("onnxruntime-fp32", INT8)]
     assert all(share < 1 for share in measured.values())
     (point,) = result.rankings

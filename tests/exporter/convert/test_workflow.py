@@ -24,7 +24,6 @@ from fpabee.exporter.convert import (
     ConvertOptions,
     classification,
     convert,
-    places,
     workflow,
 )
 from fpabee.exporter.convert.classification import Classification
@@ -34,7 +33,7 @@ from fpabee.exporter.convert.task import Passes
 from fpabee.exporter.convert.texts import split
 from fpabee.exporter.model import predict
 from fpabee.exporter.staging import staging
-from fpabee.exporter.targets import BuildResult, builders
+from fpabee.exporter.targets import BuildResult
 from fpabee.exporter.targets.builders import INT8_TARGETS, OPENVINO_TARGETS
 from fpabee.exporter.targets.check import FP32_TARGET
 from fpabee.exporter.tokenizer import load_tokenizer
@@ -46,7 +45,14 @@ from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.artifact.quick import quick_of
 from fpabee.runtime.artifact.trained_on import have_trained
 from fpabee.runtime.encoding import Text
-from fpabee.runtime.errors import ArtifactError, BackendError, CheckError, InputError
+from fpabee.runtime.errors import (
+    ArtifactError,
+    BackendError,
+    CheckError,
+    FpabeeError,
+    InputError,
+    MissingExtraError,
+)
 from fpabee.runtime.files import Row, read_rows
 
 from ...closeness import assert_exported
@@ -281,8 +287,8 @@ def stopped(what: str, *_: int) -> None:
 @pytest.fixture
 def can_int8(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this machine could quantize, and run all targets."""
-    monkeypatch.setattr(places, "require", lambda _: None)
-    monkeypatch.setattr(places, "check_buildable", lambda _: None)
+    monkeypatch.setattr(workflow, "require", lambda *_: None)
+    monkeypatch.setattr(workflow, "check_buildable", lambda _: None)
     monkeypatch.setattr(workflow, "buildable", list)
 
 
@@ -323,7 +329,7 @@ def test_what_is_refused_is_said_once(
         return BuildResult(read_manifest(folder), {}, dict.fromkeys(INT8_TARGETS, error))
 
     monkeypatch.setattr(workflow, "build_targets", build_targets)
-    result = convert_here(replace(OPTIONS, int8=True))
+    result = convert_here()
     names = ", ".join(INT8_TARGETS)
     assert (
         result.warnings.count(f"not built: {names}: int8 changes answers -> give more texts") == 1
@@ -344,7 +350,7 @@ def test_a_quick_pass_runs_where_it_takes_less_time(
         return float(bool(passes.quick) == wins)
 
     monkeypatch.setattr(Classification, "saved", saved)
-    result = convert_here(replace(OPTIONS, int8=True))
+    result = convert_here()
     (exact,) = result.targets
     assert exact.target == result.default_target == FP32_TARGET
     (point,) = exact.points
@@ -369,22 +375,51 @@ def test_a_quick_pass_runs_where_it_takes_less_time(
         assert len(engine.predict(TEXTS[:40])) == 40
 
 
-@pytest.mark.usefixtures("can_int8")
-def test_int8_that_cannot_be_made_is_refused_before_the_model_is_loaded(
-    convert_here: Convert, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(names: Sequence[str]) -> None:
-        assert names == INT8_TARGETS
-        raise BackendError("a CPU with VNNI is needed")
+NO_INT8 = "without int8, which usually makes a conversion faster: "
 
-    options = replace(OPTIONS, int8=True)
+
+@pytest.mark.usefixtures("can_int8")
+@pytest.mark.parametrize(
+    ("name", "error", "says"),
+    [
+        ("require", MissingExtraError("int8 needs nncf", "pip install nncf"), "pip install nncf"),
+        ("check_buildable", BackendError("a CPU with VNNI is needed"), "VNNI is needed"),
+        ("check_enough_texts", InputError("32 texts are needed"), "32 texts are needed"),
+    ],
+)
+def test_a_conversion_without_int8_says_why_before_the_model_is_loaded(
+    name: str,
+    error: FpabeeError,
+    says: str,
+    convert_here: Convert,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[list[str]] = []
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    def classifier(*arguments: Any) -> Classifier:
+        assert says in caplog.text
+        return Classifier(*arguments)
+
+    def build_targets(_: Path, names: list[str], *__: object, **___: object) -> None:
+        asked.append(names)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workflow, name, refuse)
+    monkeypatch.setattr(workflow, "Classifier", classifier)
+    monkeypatch.setattr(workflow, "build_targets", build_targets)
+    with pytest.raises(KeyboardInterrupt):
+        convert_here()
+    assert asked == [[*OPENVINO_TARGETS]]
+    assert [line for line in caplog.messages if "int8" in line] == [f"{NO_INT8}{error}"]
+    caplog.clear()
     monkeypatch.setattr(workflow, "Classifier", lambda *_: 1 / 0)
-    monkeypatch.setattr(builders, "_LEAST_TEXTS", 1000)
-    with pytest.raises(InputError, match=r"at least 1000 texts that train, but there are 3\d\d"):
-        convert_here(options)
-    monkeypatch.setattr(places, "check_buildable", refuse)
-    with pytest.raises(BackendError, match="VNNI"):
-        convert_here(options)
+    with pytest.raises(ZeroDivisionError):
+        convert_here(replace(OPTIONS, int8=False))
+    assert "int8" not in caplog.text
 
 
 def test_a_conversion_with_other_groups_starts_anew(convert_here: Convert, tmp_path: Path) -> None:
