@@ -157,7 +157,7 @@ def calibrate(
             points=points,
             default=default,
             search=search,
-            layers=maker.exits.layers,
+            layers=maker.exits.layers_ran,
             hardware=hardware(engine.manifest.targets[engine.target].on_gpu, options.threads),
             warnings=(*warnings, *more),
             kept=() if options.force else _kept(engine, points),
@@ -385,20 +385,22 @@ class _PointMaker:
         stops = exits_of_rule(rule, scorer.rows)
         layers = self.exits.ran(stops)
         batches = sorted({1, self.options.batch_size})
-        measured = {}
+        speeds = {}
         for number, batch in enumerate(batches):
             self.progress(f"time {name}", number, len(batches))
-            measured[str(batch)] = measure_speedup(self.engine, encoded, rule, layers, batch)
+            speeds[batch] = measure_speedup(self.engine, encoded, rule, layers, batch)
+        has_quick_pass = self.exits.quick and rule != self.full_depth
         return Point(
             rule=rule,
             chosen_on=outcome(scorer, stops, self.exits),
             held_out=self._held_out(rule, choose),
             name=name,
             goal=goal,
-            measured=measured,
+            measured={str(batch): speed.speedup for batch, speed in speeds.items()},
             certificate=certified.certificate,
             refusal=certified.failed,
-            quick_target=self.exits.quick if rule != self.full_depth else "",
+            quick_target=self.exits.quick if has_quick_pass else "",
+            p99_share=speeds[1].p99_share if has_quick_pass else None,
         )
 
     def _choice(self, goal: Goal | Bound) -> _Choice:

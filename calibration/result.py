@@ -15,7 +15,7 @@ from ..runtime.artifact.exits import Exits
 from ..runtime.artifact.folder import EnginesFolder
 from ..runtime.artifact.manifest import Manifest, with_operating_points
 from ..runtime.artifact.operating_point import Certificate, Goal, OperatingPoint, QuickPass
-from ..runtime.artifact.quick import logits_sha256
+from ..runtime.artifact.quick import QuickCosts, logits_sha256
 from ..runtime.files import Row
 from ..runtime.rules.measures import Integers
 from ..runtime.rules.rules import ExitRule
@@ -92,6 +92,7 @@ class Point:
         certificate: the guarantee, if one was asked for and the rows allow it.
         refusal: what was found if they do not; then every layer runs. Else empty.
         quick_target: the target of its quick pass; empty: it has none.
+        p99_share: see `QuickPass`.
     """
 
     rule: ExitRule
@@ -103,11 +104,14 @@ class Point:
     certificate: Certificate | None = None
     refusal: str = ""
     quick_target: str = ""
+    p99_share: float | None = None
 
     @property
-    def doubt_share(self) -> float:
-        """The share of rows that were in doubt at the end of the quick pass, from 0 to 1."""
-        return self.chosen_on.exits[-1] / sum(self.chosen_on.exits) if self.quick_target else 0.0
+    def quick_costs(self) -> QuickCosts | None:
+        """What rows cost because of the quick pass; None: it has none."""
+        if not self.quick_target:
+            return None
+        return QuickCosts.of(self.chosen_on.exits, self.measured, self.p99_share)
 
     def bounds_only_flags(self, rows: LabelledLogits) -> bool:
         """Whether it bounds which labels are flagged, while other answers of the model may change.
@@ -132,7 +136,7 @@ class Calibration:
         points: the operating points.
         default: the point that runs if none is named; empty: the default rule of the folder.
         search: the settings that the points were chosen from; not public.
-        layers: the layer of each exit.
+        layers: how many layers have run at each exit, in all passes.
         hardware: what the points were measured on.
         warnings: what is wrong with the rows without making the result useless.
         kept: names of points that the folder keeps as they were, because they have a certificate
@@ -160,6 +164,11 @@ class Calibration:
         """
         stops = any(point.held_out.exits[:-1])
         return stops or self.test is not None or not any(point.chosen_on.exits[:-1])
+
+    @property
+    def depth(self) -> int:
+        """How many layers full depth has."""
+        return self.layers[-2 if self.rows.has_quick_pass else -1]
 
     @property
     def full_depth_score(self) -> float:
@@ -344,11 +353,10 @@ def recorded(
 def _quick_pass(point: Point, manifest: Manifest, target: str) -> QuickPass:
     """The quick pass of a point as the manifest has it."""
     alone = one_pass(point.name)
-    *_, in_files = point.measured.values()
     return QuickPass(
         target=point.quick_target,
         sha256=logits_sha256(manifest, point.quick_target),
-        time_share=round(1 / in_files, 4),
+        p99_share=point.p99_share,
         alone=alone if alone in manifest.targets[target].operating_points else "",
     )
 

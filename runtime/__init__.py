@@ -45,6 +45,7 @@ from .artifact.operating_point import (
     QuickPass,
     RuleSettings,
 )
+from .artifact.quick import QuickCosts
 from .backends.buffers import Bucket, Limits
 from .check import Agreement, Requirements
 from .encoding import EncodedRow, Text
@@ -126,6 +127,7 @@ __all__ = [
     "ProblemType",
     "Promise",
     "Query",
+    "QuickCosts",
     "QuickPass",
     "Range",
     "Ranked",

@@ -402,7 +402,7 @@ def add_quick_pass(
     first = QuickPass(
         target=QUICK,
         sha256=logits_sha256(engines.manifest, QUICK),
-        time_share=0.5,
+        p99_share=1.5,
         alone="" if alone is None else "alone",
     )
     points[name] = msgspec.structs.replace(_point(rule, exits + 1), quick=first)

@@ -13,7 +13,7 @@ from ...runtime.errors import ArtifactError
 from ...runtime.machine import require
 from ...runtime.rules.words import rule_in_words
 from ..result import Calibration
-from .words import exit_0_in_words, promise_in_words
+from .words import exit_0_in_words, passes_in_words, promise_in_words
 
 
 def write_report(result: Calibration, path: str | Path) -> None:
@@ -39,7 +39,12 @@ def write_report(result: Calibration, path: str | Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(rule=rule_in_words, exit_0=exit_0_in_words, promise=promise_in_words)
+    environment.filters.update(
+        rule=rule_in_words,
+        exit_0=exit_0_in_words,
+        passes=passes_in_words,
+        promise=promise_in_words,
+    )
     manifest = read_manifest(result.folder)
     page = environment.get_template("page.html").render(
         result=result,

@@ -89,7 +89,8 @@ def _depth(result: Calibration) -> Figure:
     # The part of the plane where people choose.
     floor = max(_LEAST_FLOOR, *(1.3 * point.held_out.interval[1] for point in result.points))
     axes.set_ylim(bottom=-floor)
-    axes.set_xlabel(f"mean depth in layers, of {result.layers[-1]}")
+    passes = " in two passes" if result.rows.has_quick_pass else ""
+    axes.set_xlabel(f"mean depth in layers{passes}, of {result.depth}")
     axes.set_ylabel(f"{metric} compared with full depth, points")
     figure.legend(loc="outside lower center", ncols=3)
     return figure
@@ -113,6 +114,6 @@ def _exits(result: Calibration) -> Figure:
         axes.margins(y=0.18)
         axes.grid(axis="x", visible=False)
     panels[-1].set_xticks(layers)
-    panels[-1].set_xlabel("layer of the exit")
+    panels[-1].set_xlabel("layers that have run at the exit")
     figure.supylabel("rows that stop there", fontsize=9)
     return figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ...runtime.artifact.operating_point import Certificate, Goal
+from ...runtime.artifact.quick import QuickCosts
 from ...runtime.rules.rules import Budget
 from ..exact import share_interval
 from ..result import Calibration, Outcome, Point
@@ -67,6 +68,29 @@ def promise_in_words(point: Point, result: Calibration) -> str:
             "would tell more"
         )
     return judged
+
+
+def passes_in_words(costs: QuickCosts, quick: str, exact: str, items: str) -> str:
+    """What a quick pass does and costs.
+
+    Args:
+        costs: those of the operating point.
+        quick: the target of its quick pass.
+        exact: that of its exact pass.
+        items: what runs: texts, or documents.
+    """
+    words = [
+        f"{items} run in {quick} first, and {costs.doubt_share:.1%} of them, which are in doubt at "
+        f"its last exit, again in {exact}"
+    ]
+    if costs.time_share is not None:
+        words.append(f"this takes {costs.time_share:.0%} of the time of all layers in {exact}")
+    if costs.p99_share is not None:
+        words.append(
+            f"the 99th percentile of single {items} is {costs.p99_share:.2f} times that of all "
+            "layers"
+        )
+    return "; ".join(words)
 
 
 def share_interval_in_words(count: int, rows: int, certificate: Certificate | None) -> str:

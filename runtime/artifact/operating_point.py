@@ -91,15 +91,16 @@ class QuickPass(msgspec.Struct, frozen=True, kw_only=True):
         target: the target that runs first.
         sha256: what decides the logits of that target, see `logits_sha256`. The point holds for
             these logits only.
-        time_share: the time of a row on average in files, as a share of the time at full depth in
-            the exact target.
+        p99_share: the 99th percentile of the time of a row that runs alone, as a share of that at
+            full depth in the exact target; a row in doubt takes longer than full depth does. None:
+            not measured, as for rankings.
         alone: the name of the point of the same target that does without the quick pass, for
             machines that cannot run it; empty: there is none.
     """
 
     target: str
     sha256: Sha256
-    time_share: Annotated[float, msgspec.Meta(ge=0)]
+    p99_share: Annotated[float, msgspec.Meta(ge=0)] | None = None
     alone: str = ""
 
 

@@ -4,10 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from .manifest import Manifest
 from .operating_point import OperatingPoint, QuickPass
+
+
+class QuickCosts(NamedTuple):
+    """What rows cost at a point with a quick pass, where a number of layers would say little.
+
+    Attributes:
+        time_share: the time of a row on average in files, or of a query, as a share of that at full
+            depth in the exact target; None: not measured.
+        doubt_share: the share of rows that are in doubt at the end of the quick pass, and run all
+            layers of the exact target as well.
+        p99_share: see `QuickPass`.
+    """
+
+    time_share: float | None
+    doubt_share: float
+    p99_share: float | None
+
+    @classmethod
+    def of(
+        cls, exits: Sequence[int], measured: dict[str, float], p99_share: float | None
+    ) -> QuickCosts:
+        """The costs of a point; the arguments are as in `OperatingPoint` and `QuickPass`."""
+        in_files = next(reversed(measured.values()), None)
+        time_share = None if in_files is None else 1 / in_files
+        return cls(time_share, exits[-1] / sum(exits), p99_share)
 
 
 def quick_of(point: OperatingPoint) -> QuickPass | None:

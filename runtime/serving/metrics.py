@@ -33,7 +33,12 @@ class Metrics:
         def made(kind: Any, name: str, help: str, **settings: Any) -> Any:
             return kind(f"fpabee_{name}", help, registry=self._registry, **settings)
 
-        self._rows = made(Counter, "rows", "Answered rows by exit.", labelnames=["exit"])
+        self._rows = made(
+            Counter,
+            "rows",
+            "Answered rows by exit; the last one is the end of the exact pass, if there is one.",
+            labelnames=["exit"],
+        )
         for number in engine.core.exits.numbers:
             self._rows.labels(number)
         self._limited = made(Counter, "deadline_limited_rows", "Rows stopped by a deadline.")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fpabee.calibration import Calibration, CalibrationOptions, calibrate
 from fpabee.calibration.choose import Search
-from fpabee.calibration.costs import CostModel, StoppingCosts
+from fpabee.calibration.costs import CostModel, Speed, StoppingCosts
 from fpabee.calibration.scoring import LabelledLogits
 from fpabee.calibration.settings import settings_lists
 from fpabee.runtime import Engine, ProblemType
@@ -91,8 +91,8 @@ def fix_times(patch: pytest.MonkeyPatch) -> None:
     def model(engine: Engine, *_: Any) -> CostModel:
         return CostModel((1,), ((1.0,),) * len(engine.manifest.exits))
 
-    def speedup(engine: Engine, rows: Any, rule: Any, layers: Any, batch: int) -> float:
-        return 1.25
+    def speedup(engine: Engine, rows: Any, rule: Any, layers: Any, batch: int) -> Speed:
+        return Speed(1.25, 1.0)
 
     module = import_module("fpabee.calibration.calibrate")
     patch.setattr(module, "measure_costs", model)

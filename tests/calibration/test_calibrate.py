@@ -26,6 +26,7 @@ from fpabee.calibration import (
     Report,
     calibrate,
 )
+from fpabee.calibration.costs import Speed
 from fpabee.calibration.exact import useful_rows
 from fpabee.calibration.report import plots
 from fpabee.calibration.report.words import promise_in_words
@@ -126,10 +127,10 @@ def test_a_point_of_a_speedup_is_never_slower_than_all_layers(
     seen: list[ExitRule] = []
     needed = 1.6
 
-    def measured(engine: Engine, rows: Any, rule: ExitRule, layers: Any, batch: int) -> float:
+    def measured(engine: Engine, rows: Any, rule: ExitRule, layers: Any, batch: int) -> Speed:
         seen.append(rule)
         estimate = engine.manifest.exit_layers[-1] / layers.mean()
-        return float(estimate / needed) if batch == 1 else 1.25
+        return Speed(float(estimate / needed) if batch == 1 else 1.25, 1.0)
 
     monkeypatch.setattr(import_module("fpabee.calibration.calibrate"), "measure_speedup", measured)
     goal = Goal(speedup=1.1)

@@ -45,8 +45,8 @@ def test_every_exit_is_timed_at_the_typical_lengths(engines: Mapping[str, Path])
         assert np.min(model.seconds) > 0
         rows = engine.core.encode(["the film", "rain"])
         layers = np.array([1, 1])
-        assert measure_speedup(engine, rows, Budget(exit=1), layers, 1) > 0
-        assert measure_speedup(engine, rows, Budget(exit=3), layers, 1) == pytest.approx(1.0, abs=0)
+        assert min(measure_speedup(engine, rows, Budget(exit=1), layers, 1)) > 0
+        assert measure_speedup(engine, rows, Budget(exit=3), layers, 1) == (1.0, 1.0)
 
 
 def test_ways_to_run_a_unit_take_turns() -> None:
@@ -78,7 +78,7 @@ def test_a_speedup_that_the_layers_do_not_explain_is_measured_again(
     rows: Any = [range(length) for length in range(1, 1001)]
     # A fifth of the rows needs all layers, and they are not spread evenly.
     layers = np.where(np.arange(1000) < 200, 6, 1)
-    assert measure_speedup(engine, rows, Budget(exit=1), layers, 1) == pytest.approx(2.0)
+    assert measure_speedup(engine, rows, Budget(exit=1), layers, 1) == (2.0, 0.5)
     assert len(timed) == 3, "9 and the median of 9 and 2 are more than the layers allow"
     assert len({tuple(map(len, rows)) for rows in timed}) == 1
     needs_all = np.mean([len(row) <= 200 for row in timed[0]])

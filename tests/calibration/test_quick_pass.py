@@ -9,12 +9,21 @@ import msgspec
 import numpy as np
 import pytest
 
-from fpabee.calibration import Bound, CalibrationOptions, Goal, calibrate
+from fpabee.calibration import Bound, CalibrationOptions, Goal, calibrate, write_report
 from fpabee.calibration.costs import relative_costs
+from fpabee.calibration.report.words import passes_in_words
 from fpabee.calibration.scoring import LabelledLogits
 from fpabee.calibration.settings import settings_lists
 from fpabee.calibration.trace import engines_of, trace_rows
-from fpabee.runtime import Budget, Confidence, Engine, InputError, read_manifest, simulate
+from fpabee.runtime import (
+    Budget,
+    Confidence,
+    Engine,
+    InputError,
+    QuickCosts,
+    read_manifest,
+    simulate,
+)
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.artifact.quick import logits_sha256, quick_of
@@ -63,10 +72,26 @@ def test_what_is_certified_is_what_a_live_run_does(folder: Path) -> None:
     assert written.exits == point.chosen_on.exits == tuple(np.bincount(stops, minlength=5))
     changed = sum(some.labels != other.labels for some, other in zip(answers, exact, strict=True))
     assert point.chosen_on.changed_answers == changed
-    assert point.doubt_share == (stops == 4).mean()
     layers = np.array([0, 1, 2, 3, 6])
     assert written.mean_depth == pytest.approx(layers[stops].mean())
-    assert quick.time_share == pytest.approx(1 / point.measured["32"], abs=1e-3)
+    assert quick.p99_share is not None
+    assert quick.p99_share > 0
+    in_doubt = (stops == 4).mean()
+    assert point.quick_costs == QuickCosts(1 / point.measured["32"], in_doubt, quick.p99_share)
+
+
+def test_the_report_says_what_two_passes_cost(folder: Path, tmp_path: Path) -> None:
+    result = calibrate(folder, ROWS, options())
+    (point,) = result.points
+    costs = point.quick_costs
+    assert costs is not None
+    assert costs.time_share is not None
+    write_report(result, tmp_path / "report.html")
+    page = " ".join((tmp_path / "report.html").read_text().split())
+    assert "3 layers, exits after 0, 1, 2, 3" in page
+    assert f"{100 * costs.time_share:.0f} % of the time</td>" in page
+    assert passes_in_words(costs, QUICK, EXACT, "texts") in page
+    assert result.layers == (0, 1, 2, 3, 6)
 
 
 def test_the_point_with_one_pass_is_named(folder: Path) -> None:

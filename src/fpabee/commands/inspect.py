@@ -11,10 +11,11 @@ import rich_click as click
 from rich import box
 from rich.table import Table
 
+from ..calibration.report.words import passes_in_words
 from ..runtime.artifact.folder import EnginesFolder, resolve
 from ..runtime.artifact.manifest import Manifest
 from ..runtime.artifact.operating_point import OperatingPoint
-from ..runtime.artifact.quick import quick_of, quick_problem
+from ..runtime.artifact.quick import QuickCosts, quick_of, quick_problem
 from ..runtime.engine import Engine
 from ..runtime.errors import COPY_AGAIN, CheckError, FpabeeError
 from ..runtime.hub import engines_folder
@@ -163,11 +164,8 @@ def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
             mark = " (default of the target)" if is_default else ""
             cost = f"{record['mean_depth']:.2f} layers per {task.item}"
             if "quick_target" in record:
-                cost = (
-                    f"first in {record['quick_target']}, {record['doubt_share']:.1%} of the "
-                    f"{task.item}s again in {name}; {record['time_share']:.2f} of the time of all "
-                    "its layers"
-                )
+                costs = QuickCosts(*(record[name] for name in QuickCosts._fields))
+                cost = passes_in_words(costs, record["quick_target"], name, f"{task.item}s")
                 if record["quick_problem"]:
                     cost = f"it has lost its promise: {record['quick_problem']}"
             below.append(f"{name} {point}{mark}: {record['promise']}; {cost}")
@@ -189,9 +187,8 @@ def _passes(manifest: Manifest, point: OperatingPoint) -> dict[str, Any]:
         return {}
     return {
         "quick_target": quick.target,
-        "doubt_share": point.exits[-1] / sum(point.exits),
         "quick_problem": quick_problem(manifest, quick),
-        "time_share": quick.time_share,
+        **QuickCosts.of(point.exits, point.measured_speedup, quick.p99_share)._asdict(),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from ..calibration.ranking import RankingOutcome, RankingPoint
 from ..calibration.report.words import (
     exit_0_in_words,
+    passes_in_words,
     promise_in_words,
     share_interval_in_words,
 )
@@ -114,7 +115,7 @@ class _Texts(Shown[Calibration]):
 
     def _introduction(self, results: Sequence[Calibration]) -> list[str]:
         return [
-            f"{result.target}: {len(result.rows):,} rows, {result.layers[-1]} layers, "
+            f"{result.target}: {len(result.rows):,} rows, {result.depth} layers, "
             f"{result.points[0].held_out.metric} {result.full_depth_score:.4f} at full depth"
             for result in results
         ]
@@ -131,7 +132,7 @@ class _Texts(Shown[Calibration]):
             held = point.held_out
             changed = f"{100 * (1 - held.score):.2f} %"
             lost = changed if _is_agreement(point) else f"{held.drop:+.2f}"
-        return f"{point.chosen_on.mean_depth:.2f}", single, file, lost
+        return _cost(point), single, file, lost
 
     def _paragraphs(
         self, results: Sequence[Calibration], default_target: str | None
@@ -144,7 +145,7 @@ class _Texts(Shown[Calibration]):
                     parts.append(f"goal: {point.goal}")
                 if not point.refusal:
                     parts.append(rule_in_words(point.rule))
-                parts += passes_in_words(point, result.target, "texts")
+                parts += _passes(point, result.target, "texts")
                 lines.append(f"{_name(result, point, default_target)}: {'; '.join(parts)}")
             for number in exits_of_rows(result.rows).before_layers:
                 default = [point for point in result.points if point.name == result.default]
@@ -183,7 +184,7 @@ class _Queries(Shown[RankingPoint]):
     def _cells(self, result: RankingPoint, point: RankingPoint) -> tuple[str, ...]:
         held = point.held_out
         return (
-            f"{point.chosen_on.mean_depth:.2f}",
+            _cost(point),
             f"{point.times.milliseconds:.1f}",
             f"{point.times.times_faster:.1f}",
             f"{held.changed} of {held.queries:,}",
@@ -196,7 +197,7 @@ class _Queries(Shown[RankingPoint]):
             "; ".join(
                 [
                     f"{_name(each, each, default_target)}: {_promise(each)}",
-                    *passes_in_words(each, each.target, "documents"),
+                    *_passes(each, each.target, "documents"),
                 ]
             )
             for each in results
@@ -257,25 +258,26 @@ def show_heads_of_queries(documents: int, top: int) -> None:
 
 def _quick_pass(point: Point) -> dict[str, Any]:
     """What JSON says of a quick pass, if the point has one."""
-    if not point.quick_target:
+    costs = point.quick_costs
+    if costs is None:
         return {}
-    return {"quick_target": point.quick_target, "doubt_share": point.doubt_share}
+    return {"quick_target": point.quick_target, **costs._asdict()}
 
 
-def passes_in_words(point: Point, target: str, items: str) -> list[str]:
-    """What a quick pass does, if the point has one.
-
-    Args:
-        point: the point.
-        target: its target.
-        items: what runs: texts, or documents.
-    """
-    if not point.quick_target:
+def _passes(point: Point, target: str, items: str) -> list[str]:
+    """What a quick pass does and costs, if the point has one."""
+    costs = point.quick_costs
+    if costs is None:
         return []
-    return [
-        f"{items} run in {point.quick_target} first, and {point.doubt_share:.1%} of them, which "
-        f"are in doubt at its last exit, again in {target}"
-    ]
+    return [passes_in_words(costs, point.quick_target, target, items)]
+
+
+def _cost(point: Point) -> str:
+    """Layers per text or document; where there are two passes, the share of the time instead."""
+    costs = point.quick_costs
+    if costs is None or costs.time_share is None:
+        return f"{point.chosen_on.mean_depth:.2f}"
+    return f"{costs.time_share:.0%} time"
 
 
 def ranking_in_words(certificate: Certificate, top: object) -> str:

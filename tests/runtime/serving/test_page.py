@@ -6,15 +6,16 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fpabee.runtime import Confidence
+from fpabee.runtime import Budget, Confidence, TopK
 from fpabee.runtime.serving.server import ServerLimits
 
+from ...conftest import QUICK, add_quick_pass
 from ..test_ranking import QUERY, documents
 from .test_server import serving
 
@@ -128,6 +129,36 @@ def test_a_ranking_is_shown(ranker: Path, tmp_path: Path) -> None:
         f"exit {number}, layer {number}: {exits.count(number)}" for number in (1, 2, 3)
     ]
     assert (found["hidden"], found["error"]) == (False, "")
+
+
+def test_a_text_in_doubt_after_a_quick_pass_is_shown(
+    engine_copy: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = engine_copy("bert")
+    add_quick_pass(folder, Budget(exit=4))
+    values = {"text": "rain", "pair": ""}
+    found = on_page(tmp_path, folder, values, "classify", {"input": "rain"})
+    assert f"exit 4, after all layers in {QUICK} and in onnxruntime-fp32." in found["depth"]
+    assert found["ladder"][2:] == [
+        ["exit 3, layer 3", "ran"],
+        ["exit 4, end of onnxruntime-fp32", "answered"],
+    ]
+
+
+def test_documents_in_doubt_are_counted(
+    ranking_engines: Mapping[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(ranking_engines["bert"], tmp_path / "engines"))
+    add_quick_pass(folder, TopK(top=3, threshold=(-99.0, -99.0, 0.0, 0.0)))
+    some = documents(8)
+    values = {"query": QUERY, "documents": "\n".join(some)}
+    found = on_page(tmp_path, folder, values, "v1/rerank", {"query": QUERY, "documents": some})
+    again = sum(each["exit"] == 4 for each in found["expected"]["results"])
+    assert 0 < again < 8
+    assert (
+        f"8 documents ran in {QUICK}, and {again} of them again in onnxruntime-fp32."
+        in found["depth"]
+    )
 
 
 def test_a_query_without_documents_is_not_sent(ranker: Path, tmp_path: Path) -> None:
