@@ -202,7 +202,7 @@ def calibrate_ranking(
         threads: CPU threads; None: all.
         progress: called with (what, done, total).
         name: of the operating point; empty: the usual one of the bound.
-        quick_target: see `CalibrationOptions.quick_target`; empty: there is no quick pass.
+        quick_target: see `CalibrationOptions.quick_target`; empty for rows that run in one pass.
 
     Raises:
         FpabeeError: as in `calibrate`.

@@ -47,7 +47,7 @@ class Core:
     Args:
         engines: the engines folder.
         backend: runs the segments of the target.
-        quick: runs those of the quick pass of an operating point; None: there is none.
+        quick: runs those of the quick pass of an operating point, or None without one.
         rule: the rule of calls that give none.
         operating_point: its name, if it is an operating point.
         max_length: truncate texts to this many tokens, special tokens included; None: what the
@@ -117,7 +117,7 @@ class Core:
         """Have rows run first in another target, if their rule has thresholds for that pass.
 
         Args:
-            quick: what runs the target; None: there is no quick pass.
+            quick: what runs the target, or None without a quick pass.
         """
         name = "" if quick is None else quick.name
         backends = {"": self.backend} if quick is None else {name: quick, "": self.backend}

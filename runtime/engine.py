@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from .artifact.folder import EnginesFolder
-from .artifact.quick import quick_problem
+from .artifact.quick import quick_of_named, quick_problem
 from .artifact.reference import read_reference
 from .backends.base import Backend
 from .check import Agreement, compare, must_pass, requirements_of
@@ -32,7 +32,7 @@ from .first_run import must_check, remember
 from .hub import engines_folder
 from .predictions import Prediction, Tally, Trace
 from .rules.rules import Budget, ExitRule, Uncertainty
-from .targets import open_backend, quick_pass, rule_here, rule_instead, target_of
+from .targets import no_promise, open_backend, rule_here, rule_instead, target_of
 from .tasks.ranked import Ranked, pairs_of, top_of
 from .watch import Watch, Watched
 
@@ -141,8 +141,9 @@ class Engine:
             try:
                 quick = _open_quick_pass(engines, name, point, threads, device, check)
             except FpabeeError as error:
-                is_named = target is not None or operating_point is not None
-                point, rule = rule_instead(engines, name, point, error, is_named=is_named)
+                if target is not None or operating_point is not None:
+                    raise no_promise(engines.manifest, name, point, error) from error
+                point, rule = rule_instead(engines, name, point, error)
             if quick is not None:
                 opened.callback(quick.close)
             watching = None if watch is None else Watch(engines.manifest, name, watch, point)
@@ -441,11 +442,12 @@ class Engine:
             operating_point: its name.
 
         Raises:
-            RuleError: the target has no such point.
+            RuleError: the target has no such point, or its quick pass cannot run here or was built
+            again since the point was certified.
         """
         engines = self.core.engines
         point, rule = rule_here(engines, self.target, operating_point)
-        has_quick_pass = quick_pass(engines.manifest, self.target, point) is not None
+        has_quick_pass = quick_of_named(engines.manifest, self.target, point) is not None
         if has_quick_pass and not self.core.exits.quick:
             backend = self.core.backend
             try:
@@ -453,8 +455,7 @@ class Engine:
                     engines, self.target, point, backend.threads, backend.device
                 )
             except FpabeeError as error:
-                rule_instead(engines, self.target, point, error, is_named=True)
-                raise  # it has raised already
+                raise no_promise(engines.manifest, self.target, point, error) from error
             self.core.add_quick_pass(quick)
         self.core.use(point, rule, has_quick_pass)
 
@@ -554,12 +555,12 @@ def _open_quick_pass(
     device: int,
     check: bool | None = None,
 ) -> Backend | None:
-    """What runs the quick pass of an operating point; None: the point has none.
+    """What runs the quick pass of an operating point, or None if it has no quick pass.
 
     Args:
         engines: the engines folder.
         target: the target of the point.
-        point: the point, if there is one.
+        point: the name of the point; a rule that is not an operating point has none.
         threads: as in `Engine.load`.
         device: as in `Engine.load`.
         check: as in `Engine.load`; the answers of a quick pass are checked as those of any target.
@@ -569,7 +570,7 @@ def _open_quick_pass(
         FpabeeError: the target cannot run here.
     """
     manifest = engines.manifest
-    quick = quick_pass(manifest, target, point)
+    quick = quick_of_named(manifest, target, point)
     if quick is None:
         return None
     if problem := quick_problem(manifest, quick):

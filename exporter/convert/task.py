@@ -38,7 +38,7 @@ class Passes(NamedTuple):
 
     Attributes:
         exact: the target that a promise is about.
-        quick: the target in which rows run first; empty: there is no quick pass.
+        quick: the target of the quick pass, or empty without one.
     """
 
     exact: str
