@@ -90,7 +90,11 @@ class Engine:
                 here is taken.
             target: a built target, such as `onnxruntime-fp32`; default: the manifest's.
             operating_point: the name of a calibrated rule of the target. The default is the
-                target's default point, or the cautious rule of a folder that is not calibrated.
+                target's default point, or the cautious rule of a folder that is not calibrated. A
+                point with a quick pass also opens the target of that pass. Where this cannot run,
+                or was built again since the point was certified, a point that is named, or whose
+                target is named, is refused. Otherwise, the same point without a quick pass runs
+                instead or, if there is none, the default rule of the folder; a warning says so.
             threads: CPU threads, at most 1024; default: the cores that this process may use.
             rule: a rule of your own instead of an operating point.
             max_length: truncate texts to this many tokens, special tokens included. The default
@@ -121,7 +125,7 @@ class Engine:
             MissingExtraError: the target's inference library is not installed, or the package that
                 downloads from the hub.
             RuleError: the operating point or rule does not exist or does not fit the model, or
-                both are given; or there is no promise to watch.
+                both are given; its quick pass has no promise here; or there is no promise to watch.
             CheckError: unless `check` is False, the target is not the model that was exported, or
                 this kind of machine computes something else.
         """
@@ -337,12 +341,12 @@ class Engine:
         return self.core.clock() + seconds_of("deadline_ms", deadline_ms)
 
     def trace(self, texts: Sequence[Text], *, rule: ExitRule | None = None) -> Trace:
-        """Compute the logits of every exit: those of the quick pass first, if there is one.
+        """Compute the logits of every exit that the operating point in use has.
 
         Args:
             texts: strings, or (text, text_pair) tuples.
             rule: stop rows by this rule, with NaN at exits that they do not reach; default: run
-                every row to full depth.
+                every row to full depth, with a quick pass through that as well.
 
         Returns:
             The trace, rows in the order of the texts. `simulate` applies other rules to it.

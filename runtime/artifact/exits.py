@@ -152,7 +152,8 @@ def exits_of(manifest: Manifest, quick: str = "") -> Exits:
     Args:
         manifest: that of the folder.
         quick: the target of the quick pass, or empty without one. Rows in doubt at the last exit of
-            a quick pass run all segments again, in the engine's own target, with one exit at the end.
+            a quick pass run all segments again, in the engine's own target, and have one exit at
+            the end.
     """
     before = {NGRAMS: manifest.exit_0, SCORES: manifest.first_stage}
     passes = [Pass(reads, (0,)) for reads, spec in before.items() if spec is not None]

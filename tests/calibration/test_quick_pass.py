@@ -168,9 +168,9 @@ def test_costs_are_shares_of_full_depth_in_the_exact_target(
     )
     lengths = np.full(10, 4)
     with engines_of(folder, EXACT, QUICK, 1) as (engine, _):
-        costs = relative_costs(engine, lengths)
+        costs = relative_costs(engine, lengths, 32)
         assert costs == pytest.approx(np.array([0.1, 1.1, 2.1, 3.1, 9.0]) / 5.9)
     with engines_of(folder, EXACT, "", 1) as (engine, _):
-        assert relative_costs(engine, lengths) == pytest.approx(
+        assert relative_costs(engine, lengths, 32) == pytest.approx(
             np.array([0.1, 2.1, 4.1, 6.0]) / 5.9
         )
