@@ -144,7 +144,15 @@ class Core:
     def in_use_has_quick_pass(self) -> bool:
         """Whether the rule of calls that give none has thresholds for a quick pass."""
         _, usual = self.in_use
-        return bool(self.exits.quick) and usual.exits == self.exits.numbers
+        return bool(self.exits_seen(usual).quick)
+
+    def exits_seen(self, runner: Runner[Any]) -> Exits:
+        """The exits that rows see by a rule.
+
+        Args:
+            runner: what applies the rule.
+        """
+        return self.exits if runner.exits == self.exits.numbers else self.exits.exact
 
     def legs(self, runner: Runner[Any]) -> tuple[Leg, ...]:
         """The passes of rows through segments by a rule.

@@ -9,12 +9,20 @@ import msgspec
 import numpy as np
 import pytest
 
-from fpabee.calibration import Bound, CalibrationOptions, Goal, calibrate
+from fpabee.calibration import Bound, CalibrationOptions, Goal, calibrate, threshold_for_depth
 from fpabee.calibration.costs import relative_costs
 from fpabee.calibration.scoring import LabelledLogits
 from fpabee.calibration.settings import settings_lists
 from fpabee.calibration.trace import engines_of, trace_rows
-from fpabee.runtime import Budget, Confidence, Engine, InputError, read_manifest, simulate
+from fpabee.runtime import (
+    Budget,
+    Confidence,
+    Engine,
+    Entropy,
+    InputError,
+    read_manifest,
+    simulate,
+)
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.artifact.quick import logits_sha256, quick_of
@@ -88,7 +96,7 @@ def test_full_depth_needs_no_quick_pass(folder: Path) -> None:
     )
     (point,) = result.points
     assert point.rule == Budget(exit=4)
-    assert point.quick_target == ""
+    assert point.quick_target == result.default == ""
     assert read_manifest(folder).targets[EXACT].operating_points == {}
 
 
@@ -112,10 +120,28 @@ def test_all_points_of_a_target_have_the_same_quick_pass(folder: Path) -> None:
 def test_no_bolder_point_takes_the_place_of_one_that_was_refused(folder: Path) -> None:
     goals = {"careful": Bound(changed_answers=0.0001), "changed-20": BOUND}
     asked = CalibrationOptions(goals=goals, default="careful", quick_target=QUICK, threads=1)
-    calibrate(folder, ROWS, asked)
+    result = calibrate(folder, ROWS, asked)
     target = read_manifest(folder).targets[EXACT]
     assert [*target.operating_points] == ["changed-20"]
-    assert target.default_operating_point == ""
+    assert target.default_operating_point == result.default == ""
+
+
+def test_a_depth_is_that_of_one_pass(folder: Path) -> None:
+    calibrate(folder, ROWS, options())
+    texts = [row.content for row in ROWS]
+    rule = Entropy(threshold=0.0)
+    with Engine.load(folder) as engine:
+        task = engine.manifest.task.problem_type
+        layers = engine.manifest.exit_layers
+        trace = engine.trace(texts)
+        with pytest.raises(InputError, match="logits are of 5 exits, and `exit_layers` has 4"):
+            threshold_for_depth(trace.logits, rule, task, layers, 1.5, first_exit=0)
+    with Engine.load(folder, rule=rule) as engine:
+        logits = engine.trace(texts).logits
+        chosen = threshold_for_depth(logits, rule, task, layers, 1.5, first_exit=0)
+    with Engine.load(folder) as engine:
+        depths = [answer.layer for answer in engine.predict(texts, rule=chosen)]
+    assert np.mean(depths) == pytest.approx(1.5, abs=0.15)
 
 
 def test_a_quick_pass_needs_a_guarantee() -> None:
