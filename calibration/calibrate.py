@@ -162,8 +162,9 @@ def calibrate(
             warnings=(*warnings, *more),
             kept=() if options.force else _kept(engine, points),
         )
-    with_points(EnginesFolder.read(path), result, data_sha256(rows)).write()
-    return result
+    calibrated = with_points(EnginesFolder.read(path), result, data_sha256(rows))
+    calibrated.write()
+    return _with_default_of(calibrated, result, engines)
 
 
 def _to_report_on(options: CalibrationOptions, report: Report | None) -> Report | None:
@@ -204,7 +205,7 @@ def _kept(engine: Engine, points: Sequence[Point]) -> tuple[str, ...]:
 def _default(
     engine: Engine, options: CalibrationOptions, search: Search, points: Sequence[Point]
 ) -> tuple[str, list[str]]:
-    """The point that runs if none is named.
+    """The point that is to run if none is named.
 
     Args:
         engine: the engine.
@@ -213,7 +214,7 @@ def _default(
         points: the points.
 
     Returns:
-        Its name, and warnings about it and about the point that was chosen.
+        Its name, and warnings about the point that was chosen.
     """
     warnings = []
     scorer = search.stopping_costs.scorer
@@ -228,14 +229,32 @@ def _default(
             f"{chosen.name} is not the default operating point: it bounds which labels are "
             "flagged, and other answers may change"
         )
-    if earlier not in ("", default, one_pass(default)):
-        where = f"the default operating point of {engine.target}"
-        warnings.append(f"{where} was {earlier}, and is now {default}")
     lost = scorer.lost_label(exits_of_rule(chosen.rule, rows), engine.labels)
     if lost:
         protected = "a promise about missed texts protects rare labels"
         warnings.append(f"at {chosen.name}, {lost}; {protected}")
     return default, warnings
+
+
+def _with_default_of(
+    calibrated: EnginesFolder, result: Calibration, before: EnginesFolder
+) -> Calibration:
+    """A result with the default point that the folder has: a refused point is not written.
+
+    Args:
+        calibrated: the folder with the points of the result.
+        result: the result.
+        before: the folder before the calibration, with the default that has perhaps changed.
+    """
+    earlier, default = (
+        engines.manifest.targets[result.target].default_operating_point
+        for engines in (before, calibrated)
+    )
+    warnings = result.warnings
+    if earlier not in ("", default, one_pass(default)):
+        where = f"the default operating point of {result.target}"
+        warnings = (*warnings, f"{where} was {earlier}, and is now {default}")
+    return replace(result, default=default, warnings=warnings)
 
 
 def _new_to_exits(engines: EnginesFolder, rows: Sequence[Row]) -> list[Row]:

@@ -35,7 +35,6 @@ _REPEATS = 5
 _SINGLE = (1, 100, 5)
 _WINDOWS = (128, 256, 3)
 _MOST_SECONDS = 10.0
-_BATCH = 32
 # How often turns are repeated while a speed-up is above what the layers explain.
 _MOST_PASSES = 4
 _TEMPERATURES = np.geomspace(0.25, 8.0, 101)
@@ -102,12 +101,14 @@ def measure_costs(
     return CostModel(tuple(sizes), tuple(zip(*columns, strict=True)))
 
 
-def relative_costs(engine: Engine, lengths: NDArray[np.intp], progress: Progress = silent) -> Array:
+def relative_costs(
+    engine: Engine, lengths: NDArray[np.intp], batch: int, progress: Progress = silent
+) -> Array:
     """What a row costs that stops at each exit, `[exits]`; 1 is full depth in the exact target.
 
     The arguments are those of `measure_costs`.
     """
-    costs = measure_costs(engine, lengths, _BATCH, progress).row_costs(lengths).mean(axis=1)
+    costs = measure_costs(engine, lengths, batch, progress).row_costs(lengths).mean(axis=1)
     exits = engine.core.exits
     # The exits before the last pass are not on the way of a row that runs all layers at once.
     before = len(exits) - len(exits.passes[-1].layers)

@@ -98,7 +98,7 @@ class RankingPoint(Point):
         held_out: what it gives on queries that decided nothing.
         without_scores: what it gives on these queries if their scores are not given.
         batches: by the size of batches, the same if their documents are compared in batches of this
-            size, as in a packed file.
+            size, as in a packed file; empty with a quick pass, which no packed file has.
         times: of a query, measured in turns on this machine.
         layers: of the whole model.
     """
@@ -114,8 +114,8 @@ class RankingPoint(Point):
 
     @property
     def default(self) -> str:
-        """The point that runs if none is named."""
-        return self.name
+        """The point that runs if none is named; empty if this one promises nothing."""
+        return self.name if self.certificate else ""
 
     @property
     def points(self) -> tuple[RankingPoint]:
@@ -202,7 +202,7 @@ def calibrate_ranking(
         threads: CPU threads; None: all.
         progress: called with (what, done, total).
         name: of the operating point; empty: the usual one of the bound.
-        quick_target: see `CalibrationOptions.quick_target`; empty: there is no quick pass.
+        quick_target: see `CalibrationOptions.quick_target`; empty for rows that run in one pass.
 
     Raises:
         FpabeeError: as in `calibrate`.
@@ -227,7 +227,7 @@ def calibrate_ranking(
             without_scores=_outcome(rule, held.without_scores, top, rows.exits),
             batches={
                 size: _outcome(rule, held.without_scores, top, rows.exits, size)
-                for size in _BATCHES
+                for size in (() if quick_target else _BATCHES)
             },
             times=times,
             measured={"1": round(times.times_faster, 3)},

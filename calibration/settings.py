@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from ..runtime.artifact.manifest import ProblemType
-from ..runtime.errors import RuleError
+from ..runtime.errors import InputError, RuleError
 from ..runtime.rules.measures import Array, Integers, Measure
 from ..runtime.rules.rules import RULES, Confidence, Entropy, ExitRule, ThresholdRule
 from ..runtime.rules.words import rounded
@@ -239,7 +239,7 @@ def threshold_for_depth(
 
     Args:
         logits: `[exits, rows, labels]` at full depth, of any floating-point type, such as
-            `Trace.logits`.
+            `Trace.logits` of an engine with a rule of your own, which runs in one pass.
         rule: the rule; its threshold is replaced by one for all exits.
         problem_type: the type of the task.
         exit_layers: the layer of each exit, such as `Manifest.exit_layers`.
@@ -249,17 +249,18 @@ def threshold_for_depth(
 
     Raises:
         RuleError: the rule has no threshold.
+        InputError: the logits are of more or fewer exits than `exit_layers`.
 
     Example:
         ```python
         from fpabee.calibration import threshold_for_depth
         from fpabee.runtime import Engine, FPabee
 
-        with Engine.load("engines/") as engine:
+        rule = FPabee(threshold=0.0)
+        with Engine.load("engines/", rule=rule) as engine:
             trace = engine.trace(["turn on the lights", "play jazz", "is it going to rain"])
             task, layers = engine.manifest.task, engine.manifest.exit_layers
             half = layers[-1] / 2
-            rule = FPabee(threshold=0.0)
             rule = threshold_for_depth(
                 trace.logits, rule, task.problem_type, layers, half, first_exit=trace.first_exit
             )
@@ -268,6 +269,11 @@ def threshold_for_depth(
     """
     if not isinstance(rule, ThresholdRule):
         raise RuleError(f"rule {rule.name} has no threshold", "choose a rule that has one")
+    if len(logits) != len(exit_layers):
+        raise InputError(
+            f"the logits are of {len(logits)} exits, and `exit_layers` has {len(exit_layers)}",
+            "if they are of a point with a quick pass, trace with an engine that has a `rule`",
+        )
     floats = logits.astype(np.float32)
     lengths = np.ones(logits.shape[1], np.intp)
     thresholds = tuple(label_thresholds)

@@ -70,7 +70,7 @@ def engines_of(
     Args:
         folder: the engines folder.
         target: the target; None: the default one.
-        quick_target: the target of the quick pass; empty: there is none.
+        quick_target: the target of the quick pass, or empty without one.
         threads: CPU threads; None: all.
 
     Yields:

@@ -47,7 +47,7 @@ class Core:
     Args:
         engines: the engines folder.
         backend: runs the segments of the target.
-        quick: runs those of the quick pass of an operating point; None: there is none.
+        quick: runs those of the quick pass of an operating point, or None without one.
         rule: the rule of calls that give none.
         operating_point: its name, if it is an operating point.
         max_length: truncate texts to this many tokens, special tokens included; None: what the
@@ -117,7 +117,7 @@ class Core:
         """Have rows run first in another target, if their rule has thresholds for that pass.
 
         Args:
-            quick: what runs the target; None: there is no quick pass.
+            quick: what runs the target, or None without a quick pass.
         """
         name = "" if quick is None else quick.name
         backends = {"": self.backend} if quick is None else {name: quick, "": self.backend}
@@ -144,7 +144,15 @@ class Core:
     def in_use_has_quick_pass(self) -> bool:
         """Whether the rule of calls that give none has thresholds for a quick pass."""
         _, usual = self.in_use
-        return bool(self.exits.quick) and usual.exits == self.exits.numbers
+        return bool(self.exits_seen(usual).quick)
+
+    def exits_seen(self, runner: Runner[Any]) -> Exits:
+        """The exits that rows see by a rule.
+
+        Args:
+            runner: what applies the rule.
+        """
+        return self.exits if runner.exits == self.exits.numbers else self.exits.exact
 
     def legs(self, runner: Runner[Any]) -> tuple[Leg, ...]:
         """The passes of rows through segments by a rule.

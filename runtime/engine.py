@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from .artifact.folder import EnginesFolder
-from .artifact.quick import quick_problem
+from .artifact.quick import quick_of_named, quick_problem
 from .artifact.reference import read_reference
 from .backends.base import Backend
 from .check import Agreement, compare, must_pass, requirements_of
@@ -32,7 +32,7 @@ from .first_run import must_check, remember
 from .hub import engines_folder
 from .predictions import Prediction, Tally, Trace
 from .rules.rules import Budget, ExitRule, Uncertainty
-from .targets import open_backend, quick_pass, rule_here, rule_instead, target_of
+from .targets import no_promise, open_backend, rule_here, rule_instead, target_of
 from .tasks.ranked import Ranked, pairs_of, top_of
 from .watch import Watch, Watched
 
@@ -90,7 +90,11 @@ class Engine:
                 here is taken.
             target: a built target, such as `onnxruntime-fp32`; default: the manifest's.
             operating_point: the name of a calibrated rule of the target. The default is the
-                target's default point, or the cautious rule of a folder that is not calibrated.
+                target's default point, or the cautious rule of a folder that is not calibrated. A
+                point with a quick pass also opens the target of that pass. Where this cannot run,
+                or was built again since the point was certified, a point that is named, or whose
+                target is named, is refused. Otherwise, the same point without a quick pass runs
+                instead or, if there is none, the default rule of the folder; a warning says so.
             threads: CPU threads, at most 1024; default: the cores that this process may use.
             rule: a rule of your own instead of an operating point.
             max_length: truncate texts to this many tokens, special tokens included. The default
@@ -121,7 +125,7 @@ class Engine:
             MissingExtraError: the target's inference library is not installed, or the package that
                 downloads from the hub.
             RuleError: the operating point or rule does not exist or does not fit the model, or
-                both are given; or there is no promise to watch.
+                both are given; its quick pass has no promise here; or there is no promise to watch.
             CheckError: unless `check` is False, the target is not the model that was exported, or
                 this kind of machine computes something else.
         """
@@ -141,8 +145,9 @@ class Engine:
             try:
                 quick = _open_quick_pass(engines, name, point, threads, device, check)
             except FpabeeError as error:
-                is_named = target is not None or operating_point is not None
-                point, rule = rule_instead(engines, name, point, error, is_named=is_named)
+                if target is not None or operating_point is not None:
+                    raise no_promise(engines.manifest, name, point, error) from error
+                point, rule = rule_instead(engines, name, point, error)
             if quick is not None:
                 opened.callback(quick.close)
             watching = None if watch is None else Watch(engines.manifest, name, watch, point)
@@ -336,12 +341,12 @@ class Engine:
         return self.core.clock() + seconds_of("deadline_ms", deadline_ms)
 
     def trace(self, texts: Sequence[Text], *, rule: ExitRule | None = None) -> Trace:
-        """Compute the logits of every exit: those of the quick pass first, if there is one.
+        """Compute the logits of every exit that the operating point in use has.
 
         Args:
             texts: strings, or (text, text_pair) tuples.
             rule: stop rows by this rule, with NaN at exits that they do not reach; default: run
-                every row to full depth.
+                every row to full depth, with a quick pass through that as well.
 
         Returns:
             The trace, rows in the order of the texts. `simulate` applies other rules to it.
@@ -441,11 +446,12 @@ class Engine:
             operating_point: its name.
 
         Raises:
-            RuleError: the target has no such point.
+            RuleError: the target has no such point, or its quick pass cannot run here or was built
+            again since the point was certified.
         """
         engines = self.core.engines
         point, rule = rule_here(engines, self.target, operating_point)
-        has_quick_pass = quick_pass(engines.manifest, self.target, point) is not None
+        has_quick_pass = quick_of_named(engines.manifest, self.target, point) is not None
         if has_quick_pass and not self.core.exits.quick:
             backend = self.core.backend
             try:
@@ -453,8 +459,7 @@ class Engine:
                     engines, self.target, point, backend.threads, backend.device
                 )
             except FpabeeError as error:
-                rule_instead(engines, self.target, point, error, is_named=True)
-                raise  # it has raised already
+                raise no_promise(engines.manifest, self.target, point, error) from error
             self.core.add_quick_pass(quick)
         self.core.use(point, rule, has_quick_pass)
 
@@ -554,12 +559,12 @@ def _open_quick_pass(
     device: int,
     check: bool | None = None,
 ) -> Backend | None:
-    """What runs the quick pass of an operating point; None: the point has none.
+    """What runs the quick pass of an operating point, or None if it has no quick pass.
 
     Args:
         engines: the engines folder.
         target: the target of the point.
-        point: the point, if there is one.
+        point: the name of the point; a rule that is not an operating point has none.
         threads: as in `Engine.load`.
         device: as in `Engine.load`.
         check: as in `Engine.load`; the answers of a quick pass are checked as those of any target.
@@ -569,7 +574,7 @@ def _open_quick_pass(
         FpabeeError: the target cannot run here.
     """
     manifest = engines.manifest
-    quick = quick_pass(manifest, target, point)
+    quick = quick_of_named(manifest, target, point)
     if quick is None:
         return None
     if problem := quick_problem(manifest, quick):

@@ -19,8 +19,12 @@ class Prediction:
     Attributes:
         labels: the predicted label, or for multi-label the predicted labels (may be none).
         scores: the probability of each predicted label, in their order.
-        exit: the exit that answered; exit 0 answers before layer 1.
-        layer: the layer of that exit, which is the number of encoder layers that ran.
+        exit: the number of the exit that answered; exit 0 answers before layer 1. If the operating
+            point has a quick pass, its exits come first, and the number after them is that of the
+            end of the exact pass. Rows that run in the exact target only, such as those of
+            `full_depth`, have the numbers of `Manifest.exits`.
+        layer: after how many encoder layers of its pass that exit stands. At the end of an exact
+            pass, all layers of the quick pass have run as well.
         probabilities: probabilities of all labels, in the order of `Engine.labels`.
         logits: the logits of that exit, in the same order, from which the probabilities come.
         truncated: whether the text had more tokens than the model takes.
@@ -55,7 +59,8 @@ class Trace:
 
     Attributes:
         logits: `[exits, rows, labels]` float32; NaN at exits that a row did not reach. The first
-            axis has the exits from `first_exit` on.
+            axis has the exits from `first_exit` on. With a quick pass, these are its exits and the
+            end of the exact pass, so there is one more than in `Manifest.exits`.
         exits: `[rows]` int64, the exit of each row.
         predictions: int64, the answer at that exit: `[rows]` class indices, or for
             multi-label `[rows, labels]` of 0 and 1.
@@ -75,8 +80,11 @@ class Tally:
     """Counts of an engine's answers since it was loaded, or since its tally was reset.
 
     Attributes:
-        exits: rows that stopped at each exit; the first number is that of exit 0 if the model has
-            one, as in `Manifest.exits`.
+        exits: rows that stopped at each exit, by `Prediction.exit`; the first number is that of
+            exit 0 if the model has one, as in `Manifest.exits`. An engine with a quick pass has one
+            more number, of the rows that were in doubt and ran the exact pass as well. Rows that
+            run in the exact target only, such as those of `full_depth`, are counted at the exits
+            after the same layers of the quick pass.
         truncated: rows with more tokens than the model takes.
         deadline_limited: rows that a deadline stopped before their rule did.
         deadline_missed: rows whose `Prediction.deadline_missed` is true.

@@ -8,8 +8,8 @@ from .. import __version__
 from .artifact.exits import exits_of
 from .artifact.folder import EnginesFolder
 from .artifact.manifest import Manifest, Target
-from .artifact.operating_point import QuickPass, RuleSettings
-from .artifact.quick import quick_of
+from .artifact.operating_point import RuleSettings
+from .artifact.quick import quick_of, quick_of_named
 from .backends.base import Backend
 from .errors import BackendError, FpabeeError, RuleError, warn_once, whole_number
 from .rules.rules import ExitRule
@@ -121,44 +121,36 @@ def rule_here(engines: EnginesFolder, name: str, point: str | None) -> tuple[str
     return point, rule
 
 
-def rule_instead(
-    engines: EnginesFolder, name: str, point: str | None, error: FpabeeError, *, is_named: bool
-) -> tuple[str | None, ExitRule]:
-    """What runs instead of an operating point whose quick pass cannot run, or lost its promise.
+def no_promise(manifest: Manifest, name: str, point: str | None, error: FpabeeError) -> RuleError:
+    """The error for an operating point whose quick pass cannot run, or lost its promise.
 
     Args:
-        engines: the engines folder.
+        manifest: that of the engines folder.
         name: the target's name.
         point: the operating point.
         error: what is wrong with the quick pass.
-        is_named: whether the user has named the target or the point.
+    """
+    points = manifest.targets[name].operating_points
+    alone = [other for other in points if quick_of(points[other]) is None]
+    return RuleError(
+        f"operating point {point!r} of target {name} has no promise here: {error.message}",
+        f"choose one without a quick pass ({', '.join(alone) or 'none yet'}), or calibrate again",
+    )
 
-    Returns:
-        As `rule_alone`. A warning says so.
 
-    Raises:
-        RuleError: the user has named what cannot run.
+def rule_instead(
+    engines: EnginesFolder, name: str, point: str | None, error: FpabeeError
+) -> tuple[str | None, ExitRule]:
+    """What runs instead of an operating point that has no promise here, as in `rule_alone`.
+
+    A warning says so. The arguments are those of `no_promise`, with the whole folder.
     """
     manifest = engines.manifest
-    if is_named:
-        every = manifest.targets[name].operating_points
-        alone = [other for other in every if quick_pass(manifest, name, other) is None]
-        raise RuleError(
-            f"operating point {point!r} of target {name} has no promise here: {error.message}",
-            f"choose one without a quick pass ({', '.join(alone) or 'none yet'}), or calibrate "
-            "again",
-        ) from error
     other, rule = rule_alone(manifest, name, point)
     instead = other or "the default rule of the folder"
     message = f"{instead} runs instead of operating point {point}: {error.message}"
     warn_once(logger, message, engines.path)
     return other, rule
-
-
-def quick_pass(manifest: Manifest, target: str, point: str | None) -> QuickPass | None:
-    """The quick pass of an operating point of a target; None: it has none, or there is no point."""
-    points = manifest.targets[target].operating_points
-    return quick_of(points[point]) if point in points else None
 
 
 def rule_of(manifest: Manifest, target: str, point: str | None) -> tuple[str | None, ExitRule]:
@@ -198,7 +190,7 @@ def rule_alone(manifest: Manifest, target: str, point: str | None) -> tuple[str 
     If there is none, the returned name is None, and the rule is the folder's default rule.
     """
     name, rule = rule_of(manifest, target, point)
-    quick = quick_pass(manifest, target, name)
+    quick = quick_of_named(manifest, target, name)
     if quick is None:
         return name, rule
     if quick.alone:

@@ -52,8 +52,7 @@ def promise_in_words(point: Point, result: Calibration) -> str:
             "faster setting: give separate rows as `test`"
         )
     if point.certificate is not None:
-        rows = " and ".join(f"{each.rows:,}" for each in point.certificate.promises)
-        tested = f"tested on {rows} of {len(result.rows):,} texts"
+        tested = tested_in_words(point.certificate, len(result.rows), "texts")
         about = "" if held.metric in ROW_MEANS else " (about)"  # see `guarantee`
         only = "only at full depth, since no faster setting passed: " if is_full_depth else ""
         return f"{only}on new texts {point.certificate}{about}, {tested}; {judged}"
@@ -103,6 +102,23 @@ def share_interval_in_words(count: int, rows: int, certificate: Certificate | No
     """
     low, high = share_interval(count, rows)
     return _interval(f"{100 * low:.2f} to {100 * high:.2f} %", certificate)
+
+
+def tested_in_words(certificate: Certificate, units: int, what: str) -> str:
+    """How many texts or queries tested a certificate, and why not all: `tested on 9 of 10 texts`.
+
+    Args:
+        certificate: the certificate.
+        units: how many there were.
+        what: what they are called.
+    """
+    promises = certificate.promises
+    rows = " and ".join(f"{each.rows:,}" for each in promises)
+    tested = f"tested on {rows} of {units:,} {what}"
+    # A promise about a label is tested on those of them that it is about.
+    if all(each.label is None and each.rows < units for each in promises):
+        tested += " (the others would allow no further change)"  # see `useful_rows`
+    return tested
 
 
 def _interval(interval: str, certificate: Certificate | None) -> str:

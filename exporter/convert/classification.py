@@ -32,8 +32,8 @@ from ..training.bag_of_ngrams import learn
 from ..training.examples import Examples
 from ..training.trainer import label_losses, probabilities
 from .heads import PASSES, Judged, Lesson
-from .options import Chosen, ConvertOptions
-from .task import ConversionTask, Logits, Passes
+from .options import ConvertOptions
+from .task import ConversionTask, Logits, Passes, Uncertified
 from .texts import Numbers, read_texts
 
 _SEED = 42
@@ -113,30 +113,25 @@ class Classification(ConversionTask[Row, Calibration]):
         )
         return learn(train, choose, model, _SEED, progress)
 
-    def saved(
-        self, engines: Path, passes: Passes, logits: Logits, chosen: Chosen, progress: Progress
-    ) -> float:
+    def saved(self, uncertified: Uncertified, passes: Passes, progress: Progress) -> float:
         """See `ConversionTask.saved`."""
         choose = self.texts.choose
+        engines = uncertified.engines
         units = [self.texts.units[number] for number in choose]
         with engines_of(engines, *passes, self.options.threads) as (engine, quick):
             traced = trace_rows(engine, units, engines / CALIBRATION, False, progress, quick)
             thresholds = engine.core.task.decision_thresholds(self.bound.thresholds)
-            rows = replace(traced, decision_thresholds=thresholds, reference=logits[choose])
-            costs = relative_costs(engine, rows.lengths, progress)
+            reference = uncertified.logits[choose]
+            rows = replace(traced, decision_thresholds=thresholds, reference=reference)
+            costs = relative_costs(engine, rows.lengths, CalibrationOptions.batch_size, progress)
         return _saved(Scorer(rows, AGREEMENT), costs, min(self.bound.shares.values()))
 
     def certify(
-        self,
-        engines: Path,
-        passes: Passes,
-        name: str,
-        logits: Logits,
-        chosen: Chosen,
-        progress: Progress,
+        self, uncertified: Uncertified, passes: Passes, name: str, progress: Progress
     ) -> Calibration:
         """A calibration for the bound, with the decisions of the classifier as reference."""
         texts = self.texts
+        logits = uncertified.logits
         certifying = [texts.units[number] for number in texts.calibrate]
         reported = [texts.units[number] for number in texts.report]
         options = CalibrationOptions(
@@ -147,7 +142,7 @@ class Classification(ConversionTask[Row, Calibration]):
             threads=self.options.threads,
         )
         return calibrate(
-            engines,
+            uncertified.engines,
             certifying,
             options,
             progress,

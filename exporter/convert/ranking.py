@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...calibration.costs import relative_costs
+from ...calibration.goals import CalibrationOptions
 from ...calibration.progress import Progress
 from ...calibration.query_logits import NEAR_TOP, QueryLogits, errors_near_top, saved
 from ...calibration.ranking import Queries, RankingPoint, calibrate_ranking, traced_queries
@@ -31,8 +32,8 @@ from ...runtime.first_stage import FirstStage, features
 from ...runtime.rules.measures import Array, Floats
 from ..model import MultiExitModel
 from .heads import Judged, Lesson
-from .options import Chosen, ConvertOptions
-from .task import ConversionTask, Logits, Passes
+from .options import ConvertOptions
+from .task import ConversionTask, Logits, Passes, Uncertified
 from .texts import Numbers
 
 _TOP = 10
@@ -171,35 +172,32 @@ class Ranking(ConversionTask[Query, RankingPoint]):
         spec = {"weights": of_features, "bias": bias}
         return FirstStage(msgspec.convert(spec, FirstStageSpec))
 
-    def saved(
-        self, engines: Path, passes: Passes, logits: Logits, chosen: Chosen, progress: Progress
-    ) -> float:
+    def saved(self, uncertified: Uncertified, passes: Passes, progress: Progress) -> float:
         """See `ConversionTask.saved`."""
-        queries = self._choosing(logits)
+        engines = uncertified.engines
+        queries = self._choosing(uncertified.logits)
         pairs = [pair for query in queries.queries for pair in query.pairs]
         with engines_of(engines, *passes, self.options.threads) as (engine, quick):
             rows = traced_queries(engine, queries, engines, progress, quick)
             lengths = np.array([len(row) for row in engine.core.encode(pairs)])
-            costs = relative_costs(engine, lengths, progress)
-        errors = self._errors(engines, passes, logits, chosen, progress)
+            costs = relative_costs(engine, lengths, CalibrationOptions.batch_size, progress)
+        if passes.quick:
+            errors = errors_near_top(rows, self.top)
+        else:
+            errors = self._errors_in_one_pass(uncertified)
         return saved(rows, errors, self.top, min(self.bound.shares.values()), costs)
 
     def certify(
-        self,
-        engines: Path,
-        passes: Passes,
-        name: str,
-        logits: Logits,
-        chosen: Chosen,
-        progress: Progress,
+        self, uncertified: Uncertified, passes: Passes, name: str, progress: Progress
     ) -> RankingPoint:
         """A calibration for the bound, with the ranking of the reranker as reference."""
+        logits = uncertified.logits
         return calibrate_ranking(
-            engines,
+            uncertified.engines,
             passes.exact,
             self._queries(self.texts.calibrate, logits),
             self._queries(self.texts.report, logits),
-            self._errors(engines, passes, logits, chosen, progress),
+            self._errors(uncertified, passes, progress),
             self.top,
             self.bound,
             self.options.threads,
@@ -212,23 +210,30 @@ class Ranking(ConversionTask[Query, RankingPoint]):
         """The queries that chose the heads."""
         return self._queries(self._that_ran(self.texts.choose, logits), logits)
 
-    def _errors(
-        self, engines: Path, passes: Passes, logits: Logits, chosen: Chosen, progress: Progress
-    ) -> Array:
+    def _errors(self, uncertified: Uncertified, passes: Passes, progress: Progress) -> Array:
         """The errors of all exits but the last, see `errors_near_top`.
 
-        Exit 0 has not seen these queries, and nobody has seen what a quick pass makes of them. The
+        Nobody has seen yet what a quick pass makes of the queries that chose the heads. The
         arguments are those of `certify`.
         """
-        if passes.quick:
-            with engines_of(engines, *passes, self.options.threads) as (engine, quick):
-                rows = traced_queries(engine, self._choosing(logits), engines, progress, quick)
-            return errors_near_top(rows, self.top)
-        manifest = read_manifest(engines)
-        errors = np.array(chosen.errors)
+        if not passes.quick:
+            return self._errors_in_one_pass(uncertified)
+        engines = uncertified.engines
+        queries = self._choosing(uncertified.logits)
+        with engines_of(engines, *passes, self.options.threads) as (engine, quick):
+            rows = traced_queries(engine, queries, engines, progress, quick)
+        return errors_near_top(rows, self.top)
+
+    def _errors_in_one_pass(self, uncertified: Uncertified) -> Array:
+        """The errors with which the heads were chosen, after that of exit 0 on the same queries.
+
+        Exit 0 has not seen these queries.
+        """
+        manifest = read_manifest(uncertified.engines)
+        errors = np.array(uncertified.chosen.errors)
         for _ in exits_of(manifest).before_layers:
             assert manifest.first_stage is not None
-            queries = self._choosing(logits)
+            queries = self._choosing(uncertified.logits)
             predicted = queries.predicted(FirstStage(manifest.first_stage))
             both = np.stack([predicted, queries.reference])
             near = QueryLogits(both, queries.starts, queries.reference, Exits.numbered(0, 2))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
@@ -38,11 +39,26 @@ class Passes(NamedTuple):
 
     Attributes:
         exact: the target that a promise is about.
-        quick: the target in which rows run first; empty: there is no quick pass.
+        quick: the target of the quick pass, or empty without one.
     """
 
     exact: str
     quick: str = ""
+
+
+@dataclass(frozen=True)
+class Uncertified:
+    """What has been converted, and is to be certified.
+
+    Attributes:
+        engines: the engines folder, whose manifest gets the operating points.
+        logits: `[rows, labels]` float32, those of the classifier for all rows.
+        chosen: the heads of the early exits.
+    """
+
+    engines: Path
+    logits: Logits
+    chosen: Chosen
 
 
 class ConversionTask(ABC, Generic[AnyUnit, AnyResult]):
@@ -170,29 +186,19 @@ class ConversionTask(ABC, Generic[AnyUnit, AnyResult]):
 
     @abstractmethod
     def certify(
-        self,
-        engines: Path,
-        passes: Passes,
-        name: str,
-        logits: Logits,
-        chosen: Chosen,
-        progress: Progress,
+        self, uncertified: Uncertified, passes: Passes, name: str, progress: Progress
     ) -> AnyResult:
-        """Certify and report on a target of an engines folder.
+        """Certify and report on a target, and write its operating point.
 
         Args:
-            engines: the folder, whose manifest gets the operating point.
+            uncertified: what has been converted.
             passes: the target, and that of its quick pass.
             name: of the operating point.
-            logits: `[rows, labels]` of the classifier.
-            chosen: the heads of the early exits.
             progress: called with (what, done, total).
         """
 
     @abstractmethod
-    def saved(
-        self, engines: Path, passes: Passes, logits: Logits, chosen: Chosen, progress: Progress
-    ) -> float:
+    def saved(self, uncertified: Uncertified, passes: Passes, progress: Progress) -> float:
         """The share of the time of full depth that is saved where about as much changes as may.
 
         It is judged by units that chose the heads, so that no unit that certifies chooses anything.

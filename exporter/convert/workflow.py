@@ -65,7 +65,7 @@ from .options import Chosen, Conversion, ConvertOptions
 from .places import STEPS, check_places
 from .ranking import Ranking
 from .states import States, Taught, most_tokens, run_classifier
-from .task import ConversionTask, Passes
+from .task import ConversionTask, Passes, Uncertified
 
 logger = logging.getLogger(__name__)
 
@@ -298,7 +298,7 @@ class _Work:
         wanted = ExportOptions(max_length=self.max_length)
         export(model_dir, engines, wanted, self.progress)
         warnings = self._add_targets(engines)
-        conversion = self._certify(engines, logits, chosen)
+        conversion = self._certify(Uncertified(engines, logits, chosen))
         if removed := job.texts.removed:
             what = f"train {job.what}"
             warnings.append(f"{removed:,} {what} were left out: they are among the others")
@@ -399,9 +399,7 @@ class _Work:
         """The progress of steps that are done for each target."""
         return lambda what, done, total: self.progress(f"{target}: {what}", done, total)
 
-    def _certified(
-        self, engines: Path, name: str, logits: NDArray[np.float32], chosen: Chosen
-    ) -> Any:
+    def _certified(self, uncertified: Uncertified, name: str) -> Any:
         """Certify a target, with a quick pass where that takes less time.
 
         A point without a quick pass stays beside one that has it, for machines that cannot run it.
@@ -410,18 +408,17 @@ class _Work:
         progress = self._progress_of(name)
         usual = job.bound.point
         alone = Passes(name)
-        with_quick_pass = self._with_quick_passes(engines, name)
+        with_quick_pass = self._with_quick_passes(uncertified.engines, name)
         if not with_quick_pass:
-            return job.certify(engines, alone, usual, logits, chosen, progress)
+            return job.certify(uncertified, alone, usual, progress)
         saved = {
-            passes: job.saved(engines, passes, logits, chosen, progress)
-            for passes in (alone, *with_quick_pass)
+            passes: job.saved(uncertified, passes, progress) for passes in (alone, *with_quick_pass)
         }
         best = max(saved, key=lambda passes: saved[passes])
         if best == alone:
-            return job.certify(engines, alone, usual, logits, chosen, progress)
-        one = job.certify(engines, alone, one_pass(usual), logits, chosen, progress)
-        both = job.certify(engines, best, usual, logits, chosen, progress)
+            return job.certify(uncertified, alone, usual, progress)
+        one = job.certify(uncertified, alone, one_pass(usual), progress)
+        both = job.certify(uncertified, best, usual, progress)
         # Else, not even the most cautious setting of both passes keeps the promise.
         return both if both.points[0].quick_target else one
 
@@ -435,13 +432,14 @@ class _Work:
             if other in INT8_TARGETS and targets[other].backend == targets[name].backend
         ]
 
-    def _certify(self, engines: Path, logits: NDArray[np.float32], chosen: Chosen) -> Conversion:
+    def _certify(self, uncertified: Uncertified) -> Conversion:
         """Certify the targets; the default is the fastest one that keeps its promise."""
         job = self.job
+        engines = uncertified.engines
         texts = job.texts
         manifest = EnginesFolder.read(engines).manifest
         by_name = {
-            name: self._certified(engines, name, logits, chosen)
+            name: self._certified(uncertified, name)
             for name in dict.fromkeys([FP32_TARGET, fastest_exact(manifest)])
         }
         layers = manifest.exit_layers[-1]
@@ -459,13 +457,13 @@ class _Work:
             folder=engines,
             default_target=default,
             exit_layers=manifest.exit_layers,
-            chosen=chosen,
+            chosen=uncertified.chosen,
             rows=int(texts.weights.sum()),
             texts=len(texts.own),
             train_texts=len(texts.units) - len(texts.own),
             parts=texts.sizes,
             traffic=job.traffic(by_name[default]),
-            accuracy=job.accuracy(self.task, logits, by_name[default]),
+            accuracy=job.accuracy(self.task, uncertified.logits, by_name[default]),
             warnings=tuple(job.warnings),
             seconds=0.0,
         )

@@ -28,7 +28,7 @@ class Pass:
             `fpabee.runtime.exit_0`, or the `scores` of a search, see `fpabee.runtime.first_stage`.
         layers: `[exits]` after how many of its encoder layers each of its exits stands.
         segments: how many segments run. Its exits are after the last ones.
-        target: the target whose segments run; empty: the engine's own.
+        target: the target whose segments run, or empty for the engine's own.
     """
 
     reads: str
@@ -93,7 +93,14 @@ class Exits:
         return exits - self.first
 
     def depths(self, exits: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
-        """The layers after which rows stop that stop at these exits; of the same shape."""
+        """After how many layers of its pass each of some exits stands.
+
+        Args:
+            exits: their numbers, in any shape.
+
+        Returns:
+            The numbers of layers, in the same shape.
+        """
         depths: NDArray[np.integer[Any]] = self._depths[exits - self.first]
         return depths
 
@@ -102,9 +109,13 @@ class Exits:
         return np.array(self.layers, np.intp)
 
     def ran(self, exits: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
-        """How many layers run for rows that stop at these exits, in all passes; same shape."""
-        ran: NDArray[np.integer[Any]] = np.array(self.layers_ran)[exits - self.first]
+        """How many layers have run at each of some exits, in all passes; as in `depths`."""
+        ran: NDArray[np.integer[Any]] = self._ran[exits - self.first]
         return ran
+
+    @cached_property
+    def _ran(self) -> NDArray[np.intp]:
+        return np.array(self.layers_ran, np.intp)
 
     @cached_property
     def layers_ran(self) -> tuple[int, ...]:
@@ -122,7 +133,7 @@ class Exits:
 
     @cached_property
     def quick(self) -> str:
-        """The target of the quick pass; empty: there is none."""
+        """The target of the quick pass, or empty without one."""
         return next((each.target for each in self.passes if each.target), "")
 
     @cached_property
@@ -140,8 +151,9 @@ def exits_of(manifest: Manifest, quick: str = "") -> Exits:
 
     Args:
         manifest: that of the folder.
-        quick: the target of the quick pass; empty: there is none. Rows in doubt at its last exit
-            run all segments again, in the engine's own target, and have one exit at the end.
+        quick: the target of the quick pass, or empty without one. Rows in doubt at the last exit of
+            a quick pass run all segments again, in the engine's own target, and have one exit at
+            the end.
     """
     before = {NGRAMS: manifest.exit_0, SCORES: manifest.first_stage}
     passes = [Pass(reads, (0,)) for reads, spec in before.items() if spec is not None]

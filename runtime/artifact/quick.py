@@ -37,8 +37,16 @@ class QuickCosts(NamedTuple):
 
 
 def quick_of(point: OperatingPoint) -> QuickPass | None:
-    """The quick pass of a point; None: it has none."""
+    """The quick pass of an operating point, or None if it runs in one target only."""
     return point.quick if isinstance(point.quick, QuickPass) else None
+
+
+def quick_of_named(manifest: Manifest, target: str, name: str | None) -> QuickPass | None:
+    """As `quick_of`, for the operating point of a target that has this name.
+
+    A rule that is not an operating point has no name and no quick pass.
+    """
+    return None if name is None else quick_of(manifest.targets[target].operating_points[name])
 
 
 def quick_targets(manifest: Manifest, target: str) -> set[str]:
@@ -63,7 +71,7 @@ def logits_sha256(manifest: Manifest, target: str) -> str:
 
 
 def quick_problem(manifest: Manifest, quick: QuickPass) -> str:
-    """Why a quick pass has lost its promise; empty: it has not."""
+    """Why a quick pass has lost its promise, or an empty text if it keeps it."""
     if quick.target not in manifest.targets:
         return f"its quick pass runs in target {quick.target}, which the folder does not have"
     if logits_sha256(manifest, quick.target) != quick.sha256:

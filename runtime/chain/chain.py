@@ -84,6 +84,7 @@ class Chain:
     seconds: float = field(default=0.0, init=False)
     current: Group | None = field(default=None, init=False)
     _finished: float = field(default=0.0, init=False)
+    _seconds_of: dict[Backend, float] = field(default_factory=dict, init=False)
     _lent: dict[Backend, Execution] = field(default_factory=dict, init=False)
 
     def execution(self, group: Group) -> Execution:
@@ -219,9 +220,16 @@ class Chain:
                 return None
         return self.finish() if self.running else None
 
-    def soon(self, segments: int = 1) -> float:
-        """When so many more segments are done, if they take as long as the last one."""
-        return self.clock() + (len(self.running) + segments) * self.seconds
+    def soon(self, groups: Sequence[Group]) -> float:
+        """When one more segment of each group is done, if it takes as long as the last of its pass.
+
+        Before the first segment of a pass, it is the last one of any pass.
+
+        Args:
+            groups: some groups, each as often as one of its segments runs.
+        """
+        backends = (group.legs[0].backend for group in (*self.running, *groups))
+        return self.clock() + sum(self._seconds_of.get(each, self.seconds) for each in backends)
 
     def ask_exit_0(self, group: Group) -> list[Decision]:
         """Apply the rule at exit 0 to new rows; no decision if the model has no exit 0."""
@@ -248,7 +256,7 @@ class Chain:
         earliest = group.earliest
         if earliest == math.inf or not group.state.has_exit:
             return None
-        soon = self.soon(group.legs[0].segments_to_exit(group.segment))
+        soon = self.soon([group] * group.legs[0].segments_to_exit(group.segment))
         if earliest >= soon:
             return None
         late = np.flatnonzero(group.deadlines < soon)
@@ -363,6 +371,7 @@ class Chain:
         self._finished = now
         assert group.hidden is not None
         leg = group.legs[0]
+        self._seconds_of[leg.backend] = self.seconds
         segments = group.hidden.segment
         exit_number = leg.exit_after(segments)
         if segments <= leg.silent:

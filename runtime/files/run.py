@@ -128,7 +128,8 @@ class Run:
         manifest = job.engine.manifest
         layers = manifest.model.layers
         answered = self.exits.total()
-        seen = job.engine.core.exits
+        core = job.engine.core
+        seen = core.exits_seen(core.runner(job.rule, full_depth=job.rule is None))
         exits = [
             {"exit": number, "layer": layer, job.part: self.exits[number]}
             for number, layer in zip(seen.numbers, seen.layers, strict=True)

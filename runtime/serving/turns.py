@@ -175,7 +175,9 @@ class TurnsOfRows(Turns):
         waiting = min(self.waiting, key=lambda group: float(group.deadlines.min()))
         first = int(waiting.deadlines.argmin())
         # Time for the segment of another group, and then for segment 1 of that row.
-        is_urgent = waiting.deadlines[first] < chain.soon(2)
+        is_urgent = waiting.deadlines[first] < chain.soon(
+            [waiting if best is None else best, waiting]
+        )
         if not is_urgent:
             if best is not None and not _joins(best):
                 return best

@@ -231,6 +231,9 @@ def test_a_goal_makes_one_point(
     promise = content["points"][0]["promise"]
     tested = " and ".join(str(each.rows) for each in point.certificate.promises)
     assert promise.startswith(f"on new texts {words}, tested on {tested} of 120 texts")
+    is_about_all = all(each.label is None for each in point.certificate.promises)
+    why = f"tested on {tested} of 120 texts (the others would allow no further change); "
+    assert (why in promise) == (is_about_all and first.rows < 120)
     rule = ExitRule.from_dict(point.rule)
     assert isinstance(rule, Confidence)
     if "false" in name:
@@ -540,10 +543,16 @@ def test_a_point_that_promises_nothing_about_another_classifier_is_no_default(
         "sure": Bound(changed_answers=0.4),
     }
     options = CalibrationOptions(goals, "average", metric="agreement", threads=1)
-    calibrate(folder, rows, options, reference=logits)
+    result = calibrate(folder, rows, options, reference=logits)
     target = read_manifest(folder).targets[TARGET]
     assert list(target.operating_points) == ["sure"]
-    assert target.default_operating_point == "sure"
+    assert target.default_operating_point == result.default == "sure"
+    never = CalibrationOptions({"never": Bound(changed_answers=0.0001)}, threads=1)
+    result = calibrate(folder, rows, never, reference=logits)
+    target = read_manifest(folder).targets[TARGET]
+    assert list(target.operating_points) == ["sure"]
+    assert target.default_operating_point == result.default == "sure"
+    assert not any("is now never" in warning for warning in result.warnings)
 
 
 def test_rows_that_cannot_be_calibrated_or_reported_on_are_refused(

@@ -9,7 +9,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from fpabee.calibration import Bound, CalibrationOptions, Goal, calibrate, write_report
+from fpabee.calibration import (
+    Bound,
+    CalibrationOptions,
+    Goal,
+    calibrate,
+    threshold_for_depth,
+    write_report,
+)
 from fpabee.calibration.costs import relative_costs
 from fpabee.calibration.report.words import passes_in_words
 from fpabee.calibration.scoring import LabelledLogits
@@ -19,6 +26,7 @@ from fpabee.runtime import (
     Budget,
     Confidence,
     Engine,
+    Entropy,
     InputError,
     QuickCosts,
     read_manifest,
@@ -113,7 +121,7 @@ def test_full_depth_needs_no_quick_pass(folder: Path) -> None:
     )
     (point,) = result.points
     assert point.rule == Budget(exit=4)
-    assert point.quick_target == ""
+    assert point.quick_target == result.default == ""
     assert read_manifest(folder).targets[EXACT].operating_points == {}
 
 
@@ -137,10 +145,28 @@ def test_all_points_of_a_target_have_the_same_quick_pass(folder: Path) -> None:
 def test_no_bolder_point_takes_the_place_of_one_that_was_refused(folder: Path) -> None:
     goals = {"careful": Bound(changed_answers=0.0001), "changed-20": BOUND}
     asked = CalibrationOptions(goals=goals, default="careful", quick_target=QUICK, threads=1)
-    calibrate(folder, ROWS, asked)
+    result = calibrate(folder, ROWS, asked)
     target = read_manifest(folder).targets[EXACT]
     assert [*target.operating_points] == ["changed-20"]
-    assert target.default_operating_point == ""
+    assert target.default_operating_point == result.default == ""
+
+
+def test_a_depth_is_that_of_one_pass(folder: Path) -> None:
+    calibrate(folder, ROWS, options())
+    texts = [row.content for row in ROWS]
+    rule = Entropy(threshold=0.0)
+    with Engine.load(folder) as engine:
+        task = engine.manifest.task.problem_type
+        layers = engine.manifest.exit_layers
+        trace = engine.trace(texts)
+        with pytest.raises(InputError, match="logits are of 5 exits, and `exit_layers` has 4"):
+            threshold_for_depth(trace.logits, rule, task, layers, 1.5, first_exit=0)
+    with Engine.load(folder, rule=rule) as engine:
+        logits = engine.trace(texts).logits
+        chosen = threshold_for_depth(logits, rule, task, layers, 1.5, first_exit=0)
+    with Engine.load(folder) as engine:
+        depths = [answer.layer for answer in engine.predict(texts, rule=chosen)]
+    assert np.mean(depths) == pytest.approx(1.5, abs=0.15)
 
 
 def test_a_quick_pass_needs_a_guarantee() -> None:
@@ -193,9 +219,9 @@ def test_costs_are_shares_of_full_depth_in_the_exact_target(
     )
     lengths = np.full(10, 4)
     with engines_of(folder, EXACT, QUICK, 1) as (engine, _):
-        costs = relative_costs(engine, lengths)
+        costs = relative_costs(engine, lengths, 32)
         assert costs == pytest.approx(np.array([0.1, 1.1, 2.1, 3.1, 9.0]) / 5.9)
     with engines_of(folder, EXACT, "", 1) as (engine, _):
-        assert relative_costs(engine, lengths) == pytest.approx(
+        assert relative_costs(engine, lengths, 32) == pytest.approx(
             np.array([0.1, 2.1, 4.1, 6.0]) / 5.9
         )

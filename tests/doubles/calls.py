@@ -1,4 +1,4 @@
-"""Calls before which something else happens, and logits that are no numbers."""
+"""Make something happen before each call of a method, and make logits that are not finite."""
 
 from __future__ import annotations
 

@@ -40,6 +40,7 @@ from fpabee.runtime.serving.metrics import Metrics
 
 from ..closeness import assert_close
 from ..conftest import QUICK, WORDS, add_quick_pass
+from ..doubles.calls import before
 from ..programs import invoke, write_lines
 
 TEXTS = [" ".join(WORDS[start : start + 1 + start % 7]) for start in range(40)]
@@ -204,6 +205,35 @@ def test_without_time_for_the_exact_pass_the_quick_answer_is_given(
                 assert now[0] == pytest.approx(0.04), "no segment of the exact pass has run"
                 assert_close(np.array([answer.logits for answer in answers]), quick[2, :4])
             now[0] = 0.0
+
+
+def test_each_pass_has_the_seconds_of_its_own_segments(
+    two_passes: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    seconds = {QUICK: 0.005, EXACT: 0.02}
+    before(
+        monkeypatch,
+        HostExecution,
+        "enqueue",
+        lambda execution, _: now.__setitem__(0, now[0] + seconds[execution._backend.name]),
+    )
+    with Engine.load(two_passes(Budget(exit=4))) as engine:
+        monkeypatch.setattr(engine.core, "clock", lambda: now[0])
+        runner = engine.core.runner()
+        rows = engine.core.encode(TEXTS[:4])
+        quick, exact = (
+            Group.of(np.arange(4), rows, runner, np.inf, legs)
+            for legs in (engine.core.legs(runner), engine.core.legs(runner)[1:])
+        )
+        soon = {}
+        with engine.core.chain(runner) as chain:
+            for decision in chain.run(Group.of(np.arange(4), rows, runner, np.inf, quick.legs)):
+                each = chain.soon([quick]), chain.soon([exact]), chain.soon([quick, exact, exact])
+                soon[decision.exit] = np.array(each) - now[0]
+    # Nothing is known of the exact pass before its first segment has run.
+    np.testing.assert_allclose(soon[3], [0.005, 0.005, 0.015])
+    np.testing.assert_allclose(soon[4], [0.005, 0.02, 0.045])
 
 
 @pytest.mark.parametrize("with_scores", [False, True])
@@ -387,6 +417,23 @@ def test_a_scheduler_goes_on_while_the_point_is_changed(two_passes: Callable[...
         group = Group.of(np.arange(len(rows)), rows, runner, np.inf, engine.core.legs(runner))
         exits = {decision.exit for decision in chain.run(group)}
     assert exits == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("option", [("--full-depth",), ("--rule", "budget exit=2")])
+def test_a_run_in_the_exact_target_only_counts_no_quick_pass(
+    option: tuple[str, ...], two_passes: Callable[..., Path], tmp_path: Path
+) -> None:
+    texts = write_lines(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
+    output = ("-o", tmp_path / "out.jsonl", "--json")
+    result = invoke(main, two_passes(), texts, *option, *output)
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stderr)
+    depth = 2 if "--rule" in option else 3
+    assert {each["exit"]: each["rows"] for each in summary["exits"]} == {
+        number: len(TEXTS) * (number == depth) for number in (1, 2, 3)
+    }
+    assert (summary["mean_depth"], summary["saving"]) == (depth, 1 - depth / 3)
+    assert "quick_target" not in summary
 
 
 def test_the_folder_says_that_it_needs_the_new_version(two_passes: Callable[..., Path]) -> None:

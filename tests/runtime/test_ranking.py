@@ -28,6 +28,7 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.artifact.manifest import ProblemType
 from fpabee.runtime.chain.chain import Chain
+from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.encoding import EncodedRow
 from fpabee.runtime.rules.rules import before_top
 from fpabee.runtime.rules.settling import Settled
@@ -245,7 +246,7 @@ def test_a_ranking_that_never_reaches_full_depth_is_refused(
         Engine.load(ranking_engines["bert"], rule=rule)
 
 
-def late_after_a_segment(chain: Chain, segments: int = 1) -> float:
+def late_after_a_segment(chain: Chain, groups: Sequence[Group]) -> float:
     """When the next segment would end: too late as soon as one has run."""
     return chain.clock() + 60.0 * (chain.seconds > 0)
 
@@ -268,7 +269,7 @@ def test_a_deadline_ranks_by_the_last_exit_that_was_passed(
 def test_a_deadline_before_layer_1_ranks_by_scores(
     scored_engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Chain, "soon", lambda chain, segments=1: chain.clock() + 60.0)
+    monkeypatch.setattr(Chain, "soon", lambda chain, groups: chain.clock() + 60.0)
     scores = scores_for(10)
     found = scored_engine.rank(QUERY, documents(10), scores=scores, deadline_ms=30_000.0, all=True)
     assert [each.index for each in found] == np.argsort(-np.array(scores), kind="stable").tolist()

@@ -12,6 +12,7 @@ from ..calibration.report.words import (
     passes_in_words,
     promise_in_words,
     share_interval_in_words,
+    tested_in_words,
 )
 from ..calibration.result import Calibration, Point
 from ..calibration.scoring import AGREEMENT, exits_of_rows
@@ -213,11 +214,12 @@ class _Queries(Shown[RankingPoint]):
         in_batches = [
             f"{each.mean_depth:.2f} in batches of {size}" for size, each in default.batches.items()
         ]
-        lines.append(
-            "a packed file compares documents within a batch: layers per document of queries that "
-            f"decided nothing are {default.without_scores.mean_depth:.2f} in batches of whole "
-            f"queries, {' and '.join(in_batches)}"
-        )
+        if in_batches:
+            lines.append(
+                "a packed file compares documents within a batch: layers per document of queries "
+                f"that decided nothing are {default.without_scores.mean_depth:.2f} in batches of "
+                f"whole queries, {' and '.join(in_batches)}"
+            )
         yield lines
 
 
@@ -315,7 +317,6 @@ def _promise(point: RankingPoint) -> str:
     held = point.held_out
     interval = share_interval_in_words(held.changed, held.queries, point.certificate)
     promised = ranking_in_words(point.certificate, point.top)
-    rows = point.certificate.promises[0].rows
-    tested = f"tested on {rows:,} of {point.chosen_on.queries:,} queries"
+    tested = tested_in_words(point.certificate, point.chosen_on.queries, "queries")
     judged = f"of those that decided nothing, {held.changed} of {held.queries:,} have one"
     return f"{promised}, {tested}; {judged} {interval}"

@@ -142,7 +142,7 @@ def test_the_summary_says_what_is_guaranteed_and_what_is_not(
     for fact in (
         "4,000 texts, 3,000 of them distinct, and 1,500 train texts",
         "1,200 trained exits, 300 chose the best, 1,200 certified them; the other 300 decided",
-        "tested on 1,199 and 150 of 1,200 texts",
+        "tested on 1,199 and 150 of 1,200 texts; ",
         "at most 1 % changed answers and at most 2 % missed of 'bad', with 95 % confidence",
         "2 of 400 decisions changed",
         "openvino-int8 changed-1: No guarantee",
@@ -218,7 +218,7 @@ def test_the_summary_of_a_ranking_counts_the_queries_that_changed(
         "3.02 in batches of whole queries, 4.51 in batches of 8 and 3.17 in batches of 32",
         "ms for 100",
         "at most 5 % of new queries have another top 10, with 95 % confidence",
-        "tested on 528 of 540 queries",
+        "tested on 528 of 540 queries (the others would allow no further change); of those",
         "3 of 60 have one (at this confidence 1.04 to 13.92 %)",
         "openvino-int8 changed-5: No guarantee",
         "full depth changes 31 of 540 queries",
@@ -226,6 +226,11 @@ def test_the_summary_of_a_ranking_counts_the_queries_that_changed(
     ):
         assert fact in output
     assert "next: fpabee-run engines texts.jsonl" in lines
+    in_int8_first = replace(points[1], quick_target="openvino-int8", batches={})
+    result = replace(result, rankings=(points[0], in_int8_first))
+    assert "a packed file" in output
+    assert "a packed file" not in run("model", "texts.jsonl", "--top", 10).stdout
+    result = replace(result, rankings=points)
     found = json.loads(run("model", "texts.jsonl", "--json").stdout)
     assert [point["held_out"]["changed"] for point in found["rankings"]] == [3, 2, 9]
     assert found["rankings"][0]["times"]["documents"] == 100

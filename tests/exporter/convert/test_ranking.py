@@ -160,8 +160,8 @@ def test_documents_run_in_int8_first_where_that_takes_less_time(
     measured: dict[Passes, float] = {}
     measure = Ranking.saved
 
-    def saved(self: Any, engines: Path, passes: Passes, *others: Any) -> float:
-        measured[passes] = measure(self, engines, passes, *others)
+    def saved(self: Any, uncertified: Any, passes: Passes, progress: Any) -> float:
+        measured[passes] = measure(self, uncertified, passes, progress)
         return float(bool(passes.quick))
 
     monkeypatch.setattr(Ranking, "saved", saved)
@@ -174,6 +174,7 @@ def test_documents_run_in_int8_first_where_that_takes_less_time(
     assert {query for query, _ in pairs} == {row.text for row in taught_of(converted)}
     assert point.certificate is not None
     assert point.quick_target == INT8
+    assert point.batches == {}, "no packed file has a quick pass"
     written = read_manifest(result.folder).targets[point.target].operating_points
     alone = f"{point.name}-one-pass"
     assert [*written] == [alone, point.name]

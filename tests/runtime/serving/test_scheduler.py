@@ -33,6 +33,7 @@ from fpabee.runtime import (
 )
 from fpabee.runtime.backends.host import HostBackend, HostExecution
 from fpabee.runtime.chain.chain import Chain
+from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving import scheduler as scheduler_module
@@ -56,9 +57,9 @@ RULES: tuple[ExitRule, ...] = (
 WAIT = 20
 
 
-def in_milliseconds(chain: Chain, segments: int = 1) -> float:
+def in_milliseconds(chain: Chain, groups: Sequence[Group]) -> float:
     """As `Chain.soon`, if each segment takes 1 ms."""
-    return chain.clock() + (len(chain.running) + segments) * 1e-3
+    return chain.clock() + (len(chain.running) + len(groups)) * 1e-3
 
 
 class Gate:
