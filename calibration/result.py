@@ -91,7 +91,7 @@ class Point:
             one, a larger number for windows of 128 rows.
         certificate: the guarantee, if one was asked for and the rows allow it.
         refusal: what was found if they do not; then every layer runs. Else empty.
-        quick_target: the target of its quick pass; empty: it has none.
+        quick_target: the target of its quick pass, or empty without one.
         p99_share: see `QuickPass`.
     """
 
@@ -108,7 +108,7 @@ class Point:
 
     @property
     def quick_costs(self) -> QuickCosts | None:
-        """What rows cost because of the quick pass; None: it has none."""
+        """What rows cost because of the quick pass, or None without one."""
         if not self.quick_target:
             return None
         return QuickCosts.of(self.chosen_on.exits, self.measured, self.p99_share)

@@ -341,12 +341,12 @@ class Engine:
         return self.core.clock() + seconds_of("deadline_ms", deadline_ms)
 
     def trace(self, texts: Sequence[Text], *, rule: ExitRule | None = None) -> Trace:
-        """Compute the logits of every exit that the operating point in use has.
+        """Compute the logits of every exit; those of a quick pass come before the exact pass.
 
         Args:
             texts: strings, or (text, text_pair) tuples.
             rule: stop rows by this rule, with NaN at exits that they do not reach; default: run
-                every row to full depth, with a quick pass through that as well.
+                every row through all exits.
 
         Returns:
             The trace, rows in the order of the texts. `simulate` applies other rules to it.
@@ -447,7 +447,7 @@ class Engine:
 
         Raises:
             RuleError: the target has no such point, or its quick pass cannot run here or was built
-            again since the point was certified.
+                again since the point was certified.
         """
         engines = self.core.engines
         point, rule = rule_here(engines, self.target, operating_point)

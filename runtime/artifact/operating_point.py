@@ -95,7 +95,7 @@ class QuickPass(msgspec.Struct, frozen=True, kw_only=True):
             full depth in the exact target; a row in doubt takes longer than full depth does. None:
             not measured, as for rankings.
         alone: the name of the point of the same target that does without the quick pass, for
-            machines that cannot run it; empty: there is none.
+            machines that cannot run it; empty if the target has no such point.
     """
 
     target: str

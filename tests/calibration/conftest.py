@@ -89,7 +89,7 @@ def fix_times(patch: pytest.MonkeyPatch) -> None:
     """Every segment takes a second per row, and every rule is 1.25 times as fast as full depth."""
 
     def model(engine: Engine, *_: Any) -> CostModel:
-        return CostModel((1,), ((1.0,),) * len(engine.manifest.exits))
+        return CostModel((1,), ((1.0,),) * len(engine.core.exits))
 
     def speedup(engine: Engine, rows: Any, rule: Any, layers: Any, batch: int) -> Speed:
         return Speed(1.25, 1.0)

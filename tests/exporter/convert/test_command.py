@@ -247,8 +247,12 @@ def test_what_is_converted_is_counted_and_shown_in_units_of_the_task(kind: Probl
 
 def test_a_long_name_of_a_ranking_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
     name = "tensorrt-rtx-fp16-sm86-sm89-sm120"
-    KINDS["rank"].show([ranked(name, 3, None)], name)
+    promises = (Promise(of="changed_answers", at_most=5.0, rows=528),)
+    certificate = Certificate(confidence=95.0, promises=promises, label_thresholds={})
+    KINDS["rank"].show([ranked(name, 3, certificate)], name)
     assert f"\n{name} changed-5 (default)\n" in capsys.readouterr().out
+    KINDS["rank"].show([ranked(name, 3, None)], name)
+    assert "(default)" not in capsys.readouterr().out, "full depth runs if no point is named"
 
 
 def test_what_a_ranking_cannot_be_is_wrong_usage(calls: list[Any], reranker: Path) -> None:
