@@ -408,6 +408,8 @@ def test_a_conversion_without_int8_says_why_before_the_model_is_loaded(
         asked.append(names)
         raise KeyboardInterrupt
 
+    # A command that ran before may have silenced it.
+    caplog.set_level("WARNING", logger="fpabee.exporter")
     monkeypatch.setattr(workflow, name, refuse)
     monkeypatch.setattr(workflow, "Classifier", classifier)
     monkeypatch.setattr(workflow, "build_targets", build_targets)
