@@ -39,7 +39,7 @@ import click
 import conversions
 import reproduce
 from reproduce import EXIT_0, RUNS, engines_of, train_run
-from systems import ENVIRONMENTS, OTHERS, System, measure, read
+from systems import ENVIRONMENTS, OTHERS, System, chain, measure, read
 
 from fpabee.calibration import DEFAULT_GOALS, Bound, CalibrationOptions, Goal, calibrate
 from fpabee.calibration.settings import settings_lists
@@ -50,7 +50,7 @@ from fpabee.exporter.targets.check import FP32_TARGET
 from fpabee.runtime import Budget, ExitRule, InputError, read_manifest
 from fpabee.runtime.machine import cpu_name, usable_cores
 from fpabee.runtime.rules.rules import Pabee
-from fpabee.runtime.targets import rule_of
+from fpabee.runtime.targets import rule_alone
 
 COMPARED = [
     f"{name}{EXIT_0}"
@@ -111,9 +111,8 @@ def systems(
         targets = read_manifest(engines).targets
         target = max(targets, key=lambda name: targets[name].relative_speed or 0)
 
-    def runs(name: str, folder: Path, rule: ExitRule | None, where: str = target) -> System:
-        settings = {"engines": str(folder), "target": where, "rule": rule and rule.to_dict()}
-        return System(name, "fpabee", settings=settings)
+    def runs(name: str, folder: Path, rule: ExitRule | None) -> System:
+        return chain(name, folder, target, rule=rule and rule.to_dict())
 
     yield runs("fpabee-full-depth", engines, None)
     for name, rule in rules_of(engines, dev, target, DEFAULT_GOALS).items():
@@ -140,10 +139,10 @@ def systems(
     yield packed("fpabee-single-file", engines, "onnxruntime", 32, "balanced", FP32_TARGET)
     if converted is not None and converted.is_dir():
         manifest = read_manifest(converted)
-        for name in (name for name, each in manifest.targets.items() if each.operating_points):
-            _, rule = rule_of(manifest, name, None)
-            yield runs(f"{CONVERTED}-{name}", converted, rule, name)
-        point, _ = rule_of(manifest, FP32_TARGET, None)
+        for name, each in manifest.targets.items():
+            if point := each.default_operating_point:
+                yield chain(f"{CONVERTED}-{name}", converted, name, point)
+        point, _ = rule_alone(manifest, FP32_TARGET, None)
         yield packed(
             "fpabee-single-file-converted", converted, "onnxruntime", 32, point, FP32_TARGET
         )

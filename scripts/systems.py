@@ -7,7 +7,7 @@ classifies the texts of the test file, and prints JSON. The specification holds 
 `KINDS`), `place` (the folder that `prepare` writes), `classifier` (a plain classifier), `decisions`
 (the file with its answers to the test texts in PyTorch), `model` (a model with exits), `backbone`,
 `data` (the folder of the dataset), `begun` (when the process was started) and the settings of the
-system. Only what runs fpabee imports fpabee.
+system. Only what runs fpabee imports fpabee, perhaps that of another checkout, `source`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from pathlib import Path
 from types import SimpleNamespace as Specification
 from typing import Any
 
-SINGLE_ROWS = 200
+SINGLE_ROWS = 400
+FILE_SECONDS = 2.0
+FILE_RUNS = 9
 PIPELINE_BATCH = 32
 
 ENVIRONMENTS = {
@@ -79,6 +81,28 @@ OTHERS = [
 """The systems that do not run fpabee."""
 
 
+def chain(
+    name: str,
+    engines: Path,
+    target: str,
+    point: str | None = None,
+    rule: dict[str, Any] | None = None,
+    source: Path | None = None,
+) -> System:
+    """The chain of an engines folder.
+
+    Args:
+        name: in tables.
+        engines: the folder.
+        target: the target.
+        point: the operating point that runs.
+        rule: the rule that runs instead; with neither, all layers run.
+        source: see `checked`.
+    """
+    settings = {"engines": str(engines), "target": target, "point": point, "rule": rule}
+    return System(name, "fpabee", settings=settings | ({"source": str(source)} if source else {}))
+
+
 def measure(system: System, inputs: dict[str, Any], work: Path) -> dict[str, Any]:
     """Prepare a system unless that is done, and measure it.
 
@@ -117,17 +141,30 @@ def environment(name: str, work: Path) -> str:
     done = place / "installed"
     if not done.is_file():
         venv.create(place, with_pip=True, clear=True)
-        _checked([str(python), "-m", "pip", "install", "-q", *ENVIRONMENTS[name]])
+        checked([str(python), "-m", "pip", "install", "-q", *ENVIRONMENTS[name]])
         done.touch()
     return str(python)
 
 
 def _child(python: str, step: str, specification: dict[str, Any]) -> str:
-    return _checked([python, __file__, step], json.dumps(specification | {"begun": time.time()}))
+    content = json.dumps(specification | {"begun": time.time()})
+    return checked([python, __file__, step], content, specification.get("source"))
 
 
-def _checked(command: list[str], text: str | None = None) -> str:
+def checked(command: list[str], text: str | None = None, source: str | None = None) -> str:
+    """What a command prints.
+
+    Args:
+        command: the command.
+        text: what it reads.
+        source: the folder of the fpabee that it imports; None: that of this process.
+
+    Raises:
+        RuntimeError: it failed; the message is the last line that it wrote.
+    """
     quiet = {"TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1"}
+    if source is not None:
+        quiet["PYTHONPATH"] = source
     done = subprocess.run(
         command, input=text, capture_output=True, text=True, check=False, env=os.environ | quiet
     )
@@ -289,14 +326,23 @@ def train_rows(spec: Specification) -> tuple[list[Text], list[str]]:
 
 
 def load_fpabee(spec: Specification) -> Predict:
-    """A rule on the chain, or full depth."""
+    """An operating point or a rule on the chain, or full depth."""
     from fpabee.runtime import Engine, ExitRule
 
     rule = ExitRule.from_dict(spec.rule) if spec.rule else None
-    engine = Engine.load(spec.engines, spec.target, rule=rule)
-    return lambda texts: [
-        (list(row.labels), row.layer) for row in engine.predict(texts, full_depth=rule is None)
-    ]
+    engine = Engine.load(spec.engines, spec.target, spec.point, rule=rule)
+    full_depth = rule is None and spec.point is None
+    last = engine.manifest.exits[-1]
+    layers = engine.manifest.exit_layers[-1]
+
+    def predict(texts: Sequence[Any]) -> list[Answer]:
+        # A text in doubt has run all layers before, in the quick pass.
+        return [
+            (list(row.labels), row.layer + layers * (row.exit > last))
+            for row in engine.predict(texts, full_depth=full_depth)
+        ]
+
+    return predict
 
 
 def prepare_file(spec: Specification) -> None:
@@ -411,7 +457,11 @@ def measured(spec: Specification) -> dict[str, Any]:
     for _ in range(2):
         alone = sorted(1e3 * seconds([text]) for text in singles)
     answers = predict(texts)
+    whole: list[float] = []
+    while len(whole) < FILE_RUNS and sum(whole) < FILE_SECONDS:
+        whole.append(seconds(texts))
     layers = [layer for _, layer in answers if layer is not None]
+    depth = config_of(spec.classifier)["num_hidden_layers"]
     right = [set(mine) == set(true) for (mine, _), true in zip(answers, labels, strict=True)]
     decisions = json.loads(Path(spec.decisions).read_text(encoding="utf-8"))
     return {
@@ -420,10 +470,12 @@ def measured(spec: Specification) -> dict[str, Any]:
             set(mine) != set(was) for (mine, _), was in zip(answers, decisions, strict=True)
         ),
         "layers": statistics.mean(layers) if layers else None,
+        "in_doubt": sum(layer > depth for layer in layers),
         "rows": len(texts),
+        "mean_ms": statistics.mean(alone),
         "median_ms": statistics.median(alone),
         "p99_ms": alone[int(0.99 * (len(alone) - 1))],
-        "rows_per_s": len(texts) / seconds(texts),
+        "rows_per_s": len(texts) / statistics.median(whole),
         "memory_mib": resident_mib(),
         "start_up_s": start_up,
         "versions": versions(),
