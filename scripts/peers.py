@@ -112,7 +112,7 @@ def systems(
         target = max(targets, key=lambda name: targets[name].relative_speed or 0)
 
     def runs(name: str, folder: Path, rule: ExitRule | None) -> System:
-        return chain(name, folder, target, rule=rule and rule.to_dict())
+        return chain(name, folder, target, rule=rule.to_dict() if rule else None)
 
     yield runs("fpabee-full-depth", engines, None)
     for name, rule in rules_of(engines, dev, target, DEFAULT_GOALS).items():
@@ -140,8 +140,9 @@ def systems(
     if converted is not None and converted.is_dir():
         manifest = read_manifest(converted)
         for name, each in manifest.targets.items():
-            if point := each.default_operating_point:
-                yield chain(f"{CONVERTED}-{name}", converted, name, point)
+            if each.operating_points:
+                usual = each.default_operating_point
+                yield chain(f"{CONVERTED}-{name}", converted, name, usual)
         point, _ = rule_alone(manifest, FP32_TARGET, None)
         yield packed(
             "fpabee-single-file-converted", converted, "onnxruntime", 32, point, FP32_TARGET

@@ -142,7 +142,7 @@ def certify_today(model: Path, engines: Path, texts: Path) -> None:
 
 
 def choices(engines: Path) -> dict[str, str]:
-    """The target of the quick pass that a conversion gave each target that it certified, or none."""
+    """The target of the quick pass of each target that a conversion certified, if it has one."""
     manifest = read_manifest(engines)
     return {
         name: ", ".join(quick_targets(manifest, name))
@@ -170,8 +170,7 @@ def quick_target(engines: Path, target: str) -> str:
             if name in INT8_TARGETS and each.backend == library
         }
         return max(speeds, key=speeds.__getitem__)
-    (name,) = own
-    return name
+    return next(iter(own))
 
 
 def systems(before: Path, today: Path, source: Path) -> Iterator[System]:
@@ -415,7 +414,7 @@ def speed_table(name: str, known: dict[str, Any]) -> Iterator[str]:
         before = by_system.get(f"before {system.rpartition(' ')[2]}", {})
 
         def median(key: str, rounds: dict[str, dict[str, Any]] = rounds) -> float:
-            return statistics.median(row[key] for row in rounds.values())
+            return float(statistics.median(row[key] for row in rounds.values()))
 
         def ratio(
             other: dict[str, dict[str, Any]],
@@ -442,7 +441,7 @@ def speed_table(name: str, known: dict[str, Any]) -> Iterator[str]:
 
 def convert_table(known: dict[str, float]) -> Iterator[str]:
     """How long conversions took."""
-    yield from table_head("conversion", "seconds, median", "all rounds")
+    yield from table_head("conversion", "seconds", "rounds")
     kinds: dict[str, list[float]] = {}
     for key, seconds in known.items():
         kinds.setdefault(key.partition(" ")[2], []).append(seconds)
@@ -504,7 +503,7 @@ def main(
                 "decisions": str(answers),
                 "data": str(data / run.data),
             }
-            asked = list(systems(*folders, source))
+            asked = list(systems(folders[0], folders[1], source))
             measure_rounds(asked, inputs, rounds, speeds, work)
         timed[name] = speeds.known
     seconds = Results(place / "seconds.json")
