@@ -51,10 +51,13 @@ def test_a_system_is_measured_in_a_fresh_process(
     _store(tmp_path / "data" / "test.jsonl.gz", TEXTS, labels)
     decisions = tmp_path / "decisions.json"
     decisions.write_text(json.dumps([label.split("|") for label in labels]))
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 3}')
     inputs = {"model": "m", "data": str(tmp_path / "data"), "decisions": str(decisions)}
-    settings = {"engines": folder, "target": TARGET, "rule": None}
-    measured = systems.measure(System("full", "fpabee", settings=settings), inputs, tmp_path)
-    expected = {"score": 0.5, "changed": 2, "rows": 4, "layers": 3}
+    inputs["classifier"] = str(tmp_path)
+    full = systems.chain("full", engines["bert"], TARGET)
+    settings = full.settings
+    measured = systems.measure(full, inputs, tmp_path)
+    expected = {"score": 0.5, "changed": 2, "rows": 4, "layers": 3, "in_doubt": 0}
     assert {name: measured[name] for name in expected} == expected
     assert 0 < measured["median_ms"] <= measured["p99_ms"]
     assert min(measured[key] for key in ("rows_per_s", "memory_mib", "start_up_s")) > 0
