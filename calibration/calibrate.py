@@ -408,7 +408,8 @@ class _PointMaker:
         for number, batch in enumerate(batches):
             self.progress(f"time {name}", number, len(batches))
             speeds[batch] = measure_speedup(self.engine, encoded, rule, layers, batch)
-        has_quick_pass = self.exits.quick and rule != self.full_depth
+        # What runs all layers gains nothing by a quick pass.
+        quick_target = "" if rule == self.full_depth else self.exits.quick
         return Point(
             rule=rule,
             chosen_on=outcome(scorer, stops, self.exits),
@@ -418,8 +419,8 @@ class _PointMaker:
             measured={str(batch): speed.speedup for batch, speed in speeds.items()},
             certificate=certified.certificate,
             refusal=certified.failed,
-            quick_target=self.exits.quick if has_quick_pass else "",
-            p99_share=speeds[1].p99_share if has_quick_pass else None,
+            quick_target=quick_target,
+            p99_share=speeds[1].p99_share if quick_target else None,
         )
 
     def _choice(self, goal: Goal | Bound) -> _Choice:

@@ -31,7 +31,7 @@ from .scoring import AGREEMENT, LabelledLogits, Scorer, exits_of_rows, task_of_r
 _QUANTILES = (0.1, 0.5, 0.9)
 _REPEATS = 5
 # Speed-ups are measured on so many rows at a time, so many rows in all as far as the time allows,
-# and in so many turns.
+# and in so many turns. Of single rows, there are enough for a 99th percentile.
 _SINGLE = (1, 100, 5)
 _WINDOWS = (128, 256, 3)
 _MOST_SECONDS = 10.0
@@ -48,7 +48,7 @@ class Speed(NamedTuple):
 
     Attributes:
         speedup: the time at full depth divided by the time with the rule.
-        p99_share: the 99th percentile of the times with the rule, as a share of that at full depth.
+        p99_share: the 99th percentile of the times with the rule, divided by that at full depth.
     """
 
     speedup: float

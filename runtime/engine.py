@@ -125,7 +125,8 @@ class Engine:
             MissingExtraError: the target's inference library is not installed, or the package that
                 downloads from the hub.
             RuleError: the operating point or rule does not exist or does not fit the model, or
-                both are given; its quick pass has no promise here; or there is no promise to watch.
+                both are given; a named point has a quick pass that cannot run here or has lost its
+                promise; or there is no promise to watch.
             CheckError: unless `check` is False, the target is not the model that was exported, or
                 this kind of machine computes something else.
         """

@@ -19,8 +19,7 @@ pass and one with two, with the same texts. The steps are
 - `convert`: how long conversions take with 77 labels, which are the clusters of the texts of SNIPS.
 
 Finished steps and rounds are not repeated, so the script can be stopped at any time. Results are in
-WORK/two-passes, and their tables in `tables.md` there; those of `scripts/results/two-passes.md`
-come from it. `taskset -c 0,1 python ...` takes two cores.
+WORK/two-passes, and their tables in `tables.md` there. `taskset -c 0,1 python ...` takes two cores.
 """
 
 from __future__ import annotations

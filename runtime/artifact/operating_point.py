@@ -91,9 +91,9 @@ class QuickPass(msgspec.Struct, frozen=True, kw_only=True):
         target: the target that runs first.
         sha256: what decides the logits of that target, see `logits_sha256`. The point holds for
             these logits only.
-        p99_share: the 99th percentile of the time of a row that runs alone, as a share of that at
-            full depth in the exact target; a row in doubt takes longer than full depth does. None:
-            not measured, as for rankings.
+        p99_share: of rows that run one by one, the 99th percentile of their times, divided by the
+            99th percentile at full depth in the exact target. It may be more than 1, because a row
+            in doubt runs twice. None: not measured, as for rankings.
         alone: the name of the point of the same target that does without the quick pass, for
             machines that cannot run it; empty if the target has no such point.
     """

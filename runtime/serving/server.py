@@ -484,7 +484,6 @@ class Service:
                 "multi_label": self.engine.multi_label,
                 "exits": list(self.engine.core.exits.numbers),
                 "exit_layers": self.engine.core.exits.layers,
-                "layers_ran": self.engine.core.exits.layers_ran,
                 "quick_target": self.engine.core.exits.quick,
                 "layers": manifest.model.layers,
                 "max_input_length": self.engine.max_length,
