@@ -142,7 +142,7 @@ def calibrate(
         held = None
         if report is not None:
             held = Scorer(traced(report.rows, report.reference), metric)
-        costs = measure_costs(engine, seen.lengths, options.batch_size, progress)
+        (costs,) = measure_costs([engine], seen.lengths, options.batch_size, progress)
         stopping_costs = StoppingCosts(seen, metric, costs.row_costs(seen.lengths))
         search = Search(stopping_costs, settings_lists(seen, options.rules))
         maker = _PointMaker(engine, options, progress, search, held)

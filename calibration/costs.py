@@ -80,40 +80,53 @@ class CostModel:
 
 
 def measure_costs(
-    engine: Engine, lengths: NDArray[np.intp], batch: int, progress: Progress = silent
-) -> CostModel:
-    """Time every exit at the typical lengths of some rows.
+    engines: Sequence[Engine],
+    lengths: NDArray[np.intp],
+    batch: int,
+    progress: Progress = silent,
+) -> list[CostModel]:
+    """Time every exit of engines at the typical lengths of some rows.
+
+    The engines take turns, so a machine whose speed drifts treats them alike.
 
     Args:
-        engine: the engine; its target is timed.
+        engines: their targets are timed.
         lengths: `[rows]` tokens.
-        batch: rows at a time; fewer are run where the target splits such a group.
+        batch: rows at a time; fewer are run where a target splits such a group.
         progress: called with (what, done, total).
     """
     sizes = sorted({max(1, int(size)) for size in np.quantile(lengths, _QUANTILES)})
-    columns = []
-    limits = engine.core.limits
+    columns: list[list[Array]] = [[] for _ in engines]
     for number, tokens in enumerate(sizes):
         progress(f"time segments, batch {batch}", number, len(sizes))
-        rows = min(batch, limits.max_batch, max(1, limits.group_tokens // tokens))
-        runs = [engine.core.time_exits(rows, tokens) for _ in range(_REPEATS + 1)][1:]
-        columns.append(np.median(np.array(runs), axis=0) / rows)
-    return CostModel(tuple(sizes), tuple(zip(*columns, strict=True)))
+        runs: list[list[Array]] = [[] for _ in engines]
+        for _ in range(_REPEATS + 1):
+            for engine, of_engine in zip(engines, runs, strict=True):
+                limits = engine.core.limits
+                rows = min(batch, limits.max_batch, max(1, limits.group_tokens // tokens))
+                of_engine.append(np.array(engine.core.time_exits(rows, tokens)) / rows)
+        for column, of_engine in zip(columns, runs, strict=True):
+            column.append(np.median(of_engine[1:], axis=0))  # the first run prepares the shape
+    return [CostModel(tuple(sizes), tuple(zip(*column, strict=True))) for column in columns]
 
 
 def relative_costs(
-    engine: Engine, lengths: NDArray[np.intp], batch: int, progress: Progress = silent
-) -> Array:
-    """What a row costs that stops at each exit, `[exits]`; 1 is full depth in the exact target.
+    engines: Sequence[Engine],
+    lengths: NDArray[np.intp],
+    batch: int,
+    progress: Progress = silent,
+) -> list[Array]:
+    """What a row costs that stops at each exit, `[exits]` for each engine.
 
-    The arguments are those of `measure_costs`.
+    1 is full depth in the target of the first engine. The arguments are those of `measure_costs`.
     """
-    costs = measure_costs(engine, lengths, batch, progress).row_costs(lengths).mean(axis=1)
-    exits = engine.core.exits
+    models = measure_costs(engines, lengths, batch, progress)
+    costs = [model.row_costs(lengths).mean(axis=1) for model in models]
     # The exits before the last pass are not on the way of a row that runs all layers at once.
+    exits = engines[0].core.exits
     before = len(exits) - len(exits.passes[-1].layers)
-    full_depth = costs[-1] - (costs[before - 1] if before else 0.0)
-    return np.asarray(costs / full_depth)
+    full_depth = costs[0][-1] - (costs[0][before - 1] if before else 0.0)
+    return [each / full_depth for each in costs]
 
 
 def measure_speedup(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,16 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 from ...calibration.calibrate import calibrate
-from ...calibration.costs import relative_costs
 from ...calibration.goals import CalibrationOptions
 from ...calibration.guarantee import check_possible
 from ...calibration.progress import Progress
 from ...calibration.result import Calibration, Report
 from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, mean_saving
 from ...calibration.settings import StopScores, exits_of, settings_lists
-from ...calibration.trace import CALIBRATION, engines_of, trace_rows
+from ...calibration.trace import CALIBRATION, trace_rows
 from ...runtime.artifact.manifest import Task
-from ...runtime.encoding import EncodedRow
+from ...runtime.encoding import EncodedRow, Text
+from ...runtime.engine import Engine
 from ...runtime.errors import InputError, RowError
 from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
@@ -113,18 +113,23 @@ class Classification(ConversionTask[Row, Calibration]):
         )
         return learn(train, choose, model, _SEED, progress)
 
-    def saved(self, uncertified: Uncertified, passes: Passes, progress: Progress) -> float:
-        """See `ConversionTask.saved`."""
+    def judges(self, uncertified: Uncertified) -> list[Text]:
+        """The texts that chose the heads."""
+        return [self.texts.units[number].content for number in self.texts.choose]
+
+    def savings(
+        self, uncertified: Uncertified, engine: Engine, quick: Engine | None, progress: Progress
+    ) -> Callable[[NDArray[np.float64]], float]:
+        """See `ConversionTask.savings`."""
         choose = self.texts.choose
-        engines = uncertified.engines
         units = [self.texts.units[number] for number in choose]
-        with engines_of(engines, *passes, self.options.threads) as (engine, quick):
-            traced = trace_rows(engine, units, engines / CALIBRATION, False, progress, quick)
-            thresholds = engine.core.task.decision_thresholds(self.bound.thresholds)
-            reference = uncertified.logits[choose]
-            rows = replace(traced, decision_thresholds=thresholds, reference=reference)
-            costs = relative_costs(engine, rows.lengths, CalibrationOptions.batch_size, progress)
-        return _saved(Scorer(rows, AGREEMENT), costs, min(self.bound.shares.values()))
+        kept = uncertified.engines / CALIBRATION
+        traced = trace_rows(engine, units, kept, False, progress, quick)
+        thresholds = engine.core.task.decision_thresholds(self.bound.thresholds)
+        reference = uncertified.logits[choose]
+        rows = replace(traced, decision_thresholds=thresholds, reference=reference)
+        share = min(self.bound.shares.values())
+        return partial(_saved, Scorer(rows, AGREEMENT), share=share)
 
     def certify(
         self, uncertified: Uncertified, passes: Passes, name: str, progress: Progress

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ...calibration.costs import relative_costs
-from ...calibration.goals import CalibrationOptions
 from ...calibration.progress import Progress
 from ...calibration.query_logits import NEAR_TOP, QueryLogits, errors_near_top, saved
 from ...calibration.ranking import Queries, RankingPoint, calibrate_ranking, traced_queries
@@ -24,7 +22,8 @@ from ...runtime.artifact.exits import Exits, exits_of
 from ...runtime.artifact.folder import read_manifest
 from ...runtime.artifact.manifest import FirstStageSpec, Task
 from ...runtime.check import BATCH_LIMIT
-from ...runtime.encoding import EncodedRow
+from ...runtime.encoding import EncodedRow, Text
+from ...runtime.engine import Engine
 from ...runtime.errors import InputError
 from ...runtime.files import ReadOptions, Row
 from ...runtime.files.queries import Query, read_queries
@@ -172,20 +171,23 @@ class Ranking(ConversionTask[Query, RankingPoint]):
         spec = {"weights": of_features, "bias": bias}
         return FirstStage(msgspec.convert(spec, FirstStageSpec))
 
-    def saved(self, uncertified: Uncertified, passes: Passes, progress: Progress) -> float:
-        """See `ConversionTask.saved`."""
-        engines = uncertified.engines
+    def judges(self, uncertified: Uncertified) -> list[Text]:
+        """The queries that chose the heads, with each of their documents."""
+        queries = self._choosing(uncertified.logits).queries
+        return [pair for query in queries for pair in query.pairs]
+
+    def savings(
+        self, uncertified: Uncertified, engine: Engine, quick: Engine | None, progress: Progress
+    ) -> Callable[[NDArray[np.float64]], float]:
+        """See `ConversionTask.savings`."""
         queries = self._choosing(uncertified.logits)
-        pairs = [pair for query in queries.queries for pair in query.pairs]
-        with engines_of(engines, *passes, self.options.threads) as (engine, quick):
-            rows = traced_queries(engine, queries, engines, progress, quick)
-            lengths = np.array([len(row) for row in engine.core.encode(pairs)])
-            costs = relative_costs(engine, lengths, CalibrationOptions.batch_size, progress)
-        if passes.quick:
+        rows = traced_queries(engine, queries, uncertified.engines, progress, quick)
+        if quick is not None:
             errors = errors_near_top(rows, self.top)
         else:
             errors = self._errors_in_one_pass(uncertified)
-        return saved(rows, errors, self.top, min(self.bound.shares.values()), costs)
+        share = min(self.bound.shares.values())
+        return lambda costs: saved(rows, errors, self.top, share, costs)
 
     def certify(
         self, uncertified: Uncertified, passes: Passes, name: str, progress: Progress

@@ -7,7 +7,8 @@ A *row* is what the model reads: a text, or a query with one of its documents.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, NamedTuple, TypeVar
@@ -15,12 +16,15 @@ from typing import ClassVar, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ...calibration.goals import Bound
+from ...calibration.costs import relative_costs
+from ...calibration.goals import Bound, CalibrationOptions
 from ...calibration.progress import Progress
 from ...calibration.ranking import RankingPoint
 from ...calibration.result import Calibration
+from ...calibration.trace import engines_of
 from ...runtime.artifact.manifest import Task
-from ...runtime.encoding import EncodedRow
+from ...runtime.encoding import EncodedRow, Text
+from ...runtime.engine import Engine
 from ...runtime.exit_0 import ExitZero
 from ...runtime.files import Row
 from ...runtime.first_stage import FirstStage
@@ -197,12 +201,46 @@ class ConversionTask(ABC, Generic[AnyUnit, AnyResult]):
             progress: called with (what, done, total).
         """
 
-    @abstractmethod
-    def saved(self, uncertified: Uncertified, passes: Passes, progress: Progress) -> float:
-        """The share of the time of full depth that is saved where about as much changes as may.
+    def saved(
+        self, uncertified: Uncertified, ways: Sequence[Passes], progress: Progress
+    ) -> list[float]:
+        """The share of the time of full depth that each way saves, where as much changes as may.
 
         It is judged by units that chose the heads, so that no unit that certifies chooses anything.
-        The arguments are those of `certify`.
+
+        Args:
+            uncertified: what has been converted.
+            ways: the target alone, and with quick passes.
+            progress: called with (what, done, total).
+        """
+        folder = uncertified.engines
+        with ExitStack() as stack:
+            opened = [
+                stack.enter_context(engines_of(folder, *way, self.options.threads)) for way in ways
+            ]
+            savings = [self.savings(uncertified, *both, progress) for both in opened]
+            engines = [engine for engine, _ in opened]
+            lengths = np.array(
+                [len(row) for row in engines[0].core.encode(self.judges(uncertified))]
+            )
+            costs = relative_costs(engines, lengths, CalibrationOptions.batch_size, progress)
+        return [saving(of_way) for saving, of_way in zip(savings, costs, strict=True)]
+
+    @abstractmethod
+    def judges(self, uncertified: Uncertified) -> list[Text]:
+        """The rows that judge what is saved."""
+
+    @abstractmethod
+    def savings(
+        self, uncertified: Uncertified, engine: Engine, quick: Engine | None, progress: Progress
+    ) -> Callable[[NDArray[np.float64]], float]:
+        """What is saved by the costs `[exits]` of a row that stops at each exit, see `saved`.
+
+        Args:
+            uncertified: what has been converted.
+            engine: the engine of the target.
+            quick: that of its quick pass, or None.
+            progress: called with (what, done, total).
         """
 
     def traffic(self, result: AnyResult) -> float | None:

@@ -411,10 +411,9 @@ class _Work:
         with_quick_pass = self._with_quick_passes(uncertified.engines, name)
         if not with_quick_pass:
             return job.certify(uncertified, alone, usual, progress)
-        saved = {
-            passes: job.saved(uncertified, passes, progress) for passes in (alone, *with_quick_pass)
-        }
-        best = max(saved, key=lambda passes: saved[passes])
+        ways = [alone, *with_quick_pass]
+        saved = job.saved(uncertified, ways, progress)
+        best = ways[int(np.argmax(saved))]
         if best == alone:
             return job.certify(uncertified, alone, usual, progress)
         one = job.certify(uncertified, alone, one_pass(usual), progress)

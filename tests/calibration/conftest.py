@@ -88,14 +88,14 @@ def write(rows: Sequence[Row], path: Path) -> Path:
 def fix_times(patch: pytest.MonkeyPatch) -> None:
     """Every segment takes a second per row, and every rule is 1.25 times as fast as full depth."""
 
-    def model(engine: Engine, *_: Any) -> CostModel:
-        return CostModel((1,), ((1.0,),) * len(engine.core.exits))
+    def models(engines: Sequence[Engine], *_: Any) -> list[CostModel]:
+        return [CostModel((1,), ((1.0,),) * len(engine.core.exits)) for engine in engines]
 
     def speedup(engine: Engine, rows: Any, rule: Any, layers: Any, batch: int) -> Speed:
         return Speed(1.25, 1.0)
 
     module = import_module("fpabee.calibration.calibrate")
-    patch.setattr(module, "measure_costs", model)
+    patch.setattr(module, "measure_costs", models)
     patch.setattr(module, "measure_speedup", speedup)
 
 

@@ -38,7 +38,7 @@ def test_every_exit_is_timed_at_the_typical_lengths(engines: Mapping[str, Path])
     with Engine.load(engines["bert"], threads=1) as engine:
         seen: list[Any] = []
         lengths = np.array([3, 3, 9, 9], np.intp)
-        model = measure_costs(engine, lengths, 2, lambda *state: seen.append(state))
+        (model,) = measure_costs([engine], lengths, 2, lambda *state: seen.append(state))
         assert seen == [("time segments, batch 2", number, 3) for number in range(3)]
         assert model.lengths == (3, 6, 9)
         assert np.shape(model.seconds) == (3, 3)
@@ -94,8 +94,24 @@ def test_costs_are_those_of_one_row(batch: int) -> None:
 
     limits = SimpleNamespace(max_batch=8, group_tokens=36)
     engine: Any = SimpleNamespace(core=SimpleNamespace(limits=limits, time_exits=time_exits))
-    found = measure_costs(engine, np.array([3, 9], np.intp), batch)
-    assert found.seconds == ((0.5,) * len(found.lengths), found.lengths)
+    (model,) = measure_costs([engine], np.array([3, 9], np.intp), batch)
+    assert model.seconds == ((0.5,) * len(model.lengths), model.lengths)
+
+
+def test_engines_are_timed_in_turns() -> None:
+    """So what slows the machine down for a while slows all of them."""
+    turns: list[str] = []
+
+    def engine(name: str) -> Any:
+        def time_exits(rows: int, tokens: int) -> list[float]:
+            turns.append(name)
+            return [0.5]
+
+        limits = SimpleNamespace(max_batch=8, group_tokens=36)
+        return SimpleNamespace(core=SimpleNamespace(limits=limits, time_exits=time_exits))
+
+    measure_costs([engine("a"), engine("b")], np.array([3, 9], np.intp), 8)
+    assert turns == ["a", "b"] * (len(turns) // 2)
 
 
 def calibrated(problem_type: ProblemType, rows: int, scale: float) -> LabelledLogits:

@@ -218,10 +218,11 @@ def test_costs_are_shares_of_full_depth_in_the_exact_target(
         lambda core, rows, tokens: [rows * each for each in seconds[len(core.exits)]],
     )
     lengths = np.full(10, 4)
-    with engines_of(folder, EXACT, QUICK, 1) as (engine, _):
-        costs = relative_costs(engine, lengths, 32)
-        assert costs == pytest.approx(np.array([0.1, 1.1, 2.1, 3.1, 9.0]) / 5.9)
-    with engines_of(folder, EXACT, "", 1) as (engine, _):
-        assert relative_costs(engine, lengths, 32) == pytest.approx(
-            np.array([0.1, 2.1, 4.1, 6.0]) / 5.9
-        )
+    with (
+        engines_of(folder, EXACT, QUICK, 1) as (both, _),
+        engines_of(folder, EXACT, "", 1) as (alone, _),
+    ):
+        for first in (both, alone):
+            costs = relative_costs([first, both, alone], lengths, 32)[1:]
+            assert costs[0] == pytest.approx(np.array([0.1, 1.1, 2.1, 3.1, 9.0]) / 5.9)
+            assert costs[1] == pytest.approx(np.array([0.1, 2.1, 4.1, 6.0]) / 5.9)

@@ -160,9 +160,10 @@ def test_documents_run_in_int8_first_where_that_takes_less_time(
     measured: dict[Passes, float] = {}
     measure = Ranking.saved
 
-    def saved(self: Any, uncertified: Any, passes: Passes, progress: Any) -> float:
-        measured[passes] = measure(self, uncertified, passes, progress)
-        return float(bool(passes.quick))
+    def saved(self: Any, uncertified: Any, ways: Sequence[Passes], progress: Any) -> list[float]:
+        shares = measure(self, uncertified, ways, progress)
+        measured.update(zip(ways, shares, strict=True))
+        return [float(bool(way.quick)) for way in ways]
 
     monkeypatch.setattr(Ranking, "saved", saved)
     result = convert_here(OPTIONS, file=queries, model=reranker)

@@ -345,9 +345,9 @@ def test_a_quick_pass_runs_where_it_takes_less_time(
 ) -> None:
     measure = Classification.saved
 
-    def saved(self: Any, uncertified: Any, passes: Passes, progress: Any) -> float:
-        assert measure(self, uncertified, passes, progress) < 1
-        return float(bool(passes.quick) == wins)
+    def saved(self: Any, uncertified: Any, ways: Sequence[Passes], progress: Any) -> list[float]:
+        assert max(measure(self, uncertified, ways, progress)) < 1
+        return [float(bool(way.quick) == wins) for way in ways]
 
     monkeypatch.setattr(Classification, "saved", saved)
     result = convert_here()
