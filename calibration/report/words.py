@@ -79,11 +79,12 @@ def passes_in_words(costs: QuickCosts, quick: str, exact: str, items: str) -> st
         items: what runs: texts, or documents.
     """
     words = [
-        f"{items} run in {quick} first, and {costs.doubt_share:.1%} of them, which are in doubt at "
-        f"its last exit, again in {exact}"
+        f"{items} run in {quick} first, and {100 * costs.doubt_share:.1f} % of them, which are in "
+        f"doubt at its last exit, again in {exact}"
     ]
     if costs.time_share is not None:
-        words.append(f"this takes {costs.time_share:.0%} of the time of all layers in {exact}")
+        percent = f"{100 * costs.time_share:.0f} %"
+        words.append(f"this takes {percent} of the time of all layers in {exact}")
     if costs.p99_share is not None:
         words.append(
             f"the 99th percentile of single {items} is {costs.p99_share:.2f} times that of all "

@@ -165,11 +165,11 @@ def test_a_quick_pass_is_shown(engine_copy: Callable[..., Path]) -> None:
     add_quick_pass(folder, Budget(exit=4), alone=Budget(exit=2))
     text = " ".join(printed(main, folder).split())
     assert "onnxruntime-fp32 alone: no guarantee" in text
-    assert f"texts run in {QUICK} first, and 0.0% of them, which are in doubt at" in text
-    assert "% of the time" not in text, "it was not measured"
+    assert f"texts run in {QUICK} first, and 0.0 % of them, which are in doubt at" in text
+    assert " % of the time" not in text, "it was not measured"
     change_point(folder, "quick", measured_speedup={"1": 1.6, "32": 4.0})
     text = " ".join(printed(main, folder).split())
-    assert "again in onnxruntime-fp32; this takes 25% of the time of all layers in onnx" in text
+    assert "again in onnxruntime-fp32; this takes 25 % of the time of all layers in onnx" in text
     assert "the 99th percentile of single texts is 1.50 times that of all layers" in text
     engines = EnginesFolder.read(folder)
     target = engines.manifest.targets[QUICK]

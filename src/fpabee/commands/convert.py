@@ -176,7 +176,8 @@ def _show(result: Conversion) -> None:
     certificates = [point.certificate for each in results for point in each.points]
     promises.say_condition(certificates, what)
     if result.texts < result.rows and result.traffic is not None:
-        echo_wrapped(f"counted as often as they occur, {result.traffic:.2%} of the answers change")
+        changed = f"{100 * result.traffic:.2f} % of the answers change"
+        echo_wrapped(f"counted as often as they occur, {changed}")
     if result.accuracy is not None:
         classifier, converted = result.accuracy
         echo(f"accuracy: {converted:.4f}; that of the classifier: {classifier:.4f}")

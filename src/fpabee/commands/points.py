@@ -88,7 +88,7 @@ class _Texts(Shown[Calibration]):
     results = "targets"
     unit = "texts"
     agreement = "exits agree with the classifier on {} %"
-    widths = (8, 12, 6, 8)
+    widths = (9, 12, 6, 8)
 
     def to_dict(self, result: Calibration) -> dict[str, Any]:
         points = [
@@ -208,8 +208,8 @@ class _Queries(Shown[RankingPoint]):
             left, *_ = default.held_out.exits
             share = left / max(1, sum(default.held_out.exits))
             lines.append(
-                f"by their scores, {share:.1%} of the documents of these queries leave before "
-                "layer 1; the promise also holds without scores"
+                f"by their scores, {100 * share:.1f} % of the documents of these queries leave "
+                "before layer 1; the promise also holds without scores"
             )
         in_batches = [
             f"{each.mean_depth:.2f} in batches of {size}" for size, each in default.batches.items()
@@ -234,9 +234,9 @@ def show_heads_of_texts(lost: tuple[str, str]) -> None:
         lost: the two words over the last column, such as `answers` and `changed`.
     """
     # One of these spans two columns.
-    for heads in (("", "times faster than", ""), ("layers", "all layers", lost[0])):
-        echo_cells("", heads, (8, 19, 8))
-    heads_of_figures = ("per text", "single text", "file", lost[1])
+    for heads in (("layers or", "times faster than", ""), ("time per", "all layers", lost[0])):
+        echo_cells("", heads, (9, 19, 8))
+    heads_of_figures = ("text", "single text", "file", lost[1])
     echo_cells("target and operating point", heads_of_figures, _Texts.widths)
 
 
@@ -248,8 +248,8 @@ def show_heads_of_queries(documents: int, top: int) -> None:
         top: how many of them are wanted.
     """
     for name, cells in (
-        ("", ("", "", "times", "")),
-        ("", ("layers per", f"ms for {documents}", "faster than", "queries with")),
+        ("", ("layers or", "", "times", "")),
+        ("", ("time per", f"ms for {documents}", "faster than", "queries with")),
         (
             "target and operating point",
             ("document", "documents", "all layers", f"other top {top}"),
@@ -279,7 +279,7 @@ def _cost(point: Point) -> str:
     costs = point.quick_costs
     if costs is None or costs.time_share is None:
         return f"{point.chosen_on.mean_depth:.2f}"
-    return f"{costs.time_share:.0%} time"
+    return f"{100 * costs.time_share:.0f} % time"
 
 
 def ranking_in_words(certificate: Certificate, top: object) -> str:

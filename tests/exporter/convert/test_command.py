@@ -147,7 +147,7 @@ def test_the_summary_says_what_is_guaranteed_and_what_is_not(
         "2 of 400 decisions changed",
         "openvino-int8 changed-1: No guarantee",
         "31 changed answers in 1200 texts",
-        "0.40% of the answers change",
+        "0.40 % of the answers change",
         "accuracy: 0.9500; that of the classifier: 0.9550",
         "a hidden layer of 64 on 4 weighted means of the tokens after every 2 layers",
         "agree with the classifier on 81, 94 %",
@@ -214,7 +214,7 @@ def test_the_summary_of_a_ranking_counts_the_queries_that_changed(
     for fact in (
         "4,000 queries, 3,000 of them distinct, and 1,500 train queries",
         "other top 10",
-        "by their scores, 20.0% of the documents of these queries leave before layer 1",
+        "by their scores, 20.0 % of the documents of these queries leave before layer 1",
         "3.02 in batches of whole queries, 4.51 in batches of 8 and 3.17 in batches of 32",
         "ms for 100",
         "at most 5 % of new queries have another top 10, with 95 % confidence",
@@ -229,7 +229,12 @@ def test_the_summary_of_a_ranking_counts_the_queries_that_changed(
     in_int8_first = replace(points[1], quick_target="openvino-int8", batches={})
     result = replace(result, rankings=(points[0], in_int8_first))
     assert "a packed file" in output
-    assert "a packed file" not in run("model", "texts.jsonl", "--top", 10).stdout
+    shown = run("model", "texts.jsonl", "--top", 10).stdout
+    assert "a packed file" not in shown
+    assert "70.0 % of them, which are in doubt" in " ".join(shown.split())
+    (row,) = (line for line in shown.splitlines() if "% time" in line)
+    assert row.split()[3:6] == ["50", "%", "time"]
+    assert len(row) == 80
     result = replace(result, rankings=points)
     found = json.loads(run("model", "texts.jsonl", "--json").stdout)
     assert [point["held_out"]["changed"] for point in found["rankings"]] == [3, 2, 9]
