@@ -534,3 +534,6 @@ def test_runs_and_metrics_count_both_passes(
     assert summary["doubt_share"] == counts[-1] / len(TEXTS)
     shown = invoke(main, folder, texts, "-o", tmp_path / "again.jsonl").stderr
     assert f"first in {QUICK}; {counts[-1] / len(TEXTS):.1%} were in doubt and ran" in shown
+    table = [line.split()[:4] for line in shown.splitlines()]
+    assert ["3", "3", f"{counts[2]}", f"{counts[2] / len(TEXTS):.1%}"] in table
+    assert ["4", "3", "(exact", "pass)"] in table

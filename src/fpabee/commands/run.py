@@ -354,7 +354,9 @@ def _print_summary(run: Run, operating_point: str | None) -> None:
     for part in tally["exits"]:
         share = part[job.part] / max(1, answered)
         bar = "█" * round(_BAR_WIDTH * share)
-        table.add_row(*map(str, part.values()), f"{share:.1%}", bar)
+        number, layer, rows = map(str, part.values())
+        is_exact = "quick_target" in tally and part is tally["exits"][-1]
+        table.add_row(number, layer + " (exact pass)" * is_exact, rows, f"{share:.1%}", bar)
     console.print(table)
     _print_scores(run)
     if operating_point is None and job.rule is not None:
