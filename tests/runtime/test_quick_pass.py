@@ -105,6 +105,24 @@ def test_answers_are_those_of_the_pass_that_ends(
     assert tally.exits == tuple(2 * np.bincount(expected, minlength=5)[1:])
 
 
+def test_pairs_of_texts_take_both_passes(two_passes: Callable[..., Path]) -> None:
+    pairs = list(zip(TEXTS, TEXTS[::-1], strict=True))
+    with Engine.load(two_passes()) as engine:
+        trace = engine.trace(pairs)
+        expected = simulate(trace.logits, RULES[0], engine.manifest.task.problem_type).exits
+        answers = engine.predict(pairs)
+        exact = engine.predict(pairs, full_depth=True)
+        alone = engine.predict(TEXTS)
+    assert [answer.exit for answer in answers] == expected.tolist()
+    assert {1, 4} <= {*expected.tolist()}
+    for n in np.flatnonzero(expected == 4):
+        assert answers[n].labels == exact[n].labels
+        assert_close(np.array(answers[n].logits), np.array(exact[n].logits))
+    assert not np.allclose(
+        [answer.logits for answer in answers], [answer.logits for answer in alone], atol=1e-3
+    )
+
+
 def test_exit_0_comes_first(two_passes: Callable[..., Path]) -> None:
     rule = Confidence(threshold=(0.9, 0.8, 0.75, 0.0), exit_0_threshold=0.7)
     folder = two_passes(rule, exit_0=True)

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from fpabee.runtime import InputError
+from fpabee.runtime import Confidence, InputError
 from fpabee.runtime.check import BATCH_LIMIT
 from fpabee.runtime.ray import Classify, classify
 
+from ..conftest import add_quick_pass
 from ..test_docs import ROOT
 from .running import Run
 from .test_engine import TEXTS
@@ -74,6 +75,26 @@ def test_rows_are_those_of_the_command(
     check_same(answered, expected)
 
 
+@pytest.fixture
+def two_passes(engine_copy: Callable[..., Path]) -> Path:
+    """An engines folder whose texts run again where they are in doubt."""
+    folder = engine_copy("bert")
+    add_quick_pass(folder, Confidence(threshold=(0.9, 0.8, 0.75, 0.0)))
+    return folder
+
+
+def test_rows_in_doubt_have_the_answers_of_the_command(
+    two_passes: Path, run: Run, tmp_path: Path
+) -> None:
+    rows = texts_of(50)
+    rows = rows.append_column("text_pair", [["film", None] * 25])
+    expected = answers_of_run(run, two_passes, tmp_path, rows)
+    answered = Classify(two_passes)(rows)
+    check_same(answered, expected)
+    layers = dict(zip(answered["exit"].to_pylist(), answered["layer"].to_pylist(), strict=True))
+    assert layers.items() >= {1: 1, 4: 3}.items()
+
+
 def test_strings_of_every_kind_and_no_rows(bert: Path) -> None:
     actor = Classify(bert, text_column="body")
     strings = pyarrow.array(["rain", "sun"])
@@ -119,8 +140,7 @@ def test_rows_without_a_text_may_be_skipped(bert: Path) -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Ray on this machine, with four logical CPUs."""
-    import ray
-
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
     os.environ["RAY_AUTH_MODE"] = "disabled"  # otherwise it writes a token to the home folder
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -170,6 +190,21 @@ def test_a_parquet_dataset_on_ray(cluster: Any, bert: Path, run: Run, tmp_path: 
     assert answered["id"].to_pylist() == list(range(3000))
     check_same(answered, expected)
     assert len(set(answered["exit"].to_pylist())) > 1
+
+
+@of_ray
+@pytest.mark.slow
+def test_two_passes_on_ray(cluster: Any, two_passes: Path, run: Run, tmp_path: Path) -> None:
+    rows = texts_of(1000)
+    expected = answers_of_run(run, two_passes, tmp_path, rows)
+    dataset = cluster.data.read_parquet(str(tmp_path / "in.parquet"))
+
+    answers = classify(dataset, two_passes, actors=2, batch_size=100)
+    answers.write_parquet(str(tmp_path / "answers"))
+
+    answered = parquet.read_table(tmp_path / "answers").sort_by("id")
+    check_same(answered, expected)
+    assert {1, 4} <= {*answered["exit"].to_pylist()}
 
 
 @pytest.mark.slow
