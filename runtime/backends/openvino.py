@@ -50,6 +50,9 @@ _SHORT = 32
 # If texts run one at a time, their lengths differ, and after each change of the length, every
 # segment takes longer. With AMX, 16 tokens take as long as 8, so few lengths cost nothing.
 _AMX_STEP = 16
+# With AMX, a segment is so short that what Python does around it counts: twice the tokens in a
+# group take 0.88 of the time over a file of short texts, and three times as many gain no more.
+_AMX_GROUP_TOKENS = 2048
 
 
 @dataclass(eq=False)
@@ -132,6 +135,7 @@ class OpenVinoBackend(HostBackend):
         short = () if uses_amx else padded_sizes(min(_SHORT, lengths[-1]), _SHORT_STEP, _SHORT)
         return replace(
             limits,
+            group_tokens=_AMX_GROUP_TOKENS if uses_amx else limits.group_tokens,
             batch_sizes=padded_sizes(limits.max_batch, _ROW_STEP, _FINE_ROWS),
             sequence_lengths=tuple(sorted({*short, *lengths})),
             lengths_alone=padded_sizes(limits.max_sequence, step, _FINE_LENGTHS),
