@@ -75,7 +75,7 @@ SEED = 42
 USUAL = Bound(changed_answers=0.01)
 TWO_PASSES = f"{USUAL.point}-two-passes"
 CHANGED = (1, 2)
-PROMISES = 200
+PROMISES = 1000
 PEER = next(system for system in OTHERS if system.name == "openvino-int8")
 TODAY = Path(fpabee.__file__).parents[1]
 CLUSTERED = "snips"

@@ -375,6 +375,22 @@ def test_a_quick_pass_runs_where_it_takes_less_time(
         assert len(engine.predict(TEXTS[:40])) == 40
 
 
+@pytest.mark.usefixtures("with_int8")
+def test_a_conversion_says_where_one_pass_is_faster_than_the_point_in_use(
+    convert_here: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def saved(self: Any, uncertified: Any, ways: Sequence[Passes], progress: Any) -> list[float]:
+        return [float(bool(way.quick)) for way in ways]
+
+    monkeypatch.setattr(Classification, "saved", saved)
+    monkeypatch.setattr(workflow, "_speed", lambda made: 1 + (not made.points[0].quick_target))
+    result = convert_here()
+    (said,) = [warning for warning in result.warnings if "one-pass" in warning]
+    assert "changed-10-one-pass is faster on this machine; it keeps the same promise" in said
+    (exact,) = result.targets
+    assert exact.points[0].quick_target, "measured times choose no certificate"
+
+
 NO_INT8 = "without int8, which usually makes a conversion faster: "
 
 
