@@ -23,6 +23,7 @@ from ..runtime.errors import InputError
 from ..runtime.files import Row, read_rows
 from ..runtime.files.rows import data_sha256
 from ..runtime.machine import hardware
+from ..runtime.rules.measures import Array
 from ..runtime.rules.rules import Budget, ExitRule
 from ..runtime.tasks import row_of, task_of
 from .choose import PARTS, Search
@@ -142,8 +143,7 @@ def calibrate(
         held = None
         if report is not None:
             held = Scorer(traced(report.rows, report.reference), metric)
-        (costs,) = measure_costs([engine], seen.lengths, options.batch_size, progress)
-        stopping_costs = StoppingCosts(seen, metric, costs.row_costs(seen.lengths))
+        stopping_costs = StoppingCosts(seen, metric, _costs(engine, options, seen, progress))
         search = Search(stopping_costs, settings_lists(seen, options.rules))
         maker = _PointMaker(engine, options, progress, search, held)
         points = tuple(maker.points(engine.core.encode([row.content for row in rows])))
@@ -179,6 +179,21 @@ def _to_report_on(options: CalibrationOptions, report: Report | None) -> Report 
         raise InputError("there are two sets of rows to report on", "give `report` or `test`")
     rows = list(read_rows(options.test, options.reading))
     return Report(rows, Path(options.test).name)
+
+
+def _costs(
+    engine: Engine, options: CalibrationOptions, rows: LabelledLogits, progress: Progress
+) -> Array:
+    """What it costs to stop a row at each exit, `[exits, rows]`: seconds, or else layers.
+
+    Nobody needs seconds where all goals are bounds, which costs do not choose, and where decisions
+    are compared with another classifier: such a conversion draws no curve.
+    """
+    if rows.reference is None or len(options.bounds) < len(options.goals):
+        (costs,) = measure_costs([engine], rows.lengths, options.batch_size, progress)
+        return costs.row_costs(rows.lengths)
+    layers = np.array(engine.core.exits.layers_ran, np.float64)
+    return np.broadcast_to(layers[:, None], rows.logits.shape[:2])
 
 
 def _metric(options: CalibrationOptions, metrics: Sequence[str]) -> str:

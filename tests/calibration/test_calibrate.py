@@ -44,7 +44,7 @@ from fpabee.runtime.rules.rules import ExitRule
 
 from ..bad_input.cases import contents, corrected
 from ..doubles.openvino import add_openvino
-from ..programs import invoke
+from ..programs import invoke, spy
 from .conftest import label_rows, write
 
 TARGET = "onnxruntime-fp32"
@@ -553,6 +553,30 @@ def test_a_point_that_promises_nothing_about_another_classifier_is_no_default(
     assert list(target.operating_points) == ["sure"]
     assert target.default_operating_point == result.default == "sure"
     assert not any("is now never" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("goal", "has_reference", "measures"),
+    [
+        (Bound(changed_answers=0.4), True, False),
+        (Bound(changed_answers=0.4), False, True),  # its report draws a curve
+        (Goal(max_drop=1.0), True, True),
+    ],
+)
+def test_segments_are_timed_only_where_costs_choose_or_are_drawn(
+    goal: Goal | Bound,
+    has_reference: bool,
+    measures: bool,
+    folder: Path,
+    rows: list[Row],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = import_module("fpabee.calibration.calibrate")
+    timed = spy(monkeypatch, module, "measure_costs")
+    options = CalibrationOptions({"sure": goal}, "sure", metric="agreement", threads=1)
+    reference = logits_at_full_depth(folder, rows) if has_reference else None
+    calibrate(folder, rows, options, reference=reference)
+    assert timed.called == measures
 
 
 def test_rows_that_cannot_be_calibrated_or_reported_on_are_refused(
