@@ -23,8 +23,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from fpabee.runtime import Engine
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.serving import Scheduler
+from fpabee.runtime.serving.connections import listen
 from fpabee.runtime.serving.metrics import Metrics
-from fpabee.runtime.serving.server import ServerLimits, Service, listen, serve
+from fpabee.runtime.serving.server import ServerLimits, Service, serve
 
 from ...doubles.calls import before
 from ..running import until
