@@ -7,6 +7,7 @@ import logging
 import math
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeAlias
 
@@ -25,6 +26,8 @@ _MOST_CHUNKS = 4096
 _OTHER_FILES = 64
 # How often the server looks whether a client that sends no more still waits for its answer.
 _PROBE_SECONDS = 0.5
+# Most bytes that are read and thrown away after the answer, for a client that reads it later.
+_MOST_UNREAD = 2**28
 
 _Event: TypeAlias = h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]
 
@@ -105,7 +108,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Parser(h11.Connection):
-    """Refuses bodies in very many chunks, each of which takes time in the thread of all clients.
+    """Limits a request, and lets an answer that comes before its end be the last one.
+
+    Bodies in very many chunks are refused: each takes time in the thread of all clients.
 
     Attributes:
         broken: what is wrong with the request, if it is not HTTP or has too many chunks.
@@ -123,6 +128,22 @@ class _Parser(h11.Connection):
         except h11.RemoteProtocolError as error:
             self.broken = str(error)
             raise
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether the client may still send of the request that is in work, or sends nonsense."""
+        return self.their_state in (h11.SEND_BODY, h11.ERROR)
+
+    def send(self, event: h11.Event) -> Any:
+        """The bytes of a part of an answer."""
+        if isinstance(event, h11.Response) and self.is_unread:
+            others = [(name, value) for name, value in event.headers if name != b"connection"]
+            event = h11.Response(
+                status_code=event.status_code,
+                headers=[*others, (b"connection", b"close")],
+                reason=event.reason,
+            )
+        return super().send(event)
 
     def _checked(self, event: _Event) -> _Event:
         if isinstance(event, h11.Request):
@@ -155,6 +176,33 @@ class _Flow(FlowControl):
             super().resume_reading()
 
 
+class _Transport:
+    """A transport that the protocol closes by a function of its own.
+
+    Args:
+        transport: the connection.
+        close: called once, to close it.
+    """
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        self._transport = transport
+        self._close = close
+        self._closes = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        """Whether it is closed, or will be."""
+        return self._closes or self._transport.is_closing()
+
+    def close(self) -> None:
+        """Close it, unless that has begun."""
+        if not self.is_closing():
+            self._closes = True
+            self._close()
+
+
 def connections(seconds: float) -> type[H11Protocol]:
     """Connections that limit what a client may do, for which uvicorn has no settings."""
 
@@ -162,7 +210,9 @@ def connections(seconds: float) -> type[H11Protocol]:
         conn: _Parser
 
         def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
+            super().connection_made(_Transport(transport, self._close))  # type: ignore[arg-type]
+            self._opened = transport
+            self._discarded = 0
             self.conn = _Parser()
             self.flow = _Flow(transport, self.conn)
             self._timer = self.loop.call_later(seconds, self._check, None)
@@ -173,6 +223,30 @@ def connections(seconds: float) -> type[H11Protocol]:
             if self._probe is not None:
                 self._probe.cancel()
             super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            """Use what a client sends, or throw it away after the answer."""
+            if not self.transport.is_closing():
+                super().data_received(data)
+                return
+            self._discarded += len(data)
+            if self._discarded > _MOST_UNREAD:
+                self.transport.abort()
+
+        def _close(self) -> None:
+            """Close in two steps while the client may still send, so that it can read its answer.
+
+            If a connection is closed before all is read that has come, the system resets it, and
+            drops what its client has not read. So the client sees the end of the answer first, and
+            what it sends is thrown away until it closes as well. RFC 9112, 9.6.
+            """
+            if self._probe is None and self.conn.is_unread:
+                self._opened.write_eof()
+                self._opened.resume_reading()
+                self._timer.cancel()
+                self._timer = self.loop.call_later(seconds, self._opened.abort)
+            else:
+                self._opened.close()
 
         def eof_received(self) -> bool:  # type: ignore[override]
             """Keep the connection if its client only sends no more, and waits for an answer.
@@ -214,7 +288,7 @@ def connections(seconds: float) -> type[H11Protocol]:
             if self.cycle is not None:
                 self.cycle.disconnected = True  # so that the application answers nothing
             wrong = f"the server cannot read the request: {self.conn.broken}"
-            response = error_response(400, wrong, "InvalidRequest", {"Connection": "close"})
+            response = error_response(400, wrong, "InvalidRequest")
             headers = [*self.server_state.default_headers, *response.raw_headers]
             head = h11.Response(status_code=400, headers=headers, reason=STATUS_PHRASES[400])
             is_to_head = self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD"

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import socket
+import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ STATUSES = {
 
 _STOPPING = "the server is stopping"
 _CLIENT_LEFT = 499
+# How long a server that stops waits for clients to read their last answers.
+_LAST_SECONDS = 1.0
 _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
 _PAGE_POLICY += "connect-src 'self'; frame-ancestors 'none'"
 
@@ -93,7 +96,24 @@ def serve(app: ASGIApp, listener: socket.socket, limits: ServerLimits) -> None:
         server_header=False,
         timeout_graceful_shutdown=math.ceil(limits.stop_seconds),
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    _Server(config).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Stops without a reset of the connections whose clients are refused just then."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop, and give clients that still send a moment to read why they are refused."""
+        await super().shutdown(sockets)
+        for task in self.server_state.tasks:
+            task.cancel()
+        opened = self.server_state.connections
+        ends = time.monotonic() + _LAST_SECONDS
+        while opened and time.monotonic() < ends:
+            await asyncio.sleep(_LAST_SECONDS / 20)
+        for connection in opened:
+            connection.transport.abort()
+        await asyncio.sleep(0)  # in which the connections are closed
 
 
 @dataclass(eq=False)
@@ -210,7 +230,7 @@ class Service:
             body = await asyncio.wait_for(self._body(request), self.limits.body_seconds)
             asked = formats.request(body, usual)
         except asyncio.TimeoutError:
-            raise HTTPException(408, STATUSES[408], {"Connection": "close"}) from None
+            raise HTTPException(408, STATUSES[408]) from None
         except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
             wrong = f"the body is not what /openapi.json describes: {error}"
             raise HTTPException(400, wrong) from None
