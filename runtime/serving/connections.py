@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit, urlunsplit
 
 import h11
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
@@ -108,7 +109,9 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Parser(h11.Connection):
-    """Limits a request, and lets an answer that comes before its end be the last one.
+    """Reads requests for any form of an address, and limits them.
+
+    An answer that comes before the end of its request is the last one.
 
     Bodies in very many chunks are refused: each takes time in the thread of all clients.
 
@@ -148,11 +151,29 @@ class _Parser(h11.Connection):
     def _checked(self, event: _Event) -> _Event:
         if isinstance(event, h11.Request):
             self._chunks = 0
-        elif isinstance(event, h11.Data):
+            return _in_origin_form(event)
+        if isinstance(event, h11.Data):
             self._chunks += event.chunk_start
             if self._chunks > _MOST_CHUNKS:
                 raise h11.RemoteProtocolError(f"the body has more than {_MOST_CHUNKS} chunks")
         return event
+
+
+def _in_origin_form(request: h11.Request) -> h11.Request:
+    """A request for `http://host/path` as one for `/path` at this host. RFC 9112, 3.2.2."""
+    try:
+        address = urlsplit(request.target.decode("ascii"))
+    except ValueError:  # there is no such path, either
+        return request
+    if address.scheme not in ("http", "https"):
+        return request
+    others = [(name, value) for name, value in request.headers if name != b"host"]
+    return h11.Request(
+        method=request.method,
+        headers=[(b"host", address.netloc.encode()), *others],
+        target=urlunsplit(("", "", address.path or "/", address.query, "")).encode(),
+        http_version=request.http_version,
+    )
 
 
 class _Flow(FlowControl):
