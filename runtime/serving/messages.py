@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import msgspec
+from starlette.responses import Response
 
 from ..encoding import EncodedRow
 from ..engine import Engine
+from ..errors import in_one_line
 
 if TYPE_CHECKING:
     from .scheduler import Scheduler
 
+JSON = msgspec.json.Encoder()
 Check: TypeAlias = Callable[[Sequence[EncodedRow]], object]
 
 
@@ -130,6 +133,21 @@ class Failure(msgspec.Struct):
 
     error: str
     error_type: str
+
+
+def error_response(
+    status: int, message: str, kind: str, headers: Mapping[str, str] | None = None
+) -> Response:
+    """The response to a request that is refused or has failed.
+
+    Args:
+        status: of HTTP.
+        message: says why.
+        kind: the kind of error.
+        headers: more headers.
+    """
+    content = JSON.encode(Failure(in_one_line(message), kind))
+    return Response(content, status, headers, media_type="application/json")
 
 
 def openapi(version: str, formats: Formats, statuses: Mapping[int, str]) -> dict[str, Any]:

@@ -6,16 +6,14 @@ import asyncio
 import logging
 import math
 import socket
-import sys
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
-from typing import Any, TypeAlias
+from typing import Any
 
-import h11
-import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,16 +21,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
-from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from ... import __version__
 from ..encoding import EncodedRow
 from ..engine import Engine
-from ..errors import FpabeeError, InputError, OverloadedError, RuleError, in_one_line
+from ..errors import FpabeeError, InputError, OverloadedError, RuleError
 from .allowed_hosts import ANY_HOST, HEALTH, HostCheck
 from .classify import CLASSIFICATION
-from .messages import Asked, Failure, Formats, openapi
+from .connections import connections
+from .messages import JSON, Asked, Formats, error_response, openapi
 from .metrics import Metrics
 from .rerank import RANKING
 from .scheduler import Scheduler
@@ -56,17 +54,11 @@ STATUSES = {
 
 _STOPPING = "the server is stopping"
 _CLIENT_LEFT = 499
-# Clients that send a body as they make it need fewer than ten for each of 256 texts.
-_MOST_CHUNKS = 4096
-# Descriptors that connections leave to the rest of the process.
-_OTHER_FILES = 64
-# How often the server looks whether a client that sends no more still waits for its answer.
-_PROBE_SECONDS = 0.5
-_JSON = msgspec.json.Encoder()
+# How long a server that stops waits for clients to read their last answers.
+_LAST_SECONDS = 1.0
 _PAGE_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
 _PAGE_POLICY += "connect-src 'self'; frame-ancestors 'none'"
 
-_Event: TypeAlias = h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]
 _Respond = Callable[[Request], Awaitable[Response]]
 
 
@@ -92,226 +84,36 @@ class ServerLimits:
     stop_seconds: float = 30.0
 
 
-def _most_files() -> float:
-    """How many files the process may have open: their numbers are below this."""
-    if sys.platform == "win32":
-        return math.inf
-    import resource
-
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-
-
-def raise_file_limit() -> None:
-    """Let this process open as many files as the system allows: each connection is one.
-
-    The usual limit, 1024 or 256, is for programs that still call `select`.
-    """
-    if sys.platform == "win32":
-        return
-    import resource
-
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # macOS may have no limit, but allows less than that
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-class _Listener(socket.socket):
-    """Closes connections for which the process has too few file descriptors.
-
-    Otherwise asyncio would fail to accept them, and log each of its many tries.
-    """
-
-    _refuses = False
-
-    def accept(self) -> tuple[socket.socket, Any]:
-        """Accept a connection.
-
-        Raises:
-            ConnectionAbortedError: it was closed, which asyncio takes for what the client did.
-        """
-        connection, address = super().accept()
-        refused = connection.fileno() >= _most_files() - _OTHER_FILES
-        if refused and not self._refuses:
-            logger.warning("connections are refused: too many are open; raise `ulimit -n`")
-        self._refuses = refused
-        if refused:
-            connection.close()
-            raise ConnectionAbortedError
-        return connection, address
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Open a port.
-
-    Raises:
-        InputError: the host is empty, which would mean all addresses of this machine.
-        FpabeeError: the port is in use, or the host is not an address of this machine.
-    """
-    if not host:
-        raise InputError(
-            "the host is empty", "give an address as `host`; 0.0.0.0 stands for all of them"
-        )
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        opened = socket.create_server((host, port), family=family, backlog=2048)
-        listener = _Listener(fileno=opened.detach())
-        # Connections inherit this. Otherwise clients that delay acknowledgements, as on Linux, wait
-        # 40 ms for the second packet of an answer; asyncio sets it only where it opens the port.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return listener
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FpabeeError(
-            f"cannot listen on {host} port {port}: {reason}",
-            "choose another `port` or `host`",
-        ) from error
-
-
 def serve(app: ASGIApp, listener: socket.socket, limits: ServerLimits) -> None:
     """Serve until SIGTERM or SIGINT; then answer the requests that have begun."""
     config = uvicorn.Config(
         app,
         loop="asyncio",  # uvloop accepts connections without asking `_Listener`
-        http=_connections(limits.body_seconds),
+        http=connections(limits.body_seconds),
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=math.ceil(limits.stop_seconds),
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    _Server(config).run(sockets=[listener])
 
 
-class _Parser(h11.Connection):
-    """Refuses bodies in very many chunks, each of which takes time in the thread of all clients.
+class _Server(uvicorn.Server):
+    """Stops without a reset of the connections whose clients are refused just then."""
 
-    Attributes:
-        broken: what is wrong with the request, if it is not HTTP or has too many chunks.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(h11.SERVER)
-        self.broken = ""
-        self._chunks = 0
-
-    def next_event(self) -> _Event:
-        """The next part of a request."""
-        try:
-            return self._checked(super().next_event())
-        except h11.RemoteProtocolError as error:
-            self.broken = str(error)
-            raise
-
-    def _checked(self, event: _Event) -> _Event:
-        if isinstance(event, h11.Request):
-            self._chunks = 0
-        elif isinstance(event, h11.Data):
-            self._chunks += event.chunk_start
-            if self._chunks > _MOST_CHUNKS:
-                raise h11.RemoteProtocolError(f"the body has more than {_MOST_CHUNKS} chunks")
-        return event
-
-
-class _Flow(FlowControl):
-    """Waits with reading while a client has sent many requests beyond the one that is in work.
-
-    uvicorn reads on whenever the application waits for its client to leave, and keeps what comes.
-
-    Args:
-        transport: the connection.
-        parser: has what was read and is not used yet.
-    """
-
-    def __init__(self, transport: asyncio.Transport, parser: h11.Connection) -> None:
-        super().__init__(transport)
-        self._parser = parser
-
-    def resume_reading(self) -> None:
-        """Read on, unless too much is unused."""
-        unused, _ = self._parser.trailing_data
-        if len(unused) <= HIGH_WATER_LIMIT:
-            super().resume_reading()
-
-
-def _connections(seconds: float) -> type[H11Protocol]:
-    """Connections that limit what a client may do, for which uvicorn has no settings."""
-
-    class Connection(H11Protocol):
-        conn: _Parser
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.conn = _Parser()
-            self.flow = _Flow(transport, self.conn)
-            self._timer = self.loop.call_later(seconds, self._check, None)
-            self._probe: asyncio.TimerHandle | None = None
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._timer.cancel()
-            if self._probe is not None:
-                self._probe.cancel()
-            super().connection_lost(exc)
-
-        def eof_received(self) -> bool:  # type: ignore[override]
-            """Keep the connection if its client only sends no more, and waits for an answer.
-
-            A client that has left looks the same, until it is sent something.
-            """
-            if self._probe is None and self._owes_answer():
-                is_new = self.conn.their_http_version != b"1.0"  # older clients know no status 100
-                if is_new and self.conn.our_state is h11.SEND_RESPONSE:
-                    go_on = h11.InformationalResponse(
-                        status_code=100, headers=[], reason=b"Continue"
-                    )
-                    self.transport.write(self.conn.send(go_on))
-                self._look_for_client()
-            return self._owes_answer()
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            if self._probe is not None and not self._owes_answer():
-                self.transport.close()
-
-        def _owes_answer(self) -> bool:
-            cycle = self.cycle
-            return cycle is not None and not (cycle.response_complete or cycle.more_body)
-
-        def _look_for_client(self) -> None:
-            """Cut off a client that has left, and look again later if it has not."""
-            connection = self.transport.get_extra_info("socket")
-            if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                self.transport.abort()
-            else:
-                self._probe = self.loop.call_later(_PROBE_SECONDS, self._look_for_client)
-
-        def send_400_response(self, msg: str) -> None:
-            """Answer a broken request, unless its head was fine and it has been answered."""
-            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-                self.transport.abort()
-                return
-            if self.cycle is not None:
-                self.cycle.disconnected = True  # so that the application answers nothing
-            wrong = f"the server cannot read the request: {self.conn.broken}"
-            response = _error(400, wrong, "InvalidRequest", {"Connection": "close"})
-            headers = [*self.server_state.default_headers, *response.raw_headers]
-            head = h11.Response(status_code=400, headers=headers, reason=STATUS_PHRASES[400])
-            is_to_head = self.conn.our_state is h11.SEND_RESPONSE and self.scope["method"] == "HEAD"
-            body = h11.Data(data=b"" if is_to_head else bytes(response.body))
-            for event in (head, body, h11.EndOfMessage()):
-                self.transport.write(self.conn.send(event))
-            self.transport.close()
-
-        def _check(self, before: Any) -> None:
-            """Cut off a client that the server has waited for since the last check."""
-            unsent = self.transport.get_write_buffer_size() > 0
-            is_up_to_client = self.cycle is None or self.cycle.response_complete or unsent
-            if is_up_to_client and self.cycle is before:
-                self.transport.abort()
-            else:
-                now = self.cycle if is_up_to_client else self
-                self._timer = self.loop.call_later(seconds, self._check, now)
-
-    return Connection
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop, and give clients that still send a moment to read why they are refused."""
+        await super().shutdown(sockets)
+        for task in self.server_state.tasks:
+            task.cancel()
+        opened = self.server_state.connections
+        ends = time.monotonic() + _LAST_SECONDS
+        while opened and time.monotonic() < ends:
+            await asyncio.sleep(_LAST_SECONDS / 20)
+        for connection in opened:
+            connection.transport.abort()
+        await asyncio.sleep(0)  # in which the connections are closed
 
 
 @dataclass(eq=False)
@@ -379,7 +181,7 @@ class Service:
             ),
         )
         hint = "add it to `allowed_hosts`, or let the proxy send an address"
-        refusal = _error(421, f"{STATUSES[421]} -> {hint}", "InvalidRequest")
+        refusal = error_response(421, f"{STATUSES[421]} -> {hint}", "InvalidRequest")
         self.app = HostCheck(app, self.hosts, refusal)
         self._addresses = ", ".join([*formats.paths, *(page.path for page in pages)])
         self._arriving = 0  # bytes of the bodies that have not arrived completely
@@ -428,7 +230,7 @@ class Service:
             body = await asyncio.wait_for(self._body(request), self.limits.body_seconds)
             asked = formats.request(body, usual)
         except asyncio.TimeoutError:
-            raise HTTPException(408, STATUSES[408], {"Connection": "close"}) from None
+            raise HTTPException(408, STATUSES[408]) from None
         except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
             wrong = f"the body is not what /openapi.json describes: {error}"
             raise HTTPException(400, wrong) from None
@@ -510,9 +312,9 @@ class Service:
                 # Starlette names them in the order of a set.
                 allowed = " or ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
                 wrong = f"{path} does not take the method {request.method} -> use {allowed}"
-            return _error(error.status_code, wrong, "InvalidRequest", error.headers)
+            return error_response(error.status_code, wrong, "InvalidRequest", error.headers)
         if not isinstance(error, FpabeeError):
-            return _error(500, STATUSES[500], FpabeeError.__name__)
+            return error_response(500, STATUSES[500], FpabeeError.__name__)
         headers = None
         if isinstance(error, OverloadedError):
             status = 429
@@ -524,7 +326,7 @@ class Service:
         else:
             status = 503 if self.engine.core.backend.failed else 500
             logger.error("%s", error, exc_info=error)
-        return _error(status, str(error), type(error).__name__, headers)
+        return error_response(status, str(error), type(error).__name__, headers)
 
 
 def _stoppable(respond: _Respond) -> _Respond:
@@ -540,11 +342,4 @@ def _stoppable(respond: _Respond) -> _Respond:
 
 
 def _json(content: Any) -> Response:
-    return Response(_JSON.encode(content), media_type="application/json")
-
-
-def _error(
-    status: int, message: str, kind: str, headers: Mapping[str, str] | None = None
-) -> Response:
-    content = _JSON.encode(Failure(in_one_line(message), kind))
-    return Response(content, status, headers, media_type="application/json")
+    return Response(JSON.encode(content), media_type="application/json")

@@ -74,9 +74,10 @@ def main(
 ) -> None:
     """Serve ENGINES over HTTP until SIGTERM or Ctrl-C. There is no authentication."""
     require("serve")
+    from ..runtime.serving.connections import listen, raise_file_limit
     from ..runtime.serving.metrics import Metrics
     from ..runtime.serving.scheduler import Scheduler
-    from ..runtime.serving.server import ServerLimits, Service, listen, raise_file_limit, serve
+    from ..runtime.serving.server import ServerLimits, Service, serve
 
     raise_file_limit()
     limits = ServerLimits(max_texts=min(ServerLimits.max_texts, max_rows))

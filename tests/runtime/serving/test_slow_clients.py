@@ -23,8 +23,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from fpabee.runtime import Engine
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.serving import Scheduler
+from fpabee.runtime.serving.allowed_hosts import ANY_HOST
+from fpabee.runtime.serving.connections import listen
 from fpabee.runtime.serving.metrics import Metrics
-from fpabee.runtime.serving.server import ServerLimits, Service, listen, serve
+from fpabee.runtime.serving.server import ServerLimits, Service, serve
 
 from ...doubles.calls import before
 from ..running import until
@@ -56,11 +58,13 @@ def serving(
     before(monkeypatch, uvicorn.Server, "__init__", lambda server, _: made.append(server))
 
     @contextmanager
-    def serving(limits: ServerLimits = LIMITS) -> Iterator[Running]:
+    def serving(
+        limits: ServerLimits = LIMITS, hosts: Sequence[str] = (ANY_HOST,)
+    ) -> Iterator[Running]:
         metrics = Metrics(engine)
         with Scheduler(engine, 100_000, metrics) as scheduler, listen("127.0.0.1", 0) as listener:
             port = listener.getsockname()[1]
-            app = Service(engine, scheduler, metrics, limits, "tiny").app
+            app = Service(engine, scheduler, metrics, limits, "tiny", hosts).app
             thread = threading.Thread(target=serve, args=[app, listener, limits])
             thread.start()
             try:
