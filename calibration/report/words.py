@@ -118,7 +118,7 @@ def tested_in_words(certificate: Certificate, units: int, what: str) -> str:
     tested = f"tested on {rows} of {units:,} {what}"
     # A promise about a label is tested on those of them that it is about.
     if all(each.label is None and each.rows < units for each in promises):
-        tested += " (the others would allow no further change)"  # see `useful_rows`
+        tested += " (all of them would allow no more changes)"  # see `useful_rows`
     return tested
 
 

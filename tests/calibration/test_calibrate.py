@@ -232,7 +232,7 @@ def test_a_goal_makes_one_point(
     tested = " and ".join(str(each.rows) for each in point.certificate.promises)
     assert promise.startswith(f"on new texts {words}, tested on {tested} of 120 texts")
     is_about_all = all(each.label is None for each in point.certificate.promises)
-    why = f"tested on {tested} of 120 texts (the others would allow no further change); "
+    why = f"tested on {tested} of 120 texts (all of them would allow no more changes); "
     assert (why in promise) == (is_about_all and first.rows < 120)
     rule = ExitRule.from_dict(point.rule)
     assert isinstance(rule, Confidence)

@@ -155,7 +155,7 @@ def test_names_may_hold_anything_and_guarantees_and_warnings_are_said(
     page = report(result, tmp_path)
     assert name in page.text
     assert "a drop of at most 30 points, with 95 % confidence" in page.text
-    assert "tested on 149 of 150 texts (the others would allow no further change); " in page.text
+    assert "tested on 149 of 150 texts (all of them would allow no more changes); " in page.text
     assert "Warning : the rows are odd." in page.text
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "a"})
     without_pictures = re.sub(r'src="data:[^"]*"', "", page.source)

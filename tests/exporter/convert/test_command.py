@@ -218,7 +218,7 @@ def test_the_summary_of_a_ranking_counts_the_queries_that_changed(
         "3.02 in batches of whole queries, 4.51 in batches of 8 and 3.17 in batches of 32",
         "ms for 100",
         "at most 5 % of new queries have another top 10, with 95 % confidence",
-        "tested on 528 of 540 queries (the others would allow no further change); of those",
+        "tested on 528 of 540 queries (all of them would allow no more changes); of those",
         "3 of 60 have one (at this confidence 1.04 to 13.92 %)",
         "openvino-int8 changed-5: No guarantee",
         "full depth changes 31 of 540 queries",
