@@ -25,7 +25,9 @@ class Prediction:
             `full_depth`, have the numbers of `Manifest.exits`.
         layer: after how many encoder layers of its pass that exit stands. At the end of an exact
             pass, all layers of the quick pass have run as well.
-        probabilities: probabilities of all labels, in the order of `Engine.labels`.
+        probabilities: probabilities of all labels, in the order of `Engine.labels`. Those of a
+            single-label model add up to 1; each of a multi-label model stands for itself. Rerankers
+            have no labels and give no `Prediction`: a document has a score, `Ranked.score`.
         logits: the logits of that exit, in the same order, from which the probabilities come.
         truncated: whether the text had more tokens than the model takes.
         deadline_limited: whether the deadline stopped the row before its rule did.

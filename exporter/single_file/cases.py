@@ -22,6 +22,8 @@ _Cases = TypeVar("_Cases", bound="Cases")
 
 # Batches of which one is kept, see `Cases.batches_to_keep`.
 _DRAWS = 200
+# Stands for the exit of a text that rounding decides.
+_UNSURE = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +58,29 @@ class Cases:
             batch=len(numbers),
         )
 
-    def batches_to_keep(self, count: int) -> Iterator[NDArray[np.intp]]:
-        """Some batches of texts, if possible of different lengths, as `take` wants them.
+    def batches_to_keep(
+        self, count: int, rule: ExitRule, tolerance: Tolerance
+    ) -> Iterator[NDArray[np.intp]]:
+        """Some batches of texts that stop at as many different exits as there are.
 
         Args:
             count: how many texts are in a batch.
+            rule: decides where they stop.
+            tolerance: by which their logits may move; texts that may then stop elsewhere come last.
+
+        Yields:
+            The numbers of `rows`, as `take` wants them.
         """
         generator = np.random.default_rng(0)
-        lengths = np.array([len(row) for row in self.rows])
+        exits = np.where(self.near_ties(rule, tolerance), _UNSURE, self.exits(rule))
         for _ in range(_DRAWS):
-            numbers = generator.permutation(len(lengths))[:count]
-            if len({*lengths[numbers]}) > 1 or len({*lengths}) == 1:
-                yield numbers
+            order = generator.permutation(len(self.rows))
+            # The first text of each exit, then the second one of each, and so on.
+            turns = np.zeros(len(order), np.int64)
+            for exit in np.unique(exits):
+                own = exits[order] == exit
+                turns[own] = np.arange(own.sum())
+            yield order[np.lexsort([turns, exits[order] == _UNSURE])][:count]
 
     @property
     def task(self) -> Task:
@@ -112,10 +125,13 @@ class QueryCases(Cases):
         """See `Cases`."""
         return replace(super().take(numbers), queries=self.queries[numbers])
 
-    def batches_to_keep(self, count: int) -> Iterator[NDArray[np.intp]]:
-        """See `Cases`: documents of one query."""
-        for query in np.unique(self.queries):
-            yield np.flatnonzero(self.queries == query)[:count]
+    def batches_to_keep(
+        self, count: int, rule: ExitRule, tolerance: Tolerance
+    ) -> Iterator[NDArray[np.intp]]:
+        """See `Cases`: documents of one query, any of them, as they decide together who leaves."""
+        generator = np.random.default_rng(0)
+        for query in generator.choice(self.queries, _DRAWS):
+            yield generator.permutation(np.flatnonzero(self.queries == query))[:count]
 
     @property
     def tied_together(self) -> int:

@@ -145,7 +145,7 @@ def texts_to_keep(model: ir.Model, rule: ExitRule, cases: Cases, precision: str)
         model: the graph.
         rule: the rule.
         cases: what the graph was checked on. Texts whose exit depends on rounding are avoided, and
-            then the batch with the most different exits is taken, because it shows most.
+            then the batch with the most different exits and lengths is taken, as it shows most.
         precision: of the graph.
 
     Returns:
@@ -153,11 +153,14 @@ def texts_to_keep(model: ir.Model, rule: ExitRule, cases: Cases, precision: str)
         differ, in types that JSON has.
     """
 
-    def preference(batch: Cases) -> tuple[int, int]:
+    def preference(batch: Cases) -> tuple[int, int, int]:
         ties = batch.near_ties(rule, _ROUNDING * logit_sizes(batch.expected))
-        return int(ties.sum()), -len({*batch.exits(rule).tolist()})
+        lengths = {len(row) for row in batch.rows}
+        return int(ties.sum()), -len({*batch.exits(rule).tolist()}), -len(lengths)
 
-    batch = min(map(cases.take, cases.batches_to_keep(_KEPT)), key=preference)
+    tolerance = _ROUNDING * logit_sizes(cases.expected)
+    batches = cases.batches_to_keep(_KEPT, rule, tolerance)
+    batch = min(map(cases.take, batches), key=preference)
     (arrays,) = _inputs(batch)
     exits = batch.exits(rule)
     logits = batch.answers(exits)

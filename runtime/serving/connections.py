@@ -262,7 +262,8 @@ def connections(seconds: float) -> type[H11Protocol]:
             what it sends is thrown away until it closes as well. RFC 9112, 9.6.
             """
             if self._probe is None and self.conn.is_unread:
-                self._opened.write_eof()
+                with suppress(OSError):  # the client has just left, which is noticed anyway
+                    self._opened.write_eof()
                 self._opened.resume_reading()
                 self._timer.cancel()
                 self._timer = self.loop.call_later(seconds, self._opened.abort)

@@ -15,6 +15,7 @@ import pytest
 from fpabee.calibration.progress import Progress
 from fpabee.commands import export as command
 from fpabee.commands.export import main
+from fpabee.commands.run import main as run_command
 from fpabee.exporter.targets import BuildResult, backends, builders
 from fpabee.runtime import BackendError, CheckError, FpabeeError
 from fpabee.runtime.artifact.folder import EnginesFolder, read_manifest
@@ -22,6 +23,7 @@ from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.encoding import Text
 
 from ..bad_input.cases import change_config, change_json
+from ..conftest import make_model
 from ..programs import hide, invoke, printed
 
 FP32 = "onnxruntime-fp32"
@@ -46,6 +48,21 @@ def test_success_says_what_was_made_and_how_to_go_on(bert: Path, tmp_path: Path)
     assert re.fullmatch(r"added onnxruntime-fp32: verified on \d+ texts", verified)
     assert after == f"next: fpabee-calibrate {folder} --data DATA"
     assert "check" in result.stderr, "progress goes to stderr"
+
+
+def test_a_reranker_is_not_calibrated_but_runs(tmp_path: Path) -> None:
+    """The next step that is shown works."""
+    folder = tmp_path / "engines"
+    model = make_model("bert", tmp_path / "model", ranks=True)
+    result = run(model, "-o", folder)
+    assert result.exit_code == 0, result.output
+    queries = tmp_path / "queries.jsonl"
+    queries.write_text('{"query": "rain", "documents": ["a film", "the sun", "music"]}\n')
+    after = result.stdout.splitlines()[-1]
+    assert after == f"next: fpabee-run {folder} QUERIES"
+    ranked = tmp_path / "ranked.jsonl"
+    printed(run_command, folder, queries, "-o", ranked)
+    assert len(ranked.read_text().splitlines()) == 1
 
 
 def test_quiet_json_is_one_object(bert: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import rich_click as click
 
+from ..calibration.scoring import METRICS
 from ..exporter.targets.backends import RTX, TENSORRT
 from ..exporter.targets.build import BuildResult, build_targets
 from ..exporter.targets.builders import BUILDERS, builder_of
@@ -111,6 +112,8 @@ def next_steps(
 ) -> list[str]:
     """The commands that come next: calibrate what has no operating points, or else run.
 
+    Rerankers run, because only a conversion certifies their operating points.
+
     Args:
         folder: the engines folder.
         result: what was built into it.
@@ -118,6 +121,8 @@ def next_steps(
         texts: a file of texts; None: none was given, so what to give is in capitals.
     """
     manifest = result.manifest
+    if manifest.task.problem_type not in METRICS:
+        return [f"fpabee-run {shlex.quote(str(folder))} QUERIES"]
     calibrate = f"fpabee-calibrate {shlex.quote(str(folder))} --data DATA"
     lacking = [name for name, target in manifest.targets.items() if not target.operating_points]
     here = [

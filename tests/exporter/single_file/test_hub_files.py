@@ -41,7 +41,7 @@ METADATA = {
 
 
 def examples_of(packed: Path) -> list[str]:
-    """The Python in the card of a packed folder: an example, and the check."""
+    """The Python in the card of a packed folder: an example, the check, and that for OpenVINO."""
     card = (packed / "README.md").read_text(encoding="utf-8")
     return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
 
@@ -98,7 +98,7 @@ def test_the_python_of_the_card_runs_what_is_on_the_hub(
 ) -> None:
     packed = pack(folder, tmp_path / "packed", for_transformers_js=for_transformers_js)
     hub.add("OWNER/NAME", tmp_path / "packed")
-    code, check = examples_of(tmp_path / "packed")
+    code, check, _ = examples_of(tmp_path / "packed")
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     labels = "|".join(read_manifest(folder).task.labels)
     answer = python(code, env=environment).stdout
@@ -124,7 +124,7 @@ def test_texts_that_check_a_file_need_padding_and_notice_another_answer(
     logits, exits = session.run(None, kept["inputs"])
     assert np.abs(logits - kept["logits"]).max() < 1e-5
     assert exits.tolist() == kept["exits"]
-    _, check = examples_of(tmp_path / "packed")
+    _, check, _ = examples_of(tmp_path / "packed")
     check = check.replace('snapshot_download("OWNER/NAME")', repr(str(tmp_path / "packed")))
     content["reference"]["inputs"] = {k: v.tolist() for k, v in kept["inputs"].items()}
     for change, says in ((0.0, "right here"), (0.1, "WRONG HERE")):
@@ -161,7 +161,7 @@ def test_the_example_gives_all_labels_above_their_thresholds(
     )
     EnginesFolder.read(folder).with_manifest(task=task).write()
     pack(folder, tmp_path / "one", FP32)
-    example, _ = examples_of(tmp_path / "one")
+    example, *_ = examples_of(tmp_path / "one")
     assert "np.flatnonzero(probabilities > [0.0, 0.0, 1.0, 1.0])" in example
     place = f"Path({str(tmp_path / 'one')!r})"
     example = example.replace('Path(snapshot_download("OWNER/NAME"))', place)

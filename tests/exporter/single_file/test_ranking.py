@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -100,12 +101,21 @@ def test_the_card_is_about_rankings_and_its_example_runs(
     assert "classifier" not in card
     assert f"set of the best {TOP} documents" in card
     assert "Layers per document: " in card
-    example, check = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    example, check, in_openvino = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda _: str(consumer.folder))
     exec(compile(example, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) == 3
-    exec(compile(check, "README.md", "exec"), {})
+    names: dict[str, Any] = {}
+    exec(compile(check, "README.md", "exec"), names)
     assert capsys.readouterr().out.startswith("right here")
+    kept = names["texts"]
+    assert min(kept["exits"]) < max(kept["exits"]), "some leave and some stay"
+    pytest.importorskip("openvino")
+    exec(compile(in_openvino, "README.md", "exec"), names)
+    assert names["compiled"].get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
+    answers = names["compiled"]({name: np.array(ids) for name, ids in kept["inputs"].items()})
+    assert answers["exit"].tolist() == kept["exits"]
+    assert np.abs(answers["logits"] - kept["logits"]).max() <= kept["tolerance"]
 
 
 def test_the_card_does_not_count_layers_that_scores_saved(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import socket
@@ -9,11 +10,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from asyncio.selector_events import _SelectorSocketTransport  # type: ignore[attr-defined]
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -136,6 +139,18 @@ def test_a_client_that_never_stops_is_cut_off(
             assert LIMITS.body_seconds / 2 < time.monotonic() - began < WAIT / 2
         else:
             assert sent > 2**23
+        until(lambda: not server.server_state.connections)
+
+
+def test_a_client_that_leaves_before_the_end_of_its_answer(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system then refuses to end the connection in steps."""
+    with serving(PATIENT) as (port, server, _), monkeypatch.context() as patch:
+        failing = Mock(side_effect=OSError(errno.ENOTCONN, "not connected"))
+        patch.setattr(_SelectorSocketTransport, "write_eof", failing)
+        with connected(port, HEAD + LENGTH):
+            until(lambda: failing.called)
         until(lambda: not server.server_state.connections)
 
 
