@@ -53,7 +53,7 @@ from ..targets.builders import (
     check_enough_texts,
 )
 from ..targets.check import FP32_TARGET
-from ..targets.default import fastest_exact, fastest_with_exits
+from ..targets.default import LEAST_GAIN, fastest_exact, fastest_with_exits
 from ..tokenizer import load_tokenizer, pad_id, row_limit
 from ..training.examples import encoded_rows, special_tokens
 from ..unfinished import unfinished
@@ -405,7 +405,7 @@ class _Work:
         return lambda what, done, total: self.progress(f"{target}: {what}", done, total)
 
     def _certified(self, uncertified: Uncertified, name: str) -> Any:
-        """Certify a target, with a quick pass where that takes less time.
+        """Certify a target, with a quick pass where that takes clearly less time.
 
         A point without a quick pass stays beside one that has it, for machines that cannot run it.
         """
@@ -417,12 +417,14 @@ class _Work:
         if not with_quick_pass:
             return job.certify(uncertified, alone, usual, progress)
         ways = [alone, *with_quick_pass]
-        saved = job.saved(uncertified, ways, progress)
-        best = ways[int(np.argmax(saved))]
-        if best == alone:
+        shares = 1 - np.array(job.saved(uncertified, ways, progress))
+        best = int(np.argmin(shares))
+        # The texts that judge have trained the heads, which are surer of them than of new ones. So
+        # texts in doubt hardly count here, and a small gain would be a loss on new texts.
+        if shares[0] <= LEAST_GAIN * shares[best]:
             return job.certify(uncertified, alone, usual, progress)
         one = job.certify(uncertified, alone, one_pass(usual), progress)
-        both = job.certify(uncertified, best, usual, progress)
+        both = job.certify(uncertified, ways[best], usual, progress)
         if not both.points[0].quick_target:
             return one  # not even the most cautious setting of both passes keeps the promise
         # Measured times follow from the texts that certify. To choose by them would choose between

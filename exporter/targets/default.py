@@ -33,7 +33,7 @@ _TURNS = 6
 _RUNS = 2
 # A target is clearly faster if it is so many times as fast in the middle turn, and faster in all
 # turns but so many. Else, two equal exports on a busy machine would get different default targets.
-_LEAST_GAIN = 1.1
+LEAST_GAIN = 1.1
 _MOST_LOST_TURNS = 1
 # How long idle threads of the libraries may keep a core busy.
 _SPIN_SECONDS = 0.01
@@ -112,7 +112,7 @@ def fastest_with_exits(manifest: Manifest, depths: Mapping[str, float]) -> str:
     return next(
         name
         for place, name in enumerate(order)
-        if not any(_LEAST_GAIN * seconds[each] < seconds[name] for each in order[place + 1 :])
+        if not any(LEAST_GAIN * seconds[each] < seconds[name] for each in order[place + 1 :])
     )
 
 
@@ -141,7 +141,7 @@ def _gains(seconds: Mapping[str, Times], name: str, other: str) -> Times:
 
 def _is_clearly_faster(gains: Times) -> bool:
     lost = np.count_nonzero(gains <= 1)
-    return bool(np.median(gains) >= _LEAST_GAIN and lost <= _MOST_LOST_TURNS)
+    return bool(np.median(gains) >= LEAST_GAIN and lost <= _MOST_LOST_TURNS)
 
 
 def _seconds(engines: EnginesFolder, names: Sequence[str], progress: Progress) -> dict[str, Times]:

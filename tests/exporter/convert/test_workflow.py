@@ -376,6 +376,20 @@ def test_a_quick_pass_runs_where_it_takes_less_time(
 
 
 @pytest.mark.usefixtures("with_int8")
+def test_a_quick_pass_has_to_be_clearly_faster(
+    convert_here: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts that judge have trained the heads, so hardly any of them is in doubt."""
+
+    def saved(self: Any, uncertified: Any, ways: Sequence[Passes], progress: Any) -> list[float]:
+        return [0.54 if way.quick else 0.5 for way in ways]
+
+    monkeypatch.setattr(Classification, "saved", saved)
+    (exact,) = convert_here().targets
+    assert exact.points[0].quick_target == ""
+
+
+@pytest.mark.usefixtures("with_int8")
 def test_a_conversion_says_where_one_pass_is_faster_than_the_point_in_use(
     convert_here: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
