@@ -312,6 +312,13 @@ def test_watched_rows_of_the_quick_pass_run_the_exact_pass(
         assert watch is not None
         answers = engine.predict(TEXTS)
         watched = engine.watched
+        layers = [(1, 2, 3, 6)[answer.exit - 1] for answer in answers]
+        assert watch._layers_for_answers == sum(layers)
+        engine.predict(TEXTS, full_depth=True)
+        assert watch._layers_for_answers == sum(layers) + 3 * len(TEXTS)
+        again = engine.watched
+        assert again is not None
+        assert again.rows == len(TEXTS), "rows at full depth are not watched"
     assert watched is not None
     assert watched.rows > 0
     early = np.array([answer.logits for answer in answers]).argmax(axis=1)
