@@ -193,14 +193,19 @@ class Core:
             return self._routes[point]
 
     def _by(self, rule: ExitRule) -> Route:
-        """The route through the exact pass by a rule of a caller."""
+        """The route through the exact pass by a rule of a caller.
+
+        Raises:
+            RuleError: the rule does not fit; the message says if it fits the passes of a point.
+        """
         try:
             return self.full_depth.by(rule)
         except RuleError as error:
-            if not self.in_use.fits(rule):
+            made_for = [str(each) for each in self._routes.values() if each.fits(rule)]
+            if not made_for:
                 raise
             raise RuleError(
-                f"{error.message}; this rule is made for {self.in_use}, and `rule` takes rules for "
+                f"{error.message}; this rule is made for {made_for[0]}, and `rule` takes rules for "
                 f"{self.full_depth}",
                 "leave out `rule` to run by the engine's own rule, or give one for the exact pass",
             ) from error

@@ -429,11 +429,8 @@ class Engine:
         try:
             core.in_use = core.route(operating_point)
         except RuleError as error:
-            old = (
-                "the rule of before"
-                if core.in_use.point is None
-                else f"point {core.in_use.point!r}"
-            )
+            point = core.in_use.point
+            old = "the engine's own rule" if point is None else f"point {point!r}"
             raise RuleError(f"{error.message}; {old} stays in use", error.hint) from error
 
     @property

@@ -122,6 +122,9 @@ def test_a_rule_of_other_exits_says_which_passes_it_was_made_for(folder: Path) -
                 f"for a pass in {EXACT}"
             ) in error.value.message
             assert "leave out `rule`" in error.value.hint
+        engine.use("alone")
+        with pytest.raises(RuleError, match=f"is made for a pass in {QUICK}, then"):
+            engine.predict(TEXTS, rule=RULE)
         with pytest.raises(RuleError) as error:
             engine.predict(TEXTS, rule=Budget(exit=9))
         assert "made for" not in error.value.message
@@ -153,7 +156,7 @@ def test_points_are_swapped_while_calls_run(folder: Path, monkeypatch: pytest.Mo
         threads = [threading.Thread(target=call, args=(ask,)) for ask in asks]
         for thread in threads:
             thread.start()
-        for number in range(60):
+        for number in range(30):
             engine.use(("quick", "alone")[number % 2])
             rows = engine.tally.rows
             until(lambda rows=rows: errors or engine.tally.rows > rows)  # type: ignore[misc]
