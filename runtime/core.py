@@ -513,7 +513,7 @@ def open_before(
     opened: Mapping[str, Backend],
     check: bool | None = None,
 ) -> list[Backend]:
-    """What runs the passes of an operating point before its exact pass: a quick pass, or nothing.
+    """Open the passes of an operating point before its exact pass: a quick pass, or none.
 
     Args:
         engines: the engines folder.
@@ -521,6 +521,9 @@ def open_before(
         backend: what runs the exact pass.
         opened: what is open already, by target.
         check: as in `check_here`; the answers of a quick pass are checked as those of any target.
+
+    Returns:
+        Their backends, those that are open already among them.
 
     Raises:
         RuleError: the point has lost its promise.

@@ -85,7 +85,7 @@ class Route:
 
     @property
     def rule(self) -> ExitRule:
-        """What stops rows."""
+        """The rule that stops rows."""
         return self.runner.rule
 
     @cached_property
