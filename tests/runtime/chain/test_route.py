@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -229,6 +230,22 @@ def test_a_point_that_cannot_be_opened_leaves_the_old_one_in_use(folder: Path) -
         assert [*engine.core.backends] == [EXACT]
         assert {answer.exit for answer in engine.predict(TEXTS)} == {2}
         assert len(engine.tally.exits) == 3
+
+
+def test_a_target_is_opened_once_and_closed_with_the_engine(folder: Path) -> None:
+    engines = EnginesFolder.read(folder)
+    target = engines.manifest.targets[EXACT]
+    points = target.operating_points | {"other": target.operating_points["quick"]}
+    engines.with_target(EXACT, msgspec.structs.replace(target, operating_points=points)).write()
+    with Engine.load(folder, operating_point="alone") as engine:
+        engine.use("quick")
+        legs = engine.core.in_use.legs
+        engine.use("other")
+        assert [leg.backend for leg in engine.core.in_use.legs] == [leg.backend for leg in legs]
+        assert engine.core.in_use.point == "other"
+    for leg in legs:
+        with pytest.raises(BackendError, match="closed"):
+            leg.backend.check_open()
 
 
 def test_exits_of_different_passes_are_counted_apart(folder: Path) -> None:
