@@ -30,6 +30,7 @@ from fpabee.runtime.artifact.reference import read_reference
 from fpabee.runtime.backends.host import HostBackend
 from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.core import check_target
+from fpabee.runtime.rules.settling import Settled
 from fpabee.runtime.serving import Scheduler
 from fpabee.runtime.serving.metrics import Metrics
 from fpabee.runtime.targets import open_backend
@@ -239,6 +240,7 @@ def test_a_target_is_opened_once_and_closed_with_the_engine(folder: Path) -> Non
     engines.with_target(EXACT, msgspec.structs.replace(target, operating_points=points)).write()
     with Engine.load(folder, operating_point="alone") as engine:
         engine.use("quick")
+        assert engine.tally.exits == (0,) * 4, "before the first row"
         legs = engine.core.in_use.legs
         engine.use("other")
         assert [leg.backend for leg in engine.core.in_use.legs] == [leg.backend for leg in legs]
@@ -246,6 +248,24 @@ def test_a_target_is_opened_once_and_closed_with_the_engine(folder: Path) -> Non
     for leg in legs:
         with pytest.raises(BackendError, match="closed"):
             leg.backend.check_open()
+
+
+def test_a_quick_pass_that_fails_its_check_is_closed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = []
+
+    def fail(_: object, backend: HostBackend, *__: object) -> None:
+        checked.append(backend)
+        raise CheckError("made up")
+
+    with Engine.load(folder, operating_point="alone") as engine:
+        monkeypatch.setattr("fpabee.runtime.core.check_here", fail)
+        with pytest.raises(RuleError, match="made up; point 'alone' stays in use"):
+            engine.use("quick")
+    (backend,) = checked
+    with pytest.raises(BackendError, match="closed"):
+        backend.check_open()
 
 
 def test_exits_of_different_passes_are_counted_apart(folder: Path) -> None:
@@ -328,3 +348,12 @@ def test_documents_of_a_query_keep_their_route(
         engine.use("quick")
         assert engine.core.rank(rows, route, with_left=True) == before
         assert max(each.exit for each in engine.rank("rain", TEXTS[:20])) == 4
+        settled = Settled(
+            rows=np.array(rows[:2]),
+            exits=np.array([3, 4]),
+            logits=np.array([[2.0], [1.0]], np.float32),
+            limited=np.zeros(2, np.bool_),
+        )
+        missed = np.zeros(2, np.bool_)
+        in_order = engine.core.in_order(settled, engine.core.route(), missed, None, True)
+        assert [each.index for each in in_order] == [1, 0], "exit 3 is that of the quick pass"
