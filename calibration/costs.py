@@ -142,14 +142,13 @@ def measure_speedup(
     unless padding falls as rows leave.
 
     Args:
-        engine: the engine.
+        engine: the engine, whose route in use has the passes.
         rows: tokenized rows. Those that are timed have every depth as often as all of them.
         rule: the rule.
         layers: `[rows]` how many layers the rule runs for each row.
         batch: 1: rows run one by one; any larger number: windows of 128 rows, as in files.
     """
     core = engine.core
-    has_quick_pass = bool(core.exits.quick)
     if rule == Budget(exit=core.exits.last):
         return Speed(1.0, 1.0)
     size, most, turns = _SINGLE if batch == 1 else _WINDOWS
@@ -157,8 +156,8 @@ def measure_speedup(
     places = np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)
     numbers = np.sort(by_depth[places])
     windows = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-    runners = (core.full_depth, core.runner(rule, has_quick_pass=has_quick_pass))
-    runs = [partial(core.trace, runner=each) for each in runners]
+    routes = (core.full_depth, core.in_use.by(rule))
+    runs = [partial(core.trace, route=each) for each in routes]
     units: list[list[EncodedRow]] = []
     begun = time.perf_counter()
     for window in windows:
@@ -169,7 +168,7 @@ def measure_speedup(
             break
     timed = layers[np.concatenate(windows[: len(units)])]
     most_by_layers = engine.manifest.exit_layers[-1] / max(TINY, timed.mean())
-    if has_quick_pass:  # layers explain little where they run in two targets
+    if core.exits.quick:  # layers explain little where they run in two targets
         most_by_layers = math.inf
     seconds = np.empty((0, len(units), len(runs)))
     for _ in range(_MOST_PASSES):

@@ -309,8 +309,7 @@ def _times(
             break
     if not units:
         core.check_query(rows)
-    runners = (core.runner(rule, has_quick_pass=bool(core.exits.quick)), core.full_depth)
-    runs = [partial(core.rank, runner=runner) for runner in runners]
+    runs = [partial(core.rank, route=each) for each in (core.in_use.by(rule), core.full_depth)]
     turns = []
     for turn in range(1 + _TURNS):
         progress("time queries", turn, 1 + _TURNS)

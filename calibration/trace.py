@@ -74,8 +74,8 @@ def engines_of(
         threads: CPU threads; None: all.
 
     Yields:
-        The engine, which can run the quick pass before its own; and that of the quick pass, or
-        None.
+        The engine, whose route in use goes through the quick pass before its own; and that of the
+        quick pass, or None.
 
     Raises:
         FpabeeError: as in `Engine.load`, or both targets are the same.
@@ -105,7 +105,8 @@ def engines_of(
                 "give that as `quick_target`, or make the engines folder again",
             )
         with load(quick_target) as quick:
-            engine.core.add_quick_pass(quick.core.backend)
+            core = engine.core
+            core.in_use = core.through(quick.core.backend, core.backend)
             yield engine, quick
 
 
@@ -146,7 +147,8 @@ def trace_rows(
         file = io.BytesIO()
         for start in range(0, len(rows), _CHUNK):
             progress("trace", start, len(rows))
-            parts.append(engine.trace([row.content for row in rows[start : start + _CHUNK]]))
+            texts_of_chunk = [row.content for row in rows[start : start + _CHUNK]]
+            parts.append(engine.trace(texts_of_chunk, rule=engine.core.full_depth.rule))
         progress("trace", len(rows), len(rows))
         logits = np.concatenate([part.logits for part in parts], axis=1)
         kept = logits, np.concatenate([part.lengths for part in parts])
@@ -171,7 +173,8 @@ def _is_true(kept: _Trace, engine: Engine, rows: Sequence[Row]) -> bool:
     logits, lengths = kept
     # Without a seed, or a forger could draw them, too.
     drawn = np.random.default_rng().choice(len(rows), min(len(rows), _SAMPLE), replace=False)
-    fresh = engine.trace([rows[number].content for number in drawn])
+    again = [rows[number].content for number in drawn]
+    fresh = engine.trace(again, rule=engine.core.full_depth.rule)
     rounding = requirements_of(engine.target, engine.manifest).tie
     differences = logit_differences(fresh.logits, logits[:, drawn])
     same_lengths = np.array_equal(fresh.lengths, lengths[drawn])

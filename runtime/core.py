@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from time import perf_counter
 from typing import Any
@@ -19,19 +19,31 @@ from numpy.typing import NDArray
 
 from .artifact.exits import Exits, exits_of
 from .artifact.folder import EnginesFolder
+from .artifact.quick import quick_of_named, quick_problem
+from .artifact.reference import read_reference
 from .backends.base import Backend
 from .backends.buffers import row_bytes
-from .chain.chain import Chain, Decision, not_finite
+from .chain.chain import Chain
 from .chain.groups import Group
-from .chain.legs import Leg, legs_of
+from .chain.route import Route
+from .check import Agreement, compare, must_pass, requirements_of
 from .encoding import EncodedRow, Text, TextEncoder, blocks
-from .errors import InputError, RuleError, whole_number
+from .errors import (
+    COPY_AGAIN,
+    ArtifactError,
+    FpabeeError,
+    InputError,
+    RuleError,
+    whole_number,
+)
 from .exit_0 import ExitZero
+from .first_run import must_check, remember
 from .first_stage import FirstStage, checked_scores
-from .predictions import Tally, Trace
+from .predictions import Tallies, Tally, Trace
 from .rules.measures import Integers, Mask
-from .rules.rules import Budget, ExitRule
-from .rules.settling import Runner, Settled
+from .rules.rules import ExitRule
+from .rules.settling import Settled
+from .targets import no_promise, open_backend, rule_of
 from .tasks import task_of
 from .tasks.ranked import Ranked, ranked
 from .watch import Watch
@@ -47,31 +59,29 @@ class Core:
     Args:
         engines: the engines folder.
         backend: runs the segments of the target.
-        quick: runs those of the quick pass of an operating point, or None without one.
         rule: the rule of calls that give none.
         operating_point: its name, if it is an operating point.
         max_length: truncate texts to this many tokens, special tokens included; None: what the
             model and the target take.
+        quick: runs the quick pass, for whose exits the rule then has thresholds; None: rows take
+            the exact pass only.
 
     Attributes:
         engines: the engines folder.
         manifest: its manifest.
         task: what the logits of the model mean.
-        exits: those that rows may see by the rule in use, with those of the quick pass if it has
-            one. Rules that a call gives see `exits.exact`.
         backend: what runs the segments of the target.
-        backends: those that run rows, in the order of their passes.
+        backends: what has been opened, by the name of its target.
         limits: the shapes that the target runs.
         max_length: tokens to which texts are truncated, special tokens included.
         window_bytes: memory of the rows that run at the same time, in bytes, see `windows`.
         clock: the time in seconds, by which deadlines are given.
         first_stage: exit 0 of a ranking; None: the model has none.
-        full_depth: runs every layer of the target for every row.
-        every_exit: shows every row all exits, those of the quick pass included.
-        in_use: the name of the operating point in use, if it is one, and the rule of calls that
-            give none. One attribute, so that a thread never sees the rule of one point with the
-            name of another.
-        tally: counts of what was answered.
+        full_depth: the route through the exact pass, where every row sees all exits.
+        in_use: the route of calls that ask for nothing else. Another operating point is another
+            route: it is swapped in one assignment, while calls run that have begun with the old
+            one.
+        tallies: counts of what was answered.
         watch: chooses the rows that are watched; None: none are.
 
     Raises:
@@ -99,13 +109,14 @@ class Core:
         self._row_bytes = lru_cache(None)(partial(row_bytes, self.manifest, self.limits))
         self.first_stage = FirstStage.load(engines)
         self._exit_0 = self.first_stage or ExitZero.load(engines)
-        self.tally = Tally(())
-        self._tally_lock = threading.Lock()
-        self.add_quick_pass(quick)
-        self.full_depth = self._runner(Budget(exit=self.exits.exact.last))
-        (leg,) = self.legs(self.full_depth)
-        self._runs_on = (self.full_depth, leg)
-        self.use(operating_point, rule, has_quick_pass=quick is not None)
+        passes = [each for each in (quick, backend) if each is not None]
+        self.backends = {each.name: each for each in passes}
+        self.full_depth = self.through(backend)
+        self.in_use = self.through(*passes).by(rule, operating_point)
+        self._routes = {operating_point: self.in_use}
+        self._opening = threading.Lock()
+        self.tallies = Tallies()
+        self.tallies.open(self.exits)
         tokenizer = self.manifest.tokenizer
         most = min(tokenizer.max_length, self.limits.max_sequence)
         spec = msgspec.structs.replace(tokenizer, max_length=most)
@@ -113,54 +124,91 @@ class Core:
         self.max_length = self._encoder.limit
         self.watch: Watch | None = None
 
-    def add_quick_pass(self, quick: Backend | None) -> None:
-        """Have rows run first in another target, if their rule has thresholds for that pass.
-
-        Args:
-            quick: what runs the target, or None without a quick pass.
-        """
-        name = "" if quick is None else quick.name
-        backends = {"": self.backend} if quick is None else {name: quick, "": self.backend}
-        exits = exits_of(self.manifest, name)
-        self.backends = tuple(backends.values())
-        self._legs = {each.last: legs_of(each, backends) for each in (exits.exact, exits)}
-        self.exits = exits
-        self.every_exit = self._runner(Budget(exit=exits.last), exits)
-        with self._tally_lock:
-            self.tally += Tally((0,) * len(exits))
-
-    def use(self, operating_point: str | None, rule: ExitRule, has_quick_pass: bool) -> None:
-        """Have calls that give no rule use this one.
-
-        Args:
-            operating_point: the name of the point; None: it is a rule of the caller's own.
-            rule: the rule.
-            has_quick_pass: whether it has thresholds for the exits of a quick pass.
-        """
-        exits = self.exits if has_quick_pass else self.exits.exact
-        self.in_use = (operating_point, self._runner(rule, exits))
-
     @property
-    def in_use_has_quick_pass(self) -> bool:
-        """Whether the rule of calls that give none has thresholds for a quick pass."""
-        _, usual = self.in_use
-        return bool(self.exits_seen(usual).quick)
+    def exits(self) -> Exits:
+        """Those of the route in use."""
+        return self.in_use.exits
 
-    def exits_seen(self, runner: Runner[Any]) -> Exits:
-        """The exits that rows see by a rule.
-
-        Args:
-            runner: what applies the rule.
-        """
-        return self.exits if runner.exits == self.exits.numbers else self.exits.exact
-
-    def legs(self, runner: Runner[Any]) -> tuple[Leg, ...]:
-        """The passes of rows through segments by a rule.
+    def through(self, *backends: Backend) -> Route:
+        """The route through the targets of backends, where every row sees all exits.
 
         Args:
-            runner: what applies the rule.
+            backends: what runs the passes, in their order: that of the exact pass, perhaps after
+                that of a quick pass.
         """
-        return self._legs[runner.exits[-1]]
+        *before, exact = backends
+        exits = exits_of(self.manifest, *(each.name for each in before))
+        by_target = {each.name: each for each in before}
+        return Route.through(self.task, exits, {**by_target, "": exact})
+
+    def route(
+        self,
+        point: str | None = None,
+        rule: ExitRule | None = None,
+        *,
+        full_depth: bool = False,
+        max_exit: int | None = None,
+    ) -> Route:
+        """How rows run; who holds a route never has to ask again.
+
+        Args:
+            point: an operating point of the target, whose quick pass is opened if it has one and
+                none is open; None: the route in use.
+            rule: a rule for the exact pass, in place of that of the route in use.
+            full_depth: as in `Engine.predict`.
+            max_exit: as in `Engine.predict`.
+
+        Raises:
+            RuleError: the target has no such point, or its quick pass cannot run here or was built
+                again since the point was certified; the rule or `max_exit` does not fit; or
+                `max_exit` contradicts `full_depth`.
+        """
+        if full_depth and max_exit is not None:
+            raise RuleError(
+                f"full_depth runs every layer, and max_exit {max_exit!r} stops rows before",
+                "give one of `full_depth` and `max_exit`",
+            )
+        route = self.in_use if point is None else self._of(point)
+        if rule is not None:
+            route = self._by(rule)
+        if full_depth:
+            route = self.full_depth
+        return route if max_exit is None else route.capped(max_exit)
+
+    def _of(self, point: str) -> Route:
+        """The route of an operating point, which is always the same one."""
+        with self._opening:
+            if point not in self._routes:
+                manifest = self.manifest
+                backend = self.backend
+                _, rule = rule_of(manifest, backend.name, point)
+                try:
+                    before = open_before(self.engines, point, backend, self.backends)
+                except FpabeeError as error:
+                    raise no_promise(manifest, backend.name, point, error) from error
+                route = self.through(*before, backend).by(rule, point)
+                self.backends = self.backends | {each.name: each for each in before}
+                self.tallies.open(route.exits)
+                self._routes[point] = route
+            return self._routes[point]
+
+    def _by(self, rule: ExitRule) -> Route:
+        """The route through the exact pass by a rule of a caller.
+
+        Raises:
+            RuleError: the rule does not fit; the message says if it fits the passes of a point.
+        """
+        try:
+            return self.full_depth.by(rule)
+        except RuleError as error:
+            made_for = [str(each) for each in self._routes.values() if each.fits(rule)]
+            if not made_for:
+                raise
+            raise RuleError(
+                f"{error.message}; this rule is made for {made_for[0]}, and `rule` takes rules for "
+                f"{self.full_depth}",
+                "leave out `rule` to run by the engine's own rule, or give one for the exact pass",
+            ) from error
 
     def encode(self, texts: Sequence[Text]) -> list[EncodedRow]:
         """Tokenize texts.
@@ -195,42 +243,6 @@ class Core:
             # The thread that tokenizes the next texts does not exist in a forked process.
             self.backend.origin.check()
 
-    def runner(
-        self,
-        rule: ExitRule | None = None,
-        *,
-        full_depth: bool = False,
-        max_exit: int | None = None,
-        has_quick_pass: bool = False,
-    ) -> Runner[Any]:
-        """What applies a rule to rows of this model, for code that chains segments itself.
-
-        Args:
-            rule: the rule; default: the engine's.
-            full_depth: as in `predict`.
-            max_exit: as in `predict`.
-            has_quick_pass: whether `rule` has thresholds for the exits of the quick pass.
-
-        Raises:
-            RuleError: the rule or `max_exit` does not fit the model, or it contradicts
-                `full_depth`.
-        """
-        if full_depth and max_exit is not None:
-            raise RuleError(
-                f"full_depth runs every layer, and max_exit {max_exit!r} stops rows before",
-                "give one of `full_depth` and `max_exit`",
-            )
-        exits = self.exits if has_quick_pass else self.exits.exact
-        _, usual = self.in_use
-        runner = usual
-        if rule is not None and not (self.in_use_has_quick_pass and rule == usual.rule):
-            runner = self._runner(rule, exits)
-        if full_depth:
-            runner = self.full_depth
-        if max_exit is None:
-            return runner
-        return self.task.runner(runner.rule.capped(max_exit), runner.exits)
-
     def check_method(self, method: str) -> None:
         """Refuse a call that belongs to another task.
 
@@ -243,57 +255,40 @@ class Core:
         if method != self.task.method:
             raise InputError(f"this model {self.task.does}", f"call `{self.task.method}` instead")
 
-    def check_open(self) -> None:
-        """Check that the engine can run.
+    def chain(self) -> Chain:
+        """A chain of the segments, for code that chains segments itself, as `Scheduler` does.
 
         Raises:
             BackendError: the engine is closed, or this process was forked after it was loaded.
         """
         self.backend.check_open()
-
-    def chain(self, runner: Runner[Any] | None = None) -> Chain:
-        """A chain of the segments, for code that chains segments itself, as `Scheduler` does.
-
-        Args:
-            runner: that of all rows; None: they may have any.
-
-        Raises:
-            BackendError: the engine is closed, or this process was forked after it was loaded.
-        """
-        self.check_open()
-        backends = self.backends
-        if self.exits.quick and runner is not None and self.watch is None:
-            backends = tuple(each.backend for each in self.legs(runner))
-        return Chain(backends, self._exit_0, self._runs_on, self.clock)
+        return Chain(self._exit_0, self.full_depth, self.clock)
 
     def choose_watched(
-        self, rows: int, runner: Runner[Any], deadline: float = math.inf
+        self, rows: int, route: Route, deadline: float = math.inf
     ) -> NDArray[np.object_]:
         """Which of some rows are watched, see `Watch.choose`.
 
         Args:
             rows: how many rows.
-            runner: their rule. Only rows by the engine's own rule are watched.
+            route: theirs. Only rows of an operating point are watched.
             deadline: as in `run`. Rows with a deadline are not watched.
         """
-        point, usual = self.in_use
-        if self.watch is None or runner is not usual or deadline < math.inf:
+        if self.watch is None or deadline < math.inf:
             return np.full(rows, None)
-        return self.watch.choose(point, rows)
+        return self.watch.choose(route.point, rows)
 
-    def count_depth(self, exits: Integers) -> None:
-        """Count the layers of rows that were answered at these exits: they pay for watching."""
+    def count_depth(self, exits: Integers, route: Route) -> None:
+        """Count the layers of rows that were answered on a route: they pay for watching."""
         if self.watch is not None:
-            self.watch.ran(exits)
+            self.watch.ran(exits, route.exits)
 
-    def run(
-        self, rows: Sequence[EncodedRow], runner: Runner[Any], deadline: float = math.inf
-    ) -> Settled:
+    def run(self, rows: Sequence[EncodedRow], route: Route, deadline: float = math.inf) -> Settled:
         """Run a window of rows, and keep the logits of their exits only.
 
         Args:
             rows: the rows of the window; in a ranking, the documents of one query.
-            runner: decides which of them stop.
+            route: how they run.
             deadline: when their answers should be there, in seconds of `clock`.
 
         Returns:
@@ -310,23 +305,25 @@ class Core:
             logits=np.zeros((count, len(self.task.labels)), np.float32),
             limited=np.zeros(count, np.bool_),
         )
-        watched = self.choose_watched(count, runner, deadline)
+        group = Group.of(np.arange(count), rows, route, deadline)
+        watched = group.watched = self.choose_watched(count, route, deadline)
         try:
-            for decision in self.decisions(rows, runner, deadline, watched):
-                if (settled := decision.settled) is not None:
-                    window.exits[settled.rows] = settled.exits
-                    window.logits[settled.rows] = settled.logits
-                    window.limited[settled.rows] = settled.limited
+            with self.chain() as chain:
+                for decision in chain.run(group):
+                    if (settled := decision.settled) is not None:
+                        window.exits[settled.rows] = settled.exits
+                        window.logits[settled.rows] = settled.logits
+                        window.limited[settled.rows] = settled.limited
         finally:
             for row in filter(None, watched):
                 row.lost()
-        self.count_depth(window.exits)
+        self.count_depth(window.exits, route)
         return window
 
     def rank(
         self,
         rows: Sequence[EncodedRow],
-        runner: Runner[Any],
+        route: Route,
         deadline: float = math.inf,
         top_k: int | None = None,
         with_left: bool = False,
@@ -337,7 +334,7 @@ class Core:
 
         Args:
             rows: the query with each of its documents.
-            runner: decides which documents leave early.
+            route: how they run.
             deadline: as in `run`.
             top_k: see `ranked`.
             with_left: see `ranked`.
@@ -346,15 +343,15 @@ class Core:
             InputError: the documents have too many tokens.
         """
         self.check_query(rows)
-        settled = self.run(rows, runner, deadline)
+        settled = self.run(rows, route, deadline)
         missed = np.full(len(rows), self.clock() > deadline)
-        self.count(settled, missed)
-        return self.in_order(settled, runner, missed, top_k, with_left)
+        self.count(settled, missed, route)
+        return self.in_order(settled, route, missed, top_k, with_left)
 
     def in_order(
         self,
         settled: Settled,
-        runner: Runner[Any],
+        route: Route,
         missed: Mask,
         top_k: int | None,
         with_left: bool,
@@ -363,12 +360,12 @@ class Core:
 
         Args:
             settled: as in `ranked`.
-            runner: what has decided which of them left.
+            route: how they ran.
             missed: as in `ranked`.
             top_k: as in `ranked`.
             with_left: as in `ranked`.
         """
-        left = (settled.exits < runner.exits[-1]) & ~settled.limited
+        left = (settled.exits < route.exits.last) & ~settled.limited
         return ranked(
             settled, missed, left, self.manifest.task.activation, top_k, with_left=with_left
         )
@@ -415,65 +412,57 @@ class Core:
                 "give fewer documents at a time, or a smaller `max_length`",
             )
 
-    def run_encoded(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Trace:
-        """Run tokenized rows as one window, see `Engine.run_encoded`."""
-        return self.trace(rows, self.runner(rule))
-
-    def trace(self, rows: Sequence[EncodedRow], runner: Runner[Any]) -> Trace:
+    def trace(self, rows: Sequence[EncodedRow], route: Route) -> Trace:
         """Run a window of rows, and keep the logits of all exits that they reach.
 
         Args:
             rows: as in `run`.
-            runner: as in `run`; `every_exit` runs rows through all passes.
+            route: as in `run`; `Route.whole` shows every row all exits.
 
         Raises:
             FpabeeError: as in `Engine.run_encoded`.
         """
-        runner.check_alone()
-        first = self.exits.first
-        shape = (len(runner.exits), len(rows), len(self.task.labels))
-        logits = np.full(shape, np.nan, np.float32)
-        exits = np.full(len(rows), first, np.int64)
-        for decision in self.decisions(rows, runner):
-            logits[decision.exit - first, decision.rows] = decision.logits
-            if (settled := decision.settled) is not None:
-                exits[settled.rows] = settled.exits
-        at_exit = logits[exits - first, np.arange(len(rows))]
-        lengths = np.array([len(row) for row in rows], np.intp)
-        return Trace(logits, exits, self.task.outputs(at_exit).answers, lengths, first)
+        with self.chain() as chain:
+            return chain.trace(rows, route)
 
-    def answers(self, settled: Settled, missed: Mask) -> list[Any]:
+    def stream(self, texts: Iterable[Text], route: Route) -> Iterator[Any]:
+        """Answer texts in constant memory, see `Engine.stream`.
+
+        Args:
+            texts: read one window of rows ahead of the answers that are taken.
+            route: how they run.
+
+        Yields:
+            The answer of each text.
+        """
+        for rows in self.windows(texts):
+            settled = self.run(rows, route)
+            yield from self.answers(settled, np.zeros(len(rows), np.bool_), route)
+
+    def answers(self, settled: Settled, missed: Mask, route: Route) -> list[Any]:
         """Count rows in the tally, and make their answers, see `Task.results`.
 
         Args:
             settled: the rows, each an `EncodedRow`.
             missed: `[rows]` whether the deadline was missed.
+            route: how they ran.
         """
-        self.count(settled, missed)
-        return [*self.task.results(settled, missed, self.exits)]
+        self.count(settled, missed, route)
+        return [*self.task.results(settled, missed, route.exits)]
 
-    def count(self, settled: Settled, missed: Mask) -> None:
+    def count(self, settled: Settled, missed: Mask, route: Route) -> None:
         """Count rows in the tally; the arguments are those of `answers`."""
-        places = settled.exits - self.exits.first
+        places = settled.exits - route.exits.first
         counts = Tally(
-            exits=tuple(np.bincount(places, minlength=len(self.exits.layers)).tolist()),
+            exits=tuple(np.bincount(places, minlength=len(route.exits.layers)).tolist()),
             truncated=sum(row.truncated for row in settled.rows.tolist()),
             deadline_limited=int(np.count_nonzero(settled.limited)),
             deadline_missed=int(np.count_nonzero(missed)),
         )
-        with self._tally_lock:
-            self.tally += counts
-
-    def reset_tally(self) -> Tally:
-        """Start the tally again from zero, see `Engine.reset_tally`."""
-        self.backend.origin.check()
-        with self._tally_lock:
-            before = self.tally
-            self.tally = Tally((0,) * len(self.exits))
-        return before
+        self.tallies.add(route.exits, counts)
 
     def time_exits(self, rows: int, tokens: int) -> list[float]:
-        """Time the way from each exit to the next once, on a group of made-up rows.
+        """Time the way from each exit of the route in use to the next, on a group of made-up rows.
 
         Args:
             rows: rows of the group.
@@ -491,18 +480,17 @@ class Core:
         tokens = whole_number("tokens", tokens, InputError)
         ids = np.zeros(tokens, np.int64)
         made_up = [EncodedRow(ids, ids, truncated=False)] * rows
-        runner = self.every_exit
-        legs = self.legs(runner)
-        group = Group.of(np.arange(rows), made_up, runner, math.inf, legs)
+        route = self.in_use.whole
+        group = Group.of(np.arange(rows), made_up, route, math.inf)
         seconds = []
-        with self.chain(runner) as chain:
+        with self.chain() as chain:
 
             def run_to_exit(group: Group) -> None:
                 for _ in range(group.legs[0].segments_to_exit(group.segment)):
                     chain.enqueue(group)
                     chain.finish()
 
-            exits = self.exits
+            exits = route.exits
             after = len(exits) - len(exits.before_layers)
             ways: list[Callable[[Group], object]] = [chain.ask_exit_0]
             for way in (*ways * len(exits.before_layers), *[run_to_exit] * after):
@@ -517,32 +505,100 @@ class Core:
             self.time_exits(rows, tokens)
         self.backend.keep_compiled()
 
-    def _runner(self, rule: ExitRule, exits: Exits | None = None) -> Runner[Any]:
-        """What applies a rule; default: at the exits without a quick pass."""
-        return self.task.runner(rule, (exits or self.exits.exact).numbers)
 
-    def decisions(
-        self,
-        rows: Sequence[EncodedRow],
-        runner: Runner[Any],
-        deadline: float = math.inf,
-        watched: NDArray[np.object_] | None = None,
-    ) -> Iterator[Decision]:
-        """Run a window of rows until the rule or the deadline has stopped all of them.
+def open_before(
+    engines: EnginesFolder,
+    point: str | None,
+    backend: Backend,
+    opened: Mapping[str, Backend],
+    check: bool | None = None,
+) -> list[Backend]:
+    """What runs the passes of an operating point before its exact pass: a quick pass, or nothing.
 
-        The other arguments and the errors are those of `run`.
+    Args:
+        engines: the engines folder.
+        point: the name of the point; None: the rule is that of no point, which has no such pass.
+        backend: what runs the exact pass.
+        opened: what is open already, by target.
+        check: as in `check_here`; the answers of a quick pass are checked as those of any target.
 
-        Args:
-            rows: the rows of the window.
-            runner: their rule.
-            deadline: as in `run`.
-            watched: as `choose_watched` gives it; default: no row is watched.
-        """
-        window = Group.of(np.arange(len(rows)), rows, runner, deadline, self.legs(runner))
-        if watched is not None:
-            window.watched = watched
-        with self.chain(runner) as chain:
-            for decision in chain.run(window):
-                if len(decision.failed):
-                    raise not_finite(decision.target, decision.exit)
-                yield decision
+    Raises:
+        RuleError: the point has lost its promise.
+        FpabeeError: the target cannot run here.
+    """
+    manifest = engines.manifest
+    quick = quick_of_named(manifest, backend.name, point)
+    if quick is None:
+        return []
+    if problem := quick_problem(manifest, quick):
+        raise RuleError(problem, "calibrate again")
+    if quick.target in opened:
+        return [opened[quick.target]]
+    before = open_backend(engines, quick.target, backend.threads, backend.device)
+    try:
+        check_here(engines, before, check)
+    except BaseException:
+        before.close()
+        raise
+    return [before]
+
+
+def check_here(
+    engines: EnginesFolder, backend: Backend, check: bool | None, rule: ExitRule | None = None
+) -> None:
+    """Check a target if that is asked for, or if it has not been checked here yet.
+
+    Args:
+        engines: the engines folder.
+        backend: runs the segments of the target.
+        check: as in `Engine.load`.
+        rule: as in `check_target`.
+
+    Raises:
+        FpabeeError: as in `check_target`.
+    """
+    kind = backend.kind_of_machine
+    if check or (check is None and must_check(engines, backend.name, kind)):
+        check_target(engines, backend, rule)
+        remember(engines, backend.name, kind)
+        backend.keep_compiled()
+
+
+def check_target(
+    engines: EnginesFolder, backend: Backend, rule: ExitRule | None = None
+) -> Agreement:
+    """Run the reference texts of a folder, and compare with the PyTorch model; see `Engine.check`.
+
+    Args:
+        engines: the engines folder.
+        backend: runs the segments of the target.
+        rule: a rule for the exact pass whose exits are compared; None: all rows run all layers.
+
+    Raises:
+        ArtifactError: the reference is missing or damaged, or no text of it fits the target.
+        CheckError: the target is not the model that was exported.
+    """
+    backend.check_open()
+    manifest = engines.manifest
+    exits = exits_of(manifest)
+    route = Route.through(task_of(manifest.task), exits, {"": backend})
+    required = requirements_of(backend.name, manifest)
+    texts, expected = read_reference(engines)
+    # Not the encoder of an engine, which may truncate to fewer tokens than the reference.
+    most = backend.limits().max_sequence
+    rows = TextEncoder(engines.path, manifest.tokenizer).encode(texts)
+    fits = [n for n, row in enumerate(rows) if len(row) <= most]
+    if not fits:
+        raise ArtifactError(
+            f"no text of the reference fits the {most} tokens of {backend.name}",
+            "export the model again with shorter `texts`",
+        )
+    with Chain(FirstStage.load(engines) or ExitZero.load(engines)) as chain:
+        logits = chain.trace([rows[n] for n in fits], route).logits
+    agreement = compare(
+        logits, expected[:, fits], rule or route.rule, route.task, required, exits.first
+    )
+    what = f"target {backend.name} is not the model that was exported,"
+    hint = "if it is accepted elsewhere, this machine computes otherwise: choose another `target`"
+    must_pass(agreement, what, f"{COPY_AGAIN}; {hint}")
+    return agreement

@@ -13,25 +13,20 @@ import msgspec
 import numpy as np
 
 from .artifact.folder import EnginesFolder
-from .artifact.quick import quick_of_named, quick_problem
-from .artifact.reference import read_reference
 from .backends.base import Backend
-from .check import Agreement, compare, must_pass, requirements_of
-from .core import Core
-from .encoding import EncodedRow, Text, TextEncoder
+from .check import Agreement
+from .core import Core, check_here, check_target, open_before
+from .encoding import EncodedRow, Text
 from .errors import (
-    COPY_AGAIN,
-    ArtifactError,
     FpabeeError,
     InputError,
     RuleError,
     seconds_of,
     whole_number,
 )
-from .first_run import must_check, remember
 from .hub import engines_folder
 from .predictions import Prediction, Tally, Trace
-from .rules.rules import Budget, ExitRule, Uncertainty
+from .rules.rules import ExitRule, Uncertainty
 from .targets import no_promise, open_backend, rule_here, rule_instead, target_of
 from .tasks.ranked import Ranked, pairs_of, top_of
 from .watch import Watch, Watched
@@ -96,7 +91,7 @@ class Engine:
                 target is named, is refused. Otherwise, the same point without a quick pass runs
                 instead or, if there is none, the default rule of the folder; a warning says so.
             threads: CPU threads, at most 1024; default: the cores that this process may use.
-            rule: a rule of your own instead of an operating point.
+            rule: a rule of your own instead of an operating point, for the exits of the target.
             max_length: truncate texts to this many tokens, special tokens included. The default
                 and the largest value is what the model and the target take.
             check: run `check` at once, which loads all segments. By default, this is done once on
@@ -142,21 +137,21 @@ class Engine:
         if rule is None:
             point, rule = rule_here(engines, name, operating_point)
         with ExitStack() as opened:
-            quick = None
+            backend = open_backend(engines, name, threads, device)
+            opened.callback(backend.close)
+            before: list[Backend] = []
             try:
-                quick = _open_quick_pass(engines, name, point, threads, device, check)
+                before = open_before(engines, point, backend, {}, check)
             except FpabeeError as error:
                 if target is not None or operating_point is not None:
                     raise no_promise(engines.manifest, name, point, error) from error
                 point, rule = rule_instead(engines, name, point, error)
-            if quick is not None:
-                opened.callback(quick.close)
+            for each in before:
+                opened.callback(each.close)
             watching = None if watch is None else Watch(engines.manifest, name, watch, point)
-            backend = open_backend(engines, name, threads, device)
-            opened.callback(backend.close)
-            engine = cls(engines, backend, rule, point, max_length, quick)
+            engine = cls(engines, backend, rule, point, max_length, *before)
             engine.core.watch = watching
-            engine._check_here(check)
+            check_here(engines, backend, check, engine._rule_of_reference)
             opened.pop_all()
         return engine
 
@@ -177,15 +172,6 @@ class Engine:
         self.labels = self.manifest.task.labels
         self.multi_label = self.core.task.flags
         self.max_length = self.core.max_length
-
-    def _check_here(self, check: bool | None) -> None:
-        """Check the target if that is asked for, or if it has not been checked here yet."""
-        core = self.core
-        kind = core.backend.kind_of_machine
-        if check or (check is None and must_check(core.engines, self.target, kind)):
-            self.check()
-            remember(core.engines, self.target, kind)
-            core.backend.keep_compiled()
 
     def __repr__(self) -> str:
         point = self.operating_point or "no operating point"
@@ -219,7 +205,9 @@ class Engine:
 
         Args:
             texts: strings, or (text, text_pair) tuples.
-            rule: replaces the engine's rule for this call.
+            rule: a rule for the exact pass, which replaces the engine's for this call: its exits
+                are those of the target in use. So an operating point with a quick pass is not asked
+                for by giving its rule, but by leaving out `rule`.
             full_depth: run every layer for every row, whatever the rule.
             max_exit: every row stops at this exit at the latest; not with `full_depth`.
             deadline_ms: milliseconds for the call, from 0.
@@ -237,10 +225,12 @@ class Engine:
         """
         self.core.check_method("predict")
         deadline = self._deadline(deadline_ms)
-        runner = self.core.runner(rule, full_depth=full_depth, max_exit=max_exit)
-        windows = [self.core.run(rows, runner, deadline) for rows in self.core.windows(texts)]
+        route = self.core.route(rule=rule, full_depth=full_depth, max_exit=max_exit)
+        windows = [self.core.run(rows, route, deadline) for rows in self.core.windows(texts)]
         missed = self.core.clock() > deadline
-        answers = [self.core.answers(each, np.full(len(each.rows), missed)) for each in windows]
+        answers = [
+            self.core.answers(each, np.full(len(each.rows), missed), route) for each in windows
+        ]
         return [answer for part in answers for answer in part]
 
     def stream(
@@ -256,7 +246,7 @@ class Engine:
         Args:
             texts: strings, or (text, text_pair) tuples; read one window of rows ahead of the
                 predictions that are taken.
-            rule: replaces the engine's rule.
+            rule: as in `predict`.
             full_depth: run every layer for every row, whatever the rule.
             max_exit: every row stops at this exit at the latest.
 
@@ -267,9 +257,9 @@ class Engine:
             FpabeeError: as in `predict`, when the predictions are taken.
         """
         self.core.check_method("predict")
-        runner = self.core.runner(rule, full_depth=full_depth, max_exit=max_exit)
-        for rows in self.core.windows(texts):
-            yield from self.core.answers(self.core.run(rows, runner), np.zeros(len(rows), np.bool_))
+        yield from self.core.stream(
+            texts, self.core.route(rule=rule, full_depth=full_depth, max_exit=max_exit)
+        )
 
     def rank(
         self,
@@ -328,12 +318,12 @@ class Engine:
         """
         self.core.check_method("rank")
         deadline = self._deadline(deadline_ms)
-        runner = self.core.runner(full_depth=full_depth)
+        route = self.core.route(full_depth=full_depth)
         pairs = pairs_of(query, documents)
-        most = top_of(runner.rule, top_k, len(pairs))
+        most = top_of(route.rule, top_k, len(pairs))
         encoded = self.core.encode(pairs)
         rows = self.core.with_scores(encoded, scores)
-        return self.core.rank(rows, runner, deadline, most, with_left=all)
+        return self.core.rank(rows, route, deadline, most, with_left=all)
 
     def _deadline(self, deadline_ms: float | None) -> float:
         """When a call that begins now ends, in seconds of the core's clock."""
@@ -346,8 +336,9 @@ class Engine:
 
         Args:
             texts: strings, or (text, text_pair) tuples.
-            rule: stop rows by this rule, with NaN at exits that they do not reach; default: run
-                every row through all exits.
+            rule: stop rows by this rule, with NaN at exits that they do not reach; as in `predict`,
+                it is a rule for the exact pass. Default: run every row through all exits, those of
+                a quick pass included.
 
         Returns:
             The trace, rows in the order of the texts. `simulate` applies other rules to it.
@@ -355,12 +346,10 @@ class Engine:
         Raises:
             FpabeeError: as in `predict`.
         """
-        has_quick_pass = self.core.in_use_has_quick_pass
-        runner = self.core.every_exit if has_quick_pass else self.core.full_depth
-        if rule is not None:
-            runner = self.core.runner(rule)
-        parts = [self.core.trace(rows, runner) for rows in self.core.windows(texts)]
-        parts = parts or [self.core.trace([], runner)]
+        core = self.core
+        route = core.in_use.whole if rule is None else core.route(rule=rule)
+        parts = [core.trace(rows, route) for rows in core.windows(texts)]
+        parts = parts or [core.trace([], route)]
         return Trace(
             logits=np.concatenate([part.logits for part in parts], axis=1),
             exits=np.concatenate([part.exits for part in parts]),
@@ -377,39 +366,25 @@ class Engine:
         measured, they may differ by any finite amount.
 
         Returns:
-            How closely the target agrees; exits are those of the engine's rule.
+            How closely the target agrees; exits are those of the engine's rule, or those of full
+            depth where the point has a quick pass, or the model ranks documents.
 
         Raises:
             ArtifactError: the reference is missing or damaged, or no text of it fits the target.
             CheckError: the target is not the model that was exported.
         """
-        manifest = self.manifest
-        required = requirements_of(self.target, manifest)
-        texts, expected = read_reference(self.core.engines)
-        # Not the engine's own encoder, which may truncate to fewer tokens than the reference.
-        limits = self.core.limits
-        rows = TextEncoder(self.core.engines.path, manifest.tokenizer).encode(texts)
-        fits = [n for n, row in enumerate(rows) if len(row) <= limits.max_sequence]
-        if not fits:
-            raise ArtifactError(
-                f"no text of the reference fits the {limits.max_sequence} tokens of {self.target}",
-                "export the model again with shorter `texts`",
-            )
-        full_depth = self.core.full_depth.rule
-        logits = self.run_encoded([rows[n] for n in fits], full_depth).logits
-        # The reference has pairs, and no queries with their documents; and no quick pass.
-        in_use = self.core.in_use[1]
-        fits_rule = not self.core.task.compares and in_use.exits == self.core.exits.exact.numbers
-        rule = in_use.rule if fits_rule else full_depth
-        agreement = compare(
-            logits, expected[:, fits], rule, self.core.task, required, manifest.exits[0]
-        )
-        what = f"target {self.target} is not the model that was exported,"
-        hint = (
-            "if it is accepted elsewhere, this machine computes otherwise: choose another `target`"
-        )
-        must_pass(agreement, what, f"{COPY_AGAIN}; {hint}")
-        return agreement
+        return check_target(self.core.engines, self.core.backend, self._rule_of_reference)
+
+    @property
+    def _rule_of_reference(self) -> ExitRule | None:
+        """The engine's rule, if the reference can show its exits; None: all layers run.
+
+        The reference has pairs, and no queries with their documents; and it has the exits of the
+        exact pass.
+        """
+        route = self.core.in_use
+        fits = route.exits == self.core.full_depth.exits and not self.core.task.compares
+        return route.rule if fits else None
 
     def warm_up(self, rows: int = 1, tokens: int | None = None) -> None:
         """Load the segments, and run them once at each length, because first runs take longer.
@@ -448,26 +423,20 @@ class Engine:
 
         Raises:
             RuleError: the target has no such point, or its quick pass cannot run here or was built
-                again since the point was certified.
+                again since the point was certified. The point before stays in use.
         """
-        engines = self.core.engines
-        point, rule = rule_here(engines, self.target, operating_point)
-        has_quick_pass = quick_of_named(engines.manifest, self.target, point) is not None
-        if has_quick_pass and not self.core.exits.quick:
-            backend = self.core.backend
-            try:
-                quick = _open_quick_pass(
-                    engines, self.target, point, backend.threads, backend.device
-                )
-            except FpabeeError as error:
-                raise no_promise(engines.manifest, self.target, point, error) from error
-            self.core.add_quick_pass(quick)
-        self.core.use(point, rule, has_quick_pass)
+        core = self.core
+        try:
+            core.in_use = core.route(operating_point)
+        except RuleError as error:
+            point = core.in_use.point
+            old = "the engine's own rule" if point is None else f"point {point!r}"
+            raise RuleError(f"{error.message}; {old} stays in use", error.hint) from error
 
     @property
     def tally(self) -> Tally:
         """Counts of what `predict` and `stream` answered since the load or `reset_tally`."""
-        return self.core.tally
+        return self.core.tallies.total
 
     def reset_tally(self) -> Tally:
         """Start the tally again from zero; returns it as it was.
@@ -475,7 +444,8 @@ class Engine:
         Raises:
             BackendError: this process was forked after the engine was loaded.
         """
-        return self.core.reset_tally()
+        self.core.backend.origin.check()
+        return self.core.tallies.reset()
 
     @property
     def watched(self) -> Watched | None:
@@ -493,12 +463,12 @@ class Engine:
     @property
     def rule(self) -> ExitRule:
         """The rule of calls that do not give one."""
-        return self.core.in_use[1].rule
+        return self.core.in_use.rule
 
     @property
     def operating_point(self) -> str | None:
         """The operating point in use; None with a rule of your own, or without calibration."""
-        return self.core.in_use[0]
+        return self.core.in_use.point
 
     @property
     def label_thresholds(self) -> dict[str, float]:
@@ -508,12 +478,12 @@ class Engine:
         answer is the most probable label. `Prediction.labels` are those of the task, so compare
         `probabilities` with these thresholds to flag texts.
         """
-        point, runner = self.core.in_use
-        of_rule = runner.rule.label_thresholds if isinstance(runner.rule, Uncertainty) else ()
+        route = self.core.in_use
+        of_rule = route.rule.label_thresholds if isinstance(route.rule, Uncertainty) else ()
         decides = of_rule or self.core.task.predicted_above
         thresholds = {label: p for label, p in zip(self.labels, decides, strict=False) if p < 1}
         points = self.manifest.targets[self.target].operating_points
-        certificate = None if point is None else points[point].certificate
+        certificate = None if route.point is None else points[route.point].certificate
         # A certified rule may be full depth, which knows no thresholds.
         return thresholds if certificate is None else thresholds | certificate.label_thresholds
 
@@ -522,7 +492,7 @@ class Engine:
 
         Args:
             rows: tokenized texts, such as those of a tokenizer of your own.
-            rule: the rule.
+            rule: the rule, as in `predict`.
 
         Returns:
             The trace, as `trace` gives it.
@@ -533,7 +503,7 @@ class Engine:
                 target's logits are not finite at an exit that a row reached.
             ArtifactError: a segment that is loaded now is missing or damaged.
         """
-        return self.core.run_encoded(rows, rule)
+        return self.core.trace(rows, self.core.route(rule=rule))
 
     def close(self) -> None:
         """Free the segments; the engine cannot be used afterwards.
@@ -542,7 +512,7 @@ class Engine:
         call that needs another window of rows afterwards gets a `BackendError`. In a process that
         was forked after the engine was loaded, this does nothing.
         """
-        for backend in self.core.backends:
+        for backend in self.core.backends.values():
             backend.close()
 
     def __enter__(self) -> Engine:
@@ -550,43 +520,6 @@ class Engine:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _open_quick_pass(
-    engines: EnginesFolder,
-    target: str,
-    point: str | None,
-    threads: int | None,
-    device: int,
-    check: bool | None = None,
-) -> Backend | None:
-    """What runs the quick pass of an operating point, or None if it has no quick pass.
-
-    Args:
-        engines: the engines folder.
-        target: the target of the point.
-        point: the name of the point; a rule that is not an operating point has none.
-        threads: as in `Engine.load`.
-        device: as in `Engine.load`.
-        check: as in `Engine.load`; the answers of a quick pass are checked as those of any target.
-
-    Raises:
-        RuleError: the point has lost its promise.
-        FpabeeError: the target cannot run here.
-    """
-    manifest = engines.manifest
-    quick = quick_of_named(manifest, target, point)
-    if quick is None:
-        return None
-    if problem := quick_problem(manifest, quick):
-        raise RuleError(problem, "calibrate again")
-    backend = open_backend(engines, quick.target, threads, device)
-    try:
-        Engine(engines, backend, Budget(exit=len(manifest.segments)))._check_here(check)
-    except BaseException:
-        backend.close()
-        raise
-    return backend
 
 
 def _powers_of_two(longest: int) -> tuple[int, ...]:

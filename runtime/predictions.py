@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -9,6 +10,7 @@ from itertools import zip_longest
 import numpy as np
 from numpy.typing import NDArray
 
+from .artifact.exits import Exits
 from .rules.measures import Integers
 
 
@@ -138,3 +140,44 @@ class Tally:
         total = sum(expected)
         pairs = zip(self.shares, expected, strict=True)
         return sum(abs(share - count / total) for share, count in pairs) / 2
+
+
+class Tallies:
+    """A tally for each list of exits that rows have seen. Thread-safe.
+
+    The number of an exit means something only together with its list: exit 3 of a quick pass, and
+    exit 3 of rows that run in the exact target only, are counted apart.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_quick_target: dict[str, Tally] = {}  # all other passes are the same
+
+    def open(self, exits: Exits) -> None:
+        """Show the exits in the total, also before the first row."""
+        self.add(exits, Tally((0,) * len(exits)))
+
+    def add(self, exits: Exits, counts: Tally) -> None:
+        """Add the counts of rows that have seen these exits."""
+        with self._lock:
+            before = self._by_quick_target.get(exits.quick)
+            self._by_quick_target[exits.quick] = counts if before is None else before + counts
+
+    def of(self, exits: Exits) -> Tally:
+        """Rows that have seen these exits."""
+        return self._by_quick_target.get(exits.quick, Tally((0,) * len(exits)))
+
+    @property
+    def total(self) -> Tally:
+        """All rows, by the number of their exit; see `Tally.exits`."""
+        with self._lock:
+            return sum(self._by_quick_target.values(), Tally(()))
+
+    def reset(self) -> Tally:
+        """Start again from zero; returns the total as it was."""
+        with self._lock:
+            before = self._by_quick_target
+            self._by_quick_target = {
+                target: Tally((0,) * len(tally.exits)) for target, tally in before.items()
+            }
+        return sum(before.values(), Tally(()))

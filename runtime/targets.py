@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 
 from .. import __version__
-from .artifact.exits import exits_of
+from .artifact.exits import Exits, exits_of
 from .artifact.folder import EnginesFolder
 from .artifact.manifest import Manifest, Target
 from .artifact.operating_point import RuleSettings
-from .artifact.quick import quick_of, quick_of_named
+from .artifact.quick import exits_of_point, quick_of, quick_of_named
 from .backends.base import Backend
 from .errors import BackendError, FpabeeError, RuleError, warn_once, whole_number
 from .rules.rules import ExitRule
@@ -169,12 +169,11 @@ def rule_of(manifest: Manifest, target: str, point: str | None) -> tuple[str | N
     if point is None:
         point = manifest.targets[target].default_operating_point or None
     if point is None:
-        return None, _stored_rule(manifest, manifest.default_rule, "the default rule")
+        return None, _default_rule(manifest)
     if point in points:
         where = f"operating point {point!r} of target {target}"
-        quick = quick_of(points[point])
-        rule = _stored_rule(manifest, points[point].rule, where, quick.target if quick else "")
-        return point, rule
+        exits = exits_of_point(manifest, points[point])
+        return point, _stored_rule(manifest, points[point].rule, exits, where)
     elsewhere = [other for other, t in manifest.targets.items() if point in t.operating_points]
     measured = f", but {', '.join(elsewhere)} has" if elsewhere else ""
     raise RuleError(
@@ -195,20 +194,28 @@ def rule_alone(manifest: Manifest, target: str, point: str | None) -> tuple[str 
         return name, rule
     if quick.alone:
         return rule_of(manifest, target, quick.alone)
-    return None, _stored_rule(manifest, manifest.default_rule, "the default rule")
+    return None, _default_rule(manifest)
 
 
-def _stored_rule(
-    manifest: Manifest, settings: RuleSettings, where: str, quick: str = ""
-) -> ExitRule:
+def _default_rule(manifest: Manifest) -> ExitRule:
+    return _stored_rule(manifest, manifest.default_rule, exits_of(manifest), "the default rule")
+
+
+def _stored_rule(manifest: Manifest, settings: RuleSettings, exits: Exits, where: str) -> ExitRule:
     """A rule of the manifest, which fits the model.
+
+    Args:
+        manifest: the manifest.
+        settings: the rule.
+        exits: those that its rows see.
+        where: what the rule is called in messages.
 
     Raises:
         RuleError: it does not, or this fpabee does not have it.
     """
     try:
         rule = ExitRule.from_dict(settings)
-        task_of(manifest.task).runner(rule, exits_of(manifest, quick).numbers)
+        task_of(manifest.task).runner(rule, exits.numbers)
     except RuleError as error:
         raise RuleError(
             f"{where} in the manifest cannot be used: {error.message}",

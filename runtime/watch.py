@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from .artifact.exits import Exits, exits_of
 from .artifact.manifest import Manifest
 from .artifact.operating_point import OperatingPoint
-from .artifact.quick import quick_of, quick_targets
+from .artifact.quick import exits_of_point
 from .errors import InputError, RuleError
 from .rules.measures import Integers
 from .tasks import task_of
@@ -174,6 +174,8 @@ class _Promise:
         permitted: the permitted rate.
         mean_depth: layers that ran for a row at calibration.
         exits: those that its rows see.
+        goes_on: whether rows that have stopped go on to full depth where they are; otherwise, they
+            start again, in another target.
         label_thresholds: what decides, see `decision_thresholds`.
         rows: those that were chosen and are not tested yet, in the order of their arrival. A row
             whose answer did not change may be known earlier than one before it, and would spoil the
@@ -185,6 +187,7 @@ class _Promise:
     permitted: float
     mean_depth: float
     exits: Exits
+    goes_on: bool
     label_thresholds: tuple[float, ...]
     rows: deque[WatchedRow] = field(default_factory=deque)
 
@@ -268,8 +271,6 @@ class Watch:
         self._pays = share / max(1 - share, 1e-9)
         # This runs for every row, so it is plain Python: a call of numpy costs more than a coin.
         self._layers = manifest.exit_layers[-1]
-        exits = exits_of(manifest, next(iter(quick_targets(manifest, target)), ""))
-        self._layers_of = dict(zip(exits.numbers, exits.layers_ran, strict=True))
         self._coin = random.Random()
         self._lock = threading.RLock()  # who is told of an alarm may ask what is known
         self._waiting = 0
@@ -298,11 +299,18 @@ class Watch:
                         self._layers_for_watching += self._layers
         return chosen
 
-    def ran(self, exits: Integers) -> None:
-        """Count the layers of rows that were answered at these exits."""
-        layers = sum(self._layers_of[number] for number in exits.tolist())
+    def ran(self, numbers: Integers, exits: Exits) -> None:
+        """Count the layers of rows that were answered.
+
+        Args:
+            numbers: `[rows]` the numbers of their exits.
+            exits: the exits that they have seen.
+        """
+        first = exits.first
+        layers_ran = exits.layers_ran
+        layers = sum(layers_ran[number - first] for number in numbers.tolist())
         with self._lock:
-            self._answered += len(exits)
+            self._answered += len(numbers)
             self._layers_for_answers += layers
 
     def stopped(self, row: WatchedRow, exit_number: int, logits: NDArray[np.float32]) -> bool:
@@ -311,10 +319,12 @@ class Watch:
             if row.is_done:
                 return False
             if row.answer is None:
-                self._layers_for_watching -= self._layers - self._rest(row.promise, exit_number)
+                exits = row.promise.exits
+                rest = exits.layers_left[exit_number - exits.first]
+                self._layers_for_watching -= self._layers - rest
                 row.answer = logits.copy()  # not a view, which would hold those of other rows
                 self._waiting += 1
-                if exit_number < row.promise.exits.last:
+                if exit_number < exits.last:
                     return True
             both = self._task.outputs(np.stack([row.answer, logits]))
             thresholds = row.promise.label_thresholds
@@ -345,17 +355,10 @@ class Watch:
                 is_broken=promise.test.is_broken,
             )
 
-    def _rest(self, promise: _Promise, exit_number: int) -> int:
-        """The layers that a row runs to full depth after it has stopped at an exit.
-
-        After a quick pass, these are all layers of the exact target.
-        """
-        if exit_number == promise.exits.last:
-            return 0
-        return self._layers - (0 if promise.exits.quick else self._layers_of[exit_number])
-
     def _mean_rest(self, promise: _Promise) -> float:
-        return self._layers - (0 if promise.exits.quick else self._mean_depth(promise))
+        """The layers that a row runs to full depth after it has stopped, on average."""
+        ran = self._mean_depth(promise) if promise.goes_on else 0.0
+        return self._layers - ran
 
     def _mean_depth(self, promise: _Promise) -> float:
         known = promise.mean_depth * _ROWS_OF_CALIBRATION
@@ -419,13 +422,14 @@ def _promise(
     manifest: Manifest, name: str, point: OperatingPoint, rate: float, level: float
 ) -> _Promise:
     assert point.certificate is not None
-    quick = quick_of(point)
+    exits = exits_of_point(manifest, point)
     return _Promise(
         operating_point=name,
         test=RateTest(rate, level),
         permitted=rate,
-        mean_depth=min(point.mean_depth, float(manifest.exit_layers[-1])),
-        exits=exits_of(manifest, quick.target if quick else ""),
+        mean_depth=point.mean_depth,
+        exits=exits,
+        goes_on=exits == exits_of(manifest),
         label_thresholds=task_of(manifest.task).decision_thresholds(
             point.certificate.label_thresholds
         ),

@@ -88,7 +88,7 @@ def _logits(engine: Engine, texts: Sequence[Text], what: str, progress: Progress
     done = 0
     for rows in engine.core.windows(texts):
         progress(what, done, len(texts))
-        parts.append(engine.run_encoded(rows, engine.core.full_depth.rule).logits)
+        parts.append(engine.core.trace(rows, engine.core.full_depth).logits)
         done += len(rows)
     return np.concatenate(parts, axis=1)
 

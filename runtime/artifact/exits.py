@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -127,6 +127,17 @@ class Exits:
             before += each.layers[-1]
         return tuple(ran)
 
+    @cached_property
+    def layers_left(self) -> tuple[int, ...]:
+        """`[exits]` how many layers a row has yet to run to full depth, after each exit.
+
+        After a quick pass, these are all layers of the exact pass.
+        """
+        *before, last = self.passes
+        full = last.layers[-1]
+        starts = [full] * sum(len(each.layers) for each in before)
+        return (*starts, *(full - layer for layer in last.layers))
+
     def from_first_layer(self) -> Exits:
         """The exits of the passes with segments only: all but exit 0."""
         return Exits(tuple(each for each in self.passes if each.reads == TOKENS))
@@ -135,15 +146,6 @@ class Exits:
     def quick(self) -> str:
         """The target of the quick pass, or empty without one."""
         return next((each.target for each in self.passes if each.target), "")
-
-    @cached_property
-    def exact(self) -> Exits:
-        """The exits without a quick pass, where rows see every exit of the engine's own target."""
-        if not self.quick:
-            return self
-        before = tuple(each for each in self.passes if each.reads != TOKENS)
-        (quick,) = (each for each in self.passes if each.target)
-        return Exits((*before, replace(quick, target="")))
 
 
 def exits_of(manifest: Manifest, quick: str = "") -> Exits:

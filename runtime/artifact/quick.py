@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from .exits import Exits, exits_of
 from .manifest import Manifest
 from .operating_point import OperatingPoint, QuickPass
 
@@ -39,6 +40,11 @@ class QuickCosts(NamedTuple):
 def quick_of(point: OperatingPoint) -> QuickPass | None:
     """The quick pass of an operating point, or None if it runs in one target only."""
     return point.quick if isinstance(point.quick, QuickPass) else None
+
+
+def exits_of_point(manifest: Manifest, point: OperatingPoint) -> Exits:
+    """The exits that rows of an operating point see."""
+    return exits_of(manifest, *(each.target for each in [quick_of(point)] if each is not None))
 
 
 def quick_of_named(manifest: Manifest, target: str, name: str | None) -> QuickPass | None:

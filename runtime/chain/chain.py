@@ -17,10 +17,11 @@ from ..backends.base import Backend, Execution
 from ..backends.buffers import Bucket
 from ..encoding import EncodedRow
 from ..errors import BackendError, FpabeeError
+from ..predictions import Trace
 from ..rules.measures import Mask
-from ..rules.settling import Runner, Settled
+from ..rules.settling import Settled
 from .groups import Group, RowNumbers, Running, fits, split
-from .legs import Leg
+from .route import Route
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +63,8 @@ class Chain:
     Rows that are still in doubt at the last exit of a leg start again, as rows of the next one.
 
     Args:
-        backends: their pools lend what runs segments, when the first row needs it.
         exit_0: gives the logits `[rows, labels]` before layer 1; None: there is no exit 0.
-        full_depth: the rule of watched rows after their answer, and their leg; None: no rows are
-            watched.
+        full_depth: the route of watched rows after their answer; None: no rows are watched.
         clock: the time in seconds, of deadlines too.
 
     Attributes:
@@ -75,9 +74,8 @@ class Chain:
         current: the group that an error of a step belongs to.
     """
 
-    backends: Sequence[Backend]
     exit_0: Callable[[Sequence[EncodedRow]], NDArray[np.float32]] | None = None
-    full_depth: tuple[Runner[Any], Leg] | None = None
+    full_depth: Route | None = None
     clock: Callable[[], float] = perf_counter
     running: deque[Group] = field(default_factory=deque, init=False)
     watched: list[Group] = field(default_factory=list, init=False)
@@ -91,18 +89,17 @@ class Chain:
         """What runs the segments of a group."""
         backend = group.legs[0].backend
         if backend not in self._lent:
-            self.borrow()
-        if backend not in self._lent:  # another operating point is in use since then
-            self._lent[backend] = backend.check_out()
+            self.borrow(group)
         return self._lent[backend]
 
-    def borrow(self) -> None:
-        """Borrow what runs segments; the first call may wait for it, see `Backend.check_out`."""
-        # All of them, and always in this order: two chains that each have what the other one
-        # waits for would wait for ever.
-        for backend in self.backends:
-            if backend not in self._lent:
-                self._lent[backend] = backend.check_out()
+    def borrow(self, group: Group) -> None:
+        """Borrow what runs the legs of a group; this may wait for it, see `Backend.check_out`."""
+        # The exact pass first: every route of an engine ends with it, so no call waits for it while
+        # it has what runs a quick pass. Two calls that each have what the other one waits for would
+        # wait for ever.
+        for leg in group.legs[::-1]:
+            if leg.backend not in self._lent:
+                self._lent[leg.backend] = leg.backend.check_out()
 
     @property
     def gives_way(self) -> bool:
@@ -134,10 +131,10 @@ class Chain:
             The decision about each group at each exit.
 
         Raises:
-            BackendError: the library or the device failed.
+            BackendError: the library or the device failed, or logits are not finite.
             ArtifactError: a segment is loaded now, and is missing or damaged.
         """
-        yield from self.ask_exit_0(window)
+        yield from map(_sound, self.ask_exit_0(window))
         waiting = deque(_parts(window))
         in_doubt: list[Group] = []
         while waiting or self.running or in_doubt or self.watched:
@@ -153,7 +150,9 @@ class Chain:
             if group is not None:
                 self.let_go(group)
                 if len(group):
-                    self.borrow()  # before the next line, because rows may be late after a wait
+                    self.borrow(
+                        group
+                    )  # before the next line, because rows may be late after a wait
                 if (late := self.stop_late(group)) is not None:
                     yield Decision(group, group.exit, late.rows[:0], late.logits[:0], late)
                 if not len(group):
@@ -166,10 +165,33 @@ class Chain:
                 self.lose(self.current, error, waiting)
                 continue
             if decision is not None:
-                yield decision
+                yield _sound(decision)
                 if len(decision.group) and not decision.group.is_answered:
                     goes_on = waiting if decision.group.hidden is not None else in_doubt
                     goes_on.append(decision.group)
+
+    def trace(self, rows: Sequence[EncodedRow], route: Route) -> Trace:
+        """Run rows, and keep the logits of all exits that they reach.
+
+        Args:
+            rows: any number of rows.
+            route: how they run; `Route.whole` shows every row all exits.
+
+        Raises:
+            RuleError: the rule compares rows.
+            FpabeeError: as in `run`.
+        """
+        route.runner.check_alone()
+        first = route.exits.first
+        logits = np.full((len(route.exits), len(rows), len(route.task.labels)), np.nan, np.float32)
+        exits = np.full(len(rows), first, np.int64)
+        for decision in self.run(Group.of(np.arange(len(rows)), rows, route, math.inf)):
+            logits[decision.exit - first, decision.rows] = decision.logits
+            if (settled := decision.settled) is not None:
+                exits[settled.rows] = settled.exits
+        at_exit = logits[exits - first, np.arange(len(rows))]
+        lengths = np.array([len(row) for row in rows], np.intp)
+        return Trace(logits, exits, route.task.outputs(at_exit).answers, lengths, first)
 
     def _next(self, waiting: deque[Group]) -> Group | None:
         """The group that takes the next step; None if all run, or it waits for others to join."""
@@ -239,7 +261,7 @@ class Chain:
 
     def let_go(self, group: Group) -> None:
         """Drop the rows of a group that go on no further, because others have decided so."""
-        going = group.runner.goes_on(group.state)
+        going = group.route.runner.goes_on(group.state)
         if going is not None and len(group):
             self.keep(group, going)
 
@@ -260,7 +282,7 @@ class Chain:
         if earliest >= soon:
             return None
         late = np.flatnonzero(group.deadlines < soon)
-        settled = group.runner.stop(group.exit, group.state, group.rows, late)
+        settled = group.route.runner.stop(group.exit, group.state, group.rows, late)
         self.keep(group, group.deadlines >= soon)
         return settled
 
@@ -272,7 +294,7 @@ class Chain:
 
         Args:
             group: the group.
-            others: groups with the same rule and the same step, none of which runs. Those
+            others: groups of the same route and the same step, none of which runs. Those
                 whose rows are taken have none afterwards.
         """
         self.current = group
@@ -347,7 +369,7 @@ class Chain:
             bucket = self._bucket([group], alone=len(group) == 1)
             group.hidden = self.execution(group).begin(group.encoded.tolist(), bucket)
             group.places = np.arange(len(group))
-            if len(group.legs) == 1:
+            if group.legs[0] is group.route.legs[-1]:
                 group.encoded = group.encoded[:0]
         elif len(group) < group.hidden.rows:
             self._gather([group])
@@ -395,7 +417,7 @@ class Chain:
             if not len(group):
                 group.state = group.state.take(_NONE)
         rows = group.rows
-        settled, going = group.runner.settle(exit_number, group.state, rows, logits)
+        settled, going = group.route.runner.settle(exit_number, group.state, rows, logits)
         if going is not None:
             self._watch(group, exit_number, logits, (~going).nonzero()[0])
             self.keep(group, going)
@@ -419,12 +441,11 @@ class Chain:
             return
         assert self.full_depth is not None
         places = np.array(run_on)
-        runner, leg = self.full_depth
         part = group.take(places)
-        part.runner = runner
-        part.legs = (leg,)
+        part.route = self.full_depth
+        part.legs = self.full_depth.legs
         part.is_answered = True
-        if group.hidden is None or group.legs[0].backend is not leg.backend:
+        if group.hidden is None or group.legs[0].backend is not part.legs[0].backend:
             self.watched += _parts(part)
         else:
             places = group.places[places]
@@ -457,6 +478,17 @@ def _parts(group: Group) -> list[Group]:
     """A group that has not begun a leg, divided into groups of similar length that may run."""
     parts = split(group.lengths, group.limits)
     return [group] if len(parts) == 1 else [group.take(part) for part in parts]
+
+
+def _sound(decision: Decision) -> Decision:
+    """A decision none of whose rows has failed.
+
+    Raises:
+        BackendError: the logits of a row are not finite.
+    """
+    if len(decision.failed):
+        raise not_finite(decision.target, decision.exit)
+    return decision
 
 
 def not_finite(target: str, exit_number: int) -> BackendError:

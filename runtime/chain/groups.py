@@ -13,9 +13,9 @@ from ..backends.base import Hidden, Outputs
 from ..backends.buffers import Limits
 from ..encoding import EncodedRow
 from ..errors import BackendError
-from ..rules.settling import Runner, State
+from ..rules.settling import State
 from ..watch import WatchedRow
-from .legs import Leg
+from .route import Leg, Route
 
 RowNumbers = NDArray[np.intp]
 
@@ -35,12 +35,12 @@ class Running:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """Rows that run together, with the same rule. Rows leave it when they stop.
+    """Rows that run together, on the same route. Rows leave it when they stop.
 
     Attributes:
-        runner: the rule.
+        route: how they run.
         rows: `[rows]` what the rows are to the caller, such as their numbers in a window.
-        legs: the passes that they have not finished; the first is the one that they are in.
+        legs: those of the route that they have not finished; the first is the one that they are in.
         encoded: `[rows]` their tokens, until segment 1 of the last leg has been started.
         lengths: `[rows]` how many tokens they have.
         deadlines: `[rows]` when their answers should be there, in seconds of the chain's clock.
@@ -52,7 +52,7 @@ class Group:
         running: the segment that runs; None between two segments.
     """
 
-    runner: Runner[Any]
+    route: Route
     legs: tuple[Leg, ...]
     rows: NDArray[Any]
     encoded: NDArray[np.object_]
@@ -70,18 +70,16 @@ class Group:
         cls,
         rows: NDArray[Any],
         encoded: Sequence[EncodedRow],
-        runner: Runner[Any],
+        route: Route,
         deadline: float,
-        legs: tuple[Leg, ...],
     ) -> Group:
         """A group of new rows.
 
         Args:
             rows: `[rows]` what the caller calls them.
             encoded: their tokens.
-            runner: their rule.
+            route: how they run.
             deadline: that of all of them.
-            legs: the passes that they go through.
 
         Raises:
             BackendError: a row is longer than a backend takes.
@@ -89,20 +87,20 @@ class Group:
         count = len(encoded)
         lengths = np.fromiter(map(len, encoded), np.intp, count)
         longest = lengths.max() if count else 0
-        for leg in legs:
+        for leg in route.legs:
             if longest > leg.limits.max_sequence:
                 raise BackendError(
                     f"a row has {longest} tokens; this target takes {leg.limits.max_sequence}",
                     "give a smaller `max_length`, or build the target for longer rows",
                 )
         return cls(
-            runner=runner,
-            legs=legs,
+            route=route,
+            legs=route.legs,
             rows=rows,
             encoded=np.fromiter(encoded, np.object_, count),
             lengths=lengths,
             deadlines=np.full(count, deadline),
-            state=runner.start(rows),
+            state=route.runner.start(rows),
             watched=np.full(count, None),
         )
 
@@ -142,7 +140,7 @@ class Group:
     def take(self, rows: RowNumbers) -> Group:
         """A new group of some of the rows, given by their places, without hidden states."""
         return Group(
-            runner=self.runner,
+            route=self.route,
             legs=self.legs,
             rows=self.rows[rows],
             encoded=self.encoded[rows] if self.encoded.size else self.encoded,

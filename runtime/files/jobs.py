@@ -12,12 +12,12 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
+from ..chain.route import Route
 from ..encoding import EncodedRow, characters
 from ..engine import Engine
 from ..errors import InputError, RowError
 from ..predictions import Prediction
 from ..quality import Labels, evaluate
-from ..rules.rules import ExitRule
 from ..tasks.ranked import Ranked
 from .destination import Convert
 from .formats import TextFormat
@@ -52,12 +52,12 @@ class Job(ABC, Generic[ItemT, AnswerT]):
 
     Args:
         engine: the engine that runs.
-        rule: the rule that decides; None for full depth.
+        route: how the rows run.
         options: what is written.
 
     Attributes:
         engine: as given.
-        rule: as given.
+        route: as given.
         options: as given.
         unit: what the rows are called.
         part: what those are called that have an exit of their own.
@@ -66,9 +66,9 @@ class Job(ABC, Generic[ItemT, AnswerT]):
     unit: ClassVar[str]
     part: ClassVar[str]
 
-    def __init__(self, engine: Engine, rule: ExitRule | None, options: JobOptions) -> None:
+    def __init__(self, engine: Engine, route: Route, options: JobOptions) -> None:
         self.engine = engine
-        self.rule = rule
+        self.route = route
         self.options = options
 
     @abstractmethod
@@ -127,8 +127,8 @@ class TextJob(Job[Row, Prediction]):
 
     unit = part = "rows"
 
-    def __init__(self, engine: Engine, rule: ExitRule | None, options: JobOptions) -> None:
-        super().__init__(engine, rule, options)
+    def __init__(self, engine: Engine, route: Route, options: JobOptions) -> None:
+        super().__init__(engine, route, options)
         self._schema = SCHEMAS[engine.manifest.task.problem_type](
             engine.labels,
             with_text=options.with_text,
@@ -163,8 +163,7 @@ class TextJob(Job[Row, Prediction]):
 
     def answers(self, items: Sequence[Row]) -> Iterator[Prediction]:
         """The predictions; all rows of a block run together."""
-        texts = [row.content for row in items]
-        return self.engine.stream(texts, rule=self.rule, full_depth=self.rule is None)
+        return self.engine.core.stream([row.content for row in items], self.route)
 
     def record(self, index: int, item: Row, answer: Prediction) -> Record:
         """The record of a prediction."""
@@ -218,10 +217,6 @@ class QueryJob(Job[EncodedQuery, list[Ranked]]):
     part = "documents"
     _NAMES = frozenset({"index", QUERY_COLUMN, "results", "error"})
 
-    def __init__(self, engine: Engine, rule: ExitRule | None, options: JobOptions) -> None:
-        super().__init__(engine, rule, options)
-        self._runner = engine.core.runner(rule, full_depth=rule is None)
-
     def table(self, output: Path | None, chosen: TextFormat) -> Convert | None:
         """A table cannot hold a list of results for each query."""
         if chosen is TextFormat.JSON_LINES:
@@ -245,7 +240,7 @@ class QueryJob(Job[EncodedQuery, list[Ranked]]):
     def answers(self, items: Sequence[EncodedQuery]) -> Iterator[list[Ranked]]:
         """All documents of each query, best first; queries run one after another."""
         for item in items:
-            yield self.engine.core.rank(item.rows, self._runner, with_left=True)
+            yield self.engine.core.rank(item.rows, self.route, with_left=True)
 
     def record(self, index: int, item: EncodedQuery, answer: list[Ranked]) -> Record:
         """The record of a ranking; a field of the input never replaces a result."""

@@ -46,7 +46,7 @@ class Run:
         self.rows = self.rows_before = self.errors = self.truncated = self.empty = 0
         self.first_error: RowError | None = None
         # Without new keys, another thread can count them.
-        self.exits = Counter(dict.fromkeys(job.engine.core.exits.numbers, 0))
+        self.exits = Counter(dict.fromkeys(job.route.exits.numbers, 0))
         self._answered_before = 0
         self._started = time.perf_counter()
 
@@ -118,28 +118,28 @@ class Run:
         answered = self.exits.total() - self._answered_before
         return answered / (time.perf_counter() - self._started)
 
-    def to_dict(self, operating_point: str | None) -> dict[str, Any]:
-        """The tally for JSON; mean depth and saving are None without answered rows.
+    @property
+    def is_full_depth(self) -> bool:
+        """Whether all layers run for every row, and no rule stops any."""
+        return self.job.route is self.job.engine.core.full_depth
 
-        Args:
-            operating_point: the name of the calibrated rule that was run, if it was one.
-        """
+    def to_dict(self) -> dict[str, Any]:
+        """The tally for JSON; mean depth and saving are None without answered rows."""
         job = self.job
         manifest = job.engine.manifest
         layers = manifest.model.layers
         answered = self.exits.total()
-        core = job.engine.core
-        seen = core.exits_seen(core.runner(job.rule, full_depth=job.rule is None))
+        seen = job.route.exits
         exits = [
             {"exit": number, "layer": layer, job.part: self.exits[number]}
             for number, layer in zip(seen.numbers, seen.layers, strict=True)
         ]
         ran = sum(map(mul, seen.layers_ran, (self.exits[number] for number in seen.numbers)))
         depth = ran / answered if answered else None
-        # Layers say what is saved only where all of them run in one target.
-        saving = None if depth is None or seen.quick else 1 - depth / layers
+        saving = None if depth is None else 1 - depth / layers
         passes: dict[str, Any] = {}
-        if seen.quick:
+        if seen.quick:  # layers say what is saved only where all of them run in one target
+            saving = None
             in_doubt = self.exits[seen.last] / answered if answered else None
             passes = {"quick_target": seen.quick, "doubt_share": in_doubt}
         scores = job.scores()
@@ -152,8 +152,8 @@ class Run:
             "seconds": time.perf_counter() - self._started,
             f"{job.part}_per_second": self.rate,
             "target": job.engine.target,
-            "operating_point": operating_point,
-            "rule": None if job.rule is None else job.rule.to_dict(),
+            "operating_point": job.route.point,
+            "rule": None if self.is_full_depth else job.route.rule.to_dict(),
             "layers": layers,
             "mean_depth": depth,
             "saving": saving,

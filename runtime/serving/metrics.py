@@ -87,17 +87,17 @@ class Metrics:
     def text(self) -> bytes:
         """All metrics, in Prometheus text format.
 
-        The drift is that of the engine's tally, see `Tally.drift`; it is NaN before the first row
-        and without an operating point.
+        The drift is that of the rows that have seen the exits of the operating point, see
+        `Tally.drift`; it is NaN before the first of them, and without an operating point.
         """
-        target = self._engine.manifest.targets[self._engine.target]
-        point = target.operating_points.get(self._engine.operating_point or "")
-        tally = self._engine.tally
+        core = self._engine.core
+        route = core.in_use
+        points = self._engine.manifest.targets[self._engine.target].operating_points
+        point = points.get(route.point or "")
+        tally = core.tallies.of(route.exits)
         drift = float("nan")
         if point and tally.rows:
-            # A point without a quick pass has one exit less than an engine that can run one.
-            never = (0,) * (len(tally.exits) - len(point.exits))
-            drift = tally.drift((*point.exits, *never))
+            drift = tally.drift(point.exits)
         self._drift.set(drift)
         return generate_latest(self._registry)
 

@@ -18,11 +18,12 @@ import numpy as np
 from ..backends.forks import Origin
 from ..chain.chain import Chain, Decision, not_finite
 from ..chain.groups import Group, shapes
+from ..chain.route import Route
 from ..encoding import EncodedRow, Text, characters
 from ..engine import Engine
 from ..errors import BackendError, InputError, OverloadedError, seconds_of, whole_number
 from ..predictions import Prediction
-from ..rules.settling import Runner, Settled, State
+from ..rules.settling import Settled, State
 from ..tasks.queries import Documents
 from ..tasks.ranked import Ranked, pairs_of, top_of
 from .turns import TURNS, Waiting
@@ -142,8 +143,8 @@ class Scheduler:
         arrived = self._core.clock()
         with self._accepted(len(texts)) as futures:
             rows = self._core.encode(texts)
-            runner = self._core.runner(max_exit=max_exit)
-            self._queue(futures, rows, deadline_ms, runner, arrived)
+            route = self._core.route(max_exit=max_exit)
+            self._queue(futures, rows, deadline_ms, route, arrived)
         return futures
 
     def warm_up(self) -> None:
@@ -187,8 +188,8 @@ class Scheduler:
             rows = await self._encode(texts)
             if check is not None:
                 check(rows)
-            runner = self._core.runner(max_exit=max_exit)
-            self._queue(futures, rows, deadline_ms, runner, arrived)
+            route = self._core.route(max_exit=max_exit)
+            self._queue(futures, rows, deadline_ms, route, arrived)
             answers: list[Prediction] = await asyncio.gather(*map(asyncio.wrap_future, futures))
             return answers
 
@@ -223,22 +224,22 @@ class Scheduler:
         self._core.check_method("rank")
         arrived = self._core.clock()
         pairs = pairs_of(query, documents)
-        runner = self._core.runner()
-        most = top_of(runner.rule, top_k, len(pairs))
+        route = self._core.route()
+        most = top_of(route.rule, top_k, len(pairs))
         with self._accepted(len(pairs)) as futures:
             encoded = await self._encode(pairs)
             rows = self._core.with_scores(encoded, scores)
             self._core.check_query(rows)
             if check is not None:
                 check(rows)
-            state = self._queue(futures, rows, deadline_ms, runner, arrived)
+            state = self._queue(futures, rows, deadline_ms, route, arrived)
             await asyncio.gather(*map(asyncio.wrap_future, futures))
         if not pairs:
             return []
         assert isinstance(state, Documents)
         settled = state.settled()
         missed = np.array([row.is_late for row in settled.rows])
-        return self._core.in_order(_as_encoded(settled), runner, missed, most, all)
+        return self._core.in_order(_as_encoded(settled), route, missed, most, all)
 
     @property
     def is_closed(self) -> bool:
@@ -328,7 +329,7 @@ class Scheduler:
         futures: Sequence[Future[Any]],
         encoded: Sequence[EncodedRow],
         deadline_ms: float | None,
-        runner: Runner[Any],
+        route: Route,
         arrived: float,
     ) -> State:
         """Hand accepted rows to the worker; those of a query are its documents, in their order.
@@ -337,7 +338,7 @@ class Scheduler:
             The state of the rows, as it is before the first exit.
         """
         ends = math.inf if deadline_ms is None else arrived + seconds_of("deadline_ms", deadline_ms)
-        self._core.check_open()
+        self._core.backend.check_open()
         lengths = [len(row) for row in encoded]
         rows = [
             Waiting(row, future, arrived, ends, turn)
@@ -346,7 +347,7 @@ class Scheduler:
             )
         ]
         named = np.fromiter(rows, np.object_, len(rows))
-        group = Group.of(named, encoded, runner, ends, self._core.legs(runner))
+        group = Group.of(named, encoded, route, ends)
         state = group.state
         with self._lock:
             self._check_open()
@@ -355,7 +356,7 @@ class Scheduler:
             if rows and tokens >= most:
                 what = f"the unanswered rows have {tokens} tokens, expected fewer than {most}"
                 raise self._full(what, len(rows))
-            group.watched = self._core.choose_watched(len(rows), runner, ends)
+            group.watched = self._core.choose_watched(len(rows), route, ends)
             self._tokens.update(zip(futures, lengths, strict=True))
             self._arrived += [group] if rows else []
             self._news.put(self)
@@ -413,8 +414,8 @@ class Scheduler:
         """Take new rows, and let one group take a step of the chain."""
         if not chain.gives_way:
             self._admit(chain)
-            if self._turns.waiting:
-                chain.borrow()  # before the next line, because rows may be late after a wait
+            for waiting in self._turns.waiting:
+                chain.borrow(waiting)  # before `_clear`, because rows may be late after a wait
         self._clear(chain)
         group = self._turns.choose(chain)
         if group is None and not self._turns.groups:
@@ -464,17 +465,17 @@ class Scheduler:
                 chain.keep(group, np.array(kept))
             chain.let_go(group)
             if len(group) and group.running is None:
-                self._give(chain.stop_late(group))
+                self._give(chain.stop_late(group), group.route)
         self._turns.drop_empty()
 
     def _answer(self, decision: Decision) -> None:
         """Answer the rows that have settled."""
         if len(decision.failed):
             self._fail(decision.failed, not_finite(decision.target, decision.exit))
-        self._give(decision.settled)
+        self._give(decision.settled, decision.group.route)
 
-    def _give(self, settled: Settled | None) -> None:
-        """Give rows their answers, except those that are cancelled."""
+    def _give(self, settled: Settled | None, route: Route) -> None:
+        """Give rows their answers, except those that are cancelled; all have run on a route."""
         if settled is None:
             return
         open_places = [
@@ -487,8 +488,8 @@ class Scheduler:
         rows: list[Waiting] = settled.rows.tolist()
         try:
             missed = np.array([now > row.deadline for row in rows])
-            answers = self._core.answers(_as_encoded(settled), missed)
-            self._core.count_depth(settled.exits)
+            answers = self._core.answers(_as_encoded(settled), missed, route)
+            self._core.count_depth(settled.exits, route)
         except Exception as error:
             self._fail(rows, error)  # they have left their group
             raise

@@ -136,9 +136,7 @@ class Turns(ABC):
             others = [
                 other
                 for other in ready[number + 1 :]
-                if len(other)
-                and other.step == group.step
-                and other.runner.rule == group.runner.rule
+                if len(other) and other.step == group.step and other.route is group.route
             ]
             if len(group):
                 chain.join(group, others)
@@ -150,12 +148,12 @@ class TurnsOfRows(Turns):
     """Rows in rounds: in each, a call starts rows of about as many tokens as fit into a group."""
 
     def take(self, arrived: Sequence[Group]) -> list[Group]:
-        """See `Turns.take`; rows of the same rule form a group."""
-        return super().take(_one_for_each_rule(arrived))
+        """See `Turns.take`; rows of the same route form a group."""
+        return super().take(_one_for_each_route(arrived))
 
     def passed_exit_0(self) -> None:
         """Put rows in the order of their turns."""
-        self.waiting = _one_for_each_rule(self.waiting)
+        self.waiting = _one_for_each_route(self.waiting)
         for group in self.waiting:
             group.keep(np.argsort([row.turn for row in group.rows], kind="stable"))
 
@@ -328,17 +326,13 @@ def _turn(group: Group) -> tuple[int, float]:
     return first.turn, first.arrived
 
 
-def _one_for_each_rule(groups: Sequence[Group]) -> list[Group]:
-    """Groups before segment 1, joined if they have the same rule and wait for the same leg."""
+def _one_for_each_route(groups: Sequence[Group]) -> list[Group]:
+    """Groups before segment 1, joined if they have the same route and wait for the same leg."""
     joined: list[Group] = []
     rest = [group for group in groups if len(group)]
     while rest:
         first, *rest = rest
-        same = [
-            group
-            for group in rest
-            if group.runner.rule == first.runner.rule and group.step == first.step
-        ]
+        same = [group for group in rest if group.route is first.route and group.step == first.step]
         if same:
             first.add(same)
         joined.append(first)

@@ -71,8 +71,8 @@ def test_a_speedup_that_the_layers_do_not_explain_is_measured_again(
     core = SimpleNamespace(
         exits=Exits.of_layers((1, 6)),
         full_depth=None,
-        runner=lambda rule, has_quick_pass: None,
-        trace=lambda rows, runner: None,
+        in_use=SimpleNamespace(by=lambda rule: None),
+        trace=lambda rows, route: None,
     )
     engine: Any = SimpleNamespace(manifest=SimpleNamespace(exit_layers=(1, 6)), core=core)
     rows: Any = [range(length) for length in range(1, 1001)]

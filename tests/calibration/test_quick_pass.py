@@ -199,14 +199,16 @@ def test_a_trace_has_the_quick_pass_first(folder: Path, tmp_path: Path) -> None:
         assert quick is not None
         rows = trace_rows(engine, ROWS[:20], tmp_path, labels=False, quick=quick)
         texts = [row.content for row in ROWS[:20]]
-        live = engine.core.trace(engine.core.encode(texts), engine.core.every_exit)
+        live = engine.core.trace(engine.core.encode(texts), engine.core.in_use)
         assert rows.has_quick_pass
         np.testing.assert_allclose(rows.logits, live.logits, rtol=1e-4, atol=1e-4)
         rule = Confidence(threshold=(0.9, 0.8, 0.7, 0.0))
-        runner = engine.core.runner(rule, has_quick_pass=True)
         expected = simulate(rows.logits, rule, ProblemType.SINGLE_LABEL, first_exit=0).exits
         encoded = engine.core.encode(texts)
-        assert engine.core.run(encoded, runner).exits.tolist() == expected.tolist()
+        assert (
+            engine.core.run(encoded, engine.core.in_use.by(rule)).exits.tolist()
+            == expected.tolist()
+        )
 
 
 def test_costs_are_shares_of_full_depth_in_the_exact_target(

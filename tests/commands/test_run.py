@@ -24,6 +24,7 @@ from fpabee.runtime import (
     Pabee,
     Pcee,
 )
+from fpabee.runtime.core import Core
 
 from ..closeness import assert_probabilities
 from ..runtime.running import Run, write_lines
@@ -159,7 +160,7 @@ def test_metrics(run: Run, bert: Path, tmp_path: Path) -> None:
 def test_a_bug_keeps_its_traceback(
     bert: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Engine, "stream", Mock(side_effect=ZeroDivisionError))
+    monkeypatch.setattr(Core, "stream", Mock(side_effect=ZeroDivisionError))
     with pytest.raises(ZeroDivisionError):
         main([str(bert), str(source)])
 

@@ -206,6 +206,5 @@ def _add_target(folder: Path, name: str, target: Target) -> None:
 def run_through(engine: Engine, chain: Chain, texts: Sequence[Text]) -> None:
     """Run texts to full depth as one window, on the execution of a chain."""
     rows = engine.core.encode(texts)
-    runner = engine.core.runner(full_depth=True)
-    group = Group.of(np.arange(len(texts)), rows, runner, math.inf, engine.core.legs(runner))
+    group = Group.of(np.arange(len(texts)), rows, engine.core.full_depth, math.inf)
     assert {decision.exit for decision in chain.run(group)} == {*engine.manifest.exits}

@@ -93,9 +93,10 @@ def test_joined_groups_keep_the_deadline(engine: Engine, monkeypatch: pytest.Mon
         return (np.resize(stops, len(logits)) if exit_number == 1 else None), None
 
     monkeypatch.setattr(RuleRunner, "decide", decide)
-    (leg,) = engine.core.legs(engine.core.runner())
+    route = engine.core.in_use
+    (leg,) = route.legs
     leg = dataclasses.replace(leg, limits=dataclasses.replace(leg.limits, max_batch=2))
-    monkeypatch.setattr(engine.core, "legs", lambda _: (leg,))
+    engine.core.in_use = dataclasses.replace(route, legs=(leg,))
     # Three groups of two rows take 10 ms each for segment 1. The rest of two is joined and runs
     # segment 2 until 40 ms, and then nothing else would be in time.
     answers = engine.predict(["rain"] * 6, deadline_ms=45)

@@ -47,11 +47,6 @@ def begin_a_stream(engine: Engine) -> None:
     next(engine.stream(["rain"] * 1000))
 
 
-def begin_to_run(engine: Engine) -> None:
-    texts = engine.core.encode(TEXTS)
-    next(engine.core.decisions(texts, engine.core.runner()))
-
-
 def schedule(engine: Engine) -> None:
     with Scheduler(engine) as scheduler:
         assert scheduler.submit("rain").result(WAIT)
@@ -119,7 +114,6 @@ USES = [
     predict,
     predict_and_fail,
     begin_a_stream,
-    begin_to_run,
     schedule,
     schedule_without_closing,
     schedule_and_drop_at_once,

@@ -366,9 +366,8 @@ def test_memory_of_free_buffers_is_bounded(engines: Mapping[str, Path]) -> None:
         patch.setattr(host.HostBackend, "free_bytes", 100_000)
         with Engine.load(engines["bert"]) as engine:
             found = [engine.trace([text]).logits for text in texts]
-            with engine.core.chain() as chain:
-                chain.borrow()
-                execution: Any = chain._lent[engine.core.backend]
+            execution: Any = engine.core.backend.check_out()
+            engine.core.backend.give_back(execution)
             unused = execution._unused
             free = [each for part in unused.values() for each in part]
             assert 0 < execution._unused_bytes <= 100_000
@@ -447,7 +446,9 @@ def test_operating_points(
         engine.use("fast")
         assert (engine.operating_point, engine.rule) == ("fast", Budget(exit=1))
         assert [p.exit for p in engine.predict(["the"])] == [1]
-        with pytest.raises(RuleError, match=r"'slow'; it has: fast, safe -> name one"):
+        with pytest.raises(
+            RuleError, match=r"'slow'; it has: fast, safe; point 'fast' stays in use -> name one"
+        ):
             engine.use("slow")
         with pytest.raises(RuleError, match="has no operating point ''"):
             engine.use("")

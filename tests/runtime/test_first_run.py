@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from fpabee.runtime import CheckError, Engine
+from fpabee.runtime import CheckError, Engine, ExitRule, core
 from fpabee.runtime.artifact.folder import EnginesFolder
 from fpabee.runtime.artifact.manifest import REFERENCE_NAME
 from fpabee.runtime.artifact.reference import read_reference
+from fpabee.runtime.backends.base import Backend
 
-from ..doubles.calls import before
 from .test_engine_check import swap_logits
 
 GOLDEN = Path(__file__).parents[1] / "golden/1.0/engines"
@@ -22,7 +22,13 @@ GOLDEN = Path(__file__).parents[1] / "golden/1.0/engines"
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The targets that were checked, in order."""
     targets: list[str] = []
-    before(monkeypatch, Engine, "check", lambda engine: targets.append(engine.target))
+    check_target = core.check_target
+
+    def noted(engines: EnginesFolder, backend: Backend, rule: ExitRule | None) -> object:
+        targets.append(backend.name)
+        return check_target(engines, backend, rule)
+
+    monkeypatch.setattr(core, "check_target", noted)
     return targets
 
 

@@ -9,9 +9,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fpabee.runtime import BackendError, Budget, Engine
+from fpabee.runtime.chain.groups import Group
 from fpabee.runtime.encoding import RowTokenizer
 
 from ..child_process import Ended, Report, forked
@@ -70,9 +72,9 @@ def test_every_use_gets_an_error_although_other_threads_use_the_engine(engine: E
 
     with ExitStack() as others:
         for _ in range(backend.most_executions):
-            others.enter_context(engine.core.chain()).execution  # noqa: B018 - it is lent
+            others.enter_context(engine.core.chain())
         # Nobody in the child will ever release what other threads held.
-        for lock in (backend._pool_lock, backend._lock, engine.core._tally_lock):
+        for lock in (backend._pool_lock, backend._lock, engine.core.tallies._lock):
             others.enter_context(lock)
         assert forked(child, SECONDS) == Ended([*USES], "")
         others.pop_all().close()
@@ -83,7 +85,8 @@ def test_the_child_drops_what_it_cannot_use(load: Callable[[], Engine]) -> None:
     """Libraries join threads when they free a session, and the child does not have them."""
     engine = load()
     chain = engine.core.chain()
-    chain.borrow()
+    rows = engine.core.encode(TEXTS[:1])
+    chain.borrow(Group.of(np.arange(1), rows, engine.core.in_use, np.inf))
     kept: list[Any] = [engine, chain]
     del engine, chain
 

@@ -160,10 +160,10 @@ def test_rows_in_doubt_of_a_window_run_together(
     with Engine.load(folder) as engine:
         groups.clear()  # those of the check on a new kind of machine
         limits = engine.core.limits
-        (quick, exact) = engine.core.legs(engine.core.runner())
+        quick, exact = engine.core.in_use.legs
         small = dataclasses.replace(limits, group_tokens=40)
         legs = (dataclasses.replace(quick, limits=small), exact)
-        monkeypatch.setattr(engine.core, "_legs", engine.core._legs | {4: legs})
+        engine.core.in_use = dataclasses.replace(engine.core.in_use, legs=legs)
         assert {answer.exit for answer in engine.predict(TEXTS)} == {4}
     sizes = [rows for name, rows in groups if name == QUICK]
     assert len(sizes) > 2
@@ -180,8 +180,10 @@ def test_full_depth_and_own_rules_run_in_the_exact_target_only(
         early = engine.predict(TEXTS, rule=Budget(exit=2))
         with pytest.raises(RuleError, match="4 thresholds, but the model has 3"):
             engine.predict(TEXTS, rule=Confidence(threshold=(0.5, 0.5, 0.5, 0.0)))
-        usual = [answer.exit for answer in engine.predict(TEXTS)]
-        assert [answer.exit for answer in engine.predict(TEXTS, rule=engine.rule)] == usual
+        with pytest.raises(
+            RuleError, match=f"is made for a pass in {QUICK}, then a pass in {EXACT}, and `rule`"
+        ):
+            engine.predict(TEXTS, rule=engine.rule)
     assert {answer.exit for answer in answers} == {3}
     assert_close(np.array([answer.logits for answer in answers]), exact[2])
     assert_close(np.array([answer.logits for answer in early]), exact[1])
@@ -206,7 +208,7 @@ def test_without_time_for_the_exact_pass_the_quick_answer_is_given(
     with Engine.load(folder) as engine:
         engine.predict(TEXTS)  # loads
         monkeypatch.setattr(engine.core, "clock", lambda: now[0])
-        for backend in engine.core.backends:
+        for backend in engine.core.backends.values():
 
             def tick() -> None:
                 now[0] += 0.005  # of both backends, so 10 ms for a segment
@@ -238,15 +240,14 @@ def test_each_pass_has_the_seconds_of_its_own_segments(
     )
     with Engine.load(two_passes(Budget(exit=4))) as engine:
         monkeypatch.setattr(engine.core, "clock", lambda: now[0])
-        runner = engine.core.runner()
         rows = engine.core.encode(TEXTS[:4])
-        quick, exact = (
-            Group.of(np.arange(4), rows, runner, np.inf, legs)
-            for legs in (engine.core.legs(runner), engine.core.legs(runner)[1:])
+        window, quick, exact = (
+            Group.of(np.arange(4), rows, engine.core.in_use, np.inf) for _ in range(3)
         )
+        exact.legs = exact.legs[1:]
         soon: dict[int, Any] = {}
-        with engine.core.chain(runner) as chain:
-            for decision in chain.run(Group.of(np.arange(4), rows, runner, np.inf, quick.legs)):
+        with engine.core.chain() as chain:
+            for decision in chain.run(window):
                 each = chain.soon([quick]), chain.soon([exact]), chain.soon([quick, exact, exact])
                 soon.setdefault(decision.exit, np.array(each) - now[0])
     # Nothing is known of the exact pass before its first segment has run.
@@ -271,8 +272,8 @@ def test_documents_that_are_returned_have_exact_scores(
     with Engine.load(folder) as engine:
         core = engine.core
         rows = core.with_scores(core.encode([("rain", text) for text in documents]), scores)
-        every = core.trace(rows, core.every_exit)
-        exits = core.runner().exits_of(every.logits)
+        every = core.trace(rows, core.in_use.whole)
+        exits = core.in_use.runner.exits_of(every.logits)
         best = engine.rank("rain", documents, scores=scores, all=True)
         at_full_depth = engine.rank("rain", documents, full_depth=True)
 
@@ -311,6 +312,13 @@ def test_watched_rows_of_the_quick_pass_run_the_exact_pass(
         assert watch is not None
         answers = engine.predict(TEXTS)
         watched = engine.watched
+        layers = [(1, 2, 3, 6)[answer.exit - 1] for answer in answers]
+        assert watch._layers_for_answers == sum(layers)
+        engine.predict(TEXTS, full_depth=True)
+        assert watch._layers_for_answers == sum(layers) + 3 * len(TEXTS)
+        again = engine.watched
+        assert again is not None
+        assert again.rows == len(TEXTS), "rows at full depth are not watched"
     assert watched is not None
     assert watched.rows > 0
     early = np.array([answer.logits for answer in answers]).argmax(axis=1)
@@ -409,10 +417,10 @@ def test_documents_in_doubt_run_together(
     add_quick_pass(folder, TopK(top=3, threshold=(-99.0, -99.0, 0.0, 0.0)))
     begun = []
     with Engine.load(folder) as engine:
-        quick, exact = engine.core.legs(engine.core.runner())
+        quick, exact = engine.core.in_use.legs
         limits = dataclasses.replace(quick.limits, group_tokens=60)
         small = dataclasses.replace(quick, limits=limits)
-        monkeypatch.setattr(engine.core, "_legs", engine.core._legs | {4: (small, exact)})
+        engine.core.in_use = dataclasses.replace(engine.core.in_use, legs=(small, exact))
         begin = HostExecution.begin
 
         def noted(execution: Any, encoded: Any, bucket: Any) -> Any:
@@ -428,11 +436,10 @@ def test_documents_in_doubt_run_together(
 def test_a_scheduler_goes_on_while_the_point_is_changed(two_passes: Callable[..., Path]) -> None:
     folder = two_passes(alone=Budget(exit=2))
     with Engine.load(folder, operating_point="alone") as engine, engine.core.chain() as chain:
-        chain.borrow()
-        engine.use("quick")
-        runner = engine.core.runner()
         rows = engine.core.encode(TEXTS)
-        group = Group.of(np.arange(len(rows)), rows, runner, np.inf, engine.core.legs(runner))
+        chain.borrow(Group.of(np.arange(len(rows)), rows, engine.core.in_use, np.inf))
+        engine.use("quick")
+        group = Group.of(np.arange(len(rows)), rows, engine.core.in_use, np.inf)
         exits = {decision.exit for decision in chain.run(group)}
     assert exits == {1, 2, 3, 4}
 

@@ -81,7 +81,7 @@ def expected(
     logits = engine.trace([(QUERY, each) for each in some]).logits.copy()
     if scores is not None and engine.core.first_stage is not None:
         logits[0, :, 0] = engine.core.first_stage.predict(scores)
-    exits = engine.core.runner().exits_of(logits)
+    exits = engine.core.in_use.runner.exits_of(logits)
     last = engine.manifest.exits[-1]
     best = np.where(exits == last, logits[-1, :, 0], -np.inf)
     order = np.argsort(-best, kind="stable")[: min(TOP, (exits == last).sum())]

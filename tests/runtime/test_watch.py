@@ -23,6 +23,7 @@ from fpabee.runtime import (
     read_manifest,
     watch,
 )
+from fpabee.runtime.artifact.exits import Exits
 from fpabee.runtime.backends.host import HostExecution
 from fpabee.runtime.watch import MOST_WAITING, RateTest, Watch, Watched
 
@@ -116,7 +117,7 @@ def test_no_more_is_spent_than_may_be(
                 if row.stopped(layer, logits):
                     assert not row.stopped(3, logits)
         answered += exits.sum()
-        chooser.ran(exits)
+        chooser.ran(exits, Exits.of_layers((1, 2, 3)))
         assert spent <= 0.01 * (answered + spent) + spare
     watched = seen_by(chooser)
     assert chosen == watched.rows

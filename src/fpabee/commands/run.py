@@ -14,6 +14,7 @@ import rich_click as click
 from rich.table import Table
 
 from .. import __version__
+from ..runtime.chain.route import Route
 from ..runtime.engine import Engine
 from ..runtime.errors import InputError, RowError
 from ..runtime.files import STANDARD_INPUT, Inputs, ReadOptions, Row, TextFormat, queries
@@ -21,7 +22,6 @@ from ..runtime.files.destination import Convert, check_output, open_output
 from ..runtime.files.formats import is_plain_file, output_format
 from ..runtime.files.jobs import JOBS, JobOptions
 from ..runtime.files.run import Run
-from ..runtime.rules.rules import ExitRule
 from ..runtime.rules.words import rule_in_words
 from . import options
 from .command import READING, command, hint_of
@@ -98,13 +98,12 @@ def main(engines: Path, **settings: Any) -> None:
         task = engine.core.task
         kind = _KINDS[task.method]
         options.not_with(kind.without, True, f"a model that {task.does}")
-        job = JOBS[task.method](engine, _rule(engine, asked), asked.job)
+        job = JOBS[task.method](engine, _route(engine, asked), asked.job)
         table = job.table(asked.output, asked.chosen)
         reading = kind.reading(asked.reading)
         run = Run(job)
         _answer(run, asked, reading, table)
-        is_of_point = job.rule is not None and asked.rule_text is None
-        _print_results(run, asked, engine.operating_point if is_of_point else None)
+        _print_results(run, asked)
     if run.first_error is not None and run.errors == run.rows:
         raise InputError(
             f"none of {run.rows} rows could be used; the first: {run.first_error.message}",
@@ -204,16 +203,17 @@ def _asked(settings: dict[str, Any]) -> _Asked:
     )
 
 
-def _rule(engine: Engine, asked: _Asked) -> ExitRule | None:
-    """The rule that decides; None for full depth.
+def _route(engine: Engine, asked: _Asked) -> Route:
+    """How the rows run: as the engine does, unless a rule or full depth is asked for.
 
     Raises:
         click.UsageError: the value of `--rule` is no rule.
+        RuleError: it does not fit the model.
     """
-    rule = engine.rule
+    rule = None
     if asked.rule_text is not None:
-        rule = options.chosen_rule(rule, asked.rule_text)
-    return None if asked.full_depth else rule
+        rule = options.chosen_rule(engine.rule, asked.rule_text)
+    return engine.core.route(rule=rule, full_depth=asked.full_depth)
 
 
 def _answer(run: Run, asked: _Asked, reading: ReadOptions, table: Convert | None) -> None:
@@ -226,13 +226,12 @@ def _answer(run: Run, asked: _Asked, reading: ReadOptions, table: Convert | None
         table: what converts the records to the output, see `Job.table`.
     """
     engine = run.job.engine
-    rule = run.job.rule
     written = {name: getattr(asked.job, name) for name in ("with_text", "probabilities")}
     # All that a run and the run that resumes it must share, besides the inputs.
     shared = {
         "fpabee": __version__,
         "target": engine.target,
-        "rule": "full depth" if rule is None else rule.to_dict(),
+        "rule": "full depth" if run.is_full_depth else run.job.route.rule.to_dict(),
         "engines": engine.revision,
         "metrics": asked.job.metrics,
         **(asdict(reading) | written | asked.loading),
@@ -299,35 +298,30 @@ _KINDS = {
 }
 
 
-def _print_results(run: Run, asked: _Asked, operating_point: str | None) -> None:
+def _print_results(run: Run, asked: _Asked) -> None:
     """Print to standard error what the command line asks for.
 
     Args:
         run: the run.
         asked: what the command line says.
-        operating_point: the name of the calibrated rule that was run, if it was one.
     """
     if asked.as_json:
-        click.echo(json.dumps(run.to_dict(operating_point)), err=True)
+        click.echo(json.dumps(run.to_dict()), err=True)
     elif not asked.quiet:
-        _print_summary(run, operating_point)
+        _print_summary(run)
     else:
         _print_scores(run)
 
 
-def _print_summary(run: Run, operating_point: str | None) -> None:
-    """Print the tally of a run to standard error.
-
-    Args:
-        run: the run.
-        operating_point: the name of the calibrated rule that was run, if it was one.
-    """
+def _print_summary(run: Run) -> None:
+    """Print the tally of a run to standard error."""
     console = PlainConsole(stderr=True)
-    tally = run.to_dict(operating_point)
+    tally = run.to_dict()
     job = run.job
-    rule = "full depth" if job.rule is None else f"rule {rule_in_words(job.rule)}"
-    if operating_point:
-        rule = f"operating point {operating_point}: {rule}"
+    route = job.route
+    rule = "full depth" if run.is_full_depth else f"rule {rule_in_words(route.rule)}"
+    if route.point:
+        rule = f"operating point {route.point}: {rule}"
     answered = run.exits.total()
     parts = "" if job.part == job.unit else f" with {answered} {job.part}"
     lines = [
@@ -359,7 +353,7 @@ def _print_summary(run: Run, operating_point: str | None) -> None:
         table.add_row(number, layer + " (exact pass)" * is_exact, rows, f"{share:.1%}", bar)
     console.print(table)
     _print_scores(run)
-    if operating_point is None and job.rule is not None:
+    if route.point is None and not run.is_full_depth:
         uncalibrated = _KINDS[job.engine.core.task.method].calibration
         points = ", ".join(job.engine.manifest.targets[tally["target"]].operating_points)
         console.print(

@@ -180,7 +180,7 @@ def test_documents_run_in_int8_first_where_that_takes_less_time(
     alone = f"{point.name}-one-pass"
     assert [*written] == [alone, point.name]
     with Engine.load(result.folder) as engine:
-        assert len(engine.core.legs(engine.core.runner())) == 2
+        assert len(engine.core.in_use.legs) == 2
         for query in QUERIES[:5]:
             text, documents = query["query"], query["documents"]
             exact = {

@@ -370,7 +370,7 @@ def test_a_quick_pass_runs_where_it_takes_less_time(
     assert point.quick_target == INT8
     with Engine.load(tmp_path / "engines") as engine:
         assert engine.operating_point == "changed-10"
-        first, last = engine.core.legs(engine.core.runner())
+        first, last = engine.core.in_use.legs
         assert (first.backend.name, last.backend.name) == (INT8, FP32_TARGET)
         assert len(engine.predict(TEXTS[:40])) == 40
 

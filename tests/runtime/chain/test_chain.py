@@ -33,9 +33,8 @@ def group_of(engine: Engine, rows: list[int]) -> Group:
     return Group.of(
         np.array(rows),
         encoded,
-        engine.core.runner(),
+        engine.core.in_use,
         math.inf,
-        engine.core.legs(engine.core.runner()),
     )
 
 
@@ -75,7 +74,7 @@ def test_rows_without_numbers_leave_and_are_not_answered(
 ) -> None:
     spoil_logits(monkeypatch, rows=1)
     for rule, stopped, left in ((Budget(exit=1), [0, 2], []), (Budget(exit=2), [], [0, 2])):
-        engine.core.in_use = (None, engine.core.runner(rule))
+        engine.core.in_use = engine.core.route(rule=rule)
         with engine.core.chain() as chain:
             decision = chain.step(group_of(engine, [0, 1, 2]))
         assert decision is not None

@@ -20,7 +20,8 @@ from unittest.mock import Mock
 import pytest
 from pyarrow import parquet
 
-from fpabee.runtime import Engine, InputError
+from fpabee.runtime import InputError
+from fpabee.runtime.core import Core
 from fpabee.runtime.files.destination import Partial
 
 from ...doubles.calls import before
@@ -223,7 +224,7 @@ def test_a_disk_that_is_full_when_the_table_is_made(classify: Classify) -> None:
     assert classify.output.read_text() == "old"
     assert classify.files == ["in.jsonl", "out.csv", "out.csv.partial", "out.csv.partial.run"]
 
-    classify.patch.setattr(Engine, "stream", Mock(side_effect=AssertionError("all rows are done")))
+    classify.patch.setattr(Core, "stream", Mock(side_effect=AssertionError("all rows are done")))
     assert classify("--resume").code == 0
     assert whole_lines(classify.output) == ROWS + 1
 
