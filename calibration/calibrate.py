@@ -27,7 +27,7 @@ from ..runtime.rules.measures import Array
 from ..runtime.rules.rules import Budget, ExitRule
 from ..runtime.tasks import row_of, task_of
 from .choose import PARTS, Search
-from .costs import StoppingCosts, measure_costs, measure_speedup
+from .costs import StoppingCosts
 from .evidence import TextEvidence, needs_in_words
 from .goals import Bound, CalibrationOptions
 from .guarantee import Certified, certify
@@ -36,6 +36,7 @@ from .result import Calibration, Outcome, Point, Report, one_pass, outcome, with
 from .scoring import AGREEMENT, METRICS, LabelledLogits, Scorer
 from .settings import exits_of as exits_of_rule
 from .settings import settings_lists
+from .timing import measure_costs, measure_speedup
 from .trace import CALIBRATION, engines_of, expected_labels, trace_rows
 
 logger = logging.getLogger(__name__)

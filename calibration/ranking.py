@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 from ..runtime.artifact.exits import Exits
 from ..runtime.artifact.folder import EnginesFolder
 from ..runtime.artifact.manifest import with_operating_points
-from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
 from ..runtime.files import Row
 from ..runtime.files.queries import Query
@@ -27,7 +25,6 @@ from ..runtime.first_stage import FirstStage
 from ..runtime.machine import hardware
 from ..runtime.rules.measures import Floats
 from ..runtime.rules.rules import Budget, ExitRule
-from .costs import time_in_turns
 from .evidence import QueryEvidence
 from .exact import share_interval
 from .goals import Bound
@@ -35,6 +32,7 @@ from .guarantee import certify
 from .progress import Progress, silent
 from .query_logits import QueryLogits, QueryStops, changed_queries, stops_of
 from .result import Outcome, Point, counts, recorded
+from .timing import QueryTimes, time_queries
 from .trace import CALIBRATION, engines_of, trace_rows
 
 METRIC = "unchanged_top"
@@ -42,9 +40,6 @@ METRIC = "unchanged_top"
 
 # Sizes of batches of a packed file that are simulated.
 _BATCHES = (8, 32)
-# So many queries are timed, in turns, and so often.
-_TIMED_QUERIES = 5
-_TURNS = 5
 
 
 @dataclass(frozen=True)
@@ -65,26 +60,6 @@ class RankingOutcome(Outcome):
     def changed_at_full_depth(self) -> int:
         """How many did with all layers, because of rounding."""
         return round(self.rows * (1 - self.full_depth_score))
-
-
-@dataclass(frozen=True)
-class QueryTimes:
-    """How long queries take.
-
-    Attributes:
-        documents: how many documents the queries have.
-        milliseconds: of a query with the rule.
-        full_depth_milliseconds: of the same query with all layers.
-    """
-
-    documents: int
-    milliseconds: float
-    full_depth_milliseconds: float
-
-    @property
-    def times_faster(self) -> float:
-        """Full depth over the rule."""
-        return self.full_depth_milliseconds / self.milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +190,7 @@ def calibrate_ranking(
         certified = certify(QueryEvidence(rows, errors, top), bound)
         full_depth = Budget(exit=rows.exits.last)
         rule = certified.rule or full_depth
-        times = _times(engine, report.queries or certifying.queries, rule, progress)
+        times = time_queries(engine, report.queries or certifying.queries, rule, progress)
         point = RankingPoint(
             target=target,
             name=name or bound.point,
@@ -289,31 +264,3 @@ def _outcome(
         rows=len(rows),
         relabelled=changed,
     )
-
-
-def _times(
-    engine: Engine, queries: Sequence[Query], rule: ExitRule, progress: Progress = silent
-) -> QueryTimes:
-    """The time of some queries with the most documents, with a rule and at full depth in turns.
-
-    Raises:
-        InputError: no query can be ranked.
-    """
-    core = engine.core
-    units: list[Sequence[EncodedRow]] = []
-    for query in sorted(queries, key=lambda query: len(query.documents), reverse=True):
-        rows = core.encode(query.pairs)
-        if core.is_query_possible(rows):
-            units.append(core.with_scores(rows, query.scores))
-        if len(units) == _TIMED_QUERIES:
-            break
-    if not units:
-        core.check_query(rows)
-    runs = [partial(core.rank, route=each) for each in (core.in_use.by(rule), core.full_depth)]
-    turns = []
-    for turn in range(1 + _TURNS):
-        progress("time queries", turn, 1 + _TURNS)
-        turns.append(time_in_turns(units, runs, 1))
-    seconds = np.concatenate(turns[1:])  # the first one prepares the shapes
-    with_rule, at_full_depth = 1000 * np.median(seconds, axis=(0, 1))
-    return QueryTimes(len(units[0]), float(with_rule), float(at_full_depth))

@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from fpabee.calibration import Bound
 from fpabee.calibration.choose import Search
 from fpabee.calibration.costs import StoppingCosts
-from fpabee.calibration.ranking import QueryTimes, RankingOutcome, RankingPoint
+from fpabee.calibration.ranking import RankingOutcome, RankingPoint
 from fpabee.calibration.result import Calibration, Outcome, Point
 from fpabee.calibration.scoring import LabelledLogits
+from fpabee.calibration.timing import QueryTimes
 from fpabee.commands.convert import main
 from fpabee.commands.points import KINDS
 from fpabee.exporter import single_file
