@@ -144,8 +144,8 @@ def test_the_result_is_what_the_engine_does(converted: Converted, reranker: Path
             changed += {each.index for each in found} != {*best.tolist()}
             expected = 1 / (1 + np.exp(-logits[[each.index for each in found]]))
             assert_exported([each.score for each in found], expected)
-    assert changed == point.held_out.changed
-    assert point.held_out.queries == len(report.queries)
+    assert changed == point.held_out.changed_answers
+    assert point.held_out.rows == len(report.queries)
 
 
 @pytest.mark.usefixtures("with_int8")
