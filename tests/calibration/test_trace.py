@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fpabee.calibration.trace import trace_rows
-from fpabee.runtime import Engine, Trace
+from fpabee.runtime import Engine, ExitRule, Trace
 from fpabee.runtime.encoding import Text
 from fpabee.runtime.files import Row
 
@@ -90,9 +90,9 @@ def test_a_trace_that_fits_is_used(
     ran: list[Text] = []
     trace = Engine.trace
 
-    def noting(self: Engine, texts: Sequence[Text]) -> Trace:
+    def noting(self: Engine, texts: Sequence[Text], rule: ExitRule) -> Trace:
         ran.extend(texts)
-        return trace(self, texts)
+        return trace(self, texts, rule=rule)
 
     monkeypatch.setattr(Engine, "trace", noting)
     again = trace_rows(engine, many, tmp_path)
