@@ -212,7 +212,8 @@ def _why_no_int8(job: ConversionTask[Any, Any]) -> list[str]:
 
 def _speed(certified: Any) -> float:
     """How many times as fast as all layers its point was measured to be, alone or over a file."""
-    return max(certified.points[0].measured.values())
+    speed: float = max(certified.points[0].measured.values())
+    return speed
 
 
 class _Work:
