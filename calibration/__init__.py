@@ -7,10 +7,10 @@ runtime only: neither torch nor transformers nor onnx.
 `write_report` shows what it found. Drops are in points: hundredths of a metric from 0 to 1.
 
 The modules in the order of the steps: `goals` (what is asked), `trace` (run the rows), `scoring`
-(metrics), `costs` (what stopping early saves and loses), `settings` and for rankings `query_logits`
+(metrics), `costs` (what stopping early costs and loses), `settings` and for rankings `query_logits`
 (lists from cautious to bold), `choose` (goals on average), `evidence` (what texts or queries lose),
-`exact` (tests of shares), `guarantee` (promises with stated confidence), `result`, `report`;
-`calibrate` and for rankings `ranking` run them.
+`exact` (tests of shares), `guarantee` (promises with stated confidence), `timing`, `result`,
+`report`; `calibrate` and for rankings `ranking` run them.
 """
 
 from ..runtime.artifact.operating_point import Goal

@@ -27,15 +27,16 @@ from ..runtime.rules.measures import Array
 from ..runtime.rules.rules import Budget, ExitRule
 from ..runtime.tasks import row_of, task_of
 from .choose import PARTS, Search
-from .costs import StoppingCosts, measure_costs, measure_speedup
+from .costs import StoppingCosts
 from .evidence import TextEvidence, needs_in_words
 from .goals import Bound, CalibrationOptions
 from .guarantee import Certified, certify
 from .progress import Progress, silent
-from .result import Calibration, Outcome, Point, Report, one_pass, outcome, with_points
+from .result import Calibration, Outcome, Point, Report, one_pass, with_points
 from .scoring import AGREEMENT, METRICS, LabelledLogits, Scorer
 from .settings import exits_of as exits_of_rule
 from .settings import settings_lists
+from .timing import measure_costs, measure_speedup
 from .trace import CALIBRATION, engines_of, expected_labels, trace_rows
 
 logger = logging.getLogger(__name__)
@@ -427,7 +428,7 @@ class _PointMaker:
         quick_target = "" if rule == self.full_depth else self.exits.quick
         return Point(
             rule=rule,
-            chosen_on=outcome(scorer, stops, self.exits),
+            chosen_on=self._evidence(scorer).outcome(stops),
             held_out=self._held_out(rule, choose),
             name=name,
             goal=goal,
@@ -441,10 +442,12 @@ class _PointMaker:
     def _choice(self, goal: Goal | Bound) -> _Choice:
         if isinstance(goal, Goal):
             return lambda search: Certified(search.choose(goal))
-        labels = self.engine.manifest.task.labels
-        rule = self.options.rules[0]
-        return lambda search: certify(
-            TextEvidence(search.stopping_costs.scorer, labels, rule), goal
+        return lambda search: certify(self._evidence(search.stopping_costs.scorer), goal)
+
+    def _evidence(self, scorer: Scorer) -> TextEvidence:
+        """What settings give on rows, of which the list of the first rule is tested."""
+        return TextEvidence(
+            scorer, self.engine.manifest.task.labels, self.options.rules[0], self.exits
         )
 
     def _held_out(self, rule: ExitRule, choose: _Choice) -> Outcome:
@@ -454,6 +457,6 @@ class _PointMaker:
         rows is judged with the setting that the other parts choose.
         """
         if self.held is not None:
-            return outcome(self.held, exits_of_rule(rule, self.held.rows), self.exits)
+            return self._evidence(self.held).outcome(exits_of_rule(rule, self.held.rows))
         stops = self.search.held_out(lambda some: choose(some).rule)
-        return outcome(self.search.stopping_costs.scorer, stops, self.exits)
+        return self._evidence(self.search.stopping_costs.scorer).outcome(stops)

@@ -1,210 +1,26 @@
-"""What stopping early saves and loses.
+"""What stopping early costs and loses.
 
-A target is timed, and speed-ups are measured on it. What is lost is harder to tell: a drop of half
-a point on 900 rows is four or five rows, and the best of many settings is the one that was lucky
-with those rows. But the last exit knows more than whether its answer was right: where an early exit
-gives another answer, the calibrated probabilities of the last exit say how likely each of the two
-is right. Their difference is the *expected loss*. It varies far less than the *observed loss*, so a
-setting that is chosen by it keeps its promise on new rows. Where the two differ by more than
-chance, the labels count, see `estimated`.
+What is lost is hard to tell: a drop of half a point on 900 rows is four or five rows, and the best
+of many settings is the one that was lucky with those rows. But the last exit knows more than
+whether its answer was right: where an early exit gives another answer, the calibrated probabilities
+of the last exit say how likely each of the two is right. Their difference is the *expected loss*.
+It varies far less than the *observed loss*, so a setting that is chosen by it keeps its promise on
+new rows. Where the two differ by more than chance, the labels count, see `estimated`.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.encoding import EncodedRow
-from ..runtime.engine import Engine
-from ..runtime.rules.measures import TINY, Array, Mask
-from ..runtime.rules.rules import Budget, ExitRule
-from .progress import Progress, silent
+from ..runtime.rules.measures import Array, Mask
 from .scoring import AGREEMENT, LabelledLogits, Scorer, exits_of_rows, task_of_rows
 
-_QUANTILES = (0.1, 0.5, 0.9)
-_REPEATS = 5
-# Speed-ups are measured on so many rows at a time, so many rows in all as far as the time allows,
-# and in so many turns. Of single rows, there are enough for a 99th percentile.
-_SINGLE = (1, 100, 5)
-_WINDOWS = (128, 256, 3)
-_MOST_SECONDS = 10.0
-# How often turns are repeated while a speed-up is above what the layers explain.
-_MOST_PASSES = 4
 _TEMPERATURES = np.geomspace(0.25, 8.0, 101)
 _PRIOR_ROWS = 2.0
-
-Unit = TypeVar("Unit")
-
-
-class Speed(NamedTuple):
-    """The time with a rule compared with that at full depth.
-
-    Attributes:
-        speedup: the time at full depth divided by the time with the rule.
-        p99_share: the 99th percentile of the times with the rule, divided by that at full depth.
-    """
-
-    speedup: float
-    p99_share: float
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """Seconds from each exit to the next for a row, by the length of the row.
-
-    Attributes:
-        lengths: the row lengths that were measured, in tokens, ascending.
-        seconds: `[exits, lengths]` seconds for one row, which is the time of a batch divided by
-            its rows, in the order of `Manifest.exits`: of exit 0 if there is one, then of the
-            segments with their heads.
-    """
-
-    lengths: tuple[int, ...]
-    seconds: tuple[tuple[float, ...], ...]
-
-    def row_costs(self, lengths: NDArray[np.intp]) -> Array:
-        """Seconds until each exit, `[exits, rows]`.
-
-        Args:
-            lengths: `[rows]` tokens; times are interpolated between the measured lengths.
-        """
-        each = [np.interp(lengths, self.lengths, seconds) for seconds in self.seconds]
-        return np.cumsum(np.array(each), axis=0)
-
-
-def measure_costs(
-    engines: Sequence[Engine],
-    lengths: NDArray[np.intp],
-    batch: int,
-    progress: Progress = silent,
-) -> list[CostModel]:
-    """Time every exit of engines at the typical lengths of some rows.
-
-    The engines take turns, so a machine whose speed drifts treats them alike.
-
-    Args:
-        engines: their targets are timed.
-        lengths: `[rows]` tokens.
-        batch: rows at a time; fewer are run where a target splits such a group.
-        progress: called with (what, done, total).
-    """
-    sizes = sorted({max(1, int(size)) for size in np.quantile(lengths, _QUANTILES)})
-    columns: list[list[Array]] = [[] for _ in engines]
-    for number, tokens in enumerate(sizes):
-        progress(f"time segments, batch {batch}", number, len(sizes))
-        runs: list[list[Array]] = [[] for _ in engines]
-        for _ in range(_REPEATS + 1):
-            for engine, of_engine in zip(engines, runs, strict=True):
-                limits = engine.core.limits
-                rows = min(batch, limits.max_batch, max(1, limits.group_tokens // tokens))
-                of_engine.append(np.array(engine.core.time_exits(rows, tokens)) / rows)
-        for column, of_engine in zip(columns, runs, strict=True):
-            column.append(np.median(of_engine[1:], axis=0))  # the first run prepares the shape
-    return [CostModel(tuple(sizes), tuple(zip(*column, strict=True))) for column in columns]
-
-
-def relative_costs(
-    engines: Sequence[Engine],
-    lengths: NDArray[np.intp],
-    batch: int,
-    progress: Progress = silent,
-) -> list[Array]:
-    """What a row costs that stops at each exit, `[exits]` for each engine.
-
-    1 is full depth in the target of the first engine. The arguments are those of `measure_costs`.
-    """
-    models = measure_costs(engines, lengths, batch, progress)
-    costs = [model.row_costs(lengths).mean(axis=1) for model in models]
-    # The exits before the last pass are not on the way of a row that runs all layers at once.
-    exits = engines[0].core.exits
-    before = len(exits) - len(exits.passes[-1].layers)
-    full_depth = costs[0][-1] - (costs[0][before - 1] if before else 0.0)
-    return [each / full_depth for each in costs]
-
-
-def measure_speedup(
-    engine: Engine,
-    rows: Sequence[EncodedRow],
-    rule: ExitRule,
-    layers: NDArray[np.integer[Any]],
-    batch: int,
-) -> Speed:
-    """The time with a rule compared with that at full depth, measured in turns on the target.
-
-    What comes out above the ratio of the layers is measured again with more turns: chance made it,
-    unless padding falls as rows leave.
-
-    Args:
-        engine: the engine, whose route in use has the passes.
-        rows: tokenized rows. Those that are timed have every depth as often as all of them.
-        rule: the rule.
-        layers: `[rows]` how many layers the rule runs for each row.
-        batch: 1: rows run one by one; any larger number: windows of 128 rows, as in files.
-    """
-    core = engine.core
-    if rule == Budget(exit=core.exits.last):
-        return Speed(1.0, 1.0)
-    size, most, turns = _SINGLE if batch == 1 else _WINDOWS
-    by_depth = np.lexsort(np.array([[len(row) for row in rows], layers]))
-    places = np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)
-    numbers = np.sort(by_depth[places])
-    windows = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-    routes = (core.full_depth, core.in_use.by(rule))
-    runs = [partial(core.trace, route=each) for each in routes]
-    units: list[list[EncodedRow]] = []
-    begun = time.perf_counter()
-    for window in windows:
-        units.append([rows[number] for number in window])
-        for run in runs:  # prepares the shapes
-            run(units[-1])
-        if time.perf_counter() - begun > _MOST_SECONDS / turns:
-            break
-    timed = layers[np.concatenate(windows[: len(units)])]
-    most_by_layers = engine.manifest.exit_layers[-1] / max(TINY, timed.mean())
-    if core.exits.quick:  # layers explain little where they run in two targets
-        most_by_layers = math.inf
-    seconds = np.empty((0, len(units), len(runs)))
-    for _ in range(_MOST_PASSES):
-        seconds = np.concatenate([seconds, time_in_turns(units, runs, turns)])
-        of_each = np.median(seconds, axis=0)
-        at_full_depth, with_rule = of_each.sum(axis=0)
-        if at_full_depth / with_rule <= most_by_layers:
-            break
-    slow_at_full_depth, slow_with_rule = np.quantile(of_each, 0.99, axis=0)
-    return Speed(
-        speedup=round(float(at_full_depth / with_rule), 3),
-        p99_share=round(float(slow_with_rule / slow_at_full_depth), 3),
-    )
-
-
-def time_in_turns(
-    units: Sequence[Unit], runs: Sequence[Callable[[Unit], Any]], turns: int
-) -> Array:
-    """Seconds `[turns, units, runs]`, where the ways to run a unit follow each other in each turn.
-
-    So a machine whose speed drifts treats them alike. Who goes first changes with the turn.
-
-    Args:
-        units: what is run at once.
-        runs: the ways to run one.
-        turns: how often each is run.
-    """
-    seconds = np.empty((turns, len(units), len(runs)))
-    for turn in range(turns):
-        for unit, content in enumerate(units):
-            for place in range(len(runs)):
-                number = (turn + place) % len(runs)
-                started = time.perf_counter()
-                runs[number](content)
-                seconds[turn, unit, number] = time.perf_counter() - started
-    return seconds
 
 
 class StoppingCosts:

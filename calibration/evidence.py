@@ -1,24 +1,25 @@
-"""What a certifier needs to know of units, whatever they are: texts, or queries with documents."""
+"""What settings give on units, whatever these are: texts, or queries with documents."""
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.artifact.exits import Exits
 from ..runtime.artifact.operating_point import Promise
 from ..runtime.rules.measures import Array, Floats, Integers, Mask
 from ..runtime.rules.rules import Budget, ExitRule
 from .costs import observed_losses
-from .exact import rows_needed
+from .exact import rows_needed, share_interval
 from .goals import DEFAULT_RULE, Bound
 from .query_logits import QueryLogits, QueryStops, settings, stops_of
-from .result import drop_interval
-from .scoring import Scorer
+from .result import Outcome, counts, drop_interval
+from .scoring import Scorer, exits_of_rows, mean_saving
 from .settings import StopScores, settings_lists
 
 Stops = TypeVar("Stops")
@@ -29,9 +30,12 @@ Stops = TypeVar("Stops")
 _EXIT_0_POWER = 2.0
 _RESAMPLES = 500
 
+UNCHANGED_TOP = "unchanged_top"
+"""The share of queries whose best documents are those of the model that was converted."""
+
 
 class Evidence(ABC, Generic[Stops]):
-    """Units that neither trained nor chose anything.
+    """Units on which settings are judged; those that certify neither trained nor chose anything.
 
     Attributes:
         unit: what units are called.
@@ -59,6 +63,28 @@ class Evidence(ABC, Generic[Stops]):
     @abstractmethod
     def changed(self, stops: Stops) -> Mask:
         """Whether the decision about a unit differs from that of the reference: `[units]`."""
+
+    @abstractmethod
+    def place(self, stops: Stops) -> NDArray[np.integer[Any]]:
+        """Where arrays `[exits]` hold what belongs to the exit of each row: `[rows]`."""
+
+    @abstractmethod
+    def outcome(self, stops: Stops) -> Outcome:
+        """What a setting gives."""
+
+    def saved(self, costs: Floats, share: float) -> float:
+        """How much less than full depth rows cost, where about a share of the decisions changes.
+
+        Args:
+            costs: `[exits]` what a row costs that stops at an exit, as a share of full depth.
+            share: of the units whose decision may change.
+        """
+        saved = []
+        changed = []
+        for _, stops in self.settings():
+            saved.append(1 - np.asarray(costs)[self.place(stops)].mean())
+            changed.append(self.changed(stops).mean())
+        return mean_saving(np.array(saved), np.array(changed), share)
 
     def about(self, promise: Promise) -> Mask:
         """Which units a promise is about: `[units]`."""
@@ -104,15 +130,23 @@ class TextEvidence(Evidence[Integers]):
             decisions are compared with another classifier than the last exit, their `reference`.
         labels: the labels of the model.
         rule: `confidence` or `entropy`.
+        exits: of the model, whose layers an outcome counts; None: a layer between two exits.
     """
 
     unit = "texts"
 
-    def __init__(self, scorer: Scorer, labels: Sequence[str], rule: str = DEFAULT_RULE) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        labels: Sequence[str],
+        rule: str = DEFAULT_RULE,
+        exits: Exits | None = None,
+    ) -> None:
         self._scorer = scorer
         self._rows = scorer.rows
         self._labels = labels
         self._rule = rule
+        self._exits = exits or exits_of_rows(scorer.rows)
         self._losses: dict[tuple[str, str | None], Array] = {}
 
     def __len__(self) -> int:
@@ -138,6 +172,28 @@ class TextEvidence(Evidence[Integers]):
     def changed(self, stops: Integers) -> Mask:
         """Whether the decision differs: `[rows]`."""
         return np.asarray(self._scorer.changed[self._rows.at(stops)])
+
+    def place(self, stops: Integers) -> NDArray[np.integer[Any]]:
+        """Of the exit of each text."""
+        return self._exits.place(stops)
+
+    def outcome(self, stops: Integers) -> Outcome:
+        """The metric, and the answers that changed."""
+        scorer = self._scorer
+        score = scorer.score(stops)
+        full = scorer.full_depth
+        return Outcome(
+            metric=scorer.metric,
+            score=score,
+            full_depth_score=full,
+            drop=100 * (full - score),
+            interval=drop_interval(scorer, stops),
+            mean_depth=float(self._exits.ran(stops).mean()),
+            exits=counts(stops, self._exits),
+            rows=len(stops),
+            exit_0_changed=int(np.count_nonzero(scorer.changed[0] & (stops == 0))),
+            relabelled=int(np.count_nonzero(scorer.relabelled[self._rows.at(stops)])),
+        )
 
     def about(self, promise: Promise) -> Mask:
         """All rows; or of a label those that the reference flags, or does not flag."""
@@ -218,6 +274,30 @@ class QueryEvidence(Evidence[QueryStops]):
     def changed(self, stops: QueryStops) -> Mask:
         """Whether the best documents changed: `[queries]`."""
         return stops.changed
+
+    def place(self, stops: QueryStops) -> NDArray[np.integer[Any]]:
+        """Of the exit of each document."""
+        return self._rows.exits.place(stops.exits)
+
+    def outcome(self, stops: QueryStops) -> Outcome:
+        """How many queries changed; `rows` counts queries, and `exits` documents."""
+        exits = self._rows.exits
+        full_depth = stops_of(Budget(exit=exits.last), self._rows, self._top)
+        queries = max(1, len(self))
+        changed = int(stops.changed.sum())
+        full = 1 - int(full_depth.changed.sum()) / queries
+        low, high = share_interval(changed, len(self))
+        return Outcome(
+            metric=UNCHANGED_TOP,
+            score=1 - changed / queries,
+            full_depth_score=full,
+            drop=100 * (full - 1 + changed / queries),
+            interval=(100 * (full - 1 + low), 100 * (full - 1 + high)),
+            mean_depth=float(exits.ran(stops.exits).mean()) if len(stops.exits) else 0.0,
+            exits=counts(stops.exits, exits),
+            rows=len(self),
+            relabelled=changed,
+        )
 
     def digest(self, unit: int) -> bytes:
         """A hash of `[exits, documents]`."""

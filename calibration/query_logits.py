@@ -20,7 +20,6 @@ from ..runtime.rules.measures import Array, Floats, Integers, Mask
 from ..runtime.rules.rules import ExitRule, TopK
 from ..runtime.rules.words import rounded
 from ..runtime.tasks.ranked import changed_sets, leaving
-from .scoring import mean_saving
 
 NEAR_TOP = 2
 """Documents among so many times the wanted ones are near the top."""
@@ -148,6 +147,19 @@ def stops_of(rule: ExitRule, rows: QueryLogits, top: int) -> QueryStops:
     return QueryStops(exits, changed)
 
 
+def stops_in_batches(rule: ExitRule, rows: QueryLogits, top: int, size: int) -> QueryStops:
+    """The same where only documents of a batch are compared with each other, as in a packed file.
+
+    Args:
+        rule: as in `stops_of`.
+        rows: queries without scores.
+        top: how many documents are wanted.
+        size: how many documents of a query are in a batch.
+    """
+    exits = stops_of(rule, rows.in_batches(size), top).exits
+    return QueryStops(exits, changed_queries(rows, exits, top))
+
+
 def changed_queries(rows: QueryLogits, exits: Integers, top: int) -> Mask:
     """Whether the best documents of queries changed: `[queries]`, given the exits of documents."""
     changed = np.zeros(len(rows), np.bool_)
@@ -198,22 +210,3 @@ def settings(errors: Floats, top: int, exits: Exits) -> list[TopK]:
         of_layers = tuple(thresholds[count:])
         rules.append(TopK(top=top, threshold=of_layers, exit_0_threshold=of_exit_0))
     return rules
-
-
-def saved(rows: QueryLogits, errors: Floats, top: int, share: float, costs: Floats) -> float:
-    """How much less than full depth documents cost, where about a share of the queries changes.
-
-    Args:
-        rows: logits of queries that did not train the heads.
-        errors: see `errors_near_top`.
-        top: how many documents are wanted.
-        share: of the queries that may change.
-        costs: `[exits]` what a document costs that stops at an exit, as a share of full depth.
-    """
-    changed = []
-    cost = []
-    for setting in settings(errors, top, rows.exits):
-        stops = stops_of(setting, rows, top)
-        changed.append(stops.changed.mean())
-        cost.append(np.asarray(costs)[rows.exits.place(stops.exits)].mean())
-    return mean_saving(1 - np.array(cost), np.array(changed), share)

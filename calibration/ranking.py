@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 from ..runtime.artifact.exits import Exits
 from ..runtime.artifact.folder import EnginesFolder
 from ..runtime.artifact.manifest import with_operating_points
-from ..runtime.encoding import EncodedRow
 from ..runtime.engine import Engine
 from ..runtime.files import Row
 from ..runtime.files.queries import Query
@@ -26,65 +24,18 @@ from ..runtime.files.rows import data_sha256
 from ..runtime.first_stage import FirstStage
 from ..runtime.machine import hardware
 from ..runtime.rules.measures import Floats
-from ..runtime.rules.rules import Budget, ExitRule
-from .costs import time_in_turns
+from ..runtime.rules.rules import Budget
 from .evidence import QueryEvidence
-from .exact import share_interval
 from .goals import Bound
 from .guarantee import certify
 from .progress import Progress, silent
-from .query_logits import QueryLogits, QueryStops, changed_queries, stops_of
-from .result import Outcome, Point, counts, recorded
+from .query_logits import QueryLogits, stops_in_batches, stops_of
+from .result import Outcome, Point, recorded
+from .timing import QueryTimes, time_queries
 from .trace import CALIBRATION, engines_of, trace_rows
-
-METRIC = "unchanged_top"
-"""The share of queries whose best documents are those of the model that was converted."""
 
 # Sizes of batches of a packed file that are simulated.
 _BATCHES = (8, 32)
-# So many queries are timed, in turns, and so often.
-_TIMED_QUERIES = 5
-_TURNS = 5
-
-
-@dataclass(frozen=True)
-class RankingOutcome(Outcome):
-    """What a rule gave on some queries; `rows` counts queries, and `exits` documents."""
-
-    @property
-    def queries(self) -> int:
-        """How many queries there were."""
-        return self.rows
-
-    @property
-    def changed(self) -> int:
-        """How many of them got another set of best documents."""
-        return self.changed_answers
-
-    @property
-    def changed_at_full_depth(self) -> int:
-        """How many did with all layers, because of rounding."""
-        return round(self.rows * (1 - self.full_depth_score))
-
-
-@dataclass(frozen=True)
-class QueryTimes:
-    """How long queries take.
-
-    Attributes:
-        documents: how many documents the queries have.
-        milliseconds: of a query with the rule.
-        full_depth_milliseconds: of the same query with all layers.
-    """
-
-    documents: int
-    milliseconds: float
-    full_depth_milliseconds: float
-
-    @property
-    def times_faster(self) -> float:
-        """Full depth over the rule."""
-        return self.full_depth_milliseconds / self.milliseconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +45,8 @@ class RankingPoint(Point):
     Attributes:
         target: the target.
         top: how many documents are wanted.
-        chosen_on: what the rule gives on the queries that certified it.
-        held_out: what it gives on queries that decided nothing.
-        without_scores: what it gives on these queries if their scores are not given.
+        without_scores: what the rule gives on the queries of `held_out` if their scores are not
+            given.
         batches: by the size of batches, the same if their documents are compared in batches of this
             size, as in a packed file; empty with a quick pass, which no packed file has.
         times: of a query, measured in turns on this machine.
@@ -105,10 +55,8 @@ class RankingPoint(Point):
 
     target: str
     top: int
-    chosen_on: RankingOutcome
-    held_out: RankingOutcome
-    without_scores: RankingOutcome
-    batches: dict[int, RankingOutcome]
+    without_scores: Outcome
+    batches: dict[int, Outcome]
     times: QueryTimes
     layers: int
 
@@ -212,21 +160,22 @@ def calibrate_ranking(
             traced_queries(engine, part, folder, progress, quick) for part in (certifying, report)
         )
         progress(f"choose {bound.point}", 0, 1)
-        certified = certify(QueryEvidence(rows, errors, top), bound)
+        certifies, reports = (QueryEvidence(each, errors, top) for each in (rows, held))
+        certified = certify(certifies, bound)
         full_depth = Budget(exit=rows.exits.last)
         rule = certified.rule or full_depth
-        times = _times(engine, report.queries or certifying.queries, rule, progress)
+        times = time_queries(engine, report.queries or certifying.queries, rule, progress)
         point = RankingPoint(
             target=target,
             name=name or bound.point,
             goal=bound,
             top=top,
             rule=rule,
-            chosen_on=_outcome(rule, rows, top, rows.exits),
-            held_out=_outcome(rule, held, top, rows.exits),
-            without_scores=_outcome(rule, held.without_scores, top, rows.exits),
+            chosen_on=certifies.outcome(stops_of(rule, rows, top)),
+            held_out=reports.outcome(stops_of(rule, held, top)),
+            without_scores=reports.outcome(stops_of(rule, held.without_scores, top)),
             batches={
-                size: _outcome(rule, held.without_scores, top, rows.exits, size)
+                size: reports.outcome(stops_in_batches(rule, held.without_scores, top, size))
                 for size in (() if quick_target else _BATCHES)
             },
             times=times,
@@ -255,65 +204,3 @@ def traced_queries(
     """The logits of the documents of queries; the other arguments are those of `trace_rows`."""
     trace = trace_rows(engine, queries.rows, folder / CALIBRATION, False, progress, quick)
     return queries.traced(trace.logits[..., 0], engine.core.exits, engine.core.first_stage)
-
-
-def _outcome(
-    rule: ExitRule, rows: QueryLogits, top: int, exits: Exits, batch: int | None = None
-) -> RankingOutcome:
-    """What a rule gives.
-
-    Args:
-        rule: the rule.
-        rows: the queries.
-        top: how many documents are wanted.
-        exits: of the model, also those that queries without scores do not have.
-        batch: how many documents are compared with each other; None: all of a query.
-    """
-    stops = stops_of(rule, rows, top)
-    if batch is not None:
-        in_batches = stops_of(rule, rows.in_batches(batch), top).exits
-        stops = QueryStops(in_batches, changed_queries(rows, in_batches, top))
-    full_depth = stops_of(Budget(exit=rows.exits.last), rows, top)
-    queries = max(1, len(rows))
-    changed = int(stops.changed.sum())
-    full = 1 - int(full_depth.changed.sum()) / queries
-    low, high = share_interval(changed, len(rows))
-    return RankingOutcome(
-        metric=METRIC,
-        score=1 - changed / queries,
-        full_depth_score=full,
-        drop=100 * (full - 1 + changed / queries),
-        interval=(100 * (full - 1 + low), 100 * (full - 1 + high)),
-        mean_depth=float(exits.ran(stops.exits).mean()) if len(stops.exits) else 0.0,
-        exits=counts(stops.exits, exits),
-        rows=len(rows),
-        relabelled=changed,
-    )
-
-
-def _times(
-    engine: Engine, queries: Sequence[Query], rule: ExitRule, progress: Progress = silent
-) -> QueryTimes:
-    """The time of some queries with the most documents, with a rule and at full depth in turns.
-
-    Raises:
-        InputError: no query can be ranked.
-    """
-    core = engine.core
-    units: list[Sequence[EncodedRow]] = []
-    for query in sorted(queries, key=lambda query: len(query.documents), reverse=True):
-        rows = core.encode(query.pairs)
-        if core.is_query_possible(rows):
-            units.append(core.with_scores(rows, query.scores))
-        if len(units) == _TIMED_QUERIES:
-            break
-    if not units:
-        core.check_query(rows)
-    runs = [partial(core.rank, route=each) for each in (core.in_use.by(rule), core.full_depth)]
-    turns = []
-    for turn in range(1 + _TURNS):
-        progress("time queries", turn, 1 + _TURNS)
-        turns.append(time_in_turns(units, runs, 1))
-    seconds = np.concatenate(turns[1:])  # the first one prepares the shapes
-    with_rule, at_full_depth = 1000 * np.median(seconds, axis=(0, 1))
-    return QueryTimes(len(units[0]), float(with_rule), float(at_full_depth))

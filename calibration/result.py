@@ -73,7 +73,7 @@ class Outcome:
 
     @property
     def changed_answers(self) -> int:
-        """If the metric is agreement: how many decisions differ from those of the reference."""
+        """If the metric is a share of unchanged units: how many differ from the reference."""
         return round(self.rows * (1 - self.score))
 
 
@@ -174,31 +174,6 @@ class Calibration:
     def full_depth_score(self) -> float:
         """The metric at full depth on the rows that chose the points."""
         return self.search.stopping_costs.scorer.full_depth
-
-
-def outcome(scorer: Scorer, stops: Integers, exits: Exits) -> Outcome:
-    """What rows that stop at given exits give.
-
-    Args:
-        scorer: the metric of the rows.
-        stops: `[rows]` the exit of each row.
-        exits: of the model.
-    """
-    places = scorer.rows.at(stops)
-    score = scorer.score(stops)
-    full = scorer.full_depth
-    return Outcome(
-        metric=scorer.metric,
-        score=score,
-        full_depth_score=full,
-        drop=100 * (full - score),
-        interval=drop_interval(scorer, stops),
-        mean_depth=float(exits.ran(stops).mean()),
-        exits=counts(stops, exits),
-        rows=len(stops),
-        exit_0_changed=int(np.count_nonzero(scorer.changed[0] & (stops == 0))),
-        relabelled=int(np.count_nonzero(scorer.relabelled[places])),
-    )
 
 
 def counts(stops: Integers, exits: Exits) -> tuple[int, ...]:

@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from ...calibration.calibrate import calibrate
+from ...calibration.evidence import TextEvidence
 from ...calibration.goals import CalibrationOptions
 from ...calibration.guarantee import check_possible
 from ...calibration.progress import Progress
 from ...calibration.result import Calibration, Report
-from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer, mean_saving
-from ...calibration.settings import StopScores, exits_of, settings_lists
+from ...calibration.scoring import AGREEMENT, LabelledLogits, Scorer
+from ...calibration.settings import exits_of
 from ...calibration.trace import CALIBRATION, trace_rows
 from ...runtime.artifact.manifest import Task
 from ...runtime.encoding import EncodedRow, Text
@@ -94,7 +95,7 @@ class Classification(ConversionTask[Row, Calibration]):
         scorer = Scorer(rows, AGREEMENT)
         share = min(self.bound.shares.values())
         agreement = tuple(float(share) for share in 1 - scorer.changed[:-1].mean(axis=1))
-        return Judged(agreement, _saved(scorer, costs, share))
+        return Judged(agreement, TextEvidence(scorer, task.labels).saved(costs, share))
 
     def exit_0(
         self,
@@ -129,7 +130,8 @@ class Classification(ConversionTask[Row, Calibration]):
         reference = uncertified.logits[choose]
         rows = replace(traced, decision_thresholds=thresholds, reference=reference)
         share = min(self.bound.shares.values())
-        return partial(_saved, Scorer(rows, AGREEMENT), share=share)
+        evidence = TextEvidence(Scorer(rows, AGREEMENT), engine.labels)
+        return partial(evidence.saved, share=share)
 
     def certify(
         self, uncertified: Uncertified, passes: Passes, name: str, progress: Progress
@@ -208,15 +210,6 @@ class Classification(ConversionTask[Row, Calibration]):
 
     def _rows_of(self, unit: Row) -> Sequence[Row]:
         return [unit]
-
-
-def _saved(scorer: Scorer, costs: NDArray[np.float64], share: float) -> float:
-    """How much less than full depth rows cost, where about that share of decisions changes."""
-    rows = scorer.rows
-    # The list that certifies: with exit 0, if there is one.
-    places = rows.at(StopScores(rows).exits(settings_lists(rows, exit_0_powers=(2.0,))[-1]))
-    changed = scorer.changed[places].mean(axis=1)
-    return mean_saving(1 - costs[places[0]].mean(axis=1), changed, share)
 
 
 def _decided(result: Calibration) -> tuple[Scorer, tuple[NDArray[np.intp], ...]]:

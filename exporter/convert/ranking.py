@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from ...calibration.evidence import QueryEvidence
 from ...calibration.progress import Progress
-from ...calibration.query_logits import NEAR_TOP, QueryLogits, errors_near_top, saved
+from ...calibration.query_logits import NEAR_TOP, QueryLogits, errors_near_top
 from ...calibration.ranking import Queries, RankingPoint, calibrate_ranking, traced_queries
 from ...calibration.trace import engines_of
 from ...runtime.artifact.exits import Exits, exits_of
@@ -143,7 +145,7 @@ class Ranking(ConversionTask[Query, RankingPoint]):
         share = min(self.bound.shares.values())
         return Judged(
             agreement=tuple(_rank_correlation(each, own) for each in exits[..., 0]),
-            saved=saved(rows, errors, self.top, share, costs / costs[-1]),
+            saved=QueryEvidence(rows, errors, self.top).saved(costs / costs[-1], share),
             errors=tuple(map(float, errors)),
         )
 
@@ -187,7 +189,7 @@ class Ranking(ConversionTask[Query, RankingPoint]):
         else:
             errors = self._errors_in_one_pass(uncertified)
         share = min(self.bound.shares.values())
-        return lambda costs: saved(rows, errors, self.top, share, costs)
+        return partial(QueryEvidence(rows, errors, self.top).saved, share=share)
 
     def certify(
         self, uncertified: Uncertified, passes: Passes, name: str, progress: Progress

@@ -16,11 +16,11 @@ from typing import ClassVar, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ...calibration.costs import relative_costs
 from ...calibration.goals import Bound, CalibrationOptions
 from ...calibration.progress import Progress
 from ...calibration.ranking import RankingPoint
 from ...calibration.result import Calibration
+from ...calibration.timing import relative_costs
 from ...calibration.trace import engines_of
 from ...runtime.artifact.manifest import Task
 from ...runtime.encoding import EncodedRow, Text

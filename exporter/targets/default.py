@@ -9,15 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ...calibration.progress import Progress
+from ...calibration.timing import in_turns
 from ...runtime.artifact.folder import EnginesFolder
 from ...runtime.artifact.manifest import Manifest
 from ...runtime.check import EXPORT_LIMIT
+from ...runtime.engine import Engine
 from ...runtime.targets import why_not
 from .builders import INT8_TARGETS
 from .check import engine_of
@@ -146,19 +149,18 @@ def _is_clearly_faster(gains: Times) -> bool:
 
 def _seconds(engines: EnginesFolder, names: Sequence[str], progress: Progress) -> dict[str, Times]:
     """For each target, seconds of all segments `[turns, shapes]`; the best run of each turn."""
-    best = {name: np.full((_TURNS, len(_SHAPES)), np.inf) for name in names}
+    segments = len(engines.manifest.segments)
+
+    def best(engine: Engine, shape: tuple[int, int]) -> float:
+        rows, most = shape
+        tokens = min(most, engine.core.limits.max_sequence)
+        time.sleep(_SPIN_SECONDS)
+        return min(sum(engine.core.time_exits(rows, tokens)[-segments:]) for _ in range(_RUNS))
+
     with ExitStack() as stack:
         loaded = [stack.enter_context(engine_of(engines, name)) for name in names]
-        # In turns, so that a machine whose speed drifts treats all targets alike.
-        for turn in range(_TURNS):
-            progress("measure the targets", turn, _TURNS)
-            for engine, own in zip(loaded, best.values(), strict=True):
-                for number, (rows, tokens) in enumerate(_SHAPES):
-                    tokens = min(tokens, engine.core.limits.max_sequence)
-                    time.sleep(_SPIN_SECONDS)
-                    for _ in range(_RUNS):
-                        seconds = sum(
-                            engine.core.time_exits(rows, tokens)[-len(engines.manifest.segments) :]
-                        )
-                        own[turn, number] = min(own[turn, number], seconds)
-    return best
+        measures = [partial(best, engine) for engine in loaded]
+        found: Times = np.array(
+            in_turns(_SHAPES, measures, _TURNS, progress, "measure the targets")
+        )
+    return {name: found[..., number] for number, name in enumerate(names)}

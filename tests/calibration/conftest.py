@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from fpabee.calibration import Calibration, CalibrationOptions, calibrate
 from fpabee.calibration.choose import Search
-from fpabee.calibration.costs import CostModel, Speed, StoppingCosts
+from fpabee.calibration.costs import StoppingCosts
 from fpabee.calibration.scoring import LabelledLogits
 from fpabee.calibration.settings import settings_lists
+from fpabee.calibration.timing import CostModel, Speed
 from fpabee.runtime import Engine, ProblemType
 from fpabee.runtime.files import Row
 

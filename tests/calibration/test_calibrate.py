@@ -26,12 +26,12 @@ from fpabee.calibration import (
     Report,
     calibrate,
 )
-from fpabee.calibration.costs import Speed
 from fpabee.calibration.exact import useful_rows
 from fpabee.calibration.report import plots
 from fpabee.calibration.report.words import promise_in_words
 from fpabee.calibration.result import make_default
 from fpabee.calibration.scoring import METRICS, Scorer
+from fpabee.calibration.timing import Speed
 from fpabee.commands.calibrate import main
 from fpabee.runtime import Budget, Confidence, Engine, Entropy, read_manifest, simulate
 from fpabee.runtime.artifact.folder import EnginesFolder, sha256_of

@@ -17,10 +17,10 @@ from fpabee.calibration import (
     threshold_for_depth,
     write_report,
 )
-from fpabee.calibration.costs import relative_costs
 from fpabee.calibration.report.words import passes_in_words
 from fpabee.calibration.scoring import LabelledLogits
 from fpabee.calibration.settings import settings_lists
+from fpabee.calibration.timing import relative_costs
 from fpabee.calibration.trace import engines_of, trace_rows
 from fpabee.runtime import (
     Budget,

@@ -15,7 +15,7 @@ from fpabee.calibration.evidence import QueryEvidence
 from fpabee.calibration.exact import binomial_tail
 from fpabee.calibration.guarantee import Certified
 from fpabee.calibration.guarantee import certify as certify_units
-from fpabee.calibration.query_logits import QueryLogits, errors_near_top, saved, settings, stops_of
+from fpabee.calibration.query_logits import QueryLogits, errors_near_top, settings, stops_of
 from fpabee.runtime import Budget, TopK
 from fpabee.runtime.artifact.exits import Exits
 from fpabee.runtime.artifact.manifest import ProblemType
@@ -123,8 +123,9 @@ def test_bolder_settings_stop_more_documents() -> None:
     assert depths[0] > 3.5
     assert depths[-1] < 2.5
     costs = np.arange(1.0, 5.0) / 4
-    assert saved(rows, errors, TOP, 0.05, costs) > 0.1
-    assert saved(rows, errors, TOP, 0.0, costs) < saved(rows, errors, TOP, 0.2, costs)
+    evidence = QueryEvidence(rows, errors, TOP)
+    assert evidence.saved(costs, 0.05) > 0.1
+    assert evidence.saved(costs, 0.0) < evidence.saved(costs, 0.2)
 
 
 @pytest.mark.parametrize("first_exit", [0, 1])

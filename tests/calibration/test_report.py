@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 
 from fpabee.calibration import Bound, Calibration, Goal, write_report
+from fpabee.calibration.evidence import TextEvidence
 from fpabee.calibration.report import plots
 from fpabee.calibration.report.curves import curves
 from fpabee.calibration.report.words import _lost_in_words, promise_in_words
-from fpabee.calibration.result import outcome
 from fpabee.calibration.scoring import Scorer
 from fpabee.calibration.settings import StopScores
 from fpabee.runtime import RULES
-from fpabee.runtime.artifact.exits import Exits
 
 from .conftest import make_rows
 
@@ -189,5 +188,5 @@ def test_a_loss_that_rounds_to_nothing_is_no_gain_and_an_interval_says_so_once(
     change: dict[str, Any], said: str
 ) -> None:
     scorer = Scorer(make_rows(), "accuracy")
-    found = outcome(scorer, np.full(600, 6), Exits.numbered(1, 6))
+    found = TextEvidence(scorer, "abc").outcome(np.full(600, 6))
     assert re.search(said, _lost_in_words(dataclasses.replace(found, **change), None))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fpabee.calibration.result import drop_interval, outcome
+from fpabee.calibration.evidence import TextEvidence
+from fpabee.calibration.result import drop_interval
 from fpabee.calibration.scoring import METRICS, LabelledLogits, Scorer
 from fpabee.calibration.settings import exits_of
 from fpabee.runtime import Entropy, ProblemType
@@ -92,7 +93,8 @@ def test_a_label_that_loses_most_of_its_rows_is_named(task: ProblemType) -> None
 def test_an_outcome_counts_layers() -> None:
     rows = make_rows(count=400)
     exits = np.random.default_rng(0).integers(1, 7, 400)
-    found = outcome(Scorer(rows, "accuracy"), exits, Exits.of_layers(range(2, 13, 2)))
+    of_model = Exits.of_layers(range(2, 13, 2))
+    found = TextEvidence(Scorer(rows, "accuracy"), "abc", exits=of_model).outcome(exits)
     assert found.mean_depth == pytest.approx(2 * exits.mean())
     assert sum(found.exits) == found.rows == 400
     assert found.interval[0] < found.drop < found.interval[1]

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
-from ..calibration.ranking import RankingOutcome, RankingPoint
+from ..calibration.ranking import RankingPoint
 from ..calibration.report.words import (
     exit_0_in_words,
     passes_in_words,
@@ -14,7 +14,7 @@ from ..calibration.report.words import (
     share_interval_in_words,
     tested_in_words,
 )
-from ..calibration.result import Calibration, Point
+from ..calibration.result import Calibration, Outcome, Point
 from ..calibration.scoring import AGREEMENT, exits_of_rows
 from ..runtime.artifact.operating_point import Certificate, Goal
 from ..runtime.rules.words import rule_in_words
@@ -188,7 +188,7 @@ class _Queries(Shown[RankingPoint]):
             _cost(point),
             f"{point.times.milliseconds:.1f}",
             f"{point.times.times_faster:.1f}",
-            f"{held.changed} of {held.queries:,}",
+            f"{held.changed_answers} of {held.rows:,}",
         )
 
     def _paragraphs(
@@ -304,10 +304,15 @@ def _is_agreement(point: Point) -> bool:
     return point.held_out.metric == AGREEMENT
 
 
-def _counts(outcome: RankingOutcome) -> dict[str, Any]:
+def _counts(outcome: Outcome) -> dict[str, Any]:
     """What a rule gave on queries, for JSON."""
-    names = ("queries", "changed", "changed_at_full_depth", "mean_depth", "exits")
-    return {name: getattr(outcome, name) for name in names}
+    return {
+        "queries": outcome.rows,
+        "changed": outcome.changed_answers,
+        "changed_at_full_depth": round(outcome.rows * (1 - outcome.full_depth_score)),
+        "mean_depth": outcome.mean_depth,
+        "exits": outcome.exits,
+    }
 
 
 def _promise(point: RankingPoint) -> str:
@@ -315,8 +320,8 @@ def _promise(point: RankingPoint) -> str:
     if point.certificate is None:
         return f"No guarantee: every document runs through all layers, since {point.refusal}"
     held = point.held_out
-    interval = share_interval_in_words(held.changed, held.queries, point.certificate)
+    interval = share_interval_in_words(held.changed_answers, held.rows, point.certificate)
     promised = ranking_in_words(point.certificate, point.top)
-    tested = tested_in_words(point.certificate, point.chosen_on.queries, "queries")
-    judged = f"of those that decided nothing, {held.changed} of {held.queries:,} have one"
+    tested = tested_in_words(point.certificate, point.chosen_on.rows, "queries")
+    judged = f"of those that decided nothing, {held.changed_answers} of {held.rows:,} have one"
     return f"{promised}, {tested}; {judged} {interval}"

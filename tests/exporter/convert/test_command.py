@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from fpabee.calibration import Bound
 from fpabee.calibration.choose import Search
 from fpabee.calibration.costs import StoppingCosts
-from fpabee.calibration.ranking import QueryTimes, RankingOutcome, RankingPoint
+from fpabee.calibration.ranking import RankingPoint
 from fpabee.calibration.result import Calibration, Outcome, Point
 from fpabee.calibration.scoring import LabelledLogits
+from fpabee.calibration.timing import QueryTimes
 from fpabee.commands.convert import main
 from fpabee.commands.points import KINDS
 from fpabee.exporter import single_file
@@ -162,7 +163,7 @@ def test_the_summary_says_what_is_guaranteed_and_what_is_not(
 
 def ranked(target: str, changed: int, certificate: Certificate | None) -> RankingPoint:
     """What a target with six layers promises of rankings, or why it does not."""
-    outcome = RankingOutcome(
+    outcome = Outcome(
         metric="unchanged_top",
         score=1 - changed / 60,
         full_depth_score=1 - 1 / 60,

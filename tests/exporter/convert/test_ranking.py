@@ -19,7 +19,8 @@ from sklearn.linear_model import LinearRegression
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fpabee.calibration import Bound, calibrate
-from fpabee.calibration.ranking import Queries, _times
+from fpabee.calibration.ranking import Queries
+from fpabee.calibration.timing import time_queries
 from fpabee.exporter import export
 from fpabee.exporter.checkpoint import load_checkpoint
 from fpabee.exporter.convert import Conversion, ConvertOptions, convert, ranking, states, workflow
@@ -143,8 +144,8 @@ def test_the_result_is_what_the_engine_does(converted: Converted, reranker: Path
             changed += {each.index for each in found} != {*best.tolist()}
             expected = 1 / (1 + np.exp(-logits[[each.index for each in found]]))
             assert_exported([each.score for each in found], expected)
-    assert changed == point.held_out.changed
-    assert point.held_out.queries == len(report.queries)
+    assert changed == point.held_out.changed_answers
+    assert point.held_out.rows == len(report.queries)
 
 
 @pytest.mark.usefixtures("with_int8")
@@ -450,8 +451,8 @@ def test_queries_that_are_too_large_to_rank_are_not_timed(
         fits = engine.core.is_query_possible
         most = sizes[len(sizes) // 2]
         monkeypatch.setattr(engine.core, "is_query_possible", lambda rows: len(rows) <= most)
-        assert _times(engine, queries, engine.rule).documents == most
+        assert time_queries(engine, queries, engine.rule).documents == most
         monkeypatch.setattr(engine.core, "is_query_possible", fits)
         monkeypatch.setattr("fpabee.runtime.core._QUERY_BYTES", 1)
         with pytest.raises(InputError, match="give fewer documents"):
-            _times(engine, queries, engine.rule)
+            time_queries(engine, queries, engine.rule)

@@ -139,8 +139,8 @@ def test_the_best_run_of_each_turn_counts(added: Path, monkeypatch: pytest.Monke
     )
     assert seen == [(turn, 6) for turn in range(6)]
     assert {name: times.shape for name, times in found.items()} == {ONNX: (6, 2), FP32: (6, 2)}
-    assert found[ONNX][:2].tolist() == [[3.0, 9.0], [27.0, 33.0]]
-    assert found[FP32][:2].tolist() == [[15.0, 21.0], [39.0, 45.0]]
+    assert found[ONNX][:2].tolist() == [[3.0, 15.0], [33.0, 45.0]]
+    assert found[FP32][:2].tolist() == [[9.0, 21.0], [27.0, 39.0]]
 
 
 @pytest.mark.parametrize(
