@@ -58,7 +58,7 @@ class Hidden:
     prepared: dict[int, Any] = field(default_factory=dict)
 
 
-Outputs = Callable[[], NDArray[np.float32]]
+PendingLogits = Callable[[], NDArray[np.float32]]
 """Waits for the logits of an exit, `[rows, labels]`, and returns them.
 
 They may be a view of memory that is overwritten when the second segment after this one is started,
@@ -98,7 +98,7 @@ class Execution(ABC):
         return hidden
 
     @abstractmethod
-    def enqueue(self, hidden: Hidden) -> Outputs:
+    def enqueue(self, hidden: Hidden) -> PendingLogits:
         """Start the next segment on a group, whose hidden states it replaces.
 
         Args:
