@@ -28,7 +28,6 @@ from .tasks import Task
 from .tasks.task import Tolerance
 
 Logits = NDArray[np.float32]
-# By how much logits or scores may move: all alike, or `[exits, rows]`.
 
 EXPORT_LIMIT = 1e-4
 """How much the logits of an fp32 export may differ from those of the PyTorch model.
