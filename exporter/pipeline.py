@@ -90,7 +90,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export made.
+    """The result of an export.
 
     Attributes:
         folder: the engines folder.
