@@ -58,7 +58,7 @@ CONFIG_ERRORS = (
     TypeError,
     ValueError,
 )
-"""What a wrong configuration raises, depending on the setting."""
+"""The errors of a wrong configuration, depending on the setting."""
 
 
 def resolve_model_dir(source: str | Path) -> Path:
@@ -300,7 +300,7 @@ def _check_number(name: str, value: Any) -> None:
 def _exit_config(
     folder: Path, config: Any, weights: dict[str, Tensor], problem_type: ProblemType | None
 ) -> MultiExitConfig:
-    """What a checkpoint says about its exits; without our block, every layer has one.
+    """The exits of a checkpoint; without our block, every layer has one.
 
     Args:
         folder: the model_dir, for messages.

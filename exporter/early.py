@@ -1,4 +1,4 @@
-"""What the configuration of a model already says, without PyTorch, which takes seconds to load.
+"""The configuration of a model, read without PyTorch, which takes seconds to load.
 
 Here, whatever is missing, odd or damaged passes: the model itself is checked later.
 """
@@ -24,7 +24,7 @@ from .paths import CONFIG_NAME
 
 
 class Config:
-    """What is read of config.json.
+    """The part of config.json that is read.
 
     Args:
         folder: a folder with it.

@@ -127,7 +127,7 @@ LOADERS: dict[str, Callable[[Path, Any, Any, int], ExitZero | FirstStage]] = {
     "predict": _load_ngrams,
     "rank": _load_scores,
 }
-"""What reads exit 0, by the method of `Engine` that asks the model."""
+"""The functions that read exit 0, by the method of `Engine` that asks the model."""
 
 
 @singledispatch

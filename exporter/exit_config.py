@@ -1,4 +1,4 @@
-"""What makes an encoder a multi-exit classifier. Needs no torch: the commands start fast."""
+"""The settings of a multi-exit classifier. Needs no torch: the commands start fast."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class LastHead:
 
 @dataclass(frozen=True)
 class MultiExitConfig:
-    """What makes an encoder a multi-exit classifier.
+    """The settings that make an encoder a multi-exit classifier.
 
     Attributes:
         exits: the layer of each exit, counted from 1, ascending.

@@ -60,7 +60,7 @@ def fit_tensorrt(graph: Any) -> None:
 
 
 def _replacement(node: Any) -> list[Any]:
-    """What takes the place of a node, see `_REPLACEMENTS`."""
+    """The nodes that take the place of a node, see `_REPLACEMENTS`."""
     part = onnx.parser.parse_graph(_REPLACEMENTS[node.op_type])
     inputs = [value.name for value in part.input]
     if len(inputs) != len([*filter(None, node.input)]):  # a bound is left out

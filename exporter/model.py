@@ -265,7 +265,7 @@ def predict(
     progress: Progress = silent,
     what: str = "predict",
 ) -> NDArray[np.float32]:
-    """What a model gives for rows, without dropout, in padded batches.
+    """The outputs of a model for rows, without dropout, in padded batches.
 
     Args:
         model: takes the inputs of a batch by name.

@@ -74,7 +74,7 @@ def check_model_dir(source: str | Path) -> Path:
 
 
 class _Architectures(msgspec.Struct):
-    """What is read of config.json."""
+    """The part of config.json that is read."""
 
     architectures: list[str] | None = None
 

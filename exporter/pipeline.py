@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import __version__
 from ..calibration.progress import Progress, silent
@@ -22,6 +23,7 @@ from ..runtime.artifact.manifest import (
     TRAINED_ON_NAME,
     VERIFICATION_NAME,
     Activation,
+    Graph,
     Manifest,
     Model,
     ProblemType,
@@ -29,12 +31,11 @@ from ..runtime.artifact.manifest import (
     Shapes,
     Target,
     Task,
+    TokenizerSpec,
 )
 from ..runtime.artifact.reference import write_reference
 from ..runtime.check import BATCH_LIMIT, Agreement
-from ..runtime.encoding import Text, TextEncoder, padding_values
-from ..runtime.exit_0 import ExitZero
-from ..runtime.first_stage import FirstStage
+from ..runtime.encoding import EncodedRow, Text, TextEncoder, padding_values
 from ..runtime.hub import repository_of
 from ..runtime.tasks import task_of, unnamed_task
 from . import segments
@@ -89,7 +90,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export made.
+    """The result of an export.
 
     Attributes:
         folder: the engines folder.
@@ -157,44 +158,60 @@ def export(
     exit_0 = load_exit_0(source, model.backbone.config, labels, method)
     texts = [*BUILT_IN_TEXTS, *options.texts]
     base_model = repository_of(model_dir) or ""
+    progress = progress or silent
     with staging(destination) as folder:
-        manifest, agreement = _write(
-            folder, source, base_model, model, exit_0, texts, options, progress or silent
+        exits = options.exits or tuple(range(1, len(model.exit_config.exits) + 1))
+        check_exits(exits, len(model.exit_config.exits))
+        tokenizer = save_tokenizer(source, model, folder, options.max_length)
+        cut = segments.cut(model, exits, "token_type_ids" in tokenizer.inputs)
+        graphs = _write_graphs(folder, model, cut, progress)
+        progress("check", len(cut.modules), len(cut.modules))
+        rows = TextEncoder(folder, tokenizer).encode(texts)
+        logits = _logits(model, rows, tokenizer, exits)
+        if exit_0:
+            logits = np.concatenate([exit_0(rows)[None], logits])
+        write_reference(folder, texts, logits)
+        manifest = msgspec.structs.replace(
+            _manifest(model, cut, tokenizer, graphs),
+            base_model=base_model,
+            **export_exit_0(exit_0, folder),
         )
+        engines, agreement = _checked(EnginesFolder(folder, manifest), texts, logits)
+        manifest = _write_manifest(engines, source, model)
         # Again, because it may have appeared meanwhile.
         check_output(destination, options.force, [source])
     size = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())
     return ExportResult(Path(output), manifest, agreement, size)
 
 
-def _write(
-    folder: Path,
-    source: Path,
-    base_model: str,
-    model: MultiExitModel,
-    exit_0: ExitZero | FirstStage | None,
-    texts: Sequence[Text],
-    options: ExportOptions,
-    progress: Progress,
-) -> tuple[Manifest, Agreement]:
-    count = len(model.exit_config.exits)
-    exits = options.exits or tuple(range(1, count + 1))
-    check_exits(exits, count)
-    tokenizer = save_tokenizer(source, model, folder, options.max_length)
-    cut = segments.cut(model, exits, "token_type_ids" in tokenizer.inputs)
+def _write_graphs(
+    folder: Path, model: MultiExitModel, cut: segments.Cut, progress: Progress
+) -> dict[str, Graph]:
+    """Write the graphs of a model in fp32; returns their records for the manifest."""
     graphs = {}
     for number, (name, module) in enumerate(cut.modules.items()):
         progress(name, number, len(cut.modules))
         file = f"onnx/fp32/{name}.onnx"
         graphs[name] = segments.export_graph(model, module, folder / file, file)
-    progress("check", len(cut.modules), len(cut.modules))
-    rows = TextEncoder(folder, tokenizer).encode(texts)
+    return graphs
+
+
+def _logits(
+    model: MultiExitModel,
+    rows: Sequence[EncodedRow],
+    tokenizer: TokenizerSpec,
+    exits: Sequence[int],
+) -> NDArray[np.float32]:
+    """The logits of a model at some of its exits, `[exits, rows, labels]`."""
     # In small batches, because attention that is not fused needs much memory.
     every = predict(model, rows, padding_values(tokenizer), by_row, batch=8)
-    logits = every.swapaxes(0, 1)[[number - 1 for number in exits]]
-    if exit_0:
-        logits = np.concatenate([exit_0(rows)[None], logits])
-    write_reference(folder, texts, logits)
+    return every.swapaxes(0, 1)[[number - 1 for number in exits]]
+
+
+def _manifest(
+    model: MultiExitModel, cut: segments.Cut, tokenizer: TokenizerSpec, graphs: dict[str, Graph]
+) -> Manifest:
+    """The manifest of an export that was not checked yet, without exit 0."""
     backbone = model.backbone
     longest = tokenizer.max_length
     task = Task(
@@ -203,7 +220,7 @@ def _write(
         label_thresholds=model.exit_config.label_thresholds,
         activation=model.exit_config.activation or Activation.SIGMOID,
     )
-    manifest = Manifest(
+    return Manifest(
         schema_version=SCHEMA_VERSION,
         fpabee_version=__version__,
         versions={name: version(name) for name in ("torch", "transformers", "onnx", "onnxscript")},
@@ -231,29 +248,46 @@ def _write(
             )
         },
         default_target=FP32_TARGET,
-        default_rule=task_of(task).default_rule(range(1, len(exits) + 1)).to_dict(),
-        base_model=base_model,
-        **export_exit_0(exit_0, folder),
+        default_rule=task_of(task).default_rule(range(1, len(cut.segments) + 1)).to_dict(),
     )
-    with engine_of(EnginesFolder(folder, manifest), FP32_TARGET) as engine:
+
+
+def _checked(
+    engines: EnginesFolder, texts: Sequence[Text], logits: NDArray[np.float32]
+) -> tuple[EnginesFolder, Agreement]:
+    """Compare the chain with the model, and write how closely they agree.
+
+    Returns:
+        The folder with the tolerance of its target, and the agreement.
+
+    Raises:
+        CheckError: they differ too much.
+    """
+    with engine_of(engines, FP32_TARGET) as engine:
         agreement = check_chain(engine, texts, logits)
         kind = engine.core.backend.kind_of_machine
-    record = folder / VERIFICATION_NAME
+    record = engines.path / VERIFICATION_NAME
     record.write_text(json.dumps(agreement.to_dict(), indent=2) + "\n", encoding="utf-8")
+    target = msgspec.structs.replace(
+        engines.manifest.targets[FP32_TARGET],
+        tolerance=max(BATCH_LIMIT, agreement.max_logit_difference),
+        checked_on=kind,
+    )
+    return engines.with_target(FP32_TARGET, target), agreement
+
+
+def _write_manifest(engines: EnginesFolder, source: Path, model: MultiExitModel) -> Manifest:
+    """Write the manifest, after the files that come from the model_dir and have hashes in it."""
+    folder = engines.path
     _write_config(folder / CLASSIFIER_NAME, source, model)
     written = [REFERENCE_NAME, VERIFICATION_NAME, CLASSIFIER_NAME]
     if (source / TRAINED_ON_NAME).is_file():
         shutil.copyfile(source / TRAINED_ON_NAME, folder / TRAINED_ON_NAME)
         written.append(TRAINED_ON_NAME)
     files = {name: sha256_of(folder / name) for name in written}
-    tolerance = max(BATCH_LIMIT, agreement.max_logit_difference)
-    target = msgspec.structs.replace(
-        manifest.targets[FP32_TARGET], tolerance=tolerance, checked_on=kind
-    )
-    engines = EnginesFolder(folder, manifest).with_manifest(files=files)
-    engines = engines.with_target(FP32_TARGET, target)
+    engines = engines.with_manifest(files=files)
     engines.write()
-    return engines.manifest, agreement
+    return engines.manifest
 
 
 def _write_config(path: Path, source: Path, model: MultiExitModel) -> None:

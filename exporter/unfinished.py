@@ -151,7 +151,7 @@ def _says_what_to_change(error: Exception) -> bool:
 
 
 def _refused(error: Exception) -> OSError | None:
-    """What the system refused to write; None if that was not the cause."""
+    """The error of a write that the system refused; None if that was not the cause."""
     if isinstance(error, OSError):
         return error
     cause = error.__cause__

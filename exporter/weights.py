@@ -16,7 +16,7 @@ from ..runtime.errors import ModelError, first_line
 from .paths import TRAINED
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""What the file of weights may be called."""
+"""The names that the file of weights may have."""
 _SAVE_AGAIN = "copy the file again, or save the state dict with safetensors"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

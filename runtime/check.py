@@ -28,7 +28,6 @@ from .tasks import Task
 from .tasks.task import Tolerance
 
 Logits = NDArray[np.float32]
-# By how much logits or scores may move: all alike, or `[exits, rows]`.
 
 EXPORT_LIMIT = 1e-4
 """How much the logits of an fp32 export may differ from those of the PyTorch model.
@@ -79,10 +78,10 @@ REQUIREMENTS = {
     "int8": _INT8,
     "int8-bf16": _INT8,
 }
-"""What is required of a target, by its precision."""
+"""The requirements of a target, by its precision."""
 
 EXPORT_REQUIREMENTS = Requirements(1.0, 1.0, tie=0.0, score_tie=0.0, logits=EXPORT_LIMIT)
-"""What is required of a fresh fp32 export, which runs where the PyTorch model ran."""
+"""The requirements of a fresh fp32 export, which runs where the PyTorch model ran."""
 
 # A score moves by at most a few times as much as the logits.
 _SCORE_PER_LOGIT = 10
@@ -91,7 +90,7 @@ _SLACK = 10
 
 
 def logit_sizes(logits: Logits) -> NDArray[np.float32]:
-    """What differences of logits are measured against: the largest of a row, and at least 1.
+    """The sizes by which differences of logits are divided: the largest of a row, at least 1.
 
     Args:
         logits: `[..., labels]`.
@@ -117,7 +116,7 @@ def logit_differences(logits: Logits, expected: Logits) -> NDArray[np.float32]:
 
 
 def requirements_of(name: str, manifest: Manifest) -> Requirements:
-    """What is required of a target of a folder on the reference texts.
+    """The requirements of a target of a folder on the reference texts.
 
     Args:
         name: the target.

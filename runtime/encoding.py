@@ -265,7 +265,7 @@ def first_tokens(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[
 
 
 def _template(tokenizer: Tokenizer, is_pair: bool) -> list[tuple[int, int]]:
-    """What the post-processor of a tokenizer makes of a text or a pair.
+    """The template of a text or a pair, from the post-processor of a tokenizer.
 
     Args:
         tokenizer: the tokenizer.

@@ -449,7 +449,7 @@ class Engine:
 
     @property
     def watched(self) -> Watched | None:
-        """What watching the promise of the operating point in use has shown since the load.
+        """The result of watching the promise of the operating point in use, since the load.
 
         None if nothing is watched: without `watch` in `load`, or if this point promises nothing
         about changed answers.

@@ -50,7 +50,7 @@ def checked_scores(scores: Any, documents: int) -> tuple[float, ...]:
 
 
 def features(scores: Sequence[float]) -> NDArray[np.float64]:
-    """What is known of each document from the scores of its query: `[documents, 3]`.
+    """The features of each document from the scores of its query: `[documents, 3]`.
 
     The distance to the best score, the same in standard deviations from the mean, and the logarithm
     of the rank. Equal scores have equal features, and they are 0 if all scores are equal.

@@ -35,7 +35,7 @@ _COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, 
 
 @cache
 def cpu_info() -> dict[str, str]:
-    """What Linux reports about the first core; empty on other systems."""
+    """The report of Linux on the first core; empty on other systems."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines()[:40] if file.is_file() else []
     pairs = (line.split(":", 1) for line in lines if ":" in line)
@@ -194,7 +194,7 @@ def _cpu_features() -> list[str]:
 
 
 def kind_of_machine(library: str, on_gpu: bool = False, device: int = 0) -> str:
-    """What decides how an inference library computes here: system, processor or GPU, and library.
+    """The kind of this machine to an inference library: system, processor or GPU, and library.
 
     Two machines of one kind give the same logits, up to the order in which they add.
 
@@ -232,7 +232,7 @@ def cache_folder() -> Path:
 
 
 def hardware(on_gpu: bool, threads: int | None) -> str:
-    """What runs a target here: the GPU, or the CPU and how many threads."""
+    """The hardware that runs a target here: the GPU, or the CPU and the number of threads."""
     return cuda_device().name if on_gpu else f"{cpu_name()}, {threads or usable_cores()} threads"
 
 
@@ -241,7 +241,7 @@ class _DirInfo(msgspec.Struct, frozen=True):
 
 
 class _Origin(msgspec.Struct, frozen=True):
-    """What is read of direct_url.json, see PEP 610."""
+    """The part of direct_url.json that is read, see PEP 610."""
 
     url: str = ""
     dir_info: _DirInfo = _DirInfo()
@@ -258,7 +258,7 @@ def _origin() -> _Origin:
 
 
 def package(extras: str) -> str:
-    """What `pip install` takes for fpabee with extras, such as `'fpabee[cpu]'`.
+    """The argument of `pip install` for fpabee with extras, such as `'fpabee[cpu]'`.
 
     It names the folder or the file that this fpabee was installed from, if it was.
 

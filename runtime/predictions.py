@@ -1,4 +1,4 @@
-"""What an engine gives: predictions, traces, and a tally of answers."""
+"""The results of an engine: predictions, traces, and a tally of answers."""
 
 from __future__ import annotations
 

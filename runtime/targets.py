@@ -141,7 +141,7 @@ def no_promise(manifest: Manifest, name: str, point: str | None, error: FpabeeEr
 def rule_instead(
     engines: EnginesFolder, name: str, point: str | None, error: FpabeeError
 ) -> tuple[str | None, ExitRule]:
-    """What runs instead of an operating point that has no promise here, as in `rule_alone`.
+    """The rule that runs instead of an operating point without a promise here, see `rule_alone`.
 
     A warning says so. The arguments are those of `no_promise`, with the whole folder.
     """

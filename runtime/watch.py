@@ -132,7 +132,7 @@ def _edge(fits: Callable[[float], bool], inside: float, outside: float) -> float
 
 @dataclass(frozen=True)
 class Watched:
-    """What watching the promise of an operating point has shown, since the engine was loaded.
+    """The result of watching the promise of an operating point, since the engine was loaded.
 
     Attributes:
         operating_point: the point in use.
@@ -339,7 +339,7 @@ class Watch:
                 self._done(row, None)
 
     def watched(self, operating_point: str | None) -> Watched | None:
-        """What is known about the promise of a point; None: it promises nothing to watch."""
+        """The result for the promise of a point; None: it promises nothing to watch."""
         promise = self._promises.get(operating_point or "")
         if promise is None:
             return None

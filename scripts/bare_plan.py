@@ -71,7 +71,7 @@ class BarePlan:
             self._must(self._engine is not None, "cannot be loaded")
 
     def prepare(self, rows: Sequence[EncodedRow], rule: ExitRule) -> Callable[[], Arrays]:
-        """What runs rows with a rule, padded to the first shape that is large enough."""
+        """The run of rows with a rule, padded to the first shape that is large enough."""
         longest = max(map(len, rows))
         shape = next(s for s in self._shapes if s.batch >= len(rows) and s.sequence >= longest)
         padding = padding_values(self._manifest.tokenizer)

@@ -184,7 +184,7 @@ def with_layers(rows: LabelledLogits, metric: str) -> StoppingCosts:
 
 
 class Truth:
-    """What rules give on some rows."""
+    """The true results of rules on some rows."""
 
     def __init__(self, rows: LabelledLogits) -> None:
         self.rows = rows

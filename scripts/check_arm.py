@@ -235,7 +235,7 @@ class Report:
 
 @dataclass
 class Expected:
-    """What an engines folder has to answer to its reference texts.
+    """The answers that an engines folder has to give to its reference texts.
 
     Attributes:
         engines: the folder.

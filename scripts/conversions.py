@@ -200,7 +200,7 @@ def decisions(model: Path, texts: Sequence[Text]) -> list[set[str]]:
 def run_conversion(
     model: Path, texts: Path, engines: Path, others: Path | None = None, int8: bool = False
 ) -> dict[str, Any]:
-    """What a conversion says, and the seconds of CPU that it took."""
+    """The result of a conversion, and the seconds of CPU that it took."""
     started = time.process_time()
     result = convert(model, texts, engines, ConvertOptions(train_texts=others, int8=int8))
     seconds = time.process_time() - started
@@ -225,7 +225,7 @@ def without_altered(model: Path, texts: Path, engines: Path, int8: bool = False)
 def drawn(
     model: Path, texts: Path, engines: Path, data: Path, others: Path | None = None
 ) -> dict[str, float]:
-    """What heads save and change on average, if other texts certify them, see above."""
+    """The average savings and changes of heads, if other texts certify them, see above."""
     train_units = None if others is None else list(read_rows(others))
     dealt = split(list(read_rows(texts)), train_units=train_units)
     untaught = [dealt.units[number] for number in (*dealt.calibrate, *dealt.report)]
@@ -375,7 +375,7 @@ def _seconds(predict: Callable[[Sequence[Text]], object], texts: Sequence[Text])
 
 
 class Results:
-    """What is known of one classifier, in a file.
+    """The results of one classifier, in a file.
 
     Args:
         file: where it is stored.
@@ -386,7 +386,7 @@ class Results:
         self.known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
 
     def once(self, name: str, find: Callable[[], Any]) -> Any:
-        """What has this name, which `find` makes unless it is known."""
+        """The result of this name, which `find` makes unless it is known."""
         if name not in self.known:
             self.known[name] = find()
             self.file.write_text(json.dumps(self.known, indent=1), encoding="utf-8")
@@ -525,7 +525,7 @@ def table_row(*cells: str) -> str:
 
 
 def _tested(results: dict[str, Any], test: dict[str, Any]) -> tuple[str, ...]:
-    """What is known from the test set."""
+    """The cells of a table with the results on the test set."""
     rows = results["classifier"]["rows"]
     teacher = results["classifier"]["accuracy"]
     accuracy = f"{test['accuracy']:.1%}" if "accuracy" in test else ""

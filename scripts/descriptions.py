@@ -60,7 +60,7 @@ def stanzas(file: str) -> Iterator[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Package:
-    """What the archive says about a binary package.
+    """The record of a binary package in the archive.
 
     Attributes:
         source: name of the source package that it is built from.

@@ -157,7 +157,7 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def prepared(way: Engine | BarePlan, rows: Rows, rule: ExitRule) -> Run:
-    """What runs rows with a rule; an `Engine` is the chain."""
+    """The function that runs rows with a rule; an `Engine` is the chain."""
     if isinstance(way, BarePlan):
         return way.prepare(rows, rule)
 
@@ -226,7 +226,7 @@ def times(runs: Mapping[str, Run]) -> dict[str, list[float]]:
 
 
 def judged(chain: Engine, packed: BarePlan, rows: Rows) -> Findings:
-    """What is compared, what was found, and the verdict."""
+    """The comparisons: each with its name, its finding, and the verdict."""
     layers = chain.manifest.exit_layers
     task = chain.manifest.task.problem_type
     full = chain.run_encoded(rows, Budget(exit=len(layers))).logits

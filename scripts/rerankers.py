@@ -101,7 +101,7 @@ def right_of(query: Query) -> int | None:
 def pairs(
     queries: Sequence[Query], length: Callable[[dict[str, Any]], int]
 ) -> list[dict[str, Any]]:
-    """What trains a reranker: right documents, and some of the other candidates for each.
+    """The training pairs of a reranker: right documents, and some other candidates for each.
 
     Args:
         queries: those without a right document are left out.
@@ -357,7 +357,7 @@ def quality(
 
 
 def times(rankers: dict[str, Ranker], queries: Sequence[Query]) -> dict[str, dict[str, Any]]:
-    """What systems take for queries, one by one, in rounds in which they take turns.
+    """The times of systems for queries, one by one, in rounds in which they take turns.
 
     Returns:
         By the name of the system, a list with one number for each round: the `median` and the
@@ -390,7 +390,7 @@ def table(
     rounds: dict[str, dict[str, Any]],
     rights: Sequence[int | None],
 ) -> Iterator[str]:
-    """What is known of the systems, as Markdown. Ratios are medians of the ratios of rounds."""
+    """The table of the systems, as Markdown. Ratios are medians of the ratios of rounds."""
     yield from table_head(
         "system",
         f"MRR@{RANKS}",

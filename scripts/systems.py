@@ -42,7 +42,7 @@ ENVIRONMENTS = {
     "openvino": ["sentence-transformers[openvino]", "optimum-intel==2.2.0", "nncf", "datasets"],
     "model2vec": ["model2vec[distill,inference,quantization,train]==0.10.0"],
 }
-"""What each environment installs. With optimum, pip chooses a sentence-transformers that fits."""
+"""The packages of each environment. With optimum, pip chooses a sentence-transformers that fits."""
 
 Text = str | tuple[str, str]
 Answer = tuple[list[str], int | None]
@@ -152,7 +152,7 @@ def _child(python: str, step: str, specification: dict[str, Any]) -> str:
 
 
 def checked(command: list[str], text: str | None = None, source: str | None = None) -> str:
-    """What a command prints.
+    """The output of a command.
 
     Args:
         command: the command.

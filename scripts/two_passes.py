@@ -199,7 +199,7 @@ def measure_rounds(
 def simulations(
     model: Path, texts: Path, engines: Path, test: Path
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """What `promise` counts, by the names of the exact target and what is promised."""
+    """The functions that count `promise`, by the names of the exact target and of the promise."""
     dealt = split(list(read_rows(texts)))
     own = [dealt.units[number] for number in (*dealt.calibrate, *dealt.report)]
     taught = {dealt.units[number].content for number in dealt.taught}
@@ -237,7 +237,7 @@ def simulations(
 
 
 def choice(rows: LabelledLogits, labels: Sequence[str], bound: Bound) -> Certified:
-    """What rows certify."""
+    """The setting that rows certify."""
     return certify(TextEvidence(Scorer(rows, AGREEMENT), labels), bound)
 
 
@@ -352,7 +352,7 @@ def time_conversions(data: Path, work: Path, source: Path, results: Results, rou
 
 
 def promise_table(every: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """What simulated calibrations and draws gave."""
+    """The table of simulated calibrations and draws."""
     yield from table_head(
         "texts",
         "exact target",

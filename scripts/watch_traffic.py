@@ -34,7 +34,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 def ask(host: str, address: str, texts: Sequence[Text] = ()) -> Any:
-    """What the server answers; without texts, a GET request."""
+    """The answer of the server; without texts, that to a GET request."""
     connection = http.client.HTTPConnection(host, timeout=60)
     if texts:
         connection.request("POST", address, json.dumps({"input": texts}), JSON)

@@ -62,7 +62,7 @@ class Embeddings(nn.Module):
 
 
 class DistanceTable(nn.Module):
-    """What depends on the distance of two tokens only, from a table.
+    """A table of values that depend on the distance of two tokens only.
 
     Args:
         longest: `[..., positions, positions]` for the longest sequence, by query and key.

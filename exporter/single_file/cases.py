@@ -1,4 +1,4 @@
-"""What the check of a graph runs, and what the segments and the rule say to it."""
+"""The cases on which a graph is checked, with the answers of the segments and the rule."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Cases:
 
     @property
     def task(self) -> Task:
-        """What the logits mean."""
+        """The task, which says what the logits mean."""
         return task_of(self.manifest.task)
 
     @property
@@ -97,7 +97,7 @@ class Cases:
         return self.task.simulate(self.expected, rule, self.manifest.exits[0]).exits
 
     def scores(self, rule: ThresholdRule) -> Array:
-        """What the rule compares with its threshold, in any shape; may not be finite."""
+        """The scores that the rule compares, in any shape; may not be finite."""
         return self.task.simulate(self.expected, rule, self.manifest.exits[0]).scores
 
     def near_ties(self, rule: ExitRule, tolerance: Tolerance) -> Mask:

@@ -46,7 +46,7 @@ answer = [labels[str(n)] for n in np.flatnonzero(probabilities > $thresholds)]""
 
 @dataclass(frozen=True)
 class Packed:
-    """What was packed.
+    """The contents of a packed file, and the result of its check.
 
     Attributes:
         file: the graph or the plan.
@@ -179,7 +179,7 @@ class HubFiles:
         }
 
     def _record(self) -> dict[str, Any]:
-        """What `fpabee.json` says."""
+        """The contents of `fpabee.json`."""
         measured: dict[str, Any] = {"measured": self._point}
         if self.plan is not None:
             measured = _of_plan(self.plan, self.packed, self._manifest, self._points)
@@ -202,7 +202,7 @@ class HubFiles:
         return f"---\n{metadata}\n---\n\n{''.join(parts)}"
 
     def _card(self) -> str:
-        """What the file is."""
+        """The first part of the card: the file and its rule."""
         layers = zip(self.packed.exits, self._manifest.exit_layers, strict=True)
         return MarkdownFormatter().format(
             _template(f"{self.kind.templates}card"),
@@ -216,7 +216,7 @@ class HubFiles:
         )
 
     def _promises(self) -> str:
-        """What is promised, and what was measured."""
+        """The part of the card with the promise and the measurements."""
         point = self._point
         if point is None:
             return "Nothing is promised: the rule was not calibrated for this file.\n"
@@ -255,7 +255,7 @@ class HubFiles:
 def _of_plan(
     plan: Plan, packed: Packed, manifest: Manifest, points: Mapping[str, OperatingPoint]
 ) -> dict[str, Any]:
-    """What `fpabee.json` says of a plan.
+    """The part of `fpabee.json` about a plan.
 
     Args:
         plan: the plan.
@@ -296,7 +296,7 @@ def _how_to_build(plan: Plan, precision: str) -> dict[str, str]:
 
 
 def _metadata(base_model: str, task: str, is_for_js: bool) -> Any:
-    """What the Hugging Face hub reads of a model card.
+    """The metadata of a model card, for the Hugging Face hub.
 
     Args:
         base_model: the repository of the classifier; empty: it is not known.

@@ -1,4 +1,4 @@
-"""What differs between kinds of models as one file: the table `KINDS`."""
+"""The differences between kinds of models as one file: the table `KINDS`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Protos = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a graph is made of besides the graphs of its segments.
+    """The parts of a graph besides the graphs of its segments.
 
     Attributes:
         source: the engines folder, without the exits that the graph leaves out.
@@ -89,7 +89,7 @@ class Kind(ABC):
     def parts(
         self, source: EnginesFolder, protos: Protos, rule: ExitRule, operating_point: str | None
     ) -> Parts:
-        """What the graph is made of.
+        """The parts of the graph.
 
         Args:
             source: the engines folder.
@@ -106,7 +106,7 @@ class Kind(ABC):
     def cases(
         self, parts: Parts, reference: Sequence[Text], protos: Protos, precision: str
     ) -> Cases:
-        """What the graph is checked on.
+        """The cases on which the graph is checked.
 
         Args:
             parts: what it is made of.
@@ -119,7 +119,7 @@ class Kind(ABC):
     def measured(
         self, point: OperatingPoint, rule: ExitRule, exits: range, layers: int, speed: str
     ) -> dict[str, Any]:
-        """What its part of the card `measured.md` says that those of other kinds do not.
+        """The values in its part of the card, `measured.md`, that other kinds do not have.
 
         Args:
             point: the operating point.

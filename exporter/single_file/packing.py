@@ -181,7 +181,7 @@ def _contents(
 
 
 def _for_cpu(engines: EnginesFolder, target: str | None) -> _Contents:
-    """What a target for CPUs is packed from.
+    """The graphs from which a target for CPUs is packed.
 
     Raises:
         BackendError: the folder has no such target, or it cannot be packed.
@@ -207,7 +207,7 @@ def _for_cpu(engines: EnginesFolder, target: str | None) -> _Contents:
 def _for_plan(
     engines: EnginesFolder, builder: Builder, options: PlanOptions, progress: Progress
 ) -> _Contents:
-    """What a plan is built from. Graphs in fp16 that the folder does not have are made, see `fp16`.
+    """The graphs of a plan. Those in fp16 that the folder does not have are made, see `fp16`.
 
     Raises:
         FpabeeError: this machine cannot build it, or fp16 changes too many answers.
@@ -281,7 +281,7 @@ def _rule_of(manifest: Manifest, target: str, point: str | None) -> tuple[str | 
 
 
 def _packed(contents: _Contents, parts: Parts, **checked: Any) -> Packed:
-    """What was packed.
+    """The description of a packed file.
 
     Args:
         contents: its graphs.

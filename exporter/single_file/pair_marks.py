@@ -1,4 +1,4 @@
-"""What the second text of a pair is recognised by, from the tokens alone."""
+"""The marks of the second text of a pair among the tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 @dataclass(frozen=True)
 class PairMarks:
-    """What the second text of a pair is recognised by.
+    """The marks by which the second text of a pair is recognised.
 
     Attributes:
         token_type: the type of its tokens; None: types do not tell.

@@ -209,7 +209,7 @@ class RuleNodes:
         return [self._rule.uncertainty(now) < self._settings["exit_0_uncertainty"]]
 
     def _signals(self, number: int, earlier: Any, now: Any, state: State, after: State) -> Any:
-        """What stops rows at an exit, each `[batch]` bool.
+        """The conditions that stop rows at an exit, each `[batch]` bool.
 
         Args:
             number: the exit.
@@ -244,7 +244,7 @@ class RowNodes:
     def rule(
         self, tensors: Mapping[str, Any], rule: ExitRule, task: Task, exits: range
     ) -> RuleNodes:
-        """What applies a rule to the rows, whose arguments these are."""
+        """The nodes that apply a rule to the rows; the arguments are those of `RuleNodes`."""
         return RuleNodes(tensors, rule, task, exits)
 
     def answers(self, logits: Any, exits: Any, last: int) -> Any:
@@ -259,7 +259,7 @@ class RowNodes:
 
 
 class _InGraph:
-    """What outputs of an exit do otherwise as tensors of a graph."""
+    """The methods of `Outputs` that differ for tensors of a graph."""
 
     margin: Callable[[int, Any], Any]
 

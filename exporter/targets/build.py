@@ -28,7 +28,7 @@ from .plans import PlanOptions
 
 @dataclass
 class BuildResult:
-    """What was built.
+    """The result of a build.
 
     Attributes:
         manifest: of the folder, with the new targets.

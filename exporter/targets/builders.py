@@ -39,7 +39,7 @@ _MOST_RANGES = 256
 
 
 class Workbench:
-    """What the builds of one call share.
+    """The settings and intermediate results that the builds of one call share.
 
     Args:
         engines: the folder, as it is written.
@@ -188,7 +188,7 @@ class Builder(ABC):
 
     @property
     def name(self) -> str:
-        """What one types to build it. Plans of TensorRT then also have the name of their GPU."""
+        """The name to build it by. Plans of TensorRT then also have the name of their GPU."""
         return "-".join(filter(None, (self.backend, self.precision, self.device)))
 
     @abstractmethod
@@ -374,7 +374,7 @@ BUILDERS: dict[str, Builder] = {
         Plans(TENSORRT, FP16, "TensorRT and its GPU"),
     )
 }
-"""What builds each target, by what one types. `onnxruntime-fp32` comes with every export."""
+"""The builder of each target, by its name. `onnxruntime-fp32` comes with every export."""
 
 OPENVINO_TARGETS = ("openvino-fp32", "openvino-bf16")
 """The targets that need no files of their own."""
@@ -385,7 +385,7 @@ FP16_TARGETS = ("onnxruntime-fp16-cuda", "tensorrt-rtx-fp16", "tensorrt-fp16")
 
 
 def builder_of(name: str) -> Builder:
-    """What builds a target.
+    """The builder of a target.
 
     Raises:
         InputError: nothing builds a target of this name.

@@ -204,7 +204,7 @@ def _float_values(proto: Any) -> set[str]:
 
 
 def _in_type(name: str, low: bool) -> str:
-    """What a copy of a value is called."""
+    """The name of a copy of a value."""
     return f"{name}/{'fp16' if low else 'fp32'}"
 
 

@@ -90,7 +90,7 @@ def rtx_config(request: PlanRequest) -> Any:
 
 
 def _settings(request: PlanRequest) -> dict[str, Any]:
-    """What both configurations share."""
+    """The settings that both configurations share."""
     from polygraphy.backend.trt import Profile, lazy_import_trt
 
     profiles = []

@@ -20,7 +20,7 @@ from .examples import labelled_rows
 REPORT_NAME = "training.json"
 """Settings and scores, which every training writes beside its model."""
 STEPS = "training"
-"""What the folder with the trained encoder of an unfinished training is named after."""
+"""The name of the folder with the trained encoder of an unfinished training."""
 FEWEST_LABELS = {ProblemType.SINGLE_LABEL: 2, ProblemType.MULTI_LABEL: 1}
 """The tasks that can be trained, and how many labels the rows of each must have."""
 

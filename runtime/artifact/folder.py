@@ -41,7 +41,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 BAD_JSON = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
-"""What msgspec raises for bytes that are not the JSON that was expected."""
+"""The errors of msgspec for bytes that are not the JSON that was expected."""
 
 
 def sha256_of(path: Path) -> str:
@@ -160,7 +160,7 @@ class EnginesFolder:
         return list(dict.fromkeys(files))
 
     def damage(self) -> list[str]:
-        """What is wrong with each file that the manifest names; empty for an intact file."""
+        """The problem of each file that the manifest names; empty for an intact file."""
         problems = []
         for file, sha256 in self.hashes():
             try:
@@ -351,7 +351,7 @@ def checked_file(folder: Path, relative: str, sha256: str) -> Path:
 
 
 class _Written(msgspec.Struct):
-    """What a manifest says about its writer; the rest of another schema may be anything."""
+    """The writer of a manifest; the rest of another schema may be anything."""
 
     schema_version: str
     fpabee_version: str = "of another version"

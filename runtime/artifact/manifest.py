@@ -78,7 +78,7 @@ class ProblemType(str, Enum):
 
 
 class Activation(str, Enum):
-    """What makes the score of a document from its logit, with the order unchanged."""
+    """The function from the logit of a document to its score, which keeps the order."""
 
     SIGMOID = "sigmoid"
     IDENTITY = "identity"
@@ -307,7 +307,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """What a folder calls it, such as `tensorrt-fp16-sm87`."""
+        """Its name in the folder, such as `tensorrt-fp16-sm87`."""
         return "-".join(filter(None, (self.backend, self.precision, self.device)))
 
     @property

@@ -14,7 +14,7 @@ RuleSettings = dict[str, str | int | float | tuple[float, ...] | None]
 
 
 class Promise(msgspec.Struct, frozen=True, kw_only=True):
-    """What a guarantee bounds on new texts.
+    """A bound of a guarantee on new texts.
 
     Attributes:
         of: `drop` of the metric; `changed_answers`: decisions that differ from those of the

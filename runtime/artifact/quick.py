@@ -13,7 +13,7 @@ from .operating_point import OperatingPoint, QuickPass
 
 
 class QuickCosts(NamedTuple):
-    """What rows cost at a point with a quick pass, where a number of layers would say little.
+    """The costs of rows at a point with a quick pass, where a number of layers would say little.
 
     Attributes:
         time_share: the time of a row on average in files, or of a query, as a share of that at full

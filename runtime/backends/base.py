@@ -1,4 +1,4 @@
-"""What a backend is, and what all backends have in common.
+"""The interface of backends, and the code that all of them share.
 
 A `Backend` belongs to one target of an engines folder, and threads may share it. An `Execution`
 owns buffers, bindings and streams. A call checks one out of a pool and gives it back, so there are
@@ -58,7 +58,7 @@ class Hidden:
     prepared: dict[int, Any] = field(default_factory=dict)
 
 
-Outputs = Callable[[], NDArray[np.float32]]
+PendingLogits = Callable[[], NDArray[np.float32]]
 """Waits for the logits of an exit, `[rows, labels]`, and returns them.
 
 They may be a view of memory that is overwritten when the second segment after this one is started,
@@ -98,7 +98,7 @@ class Execution(ABC):
         return hidden
 
     @abstractmethod
-    def enqueue(self, hidden: Hidden) -> Outputs:
+    def enqueue(self, hidden: Hidden) -> PendingLogits:
         """Start the next segment on a group, whose hidden states it replaces.
 
         Args:
@@ -194,7 +194,7 @@ class Execution(ABC):
         return hidden.buffers[name]
 
     def _prepared(self, hidden: Hidden) -> Any:
-        """What runs the next segment, prepared on first use."""
+        """The prepared next segment; it is prepared on first use."""
         if hidden.segment not in hidden.prepared:
             hidden.prepared[hidden.segment] = self._prepare(hidden)
         return hidden.prepared[hidden.segment]
@@ -325,7 +325,7 @@ class Backend(ABC):
 
     @property
     def kind_of_machine(self) -> str:
-        """What decides how it computes here, see the function of this name."""
+        """The kind of machine on which it computes, see the function of this name."""
         return kind_of_machine(self.target.backend, self.target.on_gpu, self.device)
 
     @property

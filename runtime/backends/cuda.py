@@ -30,7 +30,7 @@ GATHER = np.dtype(
         ("widths", np.uint32, (256,)),
     ]
 )
-"""What `gather.cu` reads: addresses, sizes in bytes, and the bytes of padding."""
+"""The arguments of `gather.cu`: addresses, sizes in bytes, and the bytes of padding."""
 
 _THREADS = 256
 """Threads of a block."""
@@ -247,7 +247,7 @@ _FOR_CUDA_12 = {"gpu": "'onnxruntime-gpu[cuda,cudnn]<1.27'", "tensorrt": "'tenso
 
 
 def packages(extra: str) -> str:
-    """What `pip install` needs for this machine's version of CUDA.
+    """The arguments of `pip install` for this machine's version of CUDA.
 
     Args:
         extra: an extra of fpabee without the version of CUDA: `gpu`, `tensorrt` or `tensorrt-rtx`.

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from ..artifact.manifest import ATTENTION_BIAS, LOGITS, MASK_FILL, TensorSpec
 from ..encoding import EncodedRow, write_rows
 from ..errors import BackendError
-from .base import Backend, Execution, Hidden, Outputs, Rows
+from .base import Backend, Execution, Hidden, PendingLogits, Rows
 from .buffers import Bucket, BufferName, dtype_of, nbytes_of, shape_of
 from .cuda import GATHER, Cuda, PinnedArray
 
@@ -100,7 +100,7 @@ class DeviceExecution(Execution):
         """
 
     @on_device
-    def enqueue(self, hidden: Hidden) -> Outputs:
+    def enqueue(self, hidden: Hidden) -> PendingLogits:
         """Enqueue a segment without waiting for it."""
         prepared: _Prepared = self._prepared(hidden)
         for run in prepared.runners:

@@ -1,4 +1,4 @@
-"""What only the process that made it can use.
+"""Objects that only the process that made them can use.
 
 A fork copies the memory of a process, but only the thread that forks. A lock that another thread
 held is never released in the child, and a library waits for ever for threads that are not there,

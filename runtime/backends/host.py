@@ -19,7 +19,7 @@ from ..artifact.manifest import ATTENTION_BIAS, MASK_FILL, Target, TensorSpec
 from ..encoding import EncodedRow, write_rows
 from ..errors import ArtifactError, BackendError, first_line
 from ..machine import multiplies_int8, usable_cores
-from .base import Backend, Execution, Hidden, Outputs, Rows, is_out_of_memory
+from .base import Backend, Execution, Hidden, PendingLogits, Rows, is_out_of_memory
 from .buffers import Bucket, BufferName, Limits, dtype_of, shape_of
 
 # Memory of a binding besides its buffers.
@@ -130,7 +130,7 @@ class HostExecution(Execution):
         # runs that an engine is freed which nobody has closed.
         self._backend: HostBackend = weakref.proxy(backend)
 
-    def enqueue(self, hidden: Hidden) -> Outputs:
+    def enqueue(self, hidden: Hidden) -> PendingLogits:
         """Run a segment; its outputs are ready when this returns."""
         graph = f"segment {hidden.segment + 1}"
         try:

@@ -212,7 +212,7 @@ def _leaf(graph: _Graph, outputs: _Values) -> bytes:
 
 
 def _name_in_tree(name: bytes, level: int) -> bytes:
-    """What an output is called after the choice of a level; -1: within a graph."""
+    """The name of an output after the choice of a level; -1: within a graph."""
     return name if level < 0 else b"%s/%d" % (name, level)
 
 

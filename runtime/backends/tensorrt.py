@@ -139,7 +139,7 @@ def _run(context: PlanContext, addresses: Mapping[str, int], stream: int, errors
 
 
 class RuntimeCache:
-    """What TensorRT for RTX compiled for this GPU, kept in the user's cache directory.
+    """The code that TensorRT for RTX compiled for this GPU, in the user's cache directory.
 
     It is code, so it is never read from an engines folder. It is written after a warm-up, after the
     check of a first load, and when the engine is closed. A process that ends without any of these

@@ -29,7 +29,7 @@ _NONE: RowNumbers = np.zeros(0, np.intp)
 
 
 class Decision(NamedTuple):
-    """What happened to the rows of a group at an exit.
+    """The outcome of an exit for the rows of a group.
 
     Attributes:
         group: the group, which has only the rows that go on.
@@ -86,7 +86,7 @@ class Chain:
     _lent: dict[Backend, Execution] = field(default_factory=dict, init=False)
 
     def execution(self, group: Group) -> Execution:
-        """What runs the segments of a group."""
+        """The execution that runs the segments of a group, borrowed on first use."""
         backend = group.legs[0].backend
         if backend not in self._lent:
             self.borrow(group)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.base import Hidden, Outputs
+from ..backends.base import Hidden, PendingLogits
 from ..backends.buffers import Limits
 from ..encoding import EncodedRow
 from ..errors import BackendError
@@ -25,11 +25,11 @@ class Running:
     """A segment that was started for a group, and whose exit was not read yet.
 
     Attributes:
-        outputs: those of the exit at its end.
+        outputs: waits for the logits of the exit at its end.
         started: when it was started, in seconds of the chain's clock.
     """
 
-    outputs: Outputs
+    outputs: PendingLogits
     started: float
 
 

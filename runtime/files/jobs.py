@@ -1,4 +1,4 @@
-"""What is done with the rows of files: what a row becomes, and what is written for it."""
+"""The jobs that the rows of files run through, from a row to its record."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ AnswerT = TypeVar("AnswerT")
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What a job writes, and how it deals with errors.
+    """Settings of a job: the fields that it writes, and how it deals with errors.
 
     Attributes:
         with_text: whether the text, or the query, is repeated in its record.
@@ -48,7 +48,7 @@ class JobOptions:
 
 
 class Job(ABC, Generic[ItemT, AnswerT]):
-    """What is done with each row of a file. An item is what a row becomes.
+    """The work for each row of a file. A row becomes an item, and an item is answered.
 
     Args:
         engine: the engine that runs.
@@ -73,7 +73,7 @@ class Job(ABC, Generic[ItemT, AnswerT]):
 
     @abstractmethod
     def table(self, output: Path | None, chosen: TextFormat) -> Convert | None:
-        """What converts a file of records as JSON lines to the output.
+        """The function that converts a file of records as JSON lines to the output.
 
         Args:
             output: the file that is written; None for standard output.
@@ -88,7 +88,7 @@ class Job(ABC, Generic[ItemT, AnswerT]):
 
     @abstractmethod
     def item(self, row: Row) -> ItemT:
-        """What a row becomes.
+        """The item of a row.
 
         Raises:
             RowError: the row cannot be answered, or not be scored although scores are wanted.
@@ -108,7 +108,7 @@ class Job(ABC, Generic[ItemT, AnswerT]):
 
     @abstractmethod
     def parts(self, record: Record) -> list[Record]:
-        """What has an exit of its own in a record."""
+        """The parts of a record that have an exit of their own."""
 
     @abstractmethod
     def empty(self, item: ItemT) -> int:

@@ -65,7 +65,7 @@ class Query:
 
     @property
     def content(self) -> str:
-        """What makes two queries the same, whatever their documents are."""
+        """The text of the query, which makes two queries the same, whatever their documents."""
         return self.text
 
     @property

@@ -32,7 +32,7 @@ _MAX_EXACT = 2**53
 
 @dataclass(frozen=True)
 class RecordSchema(ABC):
-    """What the record of a classified row contains.
+    """The contents of the record of a classified row.
 
     Attributes:
         answer: the fields of the answer.

@@ -87,7 +87,7 @@ class Run:
                     self._count(item, record)
 
     def _checked(self, row: Row | RowError) -> Any:
-        """What the row becomes, or its error if it cannot be used."""
+        """The item of the row, or its error if it cannot be used."""
         try:
             if isinstance(row, RowError):
                 raise row

@@ -88,7 +88,7 @@ class Inputs:
             )
 
     def identity(self, resume: bool) -> dict[str, Any]:
-        """What the inputs are: their names and hashes; a pipe has no hash.
+        """The identity of the inputs: their names and hashes; a pipe has no hash.
 
         Args:
             resume: whether an earlier run has read them, so that none may be a pipe.

@@ -146,7 +146,7 @@ class Outputs:
         raise NotImplementedError
 
     def decisions(self, label_thresholds: Sequence[float] = ()) -> Integers:
-        """What is decided: the answers, or which labels are above thresholds.
+        """The decisions: the answers, or which labels are above thresholds.
 
         Args:
             label_thresholds: as in `margins`; empty: the answer is the decision.
@@ -335,7 +335,7 @@ _KINDS: dict[ProblemType, type[Softmax] | type[Sigmoid]] = {
 def outputs_of(
     problem_type: ProblemType, label_thresholds: Sequence[float] = ()
 ) -> Callable[[Floats], Outputs]:
-    """What makes the outputs of rows at an exit, from their logits `[rows, labels]`.
+    """The constructor of the outputs of rows at an exit, from their logits `[rows, labels]`.
 
     Args:
         problem_type: the type of the task.

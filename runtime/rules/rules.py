@@ -55,7 +55,7 @@ _Margins = Annotated[
 
 @dataclass(slots=True)
 class Signal:
-    """What a rule sees at one exit.
+    """The scores and signals of a rule at one exit.
 
     Attributes:
         scores: `[rows]` float64, what the rule compares with its threshold; None if it has no
@@ -172,7 +172,7 @@ class ExitRule(msgspec.Struct, frozen=True, kw_only=True, tag_field="name"):
         return self.uncertainty(now) < 1 - self.exit_0_threshold
 
     def uncertainty(self, now: Outputs) -> Array:
-        """What is compared at exit 0, `[rows]`: 1 - confidence, given the outputs of exit 0."""
+        """The uncertainty at exit 0, `[rows]`: 1 - confidence, given the outputs of exit 0."""
         return now.uncertainty()
 
     def check_exits(self, exits: range) -> None:
@@ -243,7 +243,7 @@ class ExitRule(msgspec.Struct, frozen=True, kw_only=True, tag_field="name"):
 
     @property
     def stop_thresholds(self) -> Array:
-        """What stop scores are compared with: one number `[]`, or `[exits]` from exit 1.
+        """The thresholds of stop scores: one number `[]`, or `[exits]` from exit 1.
 
         It is 0.5 for rules without a threshold.
         """
@@ -415,7 +415,7 @@ class Entropy(ThresholdRule, tag="entropy", frozen=True, kw_only=True):
 
 
 class Uncertainty(ThresholdRule, tag="uncertainty", frozen=True, kw_only=True):
-    """What `Confidence` compares: 1 - max p is below the threshold."""
+    """The basis of `Confidence`: 1 - max p is below the threshold."""
 
     label_thresholds: _LabelThresholds = ()
 

@@ -16,7 +16,7 @@ from .settling import Runner, Settled, State
 
 @dataclass(slots=True, eq=False)
 class PatienceState(State):
-    """What a rule remembers of a group of rows from one exit to the next.
+    """The memory of a rule for a group of rows, from one exit to the next.
 
     Attributes:
         streak: `[rows]` int64, how many consecutive signals each row has given.
@@ -48,7 +48,7 @@ class PatienceState(State):
 
 @dataclass(frozen=True)
 class Simulation:
-    """What a rule does with a trace.
+    """The exits, answers and scores of a rule on a trace.
 
     Attributes:
         exits: `[rows]` int64, the exit of each row.

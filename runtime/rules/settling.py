@@ -62,7 +62,7 @@ StateT = TypeVar("StateT", bound="State")
 
 
 class State(ABC):
-    """What is remembered of a group of rows from one exit to the next."""
+    """The memory of a group of rows from one exit to the next."""
 
     @property
     @abstractmethod

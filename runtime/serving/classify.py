@@ -22,7 +22,7 @@ Pair = tuple[str, str]
 
 
 class ClassifyOptions(Options, kw_only=True, forbid_unknown_fields=True):
-    """What every request to classify may have besides its texts.
+    """The optional fields of every request to classify.
 
     Attributes:
         max_exit: rows stop at this exit at the latest.

@@ -1,4 +1,4 @@
-"""What the formats of requests and responses share, and the OpenAPI schema of those of a task."""
+"""The common parts of requests and responses, and the OpenAPI schema of those of a task."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Check: TypeAlias = Callable[[Sequence[EncodedRow]], object]
 
 
 class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What every request may have besides its texts.
+    """The optional fields of every request.
 
     Attributes:
         deadline_ms: milliseconds for the answer.
@@ -115,7 +115,7 @@ class Usage(msgspec.Struct):
 
 
 class Source(msgspec.Struct, kw_only=True):
-    """What answered.
+    """The model and the rule that answered.
 
     Attributes:
         model: its name.
@@ -129,7 +129,7 @@ class Source(msgspec.Struct, kw_only=True):
 
 
 class Failure(msgspec.Struct):
-    """What every response with an error has: the message, and the kind of error."""
+    """The fields of every response with an error: the message, and the kind of error."""
 
     error: str
     error_type: str

@@ -103,7 +103,7 @@ class Metrics:
 
 
 class _OfWatching(Collector):
-    """What `Engine.watched` shows of the operating point in use; nothing if it is not watched."""
+    """The metrics of `Engine.watched`; none if the operating point in use is not watched."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class RankOptions(Options, kw_only=True, forbid_unknown_fields=True):
-    """What every request to rank may have besides its documents.
+    """The fields of every request to rank besides its documents.
 
     Attributes:
         query: the query.
@@ -156,7 +156,7 @@ class TextsRequest(RankOptions, kw_only=True, forbid_unknown_fields=True):
 
 
 class Place(msgspec.Struct, kw_only=True):
-    """What is known about a document in a ranking; see `Ranked`.
+    """The facts about a document in a ranking; see `Ranked`.
 
     Attributes:
         index: the place of the document in the request.

@@ -50,7 +50,7 @@ STATUSES = {
     500: "the model failed on one of the texts",
     503: "the server is stopping, or its GPU has failed",
 }
-"""What each status of an error means."""
+"""The meaning of each status of an error."""
 
 _STOPPING = "the server is stopping"
 _CLIENT_LEFT = 499
@@ -64,7 +64,7 @@ _Respond = Callable[[Request], Awaitable[Response]]
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What the server refuses.
+    """The limits of the server on requests.
 
     Attributes:
         max_body: most bytes in the body of a request.
@@ -118,7 +118,7 @@ class _Server(uvicorn.Server):
 
 @dataclass(eq=False)
 class Service:
-    """What answers requests.
+    """The HTTP service of an engine.
 
     Args:
         engine: the engine.
@@ -300,7 +300,7 @@ class Service:
         return Response(self.metrics.text(), headers={"Content-Type": kind})
 
     async def _failed(self, request: Request, error: Exception) -> Response:
-        """What a client gets instead of an answer; a traceback goes to the log of the server."""
+        """The response with an error; a traceback goes to the log of the server."""
         if isinstance(error, ClientDisconnect):
             return Response(status_code=_CLIENT_LEFT)
         if isinstance(error, HTTPException):

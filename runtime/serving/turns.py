@@ -321,7 +321,7 @@ def _worth(group: Group, now: float) -> float:
 
 
 def _turn(group: Group) -> tuple[int, float]:
-    """What orders groups of rows that wait, as their first rows are ordered."""
+    """The sort key of groups that wait: that of their first rows."""
     first: Waiting = group.rows[0]
     return first.turn, first.arrived
 

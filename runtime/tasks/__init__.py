@@ -1,4 +1,4 @@
-"""What the logits of a model mean: the room that knows the kinds of models."""
+"""The tasks, which say what the logits of a model mean: the room of the kinds of models."""
 
 from .classification import MultiLabel, SingleLabel
 from .kinds import row_of, simulate, task_of, unnamed_task

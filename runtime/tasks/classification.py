@@ -20,7 +20,7 @@ from .task import HALF, Task, Tolerance
 
 
 class Classification(Task):
-    """What both have in common."""
+    """The common part of the two kinds of classification."""
 
     unit = "texts"
     item = "text"

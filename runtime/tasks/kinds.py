@@ -25,14 +25,14 @@ KINDS: dict[ProblemType, type[Task]] = {
     ProblemType.MULTI_LABEL: MultiLabel,
     ProblemType.RANKING: Ranking,
 }
-"""What the logits of a model mean, by the type of its task."""
+"""The class of a task, by its type."""
 CLASSIFICATION = [kind for kind, task in KINDS.items() if issubclass(task, Classification)]
 """The types that a model may not name; a model with one label ranks in any case."""
 
 
 @cache
 def task_of(record: manifest.Task) -> Task:
-    """What the logits of a model mean, from what its manifest says."""
+    """The task of a model, from its record in the manifest."""
     return KINDS[record.problem_type](record)
 
 

@@ -30,7 +30,7 @@ class Ranking(Task):
 
     @property
     def name(self) -> str:
-        """What a reader calls it."""
+        """Its name for readers."""
         return "ranking of documents"
 
     def default_rule(self, exits: range) -> ExitRule:

@@ -1,4 +1,4 @@
-"""What every kind of model can say about its logits."""
+"""The interface of tasks: the meaning of the logits of a kind of model."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Task(ABC):
 
     @abstractmethod
     def runner(self, rule: ExitRule, exits: range) -> Runner[Any]:
-        """What decides which rows of groups stop.
+        """The runner that decides which rows of groups stop.
 
         Args:
             rule: the rule.
@@ -82,7 +82,7 @@ class Task(ABC):
         """
 
     def rule_runner(self, rule: ExitRule, exits: range) -> RuleRunner:
-        """What applies a rule to rows that see the same exits.
+        """The runner that applies a rule to rows that see the same exits.
 
         Args:
             rule: the rule.
@@ -101,7 +101,7 @@ class Task(ABC):
 
     @property
     def name(self) -> str:
-        """What a reader calls it."""
+        """Its name for readers."""
         return self.record.problem_type.value
 
     @abstractmethod
@@ -184,7 +184,7 @@ class Task(ABC):
 
     @abstractmethod
     def results(self, settled: Settled, missed: Mask, exits: Exits) -> Sequence[Prediction | None]:
-        """What each row answers by itself.
+        """The answer of each row by itself.
 
         Args:
             settled: the rows, each an `EncodedRow`.

@@ -1,4 +1,4 @@
-"""What `fpabee`, `fpabee-run` and the like start, and `python -m fpabee`.
+"""The entry point of `fpabee`, of `fpabee-run` and the like, and of `python -m fpabee`.
 
 Applications that embed the runtime install neither click nor rich, so nothing is imported here that
 needs them.

@@ -1,4 +1,4 @@
-"""What a file of an engines folder may hold, before a library reads it: it may be from a stranger.
+"""Checks of files before a library reads them: an engines folder may be from a stranger.
 
 A hash finds damage, not malice, and libraries follow what a file says. So each kind of file is held
 against what an export writes: ONNX graphs (`graph_content`, read by `protobuf`), tokenizers

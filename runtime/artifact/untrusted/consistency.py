@@ -1,4 +1,4 @@
-"""What a manifest must satisfy beyond the types of its fields."""
+"""The conditions that a manifest must satisfy beyond the types of its fields."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FIRST_INPUTS = frozenset({"input_ids", "token_type_ids", ATTENTION_BIAS})
 
 
 def problems(manifest: Manifest) -> Iterator[str]:
-    """What is inconsistent in a manifest. Stop at the first: later ones may be meaningless."""
+    """The contradictions in a manifest. Stop at the first: later ones may be meaningless."""
     if manifest.first_stage is not None and not manifest.task.ranks:
         yield "it has the first stage of a ranking, but it classifies"
     if manifest.first_stage is not None and manifest.exit_0 is not None:

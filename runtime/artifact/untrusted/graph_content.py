@@ -85,7 +85,7 @@ def check_graph(path: Path) -> None:
 
 
 def _problems(message: int | memoryview, numbers: Mapping[str, int]) -> Iterator[str]:
-    """What is wrong with a message, given the numbers of its fields by their names."""
+    """The problems of a message, given the numbers of its fields by their names."""
     if isinstance(message, int):
         raise ValueError("a message is a number")
     names = {number: name for name, number in numbers.items()}

@@ -50,7 +50,7 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 class _Parts(msgspec.Struct):
-    """What is read of tokenizer.json."""
+    """The part of tokenizer.json that is read."""
 
     normalizer: Any = None
 

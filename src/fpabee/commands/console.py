@@ -1,4 +1,4 @@
-"""What commands print for people: every line, table and progress bar goes through here.
+"""The output of commands for people: all lines, tables and progress bars go through here.
 
 Names of labels, targets and points come from files, and a file may contain escape codes that a
 terminal obeys. So all characters that are not printable are escaped; JSON does that itself.
@@ -93,7 +93,7 @@ def hide_bars_of_hub(quiet: bool) -> None:
 
 
 class _Words(bars.ProgressColumn):
-    """What happens now, as it is whenever the bar is drawn."""
+    """The column with words on what happens now, asked for whenever the bar is drawn."""
 
     def __init__(self, words: Callable[[], str]) -> None:
         super().__init__()

@@ -74,7 +74,7 @@ def main(engines: Path | None, show_env: bool, check: bool, as_json: bool) -> No
 
 
 def _state_of(engines: EnginesFolder, name: str) -> dict[str, Any]:
-    """What is known of a target; its size is that of its files, or of the graphs that it runs."""
+    """The state of a target; its size is that of its files, or of the graphs that it runs."""
     target = engines.manifest.targets[name]
     state: dict[str, Any] = {
         "name": name,
@@ -181,7 +181,7 @@ def _print(engines: EnginesFolder, states: Sequence[dict[str, Any]]) -> None:
 
 
 def _passes(manifest: Manifest, point: OperatingPoint) -> dict[str, Any]:
-    """What a quick pass makes of the costs of a point, if it has one, and what is wrong with it."""
+    """The quick pass of a point, if it has one: its target, its problem, and its costs."""
     quick = quick_of(point)
     if quick is None:
         return {}

@@ -1,4 +1,4 @@
-"""What was found about operating points: as a table with sentences, and as JSON."""
+"""The results of a search for operating points: a table with sentences, and JSON."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Shown(ABC, Generic[AnyResult]):
         """A result for JSON."""
 
     def _introduction(self, results: Sequence[AnyResult]) -> list[str]:
-        """What is said before the table."""
+        """The lines before the table."""
         return []
 
     @abstractmethod
@@ -259,7 +259,7 @@ def show_heads_of_queries(documents: int, top: int) -> None:
 
 
 def _quick_pass(point: Point) -> dict[str, Any]:
-    """What JSON says of a quick pass, if the point has one."""
+    """The fields of JSON for a quick pass, if the point has one."""
     costs = point.quick_costs
     if costs is None:
         return {}
@@ -267,7 +267,7 @@ def _quick_pass(point: Point) -> dict[str, Any]:
 
 
 def _passes(point: Point, target: str, items: str) -> list[str]:
-    """What a quick pass does and costs, if the point has one."""
+    """The sentence on a quick pass and its costs, if the point has one."""
     costs = point.quick_costs
     if costs is None:
         return []
@@ -283,7 +283,7 @@ def _cost(point: Point) -> str:
 
 
 def ranking_in_words(certificate: Certificate, top: object) -> str:
-    """What is guaranteed of rankings.
+    """The guarantee for rankings in words.
 
     Args:
         certificate: that of an operating point.
@@ -305,7 +305,7 @@ def _is_agreement(point: Point) -> bool:
 
 
 def _counts(outcome: Outcome) -> dict[str, Any]:
-    """What a rule gave on queries, for JSON."""
+    """The counts of a rule on queries, for JSON."""
     return {
         "queries": outcome.rows,
         "changed": outcome.changed_answers,
@@ -316,7 +316,7 @@ def _counts(outcome: Outcome) -> dict[str, Any]:
 
 
 def _promise(point: RankingPoint) -> str:
-    """What a point promises, or why it promises nothing, and how it did on other queries."""
+    """The promise of a point, or why it has none, and its result on other queries."""
     if point.certificate is None:
         return f"No guarantee: every document runs through all layers, since {point.refusal}"
     held = point.held_out

@@ -45,7 +45,7 @@ def say_condition(certificates: Iterable[Certificate | None], what: str = "texts
 
 
 def taken_shares(settings: dict[str, Any]) -> dict[str, float]:
-    """What is promised, as shares by its name in `Bound`; takes it out of the settings."""
+    """The promises as shares, by their names in `Bound`; takes them out of the settings."""
     percent = {kind: settings.pop(kind, None) for kind in PROMISES}
     return {kind: value / 100 for kind, value in percent.items() if value is not None}
 

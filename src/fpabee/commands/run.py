@@ -113,7 +113,7 @@ def main(engines: Path, **settings: Any) -> None:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What the command line says.
+    """The settings of the command line.
 
     Attributes:
         files: the inputs.
@@ -156,7 +156,7 @@ class _Asked:
 
 
 def _asked(settings: dict[str, Any]) -> _Asked:
-    """What the command line says, checked as far as it can be without the model.
+    """The settings of the command line, checked as far as it can be without the model.
 
     Raises:
         click.UsageError: options contradict each other.
@@ -274,7 +274,7 @@ def _as_texts(reading: ReadOptions) -> ReadOptions:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What the command does and says for a kind of model.
+    """The differences of the command between kinds of models.
 
     Attributes:
         reading: how the rows are read, with what the options say about texts.
