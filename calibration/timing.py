@@ -55,7 +55,7 @@ def in_turns(
         progress: called with (what, turn, turns).
         what: what it is called with.
     """
-    found = []
+    turns_done = []
     for turn in range(turns):
         progress(what, turn, turns)
         order = [(turn + place) % len(measures) for place in range(len(measures))]
@@ -63,8 +63,8 @@ def in_turns(
         for unit in units:
             measured = {number: measures[number](unit) for number in order}
             of_turn.append([measured[number] for number in sorted(measured)])
-        found.append(of_turn)
-    return found
+        turns_done.append(of_turn)
+    return turns_done
 
 
 def time_in_turns(

@@ -150,9 +150,8 @@ class Chain:
             if group is not None:
                 self.let_go(group)
                 if len(group):
-                    self.borrow(
-                        group
-                    )  # before the next line, because rows may be late after a wait
+                    # Before the next line, because rows may be late after a wait.
+                    self.borrow(group)
                 if (late := self.stop_late(group)) is not None:
                     yield Decision(group, group.exit, late.rows[:0], late.logits[:0], late)
                 if not len(group):
@@ -294,8 +293,8 @@ class Chain:
 
         Args:
             group: the group.
-            others: groups of the same route and the same step, none of which runs. Those
-                whose rows are taken have none afterwards.
+            others: groups of the same route and the same step that run no segment now. Those whose
+                rows are taken are empty afterwards.
         """
         self.current = group
         if not group.legs[0].backend.joins:
